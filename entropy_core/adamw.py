@@ -1,0 +1,190 @@
+"""What an AdamW step does, taken apart exactly. The only home of the preconditioner P.
+
+At step t (the count after the update), with g the *clipped* loss gradient and decoupled decay lambda:
+
+    m_t = beta1 m_{t-1} + (1 - beta1) g            v_t = beta2 v_{t-1} + (1 - beta2) g^2
+    P_t = 1 / (sqrt(v_t / (1 - beta2^t)) + eps)                          elementwise
+    dtheta = -lr P_t m_t / (1 - beta1^t) - lr lambda theta
+           = -lr (1 - beta1)/(1 - beta1^t) P_t g                          batch: this step's gradient
+             -lr beta1/(1 - beta1^t)       P_t m_{t-1}                    momentum: earlier gradients
+             -lr lambda theta                                             weight decay
+
+A measured dtheta holds P already: it is never to be multiplied by P again. Hyper-parameters are those of each parameter's
+own group. Source: Loshchilov & Hutter 2019 (AdamW); docs/theory/adamw-step.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdamWParameterState:
+    """One parameter's optimizer state and the hyper-parameters of its group.
+
+    exp_avg, exp_avg_sq: m and v, of the parameter's shape; step: how many steps they have seen.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class AdamWUpdate:
+    """dtheta in three parts, each name -> tensor of the parameter's shape; they add up to the step."""
+
+    batch: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    weight_decay: dict[str, Tensor]
+
+    def total(self) -> dict[str, Tensor]:
+        return {name: self.batch[name] + self.momentum[name] + self.weight_decay[name] for name in self.batch}
+
+
+def read_adamw_state(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+) -> dict[str, AdamWParameterState]:
+    """Name -> state, mapped by identity of the parameters; tensors are shared with the optimizer, not copied.
+
+    A parameter without state yet (before its first step) gets zero moments and step 0. Wrappers with an `.optimizer`
+    (accelerate's) are opened.
+
+    Raises
+    ------
+    TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
+    ValueError: amsgrad, maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
+        cover each other.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    names = {id(p): name for name, p in _pairs(named_parameters)}
+    states: dict[str, AdamWParameterState] = {}
+    for group in optimizer.param_groups:
+        _check_group(optimizer, group)
+        for p in group["params"]:
+            name = names.get(id(p))
+            if name is None:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not among the given names: pass "
+                    "the named parameters of the model that it trains"
+                )
+            states[name] = _parameter_state(name, p, optimizer.state.get(p, {}), group)
+    missing = [name for name, p in _pairs(named_parameters) if p.requires_grad and name not in states]
+    if missing:
+        raise ValueError(f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted")
+    return states
+
+
+def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return list(named.items()) if isinstance(named, Mapping) else list(named)
+
+
+def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    if not {"betas", "eps", "lr", "weight_decay"} <= group.keys():
+        raise TypeError(f"{type(optimizer).__name__} is not an Adam or AdamW: its step cannot be split into these parts")
+    for flag in ("amsgrad", "maximize"):
+        if group.get(flag):
+            raise ValueError(f"the optimizer runs with {flag}=True, which changes its step: only plain AdamW is known")
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    if group["weight_decay"] and not decoupled:
+        raise ValueError("the optimizer couples weight decay into the gradient (Adam): use AdamW, or weight_decay=0")
+
+
+def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> AdamWParameterState:
+    if state and ("exp_avg" not in state or state["exp_avg"].shape != p.shape or not state["exp_avg"].is_floating_point()):
+        raise ValueError(f"the optimizer state of {name!r} is quantised or sharded: only full AdamW moments can be read")
+    beta1, beta2 = group["betas"]
+    return AdamWParameterState(
+        exp_avg=state["exp_avg"] if state else torch.zeros_like(p),
+        exp_avg_sq=state["exp_avg_sq"] if state else torch.zeros_like(p),
+        step=int(state["step"]) if state else 0,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+    )
+
+
+def preconditioner(state: AdamWParameterState) -> Tensor:
+    """P = 1 / (sqrt(v / (1 - beta2^t)) + eps), the parameter's shape. Raises ValueError before the first step (v is 0)."""
+    if state.step < 1:
+        raise ValueError("Adam's state has seen no step yet, so its preconditioner is not defined: take a step first")
+    return 1.0 / ((state.exp_avg_sq / (1.0 - state.beta2**state.step)).sqrt() + state.eps)
+
+
+def adam_preconditioner(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Name -> P at the optimizer's current state.
+
+    named_parameters: the model's; may be left out where the optimizer was built from named parameters.
+    """
+    if named_parameters is None:
+        groups = getattr(optimizer, "optimizer", optimizer).param_groups
+        if not all("param_names" in group for group in groups):
+            raise ValueError("this optimizer does not know its parameters' names: pass model.named_parameters()")
+        named_parameters = [pair for g in groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    return {name: preconditioner(s) for name, s in read_adamw_state(optimizer, named_parameters).items()}
+
+
+def after_gradient(state: AdamWParameterState, gradient: Tensor) -> AdamWParameterState:
+    """The state once `gradient` has entered both moments: m_t, v_t and t from m_{t-1}, v_{t-1} and t-1."""
+    return AdamWParameterState(
+        exp_avg=state.beta1 * state.exp_avg + (1 - state.beta1) * gradient,
+        exp_avg_sq=state.beta2 * state.exp_avg_sq + (1 - state.beta2) * gradient.square(),
+        step=state.step + 1,
+        lr=state.lr,
+        beta1=state.beta1,
+        beta2=state.beta2,
+        eps=state.eps,
+        weight_decay=state.weight_decay,
+    )
+
+
+def batch_step_factor(state_before: AdamWParameterState) -> float:
+    """lr (1 - beta1)/(1 - beta1^t) of the next step: what multiplies P_t g in it."""
+    t = state_before.step + 1
+    return state_before.lr * (1 - state_before.beta1) / (1 - state_before.beta1**t)
+
+
+def split_adamw_update(
+    state_before: Mapping[str, AdamWParameterState],
+    gradients: Mapping[str, Tensor | None],
+    parameters: Mapping[str, Tensor],
+) -> AdamWUpdate:
+    """The next step's dtheta, in its three exact parts.
+
+    state_before: moments and step counts *before* the step, with the lr that the step uses.
+    gradients: the loss gradients the optimizer sees, i.e. after clipping; None where a parameter got none (torch then
+        skips it: no momentum, no decay).
+    parameters: values before the step.
+
+    Raises ValueError when names differ.
+    """
+    if not state_before.keys() == gradients.keys() == parameters.keys():
+        odd = sorted((state_before.keys() ^ gradients.keys()) | (state_before.keys() ^ parameters.keys()))
+        raise ValueError(f"state, gradients and parameters name different things ({len(odd)}, e.g. {odd[0]!r})")
+    parts = AdamWUpdate({}, {}, {})
+    for name, before in state_before.items():
+        gradient, theta = gradients[name], parameters[name].detach()
+        if gradient is None:
+            parts.batch[name] = parts.momentum[name] = parts.weight_decay[name] = torch.zeros_like(theta)
+            continue
+        gradient = gradient.detach()
+        p = preconditioner(after_gradient(before, gradient))
+        bias_correction = 1 - before.beta1 ** (before.step + 1)
+        parts.batch[name] = -batch_step_factor(before) * p * gradient
+        parts.momentum[name] = -before.lr * before.beta1 / bias_correction * p * before.exp_avg
+        parts.weight_decay[name] = -before.lr * before.weight_decay * theta
+    return parts

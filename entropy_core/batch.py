@@ -1,0 +1,184 @@
+"""A batch of prompts with their completions, and how it is cut into pieces of similar length.
+
+The tokens of one sequence are ``prompt + completion``; the completion runs up to and including the first end-of-sequence
+token, or to the maximum length. Position ``l`` of ``completion_mask`` is true where ``input_ids[:, l]`` was drawn by the
+policy; its log-probability is read from the logits at position ``l - 1``.
+
+Inside the library every piece is right-padded, whatever the padding of the batch: for a causal model a token never sees
+what stands to its right, so padding cannot change any number (see docs/theory/index.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DEFAULT_TOKEN_BATCH_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Prompts with completions, as drawn.
+
+    Attributes
+    ----------
+    input_ids: (N, L) int64, prompt and completion, padded on either side.
+    attention_mask: (N, L) bool, false on padding.
+    completion_mask: (N, L) bool, true on completion tokens.
+    prompt_index: (N,) int64, equal for completions of the same prompt.
+    temperature: the sampling temperature; every log-probability and entropy is taken at it.
+
+    Raises
+    ------
+    ValueError: shapes that disagree, an empty batch, a completion that is empty, not attended, at the very first
+        position (nothing predicts it) or not one contiguous run at the end of its sequence, or a temperature <= 0.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    prompt_index: Tensor
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention_mask", self.attention_mask.bool())
+        object.__setattr__(self, "completion_mask", self.completion_mask.bool())
+        shape = self.input_ids.shape
+        if len(shape) != 2 or shape[0] == 0:
+            raise ValueError(f"input_ids must be (N, L) with N > 0, not {tuple(shape)}")
+        for name in ("attention_mask", "completion_mask"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} is {tuple(getattr(self, name).shape)}, input_ids {tuple(shape)}: they must agree")
+        if self.prompt_index.shape != shape[:1]:
+            raise ValueError(f"prompt_index is {tuple(self.prompt_index.shape)}, but there are {shape[0]} sequences")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}: greedy decoding has no entropy")
+        self._check_completions()
+
+    def _check_completions(self) -> None:
+        def first_bad(bad: Tensor, what: str) -> None:
+            if bool(bad.any()):
+                raise ValueError(f"sequence {int(bad.nonzero()[0, 0])}: {what}")
+
+        attended, completion = self.attention_mask, self.completion_mask
+        first_bad(~completion.any(1), "its completion is empty")
+        first_bad((completion & ~attended).any(1), "a completion token is masked out by attention_mask")
+        # The run of completion tokens must be the tail of the attended tokens, and those must be one run as well.
+        starts_attended = attended & ~torch.nn.functional.pad(attended, (1, -1), value=False)
+        first_bad(starts_attended.sum(1) != 1, "its attended tokens are not one contiguous run")
+        starts = completion & ~torch.nn.functional.pad(completion, (1, -1), value=False)
+        first_bad(starts.sum(1) != 1, "its completion tokens are not one contiguous run")
+        after = attended & ~completion & (completion.long().cumsum(1) > 0)
+        first_bad(after.any(1), "there are prompt tokens after its completion")
+        first_bad((starts & starts_attended).any(1), "its completion has no token before it to be predicted from")
+
+    @classmethod
+    def from_sequences(
+        cls,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        prompt_index: Sequence[int],
+        pad_token_id: int,
+        temperature: float = 1.0,
+    ) -> SequenceBatch:
+        """Right-padded batch from lists of token ids (one prompt and one completion a sequence)."""
+        if not len(prompt_ids) == len(completion_ids) == len(prompt_index):
+            raise ValueError(
+                f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(prompt_index)} prompt indices: "
+                "give one of each per sequence"
+            )
+        longest = max((len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)), default=0)
+        ids = torch.full((len(prompt_ids), longest), pad_token_id, dtype=torch.long)
+        attention = torch.zeros_like(ids, dtype=torch.bool)
+        completion = torch.zeros_like(attention)
+        for n, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            end = len(p) + len(c)
+            ids[n, :end] = torch.tensor([*p, *c], dtype=torch.long)
+            attention[n, :end] = True
+            completion[n, len(p) : end] = True
+        return cls(ids, attention, completion, torch.as_tensor(prompt_index, dtype=torch.long), temperature)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """(N,) int64, tokens in each completion."""
+        return self.completion_mask.sum(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    def select(self, indices: Tensor | Sequence[int]) -> SequenceBatch:
+        """The sequences at these indices, in this order."""
+        rows = torch.as_tensor(indices, dtype=torch.long, device=self.device)
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            completion_mask=self.completion_mask[rows],
+            prompt_index=self.prompt_index[rows],
+        )
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            completion_mask=self.completion_mask.to(device),
+            prompt_index=self.prompt_index.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, right-padded, with the place of every completion token.
+
+    Attributes
+    ----------
+    indices: (n,) rows of the batch, longest last.
+    input_ids: (n, l) right-padded ids, l the longest attended length of the bucket.
+    rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
+        logits that predict it (one before the token).
+    targets: (m,) the token ids.
+    columns: (m,) where the token stood in the batch: `batch.input_ids[indices[rows], columns] == targets`.
+    """
+
+    indices: Tensor
+    input_ids: Tensor
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor
+    columns: Tensor
+
+
+def length_buckets(batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE) -> list[Bucket]:
+    """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each)."""
+    if token_batch_size < 1:
+        raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
+    lengths = batch.attention_mask.sum(1)
+    order = torch.argsort(lengths, stable=True)
+    groups: list[list[int]] = [[]]
+    for index in order.tolist():  # ascending, so the newest sequence is the longest of its bucket
+        if groups[-1] and (len(groups[-1]) + 1) * int(lengths[index]) > token_batch_size:
+            groups.append([])
+        groups[-1].append(index)
+    return [_bucket(batch, torch.tensor(group, device=batch.device), lengths) for group in groups]
+
+
+def _bucket(batch: SequenceBatch, indices: Tensor, lengths: Tensor) -> Bucket:
+    longest = int(lengths[indices].max())
+    first = batch.attention_mask[indices].long().argmax(1, keepdim=True)
+    steps = torch.arange(longest, device=batch.device)
+    columns = (first + steps).clamp(max=batch.input_ids.shape[1] - 1)
+    ids = batch.input_ids[indices].gather(1, columns)
+    within = steps < lengths[indices, None]
+    completion = batch.completion_mask[indices].gather(1, columns) & within
+    # Padding must hold a legal token id; token 0 always is one, and causality keeps it unseen.
+    ids = torch.where(within, ids, torch.zeros_like(ids))
+    rows, places = completion.nonzero(as_tuple=True)
+    return Bucket(indices, ids, rows, places - 1, ids[rows, places], columns[rows, places])

@@ -1,0 +1,114 @@
+"""One forward pass of a causal language model with logits at completion positions only.
+
+A model of vocabulary V and width d spends V·d multiplications a position on logits. Prompts need none, so the input of the
+output layer is cut to the positions that predict completion tokens, before the layer runs: everything the model does to
+its logits afterwards (scaling, soft-capping) still happens, on an (m, V) tensor instead of (n, l, V).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import Bucket
+
+
+def innermost_model(model: nn.Module) -> nn.Module:
+    """The language model inside data-parallel and adapter wrappers (which pass their arguments on to it)."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif callable(inner := getattr(model, "get_base_model", None)):
+            model = inner()
+        else:
+            return model
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, or None where the model does not name one."""
+    get = getattr(innermost_model(model), "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off and gradient checkpointing idle inside; every module's training flag is restored afterwards.
+
+    Dropout would make every log-probability a random number, and the gradient that of another function.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _cut_to_positions(layer: nn.Module | None, bucket: Bucket) -> Iterator[list[bool]]:
+    """Have `layer` see only the hidden states that predict completion tokens. Yields a list that is filled when it did."""
+    used: list[bool] = []
+    if layer is None:
+        yield used
+        return
+
+    def cut(_module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        if hidden.shape[:2] != bucket.input_ids.shape:
+            return args
+        used.append(True)
+        return (hidden[bucket.rows, bucket.positions], *args[1:])
+
+    handle = layer.register_forward_pre_hook(cut)
+    try:
+        yield used
+    finally:
+        handle.remove()
+
+
+def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> Tensor:
+    """Logits over the vocabulary that predict each completion token, divided by the temperature.
+
+    Returns (m, V), m the bucket's completion tokens, in the order of `bucket.rows`; float32, or float64 from a float64
+    model. Gradients flow through unless the caller switched them off.
+
+    Raises ValueError for logits that are not finite, naming the sequence.
+    """
+    arguments = {}
+    accepts = _forward_parameters(model)
+    if "position_ids" in accepts:
+        # One row a sequence: a model that makes its own (1, l) positions would sum gradients over the batch.
+        length = bucket.input_ids.shape[1]
+        arguments["position_ids"] = torch.arange(length, device=bucket.input_ids.device).expand(
+            bucket.input_ids.shape
+        )
+    if "use_cache" in accepts:
+        arguments["use_cache"] = False
+    with _cut_to_positions(output_layer(model), bucket) as cut:
+        logits = model(input_ids=bucket.input_ids, **arguments).logits
+    if not cut:
+        logits = logits[bucket.rows, bucket.positions]
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    if not bool(torch.isfinite(logits.detach().sum())):
+        _raise_if_broken(logits, bucket)
+    return logits
+
+
+def _raise_if_broken(logits: Tensor, bucket: Bucket) -> None:
+    # Minus infinity alone is legal: a token the model rules out.
+    bad = (logits.detach().isnan() | logits.detach().isposinf()).any(1)
+    if bool(bad.any()):
+        row = int(bucket.rows[bad.nonzero()[0, 0]])
+        raise ValueError(
+            f"sequence {int(bucket.indices[row])}: the model gave NaN or infinite logits on it; its weights are broken "
+            "(check the checkpoint) or the numbers overflowed (load the model in float32)"
+        )
+
+
+def _forward_parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(inspect.unwrap(innermost_model(model).forward)).parameters)

@@ -1,0 +1,218 @@
+"""Gradients of sums over completion tokens: for a whole batch, and one row per sequence.
+
+    objective(c) = sum_t sum_k [ c.entropy_tk H_tk + c.logprob_tk log pi_tk ]       (c frozen, entropy_core.entropy)
+    row_t        = d/dtheta of sequence t's own terms of it                          so  sum_t row_t = d objective / dtheta
+
+Rows come out of ordinary batched backward passes. In a module y = f(x; w) that treats the sequences of a batch separately,
+row_t of w needs only x_t and the cotangent dObjective/dy_t; a tap behind every module that owns trainable parameters reads
+both while the backward passes by. For y = x W^T + b that is  row_t(W) = sum_l dy_tl x_tl^T  and  row_t(b) = sum_l dy_tl;
+for any other module (norms, GPT-2's transposed Conv1D, scaled embeddings) it is the module's own vector-Jacobian product,
+sequence by sequence. A parameter used in several places (tied weights) sums its uses.
+
+Source: docs/theory/fisher-kernel.md, "Rows".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
+from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.forward import completion_logits, evaluation_mode
+from entropy_core.row_taps import RowTaps
+from entropy_core.scores import TokenStatistics, logprobs_and_entropies, token_statistics
+
+RowSink = Callable[[int, str, Tensor, Tensor], None]
+"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows); may be called more than
+once for the same name and sequences: contributions add up."""
+
+ROW_SUM_TOLERANCE = 1e-4
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter for all that require a gradient, in `named_parameters` order (tied weights once).
+
+    Raises ValueError when there are none.
+    """
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    found = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True, or unfreeze some")
+    return found
+
+
+def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """<left, right> over all parameters, summed in float64. Raises ValueError when the names differ."""
+    if left.keys() != right.keys():
+        odd = sorted(left.keys() ^ right.keys())
+        raise ValueError(f"the two gradients cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
+    return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
+
+
+def _objective(logits: Tensor, bucket: Bucket, coefficients: Sequence[TokenCoefficients]) -> list[Tensor]:
+    logprobs, entropies = logprobs_and_entropies(logits, bucket.targets)
+    at = (bucket.indices[bucket.rows], bucket.columns)
+    return [
+        torch.dot(c.logprob[at].to(logprobs), logprobs) + torch.dot(c.entropy[at].to(entropies), entropies)
+        for c in coefficients
+    ]
+
+
+def batch_gradients(
+    model: nn.Module,
+    batch: SequenceBatch,
+    coefficients: Sequence[TokenCoefficients],
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> list[dict[str, Tensor]]:
+    """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd, from one forward pass.
+
+    A trainable parameter that the model did not use has a gradient of zeros. `p.grad` is not touched.
+    """
+    parameters = trainable_parameters(model)
+    totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in coefficients]
+    with evaluation_mode(model), torch.enable_grad():
+        for bucket in length_buckets(batch, token_batch_size):
+            objectives = _objective(completion_logits(model, bucket, batch.temperature), bucket, coefficients)
+            for number, objective in enumerate(objectives):
+                gradients = torch.autograd.grad(
+                    objective, list(parameters.values()), retain_graph=number + 1 < len(objectives), allow_unused=True
+                )
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        totals[number][name] += gradient
+    return totals
+
+
+def entropy_gradient(
+    model: nn.Module,
+    batch: SequenceBatch,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+    statistics: TokenStatistics | None = None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> dict[str, Tensor]:
+    """Estimate of the gradient of h (per_token) or H, name -> tensor; see entropy_core.entropy for the estimators.
+
+    statistics: the batch's token statistics under this very model, where they are known already; saves a forward pass.
+    """
+    statistics = statistics or token_statistics(model, batch, token_batch_size)
+    coefficients = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
+    return batch_gradients(model, batch, [coefficients], token_batch_size)[0]
+
+
+def stream_rows(
+    model: nn.Module,
+    batch: SequenceBatch,
+    coefficients: Sequence[TokenCoefficients],
+    sink: RowSink,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    verify: bool = True,
+) -> None:
+    """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
+
+    verify: first check on two sequences that rows add up to autograd's gradient over all trainable parameters.
+
+    Raises
+    ------
+    ValueError: a parameter whose rows cannot be formed (its module mixes sequences, takes several tensors, or is used
+        other than by being called), naming the parameter and the module; method="loop" covers such models.
+    """
+    parameters = trainable_parameters(model)
+    if verify:
+        verify_row_sums(model, batch, token_batch_size)
+    with evaluation_mode(model), torch.enable_grad():
+        for bucket in length_buckets(batch, token_batch_size):
+            with RowTaps(model, parameters, bucket) as taps:
+                logits = completion_logits(model, bucket, batch.temperature)
+                objectives = _objective(logits, bucket, coefficients)
+                for number, objective in enumerate(objectives):
+
+                    def receive(name: str, rows: Tensor, number: int = number, bucket: Bucket = bucket) -> None:
+                        sink(number, name, bucket.indices, rows)
+
+                    taps.backward(objective, receive, retain_graph=number + 1 < len(objectives))
+
+
+def gradient_rows(
+    model: nn.Module,
+    batch: SequenceBatch,
+    coefficients: TokenCoefficients,
+    method: Literal["hooks", "loop"] = "hooks",
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    verify: bool = True,
+) -> dict[str, Tensor]:
+    """All rows at once: name -> (N, *parameter.shape). The memory is N times the trainable parameters.
+
+    method: "hooks" forms rows in batched backward passes; "loop" runs one backward pass a sequence, for any model.
+    """
+    parameters = trainable_parameters(model)
+    rows = {name: torch.zeros((len(batch), *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+    if method == "hooks":
+
+        def add(_number: int, name: str, indices: Tensor, part: Tensor) -> None:
+            rows[name].index_add_(0, indices, part.to(rows[name].dtype))
+
+        stream_rows(model, batch, [coefficients], add, token_batch_size, verify)
+    elif method == "loop":
+        for index in range(len(batch)):
+            one = TokenCoefficients(coefficients.entropy[index : index + 1], coefficients.logprob[index : index + 1])
+            for name, gradient in batch_gradients(model, batch.select([index]), [one])[0].items():
+                rows[name][index] = gradient
+    else:
+        raise ValueError(f"unknown method {method!r}: choose 'hooks' or 'loop'")
+    return rows
+
+
+def per_sequence_gradients(
+    model: nn.Module,
+    batch: SequenceBatch,
+    method: Literal["hooks", "loop"] = "hooks",
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    verify: bool = True,
+) -> dict[str, Tensor]:
+    """Rows of the score, dS(t)/dtheta: name -> (N, *parameter.shape). No advantage, no length, no preconditioner inside."""
+    return gradient_rows(model, batch, score_coefficients(batch), method, token_batch_size, verify)
+
+
+def entropy_rows(
+    model: nn.Module,
+    batch: SequenceBatch,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+    method: Literal["hooks", "loop"] = "hooks",
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    verify: bool = True,
+) -> dict[str, Tensor]:
+    """Each sequence's term E_t of an entropy-gradient estimate: name -> (N, *shape). Their mean over N is the estimate."""
+    statistics = token_statistics(model, batch, token_batch_size)
+    coefficients = entropy_coefficients(statistics, batch, estimator, per_token)
+    return gradient_rows(model, batch, coefficients, method, token_batch_size, verify)
+
+
+def verify_row_sums(
+    model: nn.Module, batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE
+) -> dict[str, float]:
+    """Check that rows of up to two sequences add up to autograd's gradient, parameter by parameter.
+
+    Returns name -> |sum of rows - gradient| / |gradient of everything|. Raises ValueError above ROW_SUM_TOLERANCE, naming
+    the worst parameter: hooks then miss a use of it.
+    """
+    sample = batch.select([0, len(batch) - 1] if len(batch) > 1 else [0])
+    objective = score_coefficients(sample)
+    expected = batch_gradients(model, sample, [objective], token_batch_size)[0]
+    rows = gradient_rows(model, sample, objective, "hooks", token_batch_size, verify=False)
+    scale = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+    if scale == 0.0:
+        return dict.fromkeys(expected, 0.0)
+    errors = {name: float((rows[name].sum(0) - g).double().norm()) / scale for name, g in expected.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] <= ROW_SUM_TOLERANCE:
+        raise ValueError(
+            f"per-sequence gradients of {worst!r} do not add up to the batch gradient (off by {errors[worst]:.1e} of its "
+            "norm): the model uses this parameter other than by calling its module; use method='loop', or freeze it"
+        )
+    return errors

@@ -1,0 +1,114 @@
+"""The cross Fisher kernel between an evaluation batch and a training batch.
+
+    K1(t, i) = dS_t^T diag(P) dS_i          score against score
+    KH(t, i) = E_t^T  diag(P) dS_i          entropy against score; the mean of E_t over t estimates the entropy gradient
+
+    dH_i = lr (1 - beta1)/(1 - beta1^t) c w_i (1/n) sum_t KH(t, i)         training sequence i's share of the entropy change
+
+P stands on one side only. Rows are raw: no advantage, length or P inside. Only the training side's rows are stored
+(n_train times the trainable parameters); the evaluation side streams by, module by module, in one forward and one backward
+pass a kernel. Sums in float32. Source: docs/theory/fisher-kernel.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
+from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
+from entropy_core.scores import TokenStatistics, token_statistics
+
+
+@dataclass(frozen=True)
+class CrossKernels:
+    """`fisher` K1 and `entropy_fisher` KH, both (n_eval, n_train) float32."""
+
+    fisher: Tensor
+    entropy_fisher: Tensor
+
+
+def compute_cross_fisher_kernel(
+    model: nn.Module,
+    eval_batch: SequenceBatch,
+    train_batch: SequenceBatch,
+    preconditioner: Mapping[str, Tensor] | None = None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> Tensor:
+    """K1, (n_eval, n_train) float32. preconditioner: name -> P over all trainable parameters; None means P = 1.
+
+    Raises ValueError where P does not cover the trainable parameters, holds values that are not positive and finite, or
+    where rows cannot be formed (entropy_core.gradients).
+    """
+    columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
+    objectives = [score_coefficients(eval_batch)]
+    return contract_rows(model, eval_batch, objectives, columns, preconditioner, token_batch_size)[0]
+
+
+def compute_kernels(
+    model: nn.Module,
+    eval_batch: SequenceBatch,
+    train_batch: SequenceBatch,
+    preconditioner: Mapping[str, Tensor] | None = None,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+    statistics: TokenStatistics | None = None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> CrossKernels:
+    """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
+    columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
+    statistics = statistics or token_statistics(model, eval_batch, token_batch_size)
+    objectives = [
+        score_coefficients(eval_batch),
+        entropy_coefficients(statistics, eval_batch, estimator, per_token),
+    ]
+    return CrossKernels(*contract_rows(model, eval_batch, objectives, columns, preconditioner, token_batch_size))
+
+
+def contract_rows(
+    model: nn.Module,
+    batch: SequenceBatch,
+    objectives: list[TokenCoefficients],
+    columns: Mapping[str, Tensor],
+    preconditioner: Mapping[str, Tensor] | None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> list[Tensor]:
+    """For each objective the (N, n_columns) float32 matrix  row_t^T diag(P) column_i , rows of `batch` streamed.
+
+    columns: name -> (n_columns, *shape), stored rows of the other side (without P).
+    """
+    parameters = trainable_parameters(model)
+    if columns.keys() != parameters.keys():
+        raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
+    _check_preconditioner(preconditioner, parameters)
+    count = len(next(iter(columns.values())))
+    out = [torch.zeros((len(batch), count), dtype=torch.float32, device=batch.device) for _ in objectives]
+
+    def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
+        if preconditioner is not None:
+            rows = rows * preconditioner[name]
+        out[number].index_add_(0, indices, (rows.flatten(1) @ columns[name].flatten(1).T).to(torch.float32))
+
+    stream_rows(model, batch, objectives, contract, token_batch_size)
+    return out
+
+
+def _check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:
+    if preconditioner is None:
+        return
+    missing = [name for name in parameters if name not in preconditioner]
+    if missing:
+        raise ValueError(
+            f"the preconditioner lacks {len(missing)} of {len(parameters)} trainable parameters, e.g. {missing[0]!r}: it "
+            "belongs to another model, or optimizer names were mapped wrongly"
+        )
+    for name, parameter in parameters.items():
+        p = preconditioner[name]
+        if p.shape != parameter.shape:
+            raise ValueError(f"the preconditioner of {name!r} is {tuple(p.shape)}, the parameter {tuple(parameter.shape)}")
+        if not bool(((p > 0) & torch.isfinite(p)).all()):
+            raise ValueError(f"the preconditioner of {name!r} holds values that are not positive and finite")

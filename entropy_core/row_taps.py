@@ -1,0 +1,156 @@
+"""Taps behind modules that own trainable parameters: they turn a passing cotangent into one gradient row per sequence.
+
+A tap is the identity on a module's output. Its backward sees dObjective/dy and hands the cotangent on unchanged; all taps
+hang on one scalar `root`, and only the root's gradient is asked of autograd, so that every tap is visited while no weight
+gradient of the usual kind is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import Bucket
+from entropy_core.forward import output_layer
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.receive(cotangents[0])
+        return cotangents[0], cotangents[0].new_zeros(()), None
+
+
+class RowTaps:
+    """Context in which one forward pass over `bucket` is tapped; `backward` may then be called for several objectives."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], bucket: Bucket) -> None:
+        self._bucket = bucket
+        self._names = {id(p): name for name, p in parameters.items()}
+        some = next(iter(parameters.values()))
+        self._root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
+        self._sink: Callable[[str, Tensor], None] | None = None
+        self._forming_rows = False
+        layer = output_layer(model)
+        self._flat_modules = set(layer.modules()) if layer is not None else set()
+        self._handles = []
+        self._modules: dict[nn.Module, dict[str, str]] = {}
+        for path, module in model.named_modules():
+            own = {k: self._names[id(p)] for k, p in module._parameters.items() if p is not None and id(p) in self._names}
+            if own:
+                self._modules[module] = own
+                self._handles.append(module.register_forward_hook(self._make_hook(path, own), with_kwargs=True))
+        reachable = {name for own in self._modules.values() for name in own.values()}
+        missing = [name for name in parameters if name not in reachable]
+        if missing:  # only a parameter held outside `_parameters`, e.g. in a plain list, can end here
+            self.__exit__(None, None, None)
+            raise ValueError(f"no module owns the trainable parameter {missing[0]!r}: use method='loop', or freeze it")
+
+    def __enter__(self) -> RowTaps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def backward(self, objective: Tensor, sink: Callable[[str, Tensor], None], retain_graph: bool) -> None:
+        """Walk back from `objective`, sending (parameter name, (n, *shape) rows) to `sink` at every tap."""
+        self._sink = sink
+        try:
+            torch.autograd.grad(objective, self._root, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            self._sink = None
+
+    def _make_hook(self, path: str, own: dict[str, str]) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if self._forming_rows:
+                return output
+            name = next(iter(own.values()))
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            where = f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
+            if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
+                raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
+            flat = module in self._flat_modules and args[0].shape[0] == len(self._bucket.targets)
+            rows, length = self._bucket.input_ids.shape
+            if not flat and (args[0].shape[:2] != (rows, length) or output.shape[:2] != (rows, length)):
+                raise ValueError(
+                    f"{where} does not keep sequences apart: it maps {tuple(args[0].shape)} to {tuple(output.shape)} for "
+                    f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
+                )
+
+            def receive(cotangent: Tensor) -> None:
+                self._emit(module, own, args, kwargs, cotangent.detach(), flat)
+
+            return _Tap.apply(output, self._root, receive)
+
+        return hook
+
+    def _emit(self, module: nn.Module, own: dict[str, str], args: tuple, kwargs: dict, dy: Tensor, flat: bool) -> None:
+        assert self._sink is not None
+        x = args[0].detach()
+        if flat:
+            x, dy = self._unflatten(x), self._unflatten(dy)
+        self._forming_rows = True
+        try:
+            for key, rows in _module_rows(module, set(own), x, args[1:], kwargs, dy).items():
+                self._sink(own[key], rows)
+        finally:
+            self._forming_rows = False
+
+    def _unflatten(self, tensor: Tensor) -> Tensor:
+        """(m, ...) of completion tokens -> (n, l, ...), zero elsewhere (a zero cotangent adds nothing to a row)."""
+        full = tensor.new_zeros((*self._bucket.input_ids.shape, *tensor.shape[1:]))
+        full[self._bucket.rows, self._bucket.positions] = tensor
+        return full
+
+
+def _module_rows(module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor) -> dict[str, Tensor]:
+    if type(module).forward is nn.Linear.forward:
+        return _linear_rows(own, x, dy)
+    if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
+        return {"weight": _embedding_rows(module, x, dy)}
+    return _vjp_rows(module, own, x, rest, kwargs, dy)
+
+
+def _linear_rows(own: set[str], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    dy = dy.flatten(1, -2)
+    rows = {}
+    if "weight" in own:
+        rows["weight"] = torch.bmm(dy.transpose(1, 2), x.flatten(1, -2).to(dy.dtype))
+    if "bias" in own:
+        rows["bias"] = dy.sum(1)
+    return rows
+
+
+def _embedding_rows(module: nn.Embedding, ids: Tensor, dy: Tensor) -> Tensor:
+    count, width = ids.shape[0], dy.shape[-1]
+    rows = dy.new_zeros((count * module.num_embeddings, width))
+    offsets = torch.arange(count, device=ids.device)[:, None] * module.num_embeddings
+    rows.index_add_(0, (ids.flatten(1) + offsets).flatten(), dy.reshape(-1, width))
+    rows = rows.view(count, module.num_embeddings, width)
+    if module.padding_idx is not None:  # torch gives the padding row no gradient
+        rows[:, module.padding_idx] = 0
+    return rows
+
+
+def _vjp_rows(module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if name in own}
+
+    def one_sequence(x_t: Tensor, dy_t: Tensor) -> dict[str, Tensor]:
+        def forward(values: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(module, values, (x_t.unsqueeze(0), *rest), kwargs)
+
+        return torch.func.vjp(forward, parameters)[1](dy_t.unsqueeze(0))[0]
+
+    return torch.func.vmap(one_sequence)(x, dy)

@@ -1,0 +1,62 @@
+"""Standard errors with prompts as the independent units, and an unbiased product of two means from one batch.
+
+    ratio statistic      r = sum_p a_p / sum_p b_p                         (b_p = 1: a mean over prompts)
+    jackknife            se^2 = (B - 1)/B  sum_p (r_{-p} - mean_p r_{-p})^2,        r_{-p} with prompt p left out
+    U-statistic          U = B/(B-1) Xbar.Ybar - 1/(B(B-1)) sum_p X_p.Y_p           E[U] = E[X].E[Y]
+
+Symbols: B prompts, a_p and b_p sums over prompt p's sequences, X_p and Y_p vectors of the two sides. All standard errors
+here are of the *mean*, not the spread of its summands. Source: Efron & Stein 1981; docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sums_over_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
+    """(N, ...) values -> (B, ...) float64 sums over each prompt's sequences, prompts in ascending order."""
+    _, group = prompt_index.unique(return_inverse=True)
+    out = torch.zeros((int(group.max()) + 1, *values.shape[1:]), dtype=torch.float64, device=values.device)
+    return out.index_add_(0, group, values.double())
+
+
+def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominators: Tensor | None = None) -> float:
+    """Standard error of sum(numerators) / sum(denominators), leaving out one prompt at a time.
+
+    numerators, denominators: (N,) per sequence; denominators default to 1 (a mean over sequences). NaN with one prompt:
+    a single unit carries no information about its spread.
+    """
+    if denominators is None:
+        denominators = torch.ones_like(numerators)
+    a, b = sums_over_prompts(numerators, prompt_index), sums_over_prompts(denominators, prompt_index)
+    return jackknife_standard_error((a.sum() - a) / (b.sum() - b))
+
+
+def jackknife_standard_error(leave_one_out: Tensor) -> float:
+    """Standard error of a statistic from its (B,) values with each unit left out. NaN for fewer than two units."""
+    count = len(leave_one_out)
+    if count < 2:
+        return float("nan")
+    spread = leave_one_out.double() - leave_one_out.double().mean()
+    return float(((count - 1) / count * spread.square().sum()).sqrt())
+
+
+def in_quadrature(*standard_errors: float) -> float:
+    """Standard error of a sum of independent parts."""
+    return sum(s * s for s in standard_errors) ** 0.5
+
+
+def u_statistic(left: Tensor, right: Tensor) -> float:
+    """Unbiased estimate of E[X].E[Y] from B paired vectors, (B, D) each: the product of means without its t = t' terms.
+
+    Raises ValueError for fewer than two prompts, or shapes that differ.
+    """
+    if left.shape != right.shape or left.dim() != 2:
+        raise ValueError(f"both sides must be (B, D), not {tuple(left.shape)} and {tuple(right.shape)}")
+    count = left.shape[0]
+    if count < 2:
+        raise ValueError("a U-statistic needs at least two prompts")
+    x, y = left.double(), right.double()
+    total = torch.dot(x.sum(0), y.sum(0)) - (x * y).sum()
+    return float(total / (count * (count - 1)))
