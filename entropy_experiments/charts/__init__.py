@@ -1,0 +1,1 @@
+"""The charts behind ``entropy_experiments.plots``: one question a file, one look for all of them."""

@@ -1,0 +1,32 @@
+"""Every chart of an analysis: labelled arrays in, a matplotlib ``Figure`` out, no global state, no files.
+
+    plot_training_history     entropy and reward while training; each step's predicted and measured Δh
+    plot_predicted_vs_actual  predicted and measured Δh along the step, and their ratio
+    plot_entropy_split        batch, momentum, weight decay: which part of the update moved entropy
+    plot_attribution          which training sequences moved it
+    plot_kernel_heatmap       which evaluation sequences a training sequence moves
+    plot_fisher_evolution     all of this over the checkpoints of a run
+
+Entropies are in nats per token, a negative change is a loss of entropy, and error bars are ±2 standard
+errors throughout. What is missing is drawn as "no data". ``caption_of(figure)`` is the figure's caption,
+``save_png`` writes a file.
+"""
+
+from entropy_experiments.charts.attribution import plot_attribution
+from entropy_experiments.charts.history import plot_fisher_evolution, plot_training_history
+from entropy_experiments.charts.kernel import plot_kernel_heatmap
+from entropy_experiments.charts.step import plot_entropy_split, plot_predicted_vs_actual
+from entropy_experiments.charts.style import caption_of, no_data_figure, png_bytes, save_png
+
+__all__ = [
+    "caption_of",
+    "no_data_figure",
+    "plot_attribution",
+    "plot_entropy_split",
+    "plot_fisher_evolution",
+    "plot_kernel_heatmap",
+    "plot_predicted_vs_actual",
+    "plot_training_history",
+    "png_bytes",
+    "save_png",
+]

@@ -1,0 +1,298 @@
+"""What an analysis found, in plain sentences: the same ones on the console and at the head of the report.
+
+Every sentence is computed from the stored numbers by a pure function, and says when a number is missing or
+is too uncertain to carry a statement. Predicted and measured changes are compared by
+
+    z = |predicted − measured| / sqrt(se_predicted² + se_measured²)      "they agree": z ≤ 2
+
+Both are usually taken on the same evaluation sequences, so their errors move together and z errs on the
+side of agreement; "agree" is therefore only said beside whether the prediction itself is told from zero
+(|predicted| > 2 se).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from entropy_experiments.number_format import (
+    as_number,
+    counted,
+    lookup,
+    plain,
+    plus_minus,
+    series,
+    signed,
+    value_and_error,
+)
+from entropy_experiments.text_display import prompt_frame, quoted
+
+Tone = Literal["plain", "good", "warning", "bad"]
+# All three estimate the same gradient ∇h; the fixed-prefix estimator has another estimand and is never
+# taken for it.
+ESTIMATORS_OF_DELTA_H = ("rao_blackwell", "split", "score_function")
+PARTS = {
+    "batch": "this step's batch",
+    "momentum": "momentum (earlier batches)",
+    "weight_decay": "weight decay",
+}
+_UNIT = "nats per token"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One statement and how it is to be taken. The text is free of control characters, but is not escaped
+    for markup.
+    """
+
+    text: str
+    tone: Tone = "plain"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """predicted − measured, its standard error, their quotient z ≥ 0 and whether z ≤ 2."""
+
+    difference: float
+    standard_error: float
+    z: float
+
+    @property
+    def within_two(self) -> bool:
+        """Whether the two agree within two standard errors of their difference."""
+        return self.z <= 2.0
+
+
+def agreement(predicted: object, measured: object) -> Agreement | None:
+    """Compare two {"value", "standard_error"}; None where a value or a standard error is not known, or both
+    errors are 0.
+    """
+    (left, left_error), (right, right_error) = value_and_error(predicted), value_and_error(measured)
+    if left is None or right is None or left_error is None or right_error is None:
+        return None
+    error = math.hypot(left_error, right_error)
+    return Agreement(left - right, error, abs(left - right) / error) if error > 0 else None
+
+
+def primary_estimator(summary: Mapping[str, Any]) -> str | None:
+    """The first estimator of Δh for which the summary has a total."""
+    for name in ESTIMATORS_OF_DELTA_H:
+        if value_and_error(lookup(summary, "predicted", name, "total"))[0] is not None:
+            return name
+    return None
+
+
+def training_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence:
+    """What entropy and reward did over the recorded training steps."""
+    rows = sorted(
+        (row for row in history if as_number(row.get("step")) is not None), key=lambda row: row["step"]
+    )
+    steps, entropy, reward = series(rows, "step"), series(rows, "entropy"), series(rows, "reward")
+    known = np.flatnonzero(np.isfinite(entropy))
+    if not len(known):
+        return Sentence(
+            "What entropy did in training is not known: the folder holds no training history.", "warning"
+        )
+    first, last = known[0], known[-1]
+    if first == last:
+        return Sentence(
+            f"Entropy was {plain(entropy[first])} {_UNIT} at training step {steps[first]:g}, the only one "
+            f"recorded."
+        )
+    start, end = float(entropy[first]), float(entropy[last])
+    change = (end - start) / start if start > 0 else 0.0
+    movement = (
+        "hardly changed, from"
+        if abs(change) < 0.05
+        else f"{'fell' if change < 0 else 'rose'} by {abs(change):.0%}, from"
+    )
+    text = f"In training (steps {steps[first]:g} to {steps[last]:g}) entropy {movement} {plain(start)} to "
+    f"{plain(end)} {_UNIT}"
+    rewards = reward[np.isfinite(reward)]
+    if len(rewards) > 1:
+        text += f", while mean reward went from {plain(rewards[0])} to {plain(rewards[-1])}"
+    return Sentence(text + ".")
+
+
+def probe_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence | None:
+    """How well the probe's predictions held while training, over the steps that have both; None with fewer
+    than two.
+    """
+    predicted, measured = series(history, "probe/predicted"), series(history, "probe/measured")
+    both = np.isfinite(predicted) & np.isfinite(measured)
+    if both.sum() < 2:
+        return None
+    predicted, measured = predicted[both], measured[both]
+    text = (
+        f"While training, the probe predicted {counted(len(predicted), 'step')}: the predicted changes "
+        f"sum to "
+        f"{signed(predicted.sum())}, the measured ones to {signed(measured.sum())} {_UNIT}"
+    )
+    if len(predicted) > 2 and predicted.std() > 0 and measured.std() > 0:
+        text += f" (correlation {np.corrcoef(predicted, measured)[0, 1]:.2f})"
+    return Sentence(text + ".")
+
+
+def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
+    """How well the analysed step's change was predicted, and what weakens the comparison."""
+    estimator = primary_estimator(summary)
+    measured = lookup(summary, "actual", "snis")
+    actual, _ = actual_numbers = value_and_error(measured)
+    step = as_number(lookup(summary, "checkpoint", "step"))
+    where = "The analysed step" if step is None else f"The analysed step (step {step:g})"
+    if estimator is None:
+        return [Sentence(f"{where} has no predicted change of entropy in this folder.", "bad")]
+    total = lookup(summary, "predicted", estimator, "total")
+    value, error = numbers = value_and_error(total)
+    assert value is not None
+    if value == 0.0:
+        return [Sentence(f"{where} changes nothing to first order: was its learning rate 0?", "warning")]
+    text = f"{where} was predicted to change entropy by {plus_minus(*numbers)} {_UNIT}"
+    if actual is None:
+        return [Sentence(f"{text}; what it did change was not measured.", "warning")]
+    text += f"; measured was {plus_minus(*actual_numbers)}."
+    found: list[Sentence] = []
+    compared = agreement(total, measured)
+    if compared is None:
+        found.append(
+            Sentence(f"{text} Without standard errors of both, whether they agree cannot be said.", "warning")
+        )
+    else:
+        gap = f"(difference {signed(compared.difference, 2)}, {compared.z:.1f} standard errors)"
+        if compared.within_two:
+            found.append(Sentence(f"{text} They agree within 2 standard errors {gap}.", "good"))
+        else:
+            found.append(Sentence(f"{text} They do NOT agree within 2 standard errors {gap}.", "bad"))
+    if error is not None and abs(value) <= 2 * error:
+        found.append(
+            Sentence(
+                "The prediction itself is not told from zero (it is within 2 standard errors of it), so "
+                "agreement says "
+                "little: analyse with more evaluation prompts.",
+                "warning",
+            )
+        )
+    effective, n = as_number(lookup(measured, "effective_sample_size")), as_number(lookup(measured, "n"))
+    if effective is not None and n and effective < 0.5 * n:
+        found.append(
+            Sentence(
+                f"The measured change is not to be trusted: reweighting left an effective sample of "
+                f"{plain(effective)} "
+                f"of {n:g} sequences, less than half.",
+                "warning",
+            )
+        )
+    return found
+
+
+def part_sentence(summary: Mapping[str, Any]) -> Sentence | None:
+    """Which of batch, momentum and weight decay moved entropy; None where the split is not known."""
+    estimator = primary_estimator(summary)
+    if estimator is None:
+        return None
+    numbers = {part: value_and_error(lookup(summary, "predicted", estimator, part)) for part in PARTS}
+    values = {part: value for part, (value, _) in numbers.items() if value is not None}
+    if not values or not any(values.values()):
+        return None
+    largest = max(values, key=lambda part: abs(values[part]))
+    others = [f"{PARTS[part]} {plus_minus(*numbers[part])}" for part in values if part != largest]
+    text = f"The largest part of the predicted change came from {PARTS[largest]}: "
+    f"{plus_minus(*numbers[largest])} {_UNIT}"
+    if others:
+        text += f" (beside it {' and '.join(others)})"
+    against = [PARTS[part] for part, value in values.items() if value * values[largest] < 0]
+    if against:
+        text += f"; {' and '.join(against)} worked against it"
+    return Sentence(text + ".")
+
+
+def cost_sentences(training: Sequence[Mapping[str, Any]], all_prompts: Sequence[str] = ()) -> list[Sentence]:
+    """Which training sequence and which prompt cost most entropy in this step.
+
+    ``training``: rows with "row", "prompt_index", "prompt", "completion", "reward", "delta_h".
+    ``all_prompts`` (default: those of ``training``) serves to leave out what all prompts have in common.
+    """
+    rows = [row for row in training if as_number(row.get("delta_h")) is not None]
+    if not rows:
+        return [
+            Sentence(
+                "What single sequences cost is not known: no shares of the change were stored.", "warning"
+            )
+        ]
+    frame = prompt_frame(list(all_prompts) or [row["prompt"] for row in rows])
+    lowering = sum(row["delta_h"] < 0 for row in rows)
+    raising = sum(row["delta_h"] > 0 for row in rows)
+    text = f"Of {counted(len(rows), 'training sequence')}, {lowering} lowered entropy in this step and "
+    f"{raising} raised it"
+    if not lowering:
+        return [Sentence(f"{text}; none cost entropy.")]
+    worst = min(rows, key=lambda row: row["delta_h"])
+    found = [
+        Sentence(
+            f"{text}; the one that cost most is sequence {worst['row']} of prompt {worst['prompt_index']} "
+            f"(reward {plain(worst.get('reward'))}): {signed(worst['delta_h'] * 1e3)} ×10⁻³ {_UNIT}, "
+            f"{quoted(frame.own_part(worst['prompt']), keep='end')} answered by "
+            f"{quoted(worst['completion'])}."
+        )
+    ]
+    sums: dict[int, float] = {}
+    for row in rows:
+        sums[row["prompt_index"]] = sums.get(row["prompt_index"], 0.0) + row["delta_h"]
+    if len(sums) > 1 and min(sums.values()) < 0:
+        prompt = min(sums, key=lambda index: sums[index])
+        example = next(row for row in rows if row["prompt_index"] == prompt)
+        found.append(
+            Sentence(
+                f"Of {len(sums)} prompts, prompt {prompt} cost most, with all its sequences "
+                f"{signed(sums[prompt] * 1e3)} ×10⁻³ {_UNIT}: "
+                f"{quoted(frame.own_part(example['prompt']), keep='end')}."
+            )
+        )
+    return found
+
+
+def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
+    """Whether the analysis's checks of itself passed; the failed ones by name and number."""
+    if not self_checks:
+        return Sentence("No self-checks were recorded: nothing vouches for these numbers.", "warning")
+    failed = [check for check in self_checks if check.get("passed") is not True]
+    if not failed:
+        names = ", ".join(_name(check) for check in self_checks)
+        return Sentence(f"All {counted(len(self_checks), 'self-check')} passed: {names}.", "good")
+    described = [
+        f"{_name(check)} ({plain(check.get('value'))}, tolerance {plain(check.get('tolerance'))})"
+        for check in failed
+    ]
+    return Sentence(
+        f"{len(failed)} of {counted(len(self_checks), 'self-check')} FAILED: {', '.join(described)}. "
+        "Do not rely on the numbers below until this is explained.",
+        "bad",
+    )
+
+
+def _name(check: Mapping[str, Any]) -> str:
+    return quoted(str(check.get("name", "unnamed")))[1:-1]
+
+
+def write_verdict(
+    summary: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    self_checks: Sequence[Mapping[str, Any]],
+    training: Sequence[Mapping[str, Any]] = (),
+    all_prompts: Sequence[str] = (),
+) -> list[Sentence]:
+    """The verdict on an analysis, most important first; a failed self-check comes before everything else.
+
+    Parameters are the content of summary.json and training_history.json, run.json's "self_checks", and the
+    training rows of sequences.parquet (see ``cost_sentences``).
+    """
+    checks = check_sentence(self_checks)
+    found = [training_sentence(history), *prediction_sentences(summary), part_sentence(summary)]
+    found += [*cost_sentences(training, all_prompts), probe_sentence(history)]
+    sentences = [sentence for sentence in found if sentence is not None]
+    return [checks, *sentences] if checks.tone == "bad" else [*sentences, checks]

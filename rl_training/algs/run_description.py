@@ -1,0 +1,83 @@
+"""What a running trainer knows that its checkpoint would not say, gathered for the sidecar."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+from rl_training.checkpoint_format import SIDECAR_FORMAT, Sidecar, SidecarAlgorithm, SidecarSampling
+from rl_training.difficulty import PassRates
+from rl_training.errors import UserError
+
+_VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
+
+
+class LearningRateRecorder(TrainerCallback):
+    """Remembers each group's learning rate just before the optimizer steps: afterwards the scheduler has moved on."""
+
+    def __init__(self) -> None:
+        self.used: list[float] = []
+
+    def on_pre_optimizer_step(self, *_args: Any, optimizer: torch.optim.Optimizer, **_kwargs: Any) -> None:
+        self.used = [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def optimizer_parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
+    """Names in the order of the optimizer's integer ids, by identity. Raises UserError for a parameter not in the model."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    out = []
+    for group in optimizer.param_groups:
+        unknown = [p for p in group["params"] if id(p) not in names]
+        if unknown:
+            raise UserError(f"the optimizer trains a parameter of shape {tuple(unknown[0].shape)} that the model does not have")
+        out.append([names[id(p)] for p in group["params"]])
+    return out
+
+
+def describe_run(
+    trainer: Any,
+    learning_rates: list[float],
+    model_name: str | None,
+    task: dict[str, Any] | None,
+    pass_rates: PassRates,
+) -> Sidecar:
+    """The sidecar of the trainer's present state; `trainer.args` is a DrGRPOConfig."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantization = getattr(base.config, "quantization_config", None)
+    return Sidecar(
+        format=SIDECAR_FORMAT,
+        step=trainer.state.global_step,
+        model_name=model_name or str(base.config._name_or_path),
+        dtype=str(base.dtype).removeprefix("torch."),
+        quantization=None if quantization is None else str(quantization),
+        optimizer_parameter_names=optimizer_parameter_names(trainer.optimizer, model),
+        learning_rates_used=learning_rates,
+        sampling=SidecarSampling(
+            temperature=float(args.temperature),
+            top_p=float(args.top_p),
+            top_k=int(args.top_k),
+            max_completion_length=int(args.max_completion_length),
+            eos_token_ids=sorted(int(i) for i in trainer.eos_token_ids),
+            pad_token_id=int(trainer._tokenizer.pad_token_id),
+            prompts_per_step=int(args.generation_batch_size // args.num_generations),
+            completions_per_prompt=int(args.num_generations),
+        ),
+        algorithm=SidecarAlgorithm(
+            scheme="dr_grpo",
+            length_normalizer=args.length_normalizer,
+            max_grad_norm=float(args.max_grad_norm),
+            difficulty_weighting=args.difficulty_weighting,
+            reject_zero_advantage=args.reject_zero_advantage,
+            max_refill_rounds=args.max_refill_rounds,
+        ),
+        task=task,
+        pass_rates=pass_rates.state_dict(),
+        rank_count=trainer.accelerator.num_processes,
+        versions={name: version(name) for name in _VERSIONS},
+    )

@@ -1,0 +1,90 @@
+"""The sidecar that a checkpoint of ours carries beside the Hugging Face Trainer's own files.
+
+`optimizer.pt` numbers its entries and names none of them, the scheduler may already hold the *next* learning rate, and
+nothing in a checkpoint says how completions were sampled. The sidecar `entropy_experiments.json` says all three.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rl_training.configuration import StrictModel, validate_config
+from rl_training.errors import UserError
+
+SIDECAR_NAME = "entropy_experiments.json"
+SIDECAR_FORMAT = 1
+
+
+class SidecarSampling(StrictModel):
+    """How completions were drawn in the run."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_completion_length: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+    prompts_per_step: int
+    completions_per_prompt: int
+
+
+class SidecarAlgorithm(StrictModel):
+    """How sequences were weighted in the loss, and how the training buffer was filled."""
+
+    scheme: str
+    length_normalizer: str
+    max_grad_norm: float
+    difficulty_weighting: bool
+    reject_zero_advantage: bool
+    max_refill_rounds: int
+
+
+class Sidecar(StrictModel):
+    """What a checkpoint must carry to be analysed; see the fields of the same name in docs/guides/checkpoints.md."""
+
+    format: int
+    step: int
+    model_name: str
+    dtype: str
+    quantization: str | None
+    optimizer_parameter_names: list[list[str]]
+    """Per parameter group, the names in the order of the optimizer's integer ids."""
+    learning_rates_used: list[float]
+    """Per parameter group, the rate that the last step was taken with."""
+    sampling: SidecarSampling
+    algorithm: SidecarAlgorithm
+    task: dict[str, Any] | None
+    """The task's configuration, where it came from one."""
+    pass_rates: dict[str, list[float]]
+    rank_count: int
+    versions: dict[str, str]
+
+
+def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
+    """Write it whole or not at all; flushed to disk before it gets its name."""
+    path = folder / SIDECAR_NAME
+    part = path.with_suffix(".json.part")
+    with part.open("w", encoding="utf-8") as handle:
+        handle.write(sidecar.model_dump_json(indent=1))
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.rename(path)
+    return path
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """The checkpoint's sidecar, or None where it has none. Raises UserError for one that is broken or too new."""
+    path = folder / SIDECAR_NAME
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
+    if not isinstance(data, dict) or data.get("format") != SIDECAR_FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise UserError(f"{path} is of format {found}, this release reads {SIDECAR_FORMAT}: use the release that wrote it")
+    return validate_config(Sidecar, data, str(path))

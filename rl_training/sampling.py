@@ -1,0 +1,281 @@
+"""One collector of rollouts, two policies: an unfiltered evaluation buffer and a filtered training buffer.
+
+    unfiltered   prompts uniform, every completion kept, no reward looked at: the data distribution
+    filtered     prompts by difficulty, groups without reward differences rejected and refilled: what gives gradient
+
+Completions are drawn from the whole softmax at the stated temperature, the very law that is differentiated afterwards.
+See docs/theory/double-sampling.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.forward import evaluation_mode
+from rl_training.difficulty import PassRates
+from rl_training.errors import UserError
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class SamplingLaw:
+    """The distribution completions come from: softmax(logits / temperature), cut after EOS or `max_completion_length`."""
+
+    temperature: float
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise UserError(
+                f"top_k={self.top_k}, top_p={self.top_p}: a truncated sampler draws from another distribution than the one "
+                "that is differentiated; sample with top_k=0 and top_p=1"
+            )
+        if not self.temperature > 0:
+            raise UserError(f"temperature={self.temperature}: it must be positive (greedy decoding has no entropy)")
+        if self.max_completion_length < 1:
+            raise UserError(f"max_completion_length={self.max_completion_length}: it must be at least 1")
+
+
+@dataclass
+class Rollouts:
+    """Sequences as drawn, one entry of each list a sequence; `reward` stays None where none was looked at.
+
+    prompt, completion are texts; prompt_row is the task's row the prompt came from. status is "evaluation", or in a
+    training buffer "trained", "filler" (kept without gradient because refilling ran out) or "rejected".
+    """
+
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    prompt_index: list[int] = field(default_factory=list)
+    prompt: list[str] = field(default_factory=list)
+    completion: list[str] = field(default_factory=list)
+    prompt_row: list[dict[str, Any]] = field(default_factory=list)
+    reward: list[float | None] = field(default_factory=list)
+    status: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def extend(self, other: Rollouts) -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).extend(getattr(other, name))
+
+    def select(self, keep: Sequence[int]) -> Rollouts:
+        return Rollouts(**{name: [getattr(self, name)[i] for i in keep] for name in self.__dataclass_fields__})
+
+    def to_batch(self, law: SamplingLaw) -> SequenceBatch:
+        return SequenceBatch.from_sequences(
+            self.prompt_ids, self.completion_ids, self.prompt_index, law.pad_token_id, law.temperature
+        )
+
+
+@dataclass
+class CollectionCounts:
+    """Everything a filtered collection generated, and what became of it (numbers of sequences; rounds are rounds)."""
+
+    rounds: int = 0
+    generated: int = 0
+    rejected: int = 0
+    filler: int = 0
+    kept: int = 0
+
+
+def sampling_law(
+    model: nn.Module, tokenizer: Any, temperature: float, max_completion_length: int, top_k: int = 0, top_p: float = 1.0
+) -> SamplingLaw:
+    """The law with the model's own end-of-sequence tokens (all of them, as generation stops at any)."""
+    config_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = config_ids if isinstance(config_ids, list | tuple) else [config_ids]
+    eos = {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    if not eos:
+        raise UserError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)
+    return SamplingLaw(temperature, max_completion_length, tuple(sorted(eos)), pad, top_k, top_p)
+
+
+def tokenize_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of prompts: chat messages go through the chat template with its generation prompt, texts as they are."""
+    out = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            out.append(list(tokenizer(prompt)["input_ids"]))
+            continue
+        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        out.append(list(encoded["input_ids"]))
+    return out
+
+
+def generate_completions(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    law: SamplingLaw,
+    seed: int,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """One completion a prompt, drawn from `law`; the global random streams are left as they were.
+
+    Prompts run in batches of similar length. Deterministic for the same model, prompts, batch size and seed.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=law.temperature,
+        top_k=law.top_k,
+        top_p=law.top_p,
+        max_new_tokens=law.max_completion_length,
+        eos_token_id=list(law.eos_token_ids),
+        pad_token_id=law.pad_token_id,
+    )
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    completions: list[list[int]] = [[] for _ in prompt_ids]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            width = max(len(prompt_ids[i]) for i in part)
+            ids = torch.full((len(part), width), law.pad_token_id, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(part):
+                ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
+                mask[row, width - len(prompt_ids[i]) :] = 1
+            drawn = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )[:, width:].tolist()
+            for i, tokens in zip(part, drawn, strict=True):
+                completions[i] = _until_eos(tokens, law)
+            if progress:
+                progress(len(part))
+    return completions
+
+
+def _until_eos(tokens: list[int], law: SamplingLaw) -> list[int]:
+    ends = [k for k, token in enumerate(tokens) if token in law.eos_token_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def prompt_text(prompt: Any) -> str:
+    """What a reader is shown of a prompt: the text, or the last user message of a chat."""
+    if isinstance(prompt, str):
+        return prompt
+    users = [m["content"] for m in prompt if m.get("role") == "user"]
+    return str(users[-1] if users else prompt[-1]["content"])
+
+
+def draw(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    completions_per_prompt: int,
+    law: SamplingLaw,
+    seed: int,
+    status: str,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Rollouts:
+    """`completions_per_prompt` completions of each task row, in order, without looking at any reward."""
+    repeated = [row for row in rows for _ in range(completions_per_prompt)]
+    ids = [tokens for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows]) for _ in range(completions_per_prompt)]
+    completions = generate_completions(model, ids, law, seed, batch_size, progress)
+    return Rollouts(
+        prompt_ids=ids,
+        completion_ids=completions,
+        prompt_index=[int(row["prompt_index"]) for row in repeated],
+        prompt=[prompt_text(row["prompt"]) for row in repeated],
+        completion=tokenizer.batch_decode(completions, skip_special_tokens=True),
+        prompt_row=repeated,
+        reward=[None] * len(repeated),
+        status=[status] * len(repeated),
+    )
+
+
+def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., list[float | None]]]) -> None:
+    """Fill in `reward`: the sum of the reward functions, each called in TRL's signature; None results count as 0."""
+    conversational = not isinstance(rollouts.prompt_row[0]["prompt"], str)
+    shown = [[{"role": "assistant", "content": c}] if conversational else c for c in rollouts.completion]
+    columns = {key: [row.get(key) for row in rollouts.prompt_row] for key in rollouts.prompt_row[0] if key != "prompt"}
+    totals = [0.0] * len(rollouts)
+    for function in reward_functions:
+        values = function(
+            prompts=[row["prompt"] for row in rollouts.prompt_row],
+            completions=shown,
+            completion_ids=rollouts.completion_ids,
+            **columns,
+        )
+        if len(values) != len(rollouts):
+            name = getattr(function, "__name__", "the reward function")
+            raise UserError(f"{name} returned {len(values)} rewards for {len(rollouts)} completions: return one for each")
+        totals = [total + (0.0 if value is None else float(value)) for total, value in zip(totals, values, strict=True)]
+    rollouts.reward = list(totals)
+
+
+def has_reward_differences(rewards: Sequence[float]) -> bool:
+    """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are all equal."""
+    return max(rewards) - min(rewards) > 1e-9
+
+
+def collect_filtered(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    reward_functions: Sequence[Callable[..., list[float | None]]],
+    pass_rates: PassRates,
+    prompts: int,
+    completions_per_prompt: int,
+    law: SamplingLaw,
+    seed: int,
+    max_refill_rounds: int = 2,
+    difficulty_weighting: bool = True,
+    reject_zero_advantage: bool = True,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> tuple[Rollouts, CollectionCounts]:
+    """A training buffer of up to `prompts` groups that give gradient, in up to 1 + max_refill_rounds rounds.
+
+    Unlike the trainer's buffer it holds no filler: where refilling ran out it is smaller, and the counts say so.
+
+    Raises UserError when no group at all has differing rewards.
+    """
+    buffer, counts, seen = Rollouts(), CollectionCounts(), []
+    while counts.rounds <= max_refill_rounds and (missing := prompts - counts.kept // completions_per_prompt) > 0:
+        rng = np.random.default_rng((seed, counts.rounds))
+        drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=difficulty_weighting)
+        seen.extend(drawn)
+        part = draw(
+            model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, law, seed + 7919 * (counts.rounds + 1),
+            "trained", batch_size, progress,
+        )  # fmt: skip
+        score(part, reward_functions)
+        counts.rounds += 1
+        counts.generated += len(part)
+        for group, row in enumerate(drawn):
+            members = range(group * completions_per_prompt, (group + 1) * completions_per_prompt)
+            rewards = [float(part.reward[i] or 0.0) for i in members]
+            pass_rates.update(row, rewards)
+            if reject_zero_advantage and not has_reward_differences(rewards):
+                counts.rejected += len(rewards)
+                continue
+            buffer.extend(part.select(members))
+            counts.kept += len(rewards)
+    if not len(buffer):
+        raise UserError(
+            f"no prompt with mixed rewards among {counts.generated} completions in {counts.rounds} rounds: every group is all "
+            "right or all wrong, so there is no gradient to analyse; choose an earlier checkpoint, an easier or harder "
+            "task, more completions per prompt or more refill rounds"
+        )
+    return buffer, counts

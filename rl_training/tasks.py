@@ -1,0 +1,140 @@
+"""Verifiable tasks: prompts to train on, further ones to measure on, and the reward of a completion."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from rl_training import rewards
+from rl_training.config import TaskConfig
+from rl_training.errors import UserError
+from rl_training.task_sources import (
+    Problem,
+    create_reasoning_gym_dataset,
+    draw_reasoning_gym_problems,
+    read_jsonl_problems,
+)
+
+_REWARD_IN_WORDS = {
+    "exact": "1 if the stripped completion is the answer, else 0",
+    "math_verify": "1 if math-verify finds it equal to the answer, else 0",
+    "score_answer": "the data set's own score of the completion, 0 to 1",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Prompts and rewards. No prompt occurs twice, in `train` and `heldout` together.
+
+    Each row is a JSON-serialisable dict: `prompt` (a list of chat messages), `prompt_index` (an int that
+    stays with its prompt whatever the sizes of the splits), `answer` (text), and the further keys of a JSONL
+    line where a reward function of one's own may want them. All rows have the same keys.
+    """
+
+    name: str
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    reward_functions: list[rewards.RewardFunction]
+    origin: str
+    reward_name: str
+
+    def describe(self) -> str:
+        """Say in one line what the task is, how many prompts it has and what is rewarded."""
+        meaning = _REWARD_IN_WORDS.get(self.reward_name, "a function of your own")
+        return (
+            f"{self.origin}: {len(self.train)} training prompts, {len(self.heldout)} held out; "
+            f"reward {self.reward_name} ({meaning})"
+        )
+
+
+def load_task(config: TaskConfig) -> Task:
+    """Build the task that a configuration describes. Equal configurations give equal tasks.
+
+    Raises
+    ------
+    UserError
+        If the data set, the file or the reward function cannot be used, or has too few distinct prompts.
+    """
+    reward_name = config.reward
+    if reward_name == "default":
+        reward_name = "score_answer" if config.source == "reasoning_gym" else "math_verify"
+    wanted = config.size + config.heldout_size
+    dataset = None
+    if config.source == "reasoning_gym":
+        dataset = create_reasoning_gym_dataset(config.name, config.arguments, config.seed, wanted)
+        problems = draw_reasoning_gym_problems(dataset, wanted)
+        name = config.name
+        given = ", ".join(f"{key}={value}" for key, value in config.arguments.items())
+        origin = f"reasoning-gym {name}({given})"
+    else:
+        problems = read_jsonl_problems(str(config.path))
+        name = origin = str(config.path)
+    _check_count(config, len(problems))
+    chosen = list(range(len(problems)))
+    if config.source == "jsonl":
+        # Files are often sorted, by topic or by difficulty: shuffle, so that both splits are of one kind.
+        Random(config.seed).shuffle(chosen)
+    chosen = chosen[:wanted]
+    _check_answers(problems, chosen, reward_name, name)
+    own = reward_name not in _REWARD_IN_WORDS
+    extra = sorted({key for index in chosen for key in problems[index].columns}) if own else []
+    rows = [_row(problems[index], index, config.system_prompt, extra) for index in chosen]
+    entries = {index: problems[index].entry for index in chosen}
+    return Task(
+        name=name,
+        train=rows[: config.size],
+        heldout=rows[config.size :],
+        reward_functions=[_reward_function(reward_name, dataset, entries, name)],
+        origin=origin,
+        reward_name=reward_name,
+    )
+
+
+def _row(problem: Problem, index: int, system_prompt: str | None, extra: Sequence[str]) -> dict[str, Any]:
+    messages = [dict(message) for message in problem.messages]
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    columns = {key: problem.columns.get(key) for key in extra}
+    return {"prompt": messages, "prompt_index": index, "answer": problem.answer or "", **columns}
+
+
+def _reward_function(
+    name: str, dataset: Any, entries: dict[int, dict[str, Any]], task_name: str
+) -> rewards.RewardFunction:
+    if name == "score_answer":
+        return rewards.score_answer(dataset, entries, task_name)
+    built_in = {"exact": rewards.exact, "math_verify": rewards.math_verify}
+    return built_in[name] if name in built_in else rewards.import_reward(name)
+
+
+def _check_count(config: TaskConfig, available: int) -> None:
+    wanted = config.size + config.heldout_size
+    if available >= wanted:
+        return
+    heldout = min(config.heldout_size, available // 3)
+    widen = " or widen task.arguments" if config.source == "reasoning_gym" else " or add lines"
+    what = f"reasoning-gym {config.name}" if config.source == "reasoning_gym" else config.path
+    raise UserError(
+        f"{what} has only {available} distinct prompts, but task.size {config.size} + task.heldout_size "
+        f"{config.heldout_size} = {wanted} are wanted: set task.size={available - heldout} "
+        f"task.heldout_size={heldout}{widen}"
+    )
+
+
+def _check_answers(problems: Sequence[Problem], chosen: Sequence[int], reward_name: str, name: str) -> None:
+    """Refuse a reward that no completion could ever earn."""
+    if reward_name not in ("exact", "math_verify"):
+        return
+    if reward_name == "math_verify" and importlib.util.find_spec("math_verify") is None:
+        raise UserError("task.reward math_verify needs a package: pip install math-verify")
+    for index in chosen:
+        answer = problems[index].answer
+        if answer is None:
+            raise UserError(f"task.reward {reward_name}: {name} names no single answer; take score_answer")
+        if reward_name == "math_verify" and not rewards.parse_answer(answer):
+            question = problems[index].messages[-1]["content"][:60]
+            raise UserError(
+                f"task.reward math_verify cannot read {name}'s answer {answer!r} to {question!r}: "
+                "take task.reward=exact, or a function of your own"
+            )

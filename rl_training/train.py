@@ -1,0 +1,138 @@
+"""One training run from a configuration: model, task, trainer, probe, console; the run folder is what it leaves.
+
+    <output_dir>/config.yaml              resolved, replayable
+    <output_dir>/checkpoint-<step>/       the Hugging Face Trainer's own, plus the sidecar entropy_experiments.json
+    <output_dir>/rollouts/step-*.parquet  every step's sequences, kept and rejected
+    <output_dir>/metrics.jsonl            everything logged, one line a step
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback
+
+from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
+from rl_training.config import TrainConfig
+from rl_training.configuration import dump_config
+from rl_training.errors import UserError
+from rl_training.integrations.trl import EntropyProbeCallback
+from rl_training.models import add_lora, load_model_and_tokenizer
+from rl_training.sampling import sampling_law
+from rl_training.tasks import Task, load_task
+from rl_training.training_console import ConsoleCallback, MetricsFile
+
+
+def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
+    """The trainer of a configuration with its probe attached, ready to train, and its task."""
+    task = load_task(config.task)
+    model, tokenizer = load_model_and_tokenizer(config.model.name, config.model.dtype, config.model.device)
+    if config.lora.enabled:
+        model = add_lora(model, config.lora, config.training.seed)
+    else:
+        model.requires_grad_(True)
+    args = trainer_arguments(config, on_cpu=model.device.type == "cpu")
+    trainer = DrGRPOTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        reward_funcs=list(task.reward_functions),
+        train_dataset=Dataset.from_list(task.train),
+        task=config.task.model_dump(mode="json"),
+        model_name=config.model.name,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if config.entropy_probe.enabled:
+        law = sampling_law(model, tokenizer, config.rollouts.temperature, config.rollouts.max_completion_length)
+        rows = task.heldout or task.train
+        trainer.add_callback(EntropyProbeCallback(trainer, rows, law, config.entropy_probe))
+    return trainer, task
+
+
+def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
+    """TRL's arguments for a configuration. Raises UserError where the buffer does not divide into micro-batches."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rollouts, optimizer, buffer, run = config.rollouts, config.optimizer, config.training_buffer, config.training
+    sequences = rollouts.prompts_per_step * rollouts.completions_per_prompt
+    micro = min(optimizer.micro_batch_size, sequences // processes)
+    if micro < 1 or sequences % (micro * processes):
+        raise UserError(
+            f"a buffer of {sequences} sequences does not divide into micro-batches of {micro} on {processes} process(es): "
+            "change optimizer.micro_batch_size or rollouts.prompts_per_step"
+        )
+    if optimizer.warmup_steps and optimizer.lr_scheduler == "constant":
+        raise UserError("optimizer.warmup_steps needs a schedule that warms up: set optimizer.lr_scheduler")
+    return DrGRPOConfig(
+        output_dir=run.output_dir,
+        max_steps=run.steps,
+        save_steps=run.save_every,
+        seed=run.seed,
+        report_to=list(run.report_to),
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=sequences // (micro * processes),
+        num_generations=rollouts.completions_per_prompt,
+        max_completion_length=rollouts.max_completion_length,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        optim="adamw_torch",
+        learning_rate=optimizer.learning_rate,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.lr_scheduler,
+        warmup_steps=optimizer.warmup_steps,
+        length_normalizer=config.algorithm.length_normalizer,
+        difficulty_weighting=buffer.difficulty_weighting,
+        reject_zero_advantage=buffer.reject_zero_advantage,
+        max_refill_rounds=buffer.max_refill_rounds,
+        pass_threshold=buffer.pass_threshold,
+    )
+
+
+def run_training(config: TrainConfig, quiet: bool = False) -> Path:
+    """Train, and return the run folder.
+
+    Raises UserError where the folder holds a run already (unless resuming from one of its checkpoints), or the checkpoint
+    to resume from is not one.
+    """
+    run = config.training
+    folder = Path(run.output_dir)
+    resume = None if run.resume_from_checkpoint is None else Path(run.resume_from_checkpoint)
+    if resume is None and folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty: choose another training.output_dir, or go on from one of its checkpoints with "
+            "training.resume_from_checkpoint"
+        )
+    if resume is not None and not (resume / "trainer_state.json").exists():
+        raise UserError(f"training.resume_from_checkpoint: {resume} is no checkpoint folder (no trainer_state.json in it)")
+    trainer, task = build_trainer(config)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
+    console = ConsoleCallback(task.describe(), config.entropy_probe.enabled)
+    if not quiet:
+        trainer.add_callback(console)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        console.close()
+    _save_last(trainer, folder)
+    return folder
+
+
+def _save_last(trainer: Any, folder: Path) -> None:
+    if not (folder / f"checkpoint-{trainer.state.global_step}").exists():
+        trainer._save_checkpoint(trainer.model, trial=None)

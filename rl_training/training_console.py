@@ -1,0 +1,89 @@
+"""What a person sees while training runs, and the file that keeps it: one row a step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsFile(TrainerCallback):
+    """Appends everything that is logged to a JSON-lines file, flushed line by line; a resumed run drops later lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if state.is_world_process_zero and "loss" in logs:
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ConsoleCallback(TrainerCallback):
+    """A progress bar with time left, and one line a step: entropy, reward, predicted and measured change."""
+
+    def __init__(self, task_description: str, probe: bool) -> None:
+        self._description, self._probe = task_description, probe
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._bar = self._progress.add_task("training", total=None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._console.print(self._description)
+        columns = f"{'step':>5} {'entropy':>8} {'reward':>7} {'buffer':>14}"
+        if self._probe:
+            columns += f" {'predicted':>18} {'measured':>9} {'batch':>8} {'moment.':>8}"
+        self._console.print(columns + f" {'sec':>5}   (entropies in nats per token)")
+        self._progress.start()
+        self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        probe = {k.removeprefix("entropy_probe/"): v for k, v in logs.items() if k.startswith("entropy_probe/")}
+        kept, made = logs.get("buffer/trained", 0), logs.get("buffer/generated", 0)
+        entropy = probe.get("entropy", logs.get("entropy", float("nan")))
+        reward = logs.get("buffer/reward_first_round", logs.get("reward", float("nan")))
+        line = f"{state.global_step:>5} {entropy:>8.3f} {reward:>7.2f} {f'{kept:.0f} of {made:.0f}':>14}"
+        if probe:
+            line += f" {probe['predicted']:>+8.4f} ± {probe['predicted_se']:.4f} {probe['measured']:>+9.4f}"
+            line += f" {probe['batch']:>+8.4f} {probe['momentum']:>+8.4f}"
+        self._console.print(line + f" {logs.get('step_time', float('nan')):>5.0f}")
+        self._progress.update(self._bar, completed=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; harmless when called twice."""
+        self._progress.stop()

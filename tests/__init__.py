@@ -1,0 +1,1 @@
+"""Tests of the project: the oracle, and one folder a package."""

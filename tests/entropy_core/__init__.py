@@ -1,0 +1,1 @@
+"""Tests of `entropy_core`, one file a module."""

@@ -1,0 +1,151 @@
+"""SequenceBatch: layouts that mean the same, layouts that mean nothing, and the cut into buckets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from entropy_core.batch import SequenceBatch, length_buckets
+from tests.entropy_core.support import left_padded, padded, right_padded
+from tests.oracle.model_cases import TokenLists, random_sequences
+
+LISTS = random_sequences(37)
+
+
+def rebuilt(batch: SequenceBatch) -> TokenLists:
+    """Token lists read back from the masks."""
+    prompts, completions = [], []
+    for ids, attended, completion in zip(
+        batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True
+    ):
+        prompts.append(ids[attended & ~completion].tolist())
+        completions.append(ids[completion].tolist())
+    return TokenLists(prompts, completions, batch.prompt_index.tolist())
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [right_padded(LISTS), left_padded(LISTS), padded(LISTS, [0, 1, 2, 3, 2, 1, 0], [4] * 7, 9)],
+    ids=["right", "left", "both"],
+)
+def test_tokens_survive_every_layout(batch: SequenceBatch) -> None:
+    assert rebuilt(batch) == LISTS
+    assert batch.completion_lengths.tolist() == [len(c) for c in LISTS.completion_ids]
+    assert len(batch) == 7
+
+
+def test_select_keeps_the_asked_order() -> None:
+    order = [5, 0, 5, 2]
+    chosen = rebuilt(right_padded(LISTS, 0.5).select(order))
+    assert chosen.completion_ids == [LISTS.completion_ids[n] for n in order], (
+        "rows were sorted or deduplicated"
+    )
+    assert chosen.prompt_index == [LISTS.prompt_index[n] for n in order], (
+        "prompt ids did not travel with their rows"
+    )
+    assert right_padded(LISTS, 0.5).select(torch.tensor(order)).temperature == 0.5, "the temperature was lost"
+
+
+def test_to_keeps_everything() -> None:
+    moved = right_padded(LISTS, 0.5).to("cpu")
+    assert rebuilt(moved) == LISTS and moved.temperature == 0.5
+
+
+def test_integer_masks_are_accepted() -> None:
+    batch = right_padded(LISTS)
+    same = replace(
+        batch, attention_mask=batch.attention_mask.long(), completion_mask=batch.completion_mask.long()
+    )
+    assert rebuilt(same) == LISTS and same.completion_mask.dtype == torch.bool
+
+
+def spoiled(name: str) -> dict[str, object]:
+    """Arguments of a two-sequence batch (prompt of 2, completions of 2 and 3, one pad) with one thing
+    wrong."""
+    good = right_padded(TokenLists([[1, 2], [1, 2]], [[3, 4], [3, 4, 5]], [0, 0]))
+    arguments = {
+        "input_ids": good.input_ids,
+        "attention_mask": good.attention_mask.clone(),
+        "completion_mask": good.completion_mask.clone(),
+        "prompt_index": good.prompt_index,
+        "temperature": 1.0,
+    }
+    if name == "empty completion":
+        arguments["completion_mask"][0] = False
+    elif name == "completion not attended":
+        arguments["attention_mask"][0, 3] = False
+    elif name == "hole in the attention":
+        arguments["attention_mask"][1, 1] = False
+    elif name == "hole in the completion":
+        arguments["completion_mask"][1, 3] = False
+    elif name == "prompt after the completion":
+        arguments["completion_mask"][1, 4] = False
+    elif name == "nothing before the completion":
+        arguments["completion_mask"][1, :2] = True
+    elif name == "shapes differ":
+        arguments["completion_mask"] = arguments["completion_mask"][:, :-1]
+    elif name == "prompt index too short":
+        arguments["prompt_index"] = arguments["prompt_index"][:1]
+    elif name == "no sequence":
+        arguments = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    elif name == "greedy":
+        arguments["temperature"] = 0.0
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty completion",
+        "completion not attended",
+        "hole in the attention",
+        "hole in the completion",
+        "prompt after the completion",
+        "nothing before the completion",
+        "shapes differ",
+        "prompt index too short",
+        "no sequence",
+        "greedy",
+    ],
+)
+def test_impossible_batches_are_refused(name: str) -> None:
+    SequenceBatch(**spoiled("nothing"))
+    with pytest.raises(ValueError):
+        SequenceBatch(**spoiled(name))
+
+
+def test_from_sequences_refuses_unequal_lists() -> None:
+    with pytest.raises(ValueError):
+        SequenceBatch.from_sequences([[1], [2]], [[3]], [0, 1], 0)
+    with pytest.raises(ValueError):
+        SequenceBatch.from_sequences([[]], [[3]], [0], 0)
+
+
+@pytest.mark.parametrize("token_batch_size", [1, 12, 25, 10_000])
+@pytest.mark.parametrize("layout", [right_padded, left_padded], ids=["right", "left"])
+def test_buckets_hold_every_completion_token_once(layout, token_batch_size: int) -> None:
+    batch = layout(LISTS)
+    seen = torch.zeros_like(batch.input_ids)
+    rows = []
+    for bucket in length_buckets(batch, token_batch_size):
+        assert bucket.input_ids.numel() <= token_batch_size or len(bucket.indices) == 1, (
+            "a bucket is over its budget"
+        )
+        at = (bucket.indices[bucket.rows], bucket.columns)
+        seen[at] += 1
+        assert torch.equal(batch.input_ids[at], bucket.targets), (
+            "a target is not the token that it claims to be"
+        )
+        assert torch.equal(bucket.input_ids[bucket.rows, bucket.positions + 1], bucket.targets), (
+            "positions are off by one"
+        )
+        rows += bucket.indices.tolist()
+    assert sorted(rows) == list(range(7)), "a sequence is missing or stands in two buckets"
+    assert torch.equal(seen, batch.completion_mask.long()), "a completion token is missing or counted twice"
+
+
+def test_a_bucket_needs_room() -> None:
+    with pytest.raises(ValueError):
+        length_buckets(right_padded(LISTS), 0)

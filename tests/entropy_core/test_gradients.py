@@ -1,0 +1,265 @@
+"""Per-sequence rows against autograd on one unpadded sequence at a time, for every model of the table."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from entropy_core.gradients import (
+    dot,
+    entropy_rows,
+    per_sequence_gradients,
+    trainable_parameters,
+    verify_row_sums,
+)
+from tests.entropy_core.support import alone, left_padded, padded, right_padded
+from tests.oracle import brute_force
+from tests.oracle.comparison import assert_named_close
+from tests.oracle.model_cases import CASES, ModelCase, parameters_of, random_sequences
+
+BY_NAME = {case.name: case for case in CASES}
+DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=["float64", "float32"])
+@pytest.mark.parametrize("method", ["hooks", "loop"])
+def test_score_rows_equal_brute_force(case: ModelCase, method: str, dtype, tolerance: float) -> None:
+    lists = random_sequences(case.vocabulary)
+    expected = brute_force.score_rows(case.make(), lists, 0.8)
+    rows = per_sequence_gradients(case.make(dtype), right_padded(lists, 0.8), method)
+    assert list(rows) == list(expected), "parameters are missing, renamed or in another order"
+    assert all(row.dtype == dtype for row in rows.values())
+    # float32 is held against float64 by the norm of a whole row set: a tensor's own rounding scales with what
+    # flows by.
+    assert_named_close(rows, expected, tolerance, "a hook misses a use, or x and dy are paired wrongly")
+
+
+@pytest.mark.parametrize("method", ["hooks", "loop"])
+def test_entropy_rows_equal_brute_force(case: ModelCase, method: str) -> None:
+    lists = random_sequences(case.vocabulary)
+    model = case.make()
+    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=False, method=method)
+    expected = brute_force.entropy_terms(model, lists, 1.2)
+    assert_named_close(rows, expected, 1e-10, "E_t = Σ_k ∇H_k + Σ_k G_k ∇log π_k")
+    h = brute_force.token_entropy(model, lists, 1.2)
+    mean_length = sum(map(len, lists.completion_ids)) / len(lists.completion_ids)
+    centred = brute_force.entropy_terms(model, lists, 1.2, centre=h)
+    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=True, method=method)
+    expected = {name: row / mean_length for name, row in centred.items()}
+    assert_named_close(
+        rows, expected, 1e-10, "per-token rows are centred by h and divided by the mean length"
+    )
+
+
+def test_every_trainable_parameter_has_rows_that_add_up(case: ModelCase) -> None:
+    model, batch = case.make(), left_padded(random_sequences(case.vocabulary))
+    errors = verify_row_sums(model, batch)
+    assert list(errors) == list(parameters_of(model)) == list(trainable_parameters(model))
+    assert max(errors.values()) < 1e-12
+    rows = per_sequence_gradients(model, batch)
+    empty = [name for name, row in rows.items() if not row.any()]
+    assert not empty, f"{empty[:3]} have rows of zeros: their uses are not seen"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=["float64", "float32"])
+def test_rows_do_not_see_padding_or_neighbours(case: ModelCase, dtype, tolerance: float) -> None:
+    lists = random_sequences(case.vocabulary)
+    model = case.make(dtype)
+    expected = per_sequence_gradients(model, right_padded(lists))
+    noise = case.vocabulary - 1
+    layouts = {
+        "left padding": left_padded(lists, noise),
+        "padding on both sides": padded(lists, [2, 0, 1, 4, 2, 0, 3], [1, 2, 5, 0, 0, 3, 1], noise),
+    }
+    for name, layout in layouts.items():
+        assert_named_close(
+            per_sequence_gradients(model, layout), expected, tolerance, f"{name} changes the rows"
+        )
+    singles = [per_sequence_gradients(model, alone(lists, n)) for n in range(7)]
+    stacked = {name: torch.cat([single[name] for single in singles]) for name in expected}
+    assert_named_close(stacked, expected, tolerance, "a row depends on the other sequences of its batch")
+
+
+@pytest.mark.parametrize("token_batch_size", [1, 13, 30])
+def test_rows_do_not_depend_on_the_bucket_size(case: ModelCase, token_batch_size: int) -> None:
+    model, batch = case.make(), right_padded(random_sequences(case.vocabulary))
+    expected = per_sequence_gradients(model, batch)
+    actual = per_sequence_gradients(model, batch, token_batch_size=token_batch_size)
+    assert_named_close(actual, expected, 1e-11, "buckets scatter rows to the wrong sequences")
+
+
+@pytest.mark.parametrize("method", ["hooks", "loop"])
+def test_training_mode_does_not_matter(case: ModelCase, method: str) -> None:
+    """Dropout off, flags restored, no hook left behind, `p.grad` and `requires_grad` untouched, checkpointing
+    idle."""
+    model, batch = case.make(), right_padded(random_sequences(case.vocabulary))
+    expected = per_sequence_gradients(model, batch, method)
+    model.train()
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable()
+    next(module for module in model.modules() if isinstance(module, nn.Embedding)).eval()
+    flags = [module.training for module in model.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    trainable = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():  # a caller's no_grad must not silence the rows
+        actual = per_sequence_gradients(model, batch, method)
+    assert_named_close(actual, expected, 1e-11, "dropout is on, or checkpointing replays the forward")
+    assert [module.training for module in model.modules()] == flags, "training flags are not restored"
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks, (
+        "a hook was left"
+    )
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters()), "p.grad was written: the optimizer would see it"
+
+
+def test_existing_gradients_are_left_alone() -> None:
+    model = BY_NAME["gpt2_conv1d_tied"].make()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    per_sequence_gradients(model, right_padded(random_sequences(37)))
+    assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", ["layernorm", "layers.0.mlp", "embed_tokens", "k_proj"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_biases"])
+def test_only_what_is_trainable_has_rows(name: str, pattern: str) -> None:
+    lists = random_sequences(37)
+    model = BY_NAME[name].make()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern in parameter_name)
+    rows = per_sequence_gradients(model, right_padded(lists))
+    assert rows and all(pattern in row for row in rows)
+    assert_named_close(
+        rows, brute_force.score_rows(model, lists), 1e-10, "frozen layers below or above break the rows"
+    )
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    model = BY_NAME["llama_tied"].make().requires_grad_(False)
+    with pytest.raises(ValueError, match="trainable"):
+        per_sequence_gradients(model, right_padded(random_sequences(37)))
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="hooks"):
+        per_sequence_gradients(BY_NAME["recurrent_policy"].make(), right_padded(random_sequences(4)), "vmap")
+
+
+class Odd(nn.Module):
+    """A one-layer policy over four tokens that uses its parameters in the way that `kind` names."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(4, 3)
+        self.inner = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 4)
+        self.unused = nn.Linear(3, 3) if kind == "unused module" else None
+        self.scale = nn.Parameter(torch.tensor([1.5])) if kind == "parameter of the whole model" else None
+        self.pair = Pair() if kind == "two tensors" else None
+        self.double()
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        x = self.embedding(input_ids)
+        if self.kind == "weight without its module":
+            x = torch.tanh(nn.functional.linear(x, self.inner.weight, self.inner.bias))
+        elif self.kind == "weight also without its module":
+            x = torch.tanh(self.inner(x) + nn.functional.linear(x, self.inner.weight))
+        elif self.kind == "time first":
+            x = torch.tanh(self.inner(x.transpose(0, 1)).transpose(0, 1))
+        elif self.kind == "flattened tokens":
+            x = torch.tanh(self.inner(x.reshape(-1, 3)).reshape(x.shape))
+        elif self.kind == "two tensors":
+            x = torch.tanh(self.pair(self.inner(x), x))
+        elif self.kind == "module twice":
+            x = torch.tanh(self.inner(torch.tanh(self.inner(x))))
+        elif self.kind == "weight inside a product":
+            x = torch.tanh(self.inner(x) * self.inner.weight.sum())
+        else:
+            x = torch.tanh(self.inner(x))
+        if self.scale is not None:
+            x = x * self.scale
+        return SimpleNamespace(logits=self.head(x))
+
+
+class Pair(nn.Module):
+    """A weighted sum of two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7, -0.4]))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.weight[0] * left + self.weight[1] * right
+
+
+COVERED = ["module twice", "unused module"]
+UNCOVERED = {
+    "weight without its module": "inner",
+    "weight also without its module": "inner",
+    "time first": "inner",
+    "flattened tokens": "inner",
+    "two tensors": "pair",
+    "parameter of the whole model": "scale",
+    "weight inside a product": "inner",
+}
+
+
+@pytest.mark.parametrize("kind", COVERED)
+def test_reused_and_unused_modules_are_covered(kind: str) -> None:
+    lists, model = random_sequences(4), Odd(kind)
+    rows = per_sequence_gradients(model, right_padded(lists))
+    assert_named_close(rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: uses do not add up")
+
+
+@pytest.mark.parametrize("kind", UNCOVERED)
+def test_what_hooks_cannot_cover_is_refused_by_name_and_the_loop_covers_it(kind: str) -> None:
+    lists, model = random_sequences(4), Odd(kind)
+    batch = right_padded(lists)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(ValueError, match=UNCOVERED[kind]) as refusal:
+        per_sequence_gradients(model, batch)
+    assert "loop" in str(refusal.value), "the message does not say how to mend it"
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks, (
+        "a hook was left behind after the refusal"
+    )
+    rows = per_sequence_gradients(model, batch, "loop")
+    assert_named_close(
+        rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: the loop is plain autograd"
+    )
+
+
+def test_dot_sums_over_names() -> None:
+    left = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
+    right = {"b": torch.tensor([[5.0]]), "a": torch.tensor([-1.0, 4.0])}
+    assert dot(left, right) == 22.0
+    with pytest.raises(ValueError, match="'b'"):
+        dot(left, {"a": right["a"]})
+
+
+@pytest.fixture
+def one_process_group():
+    if not torch.distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_distributed_wrapper_changes_nothing() -> None:
+    case = BY_NAME["llama_untied_lora"]
+    batch = right_padded(random_sequences(case.vocabulary))
+    expected = per_sequence_gradients(case.make(), batch)
+    wrapped = nn.parallel.DistributedDataParallel(case.make())
+    assert_named_close(
+        per_sequence_gradients(wrapped, batch), expected, 1e-12, "DDP's `module.` prefix leaks into names"
+    )
+    loss = wrapped(input_ids=batch.input_ids).logits.sum()
+    loss.backward()
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad), (
+        "training after the rows is broken"
+    )

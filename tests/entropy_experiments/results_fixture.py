@@ -1,0 +1,290 @@
+"""A synthetic results folder of one analysis: consistent within itself, shaped like a real entropy collapse.
+
+The numbers obey the identities of a real analysis: a sequence's share is its weight times the mean of its
+column of the entropy-Fisher kernel, the shares add up to the batch part, the three parts add up to the
+total, and the measured change departs from the prediction by a curvature term. Tests can therefore compare
+a report with sums of their own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+N_EVALUATION, N_PROMPTS, PER_PROMPT = 32, 8, 8
+SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+_TEMPLATE = (
+    "<|im_start|>system\nAnswer with only the number.<|im_end|>\n<|im_start|>user\n"
+    "State the final answer to the following arithmetic problem: {sum}<|im_end|>\n<|im_start|>assistant\n"
+)
+_WRONG = (
+    "{x}.",
+    "The answer is {x}",
+    "{x} + 1 = {y}",
+    "I think it is {y}, because 3 and",
+    "<b>{x}</b>",
+    "{y}",
+)
+
+
+def _sum_and_answer(generator: np.random.Generator) -> tuple[str, int]:
+    a, b = (int(x) for x in generator.integers(1, 10, 2))
+    return (f"{a} + {b} =", a + b) if generator.random() < 0.6 else (f"{a} - {b} =", a - b)
+
+
+def _sequence(generator: np.random.Generator, prompt: str, answer: int, solved: bool) -> dict[str, Any]:
+    other = answer + int(generator.integers(1, 6))
+    text = str(answer) if solved else str(generator.choice(_WRONG)).format(x=other, y=answer - 1)
+    length = max(2, len(text) // 2) if solved else min(24, len(text) // 2 + int(generator.integers(2, 9)))
+    entropies = generator.gamma(1.2, 0.35 if solved else 0.9, length)
+    logprobs = -generator.gamma(1.0, entropies.mean(), length)
+    return {
+        "prompt": prompt,
+        "completion": text,
+        "length": length,
+        "truncated": length == 24,
+        "prompt_ids": [1, 2, 3],
+        "completion_ids": list(range(length)),
+        "entropies": entropies.tolist(),
+        "logprobs": logprobs.tolist(),
+        "score": float(logprobs.sum()),
+        "entropy_sum": float(entropies.sum()),
+        "reward": float(solved),
+    }
+
+
+def make_sequences(generator: np.random.Generator) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """(rows of both buffers, fisher, entropy_fisher); shares are in the rows."""
+    evaluation, training = [], []
+    for row in range(N_EVALUATION):
+        question, answer = _sum_and_answer(generator)
+        sequence = _sequence(generator, _TEMPLATE.format(sum=question), answer, generator.random() < 0.4)
+        evaluation.append({"buffer": "evaluation", "row": row, "prompt_index": row} | sequence)
+    for prompt in range(N_PROMPTS):
+        question, answer = _sum_and_answer(generator)
+        solved = np.arange(PER_PROMPT) < int(generator.integers(1, PER_PROMPT))
+        for k in generator.permutation(PER_PROMPT):
+            sequence = _sequence(generator, _TEMPLATE.format(sum=question), answer, bool(solved[k]))
+            row = len(training)
+            training.append({"buffer": "training", "row": row, "prompt_index": prompt} | sequence)
+    directions = {True: generator.normal(size=12), False: generator.normal(size=12)}
+
+    def features(rows: list[dict[str, Any]]) -> np.ndarray:
+        own = [directions[row["reward"] > 0] + 1.5 * generator.normal(size=12) for row in rows]
+        return np.array(own) * np.sqrt([[row["length"]] for row in rows]) * 30.0
+
+    left, right = features(evaluation), features(training)
+    fisher = (left @ right.T).astype(np.float32)
+    push = right @ (-directions[True] + 0.3 * directions[False])
+    noise = 250.0 * generator.normal(size=fisher.shape)
+    entropy_fisher = (0.8 * push[None, :] + noise * np.abs(push).mean() / 150.0).astype(np.float32)
+
+    mean_push = entropy_fisher.astype(np.float64).mean(axis=0)
+    rewards = np.array([row["reward"] for row in training])
+    groups = rewards.reshape(N_PROMPTS, PER_PROMPT)
+    advantages = (groups - groups.mean(axis=1, keepdims=True)).ravel()
+    weights = advantages / (len(training) * 24)
+    scale = -0.0125 / (weights * mean_push).sum()
+    shares = scale * weights * mean_push
+    for row, advantage, weight, share in zip(training, advantages, weights, shares, strict=True):
+        row |= {
+            "advantage": float(advantage),
+            "weight": float(weight),
+            "delta_h": float(share),
+            "delta_h_horizon": float(10 * share),
+            "delta_h_lost": None,
+        }
+    for row in evaluation:
+        row |= {
+            "advantage": None,
+            "weight": None,
+            "delta_h": None,
+            "delta_h_horizon": None,
+            "delta_h_lost": float(generator.normal(-0.074, 0.1) / N_EVALUATION),
+        }
+    return evaluation + training, fisher, entropy_fisher
+
+
+def make_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """summary.json for ``rows``: predicted −0.074 ± 0.018, measured −0.080 ± 0.022 nats per token."""
+    training = [row for row in rows if row["buffer"] == "training"]
+    evaluation = [row for row in rows if row["buffer"] == "evaluation"]
+    batch = float(sum(row["delta_h"] for row in training))
+
+    def parts(total: float, error: float) -> dict[str, Any]:
+        values = {"total": total, "batch": batch * total / -0.074, "weight_decay": -0.0004}
+        values["momentum"] = total - values["batch"] - values["weight_decay"]
+        shrink = {"total": 1.0, "batch": 0.3, "momentum": 0.9, "weight_decay": 0.01}
+        return {key: {"value": value, "standard_error": error * shrink[key]} for key, value in values.items()}
+
+    predicted = {
+        "rao_blackwell": parts(-0.074, 0.018),
+        "split": parts(-0.0785, 0.024),
+        "fixed_prefix": parts(-0.031, 0.003),
+        "score_function": parts(-0.101, 0.046),
+    }
+    scaling = [
+        {
+            "scale": s,
+            "predicted": -0.074 * s,
+            "predicted_split": -0.0785 * s,
+            "actual_snis": -0.0785 * s - 0.0015 * s * s,
+            "predicted_fixed_prefix": -0.031 * s,
+            "actual_fixed_prefix": -0.031 * s + 0.002 * s * s,
+            "ess": 32 - 4.5 * s * s,
+        }
+        for s in SCALES
+    ]
+
+    def buffer_means(members: list[dict[str, Any]]) -> dict[str, float]:
+        return {
+            "mean_reward": float(np.mean([row["reward"] for row in members])),
+            "mean_length": float(np.mean([row["length"] for row in members])),
+        }
+
+    return {
+        "checkpoint": {"path": "runs/collapse/checkpoint-8", "step": 8, "model": "smollm2-135m"},
+        "entropy": {
+            "per_token": {"value": 0.842, "standard_error": 0.071},
+            "per_completion": {"value": 5.9, "standard_error": 0.6},
+            "surprisal_per_completion": {"value": 6.1, "standard_error": 0.8},
+        },
+        "predicted": predicted,
+        "predicted_per_completion": predicted,
+        "actual": {
+            "snis": {
+                "value": -0.08,
+                "standard_error": 0.022,
+                "effective_sample_size": 27.5,
+                "n": N_EVALUATION,
+            },
+            "fixed_prefix": {"value": -0.029, "standard_error": 0.004},
+        },
+        "scaling": scaling,
+        "attribution": {
+            "delta_h_batch": batch,
+            "sum_of_shares": batch,
+            "horizon_factor": 10.0,
+            "preconditioner": "1/(sqrt(v_t/(1-beta2^t))+eps)",
+        },
+        "kernel": {
+            "n_eval": N_EVALUATION,
+            "n_train": len(training),
+            "same_prompt_mean": None,
+            "cross_prompt_mean": 812.0,
+            "mean_abs": 3105.0,
+            "same_prompts": False,
+        },
+        "sampling": {
+            "evaluation": {"prompts": N_EVALUATION, "sequences": N_EVALUATION} | buffer_means(evaluation),
+            "training": {"rounds": 2, "generated": 96, "rejected": 32, "kept": 64, "filler": 0}
+            | buffer_means(training),
+        },
+    }
+
+
+def make_history(steps: int = 13) -> list[dict[str, Any]]:
+    """training_history.json of a collapse: entropy 1.91 to 0.21 nats per token, reward 0.11 to 0.87."""
+    generator = np.random.default_rng(7)
+    progress = 1 / (1 + np.exp(-(np.arange(steps) - 6) / 1.7))
+    progress = (progress - progress[0]) / (progress[-1] - progress[0]) if steps > 1 else progress
+    entropy = 1.91 + (0.21 - 1.91) * progress
+    history = []
+    for step in range(steps):
+        change = float(entropy[min(step + 1, steps - 1)] - entropy[step]) + 0.01 * generator.normal()
+        wobble = 0.0 if step in (0, steps - 1) else 0.05 * generator.normal()
+        history.append(
+            {
+                "step": step,
+                "entropy": float(entropy[step] * (1 + wobble)),
+                "reward": float(0.11 + 0.76 * progress[step]),
+                "probe/entropy": float(0.95 * entropy[step]),
+                "probe/predicted": change,
+                "probe/predicted_se": 0.02,
+                "probe/batch": 0.15 * change,
+                "probe/momentum": 0.85 * change,
+                "probe/decay": 0.0,
+                "probe/measured": change + 0.008 * float(generator.normal()),
+                "probe/ess": 55.0,
+            }
+        )
+    return history
+
+
+def make_run() -> dict[str, Any]:
+    """run.json with seven self-checks, all of them passed."""
+    checks = (
+        (
+            "rows_sum_to_autograd",
+            3.1e-7,
+            1e-5,
+            "sum of the per-sequence gradients against autograd's gradient of the sum",
+        ),
+        ("kernel_row_sums", 2.4e-4, 1e-3, "K1 times w against a directional derivative along the update"),
+        (
+            "surprisal_equals_entropy",
+            0.31,
+            3.0,
+            "z-score of mean surprisal against mean entropy: the sampler's check",
+        ),
+        ("snis_slope", 0.004, 0.02, "slope of the reweighted measurement at 0 against its derivative"),
+        ("optimizer_names_covered", 1.0, 1.0, "share of trainable parameters that have optimizer state"),
+        ("split_sums_to_step", 8.0e-8, 1e-6, "batch + momentum + weight decay against the step taken"),
+        ("shares_sum_to_batch", 5.0e-9, 1e-6, "sum of the shares against the batch part"),
+    )
+    return {
+        "created": "2026-01-05T10:20:30+00:00",
+        "command": "entropy-experiments analyze runs/collapse --config configs/fisher_analysis.yaml",
+        "versions": {
+            "entropy-experiments": "0.1.0",
+            "python": "3.11.9",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+        },
+        "git_sha": "0123456789abcdef0123456789abcdef01234567",
+        "hardware": {"device": "cpu", "cpu_count": 2, "memory_gib": 15.6},
+        "checkpoint": {
+            "path": "runs/collapse/checkpoint-8",
+            "step": 8,
+            "model": "smollm2-135m",
+            "run_dir": "runs/collapse",
+        },
+        "stages": [
+            {"name": "load checkpoint", "seconds": 1.9},
+            {"name": "sample", "seconds": 31.2},
+            {"name": "gradients", "seconds": 88.4},
+            {"name": "measure", "seconds": 20.5},
+        ],
+        "seconds": 142.0,
+        "self_checks": [
+            {"name": name, "passed": True, "value": value, "tolerance": tolerance, "explanation": explanation}
+            for name, value, tolerance, explanation in checks
+        ],
+    }
+
+
+def write_sequences(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """sequences.parquet of ``rows``."""
+    pq.write_table(pa.Table.from_pylist(rows), folder / "sequences.parquet")
+
+
+def write_json(folder: Path, name: str, content: Any) -> None:
+    """One of the folder's JSON files."""
+    (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def build_results(folder: Path, seed: int = 0) -> Path:
+    """Write a whole results folder and return it. Change single files afterwards to make it odd."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, fisher, entropy_fisher = make_sequences(np.random.default_rng(seed))
+    write_sequences(folder, rows)
+    save_file({"fisher": fisher, "entropy_fisher": entropy_fisher}, folder / "kernel.safetensors")
+    write_json(folder, "summary.json", make_summary(rows))
+    write_json(folder, "run.json", make_run())
+    write_json(folder, "training_history.json", make_history())
+    (folder / "config.yaml").write_text("seed: 0\n", encoding="utf-8")
+    return folder
