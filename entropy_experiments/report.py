@@ -172,9 +172,9 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
     )
 
 
-def write_report(results_dir: Path | str) -> Path:
+def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
     """Write ``figures/*.png`` and ``report.html`` into the results folder ``results_dir``; return the
-    page's path.
+    page's path. ``unfinished`` is for the writer of a ``….part`` folder, which is refused otherwise.
 
     Existing figures of the same names and an existing page are replaced.
 
@@ -182,7 +182,7 @@ def write_report(results_dir: Path | str) -> Path:
     ------
     rl_training.errors.UserError: the folder is not a whole results folder, or cannot be written to.
     """
-    results = read_results_folder(results_dir)
+    results = read_results_folder(results_dir, unfinished)
     images = {name: (png_bytes(figure), caption_of(figure)) for name, figure in draw_figures(results).items()}
     page = render_report(results, images)
     report = results.path / "report.html"

@@ -19,7 +19,7 @@ from entropy_experiments.number_format import (
     value_and_error,
 )
 from entropy_experiments.text_display import PromptFrame, clip, one_line
-from entropy_experiments.verdict import PARTS, agreement, primary_estimator
+from entropy_experiments.verdict import PARTS, agreement, check_value, primary_estimator
 
 _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
@@ -200,7 +200,7 @@ def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "passed": check.get("passed") is True,
             "name": clip(str(check.get("name", "unnamed")), 80),
-            "value": plain(check.get("value")),
+            "value": check_value(check),
             "tolerance": plain(check.get("tolerance")),
             "explanation": clip(str(check.get("explanation", "")), _FACT_CHARACTERS),
         }

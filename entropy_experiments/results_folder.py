@@ -131,8 +131,8 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
     return kernels
 
 
-def read_results_folder(path: Path | str) -> ResultsFolder:
-    """Read and check the results folder at ``path``.
+def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFolder:
+    """Read and check the results folder at ``path``; one still being written only where ``unfinished`` is set.
 
     Raises
     ------
@@ -144,9 +144,9 @@ def read_results_folder(path: Path | str) -> ResultsFolder:
         raise UserError(
             f"no results folder at {path}: give the folder that `entropy-experiments analyze` wrote"
         )
-    if path.name.endswith(".part"):
+    if path.name.endswith(".part") and not unfinished:
         raise UserError(
-            f"{path} is an unfinished analysis: finish it with `entropy-experiments analyze … --resume`"
+            f"{path} is an unfinished analysis, perhaps one that was killed: {_REMEDY}"
         )
     needed = ["summary.json", "run.json", "sequences.parquet", "training_history.json"]
     missing = [name for name in needed if not (path / name).is_file()]

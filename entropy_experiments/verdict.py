@@ -111,8 +111,8 @@ def training_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence:
         if abs(change) < 0.05
         else f"{'fell' if change < 0 else 'rose'} by {abs(change):.0%}, from"
     )
-    text = f"In training (steps {steps[first]:g} to {steps[last]:g}) entropy {movement} {plain(start)} to "
-    f"{plain(end)} {_UNIT}"
+    span = f"steps {steps[first]:g} to {steps[last]:g}"
+    text = f"In training ({span}) entropy {movement} {plain(start)} to {plain(end)} {_UNIT}"
     rewards = reward[np.isfinite(reward)]
     if len(rewards) > 1:
         text += f", while mean reward went from {plain(rewards[0])} to {plain(rewards[-1])}"
@@ -201,8 +201,8 @@ def part_sentence(summary: Mapping[str, Any]) -> Sentence | None:
         return None
     largest = max(values, key=lambda part: abs(values[part]))
     others = [f"{PARTS[part]} {plus_minus(*numbers[part])}" for part in values if part != largest]
-    text = f"The largest part of the predicted change came from {PARTS[largest]}: "
-    f"{plus_minus(*numbers[largest])} {_UNIT}"
+    size = f"{plus_minus(*numbers[largest])} {_UNIT}"
+    text = f"The largest part of the predicted change came from {PARTS[largest]}: {size}"
     if others:
         text += f" (beside it {' and '.join(others)})"
     against = [PARTS[part] for part, value in values.items() if value * values[largest] < 0]
@@ -227,8 +227,8 @@ def cost_sentences(training: Sequence[Mapping[str, Any]], all_prompts: Sequence[
     frame = prompt_frame(list(all_prompts) or [row["prompt"] for row in rows])
     lowering = sum(row["delta_h"] < 0 for row in rows)
     raising = sum(row["delta_h"] > 0 for row in rows)
-    text = f"Of {counted(len(rows), 'training sequence')}, {lowering} lowered entropy in this step and "
-    f"{raising} raised it"
+    sequences = counted(len(rows), "training sequence")
+    text = f"Of {sequences}, {lowering} lowered entropy in this step and {raising} raised it"
     if not lowering:
         return [Sentence(f"{text}; none cost entropy.")]
     worst = min(rows, key=lambda row: row["delta_h"])
@@ -256,6 +256,14 @@ def cost_sentences(training: Sequence[Mapping[str, Any]], all_prompts: Sequence[
     return found
 
 
+def check_value(check: Mapping[str, Any]) -> str:
+    """The number a self-check found; a check that ended in NaN or infinity says so."""
+    value = check.get("value")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    return plain(value)
+
+
 def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
     """Whether the analysis's checks of itself passed; the failed ones by name and number."""
     if not self_checks:
@@ -265,7 +273,7 @@ def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
         names = ", ".join(_name(check) for check in self_checks)
         return Sentence(f"All {counted(len(self_checks), 'self-check')} passed: {names}.", "good")
     described = [
-        f"{_name(check)} ({plain(check.get('value'))}, tolerance {plain(check.get('tolerance'))})"
+        f"{_name(check)} ({check_value(check)}, tolerance {plain(check.get('tolerance'))})"
         for check in failed
     ]
     return Sentence(

@@ -18,7 +18,7 @@ from rl_training.configuration import StrictModel
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-BUILT_IN_REWARDS = ("default", "score_answer", "exact", "math_verify")
+BUILT_IN_REWARDS = ("default", "score_answer", "exact", "last_number", "math_verify")
 
 
 class ModelConfig(StrictModel):
@@ -72,7 +72,7 @@ class TaskConfig(StrictModel):
     system_prompt: str | None = None
     """System message before every prompt; none by default."""
     reward: str = "default"
-    """`default` (score_answer; jsonl: math_verify), score_answer, exact, math_verify, pkg.module:function."""
+    """`default` (score_answer, jsonl: math_verify), exact, last_number, math_verify, pkg.module:function."""
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:

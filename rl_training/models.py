@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,17 +24,13 @@ from transformers import (
 
 from rl_training.config import LoraConfig
 from rl_training.errors import UserError
-from rl_training.gguf import converted_folder, find_bundled_gguf
+from rl_training.model_source import resolve_source
 
-BUNDLED_MODEL = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _logger = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"dropout|_pdrop$|layer_?drop|drop_(path|rate)")
-_PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}{% endif %}"
-)
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def load_model_and_tokenizer(
@@ -63,7 +60,7 @@ def load_model_and_tokenizer(
     if dtype not in DTYPES:
         raise UserError(f"model.dtype {dtype!r} is none of {', '.join(DTYPES)}")
     target_device = _resolve_device(device)
-    source = _resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
+    source = resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
     try:
         config = AutoConfig.from_pretrained(source)
         for key, value in vars(config).items():
@@ -71,7 +68,7 @@ def load_model_and_tokenizer(
                 setattr(config, key, 0.0)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_explain_failure(name, source, error)) from error
     disable_dropout(model)
     _prepare_tokenizer(tokenizer, model)
@@ -97,7 +94,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftMod
     """
     targets = lora.target_modules
     if not isinstance(targets, str):
-        missing = [target for target in targets if not _matches_a_linear(model, target)]
+        missing = [target for target in targets if not _names_a_module(model, target)]
         if missing:
             known = ", ".join(sorted(_linear_names(model)))
             raise UserError(
@@ -130,38 +127,6 @@ def disable_dropout(model: nn.Module) -> None:
         for key, value in vars(module).items():
             if _DROPOUT.search(key) and isinstance(value, float):
                 setattr(module, key, 0.0)
-
-
-def _resolve_source(name: str, cache_dir: Path | None) -> str:
-    """Return a local folder, or a hub id as it stands."""
-    if name == BUNDLED_MODEL:
-        return str(converted_folder(find_bundled_gguf(), cache_dir))
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"model.name {name} is a file, but no .gguf: name the model's folder")
-        return str(converted_folder(path.resolve(), cache_dir))
-    if path.is_dir():
-        return str(_check_model_folder(path))
-    if path.is_absolute() or path.suffix == ".gguf" or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"model.name {name}: no such file or folder (looked in {Path.cwd()})")
-    return name
-
-
-def _check_model_folder(path: Path) -> Path:
-    if (path / "config.json").is_file():
-        return path
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"model.name {path} holds LoRA adapters, not a whole model: load it as a checkpoint; "
-            "to train it further, set training.resume_from_checkpoint to it and model.name to its base model"
-        )
-    ggufs = sorted(path.glob("*.gguf"))
-    if ggufs:
-        raise UserError(f"model.name {path} is a folder with a GGUF file: name the file, {ggufs[0]}")
-    checkpoints = sorted(path.glob("checkpoint-*"))
-    hint = f": did you mean {checkpoints[-1]}?" if checkpoints else ", so it is no model folder"
-    raise UserError(f"model.name {path} has no config.json{hint}")
 
 
 def _resolve_device(device: str) -> torch.device:
@@ -225,5 +190,5 @@ def _linear_names(model: nn.Module) -> set[str]:
     }
 
 
-def _matches_a_linear(model: nn.Module, target: str) -> bool:
+def _names_a_module(model: nn.Module, target: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules() if name)

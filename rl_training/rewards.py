@@ -1,6 +1,7 @@
 """Reward functions in TRL's signature: `f(prompts, completions, **columns) -> list[float]`.
 
 `exact`         1 if the completion, stripped of surrounding white space, is the answer; else 0.
+`last_number`   1 if the last number in the completion equals the answer; else 0.
 `math_verify`   1 if math-verify finds in the completion an expression equal to the answer; else 0.
 `score_answer`  what the reasoning-gym data set's own scorer gives, in [0, 1]: it sees the content of the last
                 <answer>...</answer> where there is one, else the whole stripped completion. Many scorers give
@@ -19,6 +20,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -54,6 +57,20 @@ def exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[s
     """1 where the stripped completion is the stripped answer, else 0."""
     pairs = zip(completions, answer, strict=True)
     return [float(completion_text(completion).strip() == gold.strip()) for completion, gold in pairs]
+
+
+def last_number(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
+) -> list[float]:
+    """1 where the last number in the completion equals the answer, else 0; `1,000.0` is `1000`."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(find_last_number(completion_text(text)) == Decimal(gold.strip())) for text, gold in pairs]
+
+
+def find_last_number(text: str) -> Decimal | None:
+    """Return the last number in digits; a minus sign belongs to it unless a digit or letter precedes."""
+    found = _NUMBER.findall(text.replace("\u2212", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def math_verify(

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from random import Random
 from typing import Any
 
@@ -18,6 +19,7 @@ from rl_training.task_sources import (
 
 _REWARD_IN_WORDS = {
     "exact": "1 if the stripped completion is the answer, else 0",
+    "last_number": "1 if the last number in the completion is the answer, else 0",
     "math_verify": "1 if math-verify finds it equal to the answer, else 0",
     "score_answer": "the data set's own score of the completion, 0 to 1",
 }
@@ -104,7 +106,11 @@ def _reward_function(
 ) -> rewards.RewardFunction:
     if name == "score_answer":
         return rewards.score_answer(dataset, entries, task_name)
-    built_in = {"exact": rewards.exact, "math_verify": rewards.math_verify}
+    built_in = {
+        "exact": rewards.exact,
+        "last_number": rewards.last_number,
+        "math_verify": rewards.math_verify,
+    }
     return built_in[name] if name in built_in else rewards.import_reward(name)
 
 
@@ -124,7 +130,7 @@ def _check_count(config: TaskConfig, available: int) -> None:
 
 def _check_answers(problems: Sequence[Problem], chosen: Sequence[int], reward_name: str, name: str) -> None:
     """Refuse a reward that no completion could ever earn."""
-    if reward_name not in ("exact", "math_verify"):
+    if reward_name not in ("exact", "last_number", "math_verify"):
         return
     if reward_name == "math_verify" and importlib.util.find_spec("math_verify") is None:
         raise UserError("task.reward math_verify needs a package: pip install math-verify")
@@ -132,9 +138,20 @@ def _check_answers(problems: Sequence[Problem], chosen: Sequence[int], reward_na
         answer = problems[index].answer
         if answer is None:
             raise UserError(f"task.reward {reward_name}: {name} names no single answer; take score_answer")
-        if reward_name == "math_verify" and not rewards.parse_answer(answer):
+        if not _is_readable(answer, reward_name):
             question = problems[index].messages[-1]["content"][:60]
             raise UserError(
-                f"task.reward math_verify cannot read {name}'s answer {answer!r} to {question!r}: "
+                f"task.reward {reward_name} cannot read {name}'s answer {answer!r} to {question!r}: "
                 "take task.reward=exact, or a function of your own"
             )
+
+
+def _is_readable(answer: str, reward_name: str) -> bool:
+    if reward_name == "math_verify":
+        return bool(rewards.parse_answer(answer))
+    if reward_name == "last_number":
+        try:
+            return Decimal(answer.strip()).is_finite()
+        except InvalidOperation:
+            return False
+    return True

@@ -56,11 +56,11 @@ class ConsoleCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self._console.print(self._description)
+        self._console.print(self._description, soft_wrap=True)
         columns = f"{'step':>5} {'entropy':>8} {'reward':>7} {'buffer':>14}"
         if self._probe:
             columns += f" {'predicted':>18} {'measured':>9} {'batch':>8} {'moment.':>8}"
-        self._console.print(columns + f" {'sec':>5}   (entropies in nats per token)")
+        self._console.print(columns + f" {'sec':>5}   (entropies in nats per token)", soft_wrap=True)
         self._progress.start()
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
 
@@ -76,7 +76,7 @@ class ConsoleCallback(TrainerCallback):
         if probe:
             line += f" {probe['predicted']:>+8.4f} ± {probe['predicted_se']:.4f} {probe['measured']:>+9.4f}"
             line += f" {probe['batch']:>+8.4f} {probe['momentum']:>+8.4f}"
-        self._console.print(line + f" {logs.get('step_time', float('nan')):>5.0f}")
+        self._console.print(line + f" {logs.get('step_time', float('nan')):>5.0f}", soft_wrap=True)
         self._progress.update(self._bar, completed=state.global_step)
 
     def on_train_end(

@@ -57,7 +57,7 @@ def plot_attribution(
     Parameters
     ----------
     delta_h: (n,) shares of this step's change, nats per token; entries that are not finite are left out and
-    counted.
+        counted.
     rewards, prompt_index: (n,) reward and prompt of every sequence.
     advantages: (n,) advantages whose sign colours the bars; default: reward minus the prompt's mean reward.
     sequence_index: (n,) the numbers the sequences are labelled with; default: 0 … n − 1.
@@ -94,7 +94,7 @@ def plot_attribution(
         color=[_SIGNS[signs[i]][0] for i in order],
         linewidth=0,
     )
-    left.set_xlabel(f"all {len(order)} training sequences, sorted by share")
+    left.set_xlabel(f"{len(order)} training sequences, sorted")
     left.set_ylabel(_UNIT_LABEL)
     left.set_xticks([])
     left.set_xlim(-0.03 * len(order) - 1, 1.03 * len(order))

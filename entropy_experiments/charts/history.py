@@ -30,6 +30,8 @@ from entropy_experiments.charts.style import (
 from entropy_experiments.number_format import as_number, plain, series, signed, value_and_error
 
 _HISTORY_TITLE = "Entropy and reward over training, and the change of every step"
+# Longer histories are drawn as lines and bands: markers and bars would hide each other.
+_MOST_MARKED_STEPS = 60
 _EVOLUTION_TITLE = "The Fisher analysis over the checkpoints of a run"
 
 
@@ -49,9 +51,10 @@ def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour:
         form,
         color=colour,
         label=label,
-        markersize=5,
+        markersize=5 if len(steps) <= _MOST_MARKED_STEPS else 0,
         markerfacecolor="white",
         markeredgewidth=1.4,
+        linewidth=1.8 if len(steps) <= _MOST_MARKED_STEPS else 1.1,
     )
     return True
 
@@ -82,6 +85,12 @@ def _changes(
             bars = (
                 ERROR_BAR_WIDTH * np.where(errors >= 0, errors, np.nan) if np.isfinite(errors).any() else None
             )
+            if len(steps) > _MOST_MARKED_STEPS:
+                axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
+                if bars is not None:
+                    low, high = values - bars, values + bars
+                    axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+                continue
             axes.errorbar(
                 steps + shift,
                 values,
@@ -126,7 +135,11 @@ def _agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
 
 def _bars_are_described(errors: Sequence[np.ndarray]) -> str:
     known = any(np.isfinite(error).any() for error in errors)
-    return f"Bars: ±{ERROR_BAR_WIDTH:g} standard errors." if known else "No standard errors were stored."
+    return (
+        f"Bars or bands: ±{ERROR_BAR_WIDTH:g} standard errors."
+        if known
+        else "No standard errors were stored."
+    )
 
 
 def _entropy_and_reward(

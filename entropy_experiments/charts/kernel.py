@@ -30,22 +30,23 @@ _MEANING = {
 }
 _UNITS = "nats² × P"
 _MOST_TICK_LABELS = {"x": 20, "y": 12}
+# More boundaries than this would cover the cells between them.
+_MOST_BOUNDARIES = 100
 
 
 def _prompt_axis(axes: Axes, ordered_prompts: np.ndarray, side: Literal["x", "y"]) -> None:
-    """Prompt numbers at the middle of their groups, tick marks and (for groups of two and more) lines
-    between them.
-    """
+    """Prompt numbers at the middle of their groups; between groups ticks, and lines if they average two."""
     cuts = np.flatnonzero(np.diff(ordered_prompts)) + 1
     edges = np.concatenate([[0], cuts, [len(ordered_prompts)]])
     middles, labels = (edges[:-1] + edges[1:]) / 2 - 0.5, ordered_prompts[edges[:-1]]
     every = -(-len(labels) // _MOST_TICK_LABELS[side])
     axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_ticks(middles[::every], [str(label) for label in labels[::every]])
-    axis.set_ticks(cuts - 0.5, minor=True)
-    axes.tick_params(axis=side, which="major", length=0)
+    few = len(cuts) <= _MOST_BOUNDARIES
+    axis.set_ticks(cuts - 0.5 if few else [], minor=True)
+    axes.tick_params(axis=side, which="major", length=0 if few else 4)
     axes.tick_params(axis=side, which="minor", length=4)
-    if len(ordered_prompts) >= 2 * len(labels):
+    if few and len(ordered_prompts) >= 2 * len(labels):
         draw = axes.axvline if side == "x" else axes.axhline
         for cut in cuts:
             draw(cut - 0.5, color="black", linewidth=0.8 if len(cuts) < 20 else 0.4)
@@ -133,4 +134,6 @@ def plot_kernel_heatmap(
         caption += f" Not finite, and drawn grey: {missing}."
     if n_eval_prompts * 2 > n_eval > 1:
         caption += " Nearly every row is a prompt of its own, so no lines are drawn between rows."
+    if max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
+        caption += f" An axis of more than {_MOST_BOUNDARIES + 1} prompts has no lines between them."
     return finish(figure, _TITLES[quantity], caption)

@@ -23,7 +23,8 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
-from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds, write_rollouts
+from rl_training.algs.rollout_record import write_rollouts
+from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
@@ -224,6 +225,7 @@ class DrGRPOTrainer(GRPOTrainer):
         for group in groups:
             output, place = outputs[group.round], place_in_buffer.get(id(group))
             for k, row in enumerate(group.rows):
+                tokens = output["completion_ids"][row][output["completion_mask"][row].bool()].tolist()
                 in_buffer = None if place is None else place * self.num_generations + k
                 rows.append(
                     {
@@ -234,7 +236,8 @@ class DrGRPOTrainer(GRPOTrainer):
                         "prompt_index": int(self.train_dataset[group.prompt]["prompt_index"]),
                         "draw_probability": group.draw_probability,
                         "prompt_ids": output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist(),
-                        "completion_ids": output["completion_ids"][row][output["completion_mask"][row].bool()].tolist(),
+                        "completion_ids": tokens,
+                        "completion": self._tokenizer.decode(tokens, skip_special_tokens=True),
                         "reward": group.rewards[k],
                         "advantage": None if in_buffer is None else advantages[in_buffer],
                         "weight": None if in_buffer is None else weights[in_buffer],
@@ -242,8 +245,7 @@ class DrGRPOTrainer(GRPOTrainer):
                 )
         rows = gather_object(rows)
         if self.accelerator.is_main_process:
-            name = f"step-{self.state.global_step + 1:06d}.parquet"
-            write_rollouts(Path(self.args.output_dir) / "rollouts" / name, rows)
+            write_rollouts(Path(self.args.output_dir), self.state.global_step + 1, rows)
 
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

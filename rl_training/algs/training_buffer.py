@@ -1,4 +1,4 @@
-"""The filtered training buffer: merging rounds of generation, and the parquet record of every step.
+"""The filtered training buffer: groups, what became of them, and the merging of several rounds of generation.
 
 A buffer always holds the same number N of sequences, because N stands in every weight: groups that refilling could not
 replace stay in as *filler*, with zero advantage and so without gradient. See docs/decisions.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,34 +63,3 @@ def _without_empty_columns(output: dict[str, Any]) -> dict[str, Any]:
             if aligned and isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == len(used):
                 output[key] = value[:, used]
     return output
-
-
-def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One row a generated sequence, kept or rejected; written under another name and renamed when whole."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".parquet.part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_rollout_schema()), part)
-    part.rename(path)
-
-
-def _rollout_schema() -> Any:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("step", pa.int64()),
-            ("round", pa.int64()),
-            ("rank", pa.int64()),
-            ("status", pa.string()),
-            ("prompt_index", pa.int64()),
-            ("draw_probability", pa.float64()),
-            ("prompt_ids", pa.list_(pa.int64())),
-            ("completion_ids", pa.list_(pa.int64())),
-            ("reward", pa.float64()),
-            ("advantage", pa.float64()),
-            ("weight", pa.float64()),
-        ]
-    )

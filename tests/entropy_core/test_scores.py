@@ -88,6 +88,17 @@ def test_padding_changes_nothing(case: ModelCase, dtype, tolerance: float) -> No
         )
 
 
+@pytest.mark.parametrize("pad_token", [-100, 10**6])
+def test_padding_may_hold_any_number(case: ModelCase, pad_token: int) -> None:
+    """−100 and its like are no token of any vocabulary: they must never reach the embedding."""
+    lists, model = random_sequences(case.vocabulary), case.make()
+    batch = right_padded(lists)
+    expected = completion_values(token_statistics(model, batch), batch)
+    layout = padded(lists, [3, 0, 1, 5, 2, 0, 4], [1, 2, 6, 0, 0, 3, 1], pad_token)
+    for value, wanted in zip(completion_values(token_statistics(model, layout), layout), expected, strict=True):
+        assert_close(value, wanted, 1e-11, "padding ids reach the model")
+
+
 @pytest.mark.parametrize("token_batch_size", [1, 11, 30])
 def test_statistics_do_not_depend_on_the_bucket_size(case: ModelCase, token_batch_size: int) -> None:
     batch = left_padded(random_sequences(case.vocabulary))

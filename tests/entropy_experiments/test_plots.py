@@ -80,6 +80,11 @@ def test_heatmap_with_one_row_a_prompt_is_not_a_grid_of_lines():
     assert not axes.lines and len(axes.get_yticklabels()) <= 12
 
 
+def test_heatmap_of_many_prompts_leaves_out_the_lines_and_says_so():
+    figure = plot_kernel_heatmap(np.ones((4, 400)), [0, 0, 1, 1], np.repeat(np.arange(200), 2))
+    assert len(figure.axes[0].lines) == 1 and "more than 101 prompts" in caption_of(figure)
+
+
 def test_heatmap_masks_and_counts_entries_that_are_not_finite():
     kernel = np.ones((3, 3))
     kernel[1, 2], kernel[0, 0] = np.nan, np.inf
@@ -196,6 +201,15 @@ def test_empty_history_says_no_data(history):
 def test_short_histories_can_be_saved(steps):
     figure = plot_training_history(make_history(steps))
     assert png_bytes(figure)
+
+
+def test_long_history_is_drawn_as_lines_with_a_band():
+    history = make_history(61)
+    top, _, bottom = plot_training_history(history).axes
+    np.testing.assert_allclose(line(bottom, "measured")[1], [row["probe/measured"] for row in history])
+    band = bottom.collections[0].get_paths()[0].vertices[:, 1]
+    wanted = max(row["probe/predicted"] + 2 * 0.02 for row in history)
+    assert band.max() == pytest.approx(wanted) and top.lines[0].get_markersize() == 0
 
 
 def test_history_without_probe_keeps_its_step_axis():

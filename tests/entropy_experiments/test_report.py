@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -337,3 +339,12 @@ def test_prompt_frame_never_cuts_a_word_or_number():
     assert frame.own_part("The sum of these: 12 + 3 = ?\nYour answer:") == "12"
     assert frame.prefix == "The sum of these: "
     assert prompt_frame(["same prompt here"] * 3).prefix == "" and prompt_frame([]).suffix == ""
+
+
+def test_a_report_needs_no_tensor_library_and_no_pyplot():
+    code = (
+        "import sys, entropy_experiments.report; "
+        "print(sorted({'torch', 'transformers', 'matplotlib.pyplot', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

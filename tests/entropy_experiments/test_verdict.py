@@ -163,6 +163,8 @@ def test_checks():
         failed.tone == "bad"
         and "1 of 7 self-checks FAILED: kernel_row_sums (0.25, tolerance 0.001)" in failed.text
     )
+    checks[1]["value"] = math.nan
+    assert "kernel_row_sums (not a finite number, tolerance 0.001)" in check_sentence(checks).text
     assert check_sentence([]).tone == "warning"
     assert check_sentence([{"name": "odd", "passed": "yes"}]).tone == "bad", "only true counts as passed"
 

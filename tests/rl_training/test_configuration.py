@@ -125,7 +125,7 @@ def test_strings_that_look_like_numbers_survive(tmp_path: Path) -> None:
         ("task.source=jsonl", "set task.path"),
         ("task.path=a.jsonl", "task.source=jsonl"),
         ("task.arguments={seed: 3}", "set task.seed"),
-        ("task.reward=exat", "reward 'exat' is none of default, score_answer, exact, math_verify"),
+        ("task.reward=exat", "reward 'exat' is none of default, score_answer, exact, last_number"),
         ("task.size=4", "task.size 4 is less than rollouts.prompts_per_step 8"),
         ("task.heldout_size=0", "held-out"),
         ("training.steps", "section.key=value"),

@@ -14,7 +14,9 @@ TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
 def _chain_sum(**changes: Any) -> TaskConfig:
-    return TaskConfig(**{"arguments": TWO_DIGITS, "size": 20, "heldout_size": 10, "reward": "exact"} | changes)
+    return TaskConfig(
+        **{"arguments": TWO_DIGITS, "size": 20, "heldout_size": 10, "reward": "exact"} | changes
+    )
 
 
 def _jsonl(tmp_path: Path, *lines: Any, **changes: Any) -> TaskConfig:
@@ -101,7 +103,10 @@ def test_describe_is_one_line() -> None:
     [
         ({"name": "chain_sums"}, "no data set 'chain_sums': did you mean .*chain_sum"),
         ({"name": "zzzzzz"}, "no data set 'zzzzzz'"),
-        ({"arguments": {"max_term": 2}}, "no argument 'max_term': did you mean 'max_terms'.*valid are min_terms"),
+        (
+            {"arguments": {"max_term": 2}},
+            "no argument 'max_term': did you mean 'max_terms'.*valid are min_terms",
+        ),
         ({"arguments": {"min_terms": 5, "max_terms": 2}}, "refuses .*max_terms must be >= min_terms"),
         ({"arguments": {"min_terms": "two"}}, "chain_sum refuses min_terms='two'"),
     ],
@@ -167,6 +172,9 @@ def test_jsonl_files_that_cannot_be_used(tmp_path: Path) -> None:
         load_task(_jsonl(tmp_path, {"prompt": "a", "answer": "1"}, size=2))
     with pytest.raises(UserError, match="cannot read .*'perhaps' to 'Is it\\?'"):
         load_task(_jsonl(tmp_path, {"prompt": "Is it?", "answer": "perhaps"}))
+    for answer in ("perhaps", "NaN"):
+        with pytest.raises(UserError, match="last_number cannot read"):
+            load_task(_jsonl(tmp_path, {"prompt": "Is it?", "answer": answer}, reward="last_number"))
 
 
 def test_jsonl_columns_reach_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,42 @@
+"""The demo: a real entropy collapse in a few minutes, and the report that explains it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from entropy_experiments.analysis_console import analyze_with_progress
+from entropy_experiments.config import FisherAnalysisConfig
+from rl_training.config import TrainConfig
+from rl_training.configuration import load_config
+
+TRAIN_CONFIG = Path(__file__).parent.parent / "rl_training" / "cfg" / "testconfig.yaml"
+ANALYSIS_CONFIG = Path(__file__).parent / "configs" / "fisher_analysis.yaml"
+
+
+def next_free_folder(output: Path) -> Path:
+    """`<output>/demo-1`, or the first number that is free: a second demo makes a second run."""
+    number = 1
+    while (output / f"demo-{number}").exists():
+        number += 1
+    return output / f"demo-{number}"
+
+
+def run_demo(output: Path) -> Path:
+    """Train, analyse the last checkpoint, and return the report's path."""
+    from rl_training.train import run_training
+
+    console = Console(stderr=True, highlight=False)
+    started = time.perf_counter()
+    folder = next_free_folder(output)
+    console.print(f"1/2  Dr. GRPO on SmolLM2-135M; the run goes to {folder}")
+    train_config = load_config(TrainConfig, TRAIN_CONFIG, [f"training.output_dir={folder}"])
+    run_training(train_config)
+    console.print(f"2/2  Fisher analysis of its last checkpoint ({time.perf_counter() - started:.0f} s so far)")
+    analysis = analyze_with_progress(
+        folder, load_config(FisherAnalysisConfig, ANALYSIS_CONFIG), folder=folder / "analysis"
+    )
+    console.print(f"done in {time.perf_counter() - started:.0f} s. Open the report in a browser:")
+    return analysis.report.resolve()

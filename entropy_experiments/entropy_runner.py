@@ -1,0 +1,237 @@
+"""One analysis from a checkpoint to a finished results folder.
+
+Work happens in `<folder>.part`, which is renamed when everything in it is whole and every self-check has been made; a
+failure removes it again. A folder that exists is never touched unless asked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_experiments.analyses.prompt_structure import kernel_structure
+from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
+from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.double_sampling import (
+    SamplingPlan,
+    TrainingBuffer,
+    plan_sampling,
+    sample_evaluation_batch,
+    sample_training_batch,
+)
+from entropy_experiments.fisher_analyzer import AnalysisNumbers, analyze_batches
+from entropy_experiments.report import write_report
+from entropy_experiments.results_writer import (
+    describe_environment,
+    summarize,
+    training_history,
+    write_json,
+    write_kernels,
+    write_sequences,
+)
+from entropy_experiments.self_checks import SelfCheck
+from rl_training.configuration import dump_config
+from rl_training.errors import UserError
+from rl_training.sampling import Rollouts, score
+
+Stage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FisherAnalysis:
+    """A finished analysis: where it lies, its numbers, and both buffers in the order of the kernel's axes."""
+
+    folder: Path
+    report: Path
+    summary: dict[str, Any]
+    numbers: AnalysisNumbers
+    evaluation: Rollouts
+    training: TrainingBuffer
+
+    @property
+    def failed_checks(self) -> list[SelfCheck]:
+        return [check for check in self.numbers.checks if not check.passed]
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage, in order; a stage lasts until the next begins."""
+
+    announce: Stage
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def start(self, name: str) -> None:
+        self._end()
+        self.stages.append({"name": name, "seconds": 0.0})
+        self.announce(name)
+
+    def _end(self) -> None:
+        now = time.perf_counter()
+        if self.stages:
+            self.stages[-1]["seconds"] = round(now - self._since, 3)
+        self._since = now
+
+    def finished(self) -> list[dict[str, Any]]:
+        self._end()
+        return self.stages
+
+
+def results_folder_for(checkpoint_path: Path, step: int, output_dir: str) -> Path:
+    """`<output_dir>/analysis_<today>/<run>_checkpoint-<step>`."""
+    today = datetime.date.today().isoformat()
+    return Path(output_dir) / f"analysis_{today}" / f"{checkpoint_path.resolve().parent.name}_checkpoint-{step}"
+
+
+def run_fisher_analysis(
+    checkpoint_path: str | Path,
+    config: FisherAnalysisConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
+    keep_going: bool = False,
+    stage: Stage = lambda name: None,
+) -> FisherAnalysis:
+    """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
+
+    folder: where to; by default `results_folder_for`. overwrite: replace a folder that exists, once the new one is whole.
+    keep_going: write the results even where a self-check fails (it is red in the report either way). stage: called with the
+    name of each stage as it begins.
+
+    Raises UserError for bad input (nothing is left behind), or a failed self-check.
+    """
+    config = config or FisherAnalysisConfig()
+    clock = _Clock(stage)
+    settings = config.entropy_analysis
+    with_adam = settings.fisher_kernel.preconditioning == "checkpoint"
+    clock.start("loading the checkpoint")
+    checkpoint = load_checkpoint(checkpoint_path, config.checkpoint.model, config.checkpoint.device, require_optimizer=with_adam)
+    record = checkpoint.record
+    target = Path(folder) if folder else results_folder_for(record.path, record.step, config.output_dir)
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
+    with _part_folder(target) as part:
+        plan = plan_sampling(checkpoint, config)
+        clock.start("drawing the training buffer")
+        training = sample_training_batch(checkpoint, plan, config)
+        clock.start("drawing the evaluation buffer")
+        evaluation = sample_evaluation_batch(checkpoint, plan, config, training.rollouts)
+        numbers = _analyze(checkpoint, plan, config, evaluation, training, clock.start)
+        score(evaluation, plan.task.reward_functions)  # only now, for the report: the draw looked at no reward
+        failed = [check for check in numbers.checks if not check.passed]
+        if failed and not keep_going:
+            worst = failed[0]
+            raise UserError(
+                f"self-check failed: {worst.name} is {worst.value:.3g}, allowed {worst.tolerance:g} ({worst.explanation}) "
+                "Pass --keep-going to write the report all the same"
+            )
+        clock.start("writing the results")
+        summary = _write(part, checkpoint, plan, config, evaluation, training, numbers)
+        write_json(
+            part / "run.json",
+            {
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": " ".join(sys.argv),
+                **describe_environment(),
+                "checkpoint": {**summary["checkpoint"], "run_dir": str(record.run_dir)},
+                "stages": clock.finished(),
+                "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
+                "self_checks": [check.to_json() for check in numbers.checks],
+            },
+        )
+        write_report(part, unfinished=True)
+    return FisherAnalysis(target, target / "report.html", summary, numbers, evaluation, training)
+
+
+def _analyze(
+    checkpoint: Checkpoint,
+    plan: SamplingPlan,
+    config: FisherAnalysisConfig,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    stage: Stage,
+) -> AnalysisNumbers:
+    settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
+    device = next(checkpoint.model.parameters()).device
+    norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
+    rate = config.checkpoint.learning_rate
+    if rate is None and sidecar is not None:
+        rate = sidecar.learning_rates_used[0]
+    try:
+        return analyze_batches(
+            checkpoint.model,
+            checkpoint.optimizer,
+            evaluation.to_batch(plan.law).to(device),
+            training.rollouts.to_batch(plan.law).to(device),
+            training.weights,
+            preconditioning=settings.fisher_kernel.preconditioning,
+            max_grad_norm=norm,
+            learning_rate=rate,
+            step_scales=settings.analysis.step_scales,
+            compute_full=settings.fisher_kernel.compute_full,
+            measure=settings.analysis.entropy_prediction,
+            token_batch_size=settings.fisher_kernel.token_batch_size,
+            stage=stage,
+        )
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{checkpoint.record.path}: {error}") from error
+
+
+def _write(
+    part: Path,
+    checkpoint: Checkpoint,
+    plan: SamplingPlan,
+    config: FisherAnalysisConfig,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    numbers: AnalysisNumbers,
+) -> dict[str, Any]:
+    settings = config.entropy_analysis
+    structure = None
+    if numbers.fisher is not None and settings.analysis.prompt_structure:
+        labels = (torch.tensor(evaluation.prompt_index).numpy(), torch.tensor(training.rollouts.prompt_index).numpy())
+        structure = kernel_structure(numbers.fisher.cpu().numpy(), *labels)
+    preconditioning = settings.fisher_kernel.preconditioning
+    summary = summarize(
+        checkpoint, evaluation, training, numbers, structure, preconditioning, settings.sampling.same_prompts
+    )
+    (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_sequences(part / "sequences.parquet", evaluation, training, numbers, plan)
+    write_kernels(part / "kernel.safetensors", numbers, checkpoint, preconditioning)
+    write_json(part / "summary.json", summary)
+    write_json(part / "training_history.json", training_history(checkpoint.record.log_history))
+    return summary
+
+
+@contextmanager
+def _part_folder(target: Path) -> Iterator[Path]:
+    """A fresh `<target>.part`, renamed to `target` on success and removed on failure."""
+    part = target.with_name(target.name + ".part")
+    try:
+        if part.exists():
+            shutil.rmtree(part)  # of a run that was killed: nothing in it was ever whole
+        part.mkdir(parents=True)
+        yield part
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the disk of {target.parent}: nothing was written there; free some, or set output_dir=..."
+            ) from error
+        raise

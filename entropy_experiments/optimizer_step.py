@@ -1,0 +1,92 @@
+"""The next AdamW step from a checkpoint, and the policy put anywhere along it and back again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.adamw import AdamWParameterState, AdamWUpdate, read_adamw_state, split_adamw_update
+from entropy_core.gradients import trainable_parameters
+from rl_training.errors import UserError
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """The step that AdamW takes next with a given loss gradient.
+
+    update: its exact parts; taken: theta_after - theta_before of the real optimizer; clip: c in g_clipped = c g, with
+    gradient_norm before clipping; state: the moments before it.
+    """
+
+    update: AdamWUpdate
+    taken: dict[str, Tensor]
+    clip: float
+    gradient_norm: float
+    state: dict[str, AdamWParameterState]
+
+
+def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> tuple[float, float]:
+    """(c, norm before clipping) as torch's clip_grad_norm_ computes them; c = 1 without clipping."""
+    norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+    if max_norm is None or max_norm <= 0:
+        return 1.0, norm
+    return min(1.0, max_norm / (norm + 1e-6)), norm
+
+
+def take_next_step(
+    model: nn.Module, optimizer: torch.optim.AdamW, gradient: Mapping[str, Tensor], max_norm: float | None
+) -> NextStep:
+    """Split the next step exactly, and let the real optimizer take it; model and optimizer are put back afterwards."""
+    parameters = trainable_parameters(model)
+    clip, norm = clip_coefficient(gradient, max_norm)
+    clipped: dict[str, Tensor | None] = {name: g * clip for name, g in gradient.items()}
+    state = {
+        name: copy.copy(s) for name, s in read_adamw_state(optimizer, parameters).items()
+    }  # tensors still shared: the split reads them before the optimizer steps
+    if not any(s.lr for s in state.values()):
+        raise UserError(
+            "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
+            "give checkpoint.learning_rate=..."
+        )
+    update = split_adamw_update(state, clipped, parameters)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name, p in parameters.items():
+        p.grad = clipped[name]
+    try:
+        optimizer.step()
+        taken = {name: p.detach() - before[name] for name, p in parameters.items()}
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.load_state_dict(saved)
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+    state = read_adamw_state(optimizer, parameters)
+    return NextStep(update, taken, clip, norm, state)
+
+
+def plain_gradient_step(gradient: Mapping[str, Tensor], learning_rate: float, clip: float) -> dict[str, Tensor]:
+    """-lr c g, the step of a checkpoint without optimizer state."""
+    return {name: -learning_rate * clip * g for name, g in gradient.items()}
+
+
+@contextmanager
+def moved(model: nn.Module, direction: Mapping[str, Tensor], scale: float) -> Iterator[None]:
+    """The model at theta + scale * direction; restored bit by bit on leaving."""
+    parameters = trainable_parameters(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.add_(direction[name], alpha=scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])

@@ -1,0 +1,267 @@
+"""Writing the results folder of one analysis; entropy_experiments.results_folder reads it back.
+
+    config.yaml             resolved, replayable          sequences.parquet     both buffers, one row a sequence
+    run.json                versions, timings, checks     kernel.safetensors    fisher, entropy_fisher [eval, train]
+    summary.json            the headline numbers          training_history.json the run's log up to the checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from entropy_core.measurement import EntropyMeasurement
+from entropy_core.scores import TokenStatistics
+from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.double_sampling import SamplingPlan, TrainingBuffer
+from entropy_experiments.fisher_analyzer import AnalysisNumbers, Estimate
+from rl_training.sampling import Rollouts
+
+_VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
+_HISTORY_KEYS = {
+    "entropy": "entropy",
+    "reward": "buffer/reward_first_round",
+    "probe/entropy": "entropy_probe/entropy",
+    "probe/predicted": "entropy_probe/predicted",
+    "probe/predicted_se": "entropy_probe/predicted_se",
+    "probe/batch": "entropy_probe/batch",
+    "probe/momentum": "entropy_probe/momentum",
+    "probe/decay": "entropy_probe/decay",
+    "probe/measured": "entropy_probe/measured",
+    "probe/measured_se": "entropy_probe/measured_se",
+    "probe/ess": "entropy_probe/ess",
+}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON without NaN or infinity (they become null), so that any reader takes it."""
+    path.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def training_history(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a training step, with the keys that reports know; plain TRL logs have fewer."""
+    out = []
+    for entry in log_history:
+        if "loss" not in entry:
+            continue
+        row = {"step": entry["step"]}
+        row.update({new: entry[old] for new, old in _HISTORY_KEYS.items() if entry.get(old) is not None})
+        if "reward" not in row and entry.get("reward") is not None:
+            row["reward"] = entry["reward"]
+        out.append(row)
+    return out
+
+
+def write_sequences(
+    path: Path, evaluation: Rollouts, training: TrainingBuffer, numbers: AnalysisNumbers, plan: SamplingPlan
+) -> None:
+    """Both buffers; row is the index on that kernel axis."""
+    rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation")
+    for row, lost in zip(rows, _floats(numbers.contributions, len(rows)), strict=True):
+        row["delta_h_lost"] = lost
+    trained = _rows(training.rollouts, numbers.train_statistics, plan, "training")
+    columns = (_floats(training.advantages, len(trained)), _floats(training.weights, len(trained)), _floats(numbers.shares, len(trained)))
+    for row, advantage, weight, share in zip(trained, *columns, strict=True):
+        row.update(advantage=advantage, weight=weight, delta_h=share)
+        row["delta_h_horizon"] = None if share is None else share * numbers.horizon_factor
+    pq.write_table(pa.Table.from_pylist(rows + trained, schema=_sequence_schema()), path)
+
+
+def _floats(values: torch.Tensor | None, count: int) -> list[float | None]:
+    return [None] * count if values is None else [float(v) for v in values]
+
+
+def _rows(rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str) -> list[dict[str, Any]]:
+    scores, sums = statistics.scores(), statistics.entropy_sums()
+    out = []
+    for i in range(len(rollouts)):
+        prompt, tokens = rollouts.prompt_ids[i], rollouts.completion_ids[i]
+        span = slice(len(prompt), len(prompt) + len(tokens))  # from_sequences pads on the right
+        out.append(
+            {
+                "buffer": buffer,
+                "row": i,
+                "prompt_index": rollouts.prompt_index[i],
+                "prompt": rollouts.prompt[i],
+                "completion": rollouts.completion[i],
+                "prompt_ids": prompt,
+                "completion_ids": tokens,
+                "logprobs": statistics.logprobs[i, span].tolist(),
+                "entropies": statistics.entropies[i, span].tolist(),
+                "length": len(tokens),
+                "truncated": tokens[-1] not in plan.law.eos_token_ids,
+                "score": float(scores[i]),
+                "entropy_sum": float(sums[i]),
+                "reward": rollouts.reward[i],
+            }
+        )
+    return out
+
+
+def _sequence_schema() -> pa.Schema:
+    number, text, whole = pa.float64(), pa.string(), pa.int64()
+    return pa.schema(
+        [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
+        + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole))]
+        + [("logprobs", pa.list_(number)), ("entropies", pa.list_(number)), ("length", whole), ("truncated", pa.bool_())]
+        + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
+        + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost")]
+    )
+
+
+def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, preconditioning: str) -> None:
+    """Both matrices, axes [eval, train], with what one must know to use them."""
+    from safetensors.torch import save_file
+
+    if numbers.fisher is None or numbers.entropy_fisher is None:
+        return
+    optimizer = checkpoint.optimizer
+    metadata = {
+        "axes": "[eval, train]",
+        "fisher": "dS_eval^T diag(P) dS_train",
+        "entropy_fisher": "E_eval^T diag(P) dS_train; E: Rao-Blackwell terms whose mean is the gradient of entropy per token",
+        "preconditioner": "1/(sqrt(v/(1-beta2^t))+eps)" if preconditioning == "checkpoint" else "1",
+        "eps": "" if optimizer is None else str(optimizer.param_groups[0]["eps"]),
+        "step": str(checkpoint.record.step),
+        "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i])",
+    }
+    tensors = {"fisher": numbers.fisher, "entropy_fisher": numbers.entropy_fisher}
+    save_file({k: v.contiguous().cpu().float() for k, v in tensors.items()}, path, metadata)
+
+
+def summarize(
+    checkpoint: Checkpoint,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    numbers: AnalysisNumbers,
+    structure: dict[str, Any] | None,
+    preconditioning: str,
+    same_prompts: bool,
+) -> dict[str, Any]:
+    """The content of summary.json."""
+    record = checkpoint.record
+    index = torch.tensor(evaluation.prompt_index)
+    lengths = torch.tensor([float(len(c)) for c in evaluation.completion_ids], dtype=torch.float64)
+    sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
+    full_step = next((m for m in numbers.measured if m.scale == 1.0), None)
+    return {
+        "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
+        "entropy": {
+            "per_token": {
+                "value": float(sums.sum() / lengths.sum()),
+                "standard_error": jackknife_over_prompts(sums, index, lengths),
+            },
+            "per_completion": {"value": float(sums.mean()), "standard_error": jackknife_over_prompts(sums, index)},
+            "surprisal_per_completion": {
+                "value": float(surprisal.mean()),
+                "standard_error": jackknife_over_prompts(surprisal, index),
+            },
+        },
+        "predicted": _estimates(numbers.predicted),
+        "predicted_per_completion": _estimates(numbers.predicted_per_completion),
+        "actual": {}
+        if full_step is None
+        else {"snis": _measurement(full_step.snis), "fixed_prefix": _measurement(full_step.fixed_prefix)},
+        "scaling": [
+            {
+                "scale": m.scale,
+                "predicted": m.scale * numbers.predicted["rao_blackwell"]["total"].value,
+                "predicted_standard_error": m.scale * numbers.predicted["rao_blackwell"]["total"].standard_error,
+                "predicted_split": m.scale * numbers.predicted["split"]["total"].value,
+                "predicted_fixed_prefix": m.scale * numbers.predicted["fixed_prefix"]["total"].value,
+                "actual_snis": m.snis.change,
+                "actual_snis_standard_error": m.snis.standard_error,
+                "actual_fixed_prefix": m.fixed_prefix.change,
+                "ess": m.snis.effective_sample_size,
+            }
+            for m in numbers.measured
+        ],
+        "attribution": {
+            "delta_h_batch": numbers.batch_change_with_checkpoint_p,
+            "delta_h_batch_with_the_steps_own_p": numbers.predicted["rao_blackwell"]["batch"].value,
+            "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
+            "horizon_factor": numbers.horizon_factor,
+            "preconditioner": preconditioning,
+            "gradient_norm": numbers.gradient_norm,
+            "clip_coefficient": numbers.clip,
+        },
+        "kernel": None if structure is None else {**structure, "same_prompts": same_prompts},
+        "sampling": {
+            "evaluation": _buffer_summary(evaluation),
+            "training": {
+                **_buffer_summary(training.rollouts),
+                "rounds": training.counts.rounds,
+                "generated": training.counts.generated,
+                "rejected": training.counts.rejected,
+                "kept": training.counts.kept,
+                "filler": training.counts.filler,
+            },
+        },
+    }
+
+
+def _estimates(predicted: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
+    return {
+        estimator: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
+        for estimator, parts in predicted.items()
+    }
+
+
+def _measurement(m: EntropyMeasurement) -> dict[str, Any]:
+    return {
+        "value": m.change,
+        "standard_error": m.standard_error,
+        "before": m.before,
+        "after": m.after,
+        "effective_sample_size": m.effective_sample_size,
+        "n": m.sequences,
+    }
+
+
+def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:
+    rewards = [float(r) for r in rollouts.reward if r is not None]
+    return {
+        "prompts": len(set(rollouts.prompt_index)),
+        "sequences": len(rollouts),
+        "mean_reward": sum(rewards) / len(rewards) if rewards else None,
+        "mean_length": sum(map(len, rollouts.completion_ids)) / len(rollouts),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, git SHA of the working directory's checkout where there is one, and hardware."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        )
+        sha = found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        sha = None
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+        "git_sha": sha,
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }

@@ -1,0 +1,51 @@
+"""The checks that every analysis makes of itself, each a number against a tolerance; see docs/guides/self-checks.md."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """`passed` is value <= tolerance (a NaN value fails); `explanation` says what was compared and what a failure means."""
+
+    name: str
+    value: float
+    tolerance: float
+    explanation: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in float64; the absolute error where |expected| is exactly 0."""
+    difference = float((found.double() - expected.double()).norm())
+    scale = float(expected.double().norm())
+    return difference / scale if scale > 0 else difference
+
+
+def relative_error_of_dicts(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """`relative_error` over all tensors together; infinite where the names differ."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    difference = sum(float((found[k].double() - expected[k].double()).square().sum()) for k in expected) ** 0.5
+    scale = sum(float(v.double().square().sum()) for v in expected.values()) ** 0.5
+    return difference / scale if scale > 0 else difference
+
+
+def surprisal_z_score(scores: Tensor, entropy_sums: Tensor) -> float:
+    """|z| of the mean of -S_t - sum_k H_k over independent sequences: both estimate H, so it is of order one."""
+    gaps = -scores.double() - entropy_sums.double()
+    if len(gaps) < 2:
+        return 0.0
+    error = float(gaps.std(correction=1)) / len(gaps) ** 0.5
+    return abs(float(gaps.mean())) / error if error > 0 else float(torch.sign(gaps.mean().abs())) * float("inf")
