@@ -19,6 +19,19 @@ import torch  # noqa: E402
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
+# Other libraries' news about themselves, at every toy model that is built; ours stay visible.
+_NOISE = (
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:fan_in_fan_out is set to False:UserWarning",
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Quieten what no test of ours can mend."""
+    for line in _NOISE:
+        config.addinivalue_line("filterwarnings", line)
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:

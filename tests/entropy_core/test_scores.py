@@ -95,7 +95,9 @@ def test_padding_may_hold_any_number(case: ModelCase, pad_token: int) -> None:
     batch = right_padded(lists)
     expected = completion_values(token_statistics(model, batch), batch)
     layout = padded(lists, [3, 0, 1, 5, 2, 0, 4], [1, 2, 6, 0, 0, 3, 1], pad_token)
-    for value, wanted in zip(completion_values(token_statistics(model, layout), layout), expected, strict=True):
+    for value, wanted in zip(
+        completion_values(token_statistics(model, layout), layout), expected, strict=True
+    ):
         assert_close(value, wanted, 1e-11, "padding ids reach the model")
 
 
