@@ -66,7 +66,8 @@ def read_adamw_state(
         cover each other.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    names = {id(p): name for name, p in _pairs(named_parameters)}
+    pairs = _pairs(named_parameters)
+    names = {id(p): name for name, p in pairs}
     states: dict[str, AdamWParameterState] = {}
     for group in optimizer.param_groups:
         _check_group(optimizer, group)
@@ -78,7 +79,7 @@ def read_adamw_state(
                     "the named parameters of the model that it trains"
                 )
             states[name] = _parameter_state(name, p, optimizer.state.get(p, {}), group)
-    missing = [name for name, p in _pairs(named_parameters) if p.requires_grad and name not in states]
+    missing = [name for name, p in pairs if p.requires_grad and name not in states]
     if missing:
         raise ValueError(f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted")
     return states
@@ -89,8 +90,11 @@ def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[t
 
 
 def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
-    if not {"betas", "eps", "lr", "weight_decay"} <= group.keys():
-        raise TypeError(f"{type(optimizer).__name__} is not an Adam or AdamW: its step cannot be split into these parts")
+    kind = type(optimizer).__name__
+    # Relatives keep the same keys but take another step; RAdam's state cannot be told from Adam's but by its class.
+    relative = isinstance(optimizer, torch.optim.NAdam | torch.optim.RAdam | torch.optim.Adamax)
+    if relative or not {"betas", "eps", "lr", "weight_decay"} <= group.keys():
+        raise TypeError(f"{kind} is not Adam or AdamW: its step cannot be split into these parts")
     for flag in ("amsgrad", "maximize"):
         if group.get(flag):
             raise ValueError(f"the optimizer runs with {flag}=True, which changes its step: only plain AdamW is known")

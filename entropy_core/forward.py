@@ -92,6 +92,11 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
     with _cut_to_positions(output_layer(model), bucket) as cut:
         logits = model(input_ids=bucket.input_ids, **arguments).logits
     if not cut:
+        if logits.shape[:2] != bucket.input_ids.shape:
+            raise ValueError(
+                f"the model gave logits of shape {tuple(logits.shape)} for tokens of shape {tuple(bucket.input_ids.shape)}: it "
+                "inserts or drops positions (prompt tuning does), so no logit can be matched to its token"
+            )
         logits = logits[bucket.rows, bucket.positions]
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     if not bool(torch.isfinite(logits.detach().sum())):

@@ -213,6 +213,7 @@ def verify_row_sums(
     if not errors[worst] <= ROW_SUM_TOLERANCE:
         raise ValueError(
             f"per-sequence gradients of {worst!r} do not add up to the batch gradient (off by {errors[worst]:.1e} of its "
-            "norm): the model uses this parameter other than by calling its module; use method='loop', or freeze it"
+            "norm): the model uses this parameter other than by calling its module (use method='loop', or freeze it), or it "
+            "computes in less than float32 (load it in float32)"
         )
     return errors

@@ -50,8 +50,9 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 
 def _bounded_logprobs(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    # 0 * -inf is NaN where a token is ruled out; its limit, and that token's share of every sum, is 0.
-    return (logits - log_normalizer[:, None]).clamp_(min=torch.finfo(logits.dtype).min)
+    # 0 * -inf is NaN where a token is ruled out; its limit, and that token's share of every sum, is 0. At -1e4 the
+    # probability is 0 in every precision already, and no weight of a user's overflows.
+    return (logits - log_normalizer[:, None]).clamp_(min=-1e4)
 
 
 def _chunks(logits: Tensor) -> list[slice]:

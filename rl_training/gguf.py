@@ -110,6 +110,7 @@ def _convert(gguf: Path, part: Path) -> None:
 
 def _move_into_place(part: Path, target: Path) -> None:
     try:
+        part.chmod(0o755)  # made private by mkdtemp; a cache may be shared
         part.rename(target)
     except OSError:
         if not target.is_dir():
