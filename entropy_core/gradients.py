@@ -24,7 +24,7 @@ from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, 
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import completion_logits, evaluation_mode
 from entropy_core.row_taps import RowTaps
-from entropy_core.scores import TokenStatistics, logprobs_and_entropies, token_statistics
+from entropy_core.scores import TokenStatistics, logprobs_and_entropies, scatter_statistics, token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
 """Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows); may be called more than
@@ -56,10 +56,11 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 def _objective(logits: Tensor, bucket: Bucket, coefficients: Sequence[TokenCoefficients]) -> list[Tensor]:
     logprobs, entropies = logprobs_and_entropies(logits, bucket.targets)
     at = (bucket.indices[bucket.rows], bucket.columns)
-    return [
-        torch.dot(c.logprob[at].to(logprobs), logprobs) + torch.dot(c.entropy[at].to(entropies), entropies)
-        for c in coefficients
-    ]
+    return [_weighted_sum(logprobs, entropies, c, at) for c in coefficients]
+
+
+def _weighted_sum(logprobs: Tensor, entropies: Tensor, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.dot(c.logprob[at].to(logprobs), logprobs) + torch.dot(c.entropy[at].to(entropies), entropies)
 
 
 def batch_gradients(
@@ -99,9 +100,39 @@ def entropy_gradient(
 
     statistics: the batch's token statistics under this very model, where they are known already; saves a forward pass.
     """
-    statistics = statistics or token_statistics(model, batch, token_batch_size)
+    if statistics is None:
+        return entropy_gradient_and_statistics(model, batch, estimator, per_token, token_batch_size)[0]
     coefficients = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
     return batch_gradients(model, batch, [coefficients], token_batch_size)[0]
+
+
+def entropy_gradient_and_statistics(
+    model: nn.Module,
+    batch: SequenceBatch,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> tuple[dict[str, Tensor], TokenStatistics]:
+    """The gradient estimate and the token statistics it rests on; one forward pass where the batch fits into one bucket.
+
+    (Coefficients need the entropy of the whole batch, so several buckets take a pass for it first.)
+    """
+    buckets = length_buckets(batch, token_batch_size)
+    if len(buckets) > 1:
+        statistics = token_statistics(model, batch, token_batch_size)
+        return entropy_gradient(model, batch, estimator, per_token, statistics, token_batch_size), statistics
+    parameters, bucket = trainable_parameters(model), buckets[0]
+    at = (bucket.indices[bucket.rows], bucket.columns)
+    with evaluation_mode(model), torch.enable_grad():
+        logprobs, entropies = logprobs_and_entropies(completion_logits(model, bucket, batch.temperature), bucket.targets)
+        statistics = scatter_statistics(batch, at, logprobs.detach(), entropies.detach())
+        c = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
+        objective = _weighted_sum(logprobs, entropies, c, at)
+        found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
+    gradient = {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
+    return gradient, statistics
 
 
 def stream_rows(

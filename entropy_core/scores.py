@@ -95,17 +95,21 @@ def token_statistics(
 
     Runs in length buckets of at most `token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
     """
-    logprobs: Tensor | None = None
-    entropies: Tensor | None = None
+    parts = []
     with torch.no_grad(), evaluation_mode(model):
         for bucket in length_buckets(batch, token_batch_size):
-            chosen, entropy = logprobs_and_entropies(
-                completion_logits(model, bucket, batch.temperature), bucket.targets
-            )
-            if logprobs is None or entropies is None:
-                logprobs = torch.zeros(batch.input_ids.shape, dtype=chosen.dtype, device=chosen.device)
-                entropies = torch.zeros_like(logprobs)
+            logits = completion_logits(model, bucket, batch.temperature)
             at = (bucket.indices[bucket.rows], bucket.columns)
-            logprobs[at], entropies[at] = chosen, entropy
-    assert logprobs is not None and entropies is not None  # a batch has at least one sequence
-    return TokenStatistics(logprobs, entropies)
+            parts.append((at, *logprobs_and_entropies(logits, bucket.targets)))
+    rows, columns = (torch.cat([at[axis] for at, _, _ in parts]) for axis in (0, 1))
+    logprobs, entropies = torch.cat([lp for _, lp, _ in parts]), torch.cat([h for _, _, h in parts])
+    return scatter_statistics(batch, (rows, columns), logprobs, entropies)
+
+
+def scatter_statistics(
+    batch: SequenceBatch, at: tuple[Tensor, Tensor], logprobs: Tensor, entropies: Tensor
+) -> TokenStatistics:
+    """(m,) values of completion tokens at (row, column) of the batch, in the batch's layout."""
+    full = [torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=logprobs.device) for _ in range(2)]
+    full[0][at], full[1][at] = logprobs, entropies
+    return TokenStatistics(*full)

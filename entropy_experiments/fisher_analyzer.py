@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import batch_step_factor, preconditioner
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import ESTIMATORS, TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot, per_sequence_gradients, trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel, contract_rows
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
@@ -125,7 +126,7 @@ def analyze_batches(
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
     _attribute(model, eval_batch, columns, weights, step, gradient, p, numbers, learning_rate, token_batch_size)
     stage("checking the kernel against finite differences")
-    numbers.checks.extend(_check_kernel(model, eval_batch, train_batch, columns, weights, p, numbers, token_batch_size))
+    numbers.checks.extend(_check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers, token_batch_size))
     z = surprisal_z_score(numbers.eval_statistics.scores(), numbers.eval_statistics.entropy_sums())
     numbers.checks.append(
         SelfCheck(
@@ -178,32 +179,42 @@ def _contract(
     token_batch_size: int,
 ) -> None:
     statistics = numbers.eval_statistics
-    objectives: list[TokenCoefficients] = [score_coefficients(batch)]
-    labels: list[tuple[str, bool]] = []
-    for per_token in (True, False):
-        for estimator in ESTIMATORS:
-            objectives.append(entropy_coefficients(statistics, batch, estimator, per_token))  # type: ignore[arg-type]
-            labels.append((estimator, per_token))
+    # Estimators whose coefficients are equal over a sequence's tokens are combinations of two kinds of rows, so that
+    # four backward passes serve all estimators and both units.
+    objectives = [
+        score_coefficients(batch),
+        TokenCoefficients(batch.completion_mask.double(), torch.zeros_like(statistics.entropies, dtype=torch.float64)),
+        entropy_coefficients(statistics, batch, "rao_blackwell", True),
+        entropy_coefficients(statistics, batch, "rao_blackwell", False),
+    ]
     first = next(iter(columns.values())).shape[0] if compute_full else 0
     wide = {
         name: torch.cat([columns[name][:first], torch.stack([parts[part][name] for part in PARTS])])
         for name in columns
     }
-    matrices = contract_rows(model, batch, objectives, wide, None, token_batch_size)
+    score_rows, entropy_only_rows, *own = (
+        m.double() for m in contract_rows(model, batch, objectives, wide, None, token_batch_size)
+    )
     if compute_full:
-        numbers.fisher = matrices[0][:, :first]
-        numbers.entropy_fisher = matrices[1 + labels.index(("rao_blackwell", True))][:, :first]
-    for (estimator, per_token), matrix in zip(labels, matrices[1:], strict=True):
-        target = numbers.predicted if per_token else numbers.predicted_per_completion
-        contributions = matrix[:, first:].double()
-        target[estimator] = {
-            part: Estimate(
-                float(contributions[:, k].mean()), jackknife_over_prompts(contributions[:, k], batch.prompt_index)
-            )
-            for k, part in enumerate(PARTS)
-        }
-        if (estimator, per_token) == ("rao_blackwell", True):
-            numbers.contributions = contributions[:, 0] / len(batch)
+        numbers.fisher = score_rows[:, :first].float()
+        numbers.entropy_fisher = own[0][:, :first].float()
+    for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
+        for estimator in get_args(Estimator):
+            if estimator == "rao_blackwell":
+                matrix = own[0 if per_token else 1]
+            else:
+                c = entropy_coefficients(statistics, batch, estimator, per_token)
+                # equal over the tokens of a sequence: the largest in absolute value is the value
+                alpha, gamma = c.entropy.amax(1, keepdim=True), (c.logprob.amax(1) + c.logprob.amin(1))[:, None]
+                matrix = alpha * entropy_only_rows + gamma * score_rows
+            target[estimator] = {
+                part: _mean_with_error(matrix[:, first + k], batch.prompt_index) for k, part in enumerate(PARTS)
+            }
+    numbers.contributions = own[0][:, first] / len(batch)
+
+
+def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:
+    return Estimate(float(contributions.mean()), jackknife_over_prompts(contributions, prompt_index))
 
 
 def _attribute(
@@ -300,7 +311,7 @@ def _check_kernel(
     model: nn.Module,
     eval_batch: SequenceBatch,
     train_batch: SequenceBatch,
-    columns: dict[str, Tensor],
+    gradient: dict[str, Tensor],
     weights: Tensor,
     p: dict[str, Tensor] | None,
     numbers: AnalysisNumbers,
@@ -308,8 +319,10 @@ def _check_kernel(
 ) -> list[SelfCheck]:
     if numbers.fisher is None:
         return []
-    direction = {name: torch.einsum("n,n...->...", weights.to(rows), rows) for name, rows in columns.items()}
-    product = numbers.fisher.double() @ weights.double().to(numbers.fisher.device)
+    direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
+    sample = torch.arange(min(16, len(eval_batch)))
+    eval_batch = eval_batch.select(sample)
+    product = numbers.fisher[sample].double() @ weights.double().to(numbers.fisher.device)
     size = float(product.abs().max())
     if size == 0.0:
         return []
@@ -324,7 +337,7 @@ def _check_kernel(
     return [
         SelfCheck(
             "K w = finite difference", relative_error((plus - minus) / (2 * epsilon), product), 0.02,
-            "K1 times the weights against a central difference of the scores along P g, relative. A failure means P is missing, "
+            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A failure means P is missing, "
             "doubled, or on both sides.",
         ),
         SelfCheck(

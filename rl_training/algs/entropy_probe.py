@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from entropy_core.adamw import AdamWParameterState, AdamWUpdate, read_adamw_state, split_adamw_update
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, entropy_coefficients
-from entropy_core.gradients import dot, entropy_gradient, trainable_parameters
+from entropy_core.gradients import dot, entropy_gradient_and_statistics, trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_over_prompts
@@ -86,9 +86,8 @@ class SimpleEntropyProbe:
 
     def observe(self, batch: SequenceBatch) -> None:
         """Entropy and its gradient on `batch`, drawn from the policy as it is now."""
-        statistics = token_statistics(self._model, batch, self._token_batch_size)
-        gradient = entropy_gradient(
-            self._model, batch, self._estimator, True, statistics, self._token_batch_size
+        gradient, statistics = entropy_gradient_and_statistics(
+            self._model, batch, self._estimator, True, self._token_batch_size
         )
         self._observation = _Observation(batch, statistics, gradient)
 

@@ -1,0 +1,239 @@
+"""One analysis from checkpoint to folder: its numbers, its self-checks, what it refuses, and that it leaves no debris."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entropy_experiments import entropy_runner, fisher_analyzer
+from entropy_experiments.checkpoint_loader import load_checkpoint
+from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.double_sampling import plan_sampling, sample_evaluation_batch
+from entropy_experiments.entropy_runner import run_fisher_analysis
+from rl_training.configuration import load_config
+from rl_training.errors import UserError
+from rl_training.sampling import Rollouts
+
+
+def config(*overrides: str, **kwargs) -> FisherAnalysisConfig:
+    small = ["entropy_analysis.eval_batch_size=16", "entropy_analysis.train_batch_size=16", "checkpoint.device=cpu"]
+    return load_config(FisherAnalysisConfig, None, [*small, *overrides], **kwargs)
+
+
+@pytest.fixture(scope="module")
+def analysis(tiny_run, tmp_path_factory):
+    return run_fisher_analysis(tiny_run, config(), folder=tmp_path_factory.mktemp("results") / "one")
+
+
+def test_the_folder_holds_what_the_contract_says(analysis):
+    folder = analysis.folder
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "config.yaml", "run.json", "summary.json", "sequences.parquet", "kernel.safetensors", "training_history.json",
+        "figures", "report.html",
+    }  # fmt: skip
+    run = json.loads((folder / "run.json").read_text())
+    assert len(run["self_checks"]) == 9 and all(check["passed"] for check in run["self_checks"])
+    assert run["versions"]["torch"] and run["stages"] and run["seconds"] > 0
+    assert not list(folder.parent.glob("*.part"))
+    replayed = load_config(FisherAnalysisConfig, folder / "config.yaml")
+    assert replayed == config()
+
+
+def test_shares_follow_from_the_kernel_by_the_documented_formula(analysis, tiny_run):
+    """delta h_i = lr (1 - beta1)/(1 - beta1^t) c w_i mean_eval K_H(:, i), from the files alone."""
+    kernels = load_file(analysis.folder / "kernel.safetensors")
+    rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
+    training = [r for r in rows if r["buffer"] == "training"]
+    summary = json.loads((analysis.folder / "summary.json").read_text())
+    weights = np.array([r["weight"] for r in training])
+    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * summary["attribution"]["clip_coefficient"]
+    expected = factor * weights * kernels["entropy_fisher"].double().mean(0).numpy()
+    np.testing.assert_allclose([r["delta_h"] for r in training], expected, rtol=1e-3, atol=1e-9)
+    total = sum(r["delta_h"] for r in training)
+    assert total == pytest.approx(summary["attribution"]["delta_h_batch"], rel=1e-4)
+    horizon = [sum(0.9**j * (1 - 0.9**5) / (1 - 0.9 ** (5 + j)) for j in range(500))]
+    assert summary["attribution"]["horizon_factor"] == pytest.approx(horizon[0], rel=1e-6)
+    lost = sum(r["delta_h_lost"] for r in rows if r["buffer"] == "evaluation")
+    assert lost == pytest.approx(summary["predicted"]["rao_blackwell"]["total"]["value"], rel=1e-4)
+
+
+def test_score_function_prediction_equals_the_plans_kernel_formula(analysis):
+    """delta H_batch = -factor sum_i w_i (1/n) sum_t (S_t - b_t) K1(t, i), b the mean of the other sequences."""
+    rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
+    evaluation = [r for r in rows if r["buffer"] == "evaluation"]
+    weights = np.array([r["weight"] for r in rows if r["buffer"] == "training"])
+    fisher = load_file(analysis.folder / "kernel.safetensors")["fisher"].double().numpy()
+    scores = np.array([r["score"] for r in evaluation])
+    n = len(scores)
+    centred = scores - (scores.sum() - scores) / (n - 1)
+    summary = json.loads((analysis.folder / "summary.json").read_text())
+    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * summary["attribution"]["clip_coefficient"]
+    from_kernel = -factor * (centred / n) @ fisher @ weights
+    own_p = summary["predicted_per_completion"]["score_function"]["batch"]["value"]
+    moved = summary["attribution"]["delta_h_batch_with_the_steps_own_p"] / summary["attribution"]["delta_h_batch"]
+    # the kernel uses the checkpoint's P, the predicted step its own: they differ by what one step adds to v
+    assert from_kernel == pytest.approx(own_p, rel=0.5) and 0.5 < moved < 1.5
+
+
+def test_parts_sum_to_the_total_and_errors_are_of_means(analysis):
+    for predicted in (analysis.numbers.predicted, analysis.numbers.predicted_per_completion):
+        for parts in predicted.values():
+            total = sum(parts[name].value for name in ("batch", "momentum", "weight_decay"))
+            assert total == pytest.approx(parts["total"].value, rel=2e-3, abs=1e-7)
+    contributions = analysis.numbers.contributions.numpy() * 16
+    spread = contributions.std(ddof=1)
+    error = analysis.numbers.predicted["rao_blackwell"]["total"].standard_error
+    assert error == pytest.approx(spread / 4, rel=0.01), "16 prompts: the error of the mean is a quarter of the spread"
+
+
+def test_first_order_becomes_exact_as_the_step_shrinks(analysis):
+    split = analysis.numbers.predicted["split"]["total"].value
+    gaps = {m.scale: abs(m.snis.change / (m.scale * split) - 1) for m in analysis.numbers.measured}
+    assert gaps[0.25] < 0.75 * gaps[1.0] or gaps[1.0] < 2e-3
+    fixed = analysis.numbers.predicted["fixed_prefix"]["total"].value
+    quarter = next(m for m in analysis.numbers.measured if m.scale == 0.25)
+    assert quarter.fixed_prefix.change == pytest.approx(0.25 * fixed, rel=0.1)
+
+
+def test_the_model_is_left_as_it_was(tiny_run):
+    checkpoint = load_checkpoint(tiny_run)
+    plan = plan_sampling(checkpoint, config())
+    before = {name: p.detach().clone() for name, p in checkpoint.model.named_parameters()}
+    training = entropy_runner.sample_training_batch(checkpoint, plan, config())
+    evaluation = sample_evaluation_batch(checkpoint, plan, config(), training.rollouts)
+    entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, lambda name: None)
+    assert all(torch.equal(p, before[name]) for name, p in checkpoint.model.named_parameters())
+
+
+def test_same_seed_same_numbers(analysis, tiny_run, tmp_path):
+    again = run_fisher_analysis(tiny_run, config(), folder=tmp_path / "again")
+    for name, kernel in load_file(analysis.folder / "kernel.safetensors").items():
+        torch.testing.assert_close(load_file(again.folder / "kernel.safetensors")[name], kernel, rtol=1e-5, atol=1e-7)
+    other = run_fisher_analysis(tiny_run, config("seed=1"), folder=tmp_path / "other")
+    assert other.evaluation.completion_ids != again.evaluation.completion_ids
+
+
+def test_drawing_the_evaluation_buffer_reads_no_reward(tiny_run):
+    checkpoint = load_checkpoint(tiny_run)
+    plan = plan_sampling(checkpoint, config())
+
+    def forbidden(**_):
+        raise AssertionError("the evaluation buffer looked at a reward")
+
+    plan.task.reward_functions[:] = [forbidden]
+    rollouts = sample_evaluation_batch(checkpoint, plan, config(), Rollouts())
+    assert len(rollouts) == 16 and set(rollouts.reward) == {None}
+    heldout = {row["prompt_index"] for row in plan.task.heldout}
+    assert set(rollouts.prompt_index) == heldout, "16 held-out prompts, one completion each"
+
+
+def test_same_prompts_and_disjoint_prompts(tiny_run, tmp_path):
+    same = run_fisher_analysis(tiny_run, config("entropy_analysis.sampling.same_prompts=true"), folder=tmp_path / "same")
+    assert set(same.evaluation.prompt_index) <= set(same.training.rollouts.prompt_index)
+    assert same.summary["kernel"]["same_prompt_pairs"] > 0
+    apart = run_fisher_analysis(tiny_run, config("entropy_analysis.sampling.eval_split=train"), folder=tmp_path / "apart")
+    assert not set(apart.evaluation.prompt_index) & set(apart.training.rollouts.prompt_index)
+
+
+def test_the_buffer_of_the_run_itself(tiny_run, tmp_path):
+    result = run_fisher_analysis(
+        tiny_run, config("entropy_analysis.sampling.train_prompts=from_run"), folder=tmp_path / "from_run"
+    )
+    from rl_training.algs.rollout_record import read_rollouts
+
+    kept = [row for row in read_rollouts(tiny_run, 4) if row["status"] != "rejected"]
+    assert result.training.rollouts.completion_ids == [row["completion_ids"] for row in kept]
+    np.testing.assert_allclose(result.training.weights, [row["weight"] for row in kept], rtol=1e-6)
+
+
+def test_without_optimizer_state_only_the_plain_step_is_analysed(checkpoint_copy, tmp_path):
+    (checkpoint_copy / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="preconditioning=none"):
+        run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
+    plain = "entropy_analysis.fisher_kernel.preconditioning=none"
+    result = run_fisher_analysis(checkpoint_copy, config(plain), folder=tmp_path / "plain")
+    assert result.summary["predicted"]["rao_blackwell"]["momentum"]["value"] == 0.0
+    assert not result.failed_checks
+
+
+def test_a_plain_trl_checkpoint_needs_to_be_told_task_and_law(checkpoint_copy, tiny_run, tmp_path):
+    sidecar = json.loads((checkpoint_copy / "entropy_experiments.json").read_text())
+    (checkpoint_copy / "entropy_experiments.json").unlink()
+    with pytest.raises(UserError, match=r"checkpoint\.task"):
+        run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
+    task = f"checkpoint.task={json.dumps(sidecar['task'])}"
+    with pytest.raises(UserError, match=r"sampling\.temperature"):
+        run_fisher_analysis(checkpoint_copy, config(task), folder=tmp_path / "no")
+    told = config(
+        task,
+        "entropy_analysis.sampling.temperature=1.0",
+        "entropy_analysis.sampling.max_completion_length=8",
+        "entropy_analysis.sampling.completions_per_prompt=4",
+    )
+    foreign = run_fisher_analysis(checkpoint_copy, told, folder=tmp_path / "foreign")
+    assert not foreign.failed_checks
+    assert foreign.summary["attribution"]["horizon_factor"] > 1
+
+
+def test_optimizer_entries_permuted_within_a_shape_are_refused(checkpoint_copy, tmp_path):
+    path = checkpoint_copy / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    by_shape: dict = {}
+    for number, entry in state["state"].items():
+        by_shape.setdefault(tuple(entry["exp_avg"].shape), []).append(number)
+    entries = dict(state["state"])
+    for numbers in by_shape.values():
+        for left, right in zip(numbers, numbers[1:] + numbers[:1], strict=True):
+            state["state"][left] = entries[right]
+    torch.save(state, path)
+    with pytest.raises(UserError, match="nothing is analysed"):
+        run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
+    assert not list(tmp_path.glob("no*")), "something half-written was left behind"
+
+
+def test_no_prompt_with_mixed_rewards(checkpoint_copy, tmp_path):
+    path = checkpoint_copy / "entropy_experiments.json"
+    content = json.loads(path.read_text())
+    content["task"]["reward"] = "tests.rl_training.test_dr_grpo:always_right"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no prompt with mixed rewards"):
+        run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
+    assert not list(tmp_path.glob("no*"))
+
+
+def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
+    target = tmp_path / "mine"
+    shutil.copytree(analysis.folder, target)
+    (target / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        run_fisher_analysis(tiny_run, config(), folder=target)
+    assert (target / "note.txt").exists()
+    run_fisher_analysis(tiny_run, config(), folder=target, overwrite=True)
+    assert not (target / "note.txt").exists() and (target / "report.html").exists()
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_path, monkeypatch, keep_going):
+    """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
+    original = fisher_analyzer.contract_rows
+
+    def doubled(model, batch, objectives, columns, *rest):
+        return original(model, batch, objectives, {name: 2 * c for name, c in columns.items()}, *rest)
+
+    monkeypatch.setattr(fisher_analyzer, "contract_rows", doubled)
+    target = tmp_path / "checked"
+    if not keep_going:
+        with pytest.raises(UserError, match="self-check failed"):
+            run_fisher_analysis(tiny_run, config(), folder=target)
+        assert not target.exists() and not list(tmp_path.glob("*.part"))
+        return
+    result = run_fisher_analysis(tiny_run, config(), folder=target, keep_going=True)
+    failed = {check.name for check in result.failed_checks}
+    assert {"K w = finite difference", "entropy kernel = autograd"} <= failed
+    assert "FAILED" in (target / "report.html").read_text()
+
