@@ -16,7 +16,7 @@ own group. Source: Loshchilov & Hutter 2019 (AdamW); docs/theory/adamw-step.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,12 +81,16 @@ def read_adamw_state(
             states[name] = _parameter_state(name, p, optimizer.state.get(p, {}), group)
     missing = [name for name, p in pairs if p.requires_grad and name not in states]
     if missing:
-        raise ValueError(f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted")
+        raise ValueError(
+            f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted"
+        )
     return states
 
 
 def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return list(named.items()) if isinstance(named, Mapping) else list(named)
+    if isinstance(named, Mapping):
+        return list(named.items())
+    return [(name, p) for name, p in named]
 
 
 def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
@@ -104,8 +108,12 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
 
 
 def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> AdamWParameterState:
-    if state and ("exp_avg" not in state or state["exp_avg"].shape != p.shape or not state["exp_avg"].is_floating_point()):
-        raise ValueError(f"the optimizer state of {name!r} is quantised or sharded: only full AdamW moments can be read")
+    if state and (
+        "exp_avg" not in state or state["exp_avg"].shape != p.shape or not state["exp_avg"].is_floating_point()
+    ):
+        raise ValueError(
+            f"the optimizer state of {name!r} is quantised or sharded: only full AdamW moments can be read"
+        )
     beta1, beta2 = group["betas"]
     return AdamWParameterState(
         exp_avg=state["exp_avg"] if state else torch.zeros_like(p),
@@ -144,15 +152,11 @@ def adam_preconditioner(
 
 def after_gradient(state: AdamWParameterState, gradient: Tensor) -> AdamWParameterState:
     """The state once `gradient` has entered both moments: m_t, v_t and t from m_{t-1}, v_{t-1} and t-1."""
-    return AdamWParameterState(
+    return replace(
+        state,
         exp_avg=state.beta1 * state.exp_avg + (1 - state.beta1) * gradient,
         exp_avg_sq=state.beta2 * state.exp_avg_sq + (1 - state.beta2) * gradient.square(),
         step=state.step + 1,
-        lr=state.lr,
-        beta1=state.beta1,
-        beta2=state.beta2,
-        eps=state.eps,
-        weight_decay=state.weight_decay,
     )
 
 

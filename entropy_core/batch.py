@@ -51,7 +51,9 @@ class SequenceBatch:
             raise ValueError(f"input_ids must be (N, L) with N > 0, not {tuple(shape)}")
         for name in ("attention_mask", "completion_mask"):
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} is {tuple(getattr(self, name).shape)}, input_ids {tuple(shape)}: they must agree")
+                raise ValueError(
+                    f"{name} is {tuple(getattr(self, name).shape)}, input_ids {tuple(shape)}: they must agree"
+                )
         if self.prompt_index.shape != shape[:1]:
             raise ValueError(f"prompt_index is {tuple(self.prompt_index.shape)}, but there are {shape[0]} sequences")
         if not self.temperature > 0:

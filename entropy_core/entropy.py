@@ -111,7 +111,9 @@ def leave_one_out_mean(values: Tensor, prompt_index: Tensor) -> Tensor:
     Leaving the sequence itself out keeps a score-function estimate unbiased.
     """
     if len(values) < 2:
-        raise ValueError("a leave-one-out baseline needs at least two sequences; use the rao_blackwell estimator for one")
+        raise ValueError(
+            "a leave-one-out baseline needs at least two sequences; use the rao_blackwell estimator for one"
+        )
     _, group = prompt_index.unique(return_inverse=True)
     counts = torch.bincount(group).to(values.dtype)
     totals = torch.zeros_like(counts).index_add_(0, group, values)

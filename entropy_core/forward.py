@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,9 @@ def innermost_model(model: nn.Module) -> nn.Module:
     """The language model inside data-parallel and adapter wrappers (which pass their arguments on to it)."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+            model = cast(nn.Module, model.module)
         elif callable(inner := getattr(model, "get_base_model", None)):
-            model = inner()
+            model = cast(nn.Module, inner())
         else:
             return model
 
@@ -31,7 +32,7 @@ def innermost_model(model: nn.Module) -> nn.Module:
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits, or None where the model does not name one."""
     get = getattr(innermost_model(model), "get_output_embeddings", None)
-    return get() if callable(get) else None
+    return cast("nn.Module | None", get()) if callable(get) else None
 
 
 @contextmanager
@@ -84,9 +85,7 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
     if "position_ids" in accepts:
         # One row a sequence: a model that makes its own (1, l) positions would sum gradients over the batch.
         length = bucket.input_ids.shape[1]
-        arguments["position_ids"] = torch.arange(length, device=bucket.input_ids.device).expand(
-            bucket.input_ids.shape
-        )
+        arguments["position_ids"] = torch.arange(length, device=bucket.input_ids.device).expand(bucket.input_ids.shape)
     if "use_cache" in accepts:
         arguments["use_cache"] = False
     with _cut_to_positions(output_layer(model), bucket) as cut:

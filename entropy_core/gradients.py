@@ -41,7 +41,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     found = {name: p for name, p in inner.named_parameters() if p.requires_grad}
     if not found:
-        raise ValueError("the model has no trainable parameter: load the adapter with is_trainable=True, or unfreeze some")
+        raise ValueError(
+            "the model has no trainable parameter: load the adapter with is_trainable=True, or unfreeze some"
+        )
     return found
 
 
@@ -124,7 +126,9 @@ def entropy_gradient_and_statistics(
     parameters, bucket = trainable_parameters(model), buckets[0]
     at = (bucket.indices[bucket.rows], bucket.columns)
     with evaluation_mode(model), torch.enable_grad():
-        logprobs, entropies = logprobs_and_entropies(completion_logits(model, bucket, batch.temperature), bucket.targets)
+        logprobs, entropies = logprobs_and_entropies(
+            completion_logits(model, bucket, batch.temperature), bucket.targets
+        )
         statistics = scatter_statistics(batch, at, logprobs.detach(), entropies.detach())
         c = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
         objective = _weighted_sum(logprobs, entropies, c, at)

@@ -109,6 +109,8 @@ def _check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameter
     for name, parameter in parameters.items():
         p = preconditioner[name]
         if p.shape != parameter.shape:
-            raise ValueError(f"the preconditioner of {name!r} is {tuple(p.shape)}, the parameter {tuple(parameter.shape)}")
+            raise ValueError(
+                f"the preconditioner of {name!r} is {tuple(p.shape)}, the parameter {tuple(parameter.shape)}"
+            )
         if not bool(((p > 0) & torch.isfinite(p)).all()):
             raise ValueError(f"the preconditioner of {name!r} holds values that are not positive and finite")

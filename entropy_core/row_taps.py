@@ -45,7 +45,9 @@ class RowTaps:
         self._handles = []
         self._modules: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
-            own = {k: self._names[id(p)] for k, p in module._parameters.items() if p is not None and id(p) in self._names}
+            own = {
+                k: self._names[id(p)] for k, p in module._parameters.items() if p is not None and id(p) in self._names
+            }
             if own:
                 self._modules[module] = own
                 self._handles.append(module.register_forward_hook(self._make_hook(path, own), with_kwargs=True))
@@ -78,7 +80,9 @@ class RowTaps:
                 return output
             name = next(iter(own.values()))
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            where = f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
+            where = (
+                f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
+            )
             if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
                 raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
             flat = module in self._flat_modules and args[0].shape[0] == len(self._bucket.targets)
@@ -115,7 +119,9 @@ class RowTaps:
         return full
 
 
-def _module_rows(module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor) -> dict[str, Tensor]:
+def _module_rows(
+    module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
+) -> dict[str, Tensor]:
     if type(module).forward is nn.Linear.forward:
         return _linear_rows(own, x, dy)
     if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):

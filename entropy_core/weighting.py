@@ -36,7 +36,9 @@ def advantages(rewards: Tensor, prompt_index: Tensor, scheme: WeightingScheme) -
     rewards = rewards.double()
     if not bool(torch.isfinite(rewards).all()):
         bad = int((~torch.isfinite(rewards)).nonzero()[0, 0])
-        raise ValueError(f"the reward of sequence {bad} is {float(rewards[bad])}: every training sequence needs a finite one")
+        raise ValueError(
+            f"the reward of sequence {bad} is {float(rewards[bad])}: every training sequence needs a finite one"
+        )
     _, group = prompt_index.unique(return_inverse=True)
     counts = torch.bincount(group).double()
     total = torch.zeros_like(counts).index_add_(0, group, rewards)

@@ -78,4 +78,6 @@ def _print_verdict(console: Console, analysis: FisherAnalysis) -> None:
         console.print(f"- {sentence.text}", markup=False, soft_wrap=True)
     for check in analysis.numbers.checks:
         mark = "ok  " if check.passed else "FAIL"
-        console.print(f"  {mark} {check.name}: {check.value:.2g} (allowed {check.tolerance:g})", markup=False, soft_wrap=True)
+        console.print(
+            f"  {mark} {check.name}: {check.value:.2g} (allowed {check.tolerance:g})", markup=False, soft_wrap=True
+        )

@@ -21,7 +21,12 @@ from entropy_experiments.optimizer_mapping import match_names
 from rl_training.checkpoint_format import Sidecar, read_sidecar
 from rl_training.errors import UserError
 
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ def missing_parts(folder: Path) -> list[str]:
     missing = []
     if (folder / "adapter_config.json").exists():
         if not (folder / "adapter_model.safetensors").exists():
-            missing.append("adapter_model.safetensors (adapter weights): the checkpoint is partial; copy it again, or train on")
+            missing.append(
+                "adapter_model.safetensors (adapter weights): the checkpoint is partial; copy it again, or train on"
+            )
     elif not any((folder / name).exists() for name in _WEIGHT_FILES):
         missing.append("model weights (adapter_config.json or model.safetensors): the checkpoint is partial")
     if not (folder / "trainer_state.json").exists():
@@ -163,7 +170,9 @@ def _load_policy(folder: Path, name: str, sidecar: Sidecar | None, device: str) 
     model.eval()
     broken = [n for n, p in trainable_parameters(model).items() if not bool(torch.isfinite(p).all())]
     if broken:
-        raise UserError(f"{folder}: parameter {broken[0]!r} holds NaN or infinite values; the run diverged before this step")
+        raise UserError(
+            f"{folder}: parameter {broken[0]!r} holds NaN or infinite values; the run diverged before this step"
+        )
     return model, tokenizer
 
 
@@ -197,7 +206,10 @@ def _load_optimizer(
     names = match_names(model, state, sidecar.optimizer_parameter_names if sidecar else None)
     parameters = trainable_parameters(model)
     groups = [
-        {**{k: v for k, v in stored.items() if k not in ("params", "param_names")}, "params": [parameters[n] for n in group]}
+        {
+            **{k: v for k, v in stored.items() if k not in ("params", "param_names")},
+            "params": [parameters[n] for n in group],
+        }
         for stored, group in zip(state["param_groups"], names, strict=True)
     ]
     optimizer = torch.optim.AdamW(groups)

@@ -19,7 +19,9 @@ app = typer.Typer(
     help="Why does policy entropy fall? Train with a probe that predicts it; analyse checkpoints for what moved it.",
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=20")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=20")
+]
 
 
 @app.command()

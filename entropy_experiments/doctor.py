@@ -23,12 +23,16 @@ def examine(path: str | Path) -> tuple[list[str], bool]:
         try:
             state = json.loads(state_path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{state_path} cannot be read ({error}): the checkpoint is damaged; copy it again") from error
+            raise UserError(
+                f"{state_path} cannot be read ({error}): the checkpoint is damaged; copy it again"
+            ) from error
         lines.append(f"  step {state['global_step']} of {state.get('max_steps', '?')}")
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         content = json.loads(adapter.read_text(encoding="utf-8"))
-        lines.append(f"  adapter: {content.get('peft_type')} r={content.get('r')} on {content.get('base_model_name_or_path')}")
+        lines.append(
+            f"  adapter: {content.get('peft_type')} r={content.get('r')} on {content.get('base_model_name_or_path')}"
+        )
     else:
         lines.append("  whole model (no adapter)")
     sidecar = read_sidecar(folder)

@@ -68,7 +68,9 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> Sampl
     if task_config is None and sidecar is not None and sidecar.task is not None:
         task_config = validate_config(TaskConfig, sidecar.task, "the checkpoint's task")
     if task_config is None:
-        raise UserError("the checkpoint does not say which task it was trained on: give checkpoint.task in the configuration")
+        raise UserError(
+            "the checkpoint does not say which task it was trained on: give checkpoint.task in the configuration"
+        )
     temperature = sampling.temperature or (sidecar.sampling.temperature if sidecar else None)
     longest = sampling.max_completion_length or (sidecar.sampling.max_completion_length if sidecar else None)
     if temperature is None or longest is None:
@@ -163,7 +165,14 @@ def sample_evaluation_batch(
     chosen = np.resize(order, count)  # distinct prompts first, then the same order again
     rows = [pool[i] for i in chosen]
     rollouts = draw(
-        checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, int(rng.integers(2**31)), "evaluation", progress=progress
+        checkpoint.model,
+        checkpoint.tokenizer,
+        rows,
+        each,
+        plan.law,
+        int(rng.integers(2**31)),
+        "evaluation",
+        progress=progress,
     )
     return rollouts.select(range(config.entropy_analysis.eval_batch_size))
 
@@ -174,7 +183,9 @@ def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> tuple[Rollout
     kept = [row for row in rows if row["status"] != "rejected"]
     unknown = [row["prompt_index"] for row in kept if row["prompt_index"] not in known]
     if unknown:
-        raise UserError(f"the rollouts of step {step} name prompt {unknown[0]}, which the task does not have: tasks differ")
+        raise UserError(
+            f"the rollouts of step {step} name prompt {unknown[0]}, which the task does not have: tasks differ"
+        )
     rollouts = Rollouts(
         prompt_ids=[row["prompt_ids"] for row in kept],
         completion_ids=[row["completion_ids"] for row in kept],

@@ -116,7 +116,9 @@ def run_fisher_analysis(
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning == "checkpoint"
     clock.start("loading the checkpoint")
-    checkpoint = load_checkpoint(checkpoint_path, config.checkpoint.model, config.checkpoint.device, require_optimizer=with_adam)
+    checkpoint = load_checkpoint(
+        checkpoint_path, config.checkpoint.model, config.checkpoint.device, require_optimizer=with_adam
+    )
     record = checkpoint.record
     target = Path(folder) if folder else results_folder_for(record.path, record.step, config.output_dir)
     if target.exists() and not overwrite:

@@ -101,7 +101,9 @@ def analyze_batches(
     """
     with_adam = preconditioning == "checkpoint"
     if with_adam and optimizer is None:
-        raise UserError("the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none")
+        raise UserError(
+            "the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none"
+        )
     parameters = trainable_parameters(model)
     stage("token statistics")
     numbers = AnalysisNumbers(
@@ -126,7 +128,9 @@ def analyze_batches(
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
     _attribute(model, eval_batch, columns, weights, step, gradient, p, numbers, learning_rate, token_batch_size)
     stage("checking the kernel against finite differences")
-    numbers.checks.extend(_check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers, token_batch_size))
+    numbers.checks.extend(
+        _check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers, token_batch_size)
+    )
     z = surprisal_z_score(numbers.eval_statistics.scores(), numbers.eval_statistics.entropy_sums())
     numbers.checks.append(
         SelfCheck(
@@ -164,7 +168,12 @@ def _next_step(
 def _step_parts(step: NextStep | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     if isinstance(step, NextStep):
         u = step.update
-        return step.taken, {"total": step.taken, "batch": u.batch, "momentum": u.momentum, "weight_decay": u.weight_decay}
+        return step.taken, {
+            "total": step.taken,
+            "batch": u.batch,
+            "momentum": u.momentum,
+            "weight_decay": u.weight_decay,
+        }
     nothing = {name: torch.zeros_like(d) for name, d in step.items()}
     return step, {"total": step, "batch": step, "momentum": nothing, "weight_decay": nothing}
 
@@ -189,8 +198,7 @@ def _contract(
     ]
     first = next(iter(columns.values())).shape[0] if compute_full else 0
     wide = {
-        name: torch.cat([columns[name][:first], torch.stack([parts[part][name] for part in PARTS])])
-        for name in columns
+        name: torch.cat([columns[name][:first], torch.stack([parts[part][name] for part in PARTS])]) for name in columns
     }
     score_rows, entropy_only_rows, *own = (
         m.double() for m in contract_rows(model, batch, objectives, wide, None, token_batch_size)
@@ -245,7 +253,8 @@ def _attribute(
         inner += factors[name] * products
     numbers.shares = numbers.clip * weights.double().cpu() * inner
     direction = {
-        name: -factors[name] * numbers.clip * (gradient[name] if p is None else p[name] * gradient[name]) for name in columns
+        name: -factors[name] * numbers.clip * (gradient[name] if p is None else p[name] * gradient[name])
+        for name in columns
     }
     numbers.batch_change_with_checkpoint_p = dot(grad_h, direction)
     total = numbers.batch_change_with_checkpoint_p
@@ -276,7 +285,9 @@ def _horizon_factor(step: NextStep) -> float:
 def _check_gradient(
     model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
 ) -> SelfCheck:
-    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[0]
+    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
+        0
+    ]
     return SelfCheck(
         "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
         "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all trainable parameters, "
@@ -289,9 +300,9 @@ def _check_optimizer(step: NextStep, gradient: dict[str, Tensor]) -> list[SelfCh
     worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
     if not evidence.convincing:
         raise UserError(
-            f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more than that of another "
-            f"parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are in another order than the "
-            "model's parameters, so P would be wrong; nothing is analysed"
+            f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more "
+            f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
+            "in another order than the model's parameters, so P would be wrong; nothing is analysed"
         )
     return [
         SelfCheck(
@@ -337,8 +348,8 @@ def _check_kernel(
     return [
         SelfCheck(
             "K w = finite difference", relative_error((plus - minus) / (2 * epsilon), product), 0.02,
-            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A failure means P is missing, "
-            "doubled, or on both sides.",
+            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A "
+            "failure means P is missing, doubled, or on both sides.",
         ),
         SelfCheck(
             "K symmetric and PSD on equal batches",

@@ -34,7 +34,9 @@ def rebuild_parameter_names(model: nn.Module) -> list[list[str]]:
     return [[n for n in trainable if n in decayed], [n for n in trainable if n not in decayed]]
 
 
-def match_names(model: nn.Module, state: Mapping[str, Any], recorded: Sequence[Sequence[str]] | None) -> list[list[str]]:
+def match_names(
+    model: nn.Module, state: Mapping[str, Any], recorded: Sequence[Sequence[str]] | None
+) -> list[list[str]]:
     """Names per group for a loaded optimizer state dict.
 
     recorded: the sidecar's names, if any.
@@ -54,12 +56,17 @@ def match_names(model: nn.Module, state: Mapping[str, Any], recorded: Sequence[S
         )
     if recorded is not None and [list(names) for names in recorded] != rebuilt:
         odd = next(
-            ((a, b) for left, right in zip(recorded, rebuilt, strict=False) for a, b in zip(left, right, strict=False) if a != b),
+            (
+                (a, b)
+                for left, right in zip(recorded, rebuilt, strict=False)
+                for a, b in zip(left, right, strict=False)
+                if a != b
+            ),
             ("", ""),
         )
         raise UserError(
-            f"the sidecar names optimizer entry {odd[0]!r} where the model's own order has {odd[1]!r}: the sidecar or the adapter "
-            "is of another run; on such doubt nothing is analysed"
+            f"the sidecar names optimizer entry {odd[0]!r} where the model's own order has {odd[1]!r}: the sidecar or "
+            "the adapter is of another run; on such doubt nothing is analysed"
         )
     parameters = dict(model.named_parameters())
     for group, names in zip(groups, rebuilt, strict=True):

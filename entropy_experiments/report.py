@@ -190,9 +190,9 @@ def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
         (results.path / "figures").mkdir(exist_ok=True)
         for name, (png, _) in images.items():
             (results.path / "figures" / f"{name}.png").write_bytes(png)
-        unfinished = report.with_suffix(".html.part")
-        unfinished.write_text(page, encoding="utf-8", newline="\n")
-        unfinished.replace(report)
+        part = report.with_suffix(".html.part")
+        part.write_text(page, encoding="utf-8", newline="\n")
+        part.replace(report)
     except OSError as error:
         raise UserError(
             f"cannot write the report into {results.path} ({error.strerror}): check its permissions"

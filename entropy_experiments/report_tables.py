@@ -97,8 +97,7 @@ def entropy_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Mean surprisal −S per completion, nats (estimates the same H)", "surprisal_per_completion"),
     )
     return [
-        (label, plus_minus(*value_and_error(lookup(summary, "entropy", key)), plus=False))
-        for label, key in readings
+        (label, plus_minus(*value_and_error(lookup(summary, "entropy", key)), plus=False)) for label, key in readings
     ]
 
 
@@ -131,9 +130,7 @@ def costliest_and_most_giving(
     return costly, giving
 
 
-def prompt_rows(
-    training: Sequence[Mapping[str, Any]], frame: PromptFrame
-) -> tuple[list[dict[str, str]], int]:
+def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tuple[list[dict[str, str]], int]:
     """Prompts with the sums of their sequences' shares, costliest first, and how many in the middle were
     left out.
     """

@@ -77,9 +77,7 @@ def _read_sequences(path: Path) -> list[dict[str, Any]]:
         names = pq.read_schema(path).names
         missing = [name for name in _REQUIRED_COLUMNS if name not in names]
         if missing:
-            raise UserError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {_REMEDY}"
-            )
+            raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {_REMEDY}")
         wanted = [name for name in _REQUIRED_COLUMNS + _OPTIONAL_COLUMNS if name in names]
         return pq.read_table(path, columns=wanted).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -97,18 +95,12 @@ def _buffer(path: Path, rows: list[dict[str, Any]], name: str) -> list[dict[str,
     members = [row for row in rows if row["buffer"] == name]
     for row in members:
         if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
-            raise UserError(
-                f"{path}: a sequence of the {name} buffer has no prompt or completion text: {_REMEDY}"
-            )
+            raise UserError(f"{path}: a sequence of the {name} buffer has no prompt or completion text: {_REMEDY}")
         if not isinstance(row["row"], int) or not isinstance(row["prompt_index"], int):
-            raise UserError(
-                f"{path}: row and prompt_index of the {name} buffer must be whole numbers: {_REMEDY}"
-            )
+            raise UserError(f"{path}: row and prompt_index of the {name} buffer must be whole numbers: {_REMEDY}")
     members.sort(key=lambda row: row["row"])
     if [row["row"] for row in members] != list(range(len(members))):
-        raise UserError(
-            f"{path}: the rows of the {name} buffer are not numbered 0 … {len(members) - 1}: {_REMEDY}"
-        )
+        raise UserError(f"{path}: the rows of the {name} buffer are not numbered 0 … {len(members) - 1}: {_REMEDY}")
     return members
 
 
@@ -116,9 +108,7 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({_first_line(error)}): {_REMEDY}"
-        ) from error
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): {_REMEDY}") from error
     kernels = {name: tensors[name] for name in _KERNELS if name in tensors}
     if not kernels:
         raise UserError(f"{path} holds neither {' nor '.join(_KERNELS)}: {_REMEDY}")
@@ -141,28 +131,20 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(
-            f"no results folder at {path}: give the folder that `entropy-experiments analyze` wrote"
-        )
+        raise UserError(f"no results folder at {path}: give the folder that `entropy-experiments analyze` wrote")
     if path.name.endswith(".part") and not unfinished:
-        raise UserError(
-            f"{path} is an unfinished analysis, perhaps one that was killed: {_REMEDY}"
-        )
+        raise UserError(f"{path} is an unfinished analysis, perhaps one that was killed: {_REMEDY}")
     needed = ["summary.json", "run.json", "sequences.parquet", "training_history.json"]
     missing = [name for name in needed if not (path / name).is_file()]
     if len(missing) == len(needed):
-        raise UserError(
-            f"{path} is not the results folder of an analysis: it has none of {', '.join(needed)}"
-        )
+        raise UserError(f"{path} is not the results folder of an analysis: it has none of {', '.join(needed)}")
     if missing:
         raise UserError(f"{path} is incomplete, {', '.join(missing)} is missing: {_REMEDY}")
     summary = _read_json(path / "summary.json", dict)
     run = _read_json(path / "run.json", dict)
     history = _read_json(path / "training_history.json", list)
     if not all(isinstance(entry, dict) for entry in history):
-        raise UserError(
-            f"{path / 'training_history.json'} must be a list of objects, one a training step: {_REMEDY}"
-        )
+        raise UserError(f"{path / 'training_history.json'} must be a list of objects, one a training step: {_REMEDY}")
     sequences = path / "sequences.parquet"
     rows = _read_sequences(sequences)
     evaluation, training = _buffer(sequences, rows, "evaluation"), _buffer(sequences, rows, "training")

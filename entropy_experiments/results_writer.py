@@ -1,8 +1,8 @@
 """Writing the results folder of one analysis; entropy_experiments.results_folder reads it back.
 
-    config.yaml             resolved, replayable          sequences.parquet     both buffers, one row a sequence
-    run.json                versions, timings, checks     kernel.safetensors    fisher, entropy_fisher [eval, train]
-    summary.json            the headline numbers          training_history.json the run's log up to the checkpoint
+config.yaml             resolved, replayable          sequences.parquet     both buffers, one row a sequence
+run.json                versions, timings, checks     kernel.safetensors    fisher, entropy_fisher [eval, train]
+summary.json            the headline numbers          training_history.json the run's log up to the checkpoint
 """
 
 from __future__ import annotations
@@ -78,7 +78,11 @@ def write_sequences(
     for row, lost in zip(rows, _floats(numbers.contributions, len(rows)), strict=True):
         row["delta_h_lost"] = lost
     trained = _rows(training.rollouts, numbers.train_statistics, plan, "training")
-    columns = (_floats(training.advantages, len(trained)), _floats(training.weights, len(trained)), _floats(numbers.shares, len(trained)))
+    columns = (
+        _floats(training.advantages, len(trained)),
+        _floats(training.weights, len(trained)),
+        _floats(numbers.shares, len(trained)),
+    )
     for row, advantage, weight, share in zip(trained, *columns, strict=True):
         row.update(advantage=advantage, weight=weight, delta_h=share)
         row["delta_h_horizon"] = None if share is None else share * numbers.horizon_factor
@@ -121,7 +125,12 @@ def _sequence_schema() -> pa.Schema:
     return pa.schema(
         [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
         + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole))]
-        + [("logprobs", pa.list_(number)), ("entropies", pa.list_(number)), ("length", whole), ("truncated", pa.bool_())]
+        + [
+            ("logprobs", pa.list_(number)),
+            ("entropies", pa.list_(number)),
+            ("length", whole),
+            ("truncated", pa.bool_()),
+        ]
         + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
         + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost")]
     )
@@ -250,7 +259,11 @@ def describe_environment() -> dict[str, Any]:
     """Versions, git SHA of the working directory's checkout where there is one, and hardware."""
     try:
         found = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
         sha = found.stdout.strip()
     except (OSError, subprocess.SubprocessError):

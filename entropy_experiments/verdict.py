@@ -89,20 +89,15 @@ def primary_estimator(summary: Mapping[str, Any]) -> str | None:
 
 def training_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence:
     """What entropy and reward did over the recorded training steps."""
-    rows = sorted(
-        (row for row in history if as_number(row.get("step")) is not None), key=lambda row: row["step"]
-    )
+    rows = sorted((row for row in history if as_number(row.get("step")) is not None), key=lambda row: row["step"])
     steps, entropy, reward = series(rows, "step"), series(rows, "entropy"), series(rows, "reward")
     known = np.flatnonzero(np.isfinite(entropy))
     if not len(known):
-        return Sentence(
-            "What entropy did in training is not known: the folder holds no training history.", "warning"
-        )
+        return Sentence("What entropy did in training is not known: the folder holds no training history.", "warning")
     first, last = known[0], known[-1]
     if first == last:
         return Sentence(
-            f"Entropy was {plain(entropy[first])} {_UNIT} at training step {steps[first]:g}, the only one "
-            f"recorded."
+            f"Entropy was {plain(entropy[first])} {_UNIT} at training step {steps[first]:g}, the only one recorded."
         )
     start, end = float(entropy[first]), float(entropy[last])
     change = (end - start) / start if start > 0 else 0.0
@@ -159,9 +154,7 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     found: list[Sentence] = []
     compared = agreement(total, measured)
     if compared is None:
-        found.append(
-            Sentence(f"{text} Without standard errors of both, whether they agree cannot be said.", "warning")
-        )
+        found.append(Sentence(f"{text} Without standard errors of both, whether they agree cannot be said.", "warning"))
     else:
         gap = f"(difference {signed(compared.difference, 2)}, {compared.z:.1f} standard errors)"
         if compared.within_two:
@@ -219,11 +212,7 @@ def cost_sentences(training: Sequence[Mapping[str, Any]], all_prompts: Sequence[
     """
     rows = [row for row in training if as_number(row.get("delta_h")) is not None]
     if not rows:
-        return [
-            Sentence(
-                "What single sequences cost is not known: no shares of the change were stored.", "warning"
-            )
-        ]
+        return [Sentence("What single sequences cost is not known: no shares of the change were stored.", "warning")]
     frame = prompt_frame(list(all_prompts) or [row["prompt"] for row in rows])
     lowering = sum(row["delta_h"] < 0 for row in rows)
     raising = sum(row["delta_h"] > 0 for row in rows)
@@ -273,8 +262,7 @@ def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
         names = ", ".join(_name(check) for check in self_checks)
         return Sentence(f"All {counted(len(self_checks), 'self-check')} passed: {names}.", "good")
     described = [
-        f"{_name(check)} ({check_value(check)}, tolerance {plain(check.get('tolerance'))})"
-        for check in failed
+        f"{_name(check)} ({check_value(check)}, tolerance {plain(check.get('tolerance'))})" for check in failed
     ]
     return Sentence(
         f"{len(failed)} of {counted(len(self_checks), 'self-check')} FAILED: {', '.join(described)}. "

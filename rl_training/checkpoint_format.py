@@ -86,5 +86,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
     if not isinstance(data, dict) or data.get("format") != SIDECAR_FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
-        raise UserError(f"{path} is of format {found}, this release reads {SIDECAR_FORMAT}: use the release that wrote it")
+        raise UserError(
+            f"{path} is of format {found}, this release reads {SIDECAR_FORMAT}: use the release that wrote it"
+        )
     return validate_config(Sidecar, data, str(path))

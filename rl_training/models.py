@@ -76,9 +76,7 @@ def load_model_and_tokenizer(
     try:
         model = model.to(target_device)
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"model {name} does not fit on {target_device}: take a smaller one or device=cpu"
-        ) from None
+        raise UserError(f"model {name} does not fit on {target_device}: take a smaller one or device=cpu") from None
     return model.eval(), tokenizer
 
 
@@ -97,9 +95,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftMod
         missing = [target for target in targets if not _names_a_module(model, target)]
         if missing:
             known = ", ".join(sorted(_linear_names(model)))
-            raise UserError(
-                f"lora.target_modules: no linear layer {missing[0]!r} in the model; it has {known}"
-            )
+            raise UserError(f"lora.target_modules: no linear layer {missing[0]!r} in the model; it has {known}")
     config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -59,9 +59,7 @@ def exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[s
     return [float(completion_text(completion).strip() == gold.strip()) for completion, gold in pairs]
 
 
-def last_number(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
-) -> list[float]:
+def last_number(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """1 where the last number in the completion equals the answer, else 0; `1,000.0` is `1000`."""
     pairs = zip(completions, answer, strict=True)
     return [float(find_last_number(completion_text(text)) == Decimal(gold.strip())) for text, gold in pairs]
@@ -73,9 +71,7 @@ def find_last_number(text: str) -> Decimal | None:
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def math_verify(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any
-) -> list[float]:
+def math_verify(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
     """1 where math-verify finds the completion's expression equal to the answer's, else 0."""
     from math_verify import parse, verify
 
@@ -96,9 +92,7 @@ def parse_answer(answer: str) -> tuple[Any, ...]:
     except ImportError:
         raise UserError("task.reward math_verify needs a package: pip install math-verify") from None
     bare_latex = "\\" in answer and not any(sign in answer for sign in ("$", "\\[", "\\(", "\\boxed"))
-    return tuple(
-        parse(f"${answer}$" if bare_latex else answer, parsing_timeout=_time_limits()["parsing_timeout"])
-    )
+    return tuple(parse(f"${answer}$" if bare_latex else answer, parsing_timeout=_time_limits()["parsing_timeout"]))
 
 
 def _time_limits() -> dict[str, int | None]:
@@ -168,9 +162,7 @@ def import_reward(path: str) -> RewardFunction:
             raise UserError(f"{path} returned {len(rewards)} rewards for {len(completions)} completions")
         for position, value in enumerate(rewards):
             if not hasattr(value, "__float__") or not math.isfinite(float(value)):
-                raise UserError(
-                    f"{path} returned {value!r} for completion {position}: expected a finite number"
-                )
+                raise UserError(f"{path} returned {value!r} for completion {position}: expected a finite number")
         return [float(value) for value in rewards]
 
     return checked

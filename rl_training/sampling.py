@@ -154,9 +154,9 @@ def generate_completions(
             for row, i in enumerate(part):
                 ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
                 mask[row, width - len(prompt_ids[i]) :] = 1
-            drawn = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )[:, width:].tolist()
+            drawn = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)[
+                :, width:
+            ].tolist()
             for i, tokens in zip(part, drawn, strict=True):
                 completions[i] = _until_eos(tokens, law)
             if progress:
@@ -190,7 +190,11 @@ def draw(
 ) -> Rollouts:
     """`completions_per_prompt` completions of each task row, in order, without looking at any reward."""
     repeated = [row for row in rows for _ in range(completions_per_prompt)]
-    ids = [tokens for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows]) for _ in range(completions_per_prompt)]
+    ids = [
+        tokens
+        for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows])
+        for _ in range(completions_per_prompt)
+    ]
     completions = generate_completions(model, ids, law, seed, batch_size, progress)
     return Rollouts(
         prompt_ids=ids,
@@ -219,7 +223,9 @@ def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., list[floa
         )
         if len(values) != len(rollouts):
             name = getattr(function, "__name__", "the reward function")
-            raise UserError(f"{name} returned {len(values)} rewards for {len(rollouts)} completions: return one for each")
+            raise UserError(
+                f"{name} returned {len(values)} rewards for {len(rollouts)} completions: return one for each"
+            )
         totals = [total + (0.0 if value is None else float(value)) for total, value in zip(totals, values, strict=True)]
     rollouts.reward = list(totals)
 

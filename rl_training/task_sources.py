@@ -62,9 +62,7 @@ def create_reasoning_gym_dataset(name: str, arguments: Mapping[str, Any], seed: 
     size = max(LARGEST_DECLARED_SIZE, count)
     try:
         return dataset_class(config=config_class(seed=seed, size=size, **arguments))
-    except (
-        Exception
-    ) as error:  # the data sets raise whatever they like; nothing is hidden, all of it is the user's
+    except Exception as error:  # the data sets raise whatever they like; nothing is hidden, all of it is the user's
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise UserError(f"task.arguments: {name} refuses {given}: {_first_line(error)}") from error
 

@@ -1,9 +1,9 @@
 """One training run from a configuration: model, task, trainer, probe, console; the run folder is what it leaves.
 
-    <output_dir>/config.yaml              resolved, replayable
-    <output_dir>/checkpoint-<step>/       the Hugging Face Trainer's own, plus the sidecar entropy_experiments.json
-    <output_dir>/rollouts/step-*.parquet  every step's sequences, kept and rejected
-    <output_dir>/metrics.jsonl            everything logged, one line a step
+<output_dir>/config.yaml              resolved, replayable
+<output_dir>/checkpoint-<step>/       the Hugging Face Trainer's own, plus the sidecar entropy_experiments.json
+<output_dir>/rollouts/step-*.parquet  every step's sequences, kept and rejected
+<output_dir>/metrics.jsonl            everything logged, one line a step
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
             "training.resume_from_checkpoint"
         )
     if resume is not None and not (resume / "trainer_state.json").exists():
-        raise UserError(f"training.resume_from_checkpoint: {resume} is no checkpoint folder (no trainer_state.json in it)")
+        raise UserError(
+            f"training.resume_from_checkpoint: {resume} is no checkpoint folder (no trainer_state.json in it)"
+        )
     trainer, task = build_trainer(config)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)

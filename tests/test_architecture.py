@@ -87,9 +87,7 @@ def anchors(page: Path) -> set[str]:
 def test_floors() -> None:
     """import-linter's contracts: imports go down only, and each floor needs no more than it may."""
     lint = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run(
-        [lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -136,10 +134,7 @@ def test_config_imports_no_torch(module: str) -> None:
 
 def test_help_is_quick() -> None:
     """`entropy-experiments --help` takes under a second: best of three, in CPU time (others may be busy)."""
-    code = (
-        "import sys; from entropy_experiments.cli import main\n"
-        "sys.argv = ['entropy-experiments', '--help']; main()"
-    )
+    code = "import sys; from entropy_experiments.cli import main\nsys.argv = ['entropy-experiments', '--help']; main()"
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -148,9 +143,7 @@ def test_help_is_quick() -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         assert "analyze" in done.stdout
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < HELP_SECONDS, (
-        f"{seconds}: does a module of the command line import torch at its top?"
-    )
+    assert min(seconds) < HELP_SECONDS, f"{seconds}: does a module of the command line import torch at its top?"
 
 
 def test_constraints_pin_every_direct_dependency() -> None:

@@ -72,9 +72,7 @@ def plot_attribution(
     arrays |= {"advantages": advantages, "sequence_index": sequence_index}
     for name, array in arrays.items():
         if array is not None and len(np.asarray(array)) != len(shares):
-            raise ValueError(
-                f"{name} has {len(np.asarray(array))} entries, delta_h {len(shares)}: one a sequence"
-            )
+            raise ValueError(f"{name} has {len(np.asarray(array))} entries, delta_h {len(shares)}: one a sequence")
     gains = group_advantages(reward, prompts) if advantages is None else np.asarray(advantages, np.float64)
     names = np.arange(len(shares)) if sequence_index is None else np.asarray(sequence_index)
     kept = np.flatnonzero(np.isfinite(shares))

@@ -37,9 +37,7 @@ _EVOLUTION_TITLE = "The Fisher analysis over the checkpoints of a run"
 
 def _with_steps(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows that carry a training step, in its order."""
-    return sorted(
-        (row for row in rows if as_number(row.get("step")) is not None), key=lambda row: row["step"]
-    )
+    return sorted((row for row in rows if as_number(row.get("step")) is not None), key=lambda row: row["step"])
 
 
 def _line(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str, form: str) -> bool:
@@ -82,9 +80,7 @@ def _changes(
     )
     for (values, errors), shift, marker, colour, face, label in styles:
         if np.isfinite(values).any():
-            bars = (
-                ERROR_BAR_WIDTH * np.where(errors >= 0, errors, np.nan) if np.isfinite(errors).any() else None
-            )
+            bars = ERROR_BAR_WIDTH * np.where(errors >= 0, errors, np.nan) if np.isfinite(errors).any() else None
             if len(steps) > _MOST_MARKED_STEPS:
                 axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
                 if bars is not None:
@@ -135,11 +131,7 @@ def _agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
 
 def _bars_are_described(errors: Sequence[np.ndarray]) -> str:
     known = any(np.isfinite(error).any() for error in errors)
-    return (
-        f"Bars or bands: ±{ERROR_BAR_WIDTH:g} standard errors."
-        if known
-        else "No standard errors were stored."
-    )
+    return f"Bars or bands: ±{ERROR_BAR_WIDTH:g} standard errors." if known else "No standard errors were stored."
 
 
 def _entropy_and_reward(
@@ -164,9 +156,7 @@ def _entropy_and_reward(
 
 
 @in_house_style
-def plot_training_history(
-    history: Sequence[Mapping[str, Any]], *, analysed_step: float | None = None
-) -> Figure:
+def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step: float | None = None) -> Figure:
     """Entropy, reward, and predicted beside measured Δh over training steps.
 
     Parameters

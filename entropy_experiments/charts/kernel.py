@@ -25,8 +25,7 @@ _TITLES = {
 _SYMBOLS = {"fisher": "$K_1$", "entropy_fisher": "$K_H$"}
 _MEANING = {
     "fisher": "Red: making the column's completion likelier makes the row's likelier too; blue: less likely.",
-    "entropy_fisher": "Red: making the column's completion likelier raises the row's entropy; blue: "
-    "lowers it.",
+    "entropy_fisher": "Red: making the column's completion likelier raises the row's entropy; blue: lowers it.",
 }
 _UNITS = "nats² × P"
 _MOST_TICK_LABELS = {"x": 20, "y": 12}

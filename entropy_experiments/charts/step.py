@@ -44,9 +44,7 @@ def _change_panel(
 ) -> None:
     zero_line(axes)
     predicted, spread = columns["predicted"], ERROR_BAR_WIDTH * errors["predicted"]
-    axes.fill_between(
-        scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0
-    )
+    axes.fill_between(scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0)
     axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
     axes.errorbar(
         scales,
@@ -81,9 +79,7 @@ def _change_panel(
     axes.set_xlabel("step scale s  (1: the step as it was taken)")
     axes.set_ylabel(DELTA_H_LABEL)
     handles, labels = axes.get_legend_handles_labels()
-    order = sorted(
-        range(len(labels)), key=lambda place: ("given tokens" in labels[place], "measured" in labels[place])
-    )
+    order = sorted(range(len(labels)), key=lambda place: ("given tokens" in labels[place], "measured" in labels[place]))
     axes.legend([handles[place] for place in order], [labels[place] for place in order], loc="best")
 
 
@@ -112,9 +108,7 @@ def _ratio_panel(axes: Axes, scales: np.ndarray, columns: dict[str, np.ndarray])
         if not np.isfinite(ratio).any():
             continue
         inside = np.where((ratio >= low) & (ratio <= high), ratio, np.nan)
-        axes.plot(
-            scales, inside, form, color=colour, label=label, markerfacecolor="white", markeredgewidth=1.5
-        )
+        axes.plot(scales, inside, form, color=colour, label=label, markerfacecolor="white", markeredgewidth=1.5)
         shown.append(inside[np.isfinite(inside)])
         for scale, value in zip(scales, ratio, strict=True):
             if np.isfinite(value) and not low <= value <= high:
@@ -167,9 +161,7 @@ def plot_predicted_vs_actual(
     scales = series(rows, "scale")
     measured_error = series(rows, "actual_snis_standard_error")
     if actual_standard_error is not None:
-        measured_error = np.where(
-            (scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error
-        )
+        measured_error = np.where((scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error)
     errors = {
         "predicted": scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
         "actual_snis": np.where(measured_error >= 0, measured_error, np.nan),
@@ -196,18 +188,14 @@ def _scaling_caption(
         parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")
     ratio = _ratio(columns["actual_snis"], columns["predicted_split"])[first]
     if np.isfinite(ratio):
-        parts.append(
-            f"Right: with the same sample on both sides the ratio at s = {scales[first]:g} is {ratio:.2f}."
-        )
+        parts.append(f"Right: with the same sample on both sides the ratio at s = {scales[first]:g} is {ratio:.2f}.")
     if np.isfinite(ess).any():
         parts.append(f"Smallest effective sample size: {plain(np.nanmin(ess))}.")
     return " ".join(parts)
 
 
 @in_house_style
-def plot_entropy_split(
-    predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None
-) -> Figure:
+def plot_entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None) -> Figure:
     """Bars of the predicted Δh of batch, momentum, weight decay and their total, beside the measured Δh.
 
     Parameters

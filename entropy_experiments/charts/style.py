@@ -125,9 +125,7 @@ def no_data(axes: Axes, reason: str) -> None:
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
     axes.grid(False)
-    axes.text(
-        0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=NEUTRAL
-    )
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", fontsize=11, color=NEUTRAL)
 
 
 def zero_line(axes: Axes) -> None:

@@ -1,0 +1,1 @@
+"""Algorithms: Dr. GRPO with its training buffer, and the entropy probe."""

@@ -24,11 +24,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
 from rl_training.algs.rollout_record import write_rollouts
+from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
-from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.sampling import has_reward_differences
 
 
@@ -65,9 +65,13 @@ class DrGRPOConfig(GRPOConfig):
         super().__post_init__()
         for name, required in self._REQUIRED.items():
             if getattr(self, name) != required:
-                raise UserError(f"{name}={getattr(self, name)!r}: Dr. GRPO as it is analysed here needs {name}={required!r}")
+                raise UserError(
+                    f"{name}={getattr(self, name)!r}: Dr. GRPO as it is analysed here needs {name}={required!r}"
+                )
         if self.min_p not in (None, 0.0):
-            raise UserError(f"min_p={self.min_p}: a truncated sampler is not the distribution differentiated; leave it unset")
+            raise UserError(
+                f"min_p={self.min_p}: a truncated sampler is not the distribution differentiated; leave it unset"
+            )
         if self.steps_per_generation != self.gradient_accumulation_steps:
             raise UserError(
                 f"steps_per_generation={self.steps_per_generation} but gradient_accumulation_steps="
@@ -104,7 +108,9 @@ class DrGRPOTrainer(GRPOTrainer):
         if not isinstance(self.args, DrGRPOConfig):
             raise UserError("DrGRPOTrainer takes a DrGRPOConfig as `args`, since plain GRPOConfig has other defaults")
         if "prompt_index" not in self.train_dataset.column_names:
-            raise UserError("train_dataset has no column 'prompt_index': number the prompts, so that sequences can be traced")
+            raise UserError(
+                "train_dataset has no column 'prompt_index': number the prompts, so that sequences can be traced"
+            )
         self.pass_rates = PassRates(len(self.train_dataset), self.args.pass_threshold)
         self._learning_rates = LearningRateRecorder()
         self.add_callback(self._learning_rates)
@@ -112,7 +118,9 @@ class DrGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------ the training buffer
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        local = slice(self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts))
+        local = slice(
+            self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
+        )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards_of_round = total[local].cpu()
         return rewards
@@ -130,7 +138,9 @@ class DrGRPOTrainer(GRPOTrainer):
             if most_missing == 0:
                 break
             # Every process draws as many groups as the neediest, for generation and rewards are collective calls.
-            rng = np.random.default_rng((self.args.seed, self.state.global_step, number, self.accelerator.process_index))
+            rng = np.random.default_rng(
+                (self.args.seed, self.state.global_step, number, self.accelerator.process_index)
+            )
             drawn, chances = self.pass_rates.draw(most_missing, rng, seen, self.args.difficulty_weighting)
             seen.extend(drawn)
             rows = [self.train_dataset[i] for i in drawn for _ in range(size)]
@@ -198,10 +208,10 @@ class DrGRPOTrainer(GRPOTrainer):
         self._record(outputs, kept, groups, plain.tolist(), weights.tolist())
 
     def _log_buffer(self, kept: list[GeneratedGroup], groups: list[GeneratedGroup]) -> None:
-        everything = gather_object(
-            [(g.round, g.status, float(np.mean(g.rewards)), len(g.rewards)) for g in groups]
-        )
-        sequences = {s: sum(n for _, status, _, n in everything if status == s) for s in ("trained", "filler", "rejected")}
+        everything = gather_object([(g.round, g.status, float(np.mean(g.rewards)), len(g.rewards)) for g in groups])
+        sequences = {
+            s: sum(n for _, status, _, n in everything if status == s) for s in ("trained", "filler", "rejected")
+        }
         metrics = {
             "rounds": 1 + max(number for number, *_ in everything),
             "generated": sum(sequences.values()),

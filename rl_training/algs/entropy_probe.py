@@ -14,7 +14,7 @@ Source: docs/theory/adamw-step.md, docs/theory/entropy-gradient.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -97,9 +97,9 @@ class SimpleEntropyProbe:
             return
         parameters = trainable_parameters(self._model)
         state = {
-            name: AdamWParameterState(s.exp_avg.clone(), s.exp_avg_sq.clone(), s.step, s.lr, s.beta1, s.beta2, s.eps, s.weight_decay)
+            name: replace(s, exp_avg=s.exp_avg.clone(), exp_avg_sq=s.exp_avg_sq.clone())
             for name, s in read_adamw_state(optimizer, parameters).items()
-        }  # fmt: skip
+        }
         self._inputs = _StepInputs(
             parameters={name: p.detach().clone() for name, p in parameters.items()},
             gradients={name: None if p.grad is None else p.grad.detach().clone() for name, p in parameters.items()},

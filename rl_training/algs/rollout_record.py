@@ -52,7 +52,9 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The rows of one step. Raises UserError where they were not recorded or cannot be read."""
     path = rollouts_path(run_dir, step)
     if not path.exists():
-        raise UserError(f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random")
+        raise UserError(
+            f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random"
+        )
     try:
         return pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:

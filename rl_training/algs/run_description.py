@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-
 from rl_training.checkpoint_format import SIDECAR_FORMAT, Sidecar, SidecarAlgorithm, SidecarSampling
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
@@ -34,7 +33,9 @@ def optimizer_parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.
     for group in optimizer.param_groups:
         unknown = [p for p in group["params"] if id(p) not in names]
         if unknown:
-            raise UserError(f"the optimizer trains a parameter of shape {tuple(unknown[0].shape)} that the model does not have")
+            raise UserError(
+                f"the optimizer trains a parameter of shape {tuple(unknown[0].shape)} that the model does not have"
+            )
         out.append([names[id(p)] for p in group["params"]])
     return out
 

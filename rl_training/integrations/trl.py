@@ -105,5 +105,3 @@ class EntropyProbeCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started
-
-

@@ -22,16 +22,12 @@ def padded(
     """Sequence n with left[n] pads before it and right[n] or more behind it, laid out by hand."""
     total = max(
         before + len(prompt) + len(completion) + after
-        for before, prompt, completion, after in zip(
-            left, lists.prompt_ids, lists.completion_ids, right, strict=True
-        )
+        for before, prompt, completion, after in zip(left, lists.prompt_ids, lists.completion_ids, right, strict=True)
     )
     ids = torch.full((len(left), total), pad_token)
     attention = torch.zeros(len(left), total, dtype=torch.bool)
     completions = torch.zeros_like(attention)
-    for n, (before, prompt, completion) in enumerate(
-        zip(left, lists.prompt_ids, lists.completion_ids, strict=True)
-    ):
+    for n, (before, prompt, completion) in enumerate(zip(left, lists.prompt_ids, lists.completion_ids, strict=True)):
         start, end = before + len(prompt), before + len(prompt) + len(completion)
         ids[n, before:end] = torch.tensor(prompt + completion)
         attention[n, before:end] = True
@@ -54,9 +50,7 @@ def alone(lists: TokenLists, n: int, temperature: float = 1.0) -> SequenceBatch:
 
 def whole_space(space: CompletionSpace, temperature: float = 1.0) -> SequenceBatch:
     """Every completion once."""
-    return right_padded(
-        TokenLists(space.prompt_ids, space.completion_ids, space.prompt_index.tolist()), temperature
-    )
+    return right_padded(TokenLists(space.prompt_ids, space.completion_ids, space.prompt_index.tolist()), temperature)
 
 
 def distribution_as_batch(exact: ExactPolicy, copies: int, temperature: float = 1.0) -> SequenceBatch:

@@ -76,9 +76,7 @@ def train(
     model = RecurrentPolicy()
     optimizer = make_optimizer(model)
     generator = torch.Generator().manual_seed(4)
-    warmup = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: (done + 1) / 5 if done < 4 else 0.98**done
-    )
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (done + 1) / 5 if done < 4 else 0.98**done)
     for number in range(1, steps + 1):
         optimizer.zero_grad()
         for _ in range(accumulation):
@@ -119,9 +117,7 @@ def test_the_split_is_the_step(steps: int, accumulation: int) -> None:
     assert_close(total, parts, 1e-14, "total() is not the sum of its parts")
     mistakes = {
         "no weight decay": flatten(step.split.batch) + flatten(step.split.momentum),
-        "the gradient before clipping": flatten(
-            split_adamw_update(step.before, step.raw, step.theta).total()
-        ),
+        "the gradient before clipping": flatten(split_adamw_update(step.before, step.raw, step.theta).total()),
         "ε of the optimizer's defaults": naive_update(step, eps=1e-8),
         "the learning rate of another group": naive_update(step, lr=1e-3),
         "P applied twice": total
@@ -157,9 +153,7 @@ def test_each_part_follows_its_formula(steps: int) -> None:
         else:
             assert not step.split.momentum[name].any(), "the first step has no momentum"
         decay = -lr * group["weight_decay"] * step.theta[name]
-        assert_close(
-            step.split.weight_decay[name], decay, 1e-12, f"{name}: −η λ θ of its own group, θ before the step"
-        )
+        assert_close(step.split.weight_decay[name], decay, 1e-12, f"{name}: −η λ θ of its own group, θ before the step")
 
 
 @pytest.mark.parametrize("steps", [1, 50])
@@ -178,9 +172,7 @@ def test_the_preconditioner_is_that_of_the_step(steps: int) -> None:
             f"{name}: P is 1/(sqrt(v̂) + ε)",
             {
                 "ε inside the root": -state.lr * first_moment / (second.square() + state.eps).sqrt(),
-                "v without its bias correction": -state.lr
-                * first_moment
-                / (state.exp_avg_sq.sqrt() + state.eps),
+                "v without its bias correction": -state.lr * first_moment / (state.exp_avg_sq.sqrt() + state.eps),
                 "1/v̂, without the root": -state.lr * first_moment / (second.square() + state.eps),
             },
         )
@@ -206,9 +198,7 @@ def test_the_current_batch_is_a_tenth_of_a_late_step(steps: int, share: float) -
     split = constant_gradient_step(steps)
     ratio = split.batch["w"] / (split.batch["w"] + split.momentum["w"])
     wanted = torch.full((2,), share, dtype=torch.float64)
-    assert_close(
-        ratio, wanted, 1e-9, "momentum is counted in the batch's share, or the batch's in momentum's"
-    )
+    assert_close(ratio, wanted, 1e-9, "momentum is counted in the batch's share, or the batch's in momentum's")
 
 
 def test_a_parameter_without_gradient_stands_still() -> None:
@@ -218,16 +208,12 @@ def test_a_parameter_without_gradient_stands_still() -> None:
     for name, parameter in named.items():
         parameter.grad = None if name == "mix.weight" else torch.zeros_like(parameter)
     theta = {name: p.detach().clone() for name, p in named.items()}
-    split = split_adamw_update(
-        copied(read_adamw_state(optimizer, named)), {n: p.grad for n, p in named.items()}, theta
-    )
+    split = split_adamw_update(copied(read_adamw_state(optimizer, named)), {n: p.grad for n, p in named.items()}, theta)
     optimizer.step()
     assert not split.total()["mix.weight"].any(), "a skipped parameter is predicted to move"
     assert not any(part.any() for part in split.batch.values()), "a gradient of zeros has no share"
     moved = {name: p.detach() - theta[name] for name, p in named.items()}
-    assert_close(
-        flatten(split.total()), flatten(moved), 1e-9, "momentum and decay go on under a gradient of zeros"
-    )
+    assert_close(flatten(split.total()), flatten(moved), 1e-9, "momentum and decay go on under a gradient of zeros")
 
 
 def test_states_are_mapped_by_identity_not_by_order_or_shape() -> None:
@@ -240,12 +226,8 @@ def test_states_are_mapped_by_identity_not_by_order_or_shape() -> None:
         assert states[name].exp_avg is optimizer.state[parameter]["exp_avg"], (
             f"{name} got the state of another parameter"
         )
-    assert states["hidden.bias"].eps == 1e-6 and states["mix.weight"].eps == 1e-4, (
-        "hyper-parameters of the wrong group"
-    )
-    assert states["hidden.bias"].lr == optimizer.param_groups[1]["lr"], (
-        "the scheduled learning rate is not read"
-    )
+    assert states["hidden.bias"].eps == 1e-6 and states["mix.weight"].eps == 1e-4, "hyper-parameters of the wrong group"
+    assert states["hidden.bias"].lr == optimizer.param_groups[1]["lr"], "the scheduled learning rate is not read"
     assert states["mix.weight"].step == 7
     wrapped = read_adamw_state(SimpleNamespace(optimizer=optimizer), model.named_parameters())
     assert wrapped.keys() == states.keys(), "an accelerate wrapper is not opened"
@@ -265,19 +247,13 @@ def test_state_after_a_gradient_is_the_optimizers() -> None:
     for name, parameter in model.named_parameters():
         predicted = after_gradient(step.before[name], step.clipped[name])
         assert predicted.step == 6
-        assert_close(
-            predicted.exp_avg, optimizer.state[parameter]["exp_avg"], 1e-12, "m_t = β1 m + (1 − β1) ĝ"
-        )
-        assert_close(
-            predicted.exp_avg_sq, optimizer.state[parameter]["exp_avg_sq"], 1e-12, "v_t = β2 v + (1 − β2) ĝ²"
-        )
+        assert_close(predicted.exp_avg, optimizer.state[parameter]["exp_avg"], 1e-12, "m_t = β1 m + (1 − β1) ĝ")
+        assert_close(predicted.exp_avg_sq, optimizer.state[parameter]["exp_avg_sq"], 1e-12, "v_t = β2 v + (1 − β2) ĝ²")
 
 
 def test_the_factor_of_the_batch() -> None:
     state = AdamWParameterState(torch.zeros(1), torch.zeros(1), 49, 1e-3, 0.9, 0.999, 1e-8, 0.0)
-    assert_close(
-        batch_step_factor(state), 1e-3 * 0.1 / (1 - 0.9**50), 1e-12, "η (1−β1)/(1−β1^t), t after the step"
-    )
+    assert_close(batch_step_factor(state), 1e-3 * 0.1 / (1 - 0.9**50), 1e-12, "η (1−β1)/(1−β1^t), t after the step")
 
 
 def test_before_any_step_there_is_no_preconditioner() -> None:
@@ -297,9 +273,7 @@ def test_names_must_cover_each_other() -> None:
     with pytest.raises(ValueError, match="'extra'"):
         read_adamw_state(optimizer, [*model.named_parameters(), ("extra", extra)])
     with pytest.raises(ValueError, match="mix.weight"):
-        split_adamw_update(
-            step.before, {n: g for n, g in step.clipped.items() if n != "mix.weight"}, step.theta
-        )
+        split_adamw_update(step.before, {n: g for n, g in step.clipped.items() if n != "mix.weight"}, step.theta)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +303,4 @@ def test_other_optimizers_are_refused(name: str, make: Callable) -> None:
 
 def test_plain_adam_without_decay_is_adamw() -> None:
     _, _, step = train(9, make_optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=2e-3))
-    assert_close(
-        flatten(step.split.total()), flatten(step.moved), 1e-9, "Adam without decay takes AdamW's step"
-    )
+    assert_close(flatten(step.split.total()), flatten(step.moved), 1e-9, "Adam without decay takes AdamW's step")

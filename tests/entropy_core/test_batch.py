@@ -17,9 +17,7 @@ LISTS = random_sequences(37)
 def rebuilt(batch: SequenceBatch) -> TokenLists:
     """Token lists read back from the masks."""
     prompts, completions = [], []
-    for ids, attended, completion in zip(
-        batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True
-    ):
+    for ids, attended, completion in zip(batch.input_ids, batch.attention_mask, batch.completion_mask, strict=True):
         prompts.append(ids[attended & ~completion].tolist())
         completions.append(ids[completion].tolist())
     return TokenLists(prompts, completions, batch.prompt_index.tolist())
@@ -39,12 +37,8 @@ def test_tokens_survive_every_layout(batch: SequenceBatch) -> None:
 def test_select_keeps_the_asked_order() -> None:
     order = [5, 0, 5, 2]
     chosen = rebuilt(right_padded(LISTS, 0.5).select(order))
-    assert chosen.completion_ids == [LISTS.completion_ids[n] for n in order], (
-        "rows were sorted or deduplicated"
-    )
-    assert chosen.prompt_index == [LISTS.prompt_index[n] for n in order], (
-        "prompt ids did not travel with their rows"
-    )
+    assert chosen.completion_ids == [LISTS.completion_ids[n] for n in order], "rows were sorted or deduplicated"
+    assert chosen.prompt_index == [LISTS.prompt_index[n] for n in order], "prompt ids did not travel with their rows"
     assert right_padded(LISTS, 0.5).select(torch.tensor(order)).temperature == 0.5, "the temperature was lost"
 
 
@@ -55,9 +49,7 @@ def test_to_keeps_everything() -> None:
 
 def test_integer_masks_are_accepted() -> None:
     batch = right_padded(LISTS)
-    same = replace(
-        batch, attention_mask=batch.attention_mask.long(), completion_mask=batch.completion_mask.long()
-    )
+    same = replace(batch, attention_mask=batch.attention_mask.long(), completion_mask=batch.completion_mask.long())
     assert rebuilt(same) == LISTS and same.completion_mask.dtype == torch.bool
 
 
@@ -130,14 +122,10 @@ def test_buckets_hold_every_completion_token_once(layout, token_batch_size: int)
     seen = torch.zeros_like(batch.input_ids)
     rows = []
     for bucket in length_buckets(batch, token_batch_size):
-        assert bucket.input_ids.numel() <= token_batch_size or len(bucket.indices) == 1, (
-            "a bucket is over its budget"
-        )
+        assert bucket.input_ids.numel() <= token_batch_size or len(bucket.indices) == 1, "a bucket is over its budget"
         at = (bucket.indices[bucket.rows], bucket.columns)
         seen[at] += 1
-        assert torch.equal(batch.input_ids[at], bucket.targets), (
-            "a target is not the token that it claims to be"
-        )
+        assert torch.equal(batch.input_ids[at], bucket.targets), "a target is not the token that it claims to be"
         assert torch.equal(bucket.input_ids[bucket.rows, bucket.positions + 1], bucket.targets), (
             "positions are off by one"
         )

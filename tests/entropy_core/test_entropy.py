@@ -36,9 +36,7 @@ def dyadic_batch(dyadic_exact: ExactPolicy):
     return distribution_as_batch(dyadic_exact, COPIES)
 
 
-def test_entropies_equal_enumeration(
-    dyadic_policy: DyadicPolicy, dyadic_exact: ExactPolicy, dyadic_batch
-) -> None:
+def test_entropies_equal_enumeration(dyadic_policy: DyadicPolicy, dyadic_exact: ExactPolicy, dyadic_batch) -> None:
     estimate = entropy_estimate(token_statistics(dyadic_policy, dyadic_batch), dyadic_batch)
     assert_close(estimate.per_completion, dyadic_exact.sequence_entropy, EXACT, "H is E[Σ_k H_k]")
     assert_close(estimate.surprisal, dyadic_exact.sequence_entropy, EXACT, "−E[S] is H as well")
@@ -56,9 +54,7 @@ def test_token_statistics_equal_enumeration(policy: RecurrentPolicy, space, exac
     batch = whole_space(space)
     statistics = token_statistics(policy, batch)
     assert_close(statistics.scores(), exact.scores, EXACT, "scores differ from the enumeration")
-    assert_close(
-        statistics.entropy_sums(), exact.entropies.sum(1), EXACT, "entropies differ from the enumeration"
-    )
+    assert_close(statistics.entropy_sums(), exact.entropies.sum(1), EXACT, "entropies differ from the enumeration")
 
 
 def wrong_answers(exact: ExactPolicy, per_token: bool) -> dict[str, torch.Tensor]:
@@ -95,16 +91,12 @@ def test_estimators_give_the_exact_gradient(
     if estimator == "score_function":
         # Leaving oneself out of the baseline divides by n − 1 where the expectation divides by n.
         gradient = gradient * (COPIES - 1) / COPIES
-    assert_close(
-        gradient, wanted, EXACT, f"{estimator} is not the gradient", wrong_answers(dyadic_exact, per_token)
-    )
+    assert_close(gradient, wanted, EXACT, f"{estimator} is not the gradient", wrong_answers(dyadic_exact, per_token))
     assert all(parameter.grad is None for parameter in dyadic_policy.parameters()), "p.grad was touched"
 
 
 @pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
-def test_fixed_prefix_is_its_own_estimand(
-    dyadic_policy, dyadic_exact: ExactPolicy, dyadic_batch, per_token
-) -> None:
+def test_fixed_prefix_is_its_own_estimand(dyadic_policy, dyadic_exact: ExactPolicy, dyadic_batch, per_token) -> None:
     gradient = flatten(entropy_gradient(dyadic_policy, dyadic_batch, "fixed_prefix", per_token))
     unit = dyadic_exact.mean_length if per_token else 1.0
     wanted = dyadic_exact.expectation(dyadic_exact.entropy_gradients.sum(1)) / unit
@@ -125,8 +117,7 @@ def test_rows_weighted_by_exact_probabilities(policy, space, estimator: str, tem
         f"E[E_t] is not ∇H for {estimator} at temperature {temperature}",
         {
             "the fixed-prefix half alone": exact.expectation(exact.entropy_gradients.sum(1)),
-            "no 1/τ in the backward pass": exact.sequence_entropy_gradient
-            * (temperature if temperature != 1 else 1.7),
+            "no 1/τ in the backward pass": exact.sequence_entropy_gradient * (temperature if temperature != 1 else 1.7),
             "another temperature": other,
         },
     )
@@ -156,9 +147,7 @@ def test_the_mean_of_the_rows_is_the_gradient(case, estimator: str, per_token: b
     gradient = entropy_gradient(model, batch, estimator, per_token)
     assert list(rows) == list(gradient)
     mean = {name: row.mean(0) for name, row in rows.items()}
-    assert_close(
-        flatten(mean), flatten(gradient), EXACT, "Σ rows ≠ N·gradient: hooks miss a use of a parameter"
-    )
+    assert_close(flatten(mean), flatten(gradient), EXACT, "Σ rows ≠ N·gradient: hooks miss a use of a parameter")
 
 
 def test_per_token_rows_are_centred_by_the_batch(policy, space) -> None:
@@ -192,9 +181,7 @@ def test_the_score_function_is_unbiased_with_two_samples(dyadic_policy, dyadic_e
         weight = probabilities[first] * probabilities[second] * (1 if first == second else 2)
         batch = right_padded(lists)
         total += weight * flatten(entropy_gradient(dyadic_policy, batch, "score_function", per_token=False))
-    assert_close(
-        total, wanted, EXACT, "the baseline is biased", {"a sequence stands in its own baseline": wanted / 2}
-    )
+    assert_close(total, wanted, EXACT, "the baseline is biased", {"a sequence stands in its own baseline": wanted / 2})
 
 
 def test_leave_one_out_mean() -> None:
@@ -233,7 +220,5 @@ def test_known_statistics_give_the_same_gradient(policy, space) -> None:
     batch = whole_space(space).select([3, 77, 200, 201])
     statistics = token_statistics(policy, batch)
     again = entropy_gradient(policy, batch, statistics=statistics)
-    assert_close(
-        flatten(again), flatten(entropy_gradient(policy, batch)), 1e-14, "given statistics change the answer"
-    )
+    assert_close(flatten(again), flatten(entropy_gradient(policy, batch)), 1e-14, "given statistics change the answer")
     assert list(again) == list(detached_parameters(policy))

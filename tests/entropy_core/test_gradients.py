@@ -49,9 +49,7 @@ def test_entropy_rows_equal_brute_force(case: ModelCase, method: str) -> None:
     centred = brute_force.entropy_terms(model, lists, 1.2, centre=h)
     rows = entropy_rows(model, right_padded(lists, 1.2), per_token=True, method=method)
     expected = {name: row / mean_length for name, row in centred.items()}
-    assert_named_close(
-        rows, expected, 1e-10, "per-token rows are centred by h and divided by the mean length"
-    )
+    assert_named_close(rows, expected, 1e-10, "per-token rows are centred by h and divided by the mean length")
 
 
 def test_every_trainable_parameter_has_rows_that_add_up(case: ModelCase) -> None:
@@ -75,9 +73,7 @@ def test_rows_do_not_see_padding_or_neighbours(case: ModelCase, dtype, tolerance
         "padding on both sides": padded(lists, [2, 0, 1, 4, 2, 0, 3], [1, 2, 5, 0, 0, 3, 1], noise),
     }
     for name, layout in layouts.items():
-        assert_named_close(
-            per_sequence_gradients(model, layout), expected, tolerance, f"{name} changes the rows"
-        )
+        assert_named_close(per_sequence_gradients(model, layout), expected, tolerance, f"{name} changes the rows")
     singles = [per_sequence_gradients(model, alone(lists, n)) for n in range(7)]
     stacked = {name: torch.cat([single[name] for single in singles]) for name in expected}
     assert_named_close(stacked, expected, tolerance, "a row depends on the other sequences of its batch")
@@ -110,9 +106,7 @@ def test_training_mode_does_not_matter(case: ModelCase, method: str) -> None:
         actual = per_sequence_gradients(model, batch, method)
     assert_named_close(actual, expected, 1e-11, "dropout is on, or checkpointing replays the forward")
     assert [module.training for module in model.modules()] == flags, "training flags are not restored"
-    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks, (
-        "a hook was left"
-    )
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks, "a hook was left"
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert all(p.grad is None for p in model.parameters()), "p.grad was written: the optimizer would see it"
 
@@ -134,9 +128,7 @@ def test_only_what_is_trainable_has_rows(name: str, pattern: str) -> None:
         parameter.requires_grad_(pattern in parameter_name)
     rows = per_sequence_gradients(model, right_padded(lists))
     assert rows and all(pattern in row for row in rows)
-    assert_named_close(
-        rows, brute_force.score_rows(model, lists), 1e-10, "frozen layers below or above break the rows"
-    )
+    assert_named_close(rows, brute_force.score_rows(model, lists), 1e-10, "frozen layers below or above break the rows")
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
@@ -225,13 +217,9 @@ def test_what_hooks_cannot_cover_is_refused_by_name_and_the_loop_covers_it(kind:
     with pytest.raises(ValueError, match=UNCOVERED[kind]) as refusal:
         per_sequence_gradients(model, batch)
     assert "loop" in str(refusal.value), "the message does not say how to mend it"
-    assert [len(m._forward_hooks) for m in model.modules()] == hooks, (
-        "a hook was left behind after the refusal"
-    )
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks, "a hook was left behind after the refusal"
     rows = per_sequence_gradients(model, batch, "loop")
-    assert_named_close(
-        rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: the loop is plain autograd"
-    )
+    assert_named_close(rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: the loop is plain autograd")
 
 
 def test_dot_sums_over_names() -> None:
@@ -262,6 +250,4 @@ def test_a_distributed_wrapper_changes_nothing() -> None:
     )
     loss = wrapped(input_ids=batch.input_ids).logits.sum()
     loss.backward()
-    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad), (
-        "training after the rows is broken"
-    )
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad), "training after the rows is broken"

@@ -35,12 +35,8 @@ def random_preconditioner(model: torch.nn.Module, seed: int = 5) -> dict[str, Te
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, SINGLE), (torch.float32, 1e-5)], ids=["64", "32"]
-)
-def test_kernels_equal_brute_force_with_the_preconditioner_once(
-    case: ModelCase, dtype, tolerance: float
-) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, SINGLE), (torch.float32, 1e-5)], ids=["64", "32"])
+def test_kernels_equal_brute_force_with_the_preconditioner_once(case: ModelCase, dtype, tolerance: float) -> None:
     train_lists, eval_lists = (
         random_sequences(case.vocabulary, seed=1),
         random_sequences(case.vocabulary, seed=2),
@@ -61,9 +57,7 @@ def test_kernels_equal_brute_force_with_the_preconditioner_once(
     lengths = train_batch.completion_lengths.double()
     for name, eval_rows in sides.items():
         kernel = getattr(kernels, name)
-        assert kernel.shape == (5, 7) and kernel.dtype == torch.float32, (
-            "the kernel is [eval, train] in float32"
-        )
+        assert kernel.shape == (5, 7) and kernel.dtype == torch.float32, "the kernel is [eval, train] in float32"
         wanted = fisher_kernel(eval_rows, train_rows, vector)
         assert_close(
             kernel,
@@ -85,9 +79,7 @@ def test_cross_kernel_without_a_preconditioner(case: ModelCase) -> None:
     model, batch = case.make(), right_padded(lists, 0.7)
     rows = flatten_rows(brute_force.score_rows(model, lists, 0.7))
     kernel = compute_cross_fisher_kernel(model, batch, batch.select([6, 1]))
-    assert_close(
-        kernel, fisher_kernel(rows, rows[[6, 1]]), SINGLE, "no preconditioner means P = 1, at the temperature"
-    )
+    assert_close(kernel, fisher_kernel(rows, rows[[6, 1]]), SINGLE, "no preconditioner means P = 1, at the temperature")
 
 
 def test_equal_sides_give_a_symmetric_positive_kernel(case: ModelCase) -> None:
@@ -100,9 +92,7 @@ def test_equal_sides_give_a_symmetric_positive_kernel(case: ModelCase) -> None:
         "the kernel of one batch with itself is not symmetric: P or a length on one side",
     )
     eigenvalues = torch.linalg.eigvalsh((kernel + kernel.T) / 2)
-    assert eigenvalues.min() >= -1e-6 * eigenvalues.max(), (
-        "a negative eigenvalue: the two sides are not the same rows"
-    )
+    assert eigenvalues.min() >= -1e-6 * eigenvalues.max(), "a negative eigenvalue: the two sides are not the same rows"
 
 
 @pytest.mark.parametrize("name", ["llama_tied_lora", "gpt2_conv1d_tied"])
@@ -145,9 +135,7 @@ def test_the_mean_of_a_column_is_the_entropy_gradient_along_a_row(estimator: str
         dtype=torch.float64,
     )
     mean = kernels.entropy_fisher.double().mean(0)
-    assert_close(
-        mean, wanted, 1e-5, "K_H's rows do not average to the gradient", {"a sum, not a mean": 7 * wanted}
-    )
+    assert_close(mean, wanted, 1e-5, "K_H's rows do not average to the gradient", {"a sum, not a mean": 7 * wanted})
     if estimator == "score_function":
         assert_close(
             compute_cross_fisher_kernel(model, eval_batch, train_batch, preconditioner),
@@ -197,9 +185,7 @@ def test_shares_add_up_to_the_batch_part_of_the_step() -> None:
         for name, g in gradient.items()
     }
     split = split_adamw_update(before, gradient, parameters_of(model))
-    corrected = {
-        n: (0.99 * s.exp_avg_sq + 0.01 * gradient[n] ** 2) / (1 - 0.99**12) for n, s in before.items()
-    }
+    corrected = {n: (0.99 * s.exp_avg_sq + 0.01 * gradient[n] ** 2) / (1 - 0.99**12) for n, s in before.items()}
     preconditioner = {name: 1 / (v.sqrt() + 1e-6) for name, v in corrected.items()}
     kernel = compute_kernels(model, eval_batch, train_batch, preconditioner).entropy_fisher.double()
     shares = lr * (1 - beta1) / (1 - beta1**12) * clip * weights * kernel.mean(0)
@@ -228,9 +214,7 @@ def test_row_sums_equal_a_central_difference(case: ModelCase) -> None:
     kernel = compute_cross_fisher_kernel(model, eval_batch, train_batch, preconditioner)
     weights = torch.tensor([0.5, -1.0, 0.2, 0.0, 0.7, -0.3, 0.1], dtype=torch.float64)
     rows = per_sequence_gradients(model, train_batch)
-    direction = {
-        name: preconditioner[name] * torch.tensordot(weights, row, dims=1) for name, row in rows.items()
-    }
+    direction = {name: preconditioner[name] * torch.tensordot(weights, row, dims=1) for name, row in rows.items()}
     step = 1e-5 / float(flatten(direction).norm())
     scores = []
     parameters = parameters_of(model)
@@ -241,9 +225,7 @@ def test_row_sums_equal_a_central_difference(case: ModelCase) -> None:
         scores.append(token_statistics(model, eval_batch).scores())
     slope = (scores[0] - scores[1]) / (2 * step)
     # float64 scores round at 1e-14, the difference is 1e-5 long: 1e-8 of noise, and float32 in the kernel.
-    assert_close(
-        kernel.double() @ weights, slope, 1e-5, "K₁·w is not the slope of the scores along the update"
-    )
+    assert_close(kernel.double() @ weights, slope, 1e-5, "K₁·w is not the slope of the scores along the update")
 
 
 def test_bad_preconditioners_are_refused() -> None:

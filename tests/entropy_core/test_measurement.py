@@ -22,8 +22,7 @@ def random_direction(model: nn.Module, seed: int = 3) -> dict[str, Tensor]:
     """A direction of length one over all trainable parameters."""
     generator = torch.Generator().manual_seed(seed)
     raw = {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        for name, p in parameters_of(model).items()
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in parameters_of(model).items()
     }
     length = float(flatten(raw).norm())
     return {name: value / length for name, value in raw.items()}
@@ -78,9 +77,7 @@ def test_reweighting_the_distribution_is_exact(
         {"ω is uniform (fixed prefix)": fixed, "the sign": start - end},
     )
     lengths = dyadic_batch.completion_lengths.double()
-    mean_change = (after.entropy_sums() - before.entropy_sums()).mean() / (
-        lengths.mean() if per_token else 1.0
-    )
+    mean_change = (after.entropy_sums() - before.entropy_sums()).mean() / (lengths.mean() if per_token else 1.0)
     assert_close(fixed, float(mean_change), 1e-10, "the fixed-prefix change is unweighted")
 
 
@@ -114,9 +111,7 @@ def test_the_slope_of_the_measurement_is_the_split_gradient(case: ModelCase, per
         assert_close((change(1e-5) - change(-1e-5)) / 2e-5, slope, 1e-6, smell)
         for other in set(slopes) - {estimator}:
             gap = abs(slopes[other] - slope) / abs(slope)
-            assert gap > 1e-2, (
-                f"{estimator} and {other} cannot be told apart on this batch: the test is blind"
-            )
+            assert gap > 1e-2, f"{estimator} and {other} cannot be told apart on this batch: the test is blind"
 
 
 @pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
@@ -132,9 +127,7 @@ def test_first_order_over_exact_change_goes_to_one(
         actual = entropies_along(dyadic_policy, dyadic_exact.space, direction, scale)[int(per_token)] - start
         errors.append(abs(predicted * scale / actual - 1))
     assert errors[-1] < 0.05, f"first order over actual does not go to one: {errors}"
-    assert 1.8 < errors[0] / errors[1] < 2.2 and 1.8 < errors[1] / errors[2] < 2.2, (
-        f"not second order: {errors}"
-    )
+    assert 1.8 < errors[0] / errors[1] < 2.2 and 1.8 < errors[1] / errors[2] < 2.2, f"not second order: {errors}"
 
 
 def synthetic(scores: list[float], entropies: list[float], batch: SequenceBatch) -> TokenStatistics:
@@ -187,12 +180,8 @@ def test_measurement_by_hand_with_its_error_and_sample_size(per_token: bool) -> 
         "jackknife over prompts",
         {"the spread of the leave-one-out values": (squares / len(prompts)) ** 0.5},
     )
-    ratios = torch.tensor(
-        [a - b for a, b in zip(AFTER[0], BEFORE[0], strict=True)], dtype=torch.float64
-    ).exp()
-    assert_close(
-        measured.effective_sample_size, float(ratios.sum() ** 2 / ratios.square().sum()), 1e-12, "ESS"
-    )
+    ratios = torch.tensor([a - b for a, b in zip(AFTER[0], BEFORE[0], strict=True)], dtype=torch.float64).exp()
+    assert_close(measured.effective_sample_size, float(ratios.sum() ** 2 / ratios.square().sum()), 1e-12, "ESS")
     assert measured.sequences == 7 and measured.trustworthy
 
 
@@ -210,9 +199,7 @@ def test_large_log_ratios_do_not_overflow_and_are_not_trusted() -> None:
     after = synthetic([-1.0] + [-1500.0] * 6, AFTER[1], batch)
     measured = snis_entropy_change(before, after, batch)
     assert_close(measured.effective_sample_size, 1.0, 1e-12, "one sequence holds all the weight")
-    assert_close(
-        measured.after, 1.5 / 4, 1e-12, "log-ratios are exponentiated before their maximum is taken off"
-    )
+    assert_close(measured.after, 1.5 / 4, 1e-12, "log-ratios are exponentiated before their maximum is taken off")
     assert not measured.trustworthy
 
 
@@ -244,6 +231,4 @@ def test_broken_statistics_are_refused() -> None:
 def test_the_oracle_knows_both_estimands(policy, space) -> None:
     exact = solve(policy, space)
     fixed = exact.expectation(exact.entropy_gradients.sum(1))
-    assert (
-        float((fixed - exact.sequence_entropy_gradient).norm() / exact.sequence_entropy_gradient.norm()) > 0.2
-    )
+    assert float((fixed - exact.sequence_entropy_gradient).norm() / exact.sequence_entropy_gradient.norm()) > 0.2

@@ -51,9 +51,7 @@ def test_statistics_equal_brute_force(case: ModelCase, temperature: float, dtype
     scores = torch.stack([terms[0].sum() for terms in expected])
     sums = torch.stack([terms[1].sum() for terms in expected])
     assert_close(statistics.scores(), scores, tolerance, "S(t) is a sum over the completion, not a mean")
-    assert_close(
-        statistics.entropy_sums(), sums, tolerance, "Σ_k H_k is a sum over the completion, not a mean"
-    )
+    assert_close(statistics.entropy_sums(), sums, tolerance, "Σ_k H_k is a sum over the completion, not a mean")
     assert statistics.scores().dtype == statistics.entropy_sums().dtype == torch.float64
 
 
@@ -71,13 +69,8 @@ def test_padding_changes_nothing(case: ModelCase, dtype, tolerance: float) -> No
     for name, layout in layouts.items():
         actual = completion_values(token_statistics(model, layout), layout)
         for value, wanted in zip(actual, expected, strict=True):
-            assert_close(
-                value, wanted, tolerance, f"{name} changes the numbers: position ids or attention to pads"
-            )
-    singles = [
-        completion_values(token_statistics(model, alone(lists, n, 0.8)), alone(lists, n, 0.8))
-        for n in range(7)
-    ]
+            assert_close(value, wanted, tolerance, f"{name} changes the numbers: position ids or attention to pads")
+    singles = [completion_values(token_statistics(model, alone(lists, n, 0.8)), alone(lists, n, 0.8)) for n in range(7)]
     for which, wanted in enumerate(expected):
         value = torch.cat([single[which] for single in singles])
         assert_close(
@@ -95,9 +88,7 @@ def test_padding_may_hold_any_number(case: ModelCase, pad_token: int) -> None:
     batch = right_padded(lists)
     expected = completion_values(token_statistics(model, batch), batch)
     layout = padded(lists, [3, 0, 1, 5, 2, 0, 4], [1, 2, 6, 0, 0, 3, 1], pad_token)
-    for value, wanted in zip(
-        completion_values(token_statistics(model, layout), layout), expected, strict=True
-    ):
+    for value, wanted in zip(completion_values(token_statistics(model, layout), layout), expected, strict=True):
         assert_close(value, wanted, 1e-11, "padding ids reach the model")
 
 
@@ -107,9 +98,7 @@ def test_statistics_do_not_depend_on_the_bucket_size(case: ModelCase, token_batc
     model = case.make()
     expected, actual = token_statistics(model, batch), token_statistics(model, batch, token_batch_size)
     assert_close(actual.logprobs, expected.logprobs, 1e-12, "buckets scatter their tokens to the wrong rows")
-    assert_close(
-        actual.entropies, expected.entropies, 1e-12, "buckets scatter their tokens to the wrong rows"
-    )
+    assert_close(actual.entropies, expected.entropies, 1e-12, "buckets scatter their tokens to the wrong rows")
 
 
 def test_dropout_is_off_and_the_mode_comes_back(case: ModelCase) -> None:
@@ -143,9 +132,7 @@ def test_the_mode_comes_back_after_a_failure() -> None:
     model = Breaking().train()
     with pytest.raises(RuntimeError, match="on purpose"):
         token_statistics(model, right_padded(random_sequences(4)))
-    assert all(module.training for module in model.modules()), (
-        "a failed forward leaves the model in evaluation mode"
-    )
+    assert all(module.training for module in model.modules()), "a failed forward leaves the model in evaluation mode"
 
 
 def test_no_gradient_is_kept() -> None:

@@ -53,9 +53,7 @@ def test_every_scheme_is_written_out() -> None:
 def test_advantages_and_weights_by_hand(scheme: str) -> None:
     wanted_advantages, wanted_weights = BY_HAND[scheme]
     others = {f"this is {name}": column(values[1]) for name, values in BY_HAND.items() if name != scheme}
-    assert_close(
-        advantages(REWARDS, PROMPT, scheme), column(wanted_advantages), 1e-12, f"advantage of {scheme}"
-    )
+    assert_close(advantages(REWARDS, PROMPT, scheme), column(wanted_advantages), 1e-12, f"advantage of {scheme}")
     weights = sequence_weights(REWARDS, PROMPT, LENGTHS, scheme, max_completion_length=LONGEST)
     assert weights.dtype == torch.float64
     assert_close(weights, column(wanted_weights), 1e-12, f"weight of {scheme}", others)
@@ -79,34 +77,24 @@ def test_dr_grpo_by_the_longest_completion_of_the_prompt() -> None:
 def test_single_precision_and_integer_rewards_are_exact() -> None:
     rewards = torch.tensor([1, 0, 0, 1], dtype=torch.int64)
     index = torch.tensor([0, 0, 1, 1])
-    assert_close(
-        advantages(rewards, index, "dr_grpo"), column([0.5, -0.5, -0.5, 0.5]), 1e-14, "integer rewards"
-    )
+    assert_close(advantages(rewards, index, "dr_grpo"), column([0.5, -0.5, -0.5, 0.5]), 1e-14, "integer rewards")
     assert advantages(rewards.float(), index, "grpo").dtype == torch.float64
 
 
 @pytest.mark.parametrize("scheme", ["dr_grpo", "grpo", "dapo", "rloo"])
 def test_a_uniform_group_has_no_weight(scheme: str) -> None:
-    weights = sequence_weights(
-        torch.ones(4), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 3, 4]), scheme, 8
-    )
-    assert not weights.any() and torch.isfinite(weights).all(), (
-        "a group of equal rewards has no gradient, and no NaN"
-    )
+    weights = sequence_weights(torch.ones(4), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 3, 4]), scheme, 8)
+    assert not weights.any() and torch.isfinite(weights).all(), "a group of equal rewards has no gradient, and no NaN"
 
 
 @pytest.fixture(scope="module")
 def step(space: CompletionSpace) -> tuple[list[int], Tensor]:
     """Twelve completions, four a prompt, and their rewards."""
     rows = [121 * prompt + offset for prompt in range(3) for offset in (0, 2, 9, 77)]
-    return rows, torch.tensor(
-        [0.0, 1.0, 0.3, 1.0, 1.0, 1.0, 0.0, 0.2, 0.5, 0.0, 0.0, 1.0], dtype=torch.float64
-    )
+    return rows, torch.tensor([0.0, 1.0, 0.3, 1.0, 1.0, 1.0, 0.0, 0.2, 0.5, 0.0, 0.0, 1.0], dtype=torch.float64)
 
 
-def loss_of(
-    scheme: str, logprobs: Tensor, mask: Tensor, advantage: Tensor, normalizer: Tensor | float
-) -> Tensor:
+def loss_of(scheme: str, logprobs: Tensor, mask: Tensor, advantage: Tensor, normalizer: Tensor | float) -> Tensor:
     """Each algorithm's loss as its paper writes it, with a ratio that is one in value and alive in
     gradient."""
     ratio = torch.exp(logprobs - logprobs.detach()) * mask
@@ -125,9 +113,7 @@ def advantages_by_loops(rewards: list[float], prompts: list[int], scheme: str) -
     result = []
     for n, reward in enumerate(rewards):
         group = [r for r, p in zip(rewards, prompts, strict=True) if p == prompts[n]]
-        others = [
-            r for m, (r, p) in enumerate(zip(rewards, prompts, strict=True)) if p == prompts[n] and m != n
-        ]
+        others = [r for m, (r, p) in enumerate(zip(rewards, prompts, strict=True)) if p == prompts[n] and m != n]
         mean = sum(group) / len(group)
         deviation = math.sqrt(sum((r - mean) ** 2 for r in group) / (len(group) - 1))
         result.append(
@@ -157,9 +143,7 @@ def test_weighted_rows_are_the_gradient_of_the_loss(
     prompts, lengths = space.prompt_index[rows], space.lengths[rows]
     weights = sequence_weights(rewards, prompts, batch.completion_lengths, scheme, 4, normalizer)
     gradient = -weights @ flatten_rows(per_sequence_gradients(policy, batch))
-    longest = torch.tensor(
-        [max(float(t) for t, q in zip(lengths, prompts, strict=True) if q == p) for p in prompts]
-    )
+    longest = torch.tensor([max(float(t) for t, q in zip(lengths, prompts, strict=True) if q == p) for p in prompts])
     advantage = column(advantages_by_loops(rewards.tolist(), prompts.tolist(), scheme))
     logprobs, _ = token_terms(policy, space)
     loss = loss_of(

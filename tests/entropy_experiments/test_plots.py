@@ -54,9 +54,7 @@ def test_heatmap_orders_rows_and_columns_by_prompt_and_keeps_order_within_a_prom
 def test_heatmap_scale_is_symmetric_clipped_and_says_so():
     kernel = np.random.default_rng(0).normal(size=(20, 30))
     kernel[0, 0] = -1e6
-    figure = plot_kernel_heatmap(
-        kernel, np.repeat(np.arange(5), 4), np.repeat(np.arange(5), 6), percentile=98
-    )
+    figure = plot_kernel_heatmap(kernel, np.repeat(np.arange(5), 4), np.repeat(np.arange(5), 6), percentile=98)
     image = figure.axes[0].images[0]
     limit = np.percentile(np.abs(kernel), 98)
     assert image.get_clim() == pytest.approx((-limit, limit)), "colour scale is not symmetric about 0"
@@ -67,9 +65,7 @@ def test_heatmap_scale_is_symmetric_clipped_and_says_so():
 
 def test_heatmap_draws_prompt_boundaries_on_both_axes():
     axes = plot_kernel_heatmap(np.ones((6, 8)), [0, 0, 0, 1, 1, 1], [0] * 2 + [1] * 4 + [7] * 2).axes[0]
-    vertical = sorted(
-        line.get_xdata()[0] for line in axes.lines if line.get_xdata()[0] == line.get_xdata()[1]
-    )
+    vertical = sorted(line.get_xdata()[0] for line in axes.lines if line.get_xdata()[0] == line.get_xdata()[1])
     horizontal = [line.get_ydata()[0] for line in axes.lines if line.get_ydata()[0] == line.get_ydata()[1]]
     assert vertical == [1.5, 5.5] and horizontal == [2.5]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "7"]
@@ -93,9 +89,7 @@ def test_heatmap_masks_and_counts_entries_that_are_not_finite():
     assert "Not finite, and drawn grey: 2" in caption_of(figure)
 
 
-@pytest.mark.parametrize(
-    "kernel", [np.zeros((2, 2)), np.full((1, 1), 3.0), np.zeros((0, 4)), np.full((2, 2), np.nan)]
-)
+@pytest.mark.parametrize("kernel", [np.zeros((2, 2)), np.full((1, 1), 3.0), np.zeros((0, 4)), np.full((2, 2), np.nan)])
 def test_heatmap_of_degenerate_kernels_can_be_saved(kernel):
     assert png_bytes(plot_kernel_heatmap(kernel, range(kernel.shape[0]), range(kernel.shape[1])))
 
@@ -144,9 +138,7 @@ def test_ratio_keeps_its_sign_and_marks_what_leaves_the_panel():
     assert "-20.0" in [text.get_text() for text in right.texts]
 
 
-@pytest.mark.parametrize(
-    "rows", [[], [{}], [{"scale": None, "predicted": 1.0}], [{"scale": 1.0, "predicted": "x"}]]
-)
+@pytest.mark.parametrize("rows", [[], [{}], [{"scale": None, "predicted": 1.0}], [{"scale": 1.0, "predicted": "x"}]])
 def test_scaling_without_data_says_so(rows):
     assert "no data" in texts(plot_predicted_vs_actual(rows))
 
@@ -217,9 +209,7 @@ def test_history_without_probe_keeps_its_step_axis():
     assert "no predicted or measured" in texts(figure)
     png_bytes(figure)
     bottom = figure.axes[2]
-    assert bottom.xaxis.get_visible() and bottom.axison, (
-        "the only labelled step axis vanished with the empty panel"
-    )
+    assert bottom.xaxis.get_visible() and bottom.axison, "the only labelled step axis vanished with the empty panel"
 
 
 def test_evolution_takes_numbers_and_values_with_errors():
@@ -255,9 +245,7 @@ def test_attribution_is_sorted_and_its_legend_sums_by_advantage():
         "worse than its group (advantage < 0):\n2 sequences, sum −1.50",
     ]
     names = [label.get_text() for label in right.get_yticklabels()]
-    assert (
-        names[0] == "sequence 11 · prompt 1 · reward 1" and names[-1] == "sequence 10 · prompt 0 · reward 1"
-    )
+    assert names[0] == "sequence 11 · prompt 1 · reward 1" and names[-1] == "sequence 10 · prompt 0 · reward 1"
     assert "−4.50 ×10⁻³" in caption_of(figure)
 
 
@@ -286,9 +274,7 @@ def test_figures_are_the_same_bytes_whatever_the_users_settings(summary):
 
 def test_no_text_of_a_figure_leaves_it(summary):
     figures = [
-        plot_kernel_heatmap(
-            1e5 * np.random.default_rng(0).normal(size=(32, 64)), range(32), np.repeat(range(8), 8)
-        ),
+        plot_kernel_heatmap(1e5 * np.random.default_rng(0).normal(size=(32, 64)), range(32), np.repeat(range(8), 8)),
         plot_predicted_vs_actual(summary["scaling"]),
         plot_entropy_split(summary["predicted"]["rao_blackwell"], summary["actual"]["snis"]),
         plot_training_history(make_history()),

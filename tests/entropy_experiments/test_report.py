@@ -89,9 +89,7 @@ def test_figures_are_written_and_embedded(written):
     assert len(page.images) == len(FIGURES)
     for image in page.images:
         png = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
-        assert png.startswith(b"\x89PNG") and any(
-            png == path.read_bytes() for path in (folder / "figures").iterdir()
-        )
+        assert png.startswith(b"\x89PNG") and any(png == path.read_bytes() for path in (folder / "figures").iterdir())
         assert len(image["alt"]) > 40, "an alternative text says what is seen"
 
 
@@ -179,9 +177,7 @@ def test_failed_check_is_red_and_named_in_the_verdict(tmp_path):
     write_json(folder, "run.json", run)
     page = Page(write_report(folder).read_text(encoding="utf-8"))
     assert ("tr", "failed") in page.classes and ("li", "bad") in page.classes
-    assert (
-        "1 of 7 self-checks FAILED: snis_slope (0.5, tolerance 0.02)" in page.text and "6 of 7" in page.text
-    )
+    assert "1 of 7 self-checks FAILED: snis_slope (0.5, tolerance 0.02)" in page.text and "6 of 7" in page.text
 
 
 HOSTILE = [
@@ -320,9 +316,7 @@ def test_reading_keeps_the_kernel_axes(tmp_path):
     write_sequences(folder, rows[::-1])
     results = read_results_folder(folder)
     assert [row["row"] for row in results.training] == list(range(64))
-    np.testing.assert_array_equal(
-        results.kernels["fisher"], load_file(folder / "kernel.safetensors")["fisher"]
-    )
+    np.testing.assert_array_equal(results.kernels["fisher"], load_file(folder / "kernel.safetensors")["fisher"])
 
 
 def test_text_display():
@@ -333,9 +327,7 @@ def test_text_display():
 
 
 def test_prompt_frame_never_cuts_a_word_or_number():
-    frame = prompt_frame(
-        ["The sum of these: 12 + 3 = ?\nYour answer:", "The sum of these: 14 + 3 = ?\nYour answer:"]
-    )
+    frame = prompt_frame(["The sum of these: 12 + 3 = ?\nYour answer:", "The sum of these: 14 + 3 = ?\nYour answer:"])
     assert frame.own_part("The sum of these: 12 + 3 = ?\nYour answer:") == "12"
     assert frame.prefix == "The sum of these: "
     assert prompt_frame(["same prompt here"] * 3).prefix == "" and prompt_frame([]).suffix == ""

@@ -133,10 +133,14 @@ def test_drawing_the_evaluation_buffer_reads_no_reward(tiny_run):
 
 
 def test_same_prompts_and_disjoint_prompts(tiny_run, tmp_path):
-    same = run_fisher_analysis(tiny_run, config("entropy_analysis.sampling.same_prompts=true"), folder=tmp_path / "same")
+    same = run_fisher_analysis(
+        tiny_run, config("entropy_analysis.sampling.same_prompts=true"), folder=tmp_path / "same"
+    )
     assert set(same.evaluation.prompt_index) <= set(same.training.rollouts.prompt_index)
     assert same.summary["kernel"]["same_prompt_pairs"] > 0
-    apart = run_fisher_analysis(tiny_run, config("entropy_analysis.sampling.eval_split=train"), folder=tmp_path / "apart")
+    apart = run_fisher_analysis(
+        tiny_run, config("entropy_analysis.sampling.eval_split=train"), folder=tmp_path / "apart"
+    )
     assert not set(apart.evaluation.prompt_index) & set(apart.training.rollouts.prompt_index)
 
 
@@ -236,4 +240,3 @@ def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_p
     failed = {check.name for check in result.failed_checks}
     assert {"K w = finite difference", "entropy kernel = autograd"} <= failed
     assert "FAILED" in (target / "report.html").read_text()
-

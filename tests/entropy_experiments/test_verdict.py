@@ -53,11 +53,7 @@ def test_training_sentence_of_one_step_or_none():
 def test_agreement_is_in_standard_errors_of_the_difference():
     compared = agreement({"value": 1.0, "standard_error": 0.3}, {"value": 0.0, "standard_error": 0.4})
     assert compared is not None
-    assert (
-        compared.standard_error == pytest.approx(0.5)
-        and compared.z == pytest.approx(2.0)
-        and compared.within_two
-    )
+    assert compared.standard_error == pytest.approx(0.5) and compared.z == pytest.approx(2.0) and compared.within_two
     assert agreement({"value": 1.0}, {"value": 0.0, "standard_error": 0.4}) is None
     assert agreement({"value": 1.0, "standard_error": 0.0}, {"value": 0.0, "standard_error": 0.0}) is None
 
@@ -159,10 +155,7 @@ def test_checks():
     assert check_sentence(checks).text.startswith("All 7 self-checks passed: rows_sum_to_autograd, ")
     checks[1] |= {"passed": False, "value": 0.25}
     failed = check_sentence(checks)
-    assert (
-        failed.tone == "bad"
-        and "1 of 7 self-checks FAILED: kernel_row_sums (0.25, tolerance 0.001)" in failed.text
-    )
+    assert failed.tone == "bad" and "1 of 7 self-checks FAILED: kernel_row_sums (0.25, tolerance 0.001)" in failed.text
     checks[1]["value"] = math.nan
     assert "kernel_row_sums (not a finite number, tolerance 0.001)" in check_sentence(checks).text
     assert check_sentence([]).tone == "warning"

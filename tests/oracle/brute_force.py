@@ -77,6 +77,4 @@ def entropy_terms(
 def token_entropy(model: nn.Module, lists: TokenLists, temperature: float = 1.0) -> float:
     """h of the batch: Σ_t Σ_k H_k / Σ_t T."""
     terms = statistics(model, lists, temperature)
-    return float(
-        sum(entropies.sum() for _, entropies in terms) / sum(len(entropies) for _, entropies in terms)
-    )
+    return float(sum(entropies.sum() for _, entropies in terms) / sum(len(entropies) for _, entropies in terms))

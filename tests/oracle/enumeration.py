@@ -57,9 +57,7 @@ def enumerate_completions(task: Task) -> CompletionSpace:
         ends = [task.end_token] if length < task.max_completion_length else range(task.vocabulary)
         completions += [[*body, end] for body in itertools.product(inner, repeat=length - 1) for end in ends]
     rows = [
-        (index, list(prompt), completion)
-        for index, prompt in enumerate(task.prompts)
-        for completion in completions
+        (index, list(prompt), completion) for index, prompt in enumerate(task.prompts) for completion in completions
     ]
     longest = max(len(prompt) + len(completion) for _, prompt, completion in rows)
     cut = task.max_completion_length
@@ -68,9 +66,7 @@ def enumerate_completions(task: Task) -> CompletionSpace:
         completion_ids=[completion for _, _, completion in rows],
         prompt_index=torch.tensor([index for index, _, _ in rows]),
         input_ids=torch.tensor([(p + c + [task.end_token] * longest)[:longest] for _, p, c in rows]),
-        predicted_at=torch.tensor(
-            [[min(len(p) - 1 + k, longest - 1) for k in range(cut)] for _, p, _ in rows]
-        ),
+        predicted_at=torch.tensor([[min(len(p) - 1 + k, longest - 1) for k in range(cut)] for _, p, _ in rows]),
         tokens=torch.tensor([(c + [task.end_token] * cut)[:cut] for _, _, c in rows]),
         mask=torch.tensor([[float(k < len(c)) for k in range(cut)] for _, _, c in rows], dtype=torch.float64),
     )
@@ -122,9 +118,7 @@ def flatten_rows(named: dict[str, Tensor]) -> Tensor:
 def unflatten(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Named tensors shaped as `like` from a flat vector (D,)."""
     pieces = vector.split([tensor.numel() for tensor in like.values()])
-    return {
-        name: piece.reshape(tensor.shape) for (name, tensor), piece in zip(like.items(), pieces, strict=True)
-    }
+    return {name: piece.reshape(tensor.shape) for (name, tensor), piece in zip(like.items(), pieces, strict=True)}
 
 
 def detached_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -191,8 +185,7 @@ def solve(model: nn.Module, space: CompletionSpace, temperature: float = 1.0) ->
         logprobs, entropies = token_terms(model, space, temperature, parameters)
     jacobians = jacfwd(lambda values: token_terms(model, space, temperature, values))(parameters)
     logprob_jacobian, entropy_jacobian = (
-        torch.cat([piece.flatten(start_dim=2) for piece in jacobian.values()], dim=2)
-        for jacobian in jacobians
+        torch.cat([piece.flatten(start_dim=2) for piece in jacobian.values()], dim=2) for jacobian in jacobians
     )
     return ExactPolicy(
         space=space,
@@ -212,9 +205,7 @@ def solve(model: nn.Module, space: CompletionSpace, temperature: float = 1.0) ->
 def fisher_kernel(eval_rows: Tensor, train_rows: Tensor, preconditioner: Tensor | None = None) -> Tensor:
     """K(t, i) = Σ_d e_td P_d s_id by an explicit loop over pairs; (n_eval, D), (n_train, D), (D,) -> (n_eval,
     n_train)."""
-    weights = (
-        torch.ones(eval_rows.shape[1], dtype=eval_rows.dtype) if preconditioner is None else preconditioner
-    )
+    weights = torch.ones(eval_rows.shape[1], dtype=eval_rows.dtype) if preconditioner is None else preconditioner
     kernel = torch.zeros(len(eval_rows), len(train_rows), dtype=eval_rows.dtype)
     for t, eval_row in enumerate(eval_rows):
         for i, train_row in enumerate(train_rows):

@@ -33,15 +33,11 @@ _SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 
 
 def _llama(tied: bool) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(**_GATED, **_SPECIAL, tie_word_embeddings=tied, attention_dropout=0.2)
-    )
+    return LlamaForCausalLM(LlamaConfig(**_GATED, **_SPECIAL, tie_word_embeddings=tied, attention_dropout=0.2))
 
 
 def _qwen2() -> nn.Module:
-    return Qwen2ForCausalLM(
-        Qwen2Config(**_GATED, **_SPECIAL, tie_word_embeddings=False, attention_dropout=0.2)
-    )
+    return Qwen2ForCausalLM(Qwen2Config(**_GATED, **_SPECIAL, tie_word_embeddings=False, attention_dropout=0.2))
 
 
 def _gpt2() -> nn.Module:
@@ -50,9 +46,7 @@ def _gpt2() -> nn.Module:
 
 
 def _with_lora(model: nn.Module) -> nn.Module:
-    config = LoraConfig(
-        r=3, lora_alpha=6, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 

@@ -48,9 +48,7 @@ def exact(request: pytest.FixtureRequest, policy: RecurrentPolicy, space: Comple
 def per_prompt_mean(exact: ExactPolicy, values: torch.Tensor) -> torch.Tensor:
     """E[values | p], spread back over the rows."""
     index = exact.space.prompt_index
-    sums = torch.zeros(exact.space.prompts, dtype=torch.float64).index_add(
-        0, index, exact.probabilities * values
-    )
+    sums = torch.zeros(exact.space.prompts, dtype=torch.float64).index_add(0, index, exact.probabilities * values)
     return (sums * exact.space.prompts)[index]
 
 
@@ -76,9 +74,7 @@ def test_the_cut_process_is_a_distribution(exact: ExactPolicy) -> None:
 
 def test_score_gradient_has_mean_zero(exact: ExactPolicy) -> None:
     size = exact.expectation(exact.score_rows.abs()).norm()
-    assert exact.expectation(exact.score_rows).norm() / size < EXACT, (
-        "E[∇S] ≠ 0: the enumeration is not normalised"
-    )
+    assert exact.expectation(exact.score_rows).norm() / size < EXACT, "E[∇S] ≠ 0: the enumeration is not normalised"
 
 
 def test_surprisal_and_token_entropies_have_one_mean(exact: ExactPolicy) -> None:
@@ -91,9 +87,7 @@ def test_token_entropy_is_a_ratio_of_means(exact: ExactPolicy) -> None:
     summed, lengths = exact.entropies.sum(1), exact.space.lengths
     ratio = exact.expectation(summed) / exact.expectation(lengths)
     mean_of_ratios = exact.expectation(summed / lengths)
-    assert_close(
-        ratio, exact.token_entropy, EXACT, "h is E[ΣH]/E[T]", suspects={"mean of ratios": mean_of_ratios}
-    )
+    assert_close(ratio, exact.token_entropy, EXACT, "h is E[ΣH]/E[T]", suspects={"mean of ratios": mean_of_ratios})
 
 
 # --- section 2: the gradient of the entropy -----------------------------------------------------------------
@@ -108,17 +102,13 @@ def test_score_function_gradient(exact: ExactPolicy, baseline: str) -> None:
         "per_prompt": per_prompt_mean(exact, exact.scores),
     }[baseline]
     gradient = -exact.expectation((exact.scores - centre)[:, None] * exact.score_rows)
-    assert_close(
-        gradient, exact.sequence_entropy_gradient, EXACT, "∇H = −E[(S − b) ∇S] fails: sign or baseline"
-    )
+    assert_close(gradient, exact.sequence_entropy_gradient, EXACT, "∇H = −E[(S − b) ∇S] fails: sign or baseline")
 
 
 @pytest.mark.parametrize("own_entropy", [True, False], ids=["with_H_k", "without_H_k"])
 def test_rao_blackwell_gradient(exact: ExactPolicy, own_entropy: bool) -> None:
     gradient = exact.expectation(exact.rao_blackwell_rows(own_entropy=own_entropy))
-    assert_close(
-        gradient, exact.sequence_entropy_gradient, EXACT, "the entropy to go starts at the wrong token"
-    )
+    assert_close(gradient, exact.sequence_entropy_gradient, EXACT, "the entropy to go starts at the wrong token")
 
 
 @pytest.mark.parametrize("own_entropy", [True, False], ids=["with_H_k", "without_H_k"])
@@ -126,9 +116,7 @@ def test_token_entropy_gradient_centres_the_entropy_to_go(exact: ExactPolicy, ow
     rows = exact.rao_blackwell_rows(centre=exact.token_entropy, own_entropy=own_entropy)
     if not own_entropy:
         # Only H_k may be dropped from G̃_k: the −h of token k is a function of nothing but also has mean zero.
-        assert (
-            relative_error(exact.expectation(rows), exact.mean_length * exact.token_entropy_gradient) < EXACT
-        )
+        assert relative_error(exact.expectation(rows), exact.mean_length * exact.token_entropy_gradient) < EXACT
         return
     uncentred = exact.expectation(exact.rao_blackwell_rows()) / exact.mean_length
     assert_close(
@@ -155,9 +143,7 @@ def test_split_form(exact: ExactPolicy) -> None:
     weight = exact.entropies.sum(1) - exact.token_entropy * exact.space.lengths
     gradient = exact.expectation(exact.entropy_gradients.sum(1) + weight[:, None] * exact.score_rows)
     assert_close(gradient / exact.mean_length, exact.token_entropy_gradient, EXACT, "the split form fails")
-    whole = exact.expectation(
-        exact.entropy_gradients.sum(1) + exact.entropies.sum(1)[:, None] * exact.score_rows
-    )
+    whole = exact.expectation(exact.entropy_gradients.sum(1) + exact.entropies.sum(1)[:, None] * exact.score_rows)
     assert_close(whole, exact.sequence_entropy_gradient, EXACT, "the split form per completion fails")
 
 
@@ -250,9 +236,7 @@ def test_reweighting_the_whole_space_is_exact(policy, space) -> None:
     exact = solve(policy, space)
     parameters = detached_parameters(policy)
     generator = torch.Generator().manual_seed(1)
-    direction = {
-        n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in parameters.items()
-    }
+    direction = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in parameters.items()}
     moved = {name: value + 0.05 * direction[name] for name, value in parameters.items()}
     with torch.no_grad():
         logprobs, entropies = token_terms(policy, space, 1.0, moved)

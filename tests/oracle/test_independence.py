@@ -23,6 +23,4 @@ def test_no_import_from_the_packages_under_test(path: Path) -> None:
     roots = {name.split(".")[0] for name in imported} | {
         name.split(".")[1] for name in imported if name.startswith("tests.")
     }
-    assert not roots & UNDER_TEST, (
-        f"{path.name} imports {sorted(roots & UNDER_TEST)}: the oracle must stay independent"
-    )
+    assert not roots & UNDER_TEST, f"{path.name} imports {sorted(roots & UNDER_TEST)}: the oracle must stay independent"

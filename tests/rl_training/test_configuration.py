@@ -34,8 +34,7 @@ def test_demo_config_names_every_key_and_is_replayable(tmp_path: Path) -> None:
     unset = {
         f"{section}.{key}"
         for section in TrainConfig.model_fields
-        for key in set(type(getattr(config, section)).model_fields)
-        - getattr(config, section).model_fields_set
+        for key in set(type(getattr(config, section)).model_fields) - getattr(config, section).model_fields_set
     }
     assert unset == {"task.path"}, "the demo's configuration should show every key"
     assert config.rollouts.prompts_per_step == config.rollouts.completions_per_prompt == 8
@@ -83,9 +82,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     assert _load_text(tmp_path, "optimizer:\n  learning_rate: 3e-4\n").optimizer.learning_rate == 3e-4
 
 
-@given(
-    st.recursive(st.text() | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False), st.lists)
-)
+@given(st.recursive(st.text() | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False), st.lists))
 def test_dump_and_load_are_inverse(value: Any) -> None:
     config = validate_config(_Anything, {"value": value})
     with TemporaryDirectory() as folder:
@@ -184,8 +181,6 @@ def test_configs_are_frozen_and_keyword_only() -> None:
 
 
 def test_config_modules_import_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys, rl_training.config; print({'torch', 'transformers', 'trl', 'peft'} & set(sys.modules))"
-    )
+    code = "import sys, rl_training.config; print({'torch', 'transformers', 'trl', 'peft'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -60,7 +60,12 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
     )
     weights = torch.tensor([r["weight"] for r in rows], dtype=torch.float64)
     expected = sequence_weights(
-        torch.tensor([r["reward"] for r in rows]), batch.prompt_index, batch.completion_lengths, "dr_grpo", 8, normalizer
+        torch.tensor([r["reward"] for r in rows]),
+        batch.prompt_index,
+        batch.completion_lengths,
+        "dr_grpo",
+        8,
+        normalizer,
     )
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-9)
     ours = batch_gradients(trainer.model, batch, [score_coefficients(batch, -weights)])[0]
@@ -68,7 +73,9 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
     right = torch.cat([ours[name].flatten() for name in spy.gradients]).double()
     assert right.norm() > 0
     cosine = torch.dot(left, right) / (left.norm() * right.norm())
-    assert cosine >= 0.9999999, f"cosine {cosine}: a normaliser misses gradient accumulation, or advantages were shuffled"
+    assert cosine >= 0.9999999, (
+        f"cosine {cosine}: a normaliser misses gradient accumulation, or advantages were shuffled"
+    )
     assert abs(left.norm() / right.norm() - 1) < 1e-5, "the loss divides by another number than the weights"
 
 
@@ -126,7 +133,9 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(tiny_policy, tmp_p
     left, right = adapter(whole, 4), adapter(halves, 4)
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not different, f"{len(different)} tensors differ after resuming, e.g. {different[0]}: some random stream is not saved"
+    assert not different, (
+        f"{len(different)} tensors differ after resuming, e.g. {different[0]}: some random stream is not saved"
+    )
     assert read_rollouts(whole, 4) == read_rollouts(halves, 4)
     assert len((halves / "metrics.jsonl").read_text().splitlines()) == 4
     assert torch.equal(
@@ -139,10 +148,14 @@ def test_training_is_bit_identical_with_the_probe_on_and_off(tiny_policy, tmp_pa
     runs = {}
     for enabled in (True, False):
         runs[enabled] = tmp_path / str(enabled)
-        config = tiny_train_config(tiny_policy, runs[enabled], training={"steps": 3}, entropy_probe={"enabled": enabled})
+        config = tiny_train_config(
+            tiny_policy, runs[enabled], training={"steps": 3}, entropy_probe={"enabled": enabled}
+        )
         run_training(config, quiet=True)
     on, off = adapter(runs[True], 3), adapter(runs[False], 3)
-    assert all(torch.equal(on[name], off[name]) for name in off), "the probe consumed a random number or left a gradient"
+    assert all(torch.equal(on[name], off[name]) for name in off), (
+        "the probe consumed a random number or left a gradient"
+    )
     assert read_rollouts(runs[True], 3) == read_rollouts(runs[False], 3)
 
 
@@ -159,11 +172,17 @@ def test_probe_predicts_what_the_step_does_and_its_parts_add_up(tiny_policy, tmp
     probed = [e for e in trainer.state.log_history if "entropy_probe/predicted" in e]
     assert len(probed) == 3
     for entry in probed:
-        p = {key.removeprefix("entropy_probe/"): value for key, value in entry.items() if key.startswith("entropy_probe/")}
+        p = {
+            key.removeprefix("entropy_probe/"): value
+            for key, value in entry.items()
+            if key.startswith("entropy_probe/")
+        }
         assert p["predicted"] != 0
         assert p["batch"] + p["momentum"] + p["decay"] == pytest.approx(p["predicted"], rel=1e-3, abs=1e-8)
         # split is the exact derivative of the reweighted measurement: at this step size they agree but for curvature
-        assert p["measured"] == pytest.approx(p["predicted"], rel=0.15, abs=2e-5), "wrong sign, scale or a missing momentum"
+        assert p["measured"] == pytest.approx(p["predicted"], rel=0.15, abs=2e-5), (
+            "wrong sign, scale or a missing momentum"
+        )
         assert 16 <= p["ess"] <= 32.001
     assert probed[0]["entropy_probe/momentum"] == 0.0 and probed[2]["entropy_probe/momentum"] != 0.0
 
@@ -200,7 +219,9 @@ def test_checkpoint_says_what_optimizer_pt_does_not(tiny_policy, tmp_path):
     sidecar = read_sidecar(run / "checkpoint-2")
     state = torch.load(run / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert sidecar is not None and sidecar.step == 2
-    assert [len(names) for names in sidecar.optimizer_parameter_names] == [len(g["params"]) for g in state["param_groups"]]
+    assert [len(names) for names in sidecar.optimizer_parameter_names] == [
+        len(g["params"]) for g in state["param_groups"]
+    ]
     assert state["param_groups"][0]["lr"] == 0.0, "the saved group already holds the end of the schedule"
     assert sidecar.learning_rates_used[0] == pytest.approx(5e-4)
     assert sidecar.sampling.temperature == 1.0 and sidecar.sampling.max_completion_length == 8
@@ -221,5 +242,10 @@ def test_an_existing_run_is_not_overwritten(tiny_policy, tmp_path):
 def test_settings_under_which_the_weights_would_not_be_exact_are_refused(tmp_path, setting, value):
     with pytest.raises(UserError, match=setting):
         DrGRPOConfig(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, num_generations=4, per_device_train_batch_size=8, **{setting: value}
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            num_generations=4,
+            per_device_train_batch_size=8,
+            **{setting: value},
         )

@@ -34,9 +34,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(TOKENS)}, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def _llama(**changes: Any) -> LlamaForCausalLM:
@@ -48,9 +46,7 @@ def _llama(**changes: Any) -> LlamaForCausalLM:
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     model = _llama(attention_dropout=0.1)
-    model.generation_config.update(
-        do_sample=True, temperature=0.2, top_p=0.5, top_k=3, repetition_penalty=1.5
-    )
+    model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.5, top_k=3, repetition_penalty=1.5)
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder

@@ -55,9 +55,7 @@ def test_completion_text_of_parts_and_of_nothing() -> None:
 
 def test_math_verify_works_outside_the_main_thread() -> None:
     result: list[float] = []
-    thread = threading.Thread(
-        target=lambda: result.extend(rewards.math_verify(["?"], ["It is 1/2"], answer=["0.5"]))
-    )
+    thread = threading.Thread(target=lambda: result.extend(rewards.math_verify(["?"], ["It is 1/2"], answer=["0.5"])))
     thread.start()
     thread.join()
     assert result == [1.0]

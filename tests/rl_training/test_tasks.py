@@ -14,9 +14,7 @@ TWO_DIGITS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
 
 def _chain_sum(**changes: Any) -> TaskConfig:
-    return TaskConfig(
-        **{"arguments": TWO_DIGITS, "size": 20, "heldout_size": 10, "reward": "exact"} | changes
-    )
+    return TaskConfig(**{"arguments": TWO_DIGITS, "size": 20, "heldout_size": 10, "reward": "exact"} | changes)
 
 
 def _jsonl(tmp_path: Path, *lines: Any, **changes: Any) -> TaskConfig:
@@ -85,9 +83,7 @@ def test_other_data_sets_score_their_own_answers() -> None:
     for name in ("gcd", "letter_counting", "spell_backward"):
         task = load_task(TaskConfig(name=name, size=5, heldout_size=2))
         (reward,) = task.reward_functions
-        prompts, indices, answers = (
-            [row[key] for row in task.train] for key in ("prompt", "prompt_index", "answer")
-        )
+        prompts, indices, answers = ([row[key] for row in task.train] for key in ("prompt", "prompt_index", "answer"))
         scores = reward(prompts=prompts, completions=answers, prompt_index=indices, answer=answers)
         assert scores == [1.0] * 5
 
@@ -179,8 +175,7 @@ def test_jsonl_files_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_jsonl_columns_reach_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards.py").write_text(
-        "def by_level(prompts, completions, level, **columns):\n"
-        "    return [1.0 if a is None else a for a in level]\n"
+        "def by_level(prompts, completions, level, **columns):\n    return [1.0 if a is None else a for a in level]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
