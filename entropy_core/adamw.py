@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,9 +89,8 @@ def read_adamw_state(
 
 
 def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    if isinstance(named, Mapping):
-        return list(named.items())
-    return [(name, p) for name, p in named]
+    pairs = named.items() if isinstance(named, Mapping) else named
+    return list(cast(Iterable[tuple[str, Tensor]], pairs))
 
 
 def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:

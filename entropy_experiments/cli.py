@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -92,7 +93,9 @@ def demo(
 
 
 def _quiet_libraries() -> None:
-    """Keep libraries' own progress bars and advice off the terminal; errors still come through."""
+    """Keep libraries' own progress bars and advice off the terminal; errors and warnings of ours still come through."""
+    for library in ("transformers", "trl", "peft", "accelerate"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -101,6 +104,9 @@ def _quiet_libraries() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def main() -> None:

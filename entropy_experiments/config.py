@@ -38,8 +38,8 @@ class FisherKernelConfig(StrictModel):
 
     compute_full: bool = True
     """Compute the matrices; false leaves predictions and measurements only."""
-    preconditioning: Literal["checkpoint", "none"] = "checkpoint"
-    """`checkpoint`: P from Adam's second moments in the checkpoint; `none`: P = 1."""
+    preconditioning: Literal["checkpoint", "step", "none"] = "checkpoint"
+    """P from Adam's second moments in the `checkpoint`, or from those of the analysed `step`; `none`: P = 1."""
     token_batch_size: PositiveInt = 2048
     """Padded tokens in one forward and backward pass; bounds memory."""
 

@@ -114,7 +114,7 @@ def run_fisher_analysis(
     config = config or FisherAnalysisConfig()
     clock = _Clock(stage)
     settings = config.entropy_analysis
-    with_adam = settings.fisher_kernel.preconditioning == "checkpoint"
+    with_adam = settings.fisher_kernel.preconditioning != "none"
     clock.start("loading the checkpoint")
     checkpoint = load_checkpoint(
         checkpoint_path, config.checkpoint.model, config.checkpoint.device, require_optimizer=with_adam

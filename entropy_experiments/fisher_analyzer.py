@@ -17,17 +17,18 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import batch_step_factor, preconditioner
+from entropy_core.adamw import preconditioner
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot, per_sequence_gradients, trainable_parameters
-from entropy_core.kernel import compute_cross_fisher_kernel, contract_rows
+from entropy_core.kernel import contract_rows
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_over_prompts
-from entropy_experiments.optimizer_mapping import mapping_evidence
+from entropy_experiments.attribution import attribute
+from entropy_experiments.kernel_checks import check_attribution, check_gradient, check_kernel, check_optimizer
 from entropy_experiments.optimizer_step import NextStep, clip_coefficient, moved, plain_gradient_step, take_next_step
-from entropy_experiments.self_checks import SelfCheck, relative_error, relative_error_of_dicts, surprisal_z_score
+from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from rl_training.errors import UserError
 
 Stage = Callable[[str], None]
@@ -56,7 +57,7 @@ class AnalysisNumbers:
     """Everything computed. Kernels are (n_eval, n_train) float32; shares and weights (n_train,) float64.
 
     predicted[estimator][part]: nats per token, predicted_per_completion: nats per completion. shares: dH_i of this step,
-    nats per token, under the P named by `preconditioning`. contributions: (n_eval,) each evaluation sequence's part of the
+    nats per token, adding up to batch_change. contributions: (n_eval,) each evaluation sequence's part of the
     Rao-Blackwell total.
     """
 
@@ -69,7 +70,7 @@ class AnalysisNumbers:
     contributions: Tensor | None = None
     shares: Tensor | None = None
     horizon_factor: float = 1.0
-    batch_change_with_checkpoint_p: float = 0.0
+    batch_change: float = 0.0
     measured: list[MeasuredScale] = field(default_factory=list)
     gradient_norm: float = 0.0
     clip: float = 1.0
@@ -94,12 +95,13 @@ def analyze_batches(
 ) -> AnalysisNumbers:
     """Run one analysis; the model and the optimizer are as before when it returns.
 
-    weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i. preconditioning: "checkpoint" (P from `optimizer`) or "none"
-    (P = 1, and the step is -lr g). learning_rate: needed without an optimizer.
+    weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i. preconditioning: the kernel's P, "checkpoint" (from the moments
+    in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and the step
+    is -lr g). learning_rate: needed without an optimizer.
 
     Raises UserError for a missing optimizer or learning rate, ValueError where rows cannot be formed.
     """
-    with_adam = preconditioning == "checkpoint"
+    with_adam = preconditioning != "none"
     if with_adam and optimizer is None:
         raise UserError(
             "the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none"
@@ -113,23 +115,28 @@ def analyze_batches(
     stage("training gradients, one row per sequence")
     columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     gradient = {name: -torch.einsum("n,n...->...", weights.to(rows), rows) for name, rows in columns.items()}
-    numbers.checks.append(_check_gradient(model, train_batch, weights, gradient, token_batch_size))
+    numbers.checks.append(check_gradient(model, train_batch, weights, gradient, token_batch_size))
     step = _next_step(model, optimizer if with_adam else None, gradient, max_grad_norm, learning_rate, numbers)
+    p: dict[str, Tensor] | None = None
     if isinstance(step, NextStep):
-        p = {name: preconditioner(s) for name, s in step.state.items()}
-        numbers.checks.extend(_check_optimizer(step, gradient))
-    else:
-        p = None
-    if p is not None:
+        numbers.checks.extend(check_optimizer(step, gradient))
+        at_checkpoint = preconditioning == "checkpoint"
+        p = {name: preconditioner(s) for name, s in step.state.items()} if at_checkpoint else step.preconditioner
         for name, rows in columns.items():
             rows.mul_(p[name])
     taken, parts = _step_parts(step)
     stage("evaluation gradients and kernels")
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
-    _attribute(model, eval_batch, columns, weights, step, gradient, p, numbers, learning_rate, token_batch_size)
+    coefficients = entropy_coefficients(numbers.eval_statistics, eval_batch).scaled(1.0 / len(eval_batch))
+    grad_h = batch_gradients(model, eval_batch, [coefficients], token_batch_size)[0]
+    adam_step = step if isinstance(step, NextStep) else None
+    found = attribute(grad_h, columns, weights, adam_step, p, numbers.clip, learning_rate or 0.0)
+    numbers.shares, numbers.horizon_factor = found.shares, found.horizon_factor
+    numbers.batch_change = dot(grad_h, parts["batch"])
+    numbers.checks.extend(check_attribution(found, numbers.batch_change, numbers.entropy_fisher))
     stage("checking the kernel against finite differences")
     numbers.checks.extend(
-        _check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers, token_batch_size)
+        check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers.fisher, token_batch_size)
     )
     z = surprisal_z_score(numbers.eval_statistics.scores(), numbers.eval_statistics.entropy_sums())
     numbers.checks.append(
@@ -223,140 +230,6 @@ def _contract(
 
 def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:
     return Estimate(float(contributions.mean()), jackknife_over_prompts(contributions, prompt_index))
-
-
-def _attribute(
-    model: nn.Module,
-    batch: SequenceBatch,
-    columns: dict[str, Tensor],
-    weights: Tensor,
-    step: NextStep | dict[str, Tensor],
-    gradient: dict[str, Tensor],
-    p: dict[str, Tensor] | None,
-    numbers: AnalysisNumbers,
-    learning_rate: float | None,
-    token_batch_size: int,
-) -> None:
-    """dH_i = sum over parameters of lr (1 - beta1)/(1 - beta1^t) c w_i <grad h, P dS_i>, with the group's own factors."""
-    coefficients = entropy_coefficients(numbers.eval_statistics, batch).scaled(1.0 / len(batch))
-    grad_h = batch_gradients(model, batch, [coefficients], token_batch_size)[0]
-    if isinstance(step, NextStep):
-        factors = {name: batch_step_factor(s) for name, s in step.state.items()}
-        numbers.horizon_factor = _horizon_factor(step)
-    else:
-        factors = dict.fromkeys(columns, float(learning_rate or 0.0))
-    inner = torch.zeros(len(weights), dtype=torch.float64)
-    plain_inner = torch.zeros_like(inner)
-    for name, rows in columns.items():
-        products = (rows.flatten(1) @ grad_h[name].flatten()).double().cpu()
-        plain_inner += products
-        inner += factors[name] * products
-    numbers.shares = numbers.clip * weights.double().cpu() * inner
-    direction = {
-        name: -factors[name] * numbers.clip * (gradient[name] if p is None else p[name] * gradient[name])
-        for name in columns
-    }
-    numbers.batch_change_with_checkpoint_p = dot(grad_h, direction)
-    total = numbers.batch_change_with_checkpoint_p
-    scale = max(abs(total), float(numbers.shares.abs().max()), 1e-12)
-    numbers.checks.append(
-        SelfCheck(
-            "attribution: shares add up", abs(float(numbers.shares.sum()) - total) / scale, 1e-4,
-            "sum of all dH_i against <grad h, batch part of the step>, relative. A failure means that weights, clipping or "
-            "normalisers differ between rows and loss.",
-        )
-    )  # fmt: skip
-    if numbers.entropy_fisher is not None:
-        numbers.checks.append(
-            SelfCheck(
-                "entropy kernel = autograd", relative_error(numbers.entropy_fisher.double().mean(0).cpu(), plain_inner), 1e-4,
-                "mean over evaluation sequences of K_H against <grad h, P dS_i> from autograd's gradient of h, relative.",
-            )
-        )  # fmt: skip
-
-
-def _horizon_factor(step: NextStep) -> float:
-    """sum_j beta1^j (1 - beta1^t)/(1 - beta1^(t+j)): a batch's change over the life of the momentum, relative to this step."""
-    state = next(iter(step.state.values()))
-    t, beta = state.step + 1, state.beta1
-    return sum(beta**j * (1 - beta**t) / (1 - beta ** (t + j)) for j in range(1000))
-
-
-def _check_gradient(
-    model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
-) -> SelfCheck:
-    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
-        0
-    ]
-    return SelfCheck(
-        "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
-        "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all trainable parameters, "
-        "relative. A failure means that some parameter's rows are missing or wrong.",
-    )  # fmt: skip
-
-
-def _check_optimizer(step: NextStep, gradient: dict[str, Tensor]) -> list[SelfCheck]:
-    evidence = mapping_evidence(step.state, gradient)
-    worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
-    if not evidence.convincing:
-        raise UserError(
-            f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more "
-            f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
-            "in another order than the model's parameters, so P would be wrong; nothing is analysed"
-        )
-    return [
-        SelfCheck(
-            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
-            "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
-            "step that is taken.",
-        ),
-        SelfCheck(
-            "optimizer entries recognised", 1.0 - evidence.share, 0.4,
-            f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
-            f"more than their own.{worst}",
-        ),
-    ]  # fmt: skip
-
-
-def _check_kernel(
-    model: nn.Module,
-    eval_batch: SequenceBatch,
-    train_batch: SequenceBatch,
-    gradient: dict[str, Tensor],
-    weights: Tensor,
-    p: dict[str, Tensor] | None,
-    numbers: AnalysisNumbers,
-    token_batch_size: int,
-) -> list[SelfCheck]:
-    if numbers.fisher is None:
-        return []
-    direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
-    sample = torch.arange(min(16, len(eval_batch)))
-    eval_batch = eval_batch.select(sample)
-    product = numbers.fisher[sample].double() @ weights.double().to(numbers.fisher.device)
-    size = float(product.abs().max())
-    if size == 0.0:
-        return []
-    epsilon = 0.05 / size  # the fastest score moves by 0.05 nats: well above rounding, well below curvature
-    with moved(model, direction, epsilon):
-        plus = token_statistics(model, eval_batch, token_batch_size).scores()
-    with moved(model, direction, -epsilon):
-        minus = token_statistics(model, eval_batch, token_batch_size).scores()
-    few = train_batch.select(range(min(6, len(train_batch))))
-    square = compute_cross_fisher_kernel(model, few, few, p, token_batch_size).double()
-    eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
-    return [
-        SelfCheck(
-            "K w = finite difference", relative_error((plus - minus) / (2 * epsilon), product), 0.02,
-            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A "
-            "failure means P is missing, doubled, or on both sides.",
-        ),
-        SelfCheck(
-            "K symmetric and PSD on equal batches",
-            max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30))), 1e-4,
-            "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of six sequences with themselves.",
-        ),
-    ]  # fmt: skip
 
 
 def _measure(

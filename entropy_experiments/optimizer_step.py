@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import AdamWParameterState, AdamWUpdate, read_adamw_state, split_adamw_update
+from entropy_core.adamw import (
+    AdamWParameterState,
+    AdamWUpdate,
+    after_gradient,
+    preconditioner,
+    read_adamw_state,
+    split_adamw_update,
+)
 from entropy_core.gradients import trainable_parameters
 from rl_training.errors import UserError
 
@@ -20,7 +27,7 @@ class NextStep:
     """The step that AdamW takes next with a given loss gradient.
 
     update: its exact parts; taken: theta_after - theta_before of the real optimizer; clip: c in g_clipped = c g, with
-    gradient_norm before clipping; state: the moments before it.
+    gradient_norm before clipping; state: the moments before it; preconditioner: the step's own P_t.
     """
 
     update: AdamWUpdate
@@ -28,6 +35,7 @@ class NextStep:
     clip: float
     gradient_norm: float
     state: dict[str, AdamWParameterState]
+    preconditioner: dict[str, Tensor]
 
 
 def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> tuple[float, float]:
@@ -45,9 +53,7 @@ def take_next_step(
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)
     clipped: dict[str, Tensor | None] = {name: g * clip for name, g in gradient.items()}
-    state = {
-        name: copy.copy(s) for name, s in read_adamw_state(optimizer, parameters).items()
-    }  # tensors still shared: the split reads them before the optimizer steps
+    state = read_adamw_state(optimizer, parameters)
     if not any(s.lr for s in state.values()):
         raise UserError(
             "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
@@ -67,8 +73,9 @@ def take_next_step(
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(before[name])
-    state = read_adamw_state(optimizer, parameters)
-    return NextStep(update, taken, clip, norm, state)
+    state = read_adamw_state(optimizer, parameters)  # the optimizer's tensors are new ones since it was put back
+    own_p = {name: preconditioner(after_gradient(s, clip * gradient[name])) for name, s in state.items()}
+    return NextStep(update, taken, clip, norm, state, own_p)
 
 
 def plain_gradient_step(gradient: Mapping[str, Tensor], learning_rate: float, clip: float) -> dict[str, Tensor]:

@@ -147,10 +147,12 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
         "axes": "[eval, train]",
         "fisher": "dS_eval^T diag(P) dS_train",
         "entropy_fisher": "E_eval^T diag(P) dS_train; E: Rao-Blackwell terms whose mean is the gradient of entropy per token",
-        "preconditioner": "1/(sqrt(v/(1-beta2^t))+eps)" if preconditioning == "checkpoint" else "1",
+        "preconditioner": "1"
+        if preconditioning == "none"
+        else f"1/(sqrt(v/(1-beta2^t))+eps), v of the {preconditioning}",
         "eps": "" if optimizer is None else str(optimizer.param_groups[0]["eps"]),
         "step": str(checkpoint.record.step),
-        "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i])",
+        "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
     }
     tensors = {"fisher": numbers.fisher, "entropy_fisher": numbers.entropy_fisher}
     save_file({k: v.contiguous().cpu().float() for k, v in tensors.items()}, path, metadata)
@@ -204,8 +206,7 @@ def summarize(
             for m in numbers.measured
         ],
         "attribution": {
-            "delta_h_batch": numbers.batch_change_with_checkpoint_p,
-            "delta_h_batch_with_the_steps_own_p": numbers.predicted["rao_blackwell"]["batch"].value,
+            "delta_h_batch": numbers.batch_change,
             "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
             "horizon_factor": numbers.horizon_factor,
             "preconditioner": preconditioning,

@@ -139,7 +139,9 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     measured = lookup(summary, "actual", "snis")
     actual, _ = actual_numbers = value_and_error(measured)
     step = as_number(lookup(summary, "checkpoint", "step"))
-    where = "The analysed step" if step is None else f"The analysed step (step {step:g})"
+    where = (
+        "The analysed step" if step is None else f"The next step from checkpoint {step:g}, on a fresh training buffer,"
+    )
     if estimator is None:
         return [Sentence(f"{where} has no predicted change of entropy in this folder.", "bad")]
     total = lookup(summary, "predicted", estimator, "total")

@@ -44,8 +44,10 @@ def test_the_folder_holds_what_the_contract_says(analysis):
     assert replayed == config()
 
 
-def test_shares_follow_from_the_kernel_by_the_documented_formula(analysis, tiny_run):
+def test_shares_follow_from_the_kernel_by_the_documented_formula(tiny_run, tmp_path):
     """delta h_i = lr (1 - beta1)/(1 - beta1^t) c w_i mean_eval K_H(:, i), from the files alone."""
+    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
+    analysis = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
     kernels = load_file(analysis.folder / "kernel.safetensors")
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
     training = [r for r in rows if r["buffer"] == "training"]
@@ -62,22 +64,32 @@ def test_shares_follow_from_the_kernel_by_the_documented_formula(analysis, tiny_
     assert lost == pytest.approx(summary["predicted"]["rao_blackwell"]["total"]["value"], rel=1e-4)
 
 
-def test_score_function_prediction_equals_the_plans_kernel_formula(analysis):
-    """delta H_batch = -factor sum_i w_i (1/n) sum_t (S_t - b_t) K1(t, i), b the mean of the other sequences."""
+def test_score_function_prediction_equals_the_kernel_formula(tiny_run, tmp_path):
+    """delta H_batch = -factor (1/n) sum_t (S_t - b_t) sum_i w_i K1(t, i), b_t the mean of the other sequences."""
+    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
+    analysis = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
-    evaluation = [r for r in rows if r["buffer"] == "evaluation"]
+    scores = np.array([r["score"] for r in rows if r["buffer"] == "evaluation"])
     weights = np.array([r["weight"] for r in rows if r["buffer"] == "training"])
     fisher = load_file(analysis.folder / "kernel.safetensors")["fisher"].double().numpy()
-    scores = np.array([r["score"] for r in evaluation])
     n = len(scores)
     centred = scores - (scores.sum() - scores) / (n - 1)
-    summary = json.loads((analysis.folder / "summary.json").read_text())
-    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * summary["attribution"]["clip_coefficient"]
+    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * analysis.summary["attribution"]["clip_coefficient"]
     from_kernel = -factor * (centred / n) @ fisher @ weights
-    own_p = summary["predicted_per_completion"]["score_function"]["batch"]["value"]
-    moved = summary["attribution"]["delta_h_batch_with_the_steps_own_p"] / summary["attribution"]["delta_h_batch"]
-    # the kernel uses the checkpoint's P, the predicted step its own: they differ by what one step adds to v
-    assert from_kernel == pytest.approx(own_p, rel=0.5) and 0.5 < moved < 1.5
+    predicted = analysis.summary["predicted_per_completion"]["score_function"]["batch"]["value"]
+    assert from_kernel == pytest.approx(predicted, rel=1e-3), (
+        "the kernel's P or the baseline differs from the prediction's"
+    )
+
+
+def test_the_checkpoints_p_and_the_steps_own_differ_but_shares_do_not(analysis, tiny_run, tmp_path):
+    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
+    other = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
+    torch.testing.assert_close(other.numbers.shares, analysis.numbers.shares, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(other.numbers.fisher, analysis.numbers.fisher, rtol=1e-2)
+    assert analysis.numbers.batch_change == pytest.approx(
+        analysis.numbers.predicted["rao_blackwell"]["batch"].value, rel=1e-4
+    ), "the shares must add up to the batch part that the report shows"
 
 
 def test_parts_sum_to_the_total_and_errors_are_of_means(analysis):

@@ -1,0 +1,121 @@
+"""Self-checks of gradients, optimizer state and kernel; each compares two ways of computing one thing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import score_coefficients
+from entropy_core.gradients import batch_gradients
+from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.scores import token_statistics
+from entropy_experiments.attribution import Attribution
+from entropy_experiments.optimizer_mapping import mapping_evidence
+from entropy_experiments.optimizer_step import NextStep, moved
+from entropy_experiments.self_checks import SelfCheck, relative_error, relative_error_of_dicts
+from rl_training.errors import UserError
+
+
+def check_gradient(
+    model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
+) -> SelfCheck:
+    """The weighted sum of (n_train,) weights times rows, `gradient`, against autograd's gradient of -sum_i w_i S_i."""
+    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
+        0
+    ]
+    return SelfCheck(
+        "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
+        "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all trainable parameters, "
+        "relative. A failure means that some parameter's rows are missing or wrong.",
+    )  # fmt: skip
+
+
+def check_optimizer(step: NextStep, gradient: dict[str, Tensor]) -> list[SelfCheck]:
+    """The split against the optimizer's own step, and moments against gradients.
+
+    Raises UserError where the moments look like those of other parameters.
+    """
+    evidence = mapping_evidence(step.state, gradient)
+    worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
+    if not evidence.convincing:
+        raise UserError(
+            f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more "
+            f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
+            "in another order than the model's parameters, so P would be wrong; nothing is analysed"
+        )
+    return [
+        SelfCheck(
+            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
+            "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
+            "step that is taken.",
+        ),
+        SelfCheck(
+            "optimizer entries recognised", 1.0 - evidence.share, 0.4,
+            f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
+            f"more than their own.{worst}",
+        ),
+    ]  # fmt: skip
+
+
+def check_kernel(
+    model: nn.Module,
+    eval_batch: SequenceBatch,
+    train_batch: SequenceBatch,
+    gradient: dict[str, Tensor],
+    weights: Tensor,
+    p: dict[str, Tensor] | None,
+    fisher: Tensor | None,
+    token_batch_size: int,
+) -> list[SelfCheck]:
+    """`fisher` times the weights against finite differences along P g, and a kernel of equal batches against its laws."""
+    if fisher is None:
+        return []
+    direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
+    sample = torch.arange(min(16, len(eval_batch)))
+    eval_batch = eval_batch.select(sample)
+    product = fisher[sample].double() @ weights.double().to(fisher.device)
+    size = float(product.abs().max())
+    if size == 0.0:
+        return []
+    epsilon = 0.05 / size  # the fastest score moves by 0.05 nats: well above rounding, well below curvature
+    with moved(model, direction, epsilon):
+        plus = token_statistics(model, eval_batch, token_batch_size).scores()
+    with moved(model, direction, -epsilon):
+        minus = token_statistics(model, eval_batch, token_batch_size).scores()
+    few = train_batch.select(range(min(6, len(train_batch))))
+    square = compute_cross_fisher_kernel(model, few, few, p, token_batch_size).double()
+    eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
+    return [
+        SelfCheck(
+            "K w = finite difference", relative_error((plus - minus) / (2 * epsilon), product), 0.02,
+            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A "
+            "failure means P is missing, doubled, or on both sides.",
+        ),
+        SelfCheck(
+            "K symmetric and PSD on equal batches",
+            max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30))), 1e-4,
+            "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of six sequences with themselves.",
+        ),
+    ]  # fmt: skip
+
+
+def check_attribution(attribution: Attribution, batch_change: float, entropy_fisher: Tensor | None) -> list[SelfCheck]:
+    """Shares against <grad h, batch part of the step>, and K_H against autograd's gradient of h."""
+    scale = max(abs(batch_change), float(attribution.shares.abs().max()), 1e-12)
+    found = [
+        SelfCheck(
+            "attribution: shares add up", abs(float(attribution.shares.sum()) - batch_change) / scale, 1e-4,
+            "sum of all dH_i against <grad h, batch part of the step>, relative. A failure means that weights, clipping or "
+            "normalisers differ between rows and loss.",
+        )
+    ]  # fmt: skip
+    if entropy_fisher is not None:
+        mean = entropy_fisher.double().mean(0).cpu()
+        found.append(
+            SelfCheck(
+                "entropy kernel = autograd", relative_error(mean, attribution.entropy_products), 1e-4,
+                "mean over evaluation sequences of K_H against <grad h, P dS_i> from autograd's gradient of h, relative.",
+            )
+        )  # fmt: skip
+    return found
