@@ -218,6 +218,17 @@ def _write(
     return summary
 
 
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # writers in other languages say it in words
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextmanager
 def _part_folder(target: Path) -> Iterator[Path]:
     """A fresh `<target>.part`, renamed to `target` on success and removed on failure."""
@@ -232,7 +243,7 @@ def _part_folder(target: Path) -> Iterator[Path]:
         os.replace(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _disk_is_full(error):
             raise UserError(
                 f"no space left on the disk of {target.parent}: nothing was written there; free some, or set output_dir=..."
             ) from error

@@ -146,6 +146,7 @@ def generate_completions(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
         torch.manual_seed(seed)
+        _check_logits(model, prompt_ids[order[0]])
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             width = max(len(prompt_ids[i]) for i in part)
@@ -162,6 +163,16 @@ def generate_completions(
             if progress:
                 progress(len(part))
     return completions
+
+
+def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:
+    # Sampling from NaN ends in an error deep inside torch, on a GPU in one that takes the whole process along.
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    if bool(model(input_ids=ids).logits[:, -1].isnan().any()):
+        raise UserError(
+            "the model gave NaN or infinite logits on the first prompt, so nothing can be sampled: its weights are broken (check "
+            "the checkpoint and its base model), or the numbers overflowed (load the model in float32)"
+        )
 
 
 def _until_eos(tokens: list[int], law: SamplingLaw) -> list[int]:
