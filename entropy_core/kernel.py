@@ -12,8 +12,9 @@ pass a kernel. Sums in float32. Source: docs/theory/fisher-kernel.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def compute_cross_fisher_kernel(
     """
     columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     objectives = [score_coefficients(eval_batch)]
-    return contract_rows(model, eval_batch, objectives, columns, preconditioner, token_batch_size)[0]
+    return contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size)[0]
 
 
 def compute_kernels(
@@ -66,32 +67,35 @@ def compute_kernels(
         score_coefficients(eval_batch),
         entropy_coefficients(statistics, eval_batch, estimator, per_token),
     ]
-    return CrossKernels(*contract_rows(model, eval_batch, objectives, columns, preconditioner, token_batch_size))
+    return CrossKernels(*contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size))
 
 
 def contract_rows(
     model: nn.Module,
     batch: SequenceBatch,
-    objectives: list[TokenCoefficients],
-    columns: Mapping[str, Tensor],
+    objectives: Sequence[TokenCoefficients],
+    column_sets: Sequence[Mapping[str, Tensor]],
     preconditioner: Mapping[str, Tensor] | None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T diag(P) column_i , rows of `batch` streamed.
 
-    columns: name -> (n_columns, *shape), stored rows of the other side (without P).
+    column_sets: each name -> (n, *shape), stored rows of the other side (without P) or any other vectors; the columns of
+    all sets stand side by side in the result, in order.
     """
     parameters = trainable_parameters(model)
-    if columns.keys() != parameters.keys():
+    if any(columns.keys() != parameters.keys() for columns in column_sets):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
     _check_preconditioner(preconditioner, parameters)
-    count = len(next(iter(columns.values())))
-    out = [torch.zeros((len(batch), count), dtype=torch.float32, device=batch.device) for _ in objectives]
+    ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
+    out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in objectives]
 
     def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
         if preconditioner is not None:
             rows = rows * preconditioner[name]
-        out[number].index_add_(0, indices, (rows.flatten(1) @ columns[name].flatten(1).T).to(torch.float32))
+        for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
+            products = rows.flatten(1) @ columns[name].flatten(1).T
+            out[number][:, start:end].index_add_(0, indices, products.to(torch.float32))
 
     stream_rows(model, batch, objectives, contract, token_batch_size)
     return out

@@ -73,11 +73,12 @@ class TokenStatistics:
     """What the policy thinks of each completion token.
 
     logprobs, entropies: (N, L) in the batch's own layout, nats, 0 outside completions; float32 (float64 from a float64
-    model).
+    model). surprisal_variances: (N, L) Var[log pi] under the policy, nats^2, where it was asked for.
     """
 
     logprobs: Tensor
     entropies: Tensor
+    surprisal_variances: Tensor | None = None
 
     def scores(self) -> Tensor:
         """(N,) float64: S(t) = sum_k log pi(a_k | c_k), nats per completion."""
@@ -89,27 +90,41 @@ class TokenStatistics:
 
 
 def token_statistics(
-    model: nn.Module, batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE
+    model: nn.Module,
+    batch: SequenceBatch,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    with_variances: bool = False,
 ) -> TokenStatistics:
     """Log-probabilities and entropies of every completion token, without gradients.
 
     Runs in length buckets of at most `token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
+    with_variances: fill in `surprisal_variances` as well.
     """
-    parts = []
+    places, values = [], []
     with torch.no_grad(), evaluation_mode(model):
         for bucket in length_buckets(batch, token_batch_size):
             logits = completion_logits(model, bucket, batch.temperature)
-            at = (bucket.indices[bucket.rows], bucket.columns)
-            parts.append((at, *logprobs_and_entropies(logits, bucket.targets)))
-    rows, columns = (torch.cat([at[axis] for at, _, _ in parts]) for axis in (0, 1))
-    logprobs, entropies = torch.cat([lp for _, lp, _ in parts]), torch.cat([h for _, _, h in parts])
-    return scatter_statistics(batch, (rows, columns), logprobs, entropies)
+            found = list(logprobs_and_entropies(logits, bucket.targets))
+            if with_variances:
+                found.append(_surprisal_variances(logits, found[1]))
+            places.append((bucket.indices[bucket.rows], bucket.columns))
+            values.append(found)
+    at = (torch.cat([rows for rows, _ in places]), torch.cat([columns for _, columns in places]))
+    return scatter_statistics(batch, at, *(torch.cat(parts) for parts in zip(*values, strict=True)))
 
 
-def scatter_statistics(
-    batch: SequenceBatch, at: tuple[Tensor, Tensor], logprobs: Tensor, entropies: Tensor
-) -> TokenStatistics:
+def _surprisal_variances(logits: Tensor, entropies: Tensor) -> Tensor:
+    """(m,) Var[log pi] = sum_a pi (log pi + H)^2 under each row's distribution."""
+    out = torch.empty_like(entropies)
+    for part in _chunks(logits):
+        logprobs = _bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
+        out[part] = (logprobs.exp() * (logprobs + entropies[part, None]).square()).sum(1)
+    return out
+
+
+def scatter_statistics(batch: SequenceBatch, at: tuple[Tensor, Tensor], *values: Tensor) -> TokenStatistics:
     """(m,) values of completion tokens at (row, column) of the batch, in the batch's layout."""
-    full = [torch.zeros(batch.input_ids.shape, dtype=logprobs.dtype, device=logprobs.device) for _ in range(2)]
-    full[0][at], full[1][at] = logprobs, entropies
+    full = [torch.zeros(batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in values]
+    for tensor, found in zip(full, values, strict=True):
+        tensor[at] = found
     return TokenStatistics(*full)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.optimizer_mapping import match_names
-from rl_training.checkpoint_format import Sidecar, read_sidecar
+from rl_training.checkpoint_format import SIDECAR_NAME, Sidecar, read_sidecar
 from rl_training.errors import UserError
 
 _WEIGHT_FILES = (
@@ -64,11 +65,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{folder} does not exist: name a checkpoint folder (.../checkpoint-40) or a run folder")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name the checkpoint folder it lies in")
-    if (folder / "trainer_state.json").exists() or _is_model_folder(folder):
+    if (folder / "trainer_state.json").exists():
         return folder
     numbered = sorted(
         (int(m.group(1)), child) for child in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", child.name))
     )
+    if not numbered and _is_model_folder(folder):
+        return folder
     if not numbered:
         raise UserError(f"{folder} is neither a checkpoint (no trainer_state.json) nor a run with checkpoint-* folders")
     return numbered[-1][1]
@@ -81,6 +84,10 @@ def _is_model_folder(folder: Path) -> bool:
 def missing_parts(folder: Path) -> list[str]:
     """One line for each thing an analysis needs that the checkpoint folder lacks, with how to get it."""
     missing = []
+    if (folder.parent / "rollouts").is_dir() and not (folder / SIDECAR_NAME).exists():
+        missing.append(
+            f"{SIDECAR_NAME}, which this project's trainer writes last: the checkpoint was cut short while saving"
+        )
     if (folder / "adapter_config.json").exists():
         if not (folder / "adapter_model.safetensors").exists():
             missing.append(
@@ -99,12 +106,16 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def load_checkpoint(
-    path: str | Path, model_name: str | None = None, device: str = "auto", require_optimizer: bool = True
+    path: str | Path,
+    model_name: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    require_optimizer: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
     model_name: base model, where the checkpoint's own reference does not load. require_optimizer=False accepts checkpoints
-    without optimizer state; `optimizer` is then None.
+    without optimizer state; `optimizer` is then None. dtype: other than the run's.
 
     Raises UserError for a missing or partial checkpoint, an adapter whose base model is missing, optimizer state that is
     absent or not Adam's, or whose entries cannot be matched to parameters beyond doubt.
@@ -116,9 +127,9 @@ def load_checkpoint(
     if missing:
         raise UserError(f"{folder} lacks {missing[0]}")
     sidecar = read_sidecar(folder)
-    trainer_state = _read_json(folder / "trainer_state.json")
+    trainer_state = read_trainer_state(folder)
     name = model_name or _base_model_name(folder, sidecar)
-    model, tokenizer = _load_policy(folder, name, sidecar, device)
+    model, tokenizer = _load_policy(folder, name, sidecar, device, dtype)
     record = CheckpointRecord(
         path=folder,
         step=int(trainer_state["global_step"]),
@@ -130,7 +141,18 @@ def load_checkpoint(
     return Checkpoint(model, optimizer, _load_scheduler(folder), tokenizer, record)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The Trainer's own state. Raises UserError where it is damaged."""
+    state = read_json(folder / "trainer_state.json")
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        raise UserError(
+            f"{folder / 'trainer_state.json'} names no global_step: the checkpoint is damaged; copy it again"
+        )
+    return state
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint. Raises UserError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -142,10 +164,12 @@ def _base_model_name(folder: Path, sidecar: Sidecar | None) -> str:
         return str(folder)
     if sidecar is not None:
         return sidecar.model_name
-    return str(_read_json(folder / "adapter_config.json")["base_model_name_or_path"])
+    return str(read_json(folder / "adapter_config.json")["base_model_name_or_path"])
 
 
-def _load_policy(folder: Path, name: str, sidecar: Sidecar | None, device: str) -> tuple[nn.Module, Any]:
+def _load_policy(
+    folder: Path, name: str, sidecar: Sidecar | None, device: str, dtype: str | None
+) -> tuple[nn.Module, Any]:
     from rl_training.models import load_model_and_tokenizer
 
     if sidecar is not None and sidecar.quantization is not None:
@@ -154,7 +178,7 @@ def _load_policy(folder: Path, name: str, sidecar: Sidecar | None, device: str) 
             "checkpoints cannot be analysed"
         )
     try:
-        model, tokenizer = load_model_and_tokenizer(name, sidecar.dtype if sidecar else "float32", device)
+        model, tokenizer = load_model_and_tokenizer(name, dtype or (sidecar.dtype if sidecar else "float32"), device)
     except UserError as error:
         raise UserError(
             f"the base model of {folder} does not load: {error}; name another with checkpoint.model=..."
@@ -166,7 +190,12 @@ def _load_policy(folder: Path, name: str, sidecar: Sidecar | None, device: str) 
     if (folder / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        own = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        if own.chat_template is None:  # plain TRL saves none for models without; the prepared one has a default
+            own.chat_template = tokenizer.chat_template
+        if own.pad_token is None:
+            own.pad_token = tokenizer.pad_token
+        tokenizer = own
     model.eval()
     broken = [n for n, p in trainable_parameters(model).items() if not bool(torch.isfinite(p).all())]
     if broken:
@@ -183,8 +212,10 @@ def _attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from rl_training.models import disable_dropout
 
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"the adapter in {folder} does not fit its base model or is damaged: {line}") from error
     disable_dropout(adapted)
@@ -195,13 +226,7 @@ def _load_optimizer(
     folder: Path, model: nn.Module, sidecar: Sidecar | None, record: CheckpointRecord
 ) -> torch.optim.AdamW:
     path = folder / "optimizer.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file; each is the same news
-        raise UserError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds objects that would have "
-            "to be executed; copy it again"
-        ) from error
+    state = _load_tensors(path)
     _check_adam(path, state)
     names = match_names(model, state, sidecar.optimizer_parameter_names if sidecar else None)
     parameters = trainable_parameters(model)
@@ -241,4 +266,14 @@ def _rates_used(record: CheckpointRecord, groups: int) -> list[float | None]:
 
 def _load_scheduler(folder: Path) -> dict[str, Any] | None:
     path = folder / "scheduler.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    return _load_tensors(path) if path.exists() else None
+
+
+def _load_tensors(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file; each is the same news
+        raise UserError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds objects that would have "
+            "to be executed; copy it again"
+        ) from error

@@ -77,6 +77,8 @@ class CheckpointOverrides(StrictModel):
     """Base model (name, folder or .gguf file) where the checkpoint's own reference does not load."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone."""
     learning_rate: PositiveFloat | None = None
     """Rate of the analysed step; by default the one the checkpoint's last step was taken with."""
     max_grad_norm: PositiveFloat | None = None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from entropy_experiments.checkpoint_loader import missing_parts, resolve_checkpoint
+from entropy_experiments.checkpoint_loader import missing_parts, read_json, read_trainer_state, resolve_checkpoint
 from rl_training.algs.rollout_record import rollouts_path
 from rl_training.checkpoint_format import read_sidecar
-from rl_training.errors import UserError
 
 
 def examine(path: str | Path) -> tuple[list[str], bool]:
@@ -20,16 +18,11 @@ def examine(path: str | Path) -> tuple[list[str], bool]:
     lines = [f"checkpoint {folder}"]
     state_path = folder / "trainer_state.json"
     if state_path.exists():
-        try:
-            state = json.loads(state_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{state_path} cannot be read ({error}): the checkpoint is damaged; copy it again"
-            ) from error
+        state = read_trainer_state(folder)
         lines.append(f"  step {state['global_step']} of {state.get('max_steps', '?')}")
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        content = json.loads(adapter.read_text(encoding="utf-8"))
+        content = read_json(adapter)
         lines.append(
             f"  adapter: {content.get('peft_type')} r={content.get('r')} on {content.get('base_model_name_or_path')}"
         )
@@ -44,7 +37,10 @@ def examine(path: str | Path) -> tuple[list[str], bool]:
     else:
         s = sidecar.sampling
         count = sum(map(len, sidecar.optimizer_parameter_names))
-        lines.append(f"  sidecar: {sidecar.model_name}, {sidecar.dtype}, {count} optimizer entries named")
+        precision = (
+            sidecar.dtype if sidecar.mixed_precision == "no" else f"{sidecar.dtype} under {sidecar.mixed_precision}"
+        )
+        lines.append(f"  sidecar: {sidecar.model_name}, {precision}, {count} optimizer entries named")
         lines.append(f"  sampling: temperature {s.temperature:g}, at most {s.max_completion_length} tokens")
         lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in sidecar.learning_rates_used)}")
         step = rollouts_path(folder.parent, sidecar.step)

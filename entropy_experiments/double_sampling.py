@@ -79,8 +79,18 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> Sampl
             "max_completion_length"
         )
     if sidecar is not None:
-        law = sampling_law(
-            checkpoint.model, checkpoint.tokenizer, temperature, longest, sidecar.sampling.top_k, sidecar.sampling.top_p
+        recorded = sidecar.sampling
+        for name, found, wanted in (
+            ("temperature", temperature, recorded.temperature),
+            ("max_completion_length", longest, recorded.max_completion_length),
+        ):
+            if found != wanted:
+                raise UserError(
+                    f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: under another law it is "
+                    "another policy; leave it out"
+                )
+        law = SamplingLaw(
+            temperature, longest, tuple(recorded.eos_token_ids), recorded.pad_token_id, recorded.top_k, recorded.top_p
         )
     else:
         law = sampling_law(checkpoint.model, checkpoint.tokenizer, temperature, longest)
@@ -94,90 +104,104 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> Sampl
     return SamplingPlan(load_task(task_config), law, size, normalizer)
 
 
-def sample_training_batch(
-    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, progress: Progress | None = None
-) -> TrainingBuffer:
-    """The filtered buffer, by the run's own pass rates and rules, with Dr. GRPO's weights."""
-    sampling, record = config.entropy_analysis.sampling, checkpoint.record
-    prompts = config.entropy_analysis.train_batch_size // plan.completions_per_prompt
-    if sampling.train_prompts == "from_run":
-        rollouts, counts = _buffer_of_run(record.run_dir, record.step, plan)
-    else:
-        rates = PassRates(len(plan.task.train))
-        if record.sidecar is not None and len(record.sidecar.pass_rates["passes"]) == rates.size:
-            rates.load_state_dict(record.sidecar.pass_rates)
-        rows = plan.task.train
-        if sampling.train_prompts == "fixed_set":
-            rows, rates = rows[:prompts], PassRates(min(prompts, len(rows)))
-        rollouts, counts = collect_filtered(
-            checkpoint.model,
-            checkpoint.tokenizer,
-            rows,
-            plan.task.reward_functions,
-            rates,
-            prompts=min(prompts, len(rows)),
-            completions_per_prompt=plan.completions_per_prompt,
-            law=plan.law,
-            seed=config.seed + _TRAINING_STREAM,
-            max_refill_rounds=0 if sampling.train_prompts == "fixed_set" else sampling.max_refill_rounds,
-            difficulty_weighting=sampling.train_prompts == "random",
-            progress=progress,
+def choose_evaluation_rows(plan: SamplingPlan, config: FisherAnalysisConfig) -> list[dict[str, Any]]:
+    """Task rows of the evaluation buffer, chosen before the training buffer is drawn, so that no reward has a say in it.
+
+    Empty under same_prompts, where they are the training buffer's own. Raises UserError when the split has no prompts.
+    """
+    sampling = config.entropy_analysis.sampling
+    if sampling.same_prompts:
+        return []
+    pool = plan.task.heldout if sampling.eval_split == "heldout" else plan.task.train
+    if not pool:
+        raise UserError(
+            f"the task has no {sampling.eval_split} prompts for the evaluation buffer: give it a larger heldout_size, or set "
+            "entropy_analysis.sampling.eval_split=train"
         )
-    rewards = torch.tensor([float(r if r is not None else 0.0) for r in rollouts.reward], dtype=torch.float64)
-    index = torch.tensor(rollouts.prompt_index)
-    lengths = torch.tensor([len(c) for c in rollouts.completion_ids])
-    weights = sequence_weights(
-        rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
-    )
-    return TrainingBuffer(rollouts, advantages(rewards, index, "dr_grpo"), weights, counts)
+    return _arranged(pool, config)
+
+
+def rows_of(training: Rollouts, config: FisherAnalysisConfig) -> list[dict[str, Any]]:
+    """The training buffer's own prompts, for an evaluation buffer of fresh completions of them."""
+    return _arranged(list({row["prompt_index"]: row for row in training.prompt_row}.values()), config)
+
+
+def _arranged(pool: list[dict[str, Any]], config: FisherAnalysisConfig) -> list[dict[str, Any]]:
+    """As many rows as the buffer needs: distinct prompts first, then the same again."""
+    settings = config.entropy_analysis
+    count = -(-settings.eval_batch_size // settings.sampling.eval_completions_per_prompt)
+    order = np.arange(len(pool))
+    if settings.sampling.eval_prompts == "random":
+        order = np.random.default_rng(config.seed + _EVALUATION_STREAM).permutation(len(pool))
+    return [pool[i] for i in np.resize(order, count)]
 
 
 def sample_evaluation_batch(
     checkpoint: Checkpoint,
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
-    training: Rollouts,
+    rows: list[dict[str, Any]],
     progress: Progress | None = None,
 ) -> Rollouts:
-    """The unfiltered buffer. Of `training` only the prompts are looked at, to keep them out (or in, for same_prompts).
-
-    Raises UserError when no prompt is left to draw from.
-    """
-    sampling, each = config.entropy_analysis.sampling, config.entropy_analysis.sampling.eval_completions_per_prompt
-    used = set(training.prompt_index)
-    everything = [*plan.task.train, *plan.task.heldout]
-    pool = plan.task.heldout if sampling.eval_split == "heldout" else plan.task.train
-    if sampling.same_prompts:
-        pool = [row for row in everything if row["prompt_index"] in used]
-    else:
-        pool = [row for row in pool if row["prompt_index"] not in used]
-    if not pool:
-        raise UserError(
-            f"no prompt left for the evaluation buffer (eval_split={sampling.eval_split}, same_prompts={sampling.same_prompts}): "
-            "give the task a larger heldout_size or size"
-        )
-    rng = np.random.default_rng(config.seed + _EVALUATION_STREAM)
-    count = -(-config.entropy_analysis.eval_batch_size // each)
-    if sampling.eval_prompts == "fixed_set":
-        order = np.arange(len(pool))
-    else:
-        order = rng.permutation(len(pool))
-    chosen = np.resize(order, count)  # distinct prompts first, then the same order again
-    rows = [pool[i] for i in chosen]
-    rollouts = draw(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        rows,
-        each,
-        plan.law,
-        int(rng.integers(2**31)),
-        "evaluation",
-        progress=progress,
-    )
+    """The unfiltered buffer: completions of `rows`, no reward looked at."""
+    each = config.entropy_analysis.sampling.eval_completions_per_prompt
+    seed = config.seed + _EVALUATION_STREAM + 1
+    rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, seed, "evaluation", progress=progress)
     return rollouts.select(range(config.entropy_analysis.eval_batch_size))
 
 
-def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> tuple[Rollouts, CollectionCounts]:
+def sample_training_batch(
+    checkpoint: Checkpoint,
+    plan: SamplingPlan,
+    config: FisherAnalysisConfig,
+    keep_out: list[dict[str, Any]],
+    progress: Progress | None = None,
+) -> TrainingBuffer:
+    """The filtered buffer, by the run's own pass rates and rules, with Dr. GRPO's weights; `keep_out` are not drawn.
+
+    N in the weights is the buffer's size as asked for, as in training: groups that could not be had carry no gradient.
+
+    Raises UserError when no training prompt is left, or none gives gradient.
+    """
+    settings, record = config.entropy_analysis, checkpoint.record
+    if settings.sampling.train_prompts == "from_run":
+        return _buffer_of_run(record.run_dir, record.step, plan)
+    prompts = settings.train_batch_size // plan.completions_per_prompt
+    excluded = {row["prompt_index"] for row in keep_out}
+    places = [i for i, row in enumerate(plan.task.train) if row["prompt_index"] not in excluded]
+    if not places:
+        raise UserError("no training prompt is left beside the evaluation buffer: give the task a larger size")
+    rates, rules = PassRates(len(plan.task.train)), record.sidecar.algorithm if record.sidecar else None
+    if record.sidecar is not None and len(record.sidecar.pass_rates["passes"]) == rates.size:
+        rates.load_state_dict(record.sidecar.pass_rates)
+    fixed = settings.sampling.train_prompts == "fixed_set"
+    places = places[:prompts] if fixed else places
+    rollouts, counts = collect_filtered(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        [plan.task.train[i] for i in places],
+        plan.task.reward_functions,
+        rates.subset(places),
+        prompts=min(prompts, len(places)),
+        completions_per_prompt=plan.completions_per_prompt,
+        law=plan.law,
+        seed=config.seed + _TRAINING_STREAM,
+        max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
+        difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
+        reject_zero_advantage=rules is None or rules.reject_zero_advantage,
+        progress=progress,
+    )
+    rewards = torch.tensor([float(r if r is not None else 0.0) for r in rollouts.reward], dtype=torch.float64)
+    index = torch.tensor(rollouts.prompt_index)
+    lengths = torch.tensor([len(c) for c in rollouts.completion_ids])
+    weights = sequence_weights(
+        rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
+    )
+    weights = weights * (len(rollouts) / settings.train_batch_size)
+    return TrainingBuffer(rollouts, advantages(rewards, index, "dr_grpo"), weights, counts)
+
+
+def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> TrainingBuffer:
     rows = read_rollouts(run_dir, step)
     known = {row["prompt_index"]: row for row in [*plan.task.train, *plan.task.heldout]}
     kept = [row for row in rows if row["status"] != "rejected"]
@@ -203,4 +227,5 @@ def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> tuple[Rollout
         filler=sum(row["status"] == "filler" for row in rows),
         kept=sum(row["status"] == "trained" for row in rows),
     )
-    return rollouts, counts
+    recorded = (torch.tensor([row[name] for row in kept], dtype=torch.float64) for name in ("advantage", "weight"))
+    return TrainingBuffer(rollouts, *recorded, counts)

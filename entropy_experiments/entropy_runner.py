@@ -7,7 +7,6 @@ failure removes it again. A folder that exists is never touched unless asked.
 from __future__ import annotations
 
 import datetime
-import errno
 import os
 import shutil
 import sys
@@ -26,7 +25,9 @@ from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import (
     SamplingPlan,
     TrainingBuffer,
+    choose_evaluation_rows,
     plan_sampling,
+    rows_of,
     sample_evaluation_batch,
     sample_training_batch,
 )
@@ -42,6 +43,7 @@ from entropy_experiments.results_writer import (
 )
 from entropy_experiments.self_checks import SelfCheck
 from rl_training.configuration import dump_config
+from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
 from rl_training.sampling import Rollouts, score
 
@@ -112,12 +114,18 @@ def run_fisher_analysis(
     Raises UserError for bad input (nothing is left behind), or a failed self-check.
     """
     config = config or FisherAnalysisConfig()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("an analysis runs in one process so far: start it without accelerate launch or torchrun")
     clock = _Clock(stage)
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
     clock.start("loading the checkpoint")
     checkpoint = load_checkpoint(
-        checkpoint_path, config.checkpoint.model, config.checkpoint.device, require_optimizer=with_adam
+        checkpoint_path,
+        config.checkpoint.model,
+        config.checkpoint.device,
+        config.checkpoint.dtype,
+        require_optimizer=with_adam,
     )
     record = checkpoint.record
     target = Path(folder) if folder else results_folder_for(record.path, record.step, config.output_dir)
@@ -126,9 +134,11 @@ def run_fisher_analysis(
     with _part_folder(target) as part:
         plan = plan_sampling(checkpoint, config)
         clock.start("drawing the training buffer")
-        training = sample_training_batch(checkpoint, plan, config)
+        apart = choose_evaluation_rows(plan, config)
+        training = sample_training_batch(checkpoint, plan, config, keep_out=apart)
         clock.start("drawing the evaluation buffer")
-        evaluation = sample_evaluation_batch(checkpoint, plan, config, training.rollouts)
+        rows = rows_of(training.rollouts, config) if settings.sampling.same_prompts else apart
+        evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
         numbers = _analyze(checkpoint, plan, config, evaluation, training, clock.start)
         score(evaluation, plan.task.reward_functions)  # only now, for the report: the draw looked at no reward
         failed = [check for check in numbers.checks if not check.passed]
@@ -168,7 +178,7 @@ def _analyze(
     device = next(checkpoint.model.parameters()).device
     norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
     rate = config.checkpoint.learning_rate
-    if rate is None and sidecar is not None:
+    if rate is None and checkpoint.optimizer is None and sidecar is not None:
         rate = sidecar.learning_rates_used[0]
     try:
         return analyze_batches(
@@ -183,6 +193,7 @@ def _analyze(
             step_scales=settings.analysis.step_scales,
             compute_full=settings.fisher_kernel.compute_full,
             measure=settings.analysis.entropy_prediction,
+            names_recorded=sidecar is not None,
             token_batch_size=settings.fisher_kernel.token_batch_size,
             stage=stage,
         )
@@ -218,17 +229,6 @@ def _write(
     return summary
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # writers in other languages say it in words
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__
-    return False
-
-
 @contextmanager
 def _part_folder(target: Path) -> Iterator[Path]:
     """A fresh `<target>.part`, renamed to `target` on success and removed on failure."""
@@ -243,7 +243,7 @@ def _part_folder(target: Path) -> Iterator[Path]:
         os.replace(part, target)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise UserError(
                 f"no space left on the disk of {target.parent}: nothing was written there; free some, or set output_dir=..."
             ) from error

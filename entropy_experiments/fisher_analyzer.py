@@ -10,6 +10,7 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
@@ -26,7 +27,13 @@ from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_ch
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.attribution import attribute
-from entropy_experiments.kernel_checks import check_attribution, check_gradient, check_kernel, check_optimizer
+from entropy_experiments.kernel_checks import (
+    check_attribution,
+    check_gradient,
+    check_kernel,
+    check_optimizer,
+    check_unseen_parameters,
+)
 from entropy_experiments.optimizer_step import NextStep, clip_coefficient, moved, plain_gradient_step, take_next_step
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from rl_training.errors import UserError
@@ -90,6 +97,7 @@ def analyze_batches(
     step_scales: tuple[float, ...] = (1.0,),
     compute_full: bool = True,
     measure: bool = True,
+    names_recorded: bool = True,
     token_batch_size: int = 2048,
     stage: Stage = lambda name: None,
 ) -> AnalysisNumbers:
@@ -97,7 +105,8 @@ def analyze_batches(
 
     weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i. preconditioning: the kernel's P, "checkpoint" (from the moments
     in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and the step
-    is -lr g). learning_rate: needed without an optimizer.
+    is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. names_recorded: whether the
+    optimizer's names come from the checkpoint's own record rather than from rebuilding.
 
     Raises UserError for a missing optimizer or learning rate, ValueError where rows cannot be formed.
     """
@@ -109,9 +118,10 @@ def analyze_batches(
     parameters = trainable_parameters(model)
     stage("token statistics")
     numbers = AnalysisNumbers(
-        eval_statistics=token_statistics(model, eval_batch, token_batch_size),
+        eval_statistics=token_statistics(model, eval_batch, token_batch_size, with_variances=True),
         train_statistics=token_statistics(model, train_batch, token_batch_size),
     )
+    _require_memory(parameters, len(train_batch))
     stage("training gradients, one row per sequence")
     columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     gradient = {name: -torch.einsum("n,n...->...", weights.to(rows), rows) for name, rows in columns.items()}
@@ -119,11 +129,13 @@ def analyze_batches(
     step = _next_step(model, optimizer if with_adam else None, gradient, max_grad_norm, learning_rate, numbers)
     p: dict[str, Tensor] | None = None
     if isinstance(step, NextStep):
-        numbers.checks.extend(check_optimizer(step, gradient))
+        numbers.checks.extend(check_optimizer(step, gradient, names_recorded))
         at_checkpoint = preconditioning == "checkpoint"
         p = {name: preconditioner(s) for name, s in step.state.items()} if at_checkpoint else step.preconditioner
         for name, rows in columns.items():
             rows.mul_(p[name])
+        if at_checkpoint:
+            numbers.checks.append(check_unseen_parameters(step, columns))
     taken, parts = _step_parts(step)
     stage("evaluation gradients and kernels")
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
@@ -138,7 +150,7 @@ def analyze_batches(
     numbers.checks.extend(
         check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers.fisher, token_batch_size)
     )
-    z = surprisal_z_score(numbers.eval_statistics.scores(), numbers.eval_statistics.entropy_sums())
+    z = surprisal_z_score(numbers.eval_statistics)
     numbers.checks.append(
         SelfCheck(
             "sampler: surprisal = entropy", z, 4.0,
@@ -203,13 +215,12 @@ def _contract(
         entropy_coefficients(statistics, batch, "rao_blackwell", True),
         entropy_coefficients(statistics, batch, "rao_blackwell", False),
     ]
-    first = next(iter(columns.values())).shape[0] if compute_full else 0
-    wide = {
-        name: torch.cat([columns[name][:first], torch.stack([parts[part][name] for part in PARTS])]) for name in columns
-    }
+    step_columns = {name: torch.stack([parts[part][name] for part in PARTS]) for name in columns}
+    sets = [columns, step_columns] if compute_full else [step_columns]
     score_rows, entropy_only_rows, *own = (
-        m.double() for m in contract_rows(model, batch, objectives, wide, None, token_batch_size)
+        m.double() for m in contract_rows(model, batch, objectives, sets, None, token_batch_size)
     )
+    first = score_rows.shape[1] - len(PARTS)
     if compute_full:
         numbers.fisher = score_rows[:, :first].float()
         numbers.entropy_fisher = own[0][:, :first].float()
@@ -226,6 +237,27 @@ def _contract(
                 part: _mean_with_error(matrix[:, first + k], batch.prompt_index) for k, part in enumerate(PARTS)
             }
     numbers.contributions = own[0][:, first] / len(batch)
+
+
+def _require_memory(parameters: dict[str, nn.Parameter], sequences: int) -> None:
+    """Raises UserError where the rows of the training side would not fit into the free memory of the machine."""
+    needed = sequences * sum(p.numel() * p.element_size() for p in parameters.values())
+    free = _free_memory(next(iter(parameters.values())).device)
+    if free is not None and needed > free:
+        count = sum(p.numel() for p in parameters.values())
+        raise UserError(
+            f"the gradients of {sequences} training sequences over {count:,} parameters need {needed / 2**30:.0f} GiB, and "
+            f"{free / 2**30:.0f} GiB are free: lower entropy_analysis.train_batch_size, or train fewer parameters (LoRA)"
+        )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return None
 
 
 def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from entropy_core.adamw import AdamWParameterState
 from rl_training.errors import UserError
 
-# Share of parameters that a correct mapping may fail to recognise; chance recognises few.
-_RECOGNISED_SHARE = 0.6
-
 
 def rebuild_parameter_names(model: nn.Module) -> list[list[str]]:
     """Names per optimizer group as the Trainer orders them: [decayed], [not decayed], empty groups left in."""
@@ -82,28 +79,42 @@ def match_names(
 
 @dataclass(frozen=True)
 class MappingEvidence:
-    """`share` of parameters (among those with same-shaped siblings) whose v fits their own gradient best."""
+    """`share` of the `compared` matrices with same-shaped siblings whose v fits their own gradient best; `by_chance` would."""
 
     share: float
     compared: int
     worst: str | None
+    by_chance: float
 
-    @property
-    def convincing(self) -> bool:
-        return self.compared == 0 or self.share >= _RECOGNISED_SHARE
+    def required(self, names_recorded: bool) -> float:
+        """The share below which the mapping is not believed.
+
+        A permuted mapping matches as often as chance or less. Names that were recorded with the checkpoint are believed as
+        soon as the moments speak for them at all (by two standard deviations, and 0.3 is always enough: early in a run and
+        with few layers even a true mapping shows little). Names that were rebuilt need more.
+        """
+        if not names_recorded:
+            return max(self.by_chance, 0.3)
+        spread = (self.by_chance * (1 - self.by_chance) / max(self.compared, 1)) ** 0.5
+        return min(0.3, self.by_chance + 2.0 * spread)
+
+    def convincing(self, names_recorded: bool) -> bool:
+        """Whether the mapping may be used."""
+        return self.compared == 0 or self.share >= self.required(names_recorded)
 
 
 def mapping_evidence(state: Mapping[str, AdamWParameterState], gradients: Mapping[str, Tensor]) -> MappingEvidence:
     """Hold every parameter's second moments against fresh gradients of itself and of its same-shaped siblings.
 
     gradients: name -> a loss gradient at the checkpoint. Similarity is the correlation of log profiles (means of squares
-    along each axis), which keep their shape while the size of gradients falls.
+    along each axis), which keep their shape while the size of gradients falls. Vectors (biases, norms) have no profile and
+    are left to the checks of names and shapes.
     """
     by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, gradient in gradients.items():
-        if float(gradient.abs().sum()) > 0 and float(state[name].exp_avg_sq.abs().sum()) > 0:
+        if gradient.dim() >= 2 and float(gradient.abs().sum()) > 0 and float(state[name].exp_avg_sq.abs().sum()) > 0:
             by_shape[tuple(gradient.shape)].append(name)
-    right, compared, worst, worst_gap = 0, 0, None, 0.0
+    right, compared, worst, worst_gap, by_chance = 0, 0, None, 0.0, 0.0
     for names in by_shape.values():
         if len(names) < 2:
             continue
@@ -114,9 +125,10 @@ def mapping_evidence(state: Mapping[str, AdamWParameterState], gradients: Mappin
         gap = similarity.max(1) - own
         right += int((gap <= 1e-12).sum())
         compared += len(names)
+        by_chance += 1.0  # one of k siblings fits best by chance, for each of k
         if gap.max() > worst_gap:
             worst_gap, worst = float(gap.max()), names[int(gap.argmax())]
-    return MappingEvidence(right / compared if compared else 1.0, compared, worst)
+    return MappingEvidence(right / compared if compared else 1.0, compared, worst, by_chance / max(compared, 1))
 
 
 def _profile(squares: Tensor) -> np.ndarray:

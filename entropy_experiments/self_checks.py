@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from entropy_core.scores import TokenStatistics
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,16 @@ def relative_error_of_dicts(found: dict[str, Tensor], expected: dict[str, Tensor
     return difference / scale if scale > 0 else difference
 
 
-def surprisal_z_score(scores: Tensor, entropy_sums: Tensor) -> float:
-    """|z| of the mean of -S_t - sum_k H_k over independent sequences: both estimate H, so it is of order one."""
-    gaps = -scores.double() - entropy_sums.double()
-    if len(gaps) < 2:
-        return 0.0
-    error = float(gaps.std(correction=1)) / len(gaps) ** 0.5
-    return abs(float(gaps.mean())) / error if error > 0 else float(torch.sign(gaps.mean().abs())) * float("inf")
+def surprisal_z_score(statistics: TokenStatistics) -> float:
+    """|z| of the mean of -S_t - sum_k H_k over independent sequences: both estimate H, so it is of order one.
+
+    The variance is the policy's own, sum_k Var[log pi_k], or the sample's where that is larger: late in a collapse the rare
+    tokens that carry the variance are usually absent from a sample, whose spread then is far too small.
+    """
+    gaps = -statistics.scores() - statistics.entropy_sums()
+    if statistics.surprisal_variances is None:
+        raise ValueError("token statistics were computed without surprisal variances")
+    own = float(statistics.surprisal_variances.double().sum()) / len(gaps) ** 2
+    sampled = float(gaps.var(correction=1)) / len(gaps) if len(gaps) > 1 else 0.0
+    variance = max(own, sampled)
+    return abs(float(gaps.mean())) / variance**0.5 if variance > 0 else 0.0

@@ -49,6 +49,8 @@ class Sidecar(StrictModel):
     step: int
     model_name: str
     dtype: str
+    mixed_precision: str
+    """Autocast of the training forwards ("no" for none); an analysis runs without."""
     quantization: str | None
     optimizer_parameter_names: list[list[str]]
     """Per parameter group, the names in the order of the optimizer's integer ids."""

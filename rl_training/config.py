@@ -237,6 +237,8 @@ class TrainConfig(StrictModel):
         size, needed = self.task.size, self.rollouts.prompts_per_step
         if size < needed:
             raise ValueError(f"task.size {size} is less than rollouts.prompts_per_step {needed}")
-        if self.entropy_probe.enabled and self.task.heldout_size < 1:
-            raise ValueError("the entropy probe needs held-out prompts: set task.heldout_size or disable it")
+        if self.entropy_probe.enabled and self.task.heldout_size < 2:
+            raise ValueError(
+                "the entropy probe needs two held-out prompts or more: set task.heldout_size or disable it"
+            )
         return self

@@ -11,6 +11,7 @@ probability of each drawn prompt is kept with it, so that an estimate over the t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class PassRates:
 
     def update(self, prompt: int, rewards: Sequence[float]) -> None:
         """Count one group of rewards of a prompt; NaN rewards (not scorable) are left out."""
-        known = np.asarray([r for r in rewards if r == r])
+        known = np.asarray([r for r in rewards if not math.isnan(r)])
         passed = int((known >= self.pass_threshold).sum())
         self.passes[prompt] = _MEMORY * self.passes[prompt] + passed
         self.failures[prompt] = _MEMORY * self.failures[prompt] + len(known) - passed
@@ -68,6 +69,12 @@ class PassRates:
         probabilities = weights[available] / weights[available].sum()
         chosen = rng.choice(len(available), size=count, replace=count > len(available), p=probabilities)
         return available[chosen].tolist(), probabilities[chosen].tolist()
+
+    def subset(self, prompts: Sequence[int]) -> PassRates:
+        """The rates of some prompts, numbered by their place in `prompts`."""
+        part = PassRates(len(prompts), self.pass_threshold)
+        part.passes, part.failures = self.passes[list(prompts)], self.failures[list(prompts)]
+        return part
 
     def state_dict(self) -> dict[str, list[float]]:
         return {"passes": self.passes.tolist(), "failures": self.failures.tolist()}

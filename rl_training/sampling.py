@@ -9,6 +9,7 @@ See docs/theory/double-sampling.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -242,8 +243,12 @@ def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., list[floa
 
 
 def has_reward_differences(rewards: Sequence[float]) -> bool:
-    """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are all equal."""
-    return max(rewards) - min(rewards) > 1e-9
+    """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are all equal.
+
+    NaN marks completions that could not be scored; their advantage is zero and they have no say.
+    """
+    known = [r for r in rewards if not math.isnan(r)]
+    return bool(known) and max(known) - min(known) > 1e-9
 
 
 def collect_filtered(

@@ -21,6 +21,7 @@ from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from rl_training.integrations.trl import EntropyProbeCallback
 from rl_training.models import add_lora, load_model_and_tokenizer
+from rl_training.resuming import check_resumable
 from rl_training.sampling import sampling_law
 from rl_training.tasks import Task, load_task
 from rl_training.training_console import ConsoleCallback, MetricsFile
@@ -76,6 +77,7 @@ def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=False,
+        logging_nan_inf_filter=False,
         gradient_checkpointing=False,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=sequences // (micro * processes),
@@ -115,10 +117,8 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
             f"{folder} is not empty: choose another training.output_dir, or go on from one of its checkpoints with "
             "training.resume_from_checkpoint"
         )
-    if resume is not None and not (resume / "trainer_state.json").exists():
-        raise UserError(
-            f"training.resume_from_checkpoint: {resume} is no checkpoint folder (no trainer_state.json in it)"
-        )
+    if resume is not None:
+        check_resumable(resume, folder, run.steps)
     trainer, task = build_trainer(config)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,32 @@ class MetricsFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [
+                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= state.global_step
+            ]
+            part = self._path.with_suffix(".jsonl.part")
+            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            part.replace(self._path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if state.is_world_process_zero and "loss" in logs:
             with self._path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for one that was cut short when the run was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number that may be missing or not finite (loggers turn NaN into None)."""
+    width = re.sub(r"[^0-9.].*$", "", form.lstrip(">+")).split(".")[0]
+    return format("n/a", f">{width}") if value is None or not math.isfinite(value) else format(value, form)
 
 
 class ConsoleCallback(TrainerCallback):
@@ -69,14 +88,15 @@ class ConsoleCallback(TrainerCallback):
         if not state.is_world_process_zero or "loss" not in logs:
             return
         probe = {k.removeprefix("entropy_probe/"): v for k, v in logs.items() if k.startswith("entropy_probe/")}
-        kept, made = logs.get("buffer/trained", 0), logs.get("buffer/generated", 0)
-        entropy = probe.get("entropy", logs.get("entropy", float("nan")))
-        reward = logs.get("buffer/reward_first_round", logs.get("reward", float("nan")))
-        line = f"{state.global_step:>5} {entropy:>8.3f} {reward:>7.2f} {f'{kept:.0f} of {made:.0f}':>14}"
+        kept, made = logs.get("buffer/trained") or 0, logs.get("buffer/generated") or 0
+        entropy = _number(probe.get("entropy", logs.get("entropy")), ">8.3f")
+        reward = _number(logs.get("buffer/reward_first_round", logs.get("reward")), ">7.2f")
+        line = f"{state.global_step:>5} {entropy} {reward} {f'{kept:.0f} of {made:.0f}':>14}"
         if probe:
-            line += f" {probe['predicted']:>+8.4f} ± {probe['predicted_se']:.4f} {probe['measured']:>+9.4f}"
-            line += f" {probe['batch']:>+8.4f} {probe['momentum']:>+8.4f}"
-        self._console.print(line + f" {logs.get('step_time', float('nan')):>5.0f}", soft_wrap=True)
+            predicted = f"{_number(probe['predicted'], '>+8.4f')} ± {_number(probe['predicted_se'], '>6.4f')}"
+            line += f" {predicted} {_number(probe['measured'], '>+9.4f')}"
+            line += f" {_number(probe['batch'], '>+8.4f')} {_number(probe['momentum'], '>+8.4f')}"
+        self._console.print(line + f" {_number(logs.get('step_time'), '>5.0f')}", soft_wrap=True)
         self._progress.update(self._bar, completed=state.global_step)
 
     def on_train_end(

@@ -13,6 +13,7 @@ Source: Liu et al. 2025, "Understanding R1-Zero-Like Training".
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
 from rl_training.difficulty import PassRates
+from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
 from rl_training.sampling import has_reward_differences
 
@@ -40,6 +42,7 @@ class DrGRPOConfig(GRPOConfig):
     scale_rewards: str = "none"
     beta: float = 0.0
     top_k: int = 0
+    bf16: bool | None = False
     disable_dropout: bool = True
     length_normalizer: str = field(default="constant", metadata={"help": "constant or prompt_longest"})
     difficulty_weighting: bool = field(default=True, metadata={"help": "draw prompts by expected reward variance"})
@@ -59,7 +62,10 @@ class DrGRPOConfig(GRPOConfig):
         "disable_dropout": True,
         "mask_truncated_completions": False,
         "top_entropy_quantile": 1.0,
+        "entropy_coef": 0.0,
+        "multi_objective_aggregation": "sum_then_normalize",
     }
+    _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +74,16 @@ class DrGRPOConfig(GRPOConfig):
                 raise UserError(
                     f"{name}={getattr(self, name)!r}: Dr. GRPO as it is analysed here needs {name}={required!r}"
                 )
+        if str(getattr(self.optim, "value", self.optim)) not in self._ADAMW:
+            raise UserError(
+                f"optim={self.optim!r}: only the step of {' or '.join(self._ADAMW)} can be split and analysed"
+            )
+        if changed := {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} & set(
+            self.generation_kwargs or {}
+        ):
+            raise UserError(
+                f"generation_kwargs sets {min(changed)}: completions must come from the distribution differentiated"
+            )
         if self.min_p not in (None, 0.0):
             raise UserError(
                 f"min_p={self.min_p}: a truncated sampler is not the distribution differentiated; leave it unset"
@@ -122,6 +138,7 @@ class DrGRPOTrainer(GRPOTrainer):
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total[rewards.isnan().all(1)] = torch.nan  # not scorable: TRL gives it no advantage, and so no say here
         self._rewards_of_round = total[local].cpu()
         return rewards
 
@@ -144,7 +161,7 @@ class DrGRPOTrainer(GRPOTrainer):
             drawn, chances = self.pass_rates.draw(most_missing, rng, seen, self.args.difficulty_weighting)
             seen.extend(drawn)
             rows = [self.train_dataset[i] for i in drawn for _ in range(size)]
-            outputs.append(super()._generate_and_score_completions(rows))
+            outputs.append(self._generate_round(rows))
             groups.extend(self._judge_round(number, drawn, chances, needed, groups))
             self._share_pass_rates([g for g in groups if g.round == number])
         kept = self._fill(groups, needed)
@@ -152,6 +169,17 @@ class DrGRPOTrainer(GRPOTrainer):
         output = merge_rounds(outputs, chosen, self._tokenizer.pad_token_id)
         self._finish(output, outputs, kept, groups)
         return output
+
+    def _generate_round(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return super()._generate_and_score_completions(rows)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"the policy gave NaN or infinite logits at step {self.state.global_step + 1}: training has diverged; lower the "
+                "learning rate, or go on from an earlier checkpoint"
+            ) from error
 
     def _judge_round(
         self, number: int, drawn: list[int], chances: list[float], needed: int, earlier: list[GeneratedGroup]
@@ -200,7 +228,8 @@ class DrGRPOTrainer(GRPOTrainer):
         if self.args.length_normalizer == "prompt_longest":
             divisor = longest_of_prompt(lengths, output["prompt_index"]).to(divisor)
         count = len(lengths) * self.accelerator.num_processes
-        plain = output["advantages"]
+        filler = [group.status == "filler" for group in kept for _ in group.rows]
+        plain = output["advantages"].masked_fill(torch.tensor(filler, device=device), 0.0)  # exactly, not to rounding
         weights = plain / (count * divisor)
         # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage, so this makes it L_i.
         output["advantages"] = plain * (constant / divisor)
@@ -259,11 +288,19 @@ class DrGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            record = describe_run(self, self._learning_rates.used, self._model_name, self._task, self.pass_rates)
-            write_sidecar(folder, record)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                record = describe_run(self, self._learning_rates.used, self._model_name, self._task, self.pass_rates)
+                write_sidecar(folder, record)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint must not pass for one
+            raise UserError(
+                f"no space left on the disk of {folder}: this checkpoint was not kept; free some and resume from the one before"
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -275,4 +312,7 @@ class DrGRPOTrainer(GRPOTrainer):
                 f"{checkpoint} has no sidecar: it was not written by DrGRPOTrainer, so its pass rates are unknown; start a "
                 "new run from its weights instead of resuming"
             )
-        self.pass_rates.load_state_dict(sidecar.pass_rates)
+        try:
+            self.pass_rates.load_state_dict(sidecar.pass_rates)
+        except ValueError as error:
+            raise UserError(str(error)) from error

@@ -16,13 +16,21 @@ _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
 class LearningRateRecorder(TrainerCallback):
-    """Remembers each group's learning rate just before the optimizer steps: afterwards the scheduler has moved on."""
+    """Remembers each group's learning rate just before the optimizer steps: afterwards the scheduler has moved on.
+
+    Stops a run whose gradient is no longer finite, before it reaches the weights.
+    """
 
     def __init__(self) -> None:
         self.used: list[float] = []
 
     def on_pre_optimizer_step(self, *_args: Any, optimizer: torch.optim.Optimizer, **_kwargs: Any) -> None:
         self.used = [float(group["lr"]) for group in optimizer.param_groups]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            raise UserError(
+                "the gradient is not finite: training has diverged; lower the learning rate, or go on from an earlier checkpoint"
+            )
 
 
 def optimizer_parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
@@ -56,6 +64,7 @@ def describe_run(
         step=trainer.state.global_step,
         model_name=model_name or str(base.config._name_or_path),
         dtype=str(base.dtype).removeprefix("torch."),
+        mixed_precision=str(trainer.accelerator.mixed_precision),
         quantization=None if quantization is None else str(quantization),
         optimizer_parameter_names=optimizer_parameter_names(trainer.optimizer, model),
         learning_rates_used=learning_rates,

@@ -57,7 +57,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._guard(self._report)
 
     def _observe(self, seed: int, step: int) -> None:
-        rng = np.random.default_rng((seed, step, 1))
+        rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         count = self._config.eval_sequences
         # Distinct prompts first: more prompts say more about the data than more completions of one.
         order = np.concatenate([rng.permutation(len(self._rows)) for _ in range(-(-count // len(self._rows)))])

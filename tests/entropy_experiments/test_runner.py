@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from entropy_experiments import entropy_runner, fisher_analyzer
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import plan_sampling, sample_evaluation_batch
+from entropy_experiments.double_sampling import choose_evaluation_rows, plan_sampling, sample_evaluation_batch
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.configuration import load_config
 from rl_training.errors import UserError
-from rl_training.sampling import Rollouts
 
 
 def config(*overrides: str, **kwargs) -> FisherAnalysisConfig:
@@ -37,7 +36,7 @@ def test_the_folder_holds_what_the_contract_says(analysis):
         "figures", "report.html",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
-    assert len(run["self_checks"]) == 9 and all(check["passed"] for check in run["self_checks"])
+    assert len(run["self_checks"]) == 10 and all(check["passed"] for check in run["self_checks"])
     assert run["versions"]["torch"] and run["stages"] and run["seconds"] > 0
     assert not list(folder.parent.glob("*.part"))
     replayed = load_config(FisherAnalysisConfig, folder / "config.yaml")
@@ -116,8 +115,9 @@ def test_the_model_is_left_as_it_was(tiny_run):
     checkpoint = load_checkpoint(tiny_run)
     plan = plan_sampling(checkpoint, config())
     before = {name: p.detach().clone() for name, p in checkpoint.model.named_parameters()}
-    training = entropy_runner.sample_training_batch(checkpoint, plan, config())
-    evaluation = sample_evaluation_batch(checkpoint, plan, config(), training.rollouts)
+    rows = choose_evaluation_rows(plan, config())
+    training = entropy_runner.sample_training_batch(checkpoint, plan, config(), keep_out=rows)
+    evaluation = sample_evaluation_batch(checkpoint, plan, config(), rows)
     entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, lambda name: None)
     assert all(torch.equal(p, before[name]) for name, p in checkpoint.model.named_parameters())
 
@@ -138,7 +138,7 @@ def test_drawing_the_evaluation_buffer_reads_no_reward(tiny_run):
         raise AssertionError("the evaluation buffer looked at a reward")
 
     plan.task.reward_functions[:] = [forbidden]
-    rollouts = sample_evaluation_batch(checkpoint, plan, config(), Rollouts())
+    rollouts = sample_evaluation_batch(checkpoint, plan, config(), choose_evaluation_rows(plan, config()))
     assert len(rollouts) == 16 and set(rollouts.reward) == {None}
     heldout = {row["prompt_index"] for row in plan.task.heldout}
     assert set(rollouts.prompt_index) == heldout, "16 held-out prompts, one completion each"
@@ -238,8 +238,8 @@ def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_p
     """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
     original = fisher_analyzer.contract_rows
 
-    def doubled(model, batch, objectives, columns, *rest):
-        return original(model, batch, objectives, {name: 2 * c for name, c in columns.items()}, *rest)
+    def doubled(model, batch, objectives, sets, *rest):
+        return original(model, batch, objectives, [{n: 2 * c for n, c in columns.items()} for columns in sets], *rest)
 
     monkeypatch.setattr(fisher_analyzer, "contract_rows", doubled)
     target = tmp_path / "checked"
@@ -252,3 +252,142 @@ def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_p
     failed = {check.name for check in result.failed_checks}
     assert {"K w = finite difference", "entropy kernel = autograd"} <= failed
     assert "FAILED" in (target / "report.html").read_text()
+
+
+def test_another_law_than_the_runs_is_refused(tiny_run, tmp_path):
+    for override in ("temperature=0.3", "max_completion_length=4"):
+        with pytest.raises(UserError, match=override.split("=")[0]):
+            run_fisher_analysis(tiny_run, config(f"entropy_analysis.sampling.{override}"), folder=tmp_path / "no")
+
+
+def test_groups_that_could_not_be_had_still_count_in_n(tiny_run, tmp_path, monkeypatch):
+    """Two of four prompts give gradient: N stays 16, so weights are those of the run, not twice as large."""
+    from entropy_experiments import double_sampling
+
+    original = double_sampling.collect_filtered
+
+    def half(*args, **kwargs):
+        buffer, counts = original(*args, **kwargs)
+        return buffer.select(range(len(buffer) // 2)), counts
+
+    monkeypatch.setattr(double_sampling, "collect_filtered", half)
+    result = run_fisher_analysis(tiny_run, config(), folder=tmp_path / "half")
+    training = result.training
+    assert len(training.rollouts) == 8
+    expected = training.advantages / (16 * 8)
+    torch.testing.assert_close(training.weights, expected)
+
+
+def test_a_checkpoint_cut_short_while_saving_is_not_taken_for_a_foreign_one(tiny_run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    (copy / "checkpoint-4" / "entropy_experiments.json").unlink()
+    with pytest.raises(UserError, match="cut short"):
+        run_fisher_analysis(copy, config(), folder=tmp_path / "no")
+
+
+def test_half_an_adapter_is_refused(checkpoint_copy, tmp_path):
+    from safetensors.torch import save_file
+
+    path = checkpoint_copy / "adapter_model.safetensors"
+    weights = {name: w for name, w in load_file(path).items() if "layers.1" not in name}
+    save_file(weights, path)
+    with pytest.raises(UserError, match="missing adapter keys"):
+        run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
+
+
+def test_rows_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher_analyzer, "_free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="train_batch_size"):
+        run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
+    assert not list(tmp_path.glob("no*"))
+
+
+def test_several_processes_are_refused_rather_than_racing(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
+
+
+def test_parameters_adam_never_saw_are_not_let_rule_the_kernel(tmp_path):
+    """After one LoRA step every lora_A has v = 0 and P = 1/eps there: the check names the remedy, which works."""
+    from rl_training.train import run_training
+    from tests.tiny_policy import save_tiny_policy, tiny_train_config
+
+    policy = save_tiny_policy(tmp_path / "policy")
+    run = run_training(
+        tiny_train_config(
+            policy, tmp_path / "run", training={"steps": 1, "save_every": 1}, entropy_probe={"enabled": False}
+        ),
+        quiet=True,
+    )
+    with pytest.raises(UserError, match="preconditioning=step"):
+        run_fisher_analysis(run, config(), folder=tmp_path / "no")
+    result = run_fisher_analysis(
+        run, config("entropy_analysis.fisher_kernel.preconditioning=step"), folder=tmp_path / "step"
+    )
+    assert not result.failed_checks
+
+
+def test_a_collapsed_policy_is_no_broken_sampler():
+    """At 0.02 nats the rare tokens are absent from 64 sequences; the policy's own variance knows of them."""
+    from entropy_core.scores import TokenStatistics
+    from entropy_experiments.self_checks import surprisal_z_score
+
+    p = 0.002
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    variance = p * np.log(p) ** 2 + (1 - p) * np.log(1 - p) ** 2 - entropy**2
+    rng, scores = np.random.default_rng(0), []
+    for _ in range(300):
+        rare = rng.random((64, 3)) < p
+        logprobs = np.where(rare, np.log(p), np.log(1 - p))
+        ones = np.ones((64, 3))
+        statistics = TokenStatistics(*(torch.tensor(x) for x in (logprobs, entropy * ones, variance * ones)))
+        scores.append(surprisal_z_score(statistics))
+    assert np.mean(np.array(scores) > 4) < 0.05, "an honest sampler is called broken"
+    wrong = TokenStatistics(*(torch.tensor(x) for x in (0.5 * logprobs - 0.5, entropy * ones, variance * ones)))
+    assert surprisal_z_score(wrong) > 4
+
+
+def test_gpt2_and_qwen2_checkpoints_are_analysed_too(tmp_path):
+    """Biases, Conv1D, learned positions and tied weights, fully trained: names, rows, split and kernel agree."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    from rl_training.train import run_training
+    from tests.tiny_policy import character_tokenizer, tiny_train_config
+
+    tokenizer = character_tokenizer()
+    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    models = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **special)),
+        "qwen2": Qwen2ForCausalLM(
+            Qwen2Config(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                **special,
+            )
+        ),
+    }
+    for name, model in models.items():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(5)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        run = run_training(
+            tiny_train_config(
+                tmp_path / name,
+                tmp_path / f"run-{name}",
+                lora={"enabled": False},
+                training={"steps": 3, "save_every": 3},
+                optimizer={"learning_rate": 2e-4},
+            ),
+            quiet=True,
+        )
+        step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
+        result = run_fisher_analysis(run, step_p, folder=tmp_path / f"analysis-{name}")
+        assert not result.failed_checks, name

@@ -249,3 +249,91 @@ def test_settings_under_which_the_weights_would_not_be_exact_are_refused(tmp_pat
             per_device_train_batch_size=8,
             **{setting: value},
         )
+
+
+def test_resuming_never_mixes_two_runs(tiny_policy, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run in (first, second):
+        config = tiny_train_config(tiny_policy, run, training={"steps": 2}, entropy_probe={"enabled": False})
+        run_training(config, quiet=True)
+    before = (second / "metrics.jsonl").read_text()
+
+    def resume(checkpoint, output, steps=4):
+        settings = {"steps": steps, "resume_from_checkpoint": str(checkpoint)}
+        run_training(
+            tiny_train_config(tiny_policy, output, training=settings, entropy_probe={"enabled": False}), quiet=True
+        )
+
+    with pytest.raises(UserError, match="another run"):
+        resume(first / "checkpoint-2", second)
+    assert (second / "metrics.jsonl").read_text() == before
+    with pytest.raises(UserError, match="has done 2 steps already"):
+        resume(first / "checkpoint-2", first, steps=2)
+    resume(first / "checkpoint-2", first)
+    with pytest.raises(UserError, match="later than"):
+        resume(first / "checkpoint-2", first)
+    with (second / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 3, "lo')  # the run was killed while it wrote this line
+    resume(second / "checkpoint-2", second)
+    assert len((second / "metrics.jsonl").read_text().splitlines()) == 4
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "entropy_experiments.json"):
+        (second / "checkpoint-4" / name).unlink()
+        with pytest.raises(UserError, match=name.split(".")[0]):
+            resume(second / "checkpoint-4", second, steps=5)
+        if name != "entropy_experiments.json":
+            (second / "checkpoint-4" / name).write_bytes((first / "checkpoint-4" / name).read_bytes())
+
+
+def test_diverging_training_ends_in_one_clear_line(tiny_policy, tmp_path):
+    config = tiny_train_config(
+        tiny_policy,
+        tmp_path / "run",
+        optimizer={"learning_rate": 1e20},
+        training={"steps": 3},
+        entropy_probe={"enabled": False},
+    )
+    with pytest.raises(UserError, match="diverged"):
+        run_training(config, quiet=True)
+
+
+def test_unscorable_completions_neither_pass_nor_fail(tiny_policy, tmp_path):
+    """A group of one scored completion and three None has no reward differences, whatever 0 would suggest."""
+    from datasets import Dataset
+
+    from rl_training.algs.dr_grpo import DrGRPOTrainer
+    from rl_training.config import LoraConfig
+    from rl_training.models import add_lora, load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
+    args = DrGRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=4,
+        max_refill_rounds=0,
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    trainer = DrGRPOTrainer(
+        model=add_lora(model, LoraConfig(r=2)),
+        args=args,
+        processing_class=tokenizer,
+        reward_funcs=[lambda completions, **_: [1.0, None, None, None] * (len(completions) // 4)],
+        train_dataset=Dataset.from_list([{"prompt": f"{i}", "prompt_index": i} for i in range(4)]),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["buffer/filler"] == 8
+    assert trainer.pass_rates.failures.sum() == 0 and trainer.pass_rates.passes.sum() == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"entropy_coef": 0.1}, {"optim": "adafactor"}, {"generation_kwargs": {"top_p": 0.5}}],
+)
+def test_further_settings_that_would_break_the_analysis_are_refused(tmp_path, settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        DrGRPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, num_generations=4, per_device_train_batch_size=8, **settings
+        )
