@@ -19,10 +19,9 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.integrations.trl import EntropyProbeCallback
+from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.models import add_lora, load_model_and_tokenizer
 from rl_training.resuming import check_resumable
-from rl_training.sampling import sampling_law
 from rl_training.tasks import Task, load_task
 from rl_training.training_console import ConsoleCallback, MetricsFile
 
@@ -48,9 +47,7 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.entropy_probe.enabled:
-        law = sampling_law(model, tokenizer, config.rollouts.temperature, config.rollouts.max_completion_length)
-        rows = task.heldout or task.train
-        trainer.add_callback(EntropyProbeCallback(trainer, rows, law, config.entropy_probe))
+        attach_entropy_probe(trainer, config.entropy_probe, task.heldout)
     return trainer, task
 
 

@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from rl_training.algs.entropy_probe import EntropyChange, SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
-from rl_training.sampling import SamplingLaw, draw
+from rl_training.sampling import SamplingLaw, draw, sampling_law
+
+# Of an endless stream of prompts the probe keeps so many to draw from.
+_PROMPTS_TAKEN = 1024
+
+
+def attach_entropy_probe(
+    trainer: GRPOTrainer, config: EntropyProbeConfig | None = None, rows: Sequence[dict[str, Any]] | None = None
+) -> EntropyProbeCallback:
+    """Watch the entropy of any GRPOTrainer: logs `entropy_probe/...` with every step. Call it before `trainer.train()`.
+
+    The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is predicted is the step that
+    AdamW takes, on fresh rollouts of the policy before it. Training stays bit-identical.
+
+    rows: prompts to draw from, dicts with `prompt` (text or chat messages); by default those of the trainer's evaluation
+    set, or else of its training set.
+
+    Raises UserError where the trainer has no prompts, or an optimizer is asked for whose step cannot be split.
+    """
+    config = config or EntropyProbeConfig()
+    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    if rows is None:
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
+    numbered = [{"prompt_index": i, **row} for i, row in enumerate(rows)]
+    law = sampling_law(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        float(trainer.args.temperature),
+        int(trainer.args.max_completion_length),
+    )
+    callback = EntropyProbeCallback(trainer, numbered, law, config)
+    trainer.add_callback(callback)
+    return callback
 
 
 class EntropyProbeCallback(TrainerCallback):
@@ -93,7 +130,8 @@ class EntropyProbeCallback(TrainerCallback):
             return
         started = time.perf_counter()
         try:
-            action(*arguments)
+            with _without_autocast(self._model):
+                action(*arguments)
         except Exception as error:
             if self._config.on_error == "raise":
                 raise
@@ -105,3 +143,18 @@ class EntropyProbeCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """The model's own forward inside: mixed precision would quantise log-ratios until small changes go flat."""
+    wrapped = model.__dict__.get("forward")
+    original = model.__dict__.get("_original_forward")
+    if wrapped is None or original is None:  # accelerate wraps the forward only under mixed precision
+        yield
+        return
+    model.__dict__["forward"] = original
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = wrapped

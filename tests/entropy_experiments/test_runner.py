@@ -391,3 +391,66 @@ def test_gpt2_and_qwen2_checkpoints_are_analysed_too(tmp_path):
         step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
         result = run_fisher_analysis(run, step_p, folder=tmp_path / f"analysis-{name}")
         assert not result.failed_checks, name
+
+
+def test_a_checkpoint_of_trls_own_trainer_is_analysed(tmp_path):
+    """GRPOTrainer itself, with a linear schedule whose saved rate is the next step's: names rebuilt, rate from the log."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rl_training.config import LoraConfig, TaskConfig
+    from rl_training.models import add_lora, load_model_and_tokenizer
+    from rl_training.tasks import load_task
+    from tests.tiny_policy import save_tiny_policy
+
+    settings = {
+        "name": "chain_sum",
+        "arguments": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        "size": 24,
+        "heldout_size": 16,
+        "reward": "tests.tiny_policy:even_start_reward",
+    }
+    task = load_task(TaskConfig(**settings))
+    model, tokenizer = load_model_and_tokenizer(str(save_tiny_policy(tmp_path / "policy")), device="cpu")
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        bf16=False,
+        max_steps=4,
+        save_steps=4,
+        logging_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=8,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        add_lora(model, LoraConfig(r=4)),
+        task.reward_functions,
+        args=arguments,
+        train_dataset=Dataset.from_list(task.train),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    told = [
+        f"checkpoint.task={json.dumps(settings)}",
+        "entropy_analysis.sampling.temperature=1.0",
+        "entropy_analysis.sampling.max_completion_length=8",
+        "entropy_analysis.sampling.completions_per_prompt=4",
+    ]
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert checkpoint.record.sidecar is None
+    assert checkpoint.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-4), "the last step's rate, not the next one's 0"
+    saved = {id(p): trainer.optimizer.state[p]["exp_avg_sq"] for p in trainer.model.parameters() if p.requires_grad}
+    for (name, ours), theirs in zip(
+        checkpoint.model.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        if ours.requires_grad:
+            assert theirs[0] == name
+            assert torch.equal(checkpoint.optimizer.state[ours]["exp_avg_sq"], saved[id(theirs[1])])
+    result = run_fisher_analysis(tmp_path / "run", config(*told), folder=tmp_path / "analysis")
+    assert not result.failed_checks and result.summary["predicted"]["rao_blackwell"]["momentum"]["value"] != 0
