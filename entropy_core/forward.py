@@ -51,6 +51,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def true_embedding_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, the padding token's embedding has its true gradient.
+
+    `nn.Embedding(padding_idx=...)` gives that row none, although a policy reads it wherever the token is drawn, or where it
+    doubles as another special token. Training goes by torch's rule, so gradients of the loss keep to it; how entropy changes
+    when the row moves (through tied output weights, say) does not.
+    """
+    masked = [(m, m.padding_idx) for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    for module, _ in masked:
+        module.padding_idx = None
+    try:
+        yield
+    finally:
+        for module, index in masked:
+            module.padding_idx = index
+
+
+@contextmanager
 def _cut_to_positions(layer: nn.Module | None, bucket: Bucket) -> Iterator[list[bool]]:
     """Have `layer` see only the hidden states that predict completion tokens. Yields a list that is filled when it did."""
     used: list[bool] = []

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.forward import completion_logits, evaluation_mode
+from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
 from entropy_core.row_taps import RowTaps
 from entropy_core.scores import TokenStatistics, logprobs_and_entropies, scatter_statistics, token_statistics
 
@@ -105,7 +105,8 @@ def entropy_gradient(
     if statistics is None:
         return entropy_gradient_and_statistics(model, batch, estimator, per_token, token_batch_size)[0]
     coefficients = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
-    return batch_gradients(model, batch, [coefficients], token_batch_size)[0]
+    with true_embedding_gradients(model):
+        return batch_gradients(model, batch, [coefficients], token_batch_size)[0]
 
 
 def entropy_gradient_and_statistics(
@@ -125,7 +126,7 @@ def entropy_gradient_and_statistics(
         return entropy_gradient(model, batch, estimator, per_token, statistics, token_batch_size), statistics
     parameters, bucket = trainable_parameters(model), buckets[0]
     at = (bucket.indices[bucket.rows], bucket.columns)
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
         logprobs, entropies = logprobs_and_entropies(
             completion_logits(model, bucket, batch.temperature), bucket.targets
         )

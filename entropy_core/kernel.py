@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.forward import true_embedding_gradients
 from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
 from entropy_core.scores import TokenStatistics, token_statistics
 
@@ -45,7 +46,8 @@ def compute_cross_fisher_kernel(
     Raises ValueError where P does not cover the trainable parameters, holds values that are not positive and finite, or
     where rows cannot be formed (entropy_core.gradients).
     """
-    columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
+    with true_embedding_gradients(model):
+        columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     objectives = [score_coefficients(eval_batch)]
     return contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size)[0]
 
@@ -61,7 +63,8 @@ def compute_kernels(
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
 ) -> CrossKernels:
     """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
-    columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
+    with true_embedding_gradients(model):
+        columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     statistics = statistics or token_statistics(model, eval_batch, token_batch_size)
     objectives = [
         score_coefficients(eval_batch),
@@ -97,7 +100,8 @@ def contract_rows(
             products = rows.flatten(1) @ columns[name].flatten(1).T
             out[number][:, start:end].index_add_(0, indices, products.to(torch.float32))
 
-    stream_rows(model, batch, objectives, contract, token_batch_size)
+    with true_embedding_gradients(model):
+        stream_rows(model, batch, objectives, contract, token_batch_size)
     return out
 
 

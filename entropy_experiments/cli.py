@@ -39,7 +39,9 @@ def train(
     _quiet_libraries()
     from rl_training.train import run_training
 
-    print(run_training(settings, quiet))
+    folder = run_training(settings, quiet)
+    if os.environ.get("RANK", "0") == "0":  # once, not by every process
+        print(folder)
 
 
 @app.command()

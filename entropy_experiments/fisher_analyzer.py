@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from entropy_core.adamw import preconditioner
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.gradients import batch_gradients, dot, per_sequence_gradients, trainable_parameters
+from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients, trainable_parameters
 from entropy_core.kernel import contract_rows
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
@@ -139,8 +139,7 @@ def analyze_batches(
     taken, parts = _step_parts(step)
     stage("evaluation gradients and kernels")
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
-    coefficients = entropy_coefficients(numbers.eval_statistics, eval_batch).scaled(1.0 / len(eval_batch))
-    grad_h = batch_gradients(model, eval_batch, [coefficients], token_batch_size)[0]
+    grad_h = entropy_gradient(model, eval_batch, statistics=numbers.eval_statistics, token_batch_size=token_batch_size)
     adam_step = step if isinstance(step, NextStep) else None
     found = attribute(grad_h, columns, weights, adam_step, p, numbers.clip, learning_rate or 0.0)
     numbers.shares, numbers.horizon_factor = found.shares, found.horizon_factor

@@ -44,7 +44,6 @@ def save_tiny_policy(folder: Path, seed: int = 0, scale: float = 5.0) -> Path:
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=1,
-            pad_token_id=0,
         )
         model = LlamaForCausalLM(config)
         for parameter in model.parameters():

@@ -29,7 +29,7 @@ def train(tiny_policy, folder, probe=True, lora=False, rows=None, **settings):
             "bf16": False,
             "max_steps": 3,
             "logging_steps": 1,
-            "learning_rate": 1e-4,
+            "learning_rate": 1e-5,
             "per_device_train_batch_size": 16,
             "num_generations": 4,
             "max_completion_length": 6,
@@ -65,10 +65,10 @@ def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
     extra = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
     for entry in probed(train(tiny_policy, tmp_path, loss_type=loss_type, **extra)):
         assert entry["predicted"] != 0
-        error = max(0.2 * abs(entry["measured"]), 0.2 * entry["measured_se"], 2e-5)
+        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
         assert abs(entry["predicted"] - entry["measured"]) < error, (loss_type, entry)
         assert entry["batch"] + entry["momentum"] + entry["decay"] == pytest.approx(
-            entry["predicted"], rel=5e-3, abs=1e-6
+            entry["predicted"], rel=2e-2, abs=5e-8
         )
 
 
@@ -80,13 +80,13 @@ def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
         {"beta": 0.05},
         {"lora": True},
         {"gradient_checkpointing": True},
-        {"weight_decay": 0.1, "learning_rate": 3e-4},
+        {"weight_decay": 0.1},
     ],
     ids=lambda s: "-".join(s),
 )
 def test_any_setting_is_predicted(tiny_policy, tmp_path, settings):
     for entry in probed(train(tiny_policy, tmp_path, **settings)):
-        error = max(0.3 * abs(entry["measured"]), 0.3 * entry["measured_se"], 3e-5)
+        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
         assert abs(entry["predicted"] - entry["measured"]) < error, entry
 
 
@@ -101,7 +101,7 @@ def test_training_is_bit_identical_with_and_without(tiny_policy, tmp_path):
 def test_under_mixed_precision_the_probe_itself_runs_in_full(tiny_policy, tmp_path):
     entries = probed(train(tiny_policy, tmp_path, bf16=True))
     for entry in entries:
-        error = max(0.3 * abs(entry["measured"]), 0.3 * entry["measured_se"], 3e-5)
+        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
         assert abs(entry["predicted"] - entry["measured"]) < error, "log-ratios are quantised"
 
 
@@ -122,5 +122,5 @@ def test_the_newcomers_script_runs(tiny_policy, tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("predicted") == 2
+    assert done.stdout.count(": predicted") == 2
     assert list(tmp_path.rglob("events.out.tfevents.*"))
