@@ -6,7 +6,6 @@ without looking at any reward; rewards are filled in afterwards, for the report 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,6 @@ from rl_training.sampling import (
     sampling_law,
 )
 from rl_training.tasks import Task, load_task
-
-Progress = Callable[[int], None]
 
 # Offsets that keep the random streams of the two buffers apart for one seed.
 _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
@@ -141,12 +138,11 @@ def sample_evaluation_batch(
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
     rows: list[dict[str, Any]],
-    progress: Progress | None = None,
 ) -> Rollouts:
     """The unfiltered buffer: completions of `rows`, no reward looked at."""
     each = config.entropy_analysis.sampling.eval_completions_per_prompt
     seed = config.seed + _EVALUATION_STREAM + 1
-    rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, seed, "evaluation", progress=progress)
+    rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, seed, "evaluation")
     return rollouts.select(range(config.entropy_analysis.eval_batch_size))
 
 
@@ -155,7 +151,6 @@ def sample_training_batch(
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
     keep_out: list[dict[str, Any]],
-    progress: Progress | None = None,
 ) -> TrainingBuffer:
     """The filtered buffer, by the run's own pass rates and rules, with Dr. GRPO's weights; `keep_out` are not drawn.
 
@@ -189,7 +184,6 @@ def sample_training_batch(
         max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
         difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
         reject_zero_advantage=rules is None or rules.reject_zero_advantage,
-        progress=progress,
     )
     rewards = torch.tensor([float(r if r is not None else 0.0) for r in rollouts.reward], dtype=torch.float64)
     index = torch.tensor(rollouts.prompt_index)

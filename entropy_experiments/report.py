@@ -66,9 +66,8 @@ _FIGURES = {
     "kernel_entropy_fisher": (
         "Entropy–Fisher kernel",
         "Column by column, how the entropy on each evaluation sequence answers to a training sequence. "
-        "The mean of a "
-        "column, times the sequence's weight and a factor common to all, is the sequence's share of the "
-        "change.",
+        "The mean of a column, times the sequence's weight and a factor common to all, is the sequence's share of the "
+        "change (exactly so where the kernel was made with the step's own P, preconditioning: step).",
     ),
 }
 

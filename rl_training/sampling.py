@@ -23,8 +23,6 @@ from entropy_core.forward import evaluation_mode
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
 
-Progress = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class SamplingLaw:
@@ -124,7 +122,6 @@ def generate_completions(
     law: SamplingLaw,
     seed: int,
     batch_size: int = 64,
-    progress: Progress | None = None,
 ) -> list[list[int]]:
     """One completion a prompt, drawn from `law`; the global random streams are left as they were.
 
@@ -161,8 +158,6 @@ def generate_completions(
             ].tolist()
             for i, tokens in zip(part, drawn, strict=True):
                 completions[i] = _until_eos(tokens, law)
-            if progress:
-                progress(len(part))
     return completions
 
 
@@ -198,7 +193,6 @@ def draw(
     seed: int,
     status: str,
     batch_size: int = 64,
-    progress: Progress | None = None,
 ) -> Rollouts:
     """`completions_per_prompt` completions of each task row, in order, without looking at any reward."""
     repeated = [row for row in rows for _ in range(completions_per_prompt)]
@@ -207,7 +201,7 @@ def draw(
         for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows])
         for _ in range(completions_per_prompt)
     ]
-    completions = generate_completions(model, ids, law, seed, batch_size, progress)
+    completions = generate_completions(model, ids, law, seed, batch_size)
     return Rollouts(
         prompt_ids=ids,
         completion_ids=completions,
@@ -265,7 +259,6 @@ def collect_filtered(
     difficulty_weighting: bool = True,
     reject_zero_advantage: bool = True,
     batch_size: int = 64,
-    progress: Progress | None = None,
 ) -> tuple[Rollouts, CollectionCounts]:
     """A training buffer of up to `prompts` groups that give gradient, in up to 1 + max_refill_rounds rounds.
 
@@ -280,7 +273,7 @@ def collect_filtered(
         seen.extend(drawn)
         part = draw(
             model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, law, seed + 7919 * (counts.rounds + 1),
-            "trained", batch_size, progress,
+            "trained", batch_size,
         )  # fmt: skip
         score(part, reward_functions)
         counts.rounds += 1

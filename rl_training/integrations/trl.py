@@ -74,7 +74,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._probe = SimpleEntropyProbe(model, config.estimator, config.preconditioning)
         self._failed = False
         self._seconds = 0.0
-        self.last: EntropyChange | None = None
+        self.history: list[EntropyChange] = []
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,10 +106,11 @@ class EntropyProbeCallback(TrainerCallback):
 
     def _report(self) -> None:
         started = time.perf_counter()
-        self.last = self._probe.after_step()
-        if self.last is None:
+        change = self._probe.after_step()
+        if change is None:
             return
-        change, measured = self.last, self.last.measured
+        self.history.append(change)
+        measured = change.measured
         values = {
             "entropy": change.entropy,
             "predicted": change.total,
@@ -120,6 +121,7 @@ class EntropyProbeCallback(TrainerCallback):
             "measured": measured.change,
             "measured_se": measured.standard_error,
             "ess": measured.effective_sample_size,
+            **running_totals(self.history),
             "seconds": self._seconds + time.perf_counter() - started,
         }
         for name, value in values.items():
@@ -143,6 +145,19 @@ class EntropyProbeCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started
+
+
+def running_totals(history: Sequence[EntropyChange]) -> dict[str, float]:
+    """Sums of predicted and measured changes so far, nats per token, and from the third on their correlation.
+
+    Steps that were not probed (log_every) are not in them, nor those before a run was resumed.
+    """
+    predicted = np.array([change.total for change in history])
+    measured = np.array([change.measured.change for change in history])
+    totals = {"cumulative_predicted": float(predicted.sum()), "cumulative_measured": float(measured.sum())}
+    if len(history) > 2 and predicted.std() > 0 and measured.std() > 0:
+        totals["correlation"] = float(np.corrcoef(predicted, measured)[0, 1])
+    return totals
 
 
 @contextmanager

@@ -90,6 +90,16 @@ def test_any_setting_is_predicted(tiny_policy, tmp_path, settings):
         assert abs(entry["predicted"] - entry["measured"]) < error, entry
 
 
+def test_running_totals_are_sums_and_correlation_of_what_was_logged(tiny_policy, tmp_path):
+    entries = probed(train(tiny_policy, tmp_path))
+    for kind in ("predicted", "measured"):
+        sums = torch.tensor([entry[kind] for entry in entries], dtype=torch.float64).cumsum(0).tolist()
+        assert [entry[f"cumulative_{kind}"] for entry in entries] == pytest.approx(sums)
+    pairs = torch.tensor([[e["predicted"], e["measured"]] for e in entries], dtype=torch.float64).T
+    assert "correlation" not in entries[1]
+    assert entries[2]["correlation"] == pytest.approx(float(torch.corrcoef(pairs)[0, 1]))
+
+
 def test_training_is_bit_identical_with_and_without(tiny_policy, tmp_path):
     weights = {}
     for probe in (True, False):
