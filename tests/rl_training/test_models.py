@@ -312,10 +312,6 @@ def test_wrong_devices_and_dtypes(llama_folder: Path) -> None:
 
 
 def test_the_bundled_model_loads_and_talks() -> None:
-    try:
-        rl_training.gguf.find_bundled_gguf()
-    except UserError as error:
-        pytest.skip(str(error))
     model, tokenizer = load_model_and_tokenizer("smollm2-135m", device="cpu")
     assert sum(value.numel() for value in model.parameters()) == 134_515_008
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
