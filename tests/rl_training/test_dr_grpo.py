@@ -42,6 +42,7 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
         tiny_policy,
         tmp_path / "run",
         algorithm={"length_normalizer": normalizer},
+        rollouts={"prompts_per_step": 8, "completions_per_prompt": 2, "max_completion_length": 64},
         optimizer={"micro_batch_size": micro_batch, "max_grad_norm": 1e9},
         training={"steps": 1, "save_every": 1},
         entropy_probe={"enabled": False},
@@ -55,6 +56,10 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
             p.copy_(spy.parameters[name])
     rows = [row for row in read_rollouts(tmp_path / "run", 1) if row["status"] != "rejected"]
     assert len(rows) == 16
+    longest: dict[int, int] = {}
+    for r in rows:
+        longest[r["prompt_index"]] = max(longest.get(r["prompt_index"], 0), len(r["completion_ids"]))
+    assert len(longest) == 8 and min(longest.values()) < 64 and len(set(longest.values())) > 1, "nothing to tell apart"
     batch = SequenceBatch.from_sequences(
         [r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows], [r["prompt_index"] for r in rows], 0
     )
@@ -64,7 +69,7 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
         batch.prompt_index,
         batch.completion_lengths,
         "dr_grpo",
-        8,
+        64,
         normalizer,
     )
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-9)
