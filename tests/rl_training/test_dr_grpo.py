@@ -84,6 +84,28 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
     assert abs(left.norm() / right.norm() - 1) < 1e-5, "the loss divides by another number than the weights"
 
 
+def test_prompt_ids_travel_with_their_sequences_through_the_shuffle(tiny_policy, tmp_path):
+    config = tiny_train_config(
+        tiny_policy, tmp_path / "run", training={"steps": 1, "save_every": 1}, entropy_probe={"enabled": False}
+    )
+    trainer, task = build_trainer(config)
+    seen, original = [], trainer.compute_loss
+
+    def spy(model, inputs, *args, **kwargs):
+        seen.append({key: inputs[key].clone() for key in ("prompt_ids", "prompt_mask", "prompt_index")})
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    tokenizer, prompts = trainer.processing_class, {row["prompt_index"]: row["prompt"] for row in task.train}
+    order = [int(i) for part in seen for i in part["prompt_index"]]
+    assert len(order) == 16 and order != sorted(order, key=order.index), "not shuffled, so this shows nothing"
+    for part in seen:
+        for ids, mask, index in zip(part["prompt_ids"], part["prompt_mask"], part["prompt_index"], strict=True):
+            expected = tokenizer.apply_chat_template(prompts[int(index)], add_generation_prompt=True, return_dict=True)
+            assert ids[mask.bool()].tolist() == expected["input_ids"]
+
+
 def test_trained_groups_have_reward_differences_and_counts_add_up(tiny_policy, tmp_path):
     config = tiny_train_config(tiny_policy, tmp_path / "run", training={"steps": 2}, entropy_probe={"enabled": False})
     trainer, _ = build_trainer(config)
