@@ -42,11 +42,6 @@ def jackknife_standard_error(leave_one_out: Tensor) -> float:
     return float(((count - 1) / count * spread.square().sum()).sqrt())
 
 
-def in_quadrature(*standard_errors: float) -> float:
-    """Standard error of a sum of independent parts."""
-    return sum(s * s for s in standard_errors) ** 0.5
-
-
 def u_statistic(left: Tensor, right: Tensor) -> float:
     """Unbiased estimate of E[X].E[Y] from B paired vectors, (B, D) each: the product of means without its t = t' terms.
 

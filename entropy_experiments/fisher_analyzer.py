@@ -10,11 +10,11 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -135,7 +135,7 @@ def analyze_batches(
         for name, rows in columns.items():
             rows.mul_(p[name])
         if at_checkpoint:
-            numbers.checks.append(check_unseen_parameters(step, columns))
+            numbers.checks.append(check_unseen_parameters(step, columns, p))
     taken, parts = _step_parts(step)
     stage("evaluation gradients and kernels")
     _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
@@ -171,10 +171,7 @@ def _next_step(
     numbers: AnalysisNumbers,
 ) -> NextStep | dict[str, Tensor]:
     if optimizer is not None:
-        if learning_rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-        step = take_next_step(model, optimizer, gradient, max_grad_norm)
+        step = take_next_step(model, optimizer, gradient, max_grad_norm, learning_rate)
         numbers.clip, numbers.gradient_norm = step.clip, step.gradient_norm
         return step
     if not learning_rate:
@@ -242,7 +239,7 @@ def _require_memory(parameters: dict[str, nn.Parameter], sequences: int) -> None
     """Raises UserError where the rows of the training side would not fit into the free memory of the machine."""
     needed = sequences * sum(p.numel() * p.element_size() for p in parameters.values())
     free = _free_memory(next(iter(parameters.values())).device)
-    if free is not None and needed > free:
+    if needed > free:
         count = sum(p.numel() for p in parameters.values())
         raise UserError(
             f"the gradients of {sequences} training sequences over {count:,} parameters need {needed / 2**30:.0f} GiB, and "
@@ -250,13 +247,11 @@ def _require_memory(parameters: dict[str, nn.Parameter], sequences: int) -> None
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return None
+    # what can be had without swapping: memory that only caches files counts, which "free" pages would leave out
+    return psutil.virtual_memory().available
 
 
 def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import preconditioner
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
@@ -59,11 +58,14 @@ def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded:
     ]  # fmt: skip
 
 
-def check_unseen_parameters(step: NextStep, columns: dict[str, Tensor]) -> SelfCheck:
-    """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps)."""
+def check_unseen_parameters(step: NextStep, columns: dict[str, Tensor], p: dict[str, Tensor]) -> SelfCheck:
+    """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps).
+
+    columns: the training rows times p already; p: P at the checkpoint.
+    """
     unseen = total = 0.0
-    for name, rows in columns.items():  # rows hold P already: P dS_i
-        weight = (rows.double().square() / step_p(step, name)).sum(0)
+    for name, rows in columns.items():
+        weight = (rows.double().square() / p[name].double()).sum(0)
         total += float(weight.sum())
         unseen += float(weight[step.state[name].exp_avg_sq == 0].sum())
     return SelfCheck(
@@ -72,11 +74,6 @@ def check_unseen_parameters(step: NextStep, columns: dict[str, Tensor]) -> SelfC
         "exactly 0, so that P is 1/eps: common after the first step, or for rare tokens' embeddings. Take "
         "entropy_analysis.fisher_kernel.preconditioning=step, which includes this step's gradient.",
     )  # fmt: skip
-
-
-def step_p(step: NextStep, name: str) -> Tensor:
-    """P at the checkpoint of one parameter, float64."""
-    return preconditioner(step.state[name]).double()
 
 
 def check_kernel(

@@ -89,9 +89,9 @@ class MappingEvidence:
     def required(self, names_recorded: bool) -> float:
         """The share below which the mapping is not believed.
 
-        A permuted mapping matches as often as chance or less: on policies of two layers 7%, of thirty layers about 1%. Names
-        that were recorded with the checkpoint are believed from a fifth on, for early in a run and with few layers even a true
-        mapping shows no more than a third. Names that were rebuilt need more.
+        A permuted mapping matches as often as chance or less (7% measured on a policy of two layers). Names that were recorded
+        with the checkpoint are believed from a fifth on, for early in a run and with few layers even a true mapping may show
+        no more than a third. Names that were rebuilt need more.
         """
         return 0.2 if names_recorded else max(self.by_chance, 0.3)
 

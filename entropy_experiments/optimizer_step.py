@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,24 @@ def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> 
 
 
 def take_next_step(
-    model: nn.Module, optimizer: torch.optim.AdamW, gradient: Mapping[str, Tensor], max_norm: float | None
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    gradient: Mapping[str, Tensor],
+    max_norm: float | None,
+    learning_rate: float | None = None,
 ) -> NextStep:
-    """Split the next step exactly, and let the real optimizer take it; model and optimizer are put back afterwards."""
+    """Split the next step exactly, and let the real optimizer take it; model and optimizer are put back afterwards.
+
+    learning_rate: in place of every group's own. Raises UserError where the step's rate is 0.
+    """
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)
     clipped: dict[str, Tensor | None] = {name: g * clip for name, g in gradient.items()}
-    state = read_adamw_state(optimizer, parameters)
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = {
+        name: s if learning_rate is None else replace(s, lr=learning_rate)
+        for name, s in read_adamw_state(optimizer, parameters).items()
+    }
     if not any(s.lr for s in state.values()):
         raise UserError(
             "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
@@ -61,9 +72,10 @@ def take_next_step(
         )
     update = split_adamw_update(state, clipped, parameters)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    saved = copy.deepcopy(optimizer.state_dict())
     for name, p in parameters.items():
         p.grad = clipped[name]
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] if learning_rate is None else learning_rate
     try:
         optimizer.step()
         taken = {name: p.detach() - before[name] for name, p in parameters.items()}
@@ -73,7 +85,9 @@ def take_next_step(
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(before[name])
-    state = read_adamw_state(optimizer, parameters)  # the optimizer's tensors are new ones since it was put back
+    # The step has changed the moments in place; those from before it are the ones that were put back.
+    restored = read_adamw_state(optimizer, parameters)
+    state = {name: replace(restored[name], lr=s.lr) for name, s in state.items()}
     own_p = {name: preconditioner(after_gradient(s, clip * gradient[name])) for name, s in state.items()}
     return NextStep(update, taken, clip, norm, state, own_p)
 

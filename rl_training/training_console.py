@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,9 @@ def _step(line: str) -> float:
 
 def _number(value: float | None, form: str) -> str:
     """A number that may be missing or not finite (loggers turn NaN into None)."""
-    width = re.sub(r"[^0-9.].*$", "", form.lstrip(">+")).split(".")[0]
-    return format("n/a", f">{width}") if value is None or not math.isfinite(value) else format(value, form)
+    if value is None or not math.isfinite(value):
+        return "n/a".rjust(len(format(0.0, form)))
+    return format(value, form)
 
 
 class ConsoleCallback(TrainerCallback):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from entropy_core.uncertainty import (
-    in_quadrature,
     jackknife_over_prompts,
     jackknife_standard_error,
     sums_over_prompts,
@@ -90,11 +89,6 @@ def test_one_prompt_says_nothing_about_its_spread() -> None:
 def test_sums_over_prompts_in_ascending_order() -> None:
     sums = sums_over_prompts(torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]), torch.tensor([9, 2, 9]))
     assert sums.tolist() == [[2.0, 20.0], [5.0, 50.0]] and sums.dtype == torch.float64
-
-
-def test_errors_add_in_quadrature() -> None:
-    assert in_quadrature(3.0, 4.0) == 5.0
-    assert in_quadrature() == 0.0
 
 
 @pytest.mark.parametrize("count", [2, 3])
