@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from rl_training.algs.rollout_record import rollouts_path
 from rl_training.checkpoint_format import read_sidecar
 from rl_training.errors import UserError
 
@@ -52,7 +51,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
             f"{output_dir} holds {later[0].name}, which is later than {checkpoint.name}: move it away, or resume from it"
         )
     for path in _later(output_dir / "rollouts", r"step-(\d+)\.parquet", step):
-        rollouts_path(output_dir, int(path.stem.removeprefix("step-"))).unlink()
+        path.unlink(missing_ok=True)  # another process of the same run may have been here
 
 
 def _later(folder: Path, pattern: str, step: int) -> list[Path]:
