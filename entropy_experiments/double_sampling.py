@@ -156,13 +156,19 @@ def sample_training_batch(
 
     N in the weights is the buffer's size as asked for, as in training: groups that could not be had carry no gradient.
 
-    Raises UserError when no training prompt is left, or none gives gradient.
+    Raises UserError when no training prompt is left, none gives gradient, or a recorded buffer holds one of `keep_out`.
     """
     settings, record = config.entropy_analysis, checkpoint.record
-    if settings.sampling.train_prompts == "from_run":
-        return _buffer_of_run(record.run_dir, record.step, plan)
-    prompts = settings.train_batch_size // plan.completions_per_prompt
     excluded = {row["prompt_index"] for row in keep_out}
+    if settings.sampling.train_prompts == "from_run":
+        buffer = _buffer_of_run(record.run_dir, record.step, plan)
+        if shared := excluded & set(buffer.rollouts.prompt_index):
+            raise UserError(
+                f"the run's own buffer holds prompt {min(shared)}, which the evaluation buffer has too: draw that from held-out "
+                "prompts (eval_split=heldout), or say that they are to be shared (same_prompts=true)"
+            )
+        return buffer
+    prompts = settings.train_batch_size // plan.completions_per_prompt
     places = [i for i, row in enumerate(plan.task.train) if row["prompt_index"] not in excluded]
     if not places:
         raise UserError("no training prompt is left beside the evaluation buffer: give the task a larger size")

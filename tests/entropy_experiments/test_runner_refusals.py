@@ -113,6 +113,16 @@ def test_another_law_than_the_runs_is_refused(tiny_run, tmp_path):
             run_fisher_analysis(tiny_run, config(f"entropy_analysis.sampling.{override}"), folder=tmp_path / "no")
 
 
+def test_a_recorded_buffer_that_shares_prompts_with_the_evaluation_is_refused(tiny_run, tmp_path):
+    shared = ["train_prompts=from_run", "eval_split=train"]
+    overrides = [f"entropy_analysis.sampling.{override}" for override in shared]
+    every_prompt = "entropy_analysis.eval_batch_size=24"
+    with pytest.raises(UserError, match="same_prompts=true"):
+        run_fisher_analysis(tiny_run, config(*overrides, every_prompt), folder=tmp_path / "no")
+    both = config(*overrides, "entropy_analysis.sampling.same_prompts=true")
+    assert not run_fisher_analysis(tiny_run, both, folder=tmp_path / "shared").failed_checks
+
+
 def test_groups_that_could_not_be_had_still_count_in_n(tiny_run, tmp_path, monkeypatch):
     """Two of four prompts give gradient: N stays 16, so weights are those of the run, not twice as large."""
     from entropy_experiments import double_sampling
