@@ -34,7 +34,8 @@ def attach_entropy_probe(
     rows: prompts to draw from, dicts with `prompt` (text or chat messages); by default those of the trainer's evaluation
     set, or else of its training set.
 
-    Raises UserError where the trainer has no prompts, or an optimizer is asked for whose step cannot be split.
+    Raises UserError where the trainer has no prompts. An optimizer whose step cannot be split shows at the first step, and is
+    dealt with by `config.on_error`.
     """
     config = config or EntropyProbeConfig()
     dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
