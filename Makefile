@@ -2,6 +2,7 @@
 # make test    the test suite                 (PYTEST_ARGS="-k kernel -x" is passed on)
 # make check   ruff, format, pyright, floors
 # make bench   which benchmarks there are
+# make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv)
 #
 # Every target first sees to it that .venv holds what constraints.txt pins.
@@ -19,10 +20,10 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench clean distclean
+.PHONY: help venv demo test check format bench bench-probe clean distclean
 
 help:
-	@sed -n 's/^# \(make [a-z]* .*\)/\1/p' Makefile
+	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
 
 venv: $(STAMP)
 
@@ -68,6 +69,12 @@ bench: $(STAMP)
 	  printf '%-44s %s\n' "$$file" "$$($(BIN)/python -c 'import ast, sys; print((ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or "").split("\n")[0])' $$file)"; \
 	done; \
 	if [ $$found = 1 ]; then echo; echo "run one with: $(BIN)/python benchmarks/NAME.py"; else echo "no benchmarks yet"; fi
+
+bench-probe: $(STAMP)
+	rm -rf runs/bench-probe runs/bench-probe-overhead
+	$(BIN)/python benchmarks/entropy_probe.py accuracy
+	$(BIN)/python benchmarks/entropy_probe.py overhead
+	$(BIN)/python benchmarks/entropy_probe_report.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -138,16 +138,20 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, right-padded, with the place of every completion token.
+    """One piece of a batch as the model sees it: right-padded rows, with the place of every completion token.
+
+    A row holds one sequence; or, where a prefix is shared (entropy_core.shared_prefix), a prompt with several completions.
 
     Attributes
     ----------
-    indices: (n,) rows of the batch, longest last.
-    input_ids: (n, l) right-padded ids, l the longest attended length of the bucket.
+    indices: (n,) for each row a sequence of the batch (of a shared row, its first).
+    input_ids: (n, l) right-padded ids, l the longest row of the bucket.
     rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
-        logits that predict it (one before the token).
+        logits that predict it.
     targets: (m,) the token ids.
-    columns: (m,) where the token stood in the batch: `batch.input_ids[indices[rows], columns] == targets`.
+    sequences, columns: (m,) where the token stood in the batch: `batch.input_ids[sequences, columns] == targets`.
+    position_ids, attention_mask: (n, l) int64 and (n, 1, l, l) bool, true where a token attends to another, for rows that
+        share a prefix; None where positions count up and every token attends to all before it.
     """
 
     indices: Tensor
@@ -155,7 +159,10 @@ class Bucket:
     rows: Tensor
     positions: Tensor
     targets: Tensor
+    sequences: Tensor
     columns: Tensor
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
 
 
 def length_buckets(batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE) -> list[Bucket]:
@@ -183,4 +190,4 @@ def _bucket(batch: SequenceBatch, indices: Tensor, lengths: Tensor) -> Bucket:
     # Padding must hold a legal token id; token 0 always is one, and causality keeps it unseen.
     ids = torch.where(within, ids, torch.zeros_like(ids))
     rows, places = completion.nonzero(as_tuple=True)
-    return Bucket(indices, ids, rows, places - 1, ids[rows, places], columns[rows, places])
+    return Bucket(indices, ids, rows, places - 1, ids[rows, places], indices[rows], columns[rows, places])

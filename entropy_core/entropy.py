@@ -15,6 +15,9 @@ Every estimator of a gradient here is the derivative of one sum over completion 
 The first three estimate the gradient of H (or h). The last is *another estimand*: how entropy moves on given tokens, blind
 to which prefixes become likelier. For h, centring by h is the gradient of the denominator E[T].
 
+Sequences may carry weights omega_t (importance weights, of mean 1): sums over sequences are then weighted sums, h and H are
+weighted means, and Z is n or sum_t omega_t T_t.
+
 Symbols: t a completion of T tokens, S = sum_k log pi_k its score, H_k its token entropies, b a baseline: the mean over the
 other completions of the same prompt, or over the other sequences where a prompt has one completion.
 Source: docs/theory/entropy-gradient.md.
@@ -73,26 +76,42 @@ def score_coefficients(batch: SequenceBatch, weights: Tensor | None = None) -> T
     return TokenCoefficients(torch.zeros_like(logprob), logprob)
 
 
+def normalized_weights(log_weights: Tensor) -> Tensor:
+    """(N,) float64 weights of mean 1 from log-weights, e.g. log-ratios of today's policy to the one that drew the sequences."""
+    return torch.softmax(log_weights.double(), 0) * len(log_weights)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """(sum omega)^2 / sum omega^2: how many equally weighted sequences carry as much; N for equal weights."""
+    return float(weights.double().sum().square() / weights.double().square().sum())
+
+
 def entropy_coefficients(
-    statistics: TokenStatistics, batch: SequenceBatch, estimator: Estimator = "rao_blackwell", per_token: bool = True
+    statistics: TokenStatistics,
+    batch: SequenceBatch,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+    weights: Tensor | None = None,
 ) -> TokenCoefficients:
     """Coefficients of an estimator, normalised so that the *mean over sequences* of their gradients estimates the gradient.
 
-    per_token: the gradient of h (nats per token) if true, of H (nats per completion) if false.
+    per_token: the gradient of h (nats per token) if true, of H (nats per completion) if false. weights: (N,) of mean 1,
+    for sequences that another law drew.
 
     Raises ValueError for an unknown estimator, or for a score-function baseline with a single sequence.
     """
     mask = batch.completion_mask
+    omega = torch.ones(len(batch), dtype=torch.float64, device=batch.device) if weights is None else weights.double()
     lengths = batch.completion_lengths.double()
     entropies = statistics.entropies.double()
     sums = entropies.sum(1)
-    h = sums.sum() / lengths.sum()
+    h = (omega * sums).sum() / (omega * lengths).sum()
     ones = mask.double()
     if estimator == "rao_blackwell":
         centred = (entropies - h) * mask if per_token else entropies
         alpha, gamma = ones, centred.flip(1).cumsum(1).flip(1) * mask
     elif estimator == "split":
-        centre = h * lengths if per_token else sums.mean()
+        centre = h * lengths if per_token else (omega * sums).mean()
         alpha, gamma = ones, (sums - centre)[:, None] * mask
     elif estimator == "score_function":
         value = statistics.scores() + (h * lengths if per_token else 0.0)
@@ -101,8 +120,8 @@ def entropy_coefficients(
         alpha, gamma = ones, torch.zeros_like(ones)
     else:
         raise ValueError(f"unknown estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}")
-    factor = float(len(batch) / lengths.sum()) if per_token else 1.0
-    return TokenCoefficients(alpha, gamma).scaled(factor)
+    factor = omega * (len(batch) / (omega * lengths).sum()) if per_token else omega
+    return TokenCoefficients(alpha * factor[:, None], gamma * factor[:, None])
 
 
 def leave_one_out_mean(values: Tensor, prompt_index: Tensor) -> Tensor:

@@ -103,7 +103,13 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
     if "position_ids" in accepts:
         # One row a sequence: a model that makes its own (1, l) positions would sum gradients over the batch.
         length = bucket.input_ids.shape[1]
-        arguments["position_ids"] = torch.arange(length, device=bucket.input_ids.device).expand(bucket.input_ids.shape)
+        counted = torch.arange(length, device=bucket.input_ids.device).expand(bucket.input_ids.shape)
+        arguments["position_ids"] = counted if bucket.position_ids is None else bucket.position_ids
+    if bucket.attention_mask is not None:
+        # Additive, which every attention implementation that takes a mask of four dimensions understands.
+        dtype = next(model.parameters()).dtype
+        mask = torch.zeros(bucket.attention_mask.shape, dtype=dtype, device=bucket.input_ids.device)
+        arguments["attention_mask"] = mask.masked_fill_(~bucket.attention_mask, torch.finfo(dtype).min)
     if "use_cache" in accepts:
         arguments["use_cache"] = False
     with _cut_to_positions(output_layer(model), bucket) as cut:
@@ -125,9 +131,9 @@ def _raise_if_broken(logits: Tensor, bucket: Bucket) -> None:
     # Minus infinity alone is legal: a token the model rules out.
     bad = (logits.detach().isnan() | logits.detach().isposinf()).any(1)
     if bool(bad.any()):
-        row = int(bucket.rows[bad.nonzero()[0, 0]])
+        sequence = int(bucket.sequences[bad.nonzero()[0, 0]])
         raise ValueError(
-            f"sequence {int(bucket.indices[row])}: the model gave NaN or infinite logits on it; its weights are broken "
+            f"sequence {sequence}: the model gave NaN or infinite logits on it; its weights are broken "
             "(check the checkpoint) or the numbers overflowed (load the model in float32)"
         )
 

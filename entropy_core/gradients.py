@@ -57,11 +57,12 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def _objective(logits: Tensor, bucket: Bucket, coefficients: Sequence[TokenCoefficients]) -> list[Tensor]:
     logprobs, entropies = logprobs_and_entropies(logits, bucket.targets)
-    at = (bucket.indices[bucket.rows], bucket.columns)
-    return [_weighted_sum(logprobs, entropies, c, at) for c in coefficients]
+    at = (bucket.sequences, bucket.columns)
+    return [weighted_sum(logprobs, entropies, c, at) for c in coefficients]
 
 
-def _weighted_sum(logprobs: Tensor, entropies: Tensor, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
+def weighted_sum(logprobs: Tensor, entropies: Tensor, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
+    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are `at`; differentiable."""
     return torch.dot(c.logprob[at].to(logprobs), logprobs) + torch.dot(c.entropy[at].to(entropies), entropies)
 
 
@@ -125,14 +126,14 @@ def entropy_gradient_and_statistics(
         statistics = token_statistics(model, batch, token_batch_size)
         return entropy_gradient(model, batch, estimator, per_token, statistics, token_batch_size), statistics
     parameters, bucket = trainable_parameters(model), buckets[0]
-    at = (bucket.indices[bucket.rows], bucket.columns)
+    at = (bucket.sequences, bucket.columns)
     with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
         logprobs, entropies = logprobs_and_entropies(
             completion_logits(model, bucket, batch.temperature), bucket.targets
         )
         statistics = scatter_statistics(batch, at, logprobs.detach(), entropies.detach())
         c = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
-        objective = _weighted_sum(logprobs, entropies, c, at)
+        objective = weighted_sum(logprobs, entropies, c, at)
         found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
     gradient = {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)

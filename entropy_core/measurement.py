@@ -45,9 +45,15 @@ class EntropyMeasurement:
 
 
 def snis_entropy_change(
-    before: TokenStatistics, after: TokenStatistics, batch: SequenceBatch, per_token: bool = True
+    before: TokenStatistics,
+    after: TokenStatistics,
+    batch: SequenceBatch,
+    per_token: bool = True,
+    log_weights: Tensor | None = None,
 ) -> EntropyMeasurement:
-    """Change of h (per_token) or H by self-normalised importance sampling; `batch` was drawn under `before`.
+    """Change of h (per_token) or H by self-normalised importance sampling.
+
+    log_weights: (N,) log-ratio of the policy `before` to the law that drew the batch; None where it was drawn under `before`.
 
     Raises ValueError when the log-ratios are not finite.
     """
@@ -55,24 +61,42 @@ def snis_entropy_change(
     if not bool(torch.isfinite(log_ratio).all()):
         bad = int((~torch.isfinite(log_ratio)).nonzero()[0, 0])
         raise ValueError(f"sequence {bad}: its log-probability is not finite before or after the update")
-    weights = torch.softmax(log_ratio, 0)
-    return _measure(before, after, batch, weights, per_token)
+    start = torch.zeros_like(log_ratio) if log_weights is None else log_weights.double()
+    return _measure(before, after, batch, torch.softmax(start, 0), torch.softmax(start + log_ratio, 0), per_token)
 
 
 def fixed_prefix_entropy_change(
-    before: TokenStatistics, after: TokenStatistics, batch: SequenceBatch, per_token: bool = True
+    before: TokenStatistics,
+    after: TokenStatistics,
+    batch: SequenceBatch,
+    per_token: bool = True,
+    log_weights: Tensor | None = None,
 ) -> EntropyMeasurement:
-    """Change of mean token entropy on the given tokens, unweighted: the fixed-prefix estimand, not the change of h or H."""
-    weights = torch.full((len(batch),), 1.0 / len(batch), dtype=torch.float64, device=batch.device)
-    return _measure(before, after, batch, weights, per_token)
+    """Change of mean token entropy on the given tokens under the weights of `before`: the fixed-prefix estimand, not the
+    change of h or H.
+    """
+    start = torch.zeros(len(batch), dtype=torch.float64, device=batch.device) if log_weights is None else log_weights
+    weights = torch.softmax(start.double(), 0)
+    return _measure(before, after, batch, weights, weights, per_token)
 
 
 def _measure(
-    before: TokenStatistics, after: TokenStatistics, batch: SequenceBatch, weights: Tensor, per_token: bool
+    before: TokenStatistics,
+    after: TokenStatistics,
+    batch: SequenceBatch,
+    weights_before: Tensor,
+    weights: Tensor,
+    per_token: bool,
 ) -> EntropyMeasurement:
     units = batch.completion_lengths.double() if per_token else torch.ones_like(weights)
     columns = torch.stack(  # numerator and denominator of the entropy after, then of the entropy before
-        [weights * after.entropy_sums(), weights * units, before.entropy_sums() / len(batch), units / len(batch)], 1
+        [
+            weights * after.entropy_sums(),
+            weights * units,
+            weights_before * before.entropy_sums(),
+            weights_before * units,
+        ],
+        1,
     )
     by_prompt = sums_over_prompts(columns, batch.prompt_index)
     total = by_prompt.sum(0)

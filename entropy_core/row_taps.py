@@ -113,9 +113,12 @@ class RowTaps:
             self._forming_rows = False
 
     def _unflatten(self, tensor: Tensor) -> Tensor:
-        """(m, ...) of completion tokens -> (n, l, ...), zero elsewhere (a zero cotangent adds nothing to a row)."""
-        full = tensor.new_zeros((*self._bucket.input_ids.shape, *tensor.shape[1:]))
-        full[self._bucket.rows, self._bucket.positions] = tensor
+        """(m, ...) of completion tokens -> (n, most tokens of a row, ...), zero elsewhere (a zero cotangent adds nothing)."""
+        rows = self._bucket.rows  # ascending
+        counts = torch.bincount(rows, minlength=len(self._bucket.input_ids))
+        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        full = tensor.new_zeros((len(counts), int(counts.max()), *tensor.shape[1:]))
+        full[rows, slots] = tensor
         return full
 
 

@@ -107,7 +107,7 @@ def token_statistics(
             found = list(logprobs_and_entropies(logits, bucket.targets))
             if with_variances:
                 found.append(_surprisal_variances(logits, found[1]))
-            places.append((bucket.indices[bucket.rows], bucket.columns))
+            places.append((bucket.sequences, bucket.columns))
             values.append(found)
     at = (torch.cat([rows for rows, _ in places]), torch.cat([columns for _, columns in places]))
     return scatter_statistics(batch, at, *(torch.cat(parts) for parts in zip(*values, strict=True)))

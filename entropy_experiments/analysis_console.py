@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.entropy_runner import FisherAnalysis, run_fisher_analysis
+from entropy_experiments.report_analyses import analysis_sections
 from entropy_experiments.results_folder import read_results_folder
 from entropy_experiments.verdict import write_verdict
 
@@ -76,6 +77,8 @@ def _print_verdict(console: Console, analysis: FisherAnalysis) -> None:
         results.summary, results.history, results.run["self_checks"], results.training, prompts
     ):
         console.print(f"- {sentence.text}", markup=False, soft_wrap=True)
+    for section in analysis_sections(results.summary):
+        console.print(f"- {section.question} {section.sentence}", markup=False, soft_wrap=True)
     for check in analysis.numbers.checks:
         mark = "ok  " if check.passed else "FAIL"
         console.print(

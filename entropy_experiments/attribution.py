@@ -22,15 +22,19 @@ from entropy_experiments.optimizer_step import NextStep
 
 @dataclass(frozen=True)
 class Attribution:
-    """shares: (n_train,) float64 dH_i, nats per token. entropy_products: (n_train,) <grad h, P dS_i> under the kernel's P."""
+    """Shares (n_train,) float64 dH_i = step_factor * w_i * products, nats per token, products = <grad h, P_t dS_i>.
+
+    Where groups of parameters have different rates, step_factor is the first group's, and the others' ratios to it are in
+    the products.
+    """
 
     shares: Tensor
-    entropy_products: Tensor
-    horizon_factor: float
+    products: Tensor
+    step_factor: float
 
 
 def attribute(
-    grad_h: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
     columns: Mapping[str, Tensor],
     weights: Tensor,
     step: NextStep | None,
@@ -40,23 +44,29 @@ def attribute(
 ) -> Attribution:
     """Shares of all training sequences.
 
-    grad_h: name -> gradient of entropy per token. columns: name -> (n_train, *shape) rows dS_i, multiplied by
+    gradient: name -> gradient of entropy per token. columns: name -> (n_train, *shape) rows dS_i, multiplied by
     kernel_preconditioner already (None: 1). step: the AdamW step, or None for the plain gradient step of `learning_rate`.
     """
-    inner = torch.zeros(len(weights), dtype=torch.float64)
-    products = torch.zeros_like(inner)
+    factors = {
+        name: learning_rate if step is None else batch_step_factor(step.state[name]) for name in columns
+    }  # of which at least one is not 0: such a step is refused
+    first = next(f for f in factors.values() if f)
+    products = torch.zeros(len(weights), dtype=torch.float64)
     for name, rows in columns.items():
-        flat, towards = rows.flatten(1), grad_h[name]
-        products += (flat @ towards.flatten()).double().cpu()
-        factor = learning_rate
+        towards = gradient[name]
         if step is not None:
-            factor = batch_step_factor(step.state[name])
             towards = towards * step.preconditioner[name]
         if kernel_preconditioner is not None:
             towards = towards / kernel_preconditioner[name]
-        inner += factor * (flat @ towards.flatten()).double().cpu()
-    horizon = 1.0 if step is None else horizon_factor(next(iter(step.state.values())))
-    return Attribution(clip * weights.double().cpu() * inner, products, horizon)
+        products += factors[name] / first * (rows.flatten(1) @ towards.flatten()).double().cpu()
+    factor = first * clip
+    return Attribution(factor * weights.double().cpu() * products, products, factor)
+
+
+def kernel_products(gradient: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Tensor:
+    """(n_train,) float64 <gradient, P dS_i> under the kernel's own P, which is in `columns` already."""
+    products = [(rows.flatten(1) @ gradient[name].flatten()).double().cpu() for name, rows in columns.items()]
+    return torch.stack(products).sum(0)
 
 
 def horizon_factor(state_before: AdamWParameterState) -> float:

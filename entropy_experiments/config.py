@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rl_training.config import TaskConfig
 from rl_training.configuration import StrictModel
 
-Scales = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
+Scales = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 
 
 class SamplingConfig(StrictModel):
@@ -17,8 +17,16 @@ class SamplingConfig(StrictModel):
     """`random`: uniform by seed; `fixed_set`: the split's first prompts, the same for every checkpoint."""
     eval_split: Literal["heldout", "train"] = "heldout"
     """Which prompts the evaluation buffer is drawn from; nothing of their rewards is looked at."""
+    eval_completions: Literal["sampled", "reference"] = "sampled"
+    """`sampled` from the policy; `reference`: each prompt's own answer, a row that was not drawn from the policy."""
+    eval_sequences_path: str | None = None
+    """JSONL of one's own sequences as rows, in place of anything drawn."""
     train_prompts: Literal["random", "fixed_set", "from_run"] = "random"
     """`random`: by difficulty; `fixed_set`: the first prompts; `from_run`: the buffer the checkpoint's last step used."""
+    train_completions: Literal["sampled", "reference"] = "sampled"
+    """`sampled` from the policy; `reference`: each prompt's own answer, columns without weights."""
+    train_sequences_path: str | None = None
+    """JSONL of one's own sequences as columns; without rewards or weights there is no step, only the kernel."""
     same_prompts: bool = False
     """True draws the evaluation buffer from the training buffer's prompts (fresh completions); false keeps them apart."""
     completions_per_prompt: int | None = Field(default=None, ge=2)
@@ -31,6 +39,31 @@ class SamplingConfig(StrictModel):
     """Tokens after which a completion is cut; by default the run's. Needed for checkpoints without a sidecar."""
     max_refill_rounds: NonNegativeInt = 4
     """Times that groups without reward differences are replaced."""
+
+    @property
+    def rows_are_drawn(self) -> bool:
+        """Whether the evaluation sequences come from the policy, so that they say something of its entropy."""
+        return self.eval_sequences_path is None and self.eval_completions == "sampled"
+
+    @model_validator(mode="after")
+    def _one_source_a_side(self) -> Self:
+        if self.eval_sequences_path is not None and self.eval_completions == "reference":
+            raise ValueError(
+                "eval_sequences_path and eval_completions=reference both say what the rows are: take one of them"
+            )
+        if self.eval_completions == "reference" and self.eval_completions_per_prompt > 1:
+            raise ValueError("a prompt has one reference completion: leave eval_completions_per_prompt at 1")
+        if self.train_sequences_path is not None and self.train_completions == "reference":
+            raise ValueError(
+                "train_sequences_path and train_completions=reference both say what the columns are: take one of them"
+            )
+        own = self.train_sequences_path is not None or self.train_completions == "reference"
+        if own and self.train_prompts == "from_run":
+            raise ValueError(
+                "train_prompts=from_run takes the sequences that the run recorded: leave out train_sequences_path and "
+                "train_completions=reference, or train_prompts"
+            )
+        return self
 
 
 class FisherKernelConfig(StrictModel):
@@ -45,14 +78,41 @@ class FisherKernelConfig(StrictModel):
 
 
 class AnalysisConfig(StrictModel):
-    """Which questions are answered."""
+    """Which questions are answered; each is a page of docs/analyses."""
 
     prompt_structure: bool = True
     """Do sequences of the same prompt move each other more than sequences of different prompts?"""
+    sequence_clustering: bool = True
+    """Do the training sequences' gradients fall into groups, and what do these share?"""
     entropy_prediction: bool = True
-    """How well does the first order predict what the step really does to entropy?"""
-    step_scales: Scales = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+    """How well does the first order predict what the step really does to entropy? Without it nothing is measured."""
+    step_scales: Scales = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of the step at which the entropy change is measured; 1 is always among them."""
+    fresh_scales: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (1.0, 4.0)
+    """Those of them at which completions are drawn anew as well; each costs a sampling of the evaluation buffer."""
+    higher_order: bool = True
+    """At which step size does the second order matter?"""
+    attribution: bool = True
+    """Which training sequences, prompts and tokens moved entropy, and which evaluation sequences lost it?"""
+    intervention: bool = True
+    """Do the shares say what happens when sequences are really left out of the step?"""
+    intervention_subsets: int = Field(default=40, ge=3)
+    """Random halves of the training buffer with which a real step is taken; each costs a forward pass."""
+    weighting_schemes: bool = True
+    """What would other weightings of the same sequences have cost in entropy?"""
+    weighting_steps: bool = True
+    """Take and measure each weighting's real step as well; each costs a forward pass."""
+    baselines: bool = True
+    """How do other predictors of entropy change do on the same step?"""
+    buffers: bool = True
+    """How do the two buffers differ?"""
+
+    @model_validator(mode="after")
+    def _fresh_scales_are_measured(self) -> Self:
+        others = [s for s in self.fresh_scales if s not in (*self.step_scales, 1.0)]
+        if others:
+            raise ValueError(f"fresh_scales holds {others[0]:g}, which step_scales does not: add it there")
+        return self
 
 
 class EntropyAnalysisConfig(StrictModel):

@@ -15,11 +15,14 @@ from rl_training.configuration import load_config
 TRAIN_CONFIG = Path(__file__).parent.parent / "rl_training" / "cfg" / "testconfig.yaml"
 ANALYSIS_CONFIG = Path(__file__).parent / "configs" / "fisher_analysis.yaml"
 
-# Three quarters of the usual size, so that two cores are done in time.
+# Three quarters of the usual size, and none of the many real steps that are measured, so that two cores are done in time.
 ANALYSIS_OVERRIDES = (
     "entropy_analysis.eval_batch_size=48",
     "entropy_analysis.train_batch_size=48",
     "entropy_analysis.analysis.step_scales=[0.25, 0.5, 1.0, 2.0]",
+    "entropy_analysis.analysis.fresh_scales=[]",
+    "entropy_analysis.analysis.intervention=false",
+    "entropy_analysis.analysis.weighting_steps=false",
 )
 
 

@@ -1,12 +1,15 @@
 """Two independent buffers at a checkpoint: a filtered training buffer and an unfiltered evaluation buffer.
 
 One batch in both roles would add the t = t' terms (K(t, t) > 0) and bias every delta H. The evaluation buffer is drawn
-without looking at any reward; rewards are filled in afterwards, for the report alone. See docs/theory/double-sampling.md.
+without looking at any reward; rewards are filled in afterwards, for the report alone. Either side may be sequences of one's
+own instead (entropy_experiments/custom_sequences.py). See docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +18,17 @@ import torch
 from entropy_core.weighting import advantages, sequence_weights
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.custom_sequences import (
+    PromptNumbers,
+    given_rollouts,
+    read_custom_sequences,
+    reference_rollouts,
+)
+from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.algs.rollout_record import read_rollouts
-from rl_training.config import TaskConfig
-from rl_training.configuration import validate_config
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
-from rl_training.sampling import (
-    CollectionCounts,
-    Rollouts,
-    SamplingLaw,
-    collect_filtered,
-    draw,
-    prompt_text,
-    sampling_law,
-)
-from rl_training.tasks import Task, load_task
+from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, prompt_text, score
 
 # Offsets that keep the random streams of the two buffers apart for one seed.
 _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
@@ -37,79 +36,84 @@ _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
 
 @dataclass(frozen=True)
 class TrainingBuffer:
-    """Filtered rollouts with (N,) float64 advantages and weights w_i, and what their collection cost."""
+    """Columns of the kernel with (N,) float64 advantages and weights w_i, and what their collection cost.
+
+    weights are None for sequences of one's own that have neither weights nor rewards: then there is no step. advantages are
+    None where there are no rewards.
+    """
 
     rollouts: Rollouts
-    advantages: torch.Tensor
-    weights: torch.Tensor
+    advantages: torch.Tensor | None
+    weights: torch.Tensor | None
     counts: CollectionCounts
 
 
-@dataclass(frozen=True)
-class SamplingPlan:
-    """The task, the law and the group size that both buffers are drawn with."""
+def draw_buffers(
+    checkpoint: Checkpoint,
+    plan: SamplingPlan,
+    config: FisherAnalysisConfig,
+    stage: Callable[[str], None] = lambda name: None,
+) -> tuple[Rollouts, TrainingBuffer]:
+    """(evaluation, training) as `entropy_analysis.sampling` says; no prompt is in both unless same_prompts says so.
 
-    task: Task
-    law: SamplingLaw
-    completions_per_prompt: int
-    length_normalizer: str
+    The evaluation prompts are chosen before the training buffer is drawn, so that no reward has a say in them.
 
-
-def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingPlan:
-    """Put together the run's record and the configuration's overrides.
-
-    Raises UserError where neither says what is needed, or where a temperature is given that the run did not train at.
+    Raises UserError for files with bad lines, prompts that cannot be had, and buffers that share prompts against the wish.
     """
-    sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
-    task_config = config.checkpoint.task
-    if task_config is None and sidecar is not None and sidecar.task is not None:
-        task_config = validate_config(TaskConfig, sidecar.task, "the checkpoint's task")
-    if task_config is None:
-        raise UserError(
-            "the checkpoint does not say which task it was trained on: give checkpoint.task in the configuration"
-        )
-    temperature = sampling.temperature or (sidecar.sampling.temperature if sidecar else None)
-    longest = sampling.max_completion_length or (sidecar.sampling.max_completion_length if sidecar else None)
-    if temperature is None or longest is None:
-        raise UserError(
-            "the checkpoint does not say how completions were sampled: give entropy_analysis.sampling.temperature and "
-            "max_completion_length"
-        )
-    if sidecar is not None:
-        recorded = sidecar.sampling
-        for name, found, wanted in (
-            ("temperature", temperature, recorded.temperature),
-            ("max_completion_length", longest, recorded.max_completion_length),
-        ):
-            if found != wanted:
-                raise UserError(
-                    f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: under another law it is "
-                    "another policy; leave it out"
-                )
-        law = SamplingLaw(
-            temperature, longest, tuple(recorded.eos_token_ids), recorded.pad_token_id, recorded.top_k, recorded.top_p
-        )
+    sampling = config.entropy_analysis.sampling
+    numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
+    evaluation = training = None
+    if sampling.eval_sequences_path is not None:
+        evaluation = custom_evaluation(checkpoint, plan, Path(sampling.eval_sequences_path), numbers)
+    if sampling.train_sequences_path is not None:
+        training = custom_training(checkpoint, plan, Path(sampling.train_sequences_path), numbers)
+    stage("drawing the training buffer")
+    if evaluation is not None:
+        rows = evaluation.prompt_row
     else:
-        law = sampling_law(checkpoint.model, checkpoint.tokenizer, temperature, longest)
-    size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
-    if config.entropy_analysis.train_batch_size % size:
-        raise UserError(
-            f"entropy_analysis.train_batch_size {config.entropy_analysis.train_batch_size} is not a multiple of the {size} "
-            "completions of a prompt"
-        )
-    normalizer = sidecar.algorithm.length_normalizer if sidecar else "constant"
-    return SamplingPlan(load_task(task_config), law, size, normalizer)
+        rows = choose_evaluation_rows(plan, config, training.rollouts.prompt_index if training else ())
+    if training is None:
+        training = sample_training_batch(checkpoint, plan, config, [] if sampling.same_prompts else rows)
+    if not sampling.same_prompts:
+        _require_apart(rows, training.rollouts, config)
+    stage("drawing the evaluation buffer")
+    if evaluation is None:
+        rows = rows_of(training.rollouts, config) if sampling.same_prompts else rows
+        evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
+    return evaluation, training
 
 
-def choose_evaluation_rows(plan: SamplingPlan, config: FisherAnalysisConfig) -> list[dict[str, Any]]:
+def _require_apart(rows: Sequence[dict[str, Any]], training: Rollouts, config: FisherAnalysisConfig) -> None:
+    shared = {int(row["prompt_index"]) for row in rows} & set(training.prompt_index)
+    if not shared:
+        return
+    sampling = config.entropy_analysis.sampling
+    source = sampling.train_sequences_path or (
+        "the run's own buffer" if sampling.train_prompts == "from_run" else "the training buffer"
+    )
+    remedy = "draw that from held-out prompts (eval_split=heldout)"
+    if sampling.eval_sequences_path is not None:
+        remedy = f"take {'them' if len(shared) > 1 else 'it'} out of {sampling.eval_sequences_path}"
+    more = f" ({len(shared)} such prompts)" if len(shared) > 1 else ""
+    raise UserError(
+        f"{source} holds prompt {min(shared)}, which the evaluation buffer has too{more}: {remedy}, or say that they are to be "
+        "shared (same_prompts=true)"
+    )
+
+
+def choose_evaluation_rows(
+    plan: SamplingPlan, config: FisherAnalysisConfig, keep_out: Collection[int] = ()
+) -> list[dict[str, Any]]:
     """Task rows of the evaluation buffer, chosen before the training buffer is drawn, so that no reward has a say in it.
 
-    Empty under same_prompts, where they are the training buffer's own. Raises UserError when the split has no prompts.
+    keep_out: numbers of prompts that are not taken, those of a training buffer of one's own. Empty under same_prompts, where
+    they are the training buffer's own. Raises UserError when the split has no prompts.
     """
     sampling = config.entropy_analysis.sampling
     if sampling.same_prompts:
         return []
-    pool = plan.task.heldout if sampling.eval_split == "heldout" else plan.task.train
+    split = plan.task.heldout if sampling.eval_split == "heldout" else plan.task.train
+    pool = [row for row in split if row["prompt_index"] not in keep_out]
     if not pool:
         raise UserError(
             f"the task has no {sampling.eval_split} prompts for the evaluation buffer: give it a larger heldout_size, or set "
@@ -124,9 +128,11 @@ def rows_of(training: Rollouts, config: FisherAnalysisConfig) -> list[dict[str, 
 
 
 def _arranged(pool: list[dict[str, Any]], config: FisherAnalysisConfig) -> list[dict[str, Any]]:
-    """As many rows as the buffer needs: distinct prompts first, then the same again."""
+    """As many rows as the buffer needs: distinct prompts first, then the same again (not for references: they are equal)."""
     settings = config.entropy_analysis
     count = -(-settings.eval_batch_size // settings.sampling.eval_completions_per_prompt)
+    if settings.sampling.eval_completions == "reference":
+        count = min(count, len(pool))
     order = np.arange(len(pool))
     if settings.sampling.eval_prompts == "random":
         order = np.random.default_rng(config.seed + _EVALUATION_STREAM).permutation(len(pool))
@@ -139,11 +145,13 @@ def sample_evaluation_batch(
     config: FisherAnalysisConfig,
     rows: list[dict[str, Any]],
 ) -> Rollouts:
-    """The unfiltered buffer: completions of `rows`, no reward looked at."""
-    each = config.entropy_analysis.sampling.eval_completions_per_prompt
-    seed = config.seed + _EVALUATION_STREAM + 1
+    """The unfiltered buffer: completions of `rows`, sampled or their references; no reward is looked at."""
+    settings = config.entropy_analysis
+    if settings.sampling.eval_completions == "reference":
+        return reference_rollouts(checkpoint.tokenizer, rows, plan, "evaluation")
+    each, seed = settings.sampling.eval_completions_per_prompt, config.seed + _EVALUATION_STREAM + 1
     rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, seed, "evaluation")
-    return rollouts.select(range(config.entropy_analysis.eval_batch_size))
+    return rollouts.select(range(settings.eval_batch_size))
 
 
 def sample_training_batch(
@@ -154,28 +162,28 @@ def sample_training_batch(
 ) -> TrainingBuffer:
     """The filtered buffer, by the run's own pass rates and rules, with Dr. GRPO's weights; `keep_out` are not drawn.
 
-    N in the weights is the buffer's size as asked for, as in training: groups that could not be had carry no gradient.
+    N in the weights is the buffer's size as asked for, as in training: groups that could not be had carry no gradient. With
+    train_completions=reference: the prompts' own answers, without weights.
 
-    Raises UserError when no training prompt is left, none gives gradient, or a recorded buffer holds one of `keep_out`.
+    Raises UserError when no training prompt is left, or none gives gradient.
     """
     settings, record = config.entropy_analysis, checkpoint.record
-    excluded = {row["prompt_index"] for row in keep_out}
     if settings.sampling.train_prompts == "from_run":
-        buffer = _buffer_of_run(record.run_dir, record.step, plan)
-        if shared := excluded & set(buffer.rollouts.prompt_index):
-            raise UserError(
-                f"the run's own buffer holds prompt {min(shared)}, which the evaluation buffer has too: draw that from held-out "
-                "prompts (eval_split=heldout), or say that they are to be shared (same_prompts=true)"
-            )
-        return buffer
-    prompts = settings.train_batch_size // plan.completions_per_prompt
+        return _buffer_of_run(record.run_dir, record.step, plan)
+    excluded = {row["prompt_index"] for row in keep_out}
     places = [i for i, row in enumerate(plan.task.train) if row["prompt_index"] not in excluded]
     if not places:
         raise UserError("no training prompt is left beside the evaluation buffer: give the task a larger size")
+    fixed = settings.sampling.train_prompts == "fixed_set"
+    if settings.sampling.train_completions == "reference":
+        order = places if fixed else np.random.default_rng(config.seed + _TRAINING_STREAM).permutation(places)
+        rows = [plan.task.train[i] for i in order[: settings.train_batch_size]]
+        answers = reference_rollouts(checkpoint.tokenizer, rows, plan, "trained")
+        return TrainingBuffer(answers, None, None, CollectionCounts(kept=len(answers)))
+    prompts = settings.train_batch_size // plan.completions_per_prompt
     rates, rules = PassRates(len(plan.task.train)), record.sidecar.algorithm if record.sidecar else None
     if record.sidecar is not None and len(record.sidecar.pass_rates["passes"]) == rates.size:
         rates.load_state_dict(record.sidecar.pass_rates)
-    fixed = settings.sampling.train_prompts == "fixed_set"
     places = places[:prompts] if fixed else places
     rollouts, counts = collect_filtered(
         checkpoint.model,
@@ -191,14 +199,77 @@ def sample_training_batch(
         difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
         reject_zero_advantage=rules is None or rules.reject_zero_advantage,
     )
+    gains, weights = _dr_grpo(rollouts, plan)
+    return TrainingBuffer(rollouts, gains, weights * (len(rollouts) / settings.train_batch_size), counts)
+
+
+def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, weights) of scored rollouts, N their number."""
     rewards = torch.tensor([float(r if r is not None else 0.0) for r in rollouts.reward], dtype=torch.float64)
     index = torch.tensor(rollouts.prompt_index)
     lengths = torch.tensor([len(c) for c in rollouts.completion_ids])
     weights = sequence_weights(
         rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
     )
-    weights = weights * (len(rollouts) / settings.train_batch_size)
-    return TrainingBuffer(rollouts, advantages(rewards, index, "dr_grpo"), weights, counts)
+    return advantages(rewards, index, "dr_grpo"), weights
+
+
+def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> Rollouts:
+    """Rows of one's own. Raises UserError for a file with bad lines."""
+    sequences = read_custom_sequences(path, plan.system_prompt)
+    rows = numbers.rows(path, sequences)
+    texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
+    return given_rollouts(checkpoint.tokenizer, rows, texts, plan, "evaluation", rewards)
+
+
+def custom_training(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> TrainingBuffer:
+    """Columns of one's own: with the file's weights, else with Dr. GRPO's from its rewards, else without weights.
+
+    Raises UserError for a file with bad lines, or whose weights are all 0.
+    """
+    sequences = read_custom_sequences(path, plan.system_prompt)
+    rows = numbers.rows(path, sequences)
+    texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
+    rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards)
+    gains = weights = None
+    if sequences[0].reward is not None:
+        gains, weights = _dr_grpo(rollouts, plan)
+    if sequences[0].weight is not None:
+        weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
+    if weights is not None and not bool(weights.any()):
+        why = "every weight is 0" if sequences[0].weight is not None else "the rewards of each prompt are all equal"
+        raise UserError(
+            f"{path}: {why}, so there is no step to analyse; leave {'weights' if sequences[0].weight is not None else 'rewards'} "
+            "out for the kernel alone"
+        )
+    return TrainingBuffer(rollouts, gains, weights, CollectionCounts(kept=len(rollouts)))
+
+
+def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> None:
+    """Fill in the rewards of an evaluation buffer: those of the task's own prompts that have none yet."""
+    known = {row["prompt_index"] for row in (*plan.task.train, *plan.task.heldout)}
+    missing = [i for i, r in enumerate(rollouts.reward) if r is None and rollouts.prompt_index[i] in known]
+    if missing:
+        part = rollouts.select(missing)
+        score(part, plan.task.reward_functions)
+        for i, reward in zip(missing, part.reward, strict=True):
+            rollouts.reward[i] = reward
+
+
+def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[str, Any]:
+    """What draws this evaluation buffer again: its prompts in order, and the seeds of their choice and of the completions."""
+    sampling = config.entropy_analysis.sampling
+    drawn = sampling.rows_are_drawn
+    return {
+        "source": sampling.eval_sequences_path
+        or f"{'training prompts' if sampling.same_prompts else sampling.eval_split}",
+        "prompts": None if sampling.eval_sequences_path else sampling.eval_prompts,
+        "completions": "given" if sampling.eval_sequences_path else sampling.eval_completions,
+        "seed": config.seed,
+        "prompt_seed": config.seed + _EVALUATION_STREAM if sampling.eval_prompts == "random" else None,
+        "completion_seed": config.seed + _EVALUATION_STREAM + 1 if drawn else None,
+        "prompt_index": list(evaluation.prompt_index),
+    }
 
 
 def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> TrainingBuffer:

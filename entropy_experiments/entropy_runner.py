@@ -17,21 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from entropy_experiments.analyses.prompt_structure import kernel_structure
+from entropy_experiments.analyses_runner import failed_analyses, run_analyses
+from entropy_experiments.analysis_inputs import AnalysisInputs
+from entropy_experiments.analysis_numbers import AnalysisNumbers
 from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import (
-    SamplingPlan,
-    TrainingBuffer,
-    choose_evaluation_rows,
-    plan_sampling,
-    rows_of,
-    sample_evaluation_batch,
-    sample_training_batch,
-)
-from entropy_experiments.fisher_analyzer import AnalysisNumbers, analyze_batches
+from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
+from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.report import write_report
 from entropy_experiments.results_writer import (
     describe_environment,
@@ -41,11 +36,12 @@ from entropy_experiments.results_writer import (
     write_kernels,
     write_sequences,
 )
+from entropy_experiments.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.self_checks import SelfCheck
 from rl_training.configuration import dump_config
 from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
-from rl_training.sampling import Rollouts, score
+from rl_training.sampling import Rollouts
 
 Stage = Callable[[str], None]
 
@@ -64,6 +60,11 @@ class FisherAnalysis:
     @property
     def failed_checks(self) -> list[SelfCheck]:
         return [check for check in self.numbers.checks if not check.passed]
+
+    @property
+    def failed_analyses(self) -> dict[str, str]:
+        """Name -> what went wrong."""
+        return failed_analyses(self.summary["analyses"])
 
 
 @dataclass
@@ -108,10 +109,10 @@ def run_fisher_analysis(
     """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
 
     folder: where to; by default `results_folder_for`. overwrite: replace a folder that exists, once the new one is whole.
-    keep_going: write the results even where a self-check fails (it is red in the report either way). stage: called with the
-    name of each stage as it begins.
+    keep_going: write the results even where a self-check or one of the analyses fails (it is red in the report either way).
+    stage: called with the name of each stage as it begins.
 
-    Raises UserError for bad input (nothing is left behind), or a failed self-check.
+    Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis.
     """
     config = config or FisherAnalysisConfig()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -133,23 +134,17 @@ def run_fisher_analysis(
         raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
     with _part_folder(target) as part:
         plan = plan_sampling(checkpoint, config)
-        clock.start("drawing the training buffer")
-        apart = choose_evaluation_rows(plan, config)
-        training = sample_training_batch(checkpoint, plan, config, keep_out=apart)
-        clock.start("drawing the evaluation buffer")
-        rows = rows_of(training.rollouts, config) if settings.sampling.same_prompts else apart
-        evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
-        numbers = _analyze(checkpoint, plan, config, evaluation, training, clock.start)
-        score(evaluation, plan.task.reward_functions)  # only now, for the report: the draw looked at no reward
-        failed = [check for check in numbers.checks if not check.passed]
-        if failed and not keep_going:
-            worst = failed[0]
-            raise UserError(
-                f"self-check failed: {worst.name} is {worst.value:.3g}, allowed {worst.tolerance:g} ({worst.explanation}) "
-                "Pass --keep-going to write the report all the same"
-            )
+        evaluation, training = draw_buffers(checkpoint, plan, config, clock.start)
+        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock.start)
+        numbers = inputs.numbers
+        if not keep_going:
+            _refuse_failed_checks(numbers.checks)
+        score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
+        analyses = run_analyses(inputs, clock.start)
+        if not keep_going:
+            _refuse_failed_analyses(analyses)
         clock.start("writing the results")
-        summary = _write(part, checkpoint, plan, config, evaluation, training, numbers)
+        summary = _write(part, checkpoint, inputs, analyses)
         write_json(
             part / "run.json",
             {
@@ -160,10 +155,29 @@ def run_fisher_analysis(
                 "stages": clock.finished(),
                 "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
                 "self_checks": [check.to_json() for check in numbers.checks],
+                "failed_analyses": failed_analyses(analyses),
             },
         )
         write_report(part, unfinished=True)
     return FisherAnalysis(target, target / "report.html", summary, numbers, evaluation, training)
+
+
+def _refuse_failed_checks(checks: list[SelfCheck]) -> None:
+    worst = next((check for check in checks if not check.passed), None)
+    if worst is not None:
+        raise UserError(
+            f"self-check failed: {worst.name} is {worst.value:.3g}, allowed {worst.tolerance:g} ({worst.explanation}) "
+            "Pass --keep-going to write the report all the same"
+        )
+
+
+def _refuse_failed_analyses(analyses: dict[str, dict[str, Any]]) -> None:
+    failed = [f"{name} ({what})" for name, what in failed_analyses(analyses).items()]
+    if failed:
+        raise UserError(
+            f"{'an analysis' if len(failed) == 1 else f'{len(failed)} analyses'} failed: {'; '.join(failed)}. Pass --keep-going "
+            "to write the report with what there is, or switch it off under entropy_analysis.analysis"
+        )
 
 
 def _analyze(
@@ -173,20 +187,22 @@ def _analyze(
     evaluation: Rollouts,
     training: TrainingBuffer,
     stage: Stage,
-) -> AnalysisNumbers:
+) -> AnalysisInputs:
     settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
     device = next(checkpoint.model.parameters()).device
     norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
     rate = config.checkpoint.learning_rate
     if rate is None and checkpoint.optimizer is None and sidecar is not None:
         rate = sidecar.learning_rates_used[0]
+    eval_batch = evaluation.to_batch(plan.law).to(device)
     try:
-        return analyze_batches(
+        found = analyze_batches(
             checkpoint.model,
             checkpoint.optimizer,
-            evaluation.to_batch(plan.law).to(device),
+            eval_batch,
             training.rollouts.to_batch(plan.law).to(device),
             training.weights,
+            rows_drawn=settings.sampling.rows_are_drawn,
             preconditioning=settings.fisher_kernel.preconditioning,
             max_grad_norm=norm,
             learning_rate=rate,
@@ -201,30 +217,38 @@ def _analyze(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{checkpoint.record.path}: {error}") from error
+    return AnalysisInputs(
+        model=checkpoint.model,
+        optimizer=checkpoint.optimizer,
+        tokenizer=checkpoint.tokenizer,
+        config=config,
+        plan=plan,
+        evaluation=evaluation,
+        training=training,
+        eval_batch=eval_batch,
+        numbers=found.numbers,
+        side=found.training,
+        gradients=found.gradients,
+    )
 
 
 def _write(
-    part: Path,
-    checkpoint: Checkpoint,
-    plan: SamplingPlan,
-    config: FisherAnalysisConfig,
-    evaluation: Rollouts,
-    training: TrainingBuffer,
-    numbers: AnalysisNumbers,
+    part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    settings = config.entropy_analysis
+    numbers, config = inputs.numbers, inputs.config
+    kernel, settings = config.entropy_analysis.fisher_kernel, config.entropy_analysis
     structure = None
-    if numbers.fisher is not None and settings.analysis.prompt_structure:
-        labels = (torch.tensor(evaluation.prompt_index).numpy(), torch.tensor(training.rollouts.prompt_index).numpy())
+    if numbers.fisher is not None:
+        labels = (np.array(rollouts.prompt_index) for rollouts in (inputs.evaluation, inputs.training.rollouts))
         structure = kernel_structure(numbers.fisher.cpu().numpy(), *labels)
-    preconditioning = settings.fisher_kernel.preconditioning
-    summary = summarize(
-        checkpoint, evaluation, training, numbers, structure, preconditioning, settings.sampling.same_prompts
-    )
+        structure["same_prompts"] = settings.sampling.same_prompts
+    summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
+    summary["analyses"] = analyses
     (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    write_sequences(part / "sequences.parquet", evaluation, training, numbers, plan)
-    write_kernels(part / "kernel.safetensors", numbers, checkpoint, preconditioning)
+    write_sequences(part / "sequences.parquet", inputs.evaluation, inputs.training, numbers, inputs.plan)
+    write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
     write_json(part / "summary.json", summary)
+    write_json(part / "evaluation_set.json", evaluation_set(config, inputs.evaluation))
     write_json(part / "training_history.json", training_history(checkpoint.record.log_history))
     return summary
 

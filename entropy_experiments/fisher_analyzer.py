@@ -10,78 +10,42 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import get_args
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import preconditioner
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients, trainable_parameters
+from entropy_core.forward import true_embedding_gradients
+from entropy_core.gradients import batch_gradients, dot
 from entropy_core.kernel import contract_rows
-from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.scores import token_statistics
 from entropy_core.uncertainty import jackknife_over_prompts
-from entropy_experiments.attribution import attribute
-from entropy_experiments.kernel_checks import (
-    check_attribution,
-    check_gradient,
-    check_kernel,
-    check_optimizer,
-    check_unseen_parameters,
-)
-from entropy_experiments.optimizer_step import NextStep, clip_coefficient, moved, plain_gradient_step, take_next_step
+from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
+from entropy_experiments.attribution import attribute, horizon_factor, kernel_products
+from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel
+from entropy_experiments.optimizer_step import moved
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
+from entropy_experiments.training_side import TrainingSide, prepare_training_side
 from rl_training.errors import UserError
 
 Stage = Callable[[str], None]
-PARTS = ("total", "batch", "momentum", "weight_decay")
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value with the standard error of it (not the spread of its summands)."""
-
-    value: float
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class MeasuredScale:
-    """Measured changes at `scale` times the step, on the evaluation tokens."""
-
-    scale: float
-    snis: EntropyMeasurement
-    fixed_prefix: EntropyMeasurement
-
-
-@dataclass
-class AnalysisNumbers:
-    """Everything computed. Kernels are (n_eval, n_train) float32; shares and weights (n_train,) float64.
-
-    predicted[estimator][part]: nats per token, predicted_per_completion: nats per completion. shares: dH_i of this step,
-    nats per token, adding up to batch_change. contributions: (n_eval,) each evaluation sequence's part of the
-    Rao-Blackwell total.
+class FisherComputation:
+    """The numbers; the training side with its rows, for steps of other weights; and the gradients of h that shares and
+    predictions rest on, estimator -> name -> tensor ("rao_blackwell" and "split"; "fixed_prefix" where rows are given).
     """
 
-    eval_statistics: TokenStatistics
-    train_statistics: TokenStatistics
-    fisher: Tensor | None = None
-    entropy_fisher: Tensor | None = None
-    predicted: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    predicted_per_completion: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    contributions: Tensor | None = None
-    shares: Tensor | None = None
-    horizon_factor: float = 1.0
-    batch_change: float = 0.0
-    measured: list[MeasuredScale] = field(default_factory=list)
-    gradient_norm: float = 0.0
-    clip: float = 1.0
-    checks: list[SelfCheck] = field(default_factory=list)
+    numbers: AnalysisNumbers
+    training: TrainingSide
+    gradients: dict[str, dict[str, Tensor]]
 
 
 def analyze_batches(
@@ -89,8 +53,9 @@ def analyze_batches(
     optimizer: torch.optim.AdamW | None,
     eval_batch: SequenceBatch,
     train_batch: SequenceBatch,
-    weights: Tensor,
+    weights: Tensor | None,
     *,
+    rows_drawn: bool = True,
     preconditioning: str = "checkpoint",
     max_grad_norm: float | None = 1.0,
     learning_rate: float | None = None,
@@ -100,158 +65,179 @@ def analyze_batches(
     names_recorded: bool = True,
     token_batch_size: int = 2048,
     stage: Stage = lambda name: None,
-) -> AnalysisNumbers:
+) -> FisherComputation:
     """Run one analysis; the model and the optimizer are as before when it returns.
 
-    weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i. preconditioning: the kernel's P, "checkpoint" (from the moments
-    in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and the step
-    is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. names_recorded: whether the
-    optimizer's names come from the checkpoint's own record rather than from rebuilding.
+    weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i; None: kernels alone, there is no step. rows_drawn: whether the
+    policy drew the evaluation sequences (see AnalysisNumbers). preconditioning: the kernel's P, "checkpoint" (from the
+    moments in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and
+    the step is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. names_recorded: whether
+    the optimizer's names come from the checkpoint's own record rather than from rebuilding.
 
-    Raises UserError for a missing optimizer or learning rate, ValueError where rows cannot be formed.
+    Raises UserError for a missing optimizer or learning rate, or where nothing is left to compute; ValueError where rows
+    cannot be formed.
     """
-    with_adam = preconditioning != "none"
-    if with_adam and optimizer is None:
+    if weights is None and not compute_full:
         raise UserError(
-            "the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none"
+            "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
-    parameters = trainable_parameters(model)
+    stage("training gradients, one row per sequence")
+    training = prepare_training_side(
+        model,
+        optimizer,
+        train_batch,
+        weights,
+        preconditioning=preconditioning,
+        max_grad_norm=max_grad_norm,
+        learning_rate=learning_rate,
+        names_recorded=names_recorded,
+        token_batch_size=token_batch_size,
+    )
     stage("token statistics")
     numbers = AnalysisNumbers(
         eval_statistics=token_statistics(model, eval_batch, token_batch_size, with_variances=True),
-        train_statistics=token_statistics(model, train_batch, token_batch_size),
+        train_statistics=training.statistics,
+        rows_drawn=rows_drawn,
+        clip=training.clip,
+        gradient_norm=training.gradient_norm,
+        checks=list(training.checks),
     )
-    _require_memory(parameters, len(train_batch))
-    stage("training gradients, one row per sequence")
-    columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
-    gradient = {name: -torch.einsum("n,n...->...", weights.to(rows), rows) for name, rows in columns.items()}
-    numbers.checks.append(check_gradient(model, train_batch, weights, gradient, token_batch_size))
-    step = _next_step(model, optimizer if with_adam else None, gradient, max_grad_norm, learning_rate, numbers)
-    p: dict[str, Tensor] | None = None
-    if isinstance(step, NextStep):
-        numbers.checks.extend(check_optimizer(step, gradient, names_recorded))
-        at_checkpoint = preconditioning == "checkpoint"
-        p = {name: preconditioner(s) for name, s in step.state.items()} if at_checkpoint else step.preconditioner
-        for name, rows in columns.items():
-            rows.mul_(p[name])
-        if at_checkpoint:
-            numbers.checks.append(check_unseen_parameters(step, columns, p))
-    taken, parts = _step_parts(step)
     stage("evaluation gradients and kernels")
-    _contract(model, eval_batch, columns, parts, numbers, compute_full, token_batch_size)
-    grad_h = entropy_gradient(model, eval_batch, statistics=numbers.eval_statistics, token_batch_size=token_batch_size)
-    adam_step = step if isinstance(step, NextStep) else None
-    found = attribute(grad_h, columns, weights, adam_step, p, numbers.clip, learning_rate or 0.0)
-    numbers.shares, numbers.horizon_factor = found.shares, found.horizon_factor
-    numbers.batch_change = dot(grad_h, parts["batch"])
-    numbers.checks.extend(check_attribution(found, numbers.batch_change, numbers.entropy_fisher))
+    _contract(model, eval_batch, training, numbers, compute_full, token_batch_size)
+    if compute_full:
+        stage("the training buffer's own kernel")
+        _contract_training(model, training, numbers, token_batch_size)
+    gradients = _attribute(model, eval_batch, training, numbers, token_batch_size)
     stage("checking the kernel against finite differences")
+    kernels = (numbers.fisher, numbers.train_fisher)
+    p, gradient = training.preconditioner, training.gradient
     numbers.checks.extend(
-        check_kernel(model, eval_batch, train_batch, gradient, weights, p, numbers.fisher, token_batch_size)
+        check_kernel(model, eval_batch, train_batch, gradient, training.push, p, *kernels, token_batch_size)
     )
-    z = surprisal_z_score(numbers.eval_statistics)
-    numbers.checks.append(
-        SelfCheck(
-            "sampler: surprisal = entropy", z, 4.0,
-            "|z| of mean(-S) against mean(sum of H_k) on the evaluation buffer; both estimate H. A large value means that "
-            "completions were not drawn from the distribution that is differentiated.",
-        )
-    )  # fmt: skip
-    if measure:
-        _measure(model, eval_batch, taken, parameters, step_scales, numbers, token_batch_size, stage)
-    return numbers
+    if rows_drawn:
+        z = surprisal_z_score(numbers.eval_statistics)
+        numbers.checks.append(
+            SelfCheck(
+                "sampler: surprisal = entropy", z, 4.0,
+                "|z| of mean(-S) against mean(sum of H_k) on the evaluation buffer; both estimate H. A large value means that "
+                "completions were not drawn from the distribution that is differentiated.",
+            )
+        )  # fmt: skip
+    if measure and training.step is not None:
+        _measure(model, eval_batch, training.taken, step_scales, numbers, token_batch_size, stage)
+    return FisherComputation(numbers, training, gradients)
 
 
-def _next_step(
-    model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
-    gradient: dict[str, Tensor],
-    max_grad_norm: float | None,
-    learning_rate: float | None,
-    numbers: AnalysisNumbers,
-) -> NextStep | dict[str, Tensor]:
-    if optimizer is not None:
-        step = take_next_step(model, optimizer, gradient, max_grad_norm, learning_rate)
-        numbers.clip, numbers.gradient_norm = step.clip, step.gradient_norm
-        return step
-    if not learning_rate:
-        raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
-    numbers.clip, numbers.gradient_norm = clip_coefficient(gradient, max_grad_norm)
-    return plain_gradient_step(gradient, learning_rate, numbers.clip)
-
-
-def _step_parts(step: NextStep | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    if isinstance(step, NextStep):
-        u = step.update
-        return step.taken, {
-            "total": step.taken,
-            "batch": u.batch,
-            "momentum": u.momentum,
-            "weight_decay": u.weight_decay,
-        }
-    nothing = {name: torch.zeros_like(d) for name, d in step.items()}
-    return step, {"total": step, "batch": step, "momentum": nothing, "weight_decay": nothing}
+def _own_estimator(numbers: AnalysisNumbers) -> Estimator:
+    """The estimator of kernels and shares: what given rows can tell is how entropy moves on their own tokens."""
+    return "rao_blackwell" if numbers.rows_drawn else "fixed_prefix"
 
 
 def _contract(
     model: nn.Module,
     batch: SequenceBatch,
-    columns: dict[str, Tensor],
-    parts: dict[str, dict[str, Tensor]],
+    training: TrainingSide,
     numbers: AnalysisNumbers,
     compute_full: bool,
     token_batch_size: int,
 ) -> None:
-    statistics = numbers.eval_statistics
+    """Fill in the cross kernels and the predictions, from one forward pass over the evaluation batch."""
+    statistics, parts = numbers.eval_statistics, training.step_parts()
+    columns = training.columns
+    sets = [columns] if compute_full else []
+    if parts:
+        steps = [*(parts[part] for part in PARTS), training.plain_step()]
+        sets.append({name: torch.stack([step[name] for step in steps]) for name in columns})
+    if not sets:
+        return
     # Estimators whose coefficients are equal over a sequence's tokens are combinations of two kinds of rows, so that
     # four backward passes serve all estimators and both units.
     objectives = [
         score_coefficients(batch),
         TokenCoefficients(batch.completion_mask.double(), torch.zeros_like(statistics.entropies, dtype=torch.float64)),
-        entropy_coefficients(statistics, batch, "rao_blackwell", True),
-        entropy_coefficients(statistics, batch, "rao_blackwell", False),
     ]
-    step_columns = {name: torch.stack([parts[part][name] for part in PARTS]) for name in columns}
-    sets = [columns, step_columns] if compute_full else [step_columns]
-    score_rows, entropy_only_rows, *own = (
-        m.double() for m in contract_rows(model, batch, objectives, sets, None, token_batch_size)
-    )
-    first = score_rows.shape[1] - len(PARTS)
+    if numbers.rows_drawn:
+        objectives += [entropy_coefficients(statistics, batch, "rao_blackwell", unit) for unit in (True, False)]
+    rows = [m.double() for m in contract_rows(model, batch, objectives, sets, None, token_batch_size)]
+    first = len(training.batch) if compute_full else 0
+
+    def products(estimator: Estimator, per_token: bool) -> Tensor:
+        if estimator == "rao_blackwell":
+            return rows[2 if per_token else 3]
+        c = entropy_coefficients(statistics, batch, estimator, per_token)
+        # equal over the tokens of a sequence: the largest in absolute value is the value
+        alpha, gamma = c.entropy.amax(1, keepdim=True), (c.logprob.amax(1) + c.logprob.amin(1))[:, None]
+        return alpha * rows[1] + gamma * rows[0]
+
+    own = products(_own_estimator(numbers), True)
     if compute_full:
-        numbers.fisher = score_rows[:, :first].float()
-        numbers.entropy_fisher = own[0][:, :first].float()
+        numbers.fisher, numbers.entropy_fisher = rows[0][:, :first].float(), own[:, :first].float()
+    if not parts:
+        return
+    estimators = get_args(Estimator) if numbers.rows_drawn else ("fixed_prefix",)
     for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
-        for estimator in get_args(Estimator):
-            if estimator == "rao_blackwell":
-                matrix = own[0 if per_token else 1]
-            else:
-                c = entropy_coefficients(statistics, batch, estimator, per_token)
-                # equal over the tokens of a sequence: the largest in absolute value is the value
-                alpha, gamma = c.entropy.amax(1, keepdim=True), (c.logprob.amax(1) + c.logprob.amin(1))[:, None]
-                matrix = alpha * entropy_only_rows + gamma * score_rows
+        for estimator in estimators:
+            matrix = products(estimator, per_token)
             target[estimator] = {
                 part: _mean_with_error(matrix[:, first + k], batch.prompt_index) for k, part in enumerate(PARTS)
             }
-    numbers.contributions = own[0][:, first] / len(batch)
+    numbers.without_preconditioner = _mean_with_error(own[:, first + len(PARTS)], batch.prompt_index)
+    numbers.contributions, numbers.own_changes = own[:, first] / len(batch), rows[1][:, first]
 
 
-def _require_memory(parameters: dict[str, nn.Parameter], sequences: int) -> None:
-    """Raises UserError where the rows of the training side would not fit into the free memory of the machine."""
-    needed = sequences * sum(p.numel() * p.element_size() for p in parameters.values())
-    free = _free_memory(next(iter(parameters.values())).device)
-    if needed > free:
-        count = sum(p.numel() for p in parameters.values())
-        raise UserError(
-            f"the gradients of {sequences} training sequences over {count:,} parameters need {needed / 2**30:.0f} GiB, and "
-            f"{free / 2**30:.0f} GiB are free: lower entropy_analysis.train_batch_size, or train fewer parameters (LoRA)"
+def _contract_training(
+    model: nn.Module, training: TrainingSide, numbers: AnalysisNumbers, token_batch_size: int
+) -> None:
+    """Fill in the kernels with the training sequences on both sides: one more forward and two backward passes."""
+    batch = training.batch
+    objectives = [
+        score_coefficients(batch),
+        entropy_coefficients(training.statistics, batch, _own_estimator(numbers), per_token=True),
+    ]
+    numbers.train_fisher, numbers.train_entropy_fisher = contract_rows(
+        model, batch, objectives, [training.columns], None, token_batch_size
+    )
+
+
+def _attribute(
+    model: nn.Module,
+    batch: SequenceBatch,
+    training: TrainingSide,
+    numbers: AnalysisNumbers,
+    token_batch_size: int,
+) -> dict[str, dict[str, Tensor]]:
+    """Fill in the shares, by the gradient of entropy and by that of its reweighted measurement; return these gradients."""
+    wanted: list[Estimator] = [_own_estimator(numbers)] + (["split"] if numbers.rows_drawn else [])
+    objectives = [
+        entropy_coefficients(numbers.eval_statistics, batch, estimator).scaled(1.0 / len(batch)) for estimator in wanted
+    ]
+    with true_embedding_gradients(model):
+        gradients = batch_gradients(model, batch, objectives, token_batch_size)
+    by_estimator: dict[str, dict[str, Tensor]] = dict(zip(wanted, gradients, strict=True))
+    if numbers.entropy_fisher is not None:
+        products = kernel_products(gradients[0], training.columns)
+        numbers.checks.append(check_entropy_kernel(numbers.entropy_fisher, products))
+    if training.weights is None or training.clip is None:
+        return by_estimator
+    found = [
+        attribute(
+            gradient,
+            training.columns,
+            training.weights,
+            training.adam_step,
+            training.preconditioner,
+            training.clip,
+            training.learning_rate or 0.0,
         )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # what can be had without swapping: memory that only caches files counts, which "free" pages would leave out
-    return psutil.virtual_memory().available
+        for gradient in gradients
+    ]
+    numbers.shares, numbers.products, numbers.step_factor = found[0].shares, found[0].products, found[0].step_factor
+    numbers.split_shares = found[1].shares if numbers.rows_drawn else None
+    step = training.adam_step
+    numbers.horizon_factor = 1.0 if step is None else horizon_factor(next(iter(step.state.values())))
+    numbers.batch_change = dot(gradients[0], training.step_parts()["batch"])
+    numbers.checks.append(check_attribution(found[0].shares, numbers.batch_change))
+    return by_estimator
 
 
 def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:
@@ -262,38 +248,41 @@ def _measure(
     model: nn.Module,
     batch: SequenceBatch,
     taken: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
     scales: tuple[float, ...],
     numbers: AnalysisNumbers,
     token_batch_size: int,
     stage: Stage,
 ) -> None:
+    """Fill in the measured changes along the step, and check their slope against the prediction."""
     before = numbers.eval_statistics
     for scale in sorted({*scales, 1.0}):
         stage(f"measuring at {scale:g} x the step")
         with moved(model, taken, scale):
             after = token_statistics(model, batch, token_batch_size)
-        numbers.measured.append(
-            MeasuredScale(
-                scale, snis_entropy_change(before, after, batch), fixed_prefix_entropy_change(before, after, batch)
-            )
-        )
+        snis = snis_entropy_change(before, after, batch) if numbers.rows_drawn else None
+        numbers.measured.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, batch)))
     stage("checking the slope")
-    small = 1 / 16
-    changes = []
+    estimator = "split" if numbers.rows_drawn else "fixed_prefix"
+    change = snis_entropy_change if numbers.rows_drawn else fixed_prefix_entropy_change
+    small, changes = 1 / 16, []
     for sign in (1, -1):
         with moved(model, taken, sign * small):
-            changes.append(snis_entropy_change(before, token_statistics(model, batch, token_batch_size), batch).change)
+            changes.append(change(before, token_statistics(model, batch, token_batch_size), batch).change)
     slope = (changes[0] - changes[1]) / (2 * small)
-    split = numbers.predicted["split"]["total"]
+    expected = numbers.predicted[estimator]["total"]
     # A float32 forward knows entropies to a few units in the last place, so a slope over 2/16 of a step has a floor.
-    floor = 32 * torch.finfo(torch.float32).eps * numbers.measured[0].snis.before / small
+    floor = 32 * torch.finfo(torch.float32).eps * numbers.measured[0].fixed_prefix.before / small
     numbers.checks.append(
         SelfCheck(
             "slope of the measurement = its derivative",
-            abs(slope - split.value) / max(abs(split.value), split.standard_error, 50 * floor), 0.02,
-            "central difference of the reweighted entropy at 1/16 of the step against the split estimator on the same tokens, "
-            "relative to the largest of the prediction, its standard error and 50 times the rounding of float32. Pins every "
-            "sign and normaliser.",
+            abs(slope - expected.value) / max(abs(expected.value), _known(expected.standard_error), 50 * floor), 0.02,
+            f"central difference of the measured entropy at 1/16 of the step against its exact derivative, the {estimator} "
+            "estimator on the same tokens, relative to the largest of the prediction, its standard error and 50 times the "
+            "rounding of float32. Pins every sign and normaliser.",
         )
     )  # fmt: skip
+
+
+def _known(standard_error: float) -> float:
+    """A standard error, 0 where one prompt alone leaves it unknown."""
+    return 0.0 if math.isnan(standard_error) else standard_error

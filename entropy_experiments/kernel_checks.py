@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from entropy_core.adamw import AdamWParameterState
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.scores import token_statistics
-from entropy_experiments.attribution import Attribution
 from entropy_experiments.optimizer_mapping import mapping_evidence
 from entropy_experiments.optimizer_step import NextStep, moved
 from entropy_experiments.self_checks import SelfCheck, relative_error, relative_error_of_dicts
@@ -32,11 +34,26 @@ def check_gradient(
 
 
 def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded: bool) -> list[SelfCheck]:
-    """The split against the optimizer's own step, and moments against gradients.
+    """The split against the optimizer's own step, and moments against gradients (`check_optimizer_entries`)."""
+    entries = check_optimizer_entries(step.state, gradient, names_recorded)
+    return [
+        SelfCheck(
+            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
+            "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
+            "step that is taken.",
+        ),
+        entries,
+    ]  # fmt: skip
+
+
+def check_optimizer_entries(
+    state: Mapping[str, AdamWParameterState], gradient: Mapping[str, Tensor], names_recorded: bool
+) -> SelfCheck:
+    """Moments against fresh gradients, parameter by parameter.
 
     Raises UserError where the moments look like those of other parameters.
     """
-    evidence = mapping_evidence(step.state, gradient)
+    evidence = mapping_evidence(state, gradient)
     worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
     if not evidence.convincing(names_recorded):
         raise UserError(
@@ -44,30 +61,25 @@ def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded:
             f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
             "in another order than the model's parameters, so P would be wrong; nothing is analysed"
         )
-    return [
-        SelfCheck(
-            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
-            "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
-            "step that is taken.",
-        ),
-        SelfCheck(
-            "optimizer entries recognised", 1.0 - evidence.share, 1.0 - evidence.required(names_recorded),
-            f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
-            f"more than their own.{worst}",
-        ),
-    ]  # fmt: skip
+    return SelfCheck(
+        "optimizer entries recognised", 1.0 - evidence.share, 1.0 - evidence.required(names_recorded),
+        f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
+        f"more than their own.{worst}",
+    )  # fmt: skip
 
 
-def check_unseen_parameters(step: NextStep, columns: dict[str, Tensor], p: dict[str, Tensor]) -> SelfCheck:
+def check_unseen_parameters(
+    state: Mapping[str, AdamWParameterState], columns: dict[str, Tensor], p: dict[str, Tensor]
+) -> SelfCheck:
     """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps).
 
-    columns: the training rows times p already; p: P at the checkpoint.
+    state: the moments at the checkpoint. columns: the training rows times p already; p: P at the checkpoint.
     """
     unseen = total = 0.0
     for name, rows in columns.items():
         weight = (rows.double().square() / p[name].double()).sum(0)
         total += float(weight.sum())
-        unseen += float(weight[step.state[name].exp_avg_sq == 0].sum())
+        unseen += float(weight[state[name].exp_avg_sq == 0].sum())
     return SelfCheck(
         "kernel not ruled by unseen parameters", unseen / total if total > 0 else 0.0, 0.5,
         "share of the training sequences' own kernel values, sum_i K1(i, i), that comes from parameters whose second moment is "
@@ -84,9 +96,13 @@ def check_kernel(
     weights: Tensor,
     p: dict[str, Tensor] | None,
     fisher: Tensor | None,
+    train_fisher: Tensor | None,
     token_batch_size: int,
 ) -> list[SelfCheck]:
-    """`fisher` times the weights against finite differences along P g, and a kernel of equal batches against its laws."""
+    """`fisher` times the weights against finite differences along P g, and a kernel of equal batches against its laws.
+
+    train_fisher: that kernel, where it is known; else one of six training sequences is made.
+    """
     if fisher is None:
         return []
     direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
@@ -101,9 +117,9 @@ def check_kernel(
         plus = token_statistics(model, eval_batch, token_batch_size).scores()
     with moved(model, direction, -epsilon):
         minus = token_statistics(model, eval_batch, token_batch_size).scores()
-    few = train_batch.select(range(min(6, len(train_batch))))
-    square = compute_cross_fisher_kernel(model, few, few, p, token_batch_size).double()
-    eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
+    if train_fisher is None:
+        few = train_batch.select(range(min(6, len(train_batch))))
+        train_fisher = compute_cross_fisher_kernel(model, few, few, p, token_batch_size)
     return [
         SelfCheck(
             "K w = finite difference", relative_error((plus - minus) / (2 * epsilon), product), 0.02,
@@ -112,28 +128,32 @@ def check_kernel(
         ),
         SelfCheck(
             "K symmetric and PSD on equal batches",
-            max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30))), 1e-4,
-            "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of six sequences with themselves.",
+            _lawlessness(train_fisher.double()), 1e-4,
+            "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of training sequences with "
+            "themselves.",
         ),
     ]  # fmt: skip
 
 
-def check_attribution(attribution: Attribution, batch_change: float, entropy_fisher: Tensor | None) -> list[SelfCheck]:
-    """Shares against <grad h, batch part of the step>, and K_H against autograd's gradient of h."""
-    scale = max(abs(batch_change), float(attribution.shares.abs().max()), 1e-12)
-    found = [
-        SelfCheck(
-            "attribution: shares add up", abs(float(attribution.shares.sum()) - batch_change) / scale, 1e-4,
-            "sum of all dH_i against <grad h, batch part of the step>, relative. A failure means that weights, clipping or "
-            "normalisers differ between rows and loss.",
-        )
-    ]  # fmt: skip
-    if entropy_fisher is not None:
-        mean = entropy_fisher.double().mean(0).cpu()
-        found.append(
-            SelfCheck(
-                "entropy kernel = autograd", relative_error(mean, attribution.entropy_products), 1e-4,
-                "mean over evaluation sequences of K_H against <grad h, P dS_i> from autograd's gradient of h, relative.",
-            )
-        )  # fmt: skip
-    return found
+def check_attribution(shares: Tensor, batch_change: float) -> SelfCheck:
+    """Shares against <grad h, batch part of the step>."""
+    scale = max(abs(batch_change), float(shares.abs().max()), 1e-12)
+    return SelfCheck(
+        "attribution: shares add up", abs(float(shares.sum()) - batch_change) / scale, 1e-4,
+        "sum of all dH_i against <grad h, batch part of the step>, relative. A failure means that weights, clipping or "
+        "normalisers differ between rows and loss.",
+    )  # fmt: skip
+
+
+def check_entropy_kernel(entropy_fisher: Tensor, products: Tensor) -> SelfCheck:
+    """(n_eval, n_train) K_H against (n_train,) <grad h, P dS_i> from autograd's gradient of h."""
+    mean = entropy_fisher.double().mean(0).cpu()
+    return SelfCheck(
+        "entropy kernel = autograd", relative_error(mean, products), 1e-4,
+        "mean over evaluation sequences of K_H against <grad h, P dS_i> from autograd's gradient of h, relative.",
+    )  # fmt: skip
+
+
+def _lawlessness(square: Tensor) -> float:
+    eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
+    return max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30)))

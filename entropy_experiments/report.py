@@ -24,6 +24,7 @@ from entropy_experiments.plots import (
     plot_training_history,
     png_bytes,
 )
+from entropy_experiments.report_analyses import analysis_sections, draw_analysis_figures
 from entropy_experiments.results_folder import ResultsFolder, read_results_folder
 from entropy_experiments.text_display import clip, one_line, prompt_frame
 from entropy_experiments.verdict import primary_estimator, write_verdict
@@ -104,7 +105,7 @@ def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
             figures[name] = no_data_figure(_FIGURES[name][0], "this analysis did not store this kernel.")
         else:
             figures[name] = plot_kernel_heatmap(kernel, *prompts, quantity=quantity)
-    return figures
+    return figures | draw_analysis_figures(results)
 
 
 def _numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
@@ -130,16 +131,20 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
     summary = results.summary
     checkpoint = lookup(summary, "checkpoint")
     verdict = write_verdict(summary, results.history, checks, results.training, prompts)
-    figures = [
-        {
+    pictures = {
+        name: {
             "name": name,
-            "heading": _FIGURES[name][0],
-            "reading": _FIGURES[name][1],
+            "heading": _FIGURES.get(name, ("", ""))[0],
+            "reading": _FIGURES.get(name, ("", ""))[1],
             "alt": alternative,
             # base64 needs no escaping and must not be cut
             "uri": Markup("data:image/png;base64," + b64encode(png).decode("ascii")),
         }
         for name, (png, alternative) in images.items()
+    }
+    analyses = [
+        {"section": section, "figures": [pictures[name] for name in section.figures if name in pictures]}
+        for section in analysis_sections(summary)
     ]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -155,7 +160,9 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
         step="" if step is None else f"{step:g}",
         verdict=[{"tone": sentence.tone, "text": escape(sentence.text)} for sentence in verdict],
         headline=tables.headline(summary, checks),
-        figures=figures,
+        figures=[picture for name, picture in pictures.items() if name in _FIGURES],
+        analyses=analyses,
+        given_rows=lookup(summary, "rows_drawn") is False,
         estimators=tables.estimator_rows(summary),
         entropy=tables.entropy_rows(summary),
         costly=tables.sequence_rows(costly, frame),

@@ -33,16 +33,17 @@ _ESTIMATORS = {
 
 def headline(summary: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The four or five numbers at the head of the page: label, value, unit, tone."""
-    name = primary_estimator(summary) or "rao_blackwell"
+    given = lookup(summary, "rows_drawn") is False
+    name = "fixed_prefix" if given else primary_estimator(summary) or "rao_blackwell"
     entropy = value_and_error(lookup(summary, "entropy", "per_token"))
     total = value_and_error(lookup(summary, "predicted", name, "total"))
-    measured = lookup(summary, "actual", "snis")
+    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     passed = sum(check.get("passed") is True for check in checks)
     effective, n = (as_number(lookup(measured, key)) for key in ("effective_sample_size", "n"))
     weak = effective is not None and n is not None and effective < 0.5 * n
     return [
         {
-            "label": "Entropy before the step",
+            "label": "Entropy on the given tokens" if given else "Entropy before the step",
             "value": plus_minus(*entropy, plus=False),
             "unit": "nats per token",
         },
@@ -91,6 +92,9 @@ def estimator_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def entropy_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The policy's entropy before the step in its three readings."""
+    if lookup(summary, "rows_drawn") is False:
+        given = value_and_error(lookup(summary, "entropy", "per_token"))
+        return [("Entropy on the tokens of the given texts, nats per token", plus_minus(*given, plus=False))]
     readings = (
         ("Entropy per token h, nats per token", "per_token"),
         ("Entropy per completion H, nats per completion", "per_completion"),

@@ -32,6 +32,7 @@ _REQUIRED_COLUMNS = (
 )
 _OPTIONAL_COLUMNS = ("truncated", "score", "entropy_sum", "weight", "delta_h_horizon", "delta_h_lost")
 _KERNELS = ("fisher", "entropy_fisher")
+_TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 _REMEDY = "run `entropy-experiments analyze` again"
 
 
@@ -41,7 +42,7 @@ class ResultsFolder:
 
     ``evaluation`` and ``training`` are the rows of sequences.parquet in the order of the kernel's axes,
     without the per-token columns. ``kernels`` maps "fisher" and "entropy_fisher" to (n_eval, n_train) float
-    arrays, or is empty.
+    arrays, "train_fisher" and "train_entropy_fisher" to (n_train, n_train) ones; what was not computed is absent.
     """
 
     path: Path
@@ -109,11 +110,11 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): {_REMEDY}") from error
-    kernels = {name: tensors[name] for name in _KERNELS if name in tensors}
-    if not kernels:
+    kernels = {name: tensors[name] for name in _KERNELS + _TRAIN_KERNELS if name in tensors}
+    if not kernels.keys() & set(_KERNELS):
         raise UserError(f"{path} holds neither {' nor '.join(_KERNELS)}: {_REMEDY}")
     for name, kernel in kernels.items():
-        if kernel.shape != (n_eval, n_train):
+        if kernel.shape != ((n_train if name in _TRAIN_KERNELS else n_eval), n_train):
             raise UserError(
                 f"{path}: {name} has shape {kernel.shape}, but sequences.parquet has {n_eval} evaluation and "
                 f"{n_train} training sequences: the files are of different analyses; {_REMEDY}"

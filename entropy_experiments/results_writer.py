@@ -1,8 +1,9 @@
 """Writing the results folder of one analysis; entropy_experiments.results_folder reads it back.
 
 config.yaml             resolved, replayable          sequences.parquet     both buffers, one row a sequence
-run.json                versions, timings, checks     kernel.safetensors    fisher, entropy_fisher [eval, train]
-summary.json            the headline numbers          training_history.json the run's log up to the checkpoint
+run.json                versions, timings, checks     kernel.safetensors    kernels [eval, train] and [train, train]
+summary.json            the numbers, the analyses     training_history.json the run's log up to the checkpoint
+evaluation_set.json     what draws the evaluation buffer again
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_experiments.analysis_numbers import AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.double_sampling import SamplingPlan, TrainingBuffer
-from entropy_experiments.fisher_analyzer import AnalysisNumbers, Estimate
+from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.sampling import Rollouts
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -85,7 +87,8 @@ def write_sequences(
     )
     for row, advantage, weight, share in zip(trained, *columns, strict=True):
         row.update(advantage=advantage, weight=weight, delta_h=share)
-        row["delta_h_horizon"] = None if share is None else share * numbers.horizon_factor
+        factor = numbers.horizon_factor
+        row["delta_h_horizon"] = None if share is None or factor is None else share * factor
     pq.write_table(pa.Table.from_pylist(rows + trained, schema=_sequence_schema()), path)
 
 
@@ -137,16 +140,23 @@ def _sequence_schema() -> pa.Schema:
 
 
 def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, preconditioning: str) -> None:
-    """Both matrices, axes [eval, train], with what one must know to use them."""
+    """The matrices that were computed, with what one must know to use them."""
     from safetensors.torch import save_file
 
-    if numbers.fisher is None or numbers.entropy_fisher is None:
+    names = ("fisher", "entropy_fisher", "train_fisher", "train_entropy_fisher")
+    tensors = {name: getattr(numbers, name) for name in names if getattr(numbers, name) is not None}
+    if not tensors:
         return
+    rows = "Rao-Blackwell terms whose mean is the gradient of entropy per token"
+    if not numbers.rows_drawn:
+        rows = "fixed-prefix terms whose mean is the gradient of entropy per token on the given tokens"
     optimizer = checkpoint.optimizer
     metadata = {
-        "axes": "[eval, train]",
+        "axes": "[eval, train]; of train_fisher and train_entropy_fisher [train, train]",
         "fisher": "dS_eval^T diag(P) dS_train",
-        "entropy_fisher": "E_eval^T diag(P) dS_train; E: Rao-Blackwell terms whose mean is the gradient of entropy per token",
+        "entropy_fisher": f"E_eval^T diag(P) dS_train; E: {rows}",
+        "train_fisher": "dS_train^T diag(P) dS_train",
+        "train_entropy_fisher": "E_train^T diag(P) dS_train; E: Rao-Blackwell terms",
         "preconditioner": "1"
         if preconditioning == "none"
         else f"1/(sqrt(v/(1-beta2^t))+eps), v of the {preconditioning}",
@@ -154,7 +164,6 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
         "step": str(checkpoint.record.step),
         "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
     }
-    tensors = {"fisher": numbers.fisher, "entropy_fisher": numbers.entropy_fisher}
     save_file({k: v.contiguous().cpu().float() for k, v in tensors.items()}, path, metadata)
 
 
@@ -165,9 +174,8 @@ def summarize(
     numbers: AnalysisNumbers,
     structure: dict[str, Any] | None,
     preconditioning: str,
-    same_prompts: bool,
 ) -> dict[str, Any]:
-    """The content of summary.json."""
+    """The content of summary.json but for the analyses."""
     record = checkpoint.record
     index = torch.tensor(evaluation.prompt_index)
     lengths = torch.tensor([float(len(c)) for c in evaluation.completion_ids], dtype=torch.float64)
@@ -190,21 +198,11 @@ def summarize(
         "predicted_per_completion": _estimates(numbers.predicted_per_completion),
         "actual": {}
         if full_step is None
-        else {"snis": _measurement(full_step.snis), "fixed_prefix": _measurement(full_step.fixed_prefix)},
-        "scaling": [
-            {
-                "scale": m.scale,
-                "predicted": m.scale * numbers.predicted["rao_blackwell"]["total"].value,
-                "predicted_standard_error": m.scale * numbers.predicted["rao_blackwell"]["total"].standard_error,
-                "predicted_split": m.scale * numbers.predicted["split"]["total"].value,
-                "predicted_fixed_prefix": m.scale * numbers.predicted["fixed_prefix"]["total"].value,
-                "actual_snis": m.snis.change,
-                "actual_snis_standard_error": m.snis.standard_error,
-                "actual_fixed_prefix": m.fixed_prefix.change,
-                "ess": m.snis.effective_sample_size,
-            }
-            for m in numbers.measured
-        ],
+        else {
+            "snis": None if full_step.snis is None else _measurement(full_step.snis),
+            "fixed_prefix": _measurement(full_step.fixed_prefix),
+        },
+        "scaling": [_scaled(m, numbers) for m in numbers.measured],
         "attribution": {
             "delta_h_batch": numbers.batch_change,
             "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
@@ -212,8 +210,11 @@ def summarize(
             "preconditioner": preconditioning,
             "gradient_norm": numbers.gradient_norm,
             "clip_coefficient": numbers.clip,
+            "step_factor": numbers.step_factor,
         },
-        "kernel": None if structure is None else {**structure, "same_prompts": same_prompts},
+        "rows_drawn": numbers.rows_drawn,
+        "step_analysed": numbers.shares is not None,
+        "kernel": structure,
         "sampling": {
             "evaluation": _buffer_summary(evaluation),
             "training": {
@@ -233,6 +234,22 @@ def _estimates(predicted: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
         estimator: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
         for estimator, parts in predicted.items()
     }
+
+
+def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
+    totals = {name: parts["total"] for name, parts in numbers.predicted.items()}
+    row = {"scale": m.scale, "actual_fixed_prefix": m.fixed_prefix.change}
+    row["predicted_fixed_prefix"] = m.scale * totals["fixed_prefix"].value
+    if m.snis is not None:
+        row |= {
+            "predicted": m.scale * totals["rao_blackwell"].value,
+            "predicted_standard_error": m.scale * totals["rao_blackwell"].standard_error,
+            "predicted_split": m.scale * totals["split"].value,
+            "actual_snis": m.snis.change,
+            "actual_snis_standard_error": m.snis.standard_error,
+            "ess": m.snis.effective_sample_size,
+        }
+    return row
 
 
 def _measurement(m: EntropyMeasurement) -> dict[str, Any]:

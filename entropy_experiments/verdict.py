@@ -137,23 +137,36 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     """How well the analysed step's change was predicted, and what weakens the comparison."""
     estimator = primary_estimator(summary)
     measured = lookup(summary, "actual", "snis")
+    found: list[Sentence] = []
+    if lookup(summary, "rows_drawn") is False:
+        estimator, measured = "fixed_prefix", lookup(summary, "actual", "fixed_prefix")
+        found.append(
+            Sentence(
+                "The evaluation sequences are given texts, not drawn from the policy: changes are of the entropy on "
+                "their tokens, not of the policy's.",
+                "warning",
+            )
+        )
+    if lookup(summary, "step_analysed") is False:
+        text = (
+            "The training sequences have neither weights nor rewards, so there is no step: the kernel is all there is."
+        )
+        return [*found, Sentence(text)]
     actual, _ = actual_numbers = value_and_error(measured)
     step = as_number(lookup(summary, "checkpoint", "step"))
     where = (
         "The analysed step" if step is None else f"The next step from checkpoint {step:g}, on a fresh training buffer,"
     )
-    if estimator is None:
-        return [Sentence(f"{where} has no predicted change of entropy in this folder.", "bad")]
-    total = lookup(summary, "predicted", estimator, "total")
+    total = lookup(summary, "predicted", estimator, "total") if estimator else None
     value, error = numbers = value_and_error(total)
-    assert value is not None
+    if value is None:
+        return [*found, Sentence(f"{where} has no predicted change of entropy in this folder.", "bad")]
     if value == 0.0:
-        return [Sentence(f"{where} changes nothing to first order: was its learning rate 0?", "warning")]
+        return [*found, Sentence(f"{where} changes nothing to first order: was its learning rate 0?", "warning")]
     text = f"{where} was predicted to change entropy by {plus_minus(*numbers)} {_UNIT}"
     if actual is None:
-        return [Sentence(f"{text}; what it did change was not measured.", "warning")]
+        return [*found, Sentence(f"{text}; what it did change was not measured.", "warning")]
     text += f"; measured was {plus_minus(*actual_numbers)}."
-    found: list[Sentence] = []
     compared = agreement(total, measured)
     if compared is None:
         found.append(Sentence(f"{text} Without standard errors of both, whether they agree cannot be said.", "warning"))
@@ -187,7 +200,7 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
 
 def part_sentence(summary: Mapping[str, Any]) -> Sentence | None:
     """Which of batch, momentum and weight decay moved entropy; None where the split is not known."""
-    estimator = primary_estimator(summary)
+    estimator = "fixed_prefix" if lookup(summary, "rows_drawn") is False else primary_estimator(summary)
     if estimator is None:
         return None
     numbers = {part: value_and_error(lookup(summary, "predicted", estimator, part)) for part in PARTS}
@@ -273,6 +286,22 @@ def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
     )
 
 
+def failure_sentence(summary: Mapping[str, Any]) -> Sentence | None:
+    """Which analyses failed, by name and with what; None where none did."""
+    analyses = lookup(summary, "analyses")
+    failed = [
+        f"{name.replace('_', ' ')} ({quoted(str(lookup(result, 'error')), 200)[1:-1]})"
+        for name, result in (analyses.items() if isinstance(analyses, Mapping) else ())
+        if lookup(result, "error") is not None
+    ]
+    if not failed:
+        return None
+    number = "1 analysis" if len(failed) == 1 else f"{len(failed)} analyses"
+    return Sentence(
+        f"{number} FAILED and {'is' if len(failed) == 1 else 'are'} missing below: {'; '.join(failed)}.", "bad"
+    )
+
+
 def _name(check: Mapping[str, Any]) -> str:
     return quoted(str(check.get("name", "unnamed")))[1:-1]
 
@@ -284,13 +313,17 @@ def write_verdict(
     training: Sequence[Mapping[str, Any]] = (),
     all_prompts: Sequence[str] = (),
 ) -> list[Sentence]:
-    """The verdict on an analysis, most important first; a failed self-check comes before everything else.
+    """The verdict on an analysis, most important first; what failed comes before everything else.
 
     Parameters are the content of summary.json and training_history.json, run.json's "self_checks", and the
     training rows of sequences.parquet (see ``cost_sentences``).
     """
     checks = check_sentence(self_checks)
     found = [training_sentence(history), *prediction_sentences(summary), part_sentence(summary)]
-    found += [*cost_sentences(training, all_prompts), probe_sentence(history)]
+    if lookup(summary, "step_analysed") is not False:
+        found += cost_sentences(training, all_prompts)
+    found.append(probe_sentence(history))
     sentences = [sentence for sentence in found if sentence is not None]
-    return [checks, *sentences] if checks.tone == "bad" else [*sentences, checks]
+    failure = failure_sentence(summary)
+    first = [] if failure is None else [failure]
+    return [checks, *first, *sentences] if checks.tone == "bad" else [*first, *sentences, checks]

@@ -191,23 +191,57 @@ class TrainingConfig(StrictModel):
     """Checkpoint folder to go on from."""
 
 
+PROBE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "light": {"eval_sequences": 8, "refresh_every": 2},
+    "held_out": {"rollouts": "fresh", "eval_sequences": 32, "averaging": 0.0, "completions_per_prompt": 1},
+}
+"""Settings that belong together, chosen by measurement (benchmarks/results); single keys may be set beside them."""
+
+
 class EntropyProbeConfig(StrictModel):
     """The probe that predicts each step's change of entropy while training runs."""
 
     enabled: bool = True
     """Attach the probe; training is bit-identical with it and without."""
-    mode: Literal["simple"] = "simple"
-    """`simple`: first-order prediction from held-out prompts, beside the measured change."""
+    preset: Literal["default", "light", "held_out"] = "default"
+    """Settings that belong together: `default`, `light` (cheaper), `held_out` (fresh completions of held-out prompts)."""
+    mode: Literal["simple", "attribution"] = "simple"
+    """`simple`: predicted beside measured; `attribution` adds each training sequence's share of the step."""
     log_every: PositiveInt = 1
     """Steps between two predictions."""
-    preconditioning: Literal["actual", "none"] = "actual"
-    """`actual`: the step AdamW takes, from its own state; `none`: a plain gradient step."""
-    estimator: Literal["rao_blackwell", "split", "score_function", "fixed_prefix"] = "rao_blackwell"
-    """Estimator of the entropy gradient."""
-    eval_sequences: int = Field(default=32, ge=2)
-    """Held-out completions per prediction, one per prompt while there are prompts enough."""
+    preconditioning: Literal["actual", "previous_step", "none"] = "actual"
+    """`actual`: the step AdamW takes; `previous_step`: -lr P g with the P before it; `none`: a plain gradient step."""
+    estimator: Literal["rao_blackwell", "split", "score_function", "fixed_prefix"] = "split"
+    """Estimator of the entropy gradient; `split` is the exact derivative of the measurement on the same tokens."""
+    rollouts: Literal["current", "previous_step", "fresh"] = "current"
+    """Tokens that entropy is watched on: this step's rollouts, those of the step before, or fresh held-out ones."""
+    eval_sequences: int = Field(default=16, ge=2)
+    """Completions on which each gradient of entropy is taken and each change measured."""
+    completions_per_prompt: PositiveInt = 4
+    """At most so many completions of one prompt among them: one prompt's pass through the model together."""
+    refresh_every: PositiveInt = 1
+    """Predicted steps between two gradients of entropy; in between the last one is used, and nothing is measured."""
+    averaging: float = Field(default=0.75, ge=0.0, lt=1.0)
+    """Weight of the earlier gradients in the running average that predicts; 0 uses the newest alone."""
+    standard_error_folds: NonNegativeInt | None = None
+    """Parts of the prompts whose spread gives standard errors; memory grows with it; 0 or 1: no errors, any model.
+    By default 4, or 2 where more than 50 million weights are trained."""
+    per_completion: bool = False
+    """Log changes in nats per completion as well, for one more backward pass."""
+    predictors: bool = False
+    """Log rival predictors beside: score function, without momentum, covariance (Cui et al.), STEER."""
+    fused: bool = False
+    """Take the score term from the training backward itself, over all the step's sequences (LoRA, on-policy, no KL)."""
     on_error: Literal["warn", "raise"] = "warn"
     """If the probe itself fails: `warn` says so once and turns it off, `raise` stops the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in PROBE_PRESETS:
+            return {**PROBE_PRESETS[data["preset"]], **data}
+        return data
 
 
 class TrainConfig(StrictModel):

@@ -19,7 +19,7 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.integrations.trl import attach_entropy_probe
+from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models import add_lora, load_model_and_tokenizer
 from rl_training.resuming import check_resumable
 from rl_training.tasks import Task, load_task
@@ -47,7 +47,7 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if config.entropy_probe.enabled:
-        attach_entropy_probe(trainer, config.entropy_probe, task.heldout)
+        attach_entropy_probe(trainer, config.entropy_probe, task.heldout, console=False)
     return trainer, task
 
 
@@ -121,7 +121,8 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
-    console = ConsoleCallback(task.describe(), config.entropy_probe.enabled)
+    probes = [c for c in trainer.callback_handler.callbacks if isinstance(c, EntropyProbeCallback)]
+    console = ConsoleCallback("\n".join([task.describe(), *(p.describe() for p in probes)]), bool(probes))
     if not quiet:
         trainer.add_callback(console)
     try:

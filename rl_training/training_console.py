@@ -52,11 +52,49 @@ def _number(value: float | None, form: str) -> str:
     return format(value, form)
 
 
+_PROBE_COLUMNS = f" {'predicted':>18} {'measured':>9} {'batch':>8} {'moment.':>8}"
+
+
+def _probe_values(logs: dict[str, Any]) -> dict[str, float]:
+    prefix = "entropy_probe/"
+    return {key.removeprefix(prefix): value for key, value in logs.items() if key.startswith(prefix)}
+
+
+def _probe_cells(probe: dict[str, float]) -> str:
+    """The cells under `_PROBE_COLUMNS`; what a step was not probed for stands as n/a."""
+    predicted = f"{_number(probe.get('predicted'), '>+8.4f')} ± {_number(probe.get('predicted_se'), '>6.4f')}"
+    numbers = (("measured", ">+9.4f"), ("batch", ">+8.4f"), ("momentum", ">+8.4f"))
+    return " ".join([f" {predicted:>18}", *(_number(probe.get(name), form) for name, form in numbers)])
+
+
+class ProbeConsole(TrainerCallback):
+    """For a trainer with a console of its own: what the probe needs, and one line a logged step on standard error."""
+
+    def __init__(self, statement: str) -> None:
+        self._statement = statement
+        self._console = Console(file=sys.stderr, highlight=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._console.print(self._statement, soft_wrap=True)
+            self._console.print(
+                f"{'step':>5} {'entropy':>8}{_PROBE_COLUMNS} {'ess':>6}   (nats per token)", soft_wrap=True
+            )
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        probe = _probe_values(kwargs.get("logs") or {})
+        if state.is_world_process_zero and probe:
+            line = f"{state.global_step:>5} {_number(probe.get('entropy'), '>8.3f')}{_probe_cells(probe)}"
+            self._console.print(f"{line} {_number(probe.get('ess'), '>6.1f')}", soft_wrap=True)
+
+
 class ConsoleCallback(TrainerCallback):
     """A progress bar with time left, and one line a step: entropy, reward, predicted and measured change."""
 
-    def __init__(self, task_description: str, probe: bool) -> None:
-        self._description, self._probe = task_description, probe
+    def __init__(self, description: str, probe: bool) -> None:
+        self._description, self._probe = description, probe
         self._console = Console(file=sys.stderr, highlight=False)
         self._progress = Progress(
             TextColumn("training"),
@@ -78,7 +116,7 @@ class ConsoleCallback(TrainerCallback):
         self._console.print(self._description, soft_wrap=True)
         columns = f"{'step':>5} {'entropy':>8} {'reward':>7} {'buffer':>14}"
         if self._probe:
-            columns += f" {'predicted':>18} {'measured':>9} {'batch':>8} {'moment.':>8}"
+            columns += _PROBE_COLUMNS
         self._console.print(columns + f" {'sec':>5}   (entropies in nats per token)", soft_wrap=True)
         self._progress.start()
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
@@ -87,15 +125,13 @@ class ConsoleCallback(TrainerCallback):
         logs = kwargs.get("logs") or {}
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        probe = {k.removeprefix("entropy_probe/"): v for k, v in logs.items() if k.startswith("entropy_probe/")}
+        probe = _probe_values(logs)
         kept, made = logs.get("buffer/trained") or 0, logs.get("buffer/generated") or 0
         entropy = _number(probe.get("entropy", logs.get("entropy")), ">8.3f")
         reward = _number(logs.get("buffer/reward_first_round", logs.get("reward")), ">7.2f")
         line = f"{state.global_step:>5} {entropy} {reward} {f'{kept:.0f} of {made:.0f}':>14}"
         if probe:
-            predicted = f"{_number(probe['predicted'], '>+8.4f')} ± {_number(probe['predicted_se'], '>6.4f')}"
-            line += f" {predicted} {_number(probe['measured'], '>+9.4f')}"
-            line += f" {_number(probe['batch'], '>+8.4f')} {_number(probe['momentum'], '>+8.4f')}"
+            line += _probe_cells(probe)
         self._console.print(line + f" {_number(logs.get('step_time'), '>5.0f')}", soft_wrap=True)
         self._progress.update(self._bar, completed=state.global_step)
 

@@ -1,13 +1,38 @@
 """Do sequences of the same prompt move each other more than sequences of different prompts?
 
-Means of the kernel over same-prompt and cross-prompt pairs. Source: docs/theory/fisher-kernel.md.
+    difference  d = mean of K over same-prompt pairs - mean over cross-prompt pairs             i != j throughout
+    contrast    c = sum_p f_p (alike_p - unlike_p) / sum_p f_p,     f_p = a_p u_p / (a_p + u_p)
+    p           = min(1, 2 min(p_up, p_down)),      p_up = (1 + #{null >= observed}) / (1 + permutations), p_down likewise
+
+K is K1 (raw) or its cosine. Of prompt p's pairs of a correct or wrong sequence with another, a_p are alike (both correct or
+both wrong) with the mean alike_p, u_p are unlike; c compares within prompts only. Null distributions: d between training
+sequences, prompt labels permuted over sequences, group sizes kept; c, correctness permuted within each prompt; d between the
+buffers, *whole* prompts of the training buffer permuted, because its sequences are not independent given their prompt.
+
+    one batch in both roles  V = sum_ij T(j, i),   T(j, i) = f w_i K_H(j, i) / n  =  self + same prompt + other prompts
+    U-statistic over prompts U = B/(B-1) * other prompts,         bias of the single batch = V - U
+
+f the step factor, n sequences of B prompts. Source: docs/analyses/prompt-structure.md, docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+
+from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.analyses.kernel_geometry import check_finite, checked_gram, cosine_kernel
+from entropy_experiments.analyses.labelled import KernelArrays
+from entropy_experiments.number_format import plain, plus_minus, signed
+
+CORRECTNESS_RULE = (
+    "correct: reward above the mean reward of the sequence's prompt; wrong: below it; neither: equal to it, or unscored"
+)
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_LEVEL = 0.05
 
 
 def kernel_structure(kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts: np.ndarray) -> dict[str, Any]:
@@ -26,3 +51,280 @@ def kernel_structure(kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts
         "same_prompt_mean": float(values[same].mean()) if same.any() else None,
         "cross_prompt_mean": float(values[~same].mean()) if (~same).any() else None,
     }
+
+
+def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: int = 0) -> dict[str, Any]:
+    """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
+
+    train            {"raw", "cosine"}: blocks "self", "same_prompt", "cross_prompt", and "test" of d
+    evaluation       {"raw"}: blocks "same_prompt", "cross_prompt", and "test" of d; "cosine" is None, with "cosine_reason"
+    within_group     "rule", "correct", "wrong", "neither" (numbers of sequences); {"raw", "cosine"}: blocks "correct_correct",
+                     "correct_wrong", "wrong_wrong", and "test" of c
+    single_batch     see `single_batch_estimate`
+    n_train, n_prompts, without_gradient (training sequences that have no cosine), permutations, seed, sentence
+
+    A block is {"pairs", "mean", "quantiles" (5, 25, 50, 75, 95%)}; a test {"difference", "p_value", "null_mean",
+    "null_deviation", "null_low", "null_high" (2.5 and 97.5%), "reason"}. Raw values are in nats^2 x P.
+
+    Raises ValueError for a kernel that is not finite, or a train_fisher that is not symmetric.
+    """
+    gram = checked_gram(kernels.train_fisher)
+    check_finite(np.asarray(kernels.fisher), "fisher")
+    check_finite(np.asarray(kernels.train_entropy_fisher), "train_entropy_fisher")
+    prompts = np.asarray(kernels.training.prompt_index)
+    correct = correctness(kernels.training.reward, prompts)
+    cosine, kept = cosine_kernel(gram)
+    rng = np.random.default_rng(seed)
+    result: dict[str, Any] = {
+        "n_train": len(prompts),
+        "n_prompts": len(np.unique(prompts)),
+        "without_gradient": len(prompts) - len(kept),
+        "permutations": permutations,
+        "seed": seed,
+        "train": {
+            "raw": _train_blocks(gram, prompts, permutations, rng),
+            "cosine": _train_blocks(cosine, prompts[kept], permutations, rng),
+        },
+        "evaluation": {
+            "raw": _buffer_blocks(kernels.fisher, kernels.evaluation.prompt_index, prompts, permutations, rng),
+            "cosine": None,
+            "cosine_reason": "the lengths K1(t, t) of the evaluation sequences' gradients are not computed",
+        },
+        "within_group": {
+            "rule": CORRECTNESS_RULE,
+            "correct": int((correct > 0).sum()),
+            "wrong": int((correct < 0).sum()),
+            "neither": int((correct == 0).sum()),
+            "raw": _within_group(gram, prompts, correct, permutations, rng),
+            "cosine": _within_group(cosine, prompts[kept], correct[kept], permutations, rng),
+        },
+        "single_batch": single_batch_estimate(kernels),
+    }
+    result["sentence"] = _sentence(result)
+    return result
+
+
+def correctness(reward: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """(n,) +1 correct, -1 wrong, 0 neither, by CORRECTNESS_RULE; NaN rewards are neither and count in no mean."""
+    rewards = np.asarray(reward, dtype=np.float64)
+    signs = np.zeros(len(rewards), dtype=np.int64)
+    for prompt in np.unique(prompts):
+        scored = np.flatnonzero((np.asarray(prompts) == prompt) & np.isfinite(rewards))
+        if len(scored):
+            centred = rewards[scored] - rewards[scored].mean()
+            equal = np.abs(centred) <= 1e-9 * np.abs(rewards[scored]).max()  # a mean of equal numbers is rounded
+            signs[scored] = np.where(equal, 0, np.sign(centred))
+    return signs
+
+
+def single_batch_estimate(kernels: KernelArrays) -> dict[str, Any]:
+    """What the training batch would predict of its own step's batch part, nats per token, and where that comes from.
+
+    self, same_prompt, cross_prompt: {"value", "pairs"} of ordered pairs, adding up to "value" (= V); u_statistic and bias:
+    {"value", "standard_error"} (jackknife over prompts; None below three); evaluation_value: the same weights with the
+    evaluation buffer as entropy side; "reason" where a value is None.
+    """
+    prompts, group = np.unique(kernels.training.prompt_index, return_inverse=True)
+    count, n = len(prompts), len(group)
+    terms = kernels.step_factor * np.asarray(kernels.train_entropy_fisher, np.float64) * kernels.weights[None, :] / n
+    same = group[:, None] == group[None, :]
+    itself = np.eye(n, dtype=bool)
+    parts = {"self": itself, "same_prompt": same & ~itself, "cross_prompt": ~same}
+    value = float(terms.sum())
+    push = kernels.step_factor * np.asarray(kernels.weights, np.float64)
+    result: dict[str, Any] = {
+        name: {"value": float(terms[pairs].sum()), "pairs": int(pairs.sum())} for name, pairs in parts.items()
+    }
+    result |= {
+        "value": value,
+        "evaluation_value": float(np.asarray(kernels.entropy_fisher, np.float64).mean(0) @ push),
+        "u_statistic": {"value": None, "standard_error": None},
+        "bias": {"value": None, "standard_error": None},
+        "reason": "the U-statistic needs at least two prompts" if count < 2 else None,
+    }
+    if count < 2:
+        return result
+    belongs = (group[None, :] == np.arange(count)[:, None]).astype(np.float64)
+    products = count**2 * belongs @ terms @ belongs.T  # X_p . Y_q, normalised so that V = Xbar . Ybar
+    u = u_statistic_of_products(products)
+    result["u_statistic"]["value"], result["bias"]["value"] = u, value - u
+    if count < 3:
+        return result | {"reason": "a standard error of the U-statistic needs at least three prompts"}
+    others = [np.delete(np.delete(products, p, 0), p, 1) for p in range(count)]
+    left_out = torch.tensor([u_statistic_of_products(rest) for rest in others], dtype=torch.float64)
+    biases = torch.tensor([float(rest.mean()) for rest in others], dtype=torch.float64) - left_out
+    result["u_statistic"]["standard_error"] = jackknife_standard_error(left_out)
+    result["bias"]["standard_error"] = jackknife_standard_error(biases)
+    return result
+
+
+def u_statistic_of_products(products: np.ndarray) -> float:
+    """`entropy_core.u_statistic` from the (B, B) inner products X_p . Y_q alone: their mean over p != q. B at least 2."""
+    count = len(products)
+    return float(products[~np.eye(count, dtype=bool)].sum() / (count * (count - 1)))
+
+
+def permutation_test(observed: float, null: np.ndarray, scale: float) -> dict[str, Any]:
+    """A "test" (see `prompt_structure`) of `observed` against its permutation distribution; two-sided, add-one.
+
+    Differences within 1e-9 of `scale` (the largest summand) are ties: the same rearrangement summed in another order.
+    """
+    tolerance = 1e-9 * scale
+    up = (1 + int((null >= observed - tolerance).sum())) / (1 + len(null))
+    down = (1 + int((null <= observed + tolerance).sum())) / (1 + len(null))
+    deviation = float(null.std())
+    return {
+        "difference": observed,
+        "p_value": min(1.0, 2 * min(up, down)),
+        "null_mean": float(null.mean()),
+        "null_deviation": deviation if deviation > tolerance else 0.0,
+        "null_low": float(np.quantile(null, 0.025)),
+        "null_high": float(np.quantile(null, 0.975)),
+        "reason": None,
+    }
+
+
+def shuffling_within(prompts: np.ndarray, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that returns its (n,) argument with the values of each prompt in random order among themselves."""
+    group = np.unique(prompts, return_inverse=True)[1]
+    place = np.argsort(group, kind="stable")
+    in_order = group[place].astype(np.float64)
+
+    def shuffle(values: np.ndarray) -> np.ndarray:
+        shuffled = np.empty_like(values)
+        # Sorted by prompt, then at random: every prompt's values return to its own places.
+        shuffled[place] = values[place[np.argsort(in_order + rng.random(len(place)))]]
+        return shuffled
+
+    return shuffle
+
+
+def _no_test(reason: str) -> dict[str, Any]:
+    keys = ("difference", "p_value", "null_mean", "null_deviation", "null_low", "null_high")
+    return dict.fromkeys(keys) | {"reason": reason}
+
+
+def _block(values: np.ndarray) -> dict[str, Any]:
+    if not values.size:
+        return {"pairs": 0, "mean": None, "quantiles": None}
+    quantiles = np.quantile(values, _QUANTILES).tolist()
+    return {"pairs": int(values.size), "mean": float(values.mean()), "quantiles": quantiles}
+
+
+def _train_blocks(
+    kernel: np.ndarray, prompts: np.ndarray, permutations: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    n = len(prompts)
+    first, second = np.triu_indices(n, 1)
+    same = prompts[first] == prompts[second]
+    values = kernel[first, second]
+    blocks = {
+        "self": _block(np.diag(kernel)),
+        "same_prompt": _block(values[same]),
+        "cross_prompt": _block(values[~same]),
+    }
+    if n < 2:
+        return blocks | {"test": _no_test("fewer than two training sequences have a gradient")}
+    if not same.any():
+        return blocks | {"test": _no_test("no prompt has two sequences: there are no same-prompt pairs")}
+    if same.all():
+        return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
+    inside, outside, total = int(same.sum()), int((~same).sum()), float(values.sum())
+    first, second = first[same], second[same]
+    null = np.empty(permutations)
+    for k in range(permutations):
+        order = rng.permutation(n)
+        null[k] = kernel[order[first], order[second]].sum()
+    null = null / inside - (total - null) / outside
+    observed = float(values[same].mean() - values[~same].mean())
+    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
+
+
+def _buffer_blocks(
+    kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts: np.ndarray, permutations: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    values = np.asarray(kernel, dtype=np.float64)
+    same = np.asarray(eval_prompts)[:, None] == train_prompts[None, :]
+    blocks = {"same_prompt": _block(values[same]), "cross_prompt": _block(values[~same])}
+    if not same.any():
+        return blocks | {"test": _no_test("the two buffers share no prompt")}
+    if same.all():
+        return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
+    names = np.unique(train_prompts)
+    if len(names) < 2:
+        return blocks | {"test": _no_test("the training buffer has one prompt: nothing to permute")}
+    rows = (np.asarray(eval_prompts)[None, :] == names[:, None]).astype(np.float64)
+    columns = (train_prompts[None, :] == names[:, None]).astype(np.float64)
+    sums, pairs = rows @ values @ columns.T, rows.sum(1)[:, None] * columns.sum(1)[None, :]
+    total, places = float(values.sum()), np.arange(len(names))
+    null = np.empty(permutations)
+    for k in range(permutations):
+        order = rng.permutation(len(names))
+        inside, number = sums[places, order].sum(), pairs[places, order].sum()
+        null[k] = inside / number - (total - inside) / (values.size - number)
+    observed = float(values[same].mean() - values[~same].mean())
+    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
+
+
+def _within_group(
+    kernel: np.ndarray, prompts: np.ndarray, correct: np.ndarray, permutations: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    labelled = np.flatnonzero(correct)
+    kernel, prompts, correct = kernel[np.ix_(labelled, labelled)], prompts[labelled], correct[labelled]
+    first, second = np.triu_indices(len(labelled), 1)
+    same = prompts[first] == prompts[second]
+    first, second = first[same], second[same]
+    values, total = kernel[first, second], correct[first] + correct[second]
+    blocks = {
+        "correct_correct": _block(values[total == 2]),
+        "correct_wrong": _block(values[total == 0]),
+        "wrong_wrong": _block(values[total == -2]),
+    }
+    _, group = np.unique(prompts[first], return_inverse=True)
+    number = np.bincount(group)
+    alike = np.bincount(group, weights=total != 0)
+    weight = float((alike * (number - alike) / number).sum()) if len(number) else 0.0
+    if weight == 0:
+        return blocks | {"test": _no_test("no prompt has a correct and a wrong completion and a third of either kind")}
+    centred = values - (np.bincount(group, weights=values) / number)[group]
+    shuffle = shuffling_within(prompts, rng)
+    null = np.empty(permutations)
+    for k in range(permutations):
+        shuffled = shuffle(correct)
+        null[k] = centred[shuffled[first] == shuffled[second]].sum()
+    observed = float(centred[total != 0].sum() / weight)
+    return blocks | {"test": permutation_test(observed, null / weight, np.abs(values).max())}
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    cosine, single = result["train"]["cosine"], result["single_batch"]
+    test, groups = cosine["test"], result["within_group"]["cosine"]["test"]
+    if test["p_value"] is None:
+        same = f"Same-prompt and cross-prompt pairs cannot be compared ({test['reason']})"
+    else:
+        verdict = "not measurably more or less than"
+        if test["p_value"] <= _LEVEL:
+            verdict = "more than" if test["difference"] > test["null_mean"] else "less than"
+        means = f"{plain(cosine['same_prompt']['mean'], 2)} against {plain(cosine['cross_prompt']['mean'], 2)}"
+        same = (
+            f"Sequences of one prompt move each other {verdict} sequences of different prompts "
+            f"(mean cosine {means}, p = {plain(test['p_value'], 2)}, {result['n_prompts']} prompts)"
+        )
+    if groups["p_value"] is None:
+        contrast = f"correct and wrong ones cannot be compared ({groups['reason']})"
+    else:
+        found = groups["p_value"] <= _LEVEL
+        contrast = (
+            f"within a prompt correctness {'matters' if found else 'does not show'} (equally correct pairs have a cosine "
+            f"{signed(groups['difference'], 2)} above mixed ones, p = {plain(groups['p_value'], 2)})"
+        )
+    value = (
+        f"the training batch in both roles would put the step's batch part at {signed(single['value'])} nats per token"
+    )
+    if single["bias"]["value"] is None:
+        return f"{same}; {contrast}; {value} ({single['reason']})."
+    bias = plus_minus(single["bias"]["value"], single["bias"]["standard_error"])
+    return (
+        f"{same}; {contrast}; {value}, the U-statistic over its prompts at {signed(single['u_statistic']['value'])}: "
+        f"a bias of {bias} from pairing prompts with themselves."
+    )

@@ -13,6 +13,7 @@ Source: Liu et al. 2025, "Understanding R1-Zero-Like Training".
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
 from rl_training.algs.rollout_record import write_rollouts
+from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
@@ -119,6 +121,8 @@ class DrGRPOTrainer(GRPOTrainer):
         self, *args: Any, task: dict[str, Any] | None = None, model_name: str | None = None, **kwargs: Any
     ) -> None:
         self._rewards_of_round: torch.Tensor | None = None
+        self.unfiltered_rollouts: list[RolloutSequence] = []
+        """This process's newest sequences before any was rejected: those of the first round of the last generation."""
         self._task, self._model_name = task, model_name
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, DrGRPOConfig):
@@ -282,6 +286,13 @@ class DrGRPOTrainer(GRPOTrainer):
                         "weight": None if in_buffer is None else weights[in_buffer],
                     }
                 )
+        self.unfiltered_rollouts = [
+            RolloutSequence(
+                tuple(row["prompt_ids"]), tuple(row["completion_ids"]), log_prior=-math.log(row["draw_probability"])
+            )
+            for row in rows
+            if row["round"] == 0
+        ]
         rows = gather_object(rows)
         if self.accelerator.is_main_process:
             write_rollouts(Path(self.args.output_dir), self.state.global_step + 1, rows)

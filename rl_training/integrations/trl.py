@@ -1,4 +1,4 @@
-"""The entropy probe inside a TRL GRPOTrainer: fresh unfiltered rollouts, one prediction a step, the trainer's own logging."""
+"""The entropy probe inside a TRL GRPOTrainer: one prediction a step, in the trainer's own logging."""
 
 from __future__ import annotations
 
@@ -6,139 +6,233 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from rl_training.algs.entropy_probe import EntropyChange, SimpleEntropyProbe
+from entropy_core.work_sharing import WorkSharing
+from rl_training.algs.entropy_change import EntropyChange
+from rl_training.algs.entropy_probe import SimpleEntropyProbe
+from rl_training.algs.fused_score import FusedScoreTerm
+from rl_training.algs.rollout_sequences import (
+    RolloutSequence,
+    choose,
+    drawn_scores,
+    prior_log_weights,
+    to_batch,
+    to_training_sequences,
+)
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
+from rl_training.integrations.probe_metrics import metrics_of, running_totals
+from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.sampling import SamplingLaw, draw, sampling_law
+from rl_training.training_console import ProbeConsole
 
 # Of an endless stream of prompts the probe keeps so many to draw from.
 _PROMPTS_TAKEN = 1024
 
 
 def attach_entropy_probe(
-    trainer: GRPOTrainer, config: EntropyProbeConfig | None = None, rows: Sequence[dict[str, Any]] | None = None
+    trainer: GRPOTrainer,
+    config: EntropyProbeConfig | None = None,
+    rows: Sequence[dict[str, Any]] | None = None,
+    console: bool = True,
 ) -> EntropyProbeCallback:
     """Watch the entropy of any GRPOTrainer: logs `entropy_probe/...` with every step. Call it before `trainer.train()`.
 
     The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is predicted is the step that
-    AdamW takes, on fresh rollouts of the policy before it. Training stays bit-identical.
+    AdamW takes. Training stays bit-identical.
 
-    rows: prompts to draw from, dicts with `prompt` (text or chat messages); by default those of the trainer's evaluation
-    set, or else of its training set.
+    rows: prompts to draw from under `rollouts: fresh`, dicts with `prompt` (text or chat messages); by default those of the
+    trainer's evaluation set, or else of its training set. console: print a line a logged step to standard error.
 
-    Raises UserError where the trainer has no prompts. An optimizer whose step cannot be split shows at the first step, and is
-    dealt with by `config.on_error`.
+    Raises UserError where fresh rollouts are asked for and the trainer has no prompts. An optimizer whose step cannot be
+    split shows at the first step, and is dealt with by `config.on_error`.
     """
     config = config or EntropyProbeConfig()
-    dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if rows is None:
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
-    numbered = [{"prompt_index": i, **row} for i, row in enumerate(rows)]
+    prompts = _prompts(trainer, rows) if config.rollouts == "fresh" else []
     law = sampling_law(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
         float(trainer.args.temperature),
         int(trainer.args.max_completion_length),
     )
-    callback = EntropyProbeCallback(trainer, numbered, law, config)
+    callback = EntropyProbeCallback(trainer, prompts, law, config)
     trainer.add_callback(callback)
+    if console:
+        trainer.add_callback(ProbeConsole(callback.describe()))
     return callback
 
 
-class EntropyProbeCallback(TrainerCallback):
-    """Before each step draws rollouts and their entropy gradient, after it logs `entropy_probe/...`.
+def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    if rows is None:
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
+    if not rows:
+        raise UserError("the entropy probe has no prompts to draw from: give it held-out rows")
+    return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
 
-    Rollouts are unfiltered: prompts uniform from `rows` (no reward is looked at), generated beside training with random
-    streams of their own. Training is bit-identical with and without it.
+
+class EntropyProbeCallback(TrainerCallback):
+    """Before each step takes a gradient of entropy and predicts the step, after it measures and logs `entropy_probe/...`.
+
+    The sequences watched are unfiltered: this step's or the last step's rollouts before any was rejected, or fresh ones of
+    held-out prompts, generated beside training with random streams of their own. Training is bit-identical with and
+    without it. Several processes share the work; each logs the same numbers.
 
     on_error "warn": the first failure is one warning, and the probe stays off from then on; "raise": it stops the run.
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, rows: Sequence[dict[str, Any]], law: SamplingLaw, config: EntropyProbeConfig
+        self, trainer: GRPOTrainer, prompts: Sequence[dict[str, Any]], law: SamplingLaw, config: EntropyProbeConfig
     ) -> None:
-        if not rows:
-            raise UserError("the entropy probe has no prompts to draw from: give it held-out rows")
-        self._trainer, self._rows, self._law, self._config = trainer, rows, law, config
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        self._model = model
-        self._probe = SimpleEntropyProbe(model, config.estimator, config.preconditioning)
-        self._failed = False
-        self._seconds = 0.0
+        self._trainer, self._prompts, self._law, self._config = trainer, prompts, law, config
+        self._model = trainer.accelerator.unwrap_model(trainer.model)
+        group = torch.distributed.group.WORLD if trainer.accelerator.num_processes > 1 else None
+        self._sharing = WorkSharing(group)
+        self._probe = SimpleEntropyProbe(config, self._model, self._sharing)
+        self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
+        self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
+        self._carried: list[RolloutSequence] = []
+        self._failed = self._probing = False
+        self._probed = 0
+        self._seconds = self._cpu_seconds = 0.0
         self.history: list[EntropyChange] = []
+        self.costs: list[tuple[float, float]] = []
+        """Wall and CPU seconds of each entry of `history`."""
+
+    def describe(self) -> str:
+        """One line: what is watched, how, and the memory it takes at most beside activations."""
+        c, megabytes = self._config, self._probe.memory_bytes() / 1e6
+        every = "" if c.refresh_every == 1 else f", every {c.refresh_every} steps"
+        return (
+            f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts{every}, "
+            f"{c.estimator.replace('_', ' ')} estimator, up to {megabytes:,.0f} MB beside activations"
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seconds = 0.0
-        if (state.global_step + 1) % self._config.log_every == 0:
-            self._guard(self._observe, args.seed, state.global_step)
+        self._seconds = self._cpu_seconds = 0.0
+        self._rollouts.clear()
+        self._probing = not self._failed and (state.global_step + 1) % self._config.log_every == 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._guard(self._probe.before_step, kwargs["optimizer"])
+        self._guard(self._before_step, args.seed, state.global_step, kwargs["optimizer"])
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._guard(self._report)
+        self._guard(self._after_step)
 
-    def _observe(self, seed: int, step: int) -> None:
+    def _begin_micro_batch(self, inputs: dict[str, Any]) -> None:
+        if self._fused is not None and self._probing:
+            self._fused.begin(prompts_of(inputs), inputs["completion_mask"])
+
+    # ------------------------------------------------------------------ the two halves
+    def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        config = self._config
+        if not self._probing and config.rollouts != "previous_step":
+            return
+        # First of all: the hooks must not see the probe's own passes.
+        score = self._fused.take() if self._fused is not None and self._probing else None
+        generated, trained = self._rollouts.take()
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
-        count = self._config.eval_sequences
-        # Distinct prompts first: more prompts say more about the data than more completions of one.
-        order = np.concatenate([rng.permutation(len(self._rows)) for _ in range(-(-count // len(self._rows)))])
-        rows = [self._rows[i] for i in order[:count]]
-        rollouts = draw(
-            self._model, self._trainer.processing_class, rows, 1, self._law, int(rng.integers(2**31)), "evaluation"
-        )
-        self._probe.observe(rollouts.to_batch(self._law).to(self._trainer.accelerator.device))
+        wanted = self._probing and self._probed % config.refresh_every == 0
+        watched = self._watched(generated, rng) if wanted else []
+        if watched:
+            batch = to_batch(watched, self._law).to(self._trainer.accelerator.device)
+            self._probe.observe(
+                batch, _on(batch.device, drawn_scores(watched)), _on(batch.device, prior_log_weights(watched))
+            )
+        if config.rollouts == "previous_step":
+            self._carry(generated, rng, step)
+        if self._probing:
+            self._probed += 1
+            asked = config.predictors or config.mode == "attribution"
+            training = to_training_sequences(trained, self._law, self._trainer.accelerator.device) if asked else None
+            self._probe.before_step(optimizer, training, score)
 
-    def _report(self) -> None:
-        started = time.perf_counter()
+    def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> list[RolloutSequence]:
+        if self._config.rollouts == "fresh":
+            return self._draw(rng)
+        if self._config.rollouts == "previous_step":
+            return self._carried
+        return choose(generated, self._config.eval_sequences, self._config.completions_per_prompt, rng)
+
+    def _carry(self, generated: list[RolloutSequence], rng: np.random.Generator, step: int) -> None:
+        """Choose the sequences of the next step's gradient, and note how likely they were for the policy that drew them."""
+        self._carried = []
+        next_is_refreshed = (step + 2) % self._config.log_every == 0 and (
+            (self._probed + self._probing) % self._config.refresh_every == 0
+        )
+        if not next_is_refreshed:
+            return
+        chosen = choose(generated, self._config.eval_sequences, self._config.completions_per_prompt, rng)
+        if drawn_scores(chosen) is None:
+            batch = to_batch(chosen, self._law).to(self._trainer.accelerator.device)
+            scores = self._probe.statistics(batch).scores().tolist()
+            chosen = [replace(s, drawn_score=score) for s, score in zip(chosen, scores, strict=True)]
+        self._carried = chosen
+
+    def _draw(self, rng: np.random.Generator) -> list[RolloutSequence]:
+        """Fresh completions of prompts taken evenly, each process drawing some."""
+        each = self._config.completions_per_prompt
+        count = -(-self._config.eval_sequences // each)
+        # Distinct prompts first: more prompts say more about the data than more completions of one.
+        order = np.concatenate([rng.permutation(len(self._prompts)) for _ in range(-(-count // len(self._prompts)))])
+        rows = [self._prompts[i] for i in order[:count]][self._sharing.rank :: self._sharing.size]
+        seed = int(rng.integers(2**31)) + self._sharing.rank
+        drawn = []
+        if rows:
+            found = draw(self._model, self._trainer.processing_class, rows, each, self._law, seed, "evaluation")
+            pairs = zip(found.prompt_ids, found.completion_ids, strict=True)
+            drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
+        return gather_object(drawn)
+
+    def _after_step(self) -> None:
+        if not self._probing:
+            return
+        started, cpu = time.perf_counter(), time.process_time()
         change = self._probe.after_step()
         if change is None:
             return
         self.history.append(change)
-        measured = change.measured
-        values = {
-            "entropy": change.entropy,
-            "predicted": change.total,
-            "predicted_se": change.standard_error,
-            "batch": change.batch,
-            "momentum": change.momentum,
-            "decay": change.weight_decay,
-            "measured": measured.change,
-            "measured_se": measured.standard_error,
-            "ess": measured.effective_sample_size,
-            **running_totals(self.history),
-            "seconds": self._seconds + time.perf_counter() - started,
-        }
+        self.costs.append(
+            (self._seconds + time.perf_counter() - started, self._cpu_seconds + time.process_time() - cpu)
+        )
+        values = {**metrics_of(change), **running_totals(self.history), "seconds": self.costs[-1][0]}
         for name, value in values.items():
             self._trainer._metrics["train"][f"entropy_probe/{name}"].append(value)
 
     def _guard(self, action: Callable[..., None], *arguments: Any) -> None:
         if self._failed:
             return
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         try:
             with _without_autocast(self._model):
                 action(*arguments)
         except Exception as error:
+            self._probe.reset()
+            self._rollouts.clear()
+            if self._fused is not None:
+                self._fused.detach()
+                self._fused.abandon()
             if self._config.on_error == "raise":
                 raise
-            self._failed = True
+            self._failed, self._probing = True, False
             warnings.warn(
                 f"the entropy probe failed and is off from here on; training goes on without it: {type(error).__name__}: "
                 f"{error}",
@@ -146,19 +240,11 @@ class EntropyProbeCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started
+        self._cpu_seconds += time.process_time() - cpu
 
 
-def running_totals(history: Sequence[EntropyChange]) -> dict[str, float]:
-    """Sums of predicted and measured changes so far, nats per token, and from the third on their correlation.
-
-    Steps that were not probed (log_every) are not in them, nor those before a run was resumed.
-    """
-    predicted = np.array([change.total for change in history])
-    measured = np.array([change.measured.change for change in history])
-    totals = {"cumulative_predicted": float(predicted.sum()), "cumulative_measured": float(measured.sum())}
-    if len(history) > 2 and predicted.std() > 0 and measured.std() > 0:
-        totals["correlation"] = float(np.corrcoef(predicted, measured)[0, 1])
-    return totals
+def _on(device: torch.device, values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.to(device)
 
 
 @contextmanager

@@ -14,12 +14,14 @@ import torch
 
 from entropy_core.entropy import (
     ESTIMATORS,
+    effective_sample_size,
     entropy_coefficients,
     entropy_estimate,
     leave_one_out_mean,
+    normalized_weights,
     score_coefficients,
 )
-from entropy_core.gradients import entropy_gradient, entropy_rows
+from entropy_core.gradients import batch_gradients, entropy_gradient, entropy_rows
 from entropy_core.scores import token_statistics
 from tests.entropy_core.support import distribution_as_batch, right_padded, whole_space
 from tests.oracle.comparison import assert_close, relative_error
@@ -222,3 +224,105 @@ def test_known_statistics_give_the_same_gradient(policy, space) -> None:
     again = entropy_gradient(policy, batch, statistics=statistics)
     assert_close(flatten(again), flatten(entropy_gradient(policy, batch)), 1e-14, "given statistics change the answer")
     assert list(again) == list(detached_parameters(policy))
+
+
+def moved_copy(policy: DyadicPolicy, seed: int = 5, size: float = 0.3) -> DyadicPolicy:
+    """Another policy over the same completions: the target, where `policy` drew the batch."""
+    other = DyadicPolicy()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for own, parameter in zip(policy.parameters(), other.parameters(), strict=True):
+            parameter.copy_(own + size * torch.randn(own.shape, generator=generator, dtype=torch.float64))
+    return other
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+@pytest.mark.parametrize("estimator", ["rao_blackwell", "split", "score_function"])
+def test_importance_weights_give_the_gradient_of_the_policy_that_did_not_draw(
+    dyadic_policy, dyadic_exact: ExactPolicy, dyadic_batch, estimator: str, per_token: bool
+) -> None:
+    """The batch is the law of the drawing policy, so weighted means are expectations under the target."""
+    target = moved_copy(dyadic_policy)
+    exact = solve(target, dyadic_exact.space)
+    drawn = token_statistics(dyadic_policy, dyadic_batch).scores()
+    statistics = token_statistics(target, dyadic_batch)
+    weights = normalized_weights(statistics.scores() - drawn)
+
+    def gradient(weights: torch.Tensor | None) -> torch.Tensor:
+        coefficients = entropy_coefficients(statistics, dyadic_batch, estimator, per_token, weights)
+        factor = (COPIES - 1) / COPIES if estimator == "score_function" else 1.0
+        scaled = coefficients.scaled(factor / len(dyadic_batch))
+        return flatten(batch_gradients(target, dyadic_batch, [scaled])[0])
+
+    wanted = exact.token_entropy_gradient if per_token else exact.sequence_entropy_gradient
+    assert_close(
+        gradient(weights),
+        wanted,
+        EXACT,
+        "not the target's gradient",
+        {
+            "weights are left out": gradient(None),
+            "ratios are turned over": gradient(normalized_weights(drawn - statistics.scores())),
+            "weights are squared": gradient(weights.square()),
+        },
+    )
+    assert_close(effective_sample_size(weights), len(weights) / float(weights.square().mean()), 1e-12, "ESS")
+    assert effective_sample_size(weights) < 0.9 * len(weights), "the two policies are too alike for this test"
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+@pytest.mark.parametrize("estimator", ["rao_blackwell", "split", "fixed_prefix"])
+def test_prior_weights_undo_the_way_prompts_were_drawn(
+    dyadic_policy, dyadic_exact: ExactPolicy, dyadic_batch, estimator: str, per_token: bool
+) -> None:
+    """The first prompt was drawn three times as often, under another policy as well."""
+    target = moved_copy(dyadic_policy)
+    exact = solve(target, dyadic_exact.space)
+    times = torch.where(dyadic_batch.prompt_index == 0, 3, 1)
+    batch = dyadic_batch.select(torch.repeat_interleave(torch.arange(len(dyadic_batch)), times))
+    chance = torch.tensor([0.75, 0.25], dtype=torch.float64)[batch.prompt_index]
+    statistics = token_statistics(target, batch)
+    ratio = statistics.scores() - token_statistics(dyadic_policy, batch).scores()
+    weights = normalized_weights(ratio - chance.log())
+    coefficients = entropy_coefficients(statistics, batch, estimator, per_token, weights).scaled(1 / len(batch))
+    wanted = exact.token_entropy_gradient if per_token else exact.sequence_entropy_gradient
+    if estimator == "fixed_prefix":
+        wanted = exact.expectation(exact.entropy_gradients.sum(1)) / (exact.mean_length if per_token else 1.0)
+    unequal = entropy_coefficients(statistics, batch, estimator, per_token, normalized_weights(ratio))
+    assert_close(
+        flatten(batch_gradients(target, batch, [coefficients])[0]),
+        wanted,
+        EXACT,
+        "not the gradient under evenly drawn prompts",
+        {
+            "prompts keep their uneven share": flatten(
+                batch_gradients(target, batch, [unequal.scaled(1 / len(batch))])[0]
+            )
+        },
+    )
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_weights_change_nothing(policy, space, estimator: str, per_token: bool) -> None:
+    batch = whole_space(space).select([3, 77, 200, 201, 300])
+    statistics = token_statistics(policy, batch)
+    plain = entropy_coefficients(statistics, batch, estimator, per_token)
+    weighted = entropy_coefficients(statistics, batch, estimator, per_token, torch.ones(5))
+    assert torch.equal(plain.entropy, weighted.entropy) and torch.equal(plain.logprob, weighted.logprob)
+
+
+def test_weights_have_mean_one_and_do_not_overflow() -> None:
+    logs = torch.tensor([-2000.0, -2001.0, -1999.0])
+    weights = normalized_weights(logs)
+    assert weights.dtype == torch.float64
+    assert_close(weights, torch.softmax(torch.tensor([0.0, -1.0, 1.0], dtype=torch.float64), 0) * 3, 1e-12, "weights")
+    assert_close(normalized_weights(logs + 3000.0), weights, 1e-6, "a constant in the log-weights is a normaliser")
+    assert torch.equal(normalized_weights(torch.zeros(4)), torch.ones(4, dtype=torch.float64))
+
+
+def test_effective_sample_size_by_hand() -> None:
+    assert effective_sample_size(torch.ones(7)) == 7.0
+    assert effective_sample_size(torch.tensor([0.0, 5.0, 0.0])) == 1.0
+    assert effective_sample_size(torch.tensor([1.0, 1.0, 2.0])) == pytest.approx(16 / 6)
+    assert effective_sample_size(torch.tensor([0.1, 0.1, 0.2])) == pytest.approx(16 / 6), "the scale must not matter"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.gradients import dot, entropy_gradient
+from entropy_core.entropy import entropy_coefficients, normalized_weights
+from entropy_core.gradients import batch_gradients, dot, entropy_gradient
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import distribution_as_batch, right_padded
@@ -232,3 +233,100 @@ def test_the_oracle_knows_both_estimands(policy, space) -> None:
     exact = solve(policy, space)
     fixed = exact.expectation(exact.entropy_gradients.sum(1))
     assert float((fixed - exact.sequence_entropy_gradient).norm() / exact.sequence_entropy_gradient.norm()) > 0.2
+
+
+LOG_WEIGHTS = torch.tensor([0.5, -1.0, 0.2, 1.3, 0.0, -0.4, 0.9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+def test_the_slope_of_a_weighted_measurement_is_the_weighted_gradient(case: ModelCase, per_token: bool) -> None:
+    """Central differences of SNIS with log-weights against the split estimator with the same weights, to 1e-6."""
+    model = case.make()
+    batch = right_padded(random_sequences(case.vocabulary), 0.9)
+    before = token_statistics(model, batch)
+    weights = normalized_weights(LOG_WEIGHTS)
+
+    def gradient(estimator: str, weights: Tensor | None) -> dict[str, Tensor]:
+        coefficients = entropy_coefficients(before, batch, estimator, per_token, weights).scaled(1 / len(batch))
+        return batch_gradients(model, batch, [coefficients])[0]
+
+    for estimator, measure in (("split", snis_entropy_change), ("fixed_prefix", fixed_prefix_entropy_change)):
+        own, unweighted = gradient(estimator, weights), gradient(estimator, None)
+        # Mostly along what weights change, so that a measurement without them has another slope.
+        odd = {name: own[name] - unweighted[name] for name in own}
+        anywhere = random_direction(model)
+        length = float(flatten(odd).norm())
+        direction = {name: 0.2 * anywhere[name] + o / length for name, o in odd.items()}
+
+        def slope(log_weights: Tensor | None, measure=measure, direction=direction, step: float = 1e-4) -> float:
+            changes = {
+                k: measure(
+                    before, statistics_at(model, batch, direction, k * step), batch, per_token, log_weights
+                ).change
+                for k in (-2, -1, 1, 2)
+            }
+            return (8 * (changes[1] - changes[-1]) - (changes[2] - changes[-2])) / (12 * step)
+
+        assert_close(
+            slope(LOG_WEIGHTS),
+            dot(own, direction),
+            1e-6,
+            f"the weighted {estimator} measurement has another slope than the weighted gradient",
+            {"weights are left out": slope(None)},
+        )
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+def test_weighted_measurement_by_hand(per_token: bool) -> None:
+    """The weights of `before` in the entropy before; with the ratio on top in the entropy after and in ESS."""
+    lists = random_sequences(37)
+    batch = right_padded(lists)
+    units = [float(len(c)) if per_token else 1.0 for c in lists.completion_ids]
+    start = [float(w) for w in LOG_WEIGHTS.exp()]
+    end = [
+        w * torch.tensor(a - b, dtype=torch.float64).exp().item()
+        for w, a, b in zip(start, AFTER[0], BEFORE[0], strict=True)
+    ]
+
+    def by_hand(rows: list[int], weights_after: list[float]) -> tuple[float, float]:
+        before = sum(start[n] * BEFORE[1][n] for n in rows) / sum(start[n] * units[n] for n in rows)
+        after = sum(weights_after[n] * AFTER[1][n] for n in rows) / sum(weights_after[n] * units[n] for n in rows)
+        return before, after
+
+    statistics = synthetic(*BEFORE, batch), synthetic(*AFTER, batch)
+    everyone = list(range(7))
+    for measure, weights in ((snis_entropy_change, end), (fixed_prefix_entropy_change, start)):
+        measured = measure(*statistics, batch, per_token, LOG_WEIGHTS)
+        before, after = by_hand(everyone, weights)
+        assert_close(
+            measured.before, before, 1e-12, "entropy before", {"unweighted": reweighted(everyone, units, True)[0]}
+        )
+        assert_close(measured.after, after, 1e-12, "entropy after")
+        assert_close(measured.change, after - before, 1e-11, "change")
+        assert_close(
+            measured.effective_sample_size, sum(weights) ** 2 / sum(w * w for w in weights), 1e-12, "ESS of the weights"
+        )
+        left_out = []
+        for prompt in sorted(set(lists.prompt_index)):
+            b, a = by_hand([n for n in everyone if lists.prompt_index[n] != prompt], weights)
+            left_out.append(a - b)
+        mean = sum(left_out) / len(left_out)
+        wanted = (sum((v - mean) ** 2 for v in left_out) * (len(left_out) - 1) / len(left_out)) ** 0.5
+        assert_close(measured.standard_error, wanted, 1e-10, "jackknife over prompts of the weighted change")
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
+def test_a_batch_of_an_earlier_policy_measures_exactly_too(
+    dyadic_policy: DyadicPolicy, dyadic_exact: ExactPolicy, dyadic_batch: SequenceBatch, per_token: bool
+) -> None:
+    """Drawn at θ0, weighted to θ1, measured across the step from θ1 to θ2: h(θ2) − h(θ1)."""
+    direction = random_direction(dyadic_policy)
+    scores = [statistics_at(dyadic_policy, dyadic_batch, direction, scale) for scale in (0.0, 0.7, 1.1)]
+    log_weights = scores[1].scores() - scores[0].scores()
+    measured = snis_entropy_change(scores[1], scores[2], dyadic_batch, per_token, log_weights)
+    start, end = (
+        entropies_along(dyadic_policy, dyadic_exact.space, direction, scale)[int(per_token)] for scale in (0.7, 1.1)
+    )
+    unweighted = snis_entropy_change(scores[1], scores[2], dyadic_batch, per_token).change
+    assert_close(measured.before, start, 1e-10, "entropy of the policy before the step")
+    assert_close(measured.change, end - start, 1e-9, "change", {"weights are left out": unweighted})

@@ -6,6 +6,7 @@ total, and the measured change departs from the prediction by a curvature term. 
 a report with sums of their own.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
+
+from tests.entropy_experiments.analysis_fixture import make_analyses, train_kernel
 
 N_EVALUATION, N_PROMPTS, PER_PROMPT = 32, 8, 8
 SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -277,13 +280,32 @@ def write_json(folder: Path, name: str, content: Any) -> None:
     (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def build_results(folder: Path, seed: int = 0) -> Path:
-    """Write a whole results folder and return it. Change single files afterwards to make it odd."""
+@functools.lru_cache
+def _sequences(seed: int) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    return make_sequences(np.random.default_rng(seed))
+
+
+@functools.lru_cache
+def _analyses(seed: int) -> str:
+    rows, *kernels = _sequences(seed)
+    return json.dumps(make_analyses(rows, *kernels, make_summary(rows)), allow_nan=False)
+
+
+def build_results(folder: Path, seed: int = 0, analyses: bool = False) -> Path:
+    """Write a whole results folder and return it; `analyses`: with those of the questions, which take longer to draw.
+
+    Change single files afterwards to make it odd.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows, fisher, entropy_fisher = make_sequences(np.random.default_rng(seed))
+    rows, fisher, entropy_fisher = _sequences(seed)
+    kernels = {"fisher": fisher, "entropy_fisher": entropy_fisher}
+    summary = make_summary(rows)
+    if analyses:
+        kernels["train_fisher"] = train_kernel(fisher).astype(np.float32)
+        summary["analyses"] = json.loads(_analyses(seed))
     write_sequences(folder, rows)
-    save_file({"fisher": fisher, "entropy_fisher": entropy_fisher}, folder / "kernel.safetensors")
-    write_json(folder, "summary.json", make_summary(rows))
+    save_file(kernels, folder / "kernel.safetensors")
+    write_json(folder, "summary.json", summary)
     write_json(folder, "run.json", make_run())
     write_json(folder, "training_history.json", make_history())
     (folder / "config.yaml").write_text("seed: 0\n", encoding="utf-8")

@@ -183,7 +183,7 @@ def test_weights_that_diverged(checkpoint_copy):
 
 def test_a_truncating_sampler_is_refused(checkpoint_copy):
     from entropy_experiments.config import FisherAnalysisConfig
-    from entropy_experiments.double_sampling import plan_sampling
+    from entropy_experiments.sampling_plan import plan_sampling
 
     path = checkpoint_copy / "entropy_experiments.json"
     content = json.loads(path.read_text())

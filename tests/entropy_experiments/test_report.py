@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from entropy_experiments.report import write_report
+from entropy_experiments.report_analyses import PRESENTATIONS
 from entropy_experiments.results_folder import read_results_folder
 from entropy_experiments.text_display import clip, prompt_frame, quoted, visible
 from rl_training.errors import UserError
@@ -31,7 +32,7 @@ FIGURES = {
     "attribution",
     "kernel_fisher",
     "kernel_entropy_fisher",
-}
+} | {name for presentation in PRESENTATIONS.values() for name in presentation.figures}
 
 
 class Page(HTMLParser):
@@ -68,7 +69,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    folder = build_results(tmp_path_factory.mktemp("analysis") / "results")
+    folder = build_results(tmp_path_factory.mktemp("analysis") / "results", analyses=True)
     report = write_report(folder)
     html = report.read_text(encoding="utf-8")
     return folder, html, Page(html)
@@ -166,7 +167,7 @@ def test_provenance_and_legend(written):
 
 def test_report_is_deterministic(written, tmp_path):
     _, html, _ = written
-    assert write_report(build_results(tmp_path / "again")).read_text(encoding="utf-8") == html
+    assert write_report(build_results(tmp_path / "again", analyses=True)).read_text(encoding="utf-8") == html
     assert write_report(tmp_path / "again").read_text(encoding="utf-8") == html
 
 
@@ -194,8 +195,19 @@ HOSTILE = [
 ]
 
 
+def hostile(tree, path=()):
+    """Every text of the analyses that a model or a file may have written, replaced."""
+    if isinstance(tree, dict):
+        return {key: hostile(value, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [hostile(value, (*path, place)) for place, value in enumerate(tree)]
+    if isinstance(tree, str) and {"prompt", "texts", "first_words", "sentence", "reason", "label"} & set(path):
+        return HOSTILE[len(str(path)) % len(HOSTILE)]
+    return tree
+
+
 def test_hostile_text_is_shown_as_text(tmp_path):
-    folder = build_results(tmp_path)
+    folder = build_results(tmp_path, analyses=True)
     rows, ordered = training_rows()
     for row, text in zip(ordered, HOSTILE, strict=False):
         row["completion"], row["prompt"] = text, text + row["prompt"]
@@ -204,6 +216,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     run["command"], run["versions"]["<b>x</b>"] = HOSTILE[5], HOSTILE[0]
     run["self_checks"][0] |= {"passed": False, "name": HOSTILE[0], "explanation": HOSTILE[1]}
     summary["checkpoint"]["model"] = HOSTILE[0] + "\ud800"
+    summary["analyses"] = hostile(json.loads((folder / "summary.json").read_text())["analyses"])
     write_json(folder, "run.json", run)
     write_json(folder, "summary.json", summary)
     html = write_report(folder).read_text(encoding="utf-8")
@@ -215,6 +228,43 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert "null⟨U+0000⟩ and ⟨U+001B⟩[31m" in cells and "⟨U+202E⟩gnihton" in cells
     assert any(cell.endswith("[… 9,680 characters left out …]") for cell in cells)
     assert len(re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)) < 120_000
+
+
+def test_every_question_has_its_sentence_figures_and_table(written):
+    folder, html, page = written
+    stored = json.loads((folder / "summary.json").read_text())["analyses"]
+    for name, presentation in PRESENTATIONS.items():
+        assert presentation.question in page.text and stored[name]["sentence"] in page.text, name
+        assert all(f'id="figure-{figure}"' in html for figure in presentation.figures)
+    shown = [cell for row in page.rows for cell in row]
+    scores = stored["intervention"]["scores"]["split"]
+    assert any(cell.startswith(f"{scores['spearman']:.3g}") for cell in shown)
+    drop = next(row for row in stored["weighting_schemes"]["rows"] if row["name"] == "drop_top_5")
+    cells = next(row for row in page.rows if row and row[0] == drop["label"])
+    value = drop["delta_h"]["raw"]["value"]
+    assert float(cells[1].split(" ")[0].replace("−", "-")) == pytest.approx(1e3 * value, rel=0.05)
+    length = next(row for row in page.rows if row and row[0] == "Completion length, tokens")
+    means = [stored["buffers"]["quantities"]["length"][side]["mean"] for side in ("evaluation", "training")]
+    assert [float(cell.split(" ")[0]) for cell in length[1:3]] == pytest.approx(means, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda analyses: {name: {} for name in analyses},
+        lambda analyses: {name: "text" for name in analyses},
+        lambda analyses: {name: dict.fromkeys(result, "text") for name, result in analyses.items()},
+        lambda analyses: {name: {key: [] for key in result} for name, result in analyses.items()},
+        lambda analyses: {name: {key: [{}] for key in result} for name, result in analyses.items()},
+        lambda analyses: {"unheard_of": {"sentence": "x"}, "buffers": {"error": "x", "sentence": "FAILED: x"}},
+        lambda analyses: [1, 2],
+    ],
+)
+def test_odd_analyses_leave_a_report(tmp_path, odd):
+    folder = build_results(tmp_path, analyses=True)
+    edit_json("summary.json", lambda s: s | {"analyses": odd(s["analyses"])})(folder)
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "Verdict" in page.text and "Traceback" not in page.text
 
 
 def edit_json(name, change):

@@ -11,8 +11,14 @@ from safetensors.torch import load_file
 from entropy_experiments import entropy_runner
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import choose_evaluation_rows, plan_sampling, sample_evaluation_batch
+from entropy_experiments.double_sampling import (
+    choose_evaluation_rows,
+    draw_buffers,
+    sample_evaluation_batch,
+    sample_training_batch,
+)
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.sampling_plan import plan_sampling
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
@@ -27,7 +33,7 @@ def test_the_folder_holds_what_the_contract_says(analysis):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "config.yaml", "run.json", "summary.json", "sequences.parquet", "kernel.safetensors", "training_history.json",
-        "figures", "report.html",
+        "evaluation_set.json", "figures", "report.html",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
     assert len(run["self_checks"]) == 10 and all(check["passed"] for check in run["self_checks"])
@@ -110,7 +116,7 @@ def test_the_model_is_left_as_it_was(tiny_run):
     plan = plan_sampling(checkpoint, config())
     before = {name: p.detach().clone() for name, p in checkpoint.model.named_parameters()}
     rows = choose_evaluation_rows(plan, config())
-    training = entropy_runner.sample_training_batch(checkpoint, plan, config(), keep_out=rows)
+    training = sample_training_batch(checkpoint, plan, config(), keep_out=rows)
     evaluation = sample_evaluation_batch(checkpoint, plan, config(), rows)
     entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, lambda name: None)
     assert all(torch.equal(p, before[name]) for name, p in checkpoint.model.named_parameters())
@@ -154,6 +160,49 @@ def test_drawing_the_evaluation_buffer_reads_no_reward(tiny_run):
     assert len(rollouts) == 16 and set(rollouts.reward) == {None}
     heldout = {row["prompt_index"] for row in plan.task.heldout}
     assert set(rollouts.prompt_index) == heldout, "16 held-out prompts, one completion each"
+
+
+def test_no_reward_is_read_before_both_buffers_are_drawn(tiny_run):
+    """The training buffer is the run's own, so that nothing has to be scored; then rewards that raise change nothing."""
+    from_run = config("entropy_analysis.sampling.train_prompts=from_run")
+    checkpoint = load_checkpoint(tiny_run)
+    drawn = []
+    for broken in (False, True):
+        plan = plan_sampling(checkpoint, from_run)
+        if broken:
+            plan.task.reward_functions[:] = [_forbidden]
+            for row in plan.task.heldout:
+                row["answer"] = _Untouchable()
+        drawn.append(draw_buffers(checkpoint, plan, from_run)[0])
+    assert drawn[0].completion_ids == drawn[1].completion_ids and set(drawn[1].reward) == {None}
+
+
+def _forbidden(**_):
+    raise AssertionError("a reward was read")
+
+
+class _Untouchable:
+    """An answer that nobody may look at."""
+
+    def __getattr__(self, name):
+        raise AssertionError("an answer was read")
+
+
+def test_the_evaluation_set_is_stored_and_fixed_sets_are_the_same_at_every_checkpoint(tiny_run, tmp_path):
+    fixed = config("entropy_analysis.sampling.eval_prompts=fixed_set", "entropy_analysis.eval_batch_size=10")
+    stored = []
+    for step in (2, 4):
+        result = run_fisher_analysis(tiny_run / f"checkpoint-{step}", fixed, folder=tmp_path / str(step))
+        stored.append(json.loads((result.folder / "evaluation_set.json").read_text()))
+        assert stored[-1]["prompt_index"] == result.evaluation.prompt_index and stored[-1]["source"] == "heldout"
+    assert stored[0] == stored[1] and len(stored[0]["prompt_index"]) == 10
+    checkpoint = load_checkpoint(tiny_run)
+    plan = plan_sampling(checkpoint, fixed)
+    assert stored[0]["prompt_index"] == [row["prompt_index"] for row in plan.task.heldout[:10]]
+    chosen = [
+        [row["prompt_index"] for row in choose_evaluation_rows(plan, config(f"seed={seed}"))] for seed in (0, 0, 1)
+    ]
+    assert chosen[0] == chosen[1] != chosen[2], "random prompts follow from the seed"
 
 
 def test_same_prompts_and_disjoint_prompts(tiny_run, tmp_path):

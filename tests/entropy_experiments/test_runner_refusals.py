@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_experiments import fisher_analyzer
+from entropy_experiments import fisher_analyzer, training_side
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
@@ -160,7 +160,7 @@ def test_half_an_adapter_is_refused(checkpoint_copy, tmp_path):
 
 
 def test_rows_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fisher_analyzer, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(training_side, "_free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="train_batch_size"):
         run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
     assert not list(tmp_path.glob("no*"))

@@ -1,0 +1,333 @@
+"""Derivatives along one direction: row sums of the kernel and shares of tokens, with neither matrix nor rows.
+
+    u a direction over all trainable parameters,  D f = df(theta + s u)/ds at s = 0,  z = logits / temperature,  zdot = D z
+
+    D log pi(a_k) = zdot_{a_k} - sum_a pi_a zdot_a             D H_k = -sum_a pi_a (log pi_a + H_k) zdot_a
+
+    sum_i w_i K1(t, i) = D S_t   along  u = P sum_i w_i dS_i   for all t at once: O(n) work instead of O(n^2)
+    <dS_i, u>          = D S_i                                 for all i at once; token k's part of it is D log pi(a_k)
+    <E_t, u>           = sum_k [ alpha_k D H_k + gamma_k D log pi(a_k) ]       alpha, gamma: entropy_core.entropy
+
+Two ways to D: "forward" carries it along with one forward pass (dual numbers), exact to rounding and without a graph;
+"central" takes (4 d(e) - d(2e))/3 of central differences d, whose error is of order e^4, and works for every model.
+
+Symbols: S score, P preconditioner, w weights of training sequences; K1 and E_t as in entropy_core.kernel. Units: nats per
+unit of s. Source: docs/theory/fisher-kernel.md, "Properties that are checked".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
+from entropy_core.entropy import Estimator, entropy_coefficients, score_coefficients
+from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
+from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.scores import TokenStatistics, _bounded_logprobs, _chunks, scatter_statistics, token_statistics
+
+Method = Literal["forward", "central"]
+
+_LARGEST_CHANGE = 0.05  # nats by which a central difference moves the fastest token at most; curvature may ask for less
+_PILOT_SEQUENCES = 8
+
+
+class SequenceProducts(NamedTuple):
+    """sequences: (N,) float64 <dS_i, u>. tokens: (N, L) token k's part D log pi(a_k) of it, 0 outside completions."""
+
+    sequences: Tensor
+    tokens: Tensor
+
+
+def token_derivatives(
+    model: nn.Module,
+    batch: SequenceBatch,
+    direction: Mapping[str, Tensor],
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    method: Method = "forward",
+    hold_padding: bool = False,
+) -> TokenStatistics:
+    """D log pi(a_k) in `logprobs` and D H_k in `entropies`, both (N, L) in the batch's layout, 0 outside completions.
+
+    direction: name -> tensor of the parameter's shape, over all trainable parameters; any scale, weights are not stepped.
+    method: "forward" needs a forward-mode rule for every operation of the model; "central" none, but is good to some 1e-4
+    of the whole in float32 and moves the weights while it runs (they are restored bit by bit, also on an exception).
+    hold_padding: count no movement of a padding token's input embedding, as torch's gradient of it in training does.
+
+    Raises ValueError where the direction does not fit the parameters or is not finite, for an unknown method, and where an
+    operation has no forward-mode rule (naming the module).
+    """
+    parameters = trainable_parameters(model)
+    _check_covers("the direction", direction, parameters)
+    with ExitStack() as held:
+        if hold_padding:
+            held.enter_context(_padding_embeddings_held(model))
+        if method == "forward":
+            return _forward_mode(model, batch, direction, parameters, token_batch_size)
+        if method == "central":
+            return _central_difference(model, batch, direction, token_batch_size)
+    raise ValueError(f"unknown method {method!r}: choose 'forward' or 'central'")
+
+
+def row_sums(
+    model: nn.Module,
+    eval_batch: SequenceBatch,
+    train_batch: SequenceBatch,
+    weights: Tensor,
+    preconditioner: Mapping[str, Tensor] | None = None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    method: Method = "forward",
+) -> Tensor:
+    """(n_eval,) float64: sum_i w_i K1(t, i) for every evaluation sequence, at the price of one backward and one forward pass.
+
+    weights: (n_train,). preconditioner: name -> P over all trainable parameters; None means P = 1.
+
+    Raises ValueError as `token_derivatives` does, and where P or the weights do not fit.
+    """
+    direction = weighted_direction(model, train_batch, weights, preconditioner, token_batch_size)
+    return token_derivatives(model, eval_batch, direction, token_batch_size, method).scores()
+
+
+def weighted_direction(
+    model: nn.Module,
+    batch: SequenceBatch,
+    weights: Tensor,
+    preconditioner: Mapping[str, Tensor] | None = None,
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+) -> dict[str, Tensor]:
+    """P sum_i w_i dS_i, name -> tensor: the direction whose score derivatives are the row sums of K1 with weights (N,) w."""
+    if weights.shape != (len(batch),):
+        raise ValueError(f"the weights are {tuple(weights.shape)}, but there are {len(batch)} training sequences")
+    with true_embedding_gradients(model):
+        gradient = batch_gradients(
+            model, batch, [score_coefficients(batch, weights.to(batch.device))], token_batch_size
+        )[0]
+    if preconditioner is None:
+        return gradient
+    _check_covers("the preconditioner", preconditioner, gradient)
+    return {name: preconditioner[name] * g for name, g in gradient.items()}
+
+
+def sequence_products(
+    model: nn.Module,
+    batch: SequenceBatch,
+    direction: Mapping[str, Tensor],
+    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    method: Method = "forward",
+    hold_padding: bool = True,
+) -> SequenceProducts:
+    """<dS_i, direction> of every sequence, and every token's part of it, from one pass.
+
+    With hold_padding the rows dS_i are those of `per_sequence_gradients`, by torch's rule for padding embeddings; without,
+    those of the true derivative, as in `compute_cross_fisher_kernel`. They differ only where such an embedding is trained.
+    """
+    found = token_derivatives(model, batch, direction, token_batch_size, method, hold_padding)
+    return SequenceProducts(found.scores(), found.logprobs)
+
+
+def entropy_products(
+    statistics: TokenStatistics,
+    derivatives: TokenStatistics,
+    batch: SequenceBatch,
+    estimator: Estimator = "rao_blackwell",
+    per_token: bool = True,
+) -> Tensor:
+    """(N,) float64 <E_t, u>: each sequence's term of an estimate of D h (per_token) or D H; their mean is the estimate.
+
+    statistics: the batch's own; derivatives: its `token_derivatives` along u. All estimators come from the same pair.
+    """
+    c = entropy_coefficients(statistics, batch, estimator, per_token)
+    return (c.entropy * derivatives.entropies.double() + c.logprob * derivatives.logprobs.double()).sum(1)
+
+
+@contextmanager
+def weights_moved(model: nn.Module, direction: Mapping[str, Tensor], scale: float) -> Iterator[None]:
+    """The trainable parameters at theta + scale * direction; restored bit by bit on leaving, however that happens."""
+    parameters = trainable_parameters(model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.add_(direction[name].to(p.dtype), alpha=scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+
+
+class _CompletionLogits(nn.Module):
+    """`completion_logits` as a module, so that its parameters can be replaced by dual numbers for one call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+    def forward(self, bucket: Bucket, temperature: float) -> Tensor:
+        return completion_logits(self.model, bucket, temperature)
+
+
+def _forward_mode(
+    model: nn.Module,
+    batch: SequenceBatch,
+    direction: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    token_batch_size: int,
+) -> TokenStatistics:
+    with evaluation_mode(model):
+        # Building the wrapper inside: it must not leave a mark on the model's training flags.
+        wrapper = _CompletionLogits(model).eval()
+        places, values = [], []
+        for bucket in length_buckets(batch, token_batch_size):
+            with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                duals = {
+                    f"model.{name}": forward_ad.make_dual(p.detach(), direction[name].detach().to(p))
+                    for name, p in parameters.items()
+                }
+                try:
+                    logits = torch.func.functional_call(wrapper, duals, (bucket, batch.temperature))
+                except NotImplementedError as error:
+                    raise ValueError(
+                        f"{_culprit(error.__traceback__, wrapper)} has no forward-mode derivative "
+                        f"({str(error).splitlines()[0]}); use method='central'"
+                    ) from error
+                primal, tangent = forward_ad.unpack_dual(logits)
+            if tangent is None:
+                raise ValueError(
+                    "the model's logits carry no forward-mode derivative (does it detach them from its parameters, or compute "
+                    "them outside torch?); use method='central'"
+                )
+            places.append((bucket.sequences, bucket.columns))
+            values.append(_tangents(primal, tangent, bucket.targets))
+    at = (torch.cat([rows for rows, _ in places]), torch.cat([columns for _, columns in places]))
+    return scatter_statistics(batch, at, *(torch.cat(parts) for parts in zip(*values, strict=True)))
+
+
+def _tangents(logits: Tensor, tangent: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(D log pi, D H), each (m,), from logits and their derivative (m, V); see the formulas above."""
+    mean = torch.empty(len(targets), dtype=logits.dtype, device=logits.device)
+    entropies = torch.empty_like(mean)
+    for part in _chunks(logits):
+        logprobs = _bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
+        law = logprobs.exp()
+        mean[part] = (law * tangent[part]).sum(1)
+        entropy = -(law * logprobs).sum(1, keepdim=True)
+        entropies[part] = -(law * (logprobs + entropy) * tangent[part]).sum(1)
+    return tangent.gather(1, targets[:, None]).squeeze(1) - mean, entropies
+
+
+def _culprit(trace: TracebackType | None, wrapper: nn.Module) -> str:
+    """The innermost of the model's modules whose forward was running when the exception arose."""
+    names = {id(module): name.removeprefix("model.") for name, module in wrapper.named_modules()}
+    found = "the model"
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and names.get(id(module)):
+            found = f"module {names[id(module)]!r} ({type(module).__name__})"
+        trace = trace.tb_next
+    return found
+
+
+def _central_difference(
+    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], token_batch_size: int
+) -> TokenStatistics:
+    pilot = batch.select(torch.linspace(0, len(batch) - 1, min(len(batch), _PILOT_SEQUENCES)).round().long())
+    step = _central_step(model, pilot, direction, token_batch_size)
+    if step is None:
+        nothing = torch.zeros_like(token_statistics(model, batch, token_batch_size).logprobs)
+        return TokenStatistics(nothing, nothing.clone())
+    near, far = (_difference(model, batch, direction, e, token_batch_size) for e in (step, 2 * step))
+    return TokenStatistics(
+        *((4 * n - f) / 3 for n, f in ((near.logprobs, far.logprobs), (near.entropies, far.entropies)))
+    )
+
+
+def _difference(
+    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], step: float, token_batch_size: int
+) -> TokenStatistics:
+    with weights_moved(model, direction, step):
+        above = token_statistics(model, batch, token_batch_size)
+    with weights_moved(model, direction, -step):
+        below = token_statistics(model, batch, token_batch_size)
+    return TokenStatistics(
+        (above.logprobs - below.logprobs) / (2 * step), (above.entropies - below.entropies) / (2 * step)
+    )
+
+
+def _central_step(
+    model: nn.Module, pilot: SequenceBatch, direction: Mapping[str, Tensor], token_batch_size: int
+) -> float | None:
+    """The e at which curvature and rounding cost about the same; None where nothing moves.
+
+    With r = |d(e) - d(2e)| / 3 |d|, the relative error of d(e), the combination's error is about 4 r^2 from curvature and
+    10 eps / sqrt(r) from rounding (eps of the arithmetic), whose sum is least at r = (10 eps / 16)^(2/5).
+    """
+    parameters = trainable_parameters(model)
+    length = sum(float(direction[name].double().square().sum()) for name in parameters) ** 0.5
+    if length == 0.0:
+        return None
+    size = sum(float(p.detach().double().square().sum()) for p in parameters.values()) ** 0.5
+    step = 1e-3 * (size or 1.0) / length
+    for _ in range(20):  # until the fastest token moves by about as much as it may
+        moved_by = step * float(_difference(model, pilot, direction, step, token_batch_size).logprobs.abs().max())
+        too_far = step * length > 10 * (size or 1.0)
+        if too_far and moved_by == 0.0:
+            return None
+        if too_far or 0.3 < moved_by / _LARGEST_CHANGE <= 1:
+            break
+        step *= min(1e3, max(1e-3, 0.7 * _LARGEST_CHANGE / moved_by)) if moved_by > 0 else 1e3
+    own = token_statistics(model, pilot, token_batch_size).logprobs.dtype
+    longest = step
+    for precision in (own, torch.float32):  # a float64 model may hold modules that round to float32 inside
+        wanted, step = (10 * torch.finfo(precision).eps / 16) ** 0.4, longest
+        for _ in range(3):
+            near, far = (_difference(model, pilot, direction, e, token_batch_size).logprobs for e in (step, 2 * step))
+            error = float((near - far).norm() / (3 * near.norm()).clamp(min=torch.finfo(near.dtype).tiny))
+            if error < 3 * wanted:
+                return step
+            step *= max(1e-3, (wanted / error) ** 0.5)
+    return step
+
+
+@contextmanager
+def _padding_embeddings_held(model: nn.Module) -> Iterator[None]:
+    """Input embeddings of padding tokens stay what they are, wherever the parameters move."""
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad:
+            index = module.padding_idx
+            with torch.no_grad():
+                row = module(torch.tensor(index, device=module.weight.device))
+
+            def hold(_module: nn.Module, args: tuple, output: Tensor, index: int = index, row: Tensor = row) -> Tensor:
+                return torch.where((args[0] == index)[..., None], row, output)
+
+            handles.append(module.register_forward_hook(hold))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_covers(what: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    missing = [name for name in parameters if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{what} lacks {len(missing)} of {len(parameters)} trainable parameters, e.g. {missing[0]!r}: it belongs to "
+            "another model"
+        )
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{what} of {name!r} is {tuple(tensors[name].shape)}, the parameter {tuple(parameter.shape)}"
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{what} of {name!r} holds values that are not finite")

@@ -1,0 +1,224 @@
+"""The gradient of entropy in a few parts, one for each fold of the prompts, so that what it predicts has an error.
+
+    g = sum_f g_f ,    g_f = sum of the rows E_t / n over the sequences t whose prompt is in fold f
+    <g, d> = sum_f c_f ,    c_f = <g_f, d> ,    se^2 = F/(F - 1)  sum_f (c_f - mean c)^2
+
+for any direction d, a step or a part of one: the spread of F independent sums, which is the jackknife over folds. With
+as many folds as prompts it is the jackknife over prompts. Memory: F times the trainable parameters.
+
+Source: docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import Bucket, SequenceBatch
+from entropy_core.entropy import TokenCoefficients
+from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
+from entropy_core.gradients import trainable_parameters, weighted_sum
+from entropy_core.row_taps import RowTaps
+from entropy_core.scores import TokenStatistics, logprobs_and_entropies
+from entropy_core.work_sharing import WorkSharing
+
+# Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
+_STRETCH = 2**15
+
+Buckets = Callable[[SequenceBatch], list[Bucket]]
+Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the standard error of it (NaN where nothing is known of its spread), in the same unit."""
+
+    value: float
+    standard_error: float = math.nan
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Sum of two independent estimates."""
+        return Estimate(self.value + other.value, math.hypot(self.standard_error, other.standard_error))
+
+
+@dataclass(frozen=True)
+class FoldGradients:
+    """folds: name -> (F, *shape), this process's part; `sharing` adds up what several processes hold."""
+
+    folds: dict[str, Tensor]
+    sharing: WorkSharing
+
+    @property
+    def count(self) -> int:
+        """How many folds there are."""
+        return next(iter(self.folds.values())).shape[0]
+
+    def total(self) -> dict[str, Tensor]:
+        """Name -> the whole gradient, summed over folds and processes."""
+        return {name: self.sharing.sum(folds.sum(0)) for name, folds in self.folds.items()}
+
+    def along(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """(F,) float64: <g_f, direction> of every fold, summed over processes. Raises ValueError when names differ."""
+        if direction.keys() != self.folds.keys():
+            odd = sorted(direction.keys() ^ self.folds.keys())
+            raise ValueError(f"gradient and direction cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
+        some = next(iter(self.folds.values()))
+        products = torch.zeros(self.count, dtype=torch.float64, device=some.device)
+        for name, folds in self.folds.items():
+            flat = folds.flatten(1)
+            along = direction[name].flatten().to(flat.dtype)
+            for start in range(0, flat.shape[1], _STRETCH):
+                stretch = slice(start, start + _STRETCH)
+                products += (flat[:, stretch] @ along[stretch]).double()
+        return self.sharing.sum(products)
+
+    def predict(self, direction: Mapping[str, Tensor]) -> Estimate:
+        """<g, direction> with its standard error over folds (NaN for one fold)."""
+        return fold_estimate(self.along(direction))
+
+    def blend(self, newer: FoldGradients, keep: float) -> FoldGradients:
+        """keep * self + (1 - keep) * newer, fold by fold, in this one's memory. Raises ValueError for unequal fold numbers."""
+        if self.count != newer.count:
+            raise ValueError(f"{self.count} folds cannot be averaged with {newer.count}")
+        for name, folds in self.folds.items():
+            folds.lerp_(newer.folds[name], 1.0 - keep)
+        return self
+
+
+def fold_estimate(contributions: Tensor) -> Estimate:
+    """Sum of (F,) independent contributions with the standard error of the sum."""
+    count = len(contributions)
+    if count < 2:
+        return Estimate(float(contributions.sum()))
+    spread = (contributions - contributions.mean()).square().sum()
+    return Estimate(float(contributions.sum()), float((count / (count - 1) * spread).sqrt()))
+
+
+def fold_of_sequences(prompt_index: Tensor, folds: int) -> Tensor:
+    """(N,) fold number of each sequence; all completions of a prompt share a fold."""
+    _, place = prompt_index.unique(return_inverse=True)
+    return place % folds
+
+
+def fold_gradients(
+    model: nn.Module,
+    batch: SequenceBatch,
+    objectives: Objectives,
+    buckets: Buckets,
+    folds: int = 8,
+    sharing: WorkSharing | None = None,
+) -> tuple[list[FoldGradients], TokenStatistics]:
+    """One FoldGradients for each objective and the batch's token statistics, from one forward pass and a backward pass each.
+
+    objectives: from the statistics of the whole batch to coefficients whose *mean over sequences* is meant
+    (entropy_core.entropy). buckets: how rows are laid out (length_buckets, or shared_prefix_buckets). folds: at most as many
+    as there are prompts are used; below 2 plain autograd is, which suits any model and yields no error.
+    (Coefficients need the whole batch's statistics, so several buckets take a forward pass for them first.)
+
+    Raises ValueError where rows cannot be formed (entropy_core.gradients); `folds=1` covers such models.
+    """
+    sharing = sharing or WorkSharing()
+    pieces = _own_buckets(batch, buckets, sharing)
+    parameters = trainable_parameters(model)
+    count = max(1, min(folds, len(batch.prompt_index.unique())))
+    fold_of = fold_of_sequences(batch.prompt_index, count)
+    with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
+        kept = _Forward(model, parameters, batch, pieces[0], count > 1) if len(pieces) == 1 else None
+        statistics = _summed(kept.statistics() if kept is not None else _statistics(model, batch, pieces), sharing)
+        wanted = [c.scaled(1.0 / len(batch)) for c in objectives(statistics)]
+        found = [_zeros(parameters, count) for _ in wanted]
+        if kept is not None:
+            kept.backward(wanted, fold_of, found)
+        else:
+            for piece in pieces:
+                _Forward(model, parameters, batch, piece, count > 1).backward(wanted, fold_of, found)
+    return [FoldGradients(f, sharing) for f in found], statistics
+
+
+def shared_statistics(
+    model: nn.Module, batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing | None = None
+) -> TokenStatistics:
+    """Token statistics of the whole batch, without gradients, each process computing some of its prompts."""
+    sharing = sharing or WorkSharing()
+    return _summed(_statistics(model, batch, _own_buckets(batch, buckets, sharing)), sharing)
+
+
+def _own_buckets(batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing) -> list[Bucket]:
+    """This process's sequences in buckets, their places those of the whole batch; none where prompts are too few for it."""
+    if sharing.size == 1:
+        return buckets(batch)
+    mine = sharing.mine(batch.prompt_index)
+    pieces = buckets(batch.select(mine)) if len(mine) else []
+    return [replace(piece, indices=mine[piece.indices], sequences=mine[piece.sequences]) for piece in pieces]
+
+
+def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]) -> TokenStatistics:
+    """Statistics of the tokens in these buckets, zero elsewhere."""
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    logprobs, entropies = (torch.zeros(batch.input_ids.shape, dtype=dtype, device=batch.device) for _ in range(2))
+    with evaluation_mode(model), torch.no_grad():
+        for bucket in pieces:
+            values = logprobs_and_entropies(completion_logits(model, bucket, batch.temperature), bucket.targets)
+            logprobs[bucket.sequences, bucket.columns], entropies[bucket.sequences, bucket.columns] = values
+    return TokenStatistics(logprobs, entropies)
+
+
+def _summed(own: TokenStatistics, sharing: WorkSharing) -> TokenStatistics:
+    return TokenStatistics(sharing.sum(own.logprobs), sharing.sum(own.entropies))
+
+
+class _Forward:
+    """One bucket's forward pass with its graph, ready for backward passes into folds."""
+
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], batch: SequenceBatch, bucket: Bucket, rows: bool
+    ) -> None:
+        self._parameters, self._batch, self._bucket = parameters, batch, bucket
+        self._taps = RowTaps(model, parameters, bucket) if rows else None
+        try:
+            logits = completion_logits(model, bucket, batch.temperature)
+        finally:
+            if self._taps is not None:
+                self._taps.__exit__(None, None, None)
+        self._logprobs, self._entropies = logprobs_and_entropies(logits, bucket.targets)
+
+    def statistics(self) -> TokenStatistics:
+        full = [torch.zeros(self._batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in self._values()]
+        for tensor, values in zip(full, self._values(), strict=True):
+            tensor[self._bucket.sequences, self._bucket.columns] = values.detach()
+        return TokenStatistics(*full)
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        return self._logprobs, self._entropies
+
+    def backward(
+        self, wanted: Sequence[TokenCoefficients], fold_of: Tensor, found: Sequence[dict[str, Tensor]]
+    ) -> None:
+        at, rows = (self._bucket.sequences, self._bucket.columns), fold_of[self._bucket.indices]
+        for number, (coefficients, into) in enumerate(zip(wanted, found, strict=True)):
+            objective = weighted_sum(self._logprobs, self._entropies, coefficients, at)
+            keep = number + 1 < len(wanted)
+            if self._taps is not None:
+
+                def add(name: str, r: Tensor, into: dict[str, Tensor] = into) -> None:
+                    into[name].index_add_(0, rows, r.to(into[name]))
+
+                self._taps.backward(objective, add, keep)
+                continue
+            values = torch.autograd.grad(
+                objective, list(self._parameters.values()), retain_graph=keep, allow_unused=True
+            )
+            for name, value in zip(self._parameters, values, strict=True):
+                if value is not None:
+                    into[name][0] += value
+
+
+def _zeros(parameters: Mapping[str, Tensor], folds: int) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros((folds, *p.shape), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        for name, p in parameters.items()
+    }

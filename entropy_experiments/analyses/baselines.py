@@ -1,0 +1,141 @@
+"""How near does each predictor of this step's entropy change come to the measured one?
+
+    rao_blackwell, split, score_function    <grad h, dtheta> with the step that AdamW takes, by three estimators of grad h
+    fixed_prefix                            the same with the change on given tokens in place of grad h
+    without_momentum                        <grad h, dtheta_batch>: this batch alone, by Rao-Blackwell
+    without_preconditioner                  <grad h, -lr g>: no P, no momentum, by Rao-Blackwell
+    covariance, natural_covariance, steer   from log-probabilities, entropies and advantages alone
+
+    ratio = measured / predicted            z = |predicted - measured| / sqrt(se_predicted^2 + se_measured^2)
+
+The last four are steps of another length (in logits, or without the optimizer's scale): of them only the sign is held
+against the measurement here, and their correlation over many steps elsewhere. fixed_prefix has another estimand; it is
+compared with the policy's change, which it is often taken for, and in a row of its own with the change on given tokens.
+Predictions and measurement share evaluation sequences: their errors move together, and z errs towards agreement.
+Source: entropy_core/entropy.py, entropy_core/predictors.py; docs/analyses/baselines.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from entropy_experiments.number_format import plus_minus, value_and_error
+from entropy_experiments.verdict import agreement
+
+LABELS = {
+    "rao_blackwell": "Rao–Blackwell",
+    "split": "split",
+    "score_function": "score function",
+    "fixed_prefix": "fixed prefix",
+    "fixed_prefix_on_given_tokens": "fixed prefix, on given tokens",
+    "without_momentum": "without momentum",
+    "without_preconditioner": "without P (plain gradient)",
+    "covariance": "covariance (Cui et al.)",
+    "natural_covariance": "covariance, natural gradient",
+    "steer": "STEER",
+}
+ANOTHER_SCALE = ("without_preconditioner", "covariance", "natural_covariance", "steer")
+
+
+def baseline_table(
+    predicted: Mapping[str, Mapping[str, Any]],
+    measured: Any,
+    *,
+    measured_fixed_prefix: Any = None,
+    without_preconditioner: Any = None,
+    covariance: float | None = None,
+    natural_covariance: float | None = None,
+    steer: float | None = None,
+) -> dict[str, Any]:
+    """One row a predictor.
+
+    predicted: estimator -> part ("total", "batch") -> estimate, nats per token, as in AnalysisNumbers.predicted or
+    summary.json. measured: the policy's measured change, nats per token; measured_fixed_prefix: that on given tokens.
+    An estimate is an object or a mapping with value and standard_error, a bare number (no standard error), or None. The last
+    three come from entropy_core.predictors.
+
+    Keys: `rows`, a list of {name, label, predicted, standard_error, actual, actual_standard_error, ratio, z,
+    comparable_in_scale, sign_agrees, reason}; numbers are None where they are not known or not comparable, `reason` says
+    why ("" where all is there), and sign_agrees is None where the measured change cannot be told from 0 or the prediction
+    is 0. `measured` {value, standard_error}, `sentence`.
+    """
+    by_part = {
+        "without_momentum": _part(predicted, "rao_blackwell", "batch"),
+        "fixed_prefix_on_given_tokens": _part(predicted, "fixed_prefix", "total"),
+        "without_preconditioner": without_preconditioner,
+        "covariance": covariance,
+        "natural_covariance": natural_covariance,
+        "steer": steer,
+    }
+    policy = _known(measured)
+    rows = []
+    for name in LABELS:
+        given = by_part[name] if name in by_part else _part(predicted, name, "total")
+        actual = _known(measured_fixed_prefix) if name == "fixed_prefix_on_given_tokens" else policy
+        rows.append(_row(name, _known(given), actual))
+    result = {"rows": rows, "measured": policy}
+    return result | {"sentence": _sentence(rows, policy)}
+
+
+def _part(predicted: Mapping[str, Mapping[str, Any]], estimator: str, part: str) -> Any:
+    return predicted.get(estimator, {}).get(part)
+
+
+def _known(entry: Any) -> dict[str, float | None]:
+    """{value, standard_error} of whatever form of estimate, None for what is missing or not finite."""
+    if is_dataclass(entry) and not isinstance(entry, type):
+        entry = asdict(entry)
+    value, error = value_and_error(entry)
+    return {"value": value, "standard_error": error}
+
+
+def _row(name: str, given: dict[str, float | None], actual: dict[str, float | None]) -> dict[str, Any]:
+    value, truth, error = given["value"], actual["value"], actual["standard_error"]
+    comparable = name not in ANOTHER_SCALE
+    compared = agreement(given, actual) if comparable else None
+    told = truth is not None and (error is None or abs(truth) > 2 * error)
+    if value is None:
+        reason = "not computed"
+    elif truth is None:
+        reason = "not measured"
+    elif not comparable:
+        reason = "a step of another length: only its sign is compared"
+    elif value == 0:
+        reason = "the predicted change is 0"
+    else:
+        reason = "" if compared else "no standard error on one side, or 0 on both"
+    return {
+        "name": name,
+        "label": LABELS[name],
+        "predicted": value,
+        "standard_error": given["standard_error"],
+        "actual": truth,
+        "actual_standard_error": error,
+        "ratio": truth / value if comparable and truth is not None and value else None,
+        "z": compared.z if compared else None,
+        "comparable_in_scale": comparable,
+        "sign_agrees": value * truth > 0 if told and value and truth else None,
+        "reason": reason,
+    }
+
+
+def _sentence(rows: list[dict[str, Any]], measured: dict[str, float | None]) -> str:
+    if measured["value"] is None:
+        return "No change of entropy was measured, so no predictor can be held against it."
+    text = f"The measured change was {plus_minus(measured['value'], measured['standard_error'])} nats per token"
+    judged = [row for row in rows if row["z"] is not None and row["name"] != "fixed_prefix_on_given_tokens"]
+    near, far = ([row["label"] for row in judged if (row["z"] <= 2) is within] for within in (True, False))
+    text += f"; within 2 standard errors of it: {_listed(near)}; further away: {_listed(far)}"
+    signed = [row for row in rows if not row["comparable_in_scale"] and row["predicted"] is not None]
+    right, wrong = ([row["label"] for row in signed if row["sign_agrees"] is same] for same in (True, False))
+    if right or wrong:
+        text += f". Of those on another scale, with its sign: {_listed(right)}; with the other: {_listed(wrong)}"
+    elif signed:
+        text += ", too near to 0 for its sign to be compared"
+    return text + "."
+
+
+def _listed(labels: list[str]) -> str:
+    return ", ".join(labels) if labels else "none"

@@ -1,0 +1,177 @@
+"""What do the sequences of one cluster have in common?
+
+    prompt, correctness, first word     adjusted mutual information (AMI) of cluster and label: 0 by chance, 1 if they coincide
+    length                              share of its variance that lies between clusters
+    p        = (1 + #{permuted >= observed}) / (1 + permutations),       labels permuted over all sequences
+    p_within = the same, labels permuted within each prompt: what is shared *beyond* the prompt
+
+Sequences of one prompt resemble each other in all of these, so that p alone would call a cluster that is a prompt a cluster of
+lengths as well; where prompts have several sequences, p_within decides. The four deciding p-values are also given after
+Holm's correction. With the margins of a permuted table fixed, AMI rises and falls with plain mutual information, which is
+what the permutations compare. Source: Vinh, Epps & Bailey, JMLR 11 (2010); docs/analyses/clustering.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import adjusted_mutual_info_score
+
+from entropy_experiments.analyses.labelled import SequenceLabels
+from entropy_experiments.analyses.prompt_structure import shuffling_within
+
+_TIE = 1e-9
+_WORDS_SHOWN = 3
+
+
+def first_word(completion: str) -> str:
+    """The first whitespace-delimited word of a completion, "" where there is none."""
+    return next(iter(completion.split()), "")
+
+
+def shared_by_clusters(
+    clusters: np.ndarray,
+    rows: np.ndarray,
+    training: SequenceLabels,
+    correct: np.ndarray,
+    permutations: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """What clusters (m,) of the training sequences rows (m,) share: a dict for each of "prompt", "length", "correctness" and
+    "first_word" with "measure", "value", "p_value", "p_within_prompt", "p_holm" and "reason" (why one of them is None).
+
+    correct: (n_train,) +1, -1 or 0; sequences with 0 are left out of "correctness".
+    """
+    prompts = np.asarray(training.prompt_index)[rows]
+    words = np.array([first_word(training.completion[row]) for row in rows])
+    labelled = np.flatnonzero(np.asarray(correct)[rows])
+    everything = np.arange(len(rows))
+    plan: dict[str, tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, np.ndarray], float], str]] = {
+        "prompt": (everything, prompts, mutual_information, "adjusted mutual information"),
+        "length": (
+            everything,
+            np.asarray(training.length, np.float64)[rows],
+            variance_between,
+            "variance between clusters",
+        ),
+        "correctness": (labelled, np.asarray(correct)[rows], mutual_information, "adjusted mutual information"),
+        "first_word": (everything, words, mutual_information, "adjusted mutual information"),
+    }
+    shared: dict[str, Any] = {}
+    for name, (members, labels, statistic, measure) in plan.items():
+        blocks = None if name == "prompt" else prompts[members]
+        if name != "length":
+            labels = np.unique(labels, return_inverse=True)[1]
+        shared[name] = {"measure": measure} | _association(
+            clusters[members], labels[members], statistic, blocks, permutations, rng
+        )
+    _holm(shared)
+    return shared
+
+
+def mutual_information(clusters: np.ndarray, labels: np.ndarray) -> float:
+    """Mutual information of two integer labellings from 0, nats."""
+    shape = (int(clusters.max()) + 1, int(labels.max()) + 1)
+    table = np.bincount(clusters * shape[1] + labels, minlength=shape[0] * shape[1]).reshape(shape) / len(clusters)
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
+    filled = table > 0
+    return float((table[filled] * np.log(table[filled] / expected[filled])).sum())
+
+
+def variance_between(clusters: np.ndarray, values: np.ndarray) -> float:
+    """Share of the variance of `values` that lies between clusters, 0 to 1; `values` must not all be equal."""
+    centred = values - values.mean()
+    sizes = np.bincount(clusters)
+    sums = np.bincount(clusters, weights=centred)[sizes > 0]
+    return float(np.square(sums) @ (1.0 / sizes[sizes > 0]) / np.square(centred).sum())
+
+
+def describe_clusters(
+    clusters: np.ndarray, rows: np.ndarray, cosine: np.ndarray, training: SequenceLabels, correct: np.ndarray
+) -> list[dict[str, Any]]:
+    """A dict for each cluster, in ascending order of its number.
+
+    cluster (its number, from 1), size, prompts (how many), main_prompt and main_prompt_share (the commonest and its share),
+    mean_length, mean_reward (None without one), correct_share (of the correct or wrong; None without), mean_cosine (of
+    different members; None for one), medoid (the training sequence nearest to all), first_words ([word, count], commonest).
+    """
+    table = []
+    for cluster in np.unique(clusters):
+        places = np.flatnonzero(clusters == cluster)
+        members, size = rows[places], len(places)
+        inside = cosine[np.ix_(places, places)]
+        prompt, most = Counter(np.asarray(training.prompt_index)[members].tolist()).most_common(1)[0]
+        rewards = np.asarray(training.reward, np.float64)[members]
+        rewards, signs = rewards[np.isfinite(rewards)], correct[members][correct[members] != 0]
+        table.append(
+            {
+                "cluster": int(cluster) + 1,
+                "size": size,
+                "prompts": len(np.unique(np.asarray(training.prompt_index)[members])),
+                "main_prompt": int(prompt),
+                "main_prompt_share": most / size,
+                "mean_length": float(np.asarray(training.length, np.float64)[members].mean()),
+                "mean_reward": float(rewards.mean()) if len(rewards) else None,
+                "correct_share": float((signs > 0).mean()) if len(signs) else None,
+                "mean_cosine": float((inside.sum() - size) / (size * (size - 1))) if size > 1 else None,
+                "medoid": int(members[inside.sum(1).argmax()]),
+                "first_words": [
+                    [word, count]
+                    for word, count in Counter(first_word(training.completion[i]) for i in members).most_common(
+                        _WORDS_SHOWN
+                    )
+                ],
+            }
+        )
+    return table
+
+
+def _association(
+    clusters: np.ndarray,
+    labels: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    blocks: np.ndarray | None,
+    permutations: int,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    nothing = {"value": None, "p_value": None, "p_within_prompt": None, "p_holm": None}
+    distinct = len(np.unique(labels))
+    if distinct < 2:
+        return nothing | {"reason": "it is the same for all sequences" if distinct else "no sequence has it"}
+    if distinct == len(labels) and statistic is mutual_information:
+        return nothing | {"reason": "it is different for every sequence"}
+    _, clusters = np.unique(clusters, return_inverse=True)
+    observed = statistic(clusters, labels)
+
+    def p_value(shuffle: Callable[[], np.ndarray]) -> float:
+        null = np.array([statistic(clusters, shuffle()) for _ in range(permutations)])
+        return (1 + int((null >= observed - _TIE).sum())) / (1 + permutations)
+
+    value = observed
+    if statistic is mutual_information:
+        value = float(adjusted_mutual_info_score(labels, clusters))
+    result = nothing | {"value": value, "p_value": p_value(lambda: rng.permutation(labels)), "reason": None}
+    if blocks is None:
+        return result
+    if len(np.unique(blocks)) == len(blocks):
+        return result | {"reason": "no prompt has two sequences: nothing to permute within a prompt"}
+    shuffle = shuffling_within(blocks, rng)
+    return result | {"p_within_prompt": p_value(lambda: shuffle(labels))}
+
+
+def deciding_p_value(association: dict[str, Any]) -> float | None:
+    """p_within_prompt where there is one, else p_value."""
+    within = association["p_within_prompt"]
+    return association["p_value"] if within is None else within
+
+
+def _holm(shared: dict[str, Any]) -> None:
+    """Fill in "p_holm": the deciding p-values, corrected for being several (Holm 1979)."""
+    tested = sorted((p, name) for name, entry in shared.items() if (p := deciding_p_value(entry)) is not None)
+    running = 0.0
+    for place, (p, name) in enumerate(tested):
+        running = max(running, min(1.0, (len(tested) - place) * p))
+        shared[name]["p_holm"] = running

@@ -1,0 +1,307 @@
+"""Do the training sequences' gradients fall into groups, and what do the members of a group share?
+
+    distance   d(i, j) = 1 - cos(i, j)           cosine of two score gradients in the metric of P
+    tree       average linkage of d, its leaves in the order that keeps neighbours close
+    spectral   normalised Laplacian of the affinity 1 - d/2 = (1 + cos)/2, rows assigned by pivoted QR
+    silhouette s(i) = (b - a) / max(a, b)        a: mean distance to the own cluster, b: to the nearest other; 0 for one alone
+
+The affinity is an increasing function of the tree's distance, positive everywhere (the graph is connected), and, unlike a
+cosine clipped at 0, tells opposed gradients from unrelated ones. The number of clusters is that of the highest mean silhouette
+along the tree, k = 2 ... k_max. It counts only if one elliptical cloud with the same spectrum rarely reaches it; otherwise there
+is one cluster. That null is a rotation test: Q K1 Q^T, with Q uniform among the rotations of the n sequences that keep
+(1, ..., 1), leaves the mean gradient and the whole covariance as they are and dissolves groups. It is exact for Gaussian rows.
+K1 is rotated, not its cosine: rows cut to unit length are no longer Gaussian, and clouds without structure were then called
+clusters far too often (docs/analyses/clustering.md has the figures).
+
+Source: Langsrud, Statistics and Computing 15 (2005); Rousseeuw 1987; Damle, Minden & Ying 2019 (cluster_qr); Ben-Hur,
+Elisseeff & Guyon 2002 (stability); docs/analyses/clustering.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
+from scipy.spatial.distance import squareform
+from sklearn.cluster import SpectralClustering
+from sklearn.metrics import adjusted_rand_score
+
+from entropy_experiments.analyses.cluster_contents import deciding_p_value, describe_clusters, shared_by_clusters
+from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
+from entropy_experiments.analyses.labelled import KernelArrays
+from entropy_experiments.analyses.prompt_structure import correctness
+from entropy_experiments.number_format import counted, plain
+
+_FEWEST_SEQUENCES = 4
+_FEWEST_IN_COMMON = 4
+_TIE = 1e-9
+_SIZES_SHOWN = 8
+_SHARED_WORDS = {
+    "prompt": "the prompt",
+    "length": "length",
+    "correctness": "correctness",
+    "first_word": "the first word",
+}
+
+
+def sequence_clusters(
+    kernels: KernelArrays,
+    *,
+    k_max: int | None = None,
+    rotations: int = 99,
+    resamples: int = 40,
+    permutations: int = 499,
+    level: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
+
+    n_train, without_gradient    training sequences; the indices of those with no direction, in no cluster
+    sequences                    (m,) indices of the others; linkage and leaf_order speak of them
+    linkage, leaf_order          (m - 1, 4) scipy linkage of places in `sequences`; (m,) training indices, as leaves from the left
+    n_clusters, reason           1 if there is no structure, with the reason
+    labels, spectral_labels      (n_train,) 1 ... n_clusters, numbered along the leaf order; None without a gradient
+    silhouette                   "k", "hierarchical", "spectral" (mean silhouettes at every k), "best_k", "best", "p_value",
+                                 "null_mean", "null_95" (of the best silhouette under rotation), "rotations"
+    agreement                    adjusted Rand index of the two clusterings; None for one cluster
+    stability                    "hierarchical", "spectral": {"median", "low", "high"} (5 and 95%) of the adjusted Rand index
+                                 between two resamples on what they have in common; "pairs"; None for one cluster
+    clusters                     see `describe_clusters`; shared: see `shared_by_clusters`, None for one cluster
+    spectrum                     {"cosine", "fisher"}, see `kernel_geometry.spectrum`
+    level, seed, sentence
+
+    k_max: at most half the sequences; default: the number of prompts + 2, at least 8. level: of the rotation test.
+    Raises ValueError for a train_fisher that is not finite or not symmetric.
+    """
+    gram = checked_gram(kernels.train_fisher)
+    cosine, rows = cosine_kernel(gram)
+    n, m = len(gram), len(rows)
+    prompts = np.asarray(kernels.training.prompt_index)
+    rng = np.random.default_rng(seed)
+    result: dict[str, Any] = {
+        "n_train": n,
+        "without_gradient": np.setdiff1d(np.arange(n), rows).tolist(),
+        "sequences": rows.tolist(),
+        "linkage": [],
+        "leaf_order": rows.tolist(),
+        "n_clusters": 1 if m else 0,
+        "silhouette": None,
+        "agreement": None,
+        "stability": None,
+        "shared": None,
+        "spectrum": {"cosine": spectrum(cosine), "fisher": spectrum(gram)},
+        "level": level,
+        "seed": seed,
+        "reason": None,
+    }
+    clusters = spectral = np.zeros(m, dtype=np.int64)
+    if m < _FEWEST_SEQUENCES:
+        result["reason"] = f"clusters need at least {_FEWEST_SEQUENCES} sequences with a gradient"
+    else:
+        tree = average_linkage(cosine)
+        ordered = optimal_leaf_ordering(tree, squareform(1 - cosine, checks=False))
+        leaves = leaves_list(ordered)
+        result |= {"linkage": ordered.tolist(), "leaf_order": rows[leaves].tolist()}
+        limit = max(8, len(np.unique(prompts)) + 2) if k_max is None else k_max
+        ks = list(range(2, min(limit, m // 2) + 1))
+        choice = choose_number(gram[np.ix_(rows, rows)], ks, rotations, rng)
+        result["silhouette"] = choice
+        if choice["p_value"] <= level:
+            k = choice["best_k"]
+            result["n_clusters"] = k
+            clusters = _numbered(cut(tree, k), leaves)
+            spectral = _numbered(spectral_clusters(cosine, k, seed), leaves)
+            result["agreement"] = float(adjusted_rand_score(clusters, spectral))
+            result["stability"] = _stability(cosine, k, resamples, rng, seed)
+        else:
+            result["reason"] = (
+                f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice['p_value'], 2)})"
+            )
+        choice["spectral"] = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed)) for k in ks]
+    correct = correctness(kernels.training.reward, prompts)
+    if result["n_clusters"] > 1:
+        result["shared"] = shared_by_clusters(clusters, rows, kernels.training, correct, permutations, rng)
+    result["clusters"] = describe_clusters(clusters, rows, cosine, kernels.training, correct)
+    result["labels"], result["spectral_labels"] = _on_all(clusters, rows, n), _on_all(spectral, rows, n)
+    result["sentence"] = _sentence(result)
+    return result
+
+
+def average_linkage(cosine: np.ndarray) -> np.ndarray:
+    """scipy linkage (m - 1, 4) of 1 - cosine, average linkage."""
+    return linkage(squareform(1 - cosine, checks=False), "average")
+
+
+def cut(tree: np.ndarray, k: int) -> np.ndarray:
+    """(m,) labels 0 ... k - 1 of the tree before its last k - 1 merges; among merges at one height the order is the tree's."""
+    m = len(tree) + 1
+    node = np.arange(m)
+    for merge in range(m - k):
+        node[(node == tree[merge, 0]) | (node == tree[merge, 1])] = m + merge
+    return np.unique(node, return_inverse=True)[1]
+
+
+def spectral_clusters(cosine: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
+    """(m,) labels of k spectral clusters of the affinity (1 + cosine)/2; all 0 where every affinity is the same."""
+    affinity = (1 + cosine) / 2
+    if affinity.max() - affinity.min() <= _TIE:
+        return np.zeros(len(cosine), dtype=np.int64)
+    method = SpectralClustering(k, affinity="precomputed", assign_labels="cluster_qr", random_state=seed)
+    return np.asarray(method.fit_predict(affinity), dtype=np.int64)
+
+
+def choose_number(kernel: np.ndarray, ks: list[int], rotations: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Silhouettes along the tree for every k in ks and how often one rotated cloud is as well separated.
+
+    kernel: (m, m) symmetric, every row with a direction. The best silhouette is at least 0, that of one cluster.
+    Keys: k, hierarchical, best_k, best, p_value (add-one, one-sided), null_mean, null_95, rotations.
+    """
+    along_tree = silhouettes_along_tree(cosine_kernel(kernel)[0], ks)
+    best = float(along_tree.max(initial=0.0))
+    null = np.array([_rotated_best(kernel, ks, rng) for _ in range(rotations)])
+    return {
+        "k": ks,
+        "hierarchical": along_tree.tolist(),
+        "best_k": ks[int(along_tree.argmax())],
+        "best": best,
+        "p_value": (1 + int((null >= best - _TIE).sum())) / (1 + rotations),
+        "null_mean": float(null.mean()),
+        "null_95": float(np.quantile(null, 0.95)),
+        "rotations": rotations,
+    }
+
+
+def rotated_cloud(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Q kernel Q^T, Q Haar-distributed among rotations and reflections of the sequences that keep (1, ..., 1)."""
+    m = len(kernel)
+    gaussian = rng.normal(size=(m, m - 1))
+    basis, triangle = np.linalg.qr(gaussian - gaussian.mean(0))
+    basis = basis * np.where(np.diag(triangle) < 0, -1.0, 1.0)  # without the sign the QR factor is not uniform
+    first = np.full((m, 1), m**-0.5)
+    rotation = np.hstack([first, basis])
+    fixed = np.hstack([first, _complement(m)])
+    turned = rotation @ (fixed.T @ kernel @ fixed) @ rotation.T
+    return (turned + turned.T) / 2
+
+
+def silhouettes_along_tree(cosine: np.ndarray, ks: list[int]) -> np.ndarray:
+    """(len(ks),) mean silhouettes of the tree's cuts into k clusters; ks within 2 ... m."""
+    if not ks:
+        return np.zeros(0)
+    tree, m, found = average_linkage(cosine), len(cosine), {}
+    labels = cut(tree, max(ks))
+    sums = (1 - cosine) @ np.eye(max(ks))[labels]  # (m, k): each row's distances to the members of each cluster
+    # `cut` numbers clusters by their node in the tree: the leaves first, then merges as they happen.
+    nodes = _nodes(tree, max(ks))
+    for k in range(max(ks), min(ks) - 1, -1):
+        found[k] = _silhouette(sums, labels)
+        into, gone = (nodes.index(int(node)) for node in tree[m - k, :2])
+        sums[:, into] += sums[:, gone]
+        sums = np.delete(sums, gone, axis=1)
+        labels = np.where(labels == gone, into, labels)
+        labels = labels - (labels > gone)
+        nodes[into] = 2 * m - k
+        del nodes[gone]
+    return np.array([found[k] for k in ks])
+
+
+def _nodes(tree: np.ndarray, k: int) -> list[int]:
+    """The k nodes of the tree that are its clusters before the last k - 1 merges, ascending."""
+    m = len(tree) + 1
+    made = np.arange(2 * m - k)
+    return np.setdiff1d(made, tree[: m - k, :2].astype(np.int64)).tolist()
+
+
+def _complement(m: int) -> np.ndarray:
+    """Orthonormal (m, m - 1) basis of what is orthogonal to (1, ..., 1): Helmert's."""
+    k = np.arange(1, m)
+    basis = np.where(np.arange(m)[:, None] < k, 1.0, 0.0)
+    basis[k, k - 1] = -k
+    return basis / np.sqrt(k * (k + 1.0))
+
+
+def _rotated_best(kernel: np.ndarray, ks: list[int], rng: np.random.Generator) -> float:
+    turned, _ = cosine_kernel(rotated_cloud(kernel, rng))
+    return float(silhouettes_along_tree(turned, [k for k in ks if k < len(turned)]).max(initial=0.0))
+
+
+def _mean_silhouette(distance: np.ndarray, labels: np.ndarray) -> float:
+    return _silhouette(distance @ np.eye(labels.max() + 1)[labels], labels)
+
+
+def _silhouette(sums: np.ndarray, labels: np.ndarray) -> float:
+    """Mean silhouette from sums (m, clusters) of each row's distances to the members of each cluster; 0 for one cluster."""
+    sizes = np.bincount(labels, minlength=sums.shape[1])
+    if len(sizes) < 2:
+        return 0.0
+    rows = np.arange(len(labels))
+    own = sums[rows, labels] / np.maximum(sizes[labels] - 1, 1)
+    others = sums / sizes
+    others[rows, labels] = np.inf
+    nearest = others.min(1)
+    larger = np.maximum(own, nearest)
+    separated = (sizes[labels] > 1) & (larger > _TIE)
+    return float(np.where(separated, (nearest - own) / np.where(separated, larger, 1.0), 0.0).mean())
+
+
+def _stability(cosine: np.ndarray, k: int, resamples: int, rng: np.random.Generator, seed: int) -> dict[str, Any]:
+    """Adjusted Rand index between clusterings of two bootstrap samples (each sequence once), on the sequences in both."""
+    m = len(cosine)
+    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "hierarchical": lambda part: cut(average_linkage(part), k),
+        "spectral": lambda part: spectral_clusters(part, k, seed),
+    }
+    found: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(resamples):
+        samples = [np.unique(rng.integers(0, m, m)) for _ in range(2)]
+        _, left, right = np.intersect1d(*samples, return_indices=True)
+        if len(left) < _FEWEST_IN_COMMON or min(map(len, samples)) <= k:
+            continue
+        for name, method in methods.items():
+            labels = [method(cosine[np.ix_(sample, sample)]) for sample in samples]
+            found[name].append(float(adjusted_rand_score(labels[0][left], labels[1][right])))
+    empty = dict.fromkeys(("median", "low", "high"))
+    return {"pairs": len(found["spectral"])} | {
+        name: dict(zip(empty, np.quantile(values, (0.5, 0.05, 0.95)).tolist(), strict=True)) if values else dict(empty)
+        for name, values in found.items()
+    }
+
+
+def _numbered(labels: np.ndarray, leaves: np.ndarray) -> np.ndarray:
+    """The same clusters, numbered from 0 as they appear along the leaf order."""
+    _, first = np.unique(labels[leaves], return_index=True)
+    return np.argsort(np.argsort(first))[np.unique(labels, return_inverse=True)[1]]
+
+
+def _on_all(clusters: np.ndarray, rows: np.ndarray, n: int) -> list[int | None]:
+    labels: list[int | None] = [None] * n
+    for row, cluster in zip(rows.tolist(), clusters.tolist(), strict=True):
+        labels[row] = cluster + 1
+    return labels
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    count = result["n_train"] - len(result["without_gradient"])
+    rank = result["spectrum"]["cosine"]["effective_rank"]
+    opening = f"The gradients of {counted(count, 'sequence')}"
+    opening += "" if rank is None else f" (effective rank {plain(rank, 2)})"
+    if result["shared"] is None:
+        return f"{opening} show no clusters: {result['reason']}."
+    silhouette, stable = result["silhouette"], result["stability"]["hierarchical"]["median"]
+    sizes = ", ".join(str(cluster["size"]) for cluster in result["clusters"][:_SIZES_SHOWN])
+    sizes += ", …" if result["n_clusters"] > _SIZES_SHOWN else ""
+    found = [
+        f"{_SHARED_WORDS[name]} ({entry['measure']} {plain(entry['value'], 2)}, p = {plain(deciding_p_value(entry), 2)})"
+        for name, entry in result["shared"].items()
+        if entry["p_holm"] is not None and entry["p_holm"] <= result["level"]
+    ]
+    common = (
+        " and ".join(found) if found else "neither prompt nor length, correctness or first word to any clear degree"
+    )
+    return (
+        f"{opening} form {result['n_clusters']} clusters of {sizes} (silhouette {plain(silhouette['best'], 2)}, "
+        f"p = {plain(silhouette['p_value'], 2)}; adjusted Rand index between resamples {plain(stable, 2)}), whose members "
+        f"share {common}."
+    )

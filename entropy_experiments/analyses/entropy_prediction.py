@@ -1,0 +1,211 @@
+"""Does the first order predict the change of entropy, and up to what size of step?
+
+    predicted(s) = s <grad h, dtheta>            by each estimator of grad h, with its standard error
+    measured(s)  = h(theta + s dtheta) - h(theta)            reweighted on the same tokens (SNIS), on fresh samples, or exact
+
+    ratio        = measured / predicted, with its sign; a denominator within two of its standard errors of 0 is marked
+    departure(s) = |measured - predicted| / max(|measured|, |predicted|)   of the split estimator against SNIS
+
+The split estimator is the derivative of the reweighted measurement on the same tokens: their departure holds no sampling
+error between them, only higher orders. Fixed-prefix predictions are compared with fixed-prefix measurements alone: another
+estimand. Units: nats per token. Source: docs/analyses/entropy-prediction.md, docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.number_format import as_number, plain, plus_minus, value_and_error
+
+COMPARISONS = {
+    "snis": ("rao_blackwell", "split", "score_function"),
+    "fresh": ("rao_blackwell", "split", "score_function"),
+    "exact": ("rao_blackwell", "split", "score_function"),
+    "fixed_prefix": ("fixed_prefix",),
+}
+"""kind of measurement -> the estimators that predict what it measures."""
+TOLERANCE = 0.1
+
+
+def compare_prediction(
+    predicted: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], resolution: float = 0.0
+) -> dict[str, Any]:
+    """First order against measurement at every scale of the step.
+
+    predicted: estimator -> {"value", "standard_error"} at s = 1, or a number. measured: one mapping a scale with "scale" and
+    any of "snis", "fresh", "exact", "fixed_prefix": each {"change", "standard_error", "effective_sample_size", "sequences"}
+    (the last two for snis), a number, or None. resolution: the smallest change that the measurement tells from rounding,
+    nats per token.
+
+    Returns
+        unit           "nats per token"
+        rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error"}, "measured": kind
+                       -> {"value", "standard_error", "effective_sample_size", "trustworthy"}, "comparisons": [{"estimator",
+                       "measure", "ratio", "near_zero", "difference", "standard_error", "z", "within_two_errors", "reason"}]}
+                       difference: measured - predicted; its error adds both in quadrature, as if they were independent
+        first_order    {"estimator", "measure", "tolerance", "departures": [{"scale", "departure", "trustworthy"}], "holds_to",
+                       "fails_at", "crossing", "reason"}: the largest scale up to which the departure stays within the
+                       tolerance, the next one tested, and the scale between them where it passes it (log-linear)
+        sentence       where the first order stops being enough
+
+    A number that is not known is None; trustworthy says whether the effective sample size is at least half of the sequences.
+
+    Raises ValueError for a scale that is not positive or is given twice.
+    """
+    scales = [as_number(row.get("scale")) for row in measured]
+    if any(s is None or s <= 0 for s in scales) or len(set(scales)) != len(scales):
+        raise ValueError(f"scales must be positive and all different, not {scales}")
+    estimates = {name: value_and_error(entry) for name, entry in predicted.items()}
+    known = {name: pair for name, pair in estimates.items() if pair[0] is not None}
+    rows = [_row(row, known) for row in sorted(measured, key=lambda row: row["scale"])]
+    first_order = _first_order(rows, resolution)
+    result = {"unit": "nats per token", "rows": rows, "first_order": first_order}
+    return result | {"sentence": _sentence(rows, first_order)}
+
+
+def _row(given: Mapping[str, Any], estimates: Mapping[str, tuple[float | None, float | None]]) -> dict[str, Any]:
+    scale = float(given["scale"])
+    predicted = {
+        name: {"value": scale * (value or 0.0), "standard_error": None if error is None else scale * error}
+        for name, (value, error) in estimates.items()
+    }
+    measured = {kind: _measurement(given[kind]) for kind in COMPARISONS if given.get(kind) is not None}
+    comparisons = [
+        _comparison(name, kind, predicted[name], found)
+        for kind, found in measured.items()
+        for name in COMPARISONS[kind]
+        if name in predicted and found["value"] is not None
+    ]
+    return {"scale": scale, "predicted": predicted, "measured": measured, "comparisons": comparisons}
+
+
+def _measurement(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, Mapping):
+        value, error = value_and_error({**entry, "value": entry.get("change", entry.get("value"))})
+        size, count = as_number(entry.get("effective_sample_size")), as_number(entry.get("sequences"))
+    else:
+        (value, error), size, count = value_and_error(entry), None, None
+    trust = None if size is None or count is None else size >= count / 2
+    return {"value": value, "standard_error": error, "effective_sample_size": size, "trustworthy": trust}
+
+
+def _comparison(name: str, kind: str, predicted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    value, error = predicted["value"], predicted["standard_error"]
+    difference = found["value"] - value
+    errors = [e for e in (error, 0.0 if kind == "exact" else found["standard_error"]) if e is not None]
+    both = math.hypot(*errors) if len(errors) == 2 else None
+    return {
+        "estimator": name,
+        "measure": kind,
+        "ratio": found["value"] / value if value != 0 else None,
+        "near_zero": value == 0 or (error is not None and abs(value) < 2 * error),
+        "difference": difference,
+        "standard_error": both,
+        "z": difference / both if both else None,
+        "within_two_errors": abs(difference) <= 2 * both if both else None,
+        "reason": "the predicted change is exactly 0" if value == 0 else "",
+    }
+
+
+def _first_order(rows: Sequence[Mapping[str, Any]], resolution: float) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "estimator": None,
+        "measure": None,
+        "tolerance": TOLERANCE,
+        "departures": [],
+        "holds_to": None,
+        "fails_at": None,
+        "crossing": None,
+        "reason": "no prediction and measurement of the same quantity were given",
+    }
+    # The first has no sampling error between its sides; the others need exact numbers or a long step to say anything.
+    for estimator, kind in (("split", "snis"), ("rao_blackwell", "exact"), ("fixed_prefix", "fixed_prefix")):
+        pairs = [
+            (row["scale"], row["predicted"][estimator]["value"], row["measured"][kind])
+            for row in rows
+            if estimator in row["predicted"] and row["measured"].get(kind, {}).get("value") is not None
+        ]
+        if pairs:
+            break
+    else:
+        return out
+    departures = []
+    for scale, value, found in pairs:
+        gap, size = abs(found["value"] - value), max(abs(found["value"]), abs(value))
+        departure = 0.0 if gap <= resolution or size == 0 else gap / size
+        departures.append({"scale": scale, "departure": departure, "trustworthy": found["trustworthy"]})
+    out |= {"estimator": estimator, "measure": kind, "departures": departures, "reason": ""}
+    usable = [d for d in departures if d["trustworthy"] is not False]
+    if not usable:
+        return out | {"reason": "no measurement has an effective sample size of half of the sequences"}
+    failing = next((place for place, d in enumerate(usable) if d["departure"] > TOLERANCE), None)
+    if failing is None:
+        return out | {"holds_to": usable[-1]["scale"]}
+    out["fails_at"] = usable[failing]["scale"]
+    if failing:
+        below, above = usable[failing - 1], usable[failing]
+        logs = [math.log(max(d["departure"], 1e-6)) for d in (below, above)]
+        part = (math.log(TOLERANCE) - logs[0]) / (logs[1] - logs[0])
+        out["holds_to"] = below["scale"]
+        out["crossing"] = float(below["scale"] * (above["scale"] / below["scale"]) ** part)
+    return out
+
+
+def _sentence(rows: Sequence[Mapping[str, Any]], first_order: Mapping[str, Any]) -> str:
+    if first_order["reason"]:
+        return f"Where the first order stops being enough cannot be said: {first_order['reason']}."
+    by_scale = {d["scale"]: d["departure"] for d in first_order["departures"]}
+    holds, fails, within = first_order["holds_to"], first_order["fails_at"], f"{TOLERANCE:.0%}"
+    if fails is None:
+        text = (
+            f"The first order is within {within} of the measured change at every scale tested that can be trusted, up to "
+            f"{plain(holds)} times the step ({by_scale[holds]:.1%} off there)"
+        )
+    elif holds is None:
+        text = (
+            f"The first order is not enough at any scale tested: already at {plain(fails)} times the step it is "
+            f"{by_scale[fails]:.0%} off the measured change"
+        )
+    else:
+        text = (
+            f"The first order stops being enough at about {plain(first_order['crossing'], 2)} times the step: it is within "
+            f"{within} of the measured change up to {plain(holds)} times ({by_scale[holds]:.1%} off) and {by_scale[fails]:.0%} "
+            f"off at {plain(fails)} times"
+        )
+    taken = next((row for row in rows if row["scale"] == 1.0), None)
+    headline = next((c for c in (taken or {}).get("comparisons", []) if c["ratio"] is not None), None)
+    if taken is not None and headline is not None:
+        value = taken["predicted"][headline["estimator"]]
+        found = taken["measured"][headline["measure"]]
+        text += (
+            f"; for the step itself {plus_minus(value['value'], value['standard_error'])} nats per token were predicted and "
+            f"{plus_minus(found['value'], found['standard_error'])} measured (ratio {headline['ratio']:.2f}"
+            + (", a prediction within two standard errors of 0)" if headline["near_zero"] else ")")
+        )
+    return text + "."
+
+
+def prediction_rows(measured: Sequence[Any], fresh: Mapping[float, Any] | None = None) -> list[dict[str, Any]]:
+    """The `measured` of `compare_prediction` from an analysis's MeasuredScale objects; fresh: scale -> measurement, if any."""
+    rows = []
+    for entry in measured:
+        row: dict[str, Any] = {"scale": float(entry.scale)}
+        found = {"snis": entry.snis, "fixed_prefix": entry.fixed_prefix, "fresh": (fresh or {}).get(entry.scale)}
+        for kind, m in found.items():
+            row[kind] = None if m is None else _as_row(m)
+        rows.append(row)
+    return rows
+
+
+def _as_row(measurement: Any) -> dict[str, Any]:
+    error = float(measurement.standard_error)
+    return {
+        "change": float(measurement.change),
+        "standard_error": error if np.isfinite(error) else None,
+        "effective_sample_size": float(measurement.effective_sample_size),
+        "sequences": int(measurement.sequences),
+    }

@@ -1,0 +1,200 @@
+"""How large is the second order of the step's effect on entropy, and at what size of step does it equal the first?
+
+    h(theta + s d) - h(theta) = D s + Q s^2 + C s^3 + R s^4 + ...        D = <grad h, d>,   Q = 1/2 d^T Hess(h) d
+
+    odd part   [ h(s) - h(-s) ] / 2 = D s + C s^3                     even part   [ h(s) + h(-s) ] / 2 = Q s^2 + R s^4
+    s*         = |D / Q|                                              where |Q| s^2 = |D| s
+
+Both parts are fitted by least squares over the pairs +-s with s up to 1: rounding leaves errors of one size at every s, so
+no pair is weighted. Standard errors: jackknife over (groups of) prompts of the whole fit. fit_error: how far Q moves when
+only the nearer half of the pairs is used, which is what still higher orders would move. The change is measured on the same
+tokens (SNIS) along d, forwards and backwards; d is the step that was taken. Units: nats per token.
+Source: docs/analyses/higher-order.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.number_format import plain, plus_minus, value_and_error
+
+DEFAULT_SCALES = tuple(sign * 2.0**-k for k in (0, 1, 2, 3, 4) for sign in (1, -1))
+"""What to measure at where nothing else is wanted: +-1 to +-1/16 of the step."""
+
+
+def measure_orders(
+    scales: np.ndarray,
+    changes: np.ndarray,
+    left_out: np.ndarray | None = None,
+    *,
+    effective_sample_sizes: np.ndarray | None = None,
+    sequences: int | None = None,
+    slope: Mapping[str, Any] | float | None = None,
+    furthest: float = 1.0,
+) -> dict[str, Any]:
+    """First and second order of the measured curve, and where they are equal.
+
+    scales: (S,), with -s for every s that is to be used; others are only reported. changes: (S,). left_out: (G, S), the
+    changes with each group of prompts left out. effective_sample_sizes: (S,); pairs with less than half of `sequences` are
+    not used. slope: the split estimator's derivative along d, {"value", "standard_error"}: D is then it, and the fitted slope
+    is reported beside it. furthest: largest s that is used.
+
+    Returns
+        unit            "nats per token"
+        points          [{"scale", "change", "standard_error", "first_order", "second_order", "effective_sample_size", "used"}],
+                        ascending; second_order is D s + Q s^2; None where not known
+        first_order     {"value", "standard_error", "fitted", "source"}: D, from "split estimator" or "fit"
+        second_order    {"value", "standard_error", "fit_error", "total_error"}: Q; total_error adds both in quadrature
+        third, fourth   C and R, None where too few pairs were given
+        residual        root mean square of what the fit leaves, over all used points
+        ratio           Q / D, signed: second over first order for the step itself
+        equal_at        {"value", "low", "high"}: s*; low and high from D and Q moved by two errors, high None where Q may be 0
+        pairs           how many pairs were used
+        reason          why numbers are None, or ""
+        sentence
+
+    Raises ValueError for shapes that disagree, numbers that are not finite, or a scale given twice.
+    """
+    s, h = np.asarray(scales, dtype=np.float64), np.asarray(changes, dtype=np.float64)
+    others = None if left_out is None else np.asarray(left_out, dtype=np.float64)
+    if s.ndim != 1 or s.shape != h.shape or (others is not None and others.shape[1:] != s.shape):
+        raise ValueError(
+            f"{s.shape} scales, {h.shape} changes and {np.shape(others)} changes left out do not fit together"
+        )
+    if not (np.isfinite(s).all() and np.isfinite(h).all() and (others is None or np.isfinite(others).all())):
+        raise ValueError("a scale or a measured change is not finite")
+    if len(np.unique(s)) != len(s) or (s == 0).any():
+        raise ValueError(f"scales must be different from each other and from 0, not {s.tolist()}")
+    sizes = None if effective_sample_sizes is None else np.asarray(effective_sample_sizes, dtype=np.float64)
+    trusted = np.ones(len(s), dtype=bool)
+    if sizes is not None and sequences is not None:
+        trusted = sizes >= sequences / 2
+    pairs = _pairs(s, trusted, furthest)
+    result = _orders(s, h, others, pairs, slope)
+    used = {column for pair in pairs for column in pair}
+    first, second = result["first_order"]["value"], result["second_order"]["value"]
+    result["points"] = [
+        {
+            "scale": float(s[k]),
+            "change": float(h[k]),
+            "standard_error": _jackknife(others[:, k]) if others is not None else None,
+            "first_order": None if first is None else float(first * s[k]),
+            "second_order": None if first is None or second is None else float(first * s[k] + second * s[k] ** 2),
+            "effective_sample_size": None if sizes is None else float(sizes[k]),
+            "used": k in used,
+        }
+        for k in np.argsort(s)
+    ]
+    return result | {"sentence": _sentence(result)}
+
+
+def _pairs(scales: np.ndarray, trusted: np.ndarray, furthest: float) -> list[tuple[int, int]]:
+    """(column of s, column of -s), nearest first."""
+    column = {float(value): place for place, value in enumerate(scales)}
+    found = [
+        (place, column[-value])
+        for value, place in column.items()
+        if 0 < value <= furthest and -value in column and trusted[place] and trusted[column[-value]]
+    ]
+    return sorted(found, key=lambda pair: scales[pair[0]])
+
+
+def _fit(scales: np.ndarray, changes: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """(4,) D, Q, C, R from (S,) changes, or (4, G) from (S, G); C and R are 0 where a single pair is given."""
+    forward, backward = ([pair[side] for pair in pairs] for side in (0, 1))
+    s = scales[forward]
+    parts = (0.5 * (changes[forward] - changes[backward]), 0.5 * (changes[forward] + changes[backward]))
+    out = np.zeros((4, *changes.shape[1:]))
+    for order, part in zip((1, 2), parts, strict=True):
+        powers = np.stack([s**order, s ** (order + 2)][: min(2, len(s))], axis=1)
+        solution = np.linalg.lstsq(powers, part, rcond=None)[0]
+        out[order - 1] = solution[0]
+        if len(solution) > 1:
+            out[order + 1] = solution[1]
+    return out
+
+
+def _jackknife(left_out: np.ndarray) -> float | None:
+    count = len(left_out)
+    if count < 2:
+        return None
+    return math.sqrt((count - 1) / count * float(np.square(left_out - left_out.mean()).sum()))
+
+
+def _orders(
+    scales: np.ndarray,
+    changes: np.ndarray,
+    left_out: np.ndarray | None,
+    pairs: list[tuple[int, int]],
+    slope: Mapping[str, Any] | float | None,
+) -> dict[str, Any]:
+    value, error = value_and_error(slope)
+    out: dict[str, Any] = {
+        "unit": "nats per token",
+        "first_order": {"value": value, "standard_error": error, "fitted": None, "source": "split estimator"},
+        "second_order": {"value": None, "standard_error": None, "fit_error": None, "total_error": None},
+        "third": None,
+        "fourth": None,
+        "residual": None,
+        "ratio": None,
+        "equal_at": {"value": None, "low": None, "high": None},
+        "pairs": len(pairs),
+        "reason": "",
+    }
+    if not pairs:
+        return out | {"reason": "no scale was measured in both directions with a trustworthy sample size"}
+    fitted = _fit(scales, changes, pairs)
+    replicates = None if left_out is None else _fit(scales, left_out.T, pairs)
+    errors = [None if replicates is None else _jackknife(replicates[k]) for k in range(2)]
+    out["first_order"]["fitted"] = float(fitted[0])
+    if value is None:
+        out["first_order"] |= {"value": float(fitted[0]), "standard_error": errors[0], "source": "fit"}
+    fit_error = None
+    if len(pairs) > 2:
+        fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
+    known = [e for e in (errors[1], fit_error) if e is not None]
+    out["second_order"] = {
+        "value": float(fitted[1]),
+        "standard_error": errors[1],
+        "fit_error": fit_error,
+        "total_error": math.hypot(*known) if known else None,
+    }
+    if len(pairs) > 1:
+        out["third"], out["fourth"] = float(fitted[2]), float(fitted[3])
+    columns = [column for pair in pairs for column in pair]
+    powers = np.stack([scales[columns] ** k for k in (1, 2, 3, 4)], axis=1)
+    out["residual"] = float(np.sqrt(np.mean((powers @ fitted - changes[columns]) ** 2)))
+    return out | _equality(out["first_order"], out["second_order"])
+
+
+def _equality(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    d, q = float(first["value"]), float(second["value"])
+    spread_d, spread_q = 2 * (first["standard_error"] or 0.0), 2 * (second["total_error"] or 0.0)
+    out: dict[str, Any] = {"ratio": q / d if d != 0 else None, "equal_at": {"value": None, "low": None, "high": None}}
+    if q == 0:
+        return out | {"reason": "the second order is exactly 0"}
+    low, high = max(abs(d) - spread_d, 0.0) / (abs(q) + spread_q), None
+    if abs(q) > spread_q:
+        high = (abs(d) + spread_d) / (abs(q) - spread_q)
+    return out | {"equal_at": {"value": abs(d / q), "low": low, "high": high}}
+
+
+def _sentence(result: Mapping[str, Any]) -> str:
+    first, second, equal = result["first_order"], result["second_order"], result["equal_at"]
+    if second["value"] is None:
+        return f"The second order was not measured: {result['reason']}."
+    text = (
+        f"For the step as taken the second order is {plus_minus(second['value'], second['total_error'])} nats per token beside a "
+        f"first order of {plus_minus(first['value'], first['standard_error'])}"
+    )
+    if equal["value"] is None:
+        return f"{text}; {result['reason']}."
+    text += f"; the two are equal in size at s* = {plain(equal['value'], 2)} times the step"
+    if second["total_error"] is None:
+        return text + "."
+    upper = f"and {plain(equal['high'], 2)}" if equal["high"] is not None else "and any larger one"
+    return f"{text} (between {plain(equal['low'], 2)} {upper})."

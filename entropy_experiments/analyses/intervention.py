@@ -1,0 +1,293 @@
+"""Do the shares say what happens when sequences are really left out of the step?
+
+    predicted(A) = rest + (c_A / c) sum_{i in A} dh_i        measured(A): by a real AdamW step with the sequences in A alone
+
+A is a random half of the training sequences (or of their prompts); rest is what momentum and decay are predicted to do; c
+and c_A are the clip coefficients with all sequences and with those in A. The linear datamodelling score is Spearman's rank
+correlation of predicted and measured over many A; its interval is a percentile bootstrap over the A. Prediction and
+measurement must share estimand and tokens: shares by the split estimator are the derivative of the reweighted (SNIS)
+measurement on the same tokens. Shares by another estimator estimate the same change from the same tokens with other noise,
+and their score is bounded by it.
+
+Sources: Ilyas et al. 2022 (datamodels), Park et al. 2023 (linear datamodelling score); docs/analyses/intervention.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from entropy_experiments.analyses.attribution import extreme_sequences
+from entropy_experiments.number_format import counted, signed
+from rl_training.errors import UserError
+
+Measure = Callable[[Tensor], float]
+"""(n_train,) float64 loss weights -> measured change of entropy, nats per token, of a real step with them."""
+
+_BOOTSTRAP = 2000
+_RANDOM_REMOVALS = 5
+
+
+@dataclass(frozen=True)
+class SharePrediction:
+    """A prediction that is linear in which sequences take part: rest + (c_A / c) sum over A of shares, nats per token.
+
+    shares: (n_train,). rest: what the step does besides, by the same estimator. with_clipping: whether to scale by c_A / c;
+    false for shares that follow clipping by themselves (response shares).
+    """
+
+    shares: np.ndarray
+    rest: float = 0.0
+    with_clipping: bool = True
+
+    def change(self, members: np.ndarray, clip_ratio: float) -> float:
+        """Of a step with these (n_train,) bool members alone."""
+        return self.rest + (clip_ratio if self.with_clipping else 1.0) * float(np.asarray(self.shares)[members].sum())
+
+
+def half_subsets(units: int | np.ndarray, count: int = 40, seed: int = 0) -> np.ndarray:
+    """(count, n) bool: random halves, no two alike; the same for the same seed.
+
+    units: n for halves of n sequences (rounded down), or the (n,) prompt index for halves of the prompts with all their
+    sequences.
+
+    Raises UserError where there are fewer different halves than asked for.
+    """
+    of_prompts = not isinstance(units, int | np.integer)
+    labels = np.asarray(units) if of_prompts else np.arange(int(units))
+    members, group = np.unique(labels, return_inverse=True)
+    size = len(members) // 2
+    possible = math.comb(len(members), size) if size else 0
+    if possible < count:
+        what = "prompt" if of_prompts else "sequence"
+        raise UserError(
+            f"{counted(len(members), what)} can be halved in {possible} ways, and {count} subsets are asked for: take a larger "
+            "training batch, or fewer subsets"
+        )
+    rng, seen, rows = np.random.default_rng(seed), set(), []
+    while len(rows) < count:
+        chosen = np.zeros(len(members), dtype=bool)
+        chosen[rng.permutation(len(members))[:size]] = True
+        if chosen.tobytes() not in seen:
+            seen.add(chosen.tobytes())
+            rows.append(chosen[group])
+    return np.stack(rows)
+
+
+def linear_datamodelling_score(
+    subsets: np.ndarray,
+    shares: np.ndarray,
+    measured_changes: Sequence[float] | np.ndarray,
+    clip_ratios: Sequence[float] | np.ndarray | None = None,
+    rest: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How well sums of shares predict measured changes over subsets.
+
+    subsets: (count, n) bool. shares: (n,) nats per token. measured_changes: (count,) nats per token. clip_ratios: (count,)
+    c_A / c, where the clip coefficient differs. rest: what the step does besides, nats per token.
+
+    Returns "predicted" (a list), "spearman" (the score), "interval" (95%, [low, high]), "pearson", "slope" and "intercept" of
+    measured on predicted, "predicted_spread" and "measured_spread" (standard deviations over subsets), "root_mean_square_error"
+    of measured - predicted, and "reason": why numbers are None, or "".
+
+    Raises ValueError for shapes that disagree or numbers that are not finite.
+    """
+    members, values = np.asarray(subsets, dtype=bool), np.asarray(shares, dtype=np.float64)
+    measured = np.asarray(measured_changes, dtype=np.float64)
+    ratios = np.ones(len(members)) if clip_ratios is None else np.asarray(clip_ratios, dtype=np.float64)
+    if members.ndim != 2 or members.shape[1:] != values.shape or not len(members) == len(measured) == len(ratios):
+        raise ValueError(
+            f"{members.shape} subsets with {values.shape} shares, {measured.shape} measurements and {ratios.shape} clip ratios"
+        )
+    if not all(np.isfinite(array).all() for array in (values, measured, ratios)):
+        raise ValueError("a share, a measured change or a clip ratio is not finite")
+    predicted = rest + ratios * (members @ values)
+    out: dict[str, Any] = {
+        "predicted": predicted.tolist(),
+        "spearman": None,
+        "interval": None,
+        "pearson": None,
+        "slope": None,
+        "intercept": None,
+        "predicted_spread": _spread(predicted),
+        "measured_spread": _spread(measured),
+        "root_mean_square_error": float(np.sqrt(np.mean((measured - predicted) ** 2))),
+        "reason": "",
+    }
+    if len(measured) < 3:
+        return out | {"reason": f"a rank correlation of {counted(len(measured), 'subset')} says nothing"}
+    for what, spread in (("predicted", out["predicted_spread"]), ("measured", out["measured_spread"])):
+        if spread == 0.0:
+            return out | {"reason": f"all {what} changes are equal"}
+    slope, intercept = np.polyfit(predicted, measured, 1)
+    return out | {
+        "spearman": float(_spearman(predicted, measured)),
+        "interval": _bootstrap_interval(predicted, measured, seed),
+        "pearson": float(np.corrcoef(predicted, measured)[0, 1]),
+        "slope": float(slope),
+        "intercept": float(intercept),
+    }
+
+
+def _spread(values: np.ndarray) -> float:
+    """Standard deviation; exactly 0 for values that are equal but for rounding."""
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
+        return 0.0
+    return float(values.std(ddof=1))
+
+
+def _spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Rank correlations along the last axis; NaN where all of a side's values are equal."""
+    ranks = [stats.rankdata(values, axis=-1) for values in (left, right)]
+    x, y = (r - r.mean(-1, keepdims=True) for r in ranks)
+    scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    return np.divide((x * y).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 0)
+
+
+def _bootstrap_interval(predicted: np.ndarray, measured: np.ndarray, seed: int) -> list[float]:
+    rows = np.random.default_rng(seed).integers(0, len(measured), (_BOOTSTRAP, len(measured)))
+    found = _spearman(predicted[rows], measured[rows])
+    return [float(q) for q in np.nanquantile(found, [0.025, 0.975])]
+
+
+def prove_by_intervention(
+    measure: Measure,
+    weights: np.ndarray,
+    predictions: Mapping[str, SharePrediction],
+    *,
+    clip: Callable[[Tensor], float] | None = None,
+    prompt_index: np.ndarray | None = None,
+    count: int = 40,
+    top: int = 10,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Take real steps with half of the sequences and without the extreme ones, and hold them against the shares.
+
+    measure, clip: `change` and `clip` of entropy_experiments.step_measurement.StepMeasurement, or their like. weights:
+    (n_train,) of the loss. predictions: name -> prediction, the first of them the headline, whose shares choose what is
+    removed. prompt_index: (n_train,), halve prompts in place of sequences. Sequences of weight 0 are in no subset.
+
+    Returns
+        unit                    "nats per token"
+        by, count, size         what was halved ("sequence" or "prompt"), into how many subsets, sequences in one on average
+        subsets                 the members of each, lists of indices
+        measured                one change a subset
+        clip_ratios             c_A / c a subset; None without `clip`
+        scores                  name -> `linear_datamodelling_score`
+        headline                the first name
+        full_step               {"measured", "predicted": name -> value}
+        removals                "costing", "giving" -> {"sequences", "measured", "difference", "predicted_difference": name ->
+                                value} or None where there is no such sequence; difference: without them minus with all;
+                                "random" -> {"sequences": how many, "differences", "spread"} of random removals, or None
+        sentence
+
+    Raises UserError where there are fewer different halves than `count`.
+    """
+    loss_weights = np.asarray(weights, dtype=np.float64)
+    active = np.flatnonzero(loss_weights)
+    subsets = np.zeros((count, len(loss_weights)), dtype=bool)
+    halved = len(active) if prompt_index is None else np.asarray(prompt_index)[active]
+    subsets[:, active] = half_subsets(halved, count, seed)
+
+    def take(members: np.ndarray) -> tuple[float, float]:
+        kept = torch.from_numpy(loss_weights * members)
+        return float(measure(kept)), 1.0 if clip is None else float(clip(kept))
+
+    everyone = np.ones(len(loss_weights), dtype=bool)
+    full_change, full_clip = take(everyone)
+
+    def without(sequences: Sequence[int] | np.ndarray) -> tuple[np.ndarray, float, float]:
+        members = everyone.copy()
+        members[sequences] = False
+        change, c = take(members)
+        return members, change, c / full_clip
+
+    taken = [take(members) for members in subsets]
+    measured, ratios = [change for change, _ in taken], [c / full_clip for _, c in taken]
+    result: dict[str, Any] = {
+        "unit": "nats per token",
+        "by": "sequence" if prompt_index is None else "prompt",
+        "count": count,
+        "size": float(subsets.sum(1).mean()),
+        "subsets": [np.flatnonzero(members).tolist() for members in subsets],
+        "measured": measured,
+        "clip_ratios": None if clip is None else ratios,
+        "scores": {
+            name: linear_datamodelling_score(
+                subsets, p.shares, measured, ratios if p.with_clipping else None, p.rest, seed
+            )
+            for name, p in predictions.items()
+        },
+        "headline": next(iter(predictions)),
+        "full_step": {
+            "measured": full_change,
+            "predicted": {name: p.change(everyone, 1.0) for name, p in predictions.items()},
+        },
+    }
+    result["removals"] = _extreme_removals(without, predictions, full_change, top)
+    result["removals"]["random"] = _random_removals(without, active, full_change, top, seed)
+    return result | {"sentence": _sentence(result)}
+
+
+_Without = Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, float, float]]
+
+
+def _extreme_removals(
+    without: _Without, predictions: Mapping[str, SharePrediction], full_change: float, top: int
+) -> dict[str, Any]:
+    headline = next(iter(predictions.values()))
+    out: dict[str, Any] = {}
+    for kind, sequences in zip(("costing", "giving"), extreme_sequences(headline.shares, top), strict=True):
+        out[kind] = None
+        if not sequences:
+            continue
+        members, change, ratio = without(sequences)
+        everyone = np.ones(len(members), dtype=bool)
+        out[kind] = {
+            "sequences": sequences,
+            "measured": change,
+            "difference": change - full_change,
+            "predicted_difference": {
+                name: p.change(members, ratio) - p.change(everyone, 1.0) for name, p in predictions.items()
+            },
+        }
+    return out
+
+
+def _random_removals(
+    without: _Without, active: np.ndarray, full_change: float, top: int, seed: int
+) -> dict[str, Any] | None:
+    size = min(top, len(active) // 2)
+    if not size:
+        return None
+    rng = np.random.default_rng([seed, 1])
+    differences = [without(rng.permutation(active)[:size])[1] - full_change for _ in range(_RANDOM_REMOVALS)]
+    return {"sequences": size, "differences": differences, "spread": _spread(np.asarray(differences))}
+
+
+def _sentence(result: Mapping[str, Any]) -> str:
+    score = result["scores"][result["headline"]]
+    what = f"Over {result['count']} real steps with a random half of the training {result['by']}s each"
+    if score["spearman"] is None:
+        text = f"{what}, no rank correlation can be given: {score['reason']}"
+    else:
+        low, high = score["interval"]
+        text = (
+            f"{what}, predicted and measured change of entropy have a rank correlation (linear datamodelling score) of "
+            f"{score['spearman']:.2f} [{low:.2f}, {high:.2f}]"
+        )
+    parts = [f"; the whole step makes {signed(result['full_step']['measured'])} nats per token"]
+    for kind, word in (("costing", "cost"), ("giving", "give")):
+        removal = result["removals"][kind]
+        if removal is not None:
+            removed = counted(len(removal["sequences"]), "sequence")
+            parts.append(f", {signed(removal['measured'])} without the {removed} said to {word} most")
+    return text + "".join(parts) + "."

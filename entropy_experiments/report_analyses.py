@@ -1,0 +1,148 @@
+"""The analyses of a results folder as the report shows them: the question, a sentence, figures, a compact table.
+
+What was switched off does not appear; what did not apply says why; what failed is red and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from entropy_experiments.analysis_tables import TABLES, Table
+from entropy_experiments.charts.baselines import plot_baselines
+from entropy_experiments.charts.buffers import plot_buffers
+from entropy_experiments.charts.clustering import plot_sequence_clusters
+from entropy_experiments.charts.higher_order import plot_higher_order
+from entropy_experiments.charts.intervention import plot_intervention
+from entropy_experiments.charts.structure import plot_prompt_structure
+from entropy_experiments.charts.style import no_data_figure
+from entropy_experiments.charts.token_shares import plot_token_shares
+from entropy_experiments.charts.weighting import plot_weighting_schemes
+from entropy_experiments.number_format import lookup
+from entropy_experiments.results_folder import ResultsFolder
+from entropy_experiments.text_display import clip
+
+Draw = Callable[[Mapping[str, Any], ResultsFolder], Figure]
+_SENTENCE_CHARACTERS = 2000
+# What numbers of another shape than the analyses write lead to; a report shows the rest.
+_ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError)
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """question: the heading. figures: file name -> what draws it from the analysis's dict and the folder."""
+
+    question: str
+    figures: Mapping[str, Draw]
+
+
+PRESENTATIONS = {
+    "buffers": Presentation(
+        "How do the sequences that the step learns from differ from those that entropy is measured on?",
+        {"buffers": lambda result, folder: plot_buffers(result)},
+    ),
+    "entropy_prediction": Presentation("Does the first order predict the change, and up to what size of step?", {}),
+    "higher_order": Presentation(
+        "How large is the second order, and where does it equal the first?",
+        {"higher_order": lambda result, folder: plot_higher_order(result)},
+    ),
+    "attribution": Presentation(
+        "Who moved entropy in this step?", {"token_shares": lambda result, folder: plot_token_shares(result)}
+    ),
+    "intervention": Presentation(
+        "Do the shares say what happens when sequences are really left out?",
+        {"intervention": lambda result, folder: plot_intervention(result)},
+    ),
+    "prompt_structure": Presentation(
+        "Do sequences of the same prompt move each other more than others?",
+        {"prompt_structure": lambda result, folder: plot_prompt_structure(result)},
+    ),
+    "sequence_clustering": Presentation(
+        "Do the gradients fall into groups, and what do these share?",
+        {
+            "sequence_clustering": lambda result, folder: plot_sequence_clusters(
+                result, folder.kernels.get("train_fisher")
+            )
+        },
+    ),
+    "weighting_schemes": Presentation(
+        "What would other weightings have cost in entropy?",
+        {"weighting_schemes": lambda result, folder: plot_weighting_schemes(result)},
+    ),
+    "baselines": Presentation(
+        "How do other predictors do on the same step?",
+        {"baselines": lambda result, folder: plot_baselines(result)},
+    ),
+}
+"""In the order of the report."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One analysis on the page. tone: "", "soft" for what did not apply, "bad" for what failed."""
+
+    name: str
+    question: str
+    sentence: str
+    tone: str
+    figures: tuple[str, ...]
+    tables: list[Table]
+
+
+def draw_analysis_figures(results: ResultsFolder) -> dict[str, Figure]:
+    """File name -> figure of every analysis that has a result; one that cannot be drawn from it says so."""
+    figures = {}
+    for key, presentation in PRESENTATIONS.items():
+        result = _result(results.summary, key)
+        for name, draw in presentation.figures.items() if result is not None else ():
+            try:
+                figures[name] = draw(result or {}, results)
+            except _ODD as error:
+                reason = f"the folder's numbers cannot be drawn ({type(error).__name__}: {clip(str(error), 200)})."
+                figures[name] = no_data_figure(presentation.question, reason)
+    return figures
+
+
+def analysis_sections(summary: Mapping[str, Any]) -> list[Section]:
+    """One section for each analysis that the summary holds, known ones in the report's order."""
+    analyses = lookup(summary, "analyses")
+    if not isinstance(analyses, Mapping):
+        return []
+    sections = []
+    for name, presentation in PRESENTATIONS.items():
+        if name not in analyses:
+            continue
+        result = _result(summary, name)
+        sentence = lookup(analyses, name, "sentence")
+        tone = "" if result is not None else "soft" if lookup(analyses, name, "skipped") else "bad"
+        sections.append(
+            Section(
+                name,
+                presentation.question,
+                clip(sentence, _SENTENCE_CHARACTERS) if isinstance(sentence, str) else "This analysis says nothing.",
+                tone,
+                tuple(presentation.figures) if result is not None else (),
+                _tables(name, result),
+            )
+        )
+    return sections
+
+
+def _tables(name: str, result: Mapping[str, Any] | None) -> list[Table]:
+    if result is None or name not in TABLES:
+        return []
+    try:
+        return TABLES[name](result)
+    except _ODD as error:
+        return [Table(f"The folder's numbers make no table ({type(error).__name__}: {clip(str(error), 200)}).", (), [])]
+
+
+def _result(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The analysis's dict, None where it is absent, did not apply, or failed."""
+    result = lookup(summary, "analyses", name)
+    if not isinstance(result, Mapping) or "skipped" in result or "error" in result:
+        return None
+    return result

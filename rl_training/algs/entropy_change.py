@@ -1,0 +1,88 @@
+"""What the probe says of one step: predicted and measured changes of entropy, with their errors and their names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from entropy_core.fold_gradients import Estimate
+from entropy_core.measurement import EntropyMeasurement
+
+ESTIMANDS = {
+    "rao_blackwell": "entropy of the policy",
+    "split": "entropy of the policy",
+    "score_function": "entropy of the policy",
+    "fixed_prefix": "entropy on given tokens",
+}
+"""What each estimator estimates. The last is blind to which prefixes become likelier: another quantity."""
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """A predicted change and its parts: this batch's gradient, the momentum of earlier ones, weight decay.
+
+    They add up to `total`, up to rounding of the step itself. Where only a sum was given (a bare dtheta), parts are NaN.
+    """
+
+    total: Estimate
+    batch: Estimate
+    momentum: Estimate
+    decay: Estimate
+
+    def __add__(self, other: StepParts) -> StepParts:
+        """Part by part, as of independent estimates."""
+        return StepParts(
+            self.total + other.total,
+            self.batch + other.batch,
+            self.momentum + other.momentum,
+            self.decay + other.decay,
+        )
+
+    @classmethod
+    def only_total(cls, total: Estimate) -> StepParts:
+        unknown = Estimate(math.nan)
+        return cls(total, unknown, unknown, unknown)
+
+
+@dataclass(frozen=True)
+class EntropyChange:
+    """One step's change of entropy.
+
+    per_token, per_completion: predicted, in nats per token and nats per completion (None where not asked for).
+    estimator, estimand: how, and of what. sequences: behind the newest gradient; effective_sample_size: after importance
+    weights. entropy: before the step, nats per token (NaN where nothing was observed at it).
+    same_tokens: the newest gradient alone along the step, nats per token; with the split estimator it is the derivative of
+    `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
+    predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's part of `batch`.
+    """
+
+    per_token: StepParts
+    per_completion: StepParts | None
+    estimator: str
+    estimand: str
+    sequences: int
+    effective_sample_size: float
+    entropy: float
+    same_tokens: float = math.nan
+    measured: EntropyMeasurement | None = None
+    measured_fixed_prefix: EntropyMeasurement | None = None
+    predictors: dict[str, float] = field(default_factory=dict)
+    shares: Tensor | None = None
+
+    @property
+    def total(self) -> Estimate:
+        return self.per_token.total
+
+    @property
+    def batch(self) -> Estimate:
+        return self.per_token.batch
+
+    @property
+    def momentum(self) -> Estimate:
+        return self.per_token.momentum
+
+    @property
+    def decay(self) -> Estimate:
+        return self.per_token.decay

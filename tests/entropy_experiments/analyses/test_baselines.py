@@ -1,0 +1,198 @@
+"""The table of predictors against one measured step, by hand; and the charts of this table and of the weighting schemes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entropy_experiments.analyses.baselines import LABELS, baseline_table
+from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
+from entropy_experiments.charts.baselines import plot_baselines
+from entropy_experiments.charts.style import caption_of, png_bytes
+from entropy_experiments.charts.weighting import plot_weighting_schemes
+from entropy_experiments.fisher_analyzer import Estimate
+from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
+
+PREDICTED = {
+    "rao_blackwell": {"total": Estimate(-0.30, 0.03), "batch": Estimate(-0.04, 0.01)},
+    "split": {"total": Estimate(-0.20, 0.04), "batch": Estimate(-0.03, 0.02)},
+    "score_function": {"total": Estimate(0.10, 0.30), "batch": Estimate(0.02, 0.10)},
+    "fixed_prefix": {"total": Estimate(-0.05, 0.01), "batch": Estimate(-0.01, 0.01)},
+}
+MEASURED = Estimate(-0.25, 0.04)
+
+
+def full_table() -> dict[str, Any]:
+    return baseline_table(
+        PREDICTED,
+        MEASURED,
+        measured_fixed_prefix=Estimate(-0.06, 0.02),
+        without_preconditioner=Estimate(-3e-6, 1e-6),
+        covariance=-2e-5,
+        natural_covariance=4e-5,
+        steer=-1e-6,
+    )
+
+
+def test_every_predictor_has_its_row_by_hand() -> None:
+    table = full_table()
+    assert [row["name"] for row in table["rows"]] == list(LABELS)
+    json.dumps(table, allow_nan=False)
+    by_hand = {
+        "rao_blackwell": (-0.30, 0.03, -0.25, 0.25 / 0.30, 0.05 / 0.05),
+        "split": (-0.20, 0.04, -0.25, 1.25, 0.05 / math.hypot(0.04, 0.04)),
+        "score_function": (0.10, 0.30, -0.25, -2.5, 0.35 / math.hypot(0.30, 0.04)),
+        "fixed_prefix": (-0.05, 0.01, -0.25, 5.0, 0.20 / math.hypot(0.01, 0.04)),
+        "fixed_prefix_on_given_tokens": (-0.05, 0.01, -0.06, 1.2, 0.01 / math.hypot(0.01, 0.02)),
+        "without_momentum": (-0.04, 0.01, -0.25, 6.25, 0.21 / math.hypot(0.01, 0.04)),
+    }
+    for name, (value, error, actual, ratio, z) in by_hand.items():
+        row = row_of(table, name)
+        assert (row["predicted"], row["standard_error"], row["actual"]) == (value, error, actual), name
+        assert row["ratio"] == pytest.approx(ratio), "measured over predicted, sign kept"
+        assert row["z"] == pytest.approx(z)
+        assert row["comparable_in_scale"]
+        assert row["reason"] == ""
+        assert row["sign_agrees"] is (value < 0)
+
+
+def test_predictors_on_another_scale_are_compared_by_sign_alone() -> None:
+    table = full_table()
+    signs = {"without_preconditioner": True, "covariance": True, "natural_covariance": False, "steer": True}
+    for name, agrees in signs.items():
+        row = row_of(table, name)
+        assert not row["comparable_in_scale"]
+        assert row["sign_agrees"] is agrees
+        assert row["ratio"] is None
+        assert row["z"] is None
+        assert "only its sign" in row["reason"]
+
+
+def test_sentence_says_who_is_near() -> None:
+    assert full_table()["sentence"] == (
+        "The measured change was −0.250 ± 0.040 nats per token; within 2 standard errors of it: Rao–Blackwell, split, "
+        "score function; further away: fixed prefix, without momentum. Of those on another scale, with its sign: without P "
+        "(plain gradient), covariance (Cui et al.), STEER; with the other: covariance, natural gradient."
+    )
+
+
+def test_estimates_as_stored_in_a_summary_give_the_same_table() -> None:
+    stored = {
+        name: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
+        for name, parts in PREDICTED.items()
+    }
+    from_summary = baseline_table(stored, {"value": -0.25, "standard_error": 0.04})
+    assert from_summary == baseline_table(PREDICTED, MEASURED)
+
+
+def test_what_is_missing_is_said() -> None:
+    table = baseline_table({"rao_blackwell": {"total": Estimate(-0.3, math.nan)}}, MEASURED)
+    json.dumps(table, allow_nan=False)
+    row = row_of(table, "rao_blackwell")
+    assert (row["predicted"], row["standard_error"], row["z"]) == (-0.3, None, None)
+    assert "no standard error" in row["reason"]
+    assert row["ratio"] == pytest.approx(0.25 / 0.3)
+    assert row_of(table, "steer")["reason"] == "not computed"
+    unmeasured = baseline_table(PREDICTED, None)
+    json.dumps(unmeasured, allow_nan=False)
+    assert row_of(unmeasured, "split")["reason"] == "not measured"
+    assert "No change of entropy was measured" in unmeasured["sentence"]
+
+
+def test_a_prediction_of_zero_has_no_ratio_and_no_sign() -> None:
+    table = baseline_table({"split": {"total": Estimate(0.0, 0.0)}}, Estimate(-0.25, 0.0), covariance=0.0)
+    row = row_of(table, "split")
+    assert (row["ratio"], row["z"], row["sign_agrees"]) == (None, None, None)
+    assert row_of(table, "covariance")["sign_agrees"] is None
+    json.dumps(table, allow_nan=False)
+
+
+@pytest.mark.parametrize("measured", [Estimate(-0.05, 0.04), 0.0])
+def test_the_sign_of_a_change_near_zero_is_not_compared(measured: Any) -> None:
+    table = baseline_table(PREDICTED, measured, covariance=-1.0)
+    assert all(row["sign_agrees"] is None for row in table["rows"])
+    assert "too near to 0" in table["sentence"]
+
+
+# ---- charts
+
+
+def points(axes: Any) -> list[tuple[float, float, float]]:
+    """(x, y, half width of the bar) of everything drawn with an error bar, None for no bar."""
+    found = []
+    for container in axes.containers:
+        x, y = container[0].get_data()
+        bars = [segment for collection in container[2] for segment in collection.get_segments() if len(segment)]
+        width = (bars[0][1, 0] - bars[0][0, 0]) / 2 if bars else 0.0
+        found.append((float(x[0]), float(y[0]), float(width)))
+    return found
+
+
+def test_chart_of_baselines_draws_the_table() -> None:
+    figure = plot_baselines(full_table())
+    axes = figure.axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == list(LABELS.values())
+    drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
+    assert drawn["Rao–Blackwell"] == pytest.approx((-0.30, 0.06))
+    assert drawn["without momentum"] == pytest.approx((-0.04, 0.02))
+    assert "STEER" not in drawn, "a number on another scale was drawn on this one"
+    words = [text.get_text() for text in axes.texts]
+    assert words[0] == "z = 1.0"
+    assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
+    assert "−0.250 ± 0.040" in caption_of(figure)
+
+
+def test_chart_of_weightings_draws_the_table() -> None:
+    table = weighting_schemes(make_world().arrays, LONGEST, drop_top=(1,))
+    measured = {"grpo": {"equal_length": {"value": -1e-4, "standard_error": 2e-5}}}
+    figure = plot_weighting_schemes(with_measurements(table, measured))
+    gain, length = figure.axes
+    labels = [label.get_text() for label in gain.get_yticklabels()]
+    assert labels == [row["label"] for row in table["rows"]]
+    for axes, key in ((gain, "equal_gain"), (length, "equal_length")):
+        drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
+        for row in table["rows"]:
+            entry = row["delta_h"][key]
+            assert drawn[row["label"]] == pytest.approx((entry["value"], 2 * entry["standard_error"])), (
+                key,
+                row["name"],
+            )
+    offset = [(x, width) for x, y, width in points(length) if y != int(y)]
+    assert offset == [pytest.approx((-1e-4, 4e-5))]
+    assert not [y for _, y, _ in points(gain) if y != int(y)], "a measurement at equal length stands at equal gain"
+
+
+def test_chart_of_weightings_without_a_gain_says_why() -> None:
+    table = weighting_schemes(make_world(1, signal=0.0).arrays, LONGEST)
+    figure = plot_weighting_schemes(table)
+    assert len(figure.axes) == 1
+    assert "cannot be told from 0" in caption_of(figure)
+    without_steps = sum("delta_h" not in row for row in table["rows"])
+    assert f"{without_steps} row" in caption_of(figure)
+
+
+def test_degenerate_tables_are_drawn() -> None:
+    worlds = [
+        make_world(eval_prompts=[5] * 8),
+        make_world(train_reward=np.ones(10)),
+        make_world(eval_prompts=[1], eval_reward=np.ones(1)),
+    ]
+    worlds.append(make_world(train_prompts=list(range(10))))
+    tiny = make_world(train_prompts=[1, 1], train_reward=np.array([1.0, 0.0])).arrays
+    for arrays in [*(world.arrays for world in worlds), tiny, replace(tiny, weights=np.zeros(2), shares=np.zeros(2))]:
+        assert png_bytes(plot_weighting_schemes(weighting_schemes(arrays, LONGEST)))
+    for table in (
+        baseline_table({}, None),
+        baseline_table({}, None, steer=1e-7),
+        baseline_table(PREDICTED, None),
+        baseline_table({"split": {"total": 0.0}}, 0.0, covariance=0.0),
+    ):
+        figure = plot_baselines(table)
+        assert caption_of(figure)
+        assert png_bytes(figure)

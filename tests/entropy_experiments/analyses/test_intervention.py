@@ -1,0 +1,388 @@
+"""Half-subsets, the linear datamodelling score, and real steps of a tiny policy held against shares."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.scores import token_statistics
+from entropy_experiments.analyses.attribution import extreme_sequences
+from entropy_experiments.analyses.intervention import (
+    SharePrediction,
+    half_subsets,
+    linear_datamodelling_score,
+    prove_by_intervention,
+)
+from entropy_experiments.charts.intervention import plot_intervention
+from entropy_experiments.charts.style import caption_of, png_bytes
+from entropy_experiments.optimizer_step import moved, take_next_step
+from entropy_experiments.step_measurement import StepMeasurement
+from rl_training.errors import UserError
+from tests.entropy_experiments.analyses.tiny_step import TinyStep, make_step
+from tests.oracle.comparison import assert_close
+
+
+@cache
+def settled_step() -> TinyStep:
+    return make_step()
+
+
+# ---- subsets
+
+
+def test_halves_are_halves_all_different_and_repeatable():
+    subsets = half_subsets(9, 40, seed=3)
+    assert subsets.shape == (40, 9) and (subsets.sum(1) == 4).all()
+    assert len({row.tobytes() for row in subsets}) == 40
+    assert np.array_equal(subsets, half_subsets(9, 40, seed=3))
+    assert not np.array_equal(subsets, half_subsets(9, 40, seed=4))
+
+
+def test_every_half_is_equally_likely():
+    """All 6 halves of 4 in any order; over 400 seeds each is first 66.7 times on average, with a deviation of 7.5."""
+    firsts = np.array([half_subsets(4, 6, seed)[0] for seed in range(400)])
+    counts = np.unique(firsts, axis=0, return_counts=True)[1]
+    assert len(counts) == 6 and (np.abs(counts - 400 / 6) < 4 * 7.5).all()
+
+
+def test_halves_of_prompts_keep_prompts_whole():
+    prompts = np.array([5, 5, 7, 7, 7, 2, 2, 9])
+    subsets = half_subsets(prompts, 6)
+    for row in subsets:
+        assert all(len(set(row[prompts == p])) == 1 for p in np.unique(prompts)), "a prompt was torn apart"
+        assert len(set(prompts[row])) == 2
+
+
+@pytest.mark.parametrize("units", [1, 0, 4, np.array([1, 1, 1])])
+def test_too_few_halves_are_refused(units):
+    with pytest.raises(UserError, match="ways, and 40 subsets are asked for"):
+        half_subsets(units, 40)
+
+
+# ---- the score
+
+
+def test_score_equals_scipys_on_noisy_shares():
+    rng = np.random.default_rng(0)
+    shares, subsets = rng.normal(size=20), half_subsets(20, 40)
+    measured = subsets @ shares + 0.5 * rng.normal(size=40)
+    found = linear_datamodelling_score(subsets, shares, measured)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(subsets @ shares, measured).statistic, abs=1e-12)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(subsets @ shares, measured).statistic, abs=1e-12)
+    line = stats.linregress(subsets @ shares, measured)
+    assert (found["slope"], found["intercept"]) == pytest.approx((line.slope, line.intercept))
+    assert found["interval"][0] < found["spearman"] < found["interval"][1] <= 1
+
+
+def test_bootstrap_interval_covers():
+    """Over 60 repeats at correlation 0.7, the 95% interval holds the true rank correlation at least 50 times (median 57)."""
+    true = 6 / np.pi * np.arcsin(0.7 / 2)
+    inside = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        subsets = np.eye(40, dtype=bool)
+        shares = rng.normal(size=40)
+        measured = 0.7 * shares + np.sqrt(1 - 0.49) * rng.normal(size=40)
+        low, high = linear_datamodelling_score(subsets, shares, measured, seed=seed)["interval"]
+        inside += low <= true <= high
+    assert inside >= 50
+
+
+def test_clip_ratios_scale_shares_but_not_the_rest():
+    subsets = np.array([[True, False], [False, True], [True, True]])
+    ratios, rest = np.array([2.0, 3.0, 1.0]), 10.0
+    measured = rest + ratios * np.array([1.0, 4.0, 5.0])
+    found = linear_datamodelling_score(subsets, np.array([1.0, 4.0]), measured, ratios, rest)
+    assert found["predicted"] == pytest.approx(measured.tolist())
+    assert found["root_mean_square_error"] == pytest.approx(0.0, abs=1e-12)
+    assert (found["slope"], found["intercept"]) == pytest.approx((1.0, 0.0), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shares", "measured", "reason"),
+    [(np.zeros(6), np.arange(12.0), "all predicted"), (np.arange(6.0), np.ones(12), "all measured")],
+)
+def test_nothing_to_rank_is_said(shares, measured, reason):
+    found = linear_datamodelling_score(half_subsets(6, 12), shares, measured)
+    assert found["spearman"] is None and found["interval"] is None and reason in found["reason"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_two_subsets_say_nothing():
+    found = linear_datamodelling_score(half_subsets(6, 2), np.arange(6.0), np.arange(2.0))
+    assert found["spearman"] is None and "2 subsets" in found["reason"]
+
+
+def test_bad_score_input():
+    subsets = half_subsets(6, 12)
+    with pytest.raises(ValueError, match="measurements"):
+        linear_datamodelling_score(subsets, np.ones(6), np.ones(11))
+    with pytest.raises(ValueError, match="not finite"):
+        linear_datamodelling_score(subsets, np.full(6, np.nan), np.ones(12))
+
+
+# ---- the whole proof on a linear world
+
+
+def linear_world(n: int = 12):
+    rng = np.random.default_rng(1)
+    effects, weights = rng.normal(size=n), rng.normal(size=n)
+    weights[4] = 0.0
+
+    def measure(kept: torch.Tensor) -> float:
+        assert kept.dtype == torch.float64 and kept.shape == (n,)
+        return 0.25 + float(kept @ torch.from_numpy(effects))
+
+    return measure, weights, SharePrediction(weights * effects, 0.25)
+
+
+def test_a_linear_world_is_proven_exactly():
+    measure, weights, prediction = linear_world()
+    wrong = SharePrediction(-prediction.shares, 0.25)
+    found = prove_by_intervention(measure, weights, {"right": prediction, "wrong": wrong}, top=3)
+    assert found["headline"] == "right"
+    assert found["scores"]["right"]["spearman"] == pytest.approx(1.0)
+    assert found["scores"]["right"]["slope"] == pytest.approx(1.0)
+    assert found["scores"]["wrong"]["spearman"] == pytest.approx(-1.0)
+    assert found["full_step"]["measured"] == pytest.approx(found["full_step"]["predicted"]["right"])
+    assert not any(4 in members for members in found["subsets"]), "a sequence of weight 0 takes part in no step"
+    for kind, sign in (("costing", -1), ("giving", 1)):
+        removal = found["removals"][kind]
+        assert removal["difference"] == pytest.approx(-prediction.shares[removal["sequences"]].sum())
+        assert removal["difference"] == pytest.approx(removal["predicted_difference"]["right"])
+        assert removal["difference"] * sign < 0 and len(removal["sequences"]) == 3
+    assert len(found["removals"]["random"]["differences"]) == 5
+    assert "1.00 [1.00, 1.00]" in found["sentence"] and "said to cost most" in found["sentence"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_halving_prompts():
+    measure, weights, prediction = linear_world()
+    prompts = np.arange(12) // 2
+    found = prove_by_intervention(measure, weights, {"shares": prediction}, prompt_index=prompts, count=15, top=2)
+    assert found["by"] == "prompt" and found["scores"]["shares"]["spearman"] == pytest.approx(1.0)
+
+
+def test_degenerate_worlds_are_stated():
+    """No effect at all, and one-sided shares: nothing is NaN, and the sentence says what is missing."""
+    weights = np.ones(8)
+    found = prove_by_intervention(lambda kept: 0.0, weights, {"shares": SharePrediction(np.zeros(8))}, count=20)
+    assert found["removals"]["costing"] is None and found["removals"]["giving"] is None
+    assert "no rank correlation can be given: all predicted changes are equal" in found["sentence"]
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(UserError, match="0 ways"):
+        prove_by_intervention(lambda kept: 0.0, np.zeros(8), {"shares": SharePrediction(np.zeros(8))})
+
+
+# ---- real steps
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-3])
+def test_real_half_steps_follow_the_split_shares(learning_rate):
+    """Settled second moments, no clipping: what is left between prediction and measurement is curvature."""
+    world = settled_step() if learning_rate == 1e-5 else make_step(learning_rate)
+    measurement = world.measurement()
+    predictions = {"split": world.prediction(), "rao_blackwell": world.prediction("rao_blackwell")}
+    found = prove_by_intervention(measurement.change, world.weights.numpy(), predictions, clip=measurement.clip, top=3)
+    score, other = found["scores"]["split"], found["scores"]["rao_blackwell"]
+    assert score["spearman"] >= (0.995 if learning_rate == 1e-5 else 0.98)
+    assert abs(score["slope"] - 1) < 0.05, "shares and measurement differ by a factor"
+    assert score["root_mean_square_error"] < 0.12 * score["measured_spread"]
+    assert other["spearman"] < score["spearman"], "the other estimator has the evaluation tokens' noise against it"
+    assert found["removals"]["costing"]["difference"] > 0 > found["removals"]["giving"]["difference"]
+    assert measurement.lowest_effective_sample_size is not None
+
+
+def test_a_poisoned_sequence_is_found_and_its_removal_undoes_the_loss():
+    victim = extreme_sequences(settled_step().shares().numpy(), 1)[0][0]
+    world = make_step(poison=(victim, 400.0))
+    shares = world.shares().numpy()
+    measurement = world.measurement()
+    found = prove_by_intervention(measurement.change, world.weights.numpy(), {"split": world.prediction()}, top=1)
+    removal = found["removals"]["costing"]
+    assert removal["sequences"] == [victim]
+    assert removal["difference"] == pytest.approx(-shares[victim], rel=0.05)
+    assert shares[victim] < -20 * np.abs(np.delete(shares, victim)).max(), "the world is not poisoned"
+    with_victim = np.array([victim in members for members in found["subsets"]])
+    measured = np.array(found["measured"])
+    assert measured[with_victim].max() < measured[~with_victim].min()
+
+
+def test_clipping_is_predicted_by_the_ratio_of_coefficients():
+    world = make_step(max_norm=0.05)
+    assert world.step.clip < 0.2
+    measurement = world.measurement()
+    shares = world.prediction()
+    blind = SharePrediction(shares.shares, shares.rest, with_clipping=False)
+    found = prove_by_intervention(
+        measurement.change, world.weights.numpy(), {"scaled": shares, "blind": blind}, clip=measurement.clip, top=3
+    )
+    scaled, blind_score = found["scores"]["scaled"], found["scores"]["blind"]
+    assert scaled["spearman"] > 0.99 and abs(scaled["slope"] - 1) < 0.05
+    assert scaled["root_mean_square_error"] < 0.2 * blind_score["root_mean_square_error"]
+    assert min(found["clip_ratios"]) > 1, "half of a clipped gradient is clipped less"
+    for kind in ("costing", "giving"):
+        removal = found["removals"][kind]
+        gap, gap_blind = (abs(removal["predicted_difference"][n] - removal["difference"]) for n in ("scaled", "blind"))
+        assert gap < 0.1 * abs(removal["difference"]) and gap < gap_blind, "removals are predicted without clipping"
+
+
+def test_measurement_is_a_step_of_torchs_own_optimizer():
+    """Against AdamW on a deep copy, with gradients set by hand."""
+    world = settled_step()
+    weights = world.weights * torch.tensor([1.0, 0.0] * 8)
+    found = world.measurement().measure(weights)
+    pair = copy.deepcopy((world.model, world.optimizer))
+    model, optimizer = pair
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.grad = -torch.einsum("n,n...->...", weights, world.columns[name])
+    optimizer.step()
+    after = token_statistics(model, world.evaluation)
+    assert found.change == pytest.approx(
+        snis_entropy_change(world.statistics, after, world.evaluation).change, rel=1e-9
+    )
+    log_weights = torch.linspace(-1, 1, len(world.evaluation), dtype=torch.float64)
+    other = StepMeasurement(
+        world.model, world.optimizer, world.columns, world.evaluation, world.statistics,
+        max_grad_norm=None, log_weights=log_weights, measure=fixed_prefix_entropy_change,
+    )  # fmt: skip
+    expected = fixed_prefix_entropy_change(world.statistics, after, world.evaluation, log_weights=log_weights)
+    assert other.change(weights) == pytest.approx(expected.change, rel=1e-9)
+
+
+def test_measuring_leaves_model_and_optimizer_bit_identical():
+    world = make_step(learning_rate=1e-3, max_norm=0.05)
+    parameters = {name: p.detach().clone() for name, p in world.model.named_parameters()}
+    state = copy.deepcopy(world.optimizer.state_dict())
+    measurement = world.measurement()
+    measurement.measure(world.weights)
+    measurement.response_shares(world.gradient_of_h(), world.weights, torch.from_numpy(half_subsets(16, 2)))
+    assert all(torch.equal(p, parameters[name]) for name, p in world.model.named_parameters())
+    after = world.optimizer.state_dict()
+    assert after["param_groups"] == state["param_groups"]
+    for index, entry in state["state"].items():
+        assert all(torch.equal(entry[key], after["state"][index][key]) for key in entry)
+
+
+def test_rows_that_hold_p_give_the_same_step():
+    world = settled_step()
+    p = world.step.preconditioner
+    scaled = {name: rows * p[name] for name, rows in world.columns.items()}
+    other = StepMeasurement(
+        world.model, world.optimizer, scaled, world.evaluation, world.statistics, max_grad_norm=None,
+        kernel_preconditioner=p,
+    )  # fmt: skip
+    assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
+    subsets = torch.from_numpy(half_subsets(16, 4))
+    gradient = world.gradient_of_h()
+    found, expected = (m.response_shares(gradient, world.weights, subsets) for m in (other, world.measurement()))
+    assert_close(found.shares, expected.shares, 1e-9, "P counted twice or not at all in the response")
+
+
+def test_response_shares_are_the_derivative_of_the_first_order():
+    """Against a central difference of <grad h, dtheta(a)> in each a_i, clipping and unsettled moments and all."""
+    world = make_step(learning_rate=1e-3, max_norm=0.05, settled=False)
+    measurement, gradient = world.measurement(), world.gradient_of_h()
+    subsets = torch.from_numpy(half_subsets(16, 2, seed=5)).double()
+    found = measurement.response_shares(gradient, world.weights, subsets)
+    expected, constant = torch.zeros(16, dtype=torch.float64), 0.0
+    for row in subsets:
+        for i in range(16):
+            ends = [
+                measurement.first_order(gradient, (row + e * torch.eye(16)[i]) * world.weights) for e in (1e-4, -1e-4)
+            ]
+            expected[i] += (ends[0] - ends[1]) / 2e-4 / len(subsets)
+        constant += measurement.first_order(gradient, row * world.weights) / len(subsets)
+    assert_close(found.shares, expected, 1e-4, "dF/da", {"no clipping, settled P": world.shares()})
+    assert found.rest == pytest.approx(constant - float((subsets @ found.shares).mean()), abs=1e-12)
+
+
+def test_response_shares_beat_frozen_ones_where_second_moments_move():
+    world = make_step(learning_rate=1e-5, settled=False)
+    measurement = world.measurement()
+    r = measurement.response_shares(
+        world.gradient_of_h(), world.weights, torch.from_numpy(half_subsets(16, 16, seed=9))
+    )
+    predictions = {
+        "frozen": world.prediction(),
+        "response": SharePrediction(r.shares.numpy(), r.rest, with_clipping=False),
+    }
+    found = prove_by_intervention(measurement.change, world.weights.numpy(), predictions, top=3)
+    frozen, response = found["scores"]["frozen"], found["scores"]["response"]
+    assert frozen["spearman"] > 0.9 and response["spearman"] > 0.9
+    assert response["root_mean_square_error"] < 1.1 * frozen["root_mean_square_error"]
+
+
+def test_response_equals_shares_where_the_step_is_linear():
+    """With second moments that a batch cannot move, r_i is the share, and the constant is momentum and decay."""
+    world = make_step()
+    for state in world.optimizer.state.values():
+        state["exp_avg_sq"] *= 1e8
+    step = take_next_step(world.model, world.optimizer, world.measurement().gradient(world.weights), None)
+    frozen = TinyStep(**{**world.__dict__, "step": step})
+    found = frozen.measurement().response_shares(
+        frozen.gradient_of_h(), frozen.weights, torch.from_numpy(half_subsets(16, 4))
+    )
+    assert_close(found.shares, frozen.shares(), 1e-6, "response shares of a linear step are the shares")
+    assert found.rest == pytest.approx(frozen.prediction().rest, rel=1e-5)
+
+
+def test_plain_gradient_steps():
+    world = settled_step()
+    measurement = StepMeasurement(
+        world.model, None, world.columns, world.evaluation, world.statistics, max_grad_norm=None, learning_rate=0.1
+    )
+    taken = measurement.step(world.weights)
+    gradient = measurement.gradient(world.weights)
+    assert all(torch.equal(taken[name], -0.1 * gradient[name]) for name in gradient)
+    with moved(world.model, taken, 1.0):
+        after = token_statistics(world.model, world.evaluation)
+    expected = snis_entropy_change(world.statistics, after, world.evaluation).change
+    assert measurement.change(world.weights) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UserError, match="second moments"):
+        measurement.response_shares(world.gradient_of_h(), world.weights, torch.ones(1, 16))
+
+
+def test_bad_measurement_input():
+    world = settled_step()
+    with pytest.raises(UserError, match="give a learning rate"):
+        StepMeasurement(world.model, None, world.columns, world.evaluation, world.statistics)
+    some = dict(list(world.columns.items())[1:])
+    with pytest.raises(UserError, match="belong to another model"):
+        StepMeasurement(world.model, world.optimizer, some, world.evaluation, world.statistics)
+    with pytest.raises(ValueError, match="16 rows"):
+        world.measurement().change(world.weights[:5])
+
+
+# ---- the figure
+
+
+def test_the_figure_draws_the_numbers():
+    measure, weights, prediction = linear_world()
+    found = prove_by_intervention(measure, weights, {"split": prediction, "response": prediction}, top=3)
+    figure = plot_intervention(found)
+    scatter = next(line for line in figure.axes[0].lines if "random halves" in str(line.get_label()))
+    x, y = np.asarray(scatter.get_xdata(), float), np.asarray(scatter.get_ydata(), float)
+    unit = y[0] / found["measured"][0]
+    assert np.log10(unit) == pytest.approx(round(np.log10(unit)))
+    assert y == pytest.approx(unit * np.array(found["measured"]))
+    assert x == pytest.approx(unit * np.array(found["scores"]["split"]["predicted"]))
+    widths = [bar.get_width() for bar in figure.axes[1].patches]
+    wanted = [found["full_step"]["measured"], *(found["removals"][k]["measured"] for k in ("costing", "giving"))]
+    assert widths == pytest.approx([unit * value for value in wanted])
+    assert "1.00, 95% bootstrap interval" in caption_of(figure) and "second moments" in caption_of(figure)
+    assert png_bytes(figure)
+
+
+def test_figures_of_nothing():
+    assert "No data" in caption_of(plot_intervention({}))
+    still = prove_by_intervention(lambda kept: 0.0, np.ones(8), {"split": SharePrediction(np.zeros(8))}, count=20)
+    assert "all predicted changes are equal" in caption_of(plot_intervention(still))

@@ -1,0 +1,264 @@
+"""Every number of the table against explicit gradient vectors (weighting_world)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entropy_experiments.analyses.weighting_schemes import (
+    mean_token_covariances,
+    weighting_schemes,
+    with_measurements,
+)
+from tests.entropy_experiments.analyses.weighting_world import (
+    FACTOR,
+    LONGEST,
+    World,
+    assert_sound,
+    close,
+    make_world,
+    row_of,
+    spread,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def table(world: World) -> dict[str, Any]:
+    return weighting_schemes(world.arrays, LONGEST, drop_top=(1, 3))
+
+
+NAMES = ["run", "dr_grpo", "dr_grpo_longest", "grpo", "dapo", "rloo", "reinforce"]
+FILTERS = ["positives_only", "negatives_only", "drop_top_1", "drop_top_3", "clip_cov", "kl_cov"]
+
+
+def test_every_scheme_and_filter_has_a_row_and_weights(table: dict[str, Any]) -> None:
+    assert [row["name"] for row in table["rows"]] == NAMES + FILTERS
+    assert set(table["weights"]) == set(NAMES + FILTERS)
+    assert [row["kind"] for row in table["rows"]] == ["run"] + ["scheme"] * 6 + ["filter"] * 6
+    assert_sound(table)
+
+
+def test_weights_of_the_schemes_by_hand(world: World, table: dict[str, Any]) -> None:
+    """Sequence 0: reward 1 in a group of rewards 1, 0, 0.5, 1; ten sequences."""
+    training, weights = world.arrays.training, table["weights"]
+    group = [1.0, 0.0, 0.5, 1.0]
+    centred, lengths = 1 - 0.625, training.length
+    deviation = math.sqrt(sum((r - 0.625) ** 2 for r in group) / 3) + 1e-4
+    longest = max(lengths[i] for i in (0, 2, 6, 9))
+    by_hand = {
+        "run": 1.25 * centred / (10 * LONGEST),
+        "dr_grpo": centred / (10 * LONGEST),
+        "dr_grpo_longest": centred / (10 * longest),
+        "grpo": centred / deviation / (10 * lengths[0]),
+        "dapo": centred / deviation / lengths.sum(),
+        "rloo": (1 - 1.5 / 3) / 10,
+        "reinforce": (1 - training.reward.mean()) / 10,
+    }
+    for name, expected in by_hand.items():
+        assert weights[name][0] == pytest.approx(expected, rel=1e-12), name
+
+
+@pytest.mark.parametrize("name", NAMES + FILTERS)
+def test_numbers_against_updates_in_parameter_space(world: World, table: dict[str, Any], name: str) -> None:
+    row, weights, own = row_of(table, name), np.array(table["weights"][name]), world.arrays.weights
+    update, run_update = world.update(weights), world.update(own)
+    length, run_length = (math.sqrt(float(u**2 @ (1 / world.kernel_p))) for u in (update, run_update))
+    assert row["update_length"] == close(length)
+    cosine = float(update / world.kernel_p @ run_update) / (length * run_length)
+    assert row["cosine_with_run"] == close(cosine)
+    change, run_change = world.change(weights), world.change(own)
+    gain, run_gain = world.gain(weights), world.gain(own)
+    assert row["reward_gain"]["value"] == close(gain), "the baseline must leave the sequence out"
+    expected = {
+        ("delta_h", "raw"): change,
+        ("delta_h", "equal_length"): change * run_length / length,
+        ("delta_h", "equal_gain"): change * run_gain / gain,
+        ("minus_run", "equal_length"): change * run_length / length - run_change,
+        ("minus_run", "equal_gain"): change * run_gain / gain - run_change,
+    }
+    for (key, normalisation), value in expected.items():
+        assert row[key][normalisation]["value"] == close(value), (key, normalisation)
+    assert row["entropy_cost_per_reward"]["value"] == close(-change / gain)
+    # the factors really make the update as long, and the gain as large, as the run's own
+    scaled = world.update(row["scale"]["equal_length"] * weights)
+    assert float(scaled**2 @ (1 / world.kernel_p)) == close(run_length**2)
+    assert world.gain(row["scale"]["equal_gain"] * weights) == close(run_gain)
+
+
+@pytest.mark.parametrize("name", ["run", "rloo", "negatives_only"])
+def test_standard_errors_are_jackknives_over_evaluation_prompts(world: World, table: dict[str, Any], name: str) -> None:
+    row, weights, own = row_of(table, name), np.array(table["weights"][name]), world.arrays.weights
+    prompts = np.unique(world.arrays.evaluation.prompt_index)
+    changes = [world.change_without(weights, p) for p in prompts]
+    gains = [world.gain(weights, without=p) for p in prompts]
+    run_changes = [world.change_without(own, p) for p in prompts]
+    run_gains = [world.gain(own, without=p) for p in prompts]
+    scale = row["scale"]["equal_length"]
+    matched = [h * b / g for h, g, b in zip(changes, gains, run_gains, strict=True)]
+    expected = [
+        (row["delta_h"]["raw"], changes),
+        (row["reward_gain"], gains),
+        (row["entropy_cost_per_reward"], [h / g for h, g in zip(changes, gains, strict=True)]),
+        (row["delta_h"]["equal_length"], [scale * h for h in changes]),
+        (row["delta_h"]["equal_gain"], matched),
+        (row["minus_run"]["equal_gain"], [m - b for m, b in zip(matched, run_changes, strict=True)]),
+        (row["minus_run"]["equal_length"], [scale * h - b for h, b in zip(changes, run_changes, strict=True)]),
+    ]
+    for entry, left_out in expected:
+        assert entry["standard_error"] == pytest.approx(spread(left_out), rel=1e-9, abs=1e-16)
+
+
+def test_the_runs_own_row(world: World, table: dict[str, Any]) -> None:
+    row = row_of(table, "run")
+    assert row["delta_h"]["raw"]["value"] == pytest.approx(world.arrays.shares.sum(), rel=1e-12)
+    nothing = {"value": 0.0, "standard_error": 0.0}
+    assert row["minus_run"] == {"equal_length": nothing, "equal_gain": nothing}
+    assert row["scale"] == {"equal_length": 1.0, "equal_gain": 1.0}
+
+
+def test_scaling_the_weights_changes_nothing_once_normalised(world: World, table: dict[str, Any]) -> None:
+    """rloo is dr_grpo but for constants of each group; where all groups are equal it is dr_grpo, rescaled."""
+    even = make_world(train_prompts=[1, 1, 2, 2, 3, 3])
+    found = weighting_schemes(even.arrays, LONGEST)
+    rloo, dr_grpo = row_of(found, "rloo"), row_of(found, "dr_grpo")
+    assert rloo["delta_h"]["raw"]["value"] == close(2 * LONGEST * dr_grpo["delta_h"]["raw"]["value"])
+    assert rloo["delta_h"]["equal_length"]["value"] == close(dr_grpo["delta_h"]["equal_length"]["value"])
+    assert rloo["cosine_with_run"] == close(dr_grpo["cosine_with_run"])
+
+
+def test_sentence_names_the_ends_and_counts_real_differences() -> None:
+    table = weighting_schemes(make_world(6).arrays, LONGEST)
+    schemes = [row for row in table["rows"] if row["kind"] == "scheme"]
+    schemes.sort(key=lambda row: row["entropy_cost_per_reward"]["value"])
+    text = table["sentence"]
+    assert text.startswith("Of 6 weighting schemes on 10 training sequences, 6 with")
+    assert text.index(f"({schemes[0]['label']})") < text.index(f"({schemes[-1]['label']})")
+    differences = [row["minus_run"]["equal_gain"] for row in schemes]
+    beyond = sum(abs(entry["value"]) > 2 * entry["standard_error"] for entry in differences)
+    assert 0 < beyond < 6, "a table of which the count says nothing"
+    assert f"at equal gain {beyond} of 6 differ" in text
+
+
+# ---- filters
+
+
+def test_sign_filters_split_the_run(world: World, table: dict[str, Any]) -> None:
+    own, weights = world.arrays.weights, table["weights"]
+    np.testing.assert_array_equal(weights["positives_only"], np.maximum(own, 0))
+    np.testing.assert_array_equal(weights["negatives_only"], np.minimum(own, 0))
+    parts = [row_of(table, name)["delta_h"]["raw"]["value"] for name in ("positives_only", "negatives_only")]
+    assert sum(parts) == pytest.approx(world.arrays.shares.sum(), rel=1e-12)
+
+
+def test_drop_top_leaves_out_the_costliest(world: World, table: dict[str, Any]) -> None:
+    shares, own = world.arrays.shares, world.arrays.weights
+    lowest = sorted(range(len(shares)), key=lambda i: shares[i])[:3]
+    dropped = np.array(table["weights"]["drop_top_3"])
+    assert [i for i in range(len(shares)) if dropped[i] != own[i]] == sorted(lowest)
+    change = row_of(table, "drop_top_3")["delta_h"]["raw"]["value"]
+    assert change == pytest.approx(shares.sum() - shares[lowest].sum(), rel=1e-12)
+
+
+def test_spared_is_judged_on_the_other_half(world: World, table: dict[str, Any]) -> None:
+    arrays, found = world.arrays, row_of(table, "drop_top_3")["spared"]
+    per_row = FACTOR * arrays.entropy_fisher * arrays.weights
+    even = np.isin(arrays.evaluation.prompt_index, np.unique(arrays.evaluation.prompt_index)[::2])
+    values, errors = [], []
+    for chooses, judges in ((even, ~even), (~even, even)):
+        shares = per_row[chooses].mean(0)
+        lowest = sorted(range(len(shares)), key=lambda i: shares[i])[:3]
+        judged = -per_row[judges][:, lowest].sum(1)
+        values.append(judged.mean())
+        prompts = arrays.evaluation.prompt_index[judges]
+        errors.append(spread([judged[prompts != p].mean() for p in np.unique(prompts)]))
+    assert found["value"] == pytest.approx(sum(values) / 2, rel=1e-12)
+    assert found["standard_error"] == pytest.approx(math.hypot(*errors) / 2, rel=1e-9)
+
+
+def test_choosing_and_judging_on_the_same_noise_is_seen_through() -> None:
+    """Entropy does not respond to anything here: what dropping seems to spare is noise, and the other half says so."""
+    flattered, honest, errors = [], [], []
+    for seed in range(30):
+        world = make_world(seed, eval_prompts=list(range(24)))
+        noise = np.random.default_rng(seed + 1000).normal(size=world.arrays.entropy_fisher.shape)
+        products = noise.mean(0)
+        shares = FACTOR * world.arrays.weights * products
+        arrays = replace(world.arrays, entropy_fisher=noise, products=products, shares=shares)
+        row = row_of(weighting_schemes(arrays, LONGEST, drop_top=(2,)), "drop_top_2")
+        flattered.append(row["delta_h"]["raw"]["value"] - shares.sum())
+        honest.append(row["spared"]["value"])
+        errors.append(row["spared"]["standard_error"])
+    assert min(flattered) > 0
+    standard_error = np.std(honest, ddof=1) / math.sqrt(len(honest))
+    assert abs(np.mean(honest)) < 3 * standard_error
+    assert np.mean(flattered) > 3 * abs(np.mean(honest))
+    assert np.mean(errors) == pytest.approx(np.std(honest, ddof=1), rel=0.4), "not a standard error of a mean"
+
+
+def test_covariance_masks(world: World, table: dict[str, Any]) -> None:
+    arrays, training = world.arrays, world.arrays.training
+    # token by token: every token of a sequence has, in the mean, the sequence's mean log-probability
+    tokens = [(s / n, a) for s, n, a in zip(training.score, training.length, arrays.advantages) for _ in range(n)]  # noqa: B905
+    mean_logprob, mean_advantage = (sum(column) / len(tokens) for column in zip(*tokens, strict=True))
+    by_hand = [
+        (s / n - mean_logprob) * (a - mean_advantage)
+        for s, n, a in zip(training.score, training.length, arrays.advantages, strict=True)
+    ]
+    np.testing.assert_allclose(mean_token_covariances(training, arrays.advantages), by_hand, rtol=1e-12)
+    order = sorted(range(10), key=lambda i: -by_hand[i])
+    kl_cov, clip_cov = (np.array(table["weights"][name]) for name in ("kl_cov", "clip_cov"))
+    expected = arrays.weights.copy()
+    expected[order[0]] = 0
+    np.testing.assert_array_equal(kl_cov, expected)
+    expected = arrays.weights.copy()
+    expected[order[:2]] *= 1 / 2  # one of the two highest, drawn at random
+    np.testing.assert_allclose(clip_cov, expected, rtol=1e-12)
+
+
+# ---- measurements
+
+
+def test_measurements_stand_beside_predictions(world: World, table: dict[str, Any]) -> None:
+    predicted = row_of(table, "grpo")["delta_h"]["equal_length"]
+    measured = {"grpo": {"equal_length": {"value": 2 * predicted["value"], "standard_error": 1e-4}}}
+    merged = with_measurements(table, measured)
+    actual = row_of(merged, "grpo")["actual"]["equal_length"]
+    assert actual["value"] == 2 * predicted["value"]
+    assert actual["ratio"] == pytest.approx(2.0)
+    z = abs(predicted["value"]) / math.hypot(1e-4, predicted["standard_error"])
+    assert actual["z"] == pytest.approx(z)
+    assert "actual" not in row_of(merged, "run")
+    assert "actual" not in row_of(table, "grpo"), "the table given was changed"
+    assert_sound(merged)
+
+
+def test_a_measurement_without_a_prediction_or_an_error() -> None:
+    world = make_world(train_reward=np.ones(10))
+    table = weighting_schemes(world.arrays, LONGEST)
+    measured = {
+        "run": {"raw": {"value": 0.01, "standard_error": None}, "equal_gain": {"value": 0.01, "standard_error": 0.1}},
+        "kl_cov": {"raw": {"value": 0.01, "standard_error": 0.001}},
+    }
+    merged = with_measurements(table, measured)
+    actual = row_of(merged, "run")["actual"]
+    assert actual["raw"]["ratio"] is None
+    assert actual["raw"]["z"] is None
+    assert actual["equal_gain"]["ratio"] is None
+    assert row_of(merged, "kl_cov")["actual"]["raw"]["z"] is None
+    assert_sound(merged)
+
+
+def test_unknown_measurements_are_refused(table: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="'ppo', which is no row"):
+        with_measurements(table, {"ppo": {}})
+    with pytest.raises(ValueError, match="'equal_price'"):
+        with_measurements(table, {"grpo": {"equal_price": {"value": 0.0, "standard_error": 0.0}}})
