@@ -50,13 +50,12 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "light": {"preset": "light"},
     "newest alone": {"averaging": 0.0},
     "8 sequences": {"eval_sequences": 8},
-    "32 sequences": {"eval_sequences": 32},
     "Rao-Blackwell": {"estimator": "rao_blackwell"},
     "previous step": {"rollouts": "previous_step"},
     "fused": {"fused": True, "eval_sequences": 4},
-    "held out": {"preset": "held_out", "eval_sequences": 16},
+    "held out": {"preset": "held_out", "eval_sequences": 8},
 }
-RIVALS = {"predictors": True}
+RIVALS = {"predictors": True, "eval_sequences": 8}
 
 
 def config(*overrides: str) -> TrainConfig:
@@ -70,6 +69,7 @@ def config(*overrides: str) -> TrainConfig:
             f"training.output_dir={RUN}",
             "optimizer.learning_rate=1e-4",
             "task.arguments.max_terms=3",
+            "training_buffer.max_refill_rounds=1",
             f"task.heldout_size={HELD_OUT}",
             "entropy_probe.enabled=false",
             *overrides,

@@ -13,20 +13,44 @@ from entropy_experiments.report_analyses import analysis_sections
 from entropy_experiments.results_folder import read_results_folder
 from entropy_experiments.verdict import write_verdict
 
-# Seconds the stages took relative to one another on SmolLM2-135M with 64 x 64 sequences: what the bar advances by. Stages
+# Seconds the stages take relative to one another on SmolLM2-135M with 64 x 64 sequences: what the bar advances by. Stages
 # not named here count as one forward pass.
 _SHARES = {
     "loading the checkpoint": 3.0,
     "drawing the training buffer": 8.0,
     "drawing the evaluation buffer": 4.0,
-    "token statistics": 3.0,
     "training gradients, one row per sequence": 8.0,
+    "token statistics": 3.0,
     "evaluation gradients and kernels": 20.0,
+    "the training buffer's own kernel": 10.0,
     "checking the kernel against finite differences": 4.0,
     "checking the slope": 3.0,
-    "writing the results": 3.0,
+    "writing the results": 6.0,
 }
 _FORWARD = 1.5
+_REMOVALS, _WEIGHTINGS = 8, 15
+
+
+def _expected(config: FisherAnalysisConfig) -> dict[str, float]:
+    """Share of every stage of an analysis with this configuration."""
+    settings = config.entropy_analysis.analysis
+    scales = {*settings.step_scales, 1.0}
+    passes = {  # forward passes over the evaluation buffer
+        "buffers": 0.1,
+        "entropy_prediction": 4.0 * len(settings.fresh_scales),
+        "higher_order": 2.0 * sum(s <= 1 for s in scales),
+        "attribution": 3.0,
+        "intervention": settings.intervention_subsets + _REMOVALS,
+        "prompt_structure": 0.5,
+        "sequence_clustering": 2.0,
+        "weighting_schemes": _WEIGHTINGS if settings.weighting_steps else 0.5,
+        "baselines": 0.1,
+    }
+    stages = {f"measuring at {s:g} x the step": _FORWARD for s in scales if settings.entropy_prediction}
+    stages |= {
+        f"analysis: {name.replace('_', ' ')}": _FORWARD * n for name, n in passes.items() if getattr(settings, name)
+    }
+    return _SHARES | stages
 
 
 def analyze_with_progress(
@@ -40,8 +64,8 @@ def analyze_with_progress(
 ) -> FisherAnalysis:
     """run_fisher_analysis with a bar on stderr (plain lines where there is no terminal) and a closing verdict."""
     console = Console(stderr=True, highlight=False, quiet=quiet)
-    scales = {*config.entropy_analysis.analysis.step_scales, 1.0}
-    total = sum(_SHARES.values()) + len(scales) * _FORWARD
+    shares = _expected(config)
+    total = sum(shares.values())
     done, current = 0.0, 0.0
     with Progress(
         TextColumn("{task.description:<48}"),
@@ -56,7 +80,7 @@ def analyze_with_progress(
 
         def stage(name: str) -> None:
             nonlocal done, current
-            done, current = done + current, _SHARES.get(name, _FORWARD)
+            done, current = done + current, shares.get(name, _FORWARD)
             progress.update(bar, description=name, completed=done)
             if not console.is_terminal:
                 console.print(f"analysis: {name}")

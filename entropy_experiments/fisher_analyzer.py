@@ -207,7 +207,9 @@ def _attribute(
     token_batch_size: int,
 ) -> dict[str, dict[str, Tensor]]:
     """Fill in the shares, by the gradient of entropy and by that of its reweighted measurement; return these gradients."""
-    wanted: list[Estimator] = [_own_estimator(numbers)] + (["split"] if numbers.rows_drawn else [])
+    wanted: list[Estimator] = [_own_estimator(numbers)]
+    if numbers.rows_drawn:
+        wanted.append("split")
     objectives = [
         entropy_coefficients(numbers.eval_statistics, batch, estimator).scaled(1.0 / len(batch)) for estimator in wanted
     ]

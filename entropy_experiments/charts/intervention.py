@@ -135,7 +135,7 @@ def _removals(axes: Axes, result: Mapping[str, Any], unit: float, label: str) ->
     axes.set_xlabel(f"change of entropy ({label})")
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda place: ("random" in labels[place], labels[place]))
-    axes.legend([handles[k] for k in order], [labels[k] for k in order], loc="lower left", ncols=2, fontsize=8)
+    axes.legend([handles[k] for k in order], [labels[k] for k in order], loc="lower left", ncols=2, fontsize=7.5)
 
 
 def _caption(result: Mapping[str, Any], score: Mapping[str, Any]) -> str:

@@ -113,9 +113,11 @@ def _caption(rows: list[Mapping[str, Any]], cut: int) -> str:
             parts.append(
                 f"in sequence {row['sequence']}, {counted(count, 'token')} of {len(values)} {verb} half of the mass"
             )
-    which = "sequence with the largest share" if len(rows) == 1 else f"{len(rows)} sequences with the largest shares"
+    which = "training sequence with the largest share"
+    if len(rows) > 1:
+        which = f"{len(rows)} training sequences with the largest shares"
     text = (
-        f"The training {which} of this step's change, each on a scale of its own; the bars of a sequence add up to its share, "
+        f"The {which} of this step's change, each on a scale of its own; the bars of a sequence add up to its share, "
         "which is in its title. A bar below zero: making this token as much likelier or less likely as the step does lowers "
         "entropy on the evaluation tokens."
     )

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from rl_training.checkpoint_format import SIDECAR_FORMAT, Sidecar, SidecarAlgorithm, SidecarSampling
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
+from rl_training.sampling import sampling_law
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -57,6 +58,7 @@ def describe_run(
 ) -> Sidecar:
     """The sidecar of the trainer's present state; `trainer.args` is a DrGRPOConfig."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    law = sampling_law(model, trainer.processing_class, float(args.temperature), int(args.max_completion_length))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantization = getattr(base.config, "quantization_config", None)
     return Sidecar(
@@ -73,8 +75,8 @@ def describe_run(
             top_p=float(args.top_p),
             top_k=int(args.top_k),
             max_completion_length=int(args.max_completion_length),
-            eos_token_ids=sorted(int(i) for i in trainer.eos_token_ids),
-            pad_token_id=int(trainer._tokenizer.pad_token_id),
+            eos_token_ids=list(law.eos_token_ids),
+            pad_token_id=law.pad_token_id,
             prompts_per_step=int(args.generation_batch_size // args.num_generations),
             completions_per_prompt=int(args.num_generations),
         ),

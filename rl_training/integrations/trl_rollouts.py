@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
@@ -34,7 +35,7 @@ class StepRollouts:
 
         def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model.training:
-                self._micro_batches.append(_tokens_and_advantages(inputs))
+                self._micro_batches.append(_tokens_and_advantages(inputs, trainer.args.max_completion_length))
                 if on_micro_batch is not None:
                     on_micro_batch(inputs)
             return original(model, inputs, *args, **kwargs)
@@ -55,27 +56,34 @@ class StepRollouts:
     def _trained(self) -> list[RolloutSequence]:
         args, accumulated = self._trainer.args, len(self._micro_batches)
         out: list[RolloutSequence] = []
-        tokens = sum(len(c) for m in self._micro_batches for c in m["completion_ids"])
-        tokens_everywhere = sum(gather_object([tokens]))
+        tokens = sum(sum(m["lengths"]) for m in self._micro_batches)
+        foreign = any(m["foreign"] for m in self._micro_batches)
+        everywhere = gather_object([(tokens, foreign)])
+        if any(foreign for _, foreign in everywhere):
+            raise ValueError(
+                "completions hold tokens that the policy did not draw (tool results): the probe cannot tell them"
+            )
+        tokens_everywhere = sum(tokens for tokens, _ in everywhere)
         processes = self._trainer.accelerator.num_processes
+        linear = args.loss_type in _LINEAR_LOSSES and args.beta == 0.0
         for m in self._micro_batches:
-            rows, its_tokens = len(m["completion_ids"]), sum(map(len, m["completion_ids"]))
-            for row in range(rows):
-                length = len(m["completion_ids"][row])
+            rows, its_tokens = len(m["lengths"]), sum(m["lengths"])
+            for row, length in enumerate(m["lengths"]):
                 per_token = {
                     "dr_grpo": rows * float(args.max_completion_length) * accumulated * processes,
                     "grpo": rows * length * accumulated * processes,
                     "bnpo": its_tokens * accumulated * processes,
                     "dapo": tokens_everywhere,
                 }
-                linear = args.loss_type in _LINEAR_LOSSES and args.beta == 0.0
-                divisor = float(per_token[args.loss_type]) if linear else math.nan
+                weight = math.nan
+                if linear:  # a completion that the trainer masked out has no weight
+                    weight = m["advantages"][row] / float(per_token[args.loss_type]) if length else 0.0
                 out.append(
                     RolloutSequence(
                         tuple(m["prompt_ids"][row]),
                         tuple(m["completion_ids"][row]),
                         m["advantages"][row],
-                        m["advantages"][row] / divisor,
+                        weight,
                         m["drawn_scores"][row],
                     )
                 )
@@ -87,18 +95,33 @@ def prompts_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(ids) for ids in _unpadded(inputs["prompt_ids"], inputs["prompt_mask"].bool())]
 
 
-def _tokens_and_advantages(inputs: dict[str, Any]) -> dict[str, Any]:
-    mask, old = inputs["completion_mask"].bool(), inputs.get("old_per_token_logps")
-    rows = len(mask)
+def _tokens_and_advantages(inputs: dict[str, Any], longest: int) -> dict[str, Any]:
+    """Lists, one entry a sequence; lengths: tokens in the loss. foreign: whether completions hold others than drawn tokens."""
+    mask, old, tools = inputs["completion_mask"].bool(), inputs.get("old_per_token_logps"), inputs.get("tool_mask")
+    lengths = mask.sum(1)
     advantages = inputs["advantages"].float()
     if advantages.dim() > 1:  # one for each token: what they have in common is their mean
-        advantages = (advantages * mask).sum(1) / mask.sum(1)
+        advantages = (advantages * mask).sum(1) / lengths.clamp(min=1)
+    scores: list[float | None] = [None] * len(mask)
+    if old is not None:
+        values = (old.double() * mask).sum(1).tolist()
+        scores = [value if length else None for value, length in zip(values, lengths.tolist(), strict=True)]
     return {
         "prompt_ids": _unpadded(inputs["prompt_ids"], inputs["prompt_mask"].bool()),
-        "completion_ids": _unpadded(inputs["completion_ids"], mask),
+        "completion_ids": _unpadded(inputs["completion_ids"], _drawn(mask, longest)),
         "advantages": advantages.tolist(),
-        "drawn_scores": [None] * rows if old is None else (old.double() * mask).sum(1).tolist(),
+        "drawn_scores": scores,
+        "lengths": lengths.tolist(),
+        "foreign": tools is not None and bool((mask & ~tools.bool()).any()),
     }
+
+
+def _drawn(mask: Tensor, longest: int) -> Tensor:
+    """(n, L) bool, the tokens that were drawn: `mask`, but where it is empty (mask_truncated_completions) a whole completion,
+    cut at `longest` tokens. Leaving those out would leave out the policy's long completions.
+    """
+    cut = torch.arange(mask.shape[1], device=mask.device) < longest
+    return torch.where(mask.any(1, keepdim=True), mask, cut)
 
 
 def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:

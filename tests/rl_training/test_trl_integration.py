@@ -1,9 +1,14 @@
-"""attach_entropy_probe on TRL's own trainer: every loss, accumulation, reuse, full and LoRA training, mixed precision."""
+"""attach_entropy_probe on TRL's own trainer: every loss, accumulation, reuse, full and LoRA training, mixed precision.
 
-import importlib.util
+`same_tokens` is the newest gradient alone along the step: with the split estimator the derivative of `measured`, so that the
+two differ by curvature alone. What is predicted (`predicted`) comes from a running average.
+"""
+
+import math
+import re
 import subprocess
 import sys
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
@@ -17,17 +22,21 @@ from rl_training.models import add_lora, load_model_and_tokenizer
 from tests.tiny_policy import even_start_reward
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+LINEAR_LOSSES = ["dr_grpo", "grpo", "bnpo", "dapo"]
+STEPS = 3
 
 
-def train(tiny_policy, folder, probe=True, lora=False, rows=None, **settings):
+def make_trainer(tiny_policy, folder, lora=False, **settings):
     model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
     model = add_lora(model, LoraConfig(r=4)) if lora else model.requires_grad_(True)
+    if settings.get("loss_type") == "luspo":
+        settings = {"importance_sampling_level": "sequence", **settings}
     arguments = GRPOConfig(
         **{
             "output_dir": str(folder),
             "use_cpu": True,
             "bf16": False,
-            "max_steps": 3,
+            "max_steps": STEPS,
             "logging_steps": 1,
             "learning_rate": 1e-5,
             "per_device_train_batch_size": 16,
@@ -41,35 +50,54 @@ def train(tiny_policy, folder, probe=True, lora=False, rows=None, **settings):
         }
     )
     prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(6) for b in range(4)])
-    trainer = GRPOTrainer(model, even_start_reward, args=arguments, train_dataset=prompts, processing_class=tokenizer)
-    if probe:
-        attach_entropy_probe(trainer, EntropyProbeConfig(eval_sequences=24, on_error="raise", estimator="split"), rows)
+    return GRPOTrainer(model, even_start_reward, args=arguments, train_dataset=prompts, processing_class=tokenizer)
+
+
+def train(tiny_policy, folder, probe=None, rows=None, **settings):
+    """(trainer, callback) after training; `probe` holds settings of the probe's own."""
+    trainer = make_trainer(tiny_policy, folder, **settings)
+    config = EntropyProbeConfig(**{"on_error": "raise", **(probe or {})})
+    callback = attach_entropy_probe(trainer, config, rows, console=False)
     trainer.train()
-    return trainer
+    return trainer, callback
 
 
-def probed(trainer):
+def logged(trainer):
+    """One dict a logged step, of the probe's own metrics without their prefix."""
     prefix = "entropy_probe/"
     entries = [
         {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
         for entry in trainer.state.log_history
-        if f"{prefix}predicted" in entry
+        if "loss" in entry
     ]
-    assert len(entries) == 3
     return entries
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
-    """The split estimator is the measurement's own derivative: what parts them is curvature, small at this step."""
-    extra = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
-    for entry in probed(train(tiny_policy, tmp_path, loss_type=loss_type, **extra)):
-        assert entry["predicted"] != 0
+def check_same_tokens(entries, count=STEPS):
+    assert len(entries) == count
+    for entry in entries:
+        assert entry["same_tokens"] != 0
         error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
-        assert abs(entry["predicted"] - entry["measured"]) < error, (loss_type, entry)
-        assert entry["batch"] + entry["momentum"] + entry["decay"] == pytest.approx(
-            entry["predicted"], rel=2e-2, abs=5e-8
-        )
+        assert abs(entry["same_tokens"] - entry["measured"]) < error, entry
+        total = entry["batch"] + entry["momentum"] + entry["decay"]
+        assert total == pytest.approx(entry["predicted"], rel=1e-5, abs=1e-9), "parts do not sum to the total"
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_is_predicted_and_first_order_goes_to_measured_as_the_rate_shrinks(tiny_policy, tmp_path, loss_type):
+    """The relative error is curvature, of the order of the step, until float32 rounds h (at 1e-7 of its 4 nats)."""
+    errors = {}
+    for rate in (1e-4, 1e-5):
+        trainer, _ = train(tiny_policy, tmp_path / str(rate), loss_type=loss_type, learning_rate=rate)
+        entries = logged(trainer)
+        if rate == 1e-5:
+            check_same_tokens(entries)
+        off = sum(abs(e["same_tokens"] - e["measured"]) for e in entries)
+        errors[rate] = off / sum(abs(e["measured"]) for e in entries)
+    assert errors[1e-5] < 0.03, f"same tokens over measured is not one: {errors}"
+    assert errors[1e-5] < 0.3 * errors[1e-4] or errors[1e-4] < 0.02, (
+        f"the error does not shrink with the step: {errors}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,56 +109,238 @@ def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
         {"lora": True},
         {"gradient_checkpointing": True},
         {"weight_decay": 0.1},
+        {"bf16": True},
+        {"num_iterations": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "temperature": 0.7},
+        {"mask_truncated_completions": True},
+        {"scale_rewards": "batch", "max_grad_norm": 0.01},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
     ],
     ids=lambda s: "-".join(s),
 )
 def test_any_setting_is_predicted(tiny_policy, tmp_path, settings):
-    for entry in probed(train(tiny_policy, tmp_path, **settings)):
-        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
-        assert abs(entry["predicted"] - entry["measured"]) < error, entry
+    """Under mixed precision the probe's own passes run in full: log-ratios in bfloat16 would be quantised."""
+    entries = logged(train(tiny_policy, tmp_path, **settings)[0])
+    if "warmup_steps" in settings:
+        first = entries.pop(0)
+        assert first["predicted"] == first["measured"] == 0.0, "the first step of a warm-up has a rate of zero"
+        check_same_tokens(entries, STEPS - 1)
+    else:
+        check_same_tokens(entries)
 
 
+# ---------------------------------------------------------------------- where the watched sequences come from
+@pytest.mark.parametrize("rollouts", ["current", "previous_step", "fresh"])
+def test_every_source_of_sequences(tiny_policy, tmp_path, rollouts):
+    _, callback = train(tiny_policy, tmp_path, {"rollouts": rollouts, "eval_sequences": 12}, max_steps=4)
+    changes = callback.history
+    assert len(changes) == (3 if rollouts == "previous_step" else 4), "the first step has no step before it"
+    for change in changes:
+        assert change.sequences == 12 and change.measured is not None
+        error = max(0.1 * abs(change.measured.change), 0.05 * change.measured.standard_error, 5e-7)
+        assert abs(change.same_tokens - change.measured.change) < error
+        weighted = change.effective_sample_size < 12 - 1e-9
+        assert weighted == (rollouts == "previous_step"), "only sequences of an earlier policy need weights"
+        assert change.effective_sample_size > 11.9, "one small step of age leaves nearly all of them"
+
+
+def test_fresh_without_averaging_predicts_from_held_out_rows_alone(tiny_policy, tmp_path):
+    rows = [{"prompt": f"{i}*{i}="} for i in range(4)]
+    probe = {"preset": "held_out", "eval_sequences": 8}
+    trainer, callback = train(tiny_policy, tmp_path, probe, rows)
+    entries = logged(trainer)
+    check_same_tokens(entries)
+    for entry, change in zip(entries, callback.history, strict=True):
+        assert entry["predicted"] == pytest.approx(entry["same_tokens"], rel=1e-6), "an average crept in"
+        assert change.sequences == 8, "four prompts were not drawn from twice"
+    with pytest.raises(UserError, match="no prompts"):
+        train(tiny_policy, tmp_path / "none", probe, rows=[])
+
+
+def test_fresh_draws_from_the_evaluation_set_where_there_is_one(tiny_policy, tmp_path, monkeypatch):
+    import rl_training.integrations.trl as integration
+
+    drawn = []
+    original = integration.draw
+
+    def spy(model, tokenizer, rows, *rest):
+        drawn.extend(row["prompt"] for row in rows)
+        return original(model, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(integration, "draw", spy)
+    for held_out in (None, Dataset.from_list([{"prompt": "9*9="}, {"prompt": "8*8="}])):
+        trainer = make_trainer(tiny_policy, tmp_path, max_steps=1)
+        trainer.eval_dataset = held_out if held_out is None else {"some": held_out}
+        config = EntropyProbeConfig(rollouts="fresh", on_error="raise", eval_sequences=8)
+        attach_entropy_probe(trainer, config, console=False)
+        drawn.clear()
+        trainer.train()
+        assert len(drawn) == 2, "eight sequences, four of a prompt"
+        assert set(drawn) == {"9*9=", "8*8="} if held_out else all("+" in prompt for prompt in drawn)
+
+
+# ---------------------------------------------------------------------- schedules
+def test_between_refreshes_there_is_a_prediction_and_no_measurement(tiny_policy, tmp_path):
+    entries = logged(train(tiny_policy, tmp_path, {"refresh_every": 2}, max_steps=5)[0])
+    assert len(entries) == 5
+    for number, entry in enumerate(entries):
+        assert entry["predicted"] != 0 and entry["batch"] != 0
+        for name in ("measured", "measured_se", "same_tokens", "ess", "entropy"):
+            assert (name in entry) == (number % 2 == 0), f"{name} in step {number}"
+    assert entries[4]["cumulative_predicted_where_measured"] == pytest.approx(
+        sum(entries[i]["predicted"] for i in (0, 2, 4)), rel=1e-6
+    )
+    assert entries[4]["cumulative_predicted"] == pytest.approx(sum(e["predicted"] for e in entries), rel=1e-6)
+
+
+def test_only_every_so_many_steps_are_probed(tiny_policy, tmp_path):
+    for rollouts in ("current", "previous_step"):
+        probe = {"log_every": 2, "rollouts": rollouts}
+        trainer, callback = train(tiny_policy, tmp_path / rollouts, probe, max_steps=5)
+        entries = logged(trainer)
+        assert ["predicted" in entry for entry in entries] == [False, True, False, True, False]
+        assert all(bool(entry) == ("predicted" in entry) for entry in entries), "something is logged of other steps"
+        assert len(callback.history) == 2 and all(change.measured is not None for change in callback.history)
+
+
+@pytest.mark.parametrize("preset", ["light", "default", "held_out"])
+def test_presets_run(tiny_policy, tmp_path, preset):
+    trainer, callback = train(tiny_policy, tmp_path, {"preset": preset}, max_steps=2)
+    assert len(callback.history) == 2 and preset in callback.describe()
+    assert len(callback.costs) == 2 and all(wall > 0 and cpu > 0 for wall, cpu in callback.costs)
+    assert logged(trainer)[1]["seconds"] == pytest.approx(callback.costs[1][0])
+
+
+# ---------------------------------------------------------------------- what is logged
 def test_running_totals_are_sums_and_correlation_of_what_was_logged(tiny_policy, tmp_path):
-    entries = probed(train(tiny_policy, tmp_path))
+    entries = logged(train(tiny_policy, tmp_path)[0])
     for kind in ("predicted", "measured"):
         sums = torch.tensor([entry[kind] for entry in entries], dtype=torch.float64).cumsum(0).tolist()
         assert [entry[f"cumulative_{kind}"] for entry in entries] == pytest.approx(sums)
     pairs = torch.tensor([[e["predicted"], e["measured"]] for e in entries], dtype=torch.float64).T
     assert "correlation" not in entries[1]
     assert entries[2]["correlation"] == pytest.approx(float(torch.corrcoef(pairs)[0, 1]))
+    assert all(entry["predicted_se"] > 0 and entry["ess"] <= 16.001 for entry in entries)
 
 
-def test_training_is_bit_identical_with_and_without(tiny_policy, tmp_path):
-    weights = {}
-    for probe in (True, False):
-        trainer = train(tiny_policy, tmp_path / str(probe), probe=probe)
-        weights[probe] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    assert all(torch.equal(weights[True][name], w) for name, w in weights[False].items())
+def test_what_is_asked_for_is_logged_and_nothing_that_is_unknown(tiny_policy, tmp_path):
+    probe = {"predictors": True, "per_completion": True, "standard_error_folds": 0}
+    for entry in logged(train(tiny_policy, tmp_path, probe)[0]):
+        for name in ("score_function", "without_momentum", "covariance", "steer"):
+            assert math.isfinite(entry[f"predictor_{name}"]) and entry[f"predictor_{name}"] != 0
+        assert entry["predictor_without_momentum"] == pytest.approx(entry["batch"])
+        parts = (entry[f"{part}_per_completion"] for part in ("batch", "momentum", "decay"))
+        assert sum(parts) == pytest.approx(entry["predicted_per_completion"], rel=1e-5)
+        assert not any("_se" in name for name in entry if not name.startswith("measured")), "no folds, no errors"
+        assert all(math.isfinite(value) for value in entry.values())
 
 
-def test_under_mixed_precision_the_probe_itself_runs_in_full(tiny_policy, tmp_path):
-    entries = probed(train(tiny_policy, tmp_path, bf16=True))
-    for entry in entries:
-        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
-        assert abs(entry["predicted"] - entry["measured"]) < error, "log-ratios are quantised"
+def test_counterfactual_steps_in_a_trainer(tiny_policy, tmp_path):
+    """`previous_step` has no P in the first step; `none` needs no P at all."""
+    for how, predicted in (("previous_step", 2), ("none", 3)):
+        trainer, callback = train(tiny_policy, tmp_path / how, {"preconditioning": how})
+        assert len(callback.history) == predicted
+        for change in callback.history:
+            assert change.total.value == change.batch.value != 0 and change.momentum.value == 0.0
 
 
-def test_rows_of_ones_own_and_none_at_all(tiny_policy, tmp_path):
-    rows = [{"prompt": f"{i}*{i}="} for i in range(4)]
-    assert probed(train(tiny_policy, tmp_path, rows=rows))[0]["ess"] <= 24.001
-    with pytest.raises(UserError, match="no prompts"):
-        train(tiny_policy, tmp_path / "none", rows=[])
+# ---------------------------------------------------------------------- attribution
+@pytest.mark.parametrize("loss_type", LINEAR_LOSSES)
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "lora": True}], ids=lambda s: "-".join(s))
+def test_shares_add_up_to_the_batchs_part_for_every_linear_loss(tiny_policy, tmp_path, loss_type, settings):
+    trainer, callback = train(
+        tiny_policy, tmp_path, {"mode": "attribution"}, loss_type=loss_type, beta=0.0, learning_rate=1e-4, **settings
+    )
+    sequences = 16 * settings.get("gradient_accumulation_steps", 1)
+    for change, entry in zip(callback.history, logged(trainer), strict=True):
+        assert change.shares is not None and change.shares.shape == (sequences,)
+        scale = float(change.shares.abs().sum())
+        assert scale > 0
+        assert abs(float(change.shares.sum()) - change.batch.value) < 1e-4 * max(abs(change.batch.value), 0.1 * scale)
+        assert abs(entry["largest_share"]) == pytest.approx(float(change.shares.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.05}, "weight in the loss"),
+        ({"loss_type": "cispo"}, "weight in the loss"),
+        ({"num_iterations": 2, "learning_rate": 1e-2}, "not the weighted sum of scores"),
+        ({"top_entropy_quantile": 0.5}, "not the weighted sum of scores"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_shares_of_other_losses_are_refused(tiny_policy, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_policy, tmp_path, {"mode": "attribution"}, **{"beta": 0.0, **settings})
+
+
+# ---------------------------------------------------------------------- safety
+def weights_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        {},
+        {"rollouts": "previous_step", "mode": "attribution", "predictors": True, "per_completion": True},
+        {"rollouts": "fresh", "refresh_every": 2},
+    ],
+    ids=["default", "everything", "fresh"],
+)
+def test_training_is_bit_identical_with_and_without(tiny_policy, tmp_path, probe):
+    trainer, _ = train(tiny_policy, tmp_path / "with", probe, learning_rate=1e-3)
+    alone = make_trainer(tiny_policy, tmp_path / "without", learning_rate=1e-3)
+    alone.train()
+    with_probe = weights_of(trainer)
+    assert all(torch.equal(with_probe[name], w) for name, w in weights_of(alone).items())
+
+
+def test_a_failure_is_one_warning_frees_memory_and_leaves_training_as_it_was(tiny_policy, tmp_path, monkeypatch):
+    """In the second step, after an average exists: from there on as if there were no probe."""
+    trainer = make_trainer(tiny_policy, tmp_path / "with", max_steps=4, learning_rate=1e-3)
+    callback = attach_entropy_probe(trainer, EntropyProbeConfig(), console=False)
+    held, calls = [], []
+    original = callback._probe.before_step
+
+    def failing(*arguments):
+        calls.append(callback._trainer.state.global_step)
+        if len(calls) == 2:
+            held.append(len(callback._probe._averages))
+            raise FloatingPointError("a made-up failure")
+        original(*arguments)
+
+    monkeypatch.setattr(callback._probe, "before_step", failing)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    ours = [str(w.message) for w in seen if "entropy probe" in str(w.message)]
+    assert len(ours) == 1 and "FloatingPointError: a made-up failure" in ours[0] and "training goes on" in ours[0]
+    assert calls == [0, 1] and held == [1], "it was tried again after the failure"
+    probe = callback._probe
+    assert not probe._averages and not probe._newest and probe._observation is None and probe._prediction is None
+    assert ["predicted" in entry for entry in logged(trainer)] == [True, False, False, False]
+    alone = make_trainer(tiny_policy, tmp_path / "without", max_steps=4, learning_rate=1e-3)
+    alone.train()
+    weights = weights_of(trainer)
+    assert all(torch.equal(weights[name], w) for name, w in weights_of(alone).items())
+
+
+def test_raise_stops_the_run_and_an_unknown_optimizer_is_such_a_failure(tiny_policy, tmp_path):
+    with pytest.raises(TypeError, match="SGD is not Adam or AdamW"):
+        train(tiny_policy, tmp_path, optim="sgd")
+    with pytest.warns(RuntimeWarning, match="SGD is not Adam or AdamW"):
+        trainer, _ = train(tiny_policy, tmp_path / "warn", {"on_error": "warn"}, optim="sgd")
+    assert trainer.state.global_step == STEPS
 
 
 def test_the_newcomers_script_runs(tiny_policy, tmp_path):
-    script = Path("examples/grpo_with_probe.py")
-    spec = importlib.util.spec_from_file_location("grpo_with_probe", script)
-    assert spec is not None
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, 'examples'); import grpo_with_probe as g; "
          f"g.main({str(tiny_policy)!r}, 2, {str(tmp_path)!r})"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": predicted") == 2
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert len(re.findall(r"^ +[12] .* ± ", done.stderr, re.MULTILINE)) == 2, "a line a step"
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    assert b"entropy_probe/predicted" in events.read_bytes()

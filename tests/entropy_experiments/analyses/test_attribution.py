@@ -216,7 +216,7 @@ def test_the_figure_has_a_panel_a_sequence_and_a_bar_a_token():
         heights = np.array([bar.get_height() for bar in axes.patches])
         assert heights / heights[0] == pytest.approx(np.array(row["tokens"]) / row["tokens"][0])
         assert [t.get_text() for t in axes.get_xticklabels()] == [rf"\$t{k}" for k in range(len(row["tokens"]))]
-    assert "2 sequences with the largest shares" in caption_of(figure) and png_bytes(figure)
+    assert "2 training sequences with the largest shares" in caption_of(figure) and png_bytes(figure)
 
 
 def test_long_completions_show_the_stretch_that_matters():
