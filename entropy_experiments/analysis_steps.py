@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from entropy_experiments.analyses.weighting_schemes import with_measurements
 from entropy_experiments.analysis_inputs import AnalysisInputs
 from entropy_experiments.fresh_samples import measure_with_fresh_samples
 from entropy_experiments.step_measurement import StepMeasurement, measure_curve, share_direction, token_shares
-from rl_training.errors import UserError
 
 _FRESH_STREAM = 3_000_003  # apart from the streams of both buffers
 _RESPONSE_SUBSETS = 16  # halves over which response shares are averaged; their standard error falls slowly beyond
+
+
+_FEWEST_SUBSETS = 3
 
 
 class NotApplicable(Exception):
@@ -55,8 +58,10 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
         name: {"value": parts["total"].value, "standard_error": parts["total"].standard_error}
         for name, parts in numbers.predicted.items()
     }
+    measured = {m.scale for m in numbers.measured}
+    wanted = [s for s in settings.analysis.fresh_scales if s in measured] if numbers.rows_drawn else []
     fresh = {}
-    for number, scale in enumerate(settings.analysis.fresh_scales if numbers.rows_drawn else ()):
+    for number, scale in enumerate(wanted):
         fresh[scale] = measure_with_fresh_samples(
             inputs.model,
             inputs.tokenizer,
@@ -149,12 +154,12 @@ def intervention(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/intervention.py: shares of the measurement's own derivative first, then those of the report."""
     numbers, side, settings = inputs.numbers, inputs.side, inputs.config.entropy_analysis
     assert side.weights is not None and numbers.shares is not None
-    weights, count, seed = side.weights.double().cpu(), settings.analysis.intervention_subsets, inputs.config.seed
+    weights, seed = side.weights.double().cpu(), inputs.config.seed
     active = int((weights != 0).sum())
-    try:
-        half_subsets(active, count, seed)
-    except UserError as error:
-        raise NotApplicable(str(error)) from error
+    possible = math.comb(active, active // 2) if active > 1 else 0
+    count = min(settings.analysis.intervention_subsets, possible)
+    if count < _FEWEST_SUBSETS:
+        raise NotApplicable(f"the {active} training sequences with a weight can be halved in {possible} ways only")
     steps = step_measurement(inputs)
     own = "split" if numbers.rows_drawn else "fixed_prefix"
     own_shares = numbers.split_shares if numbers.rows_drawn else numbers.shares
@@ -178,7 +183,12 @@ def _rest(inputs: AnalysisInputs, estimator: str) -> float:
 
 def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/weighting_schemes.py; with `weighting_steps` each weighting's real step at equal length is measured."""
-    table = table_of_weightings(inputs.kernel_arrays(), inputs.plan.law.max_completion_length)
+    arrays = inputs.kernel_arrays()
+    table = table_of_weightings(arrays, inputs.plan.law.max_completion_length)
+    if not np.isfinite(arrays.training.reward).all():
+        for row in table["rows"]:
+            if row["kind"] == "scheme":
+                row["reason"] = "not all training sequences have rewards"
     if not inputs.config.entropy_analysis.analysis.weighting_steps:
         return table
     steps = step_measurement(inputs)

@@ -89,7 +89,7 @@ class AnalysisConfig(StrictModel):
     step_scales: Scales = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of the step at which the entropy change is measured; 1 is always among them."""
     fresh_scales: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = (1.0, 4.0)
-    """Those of them at which completions are drawn anew as well; each costs a sampling of the evaluation buffer."""
+    """At which of these completions are drawn anew as well (others than these are left out); a sampling each."""
     higher_order: bool = True
     """At which step size does the second order matter?"""
     attribution: bool = True
@@ -107,18 +107,11 @@ class AnalysisConfig(StrictModel):
     buffers: bool = True
     """How do the two buffers differ?"""
 
-    @model_validator(mode="after")
-    def _fresh_scales_are_measured(self) -> Self:
-        others = [s for s in self.fresh_scales if s not in (*self.step_scales, 1.0)]
-        if others:
-            raise ValueError(f"fresh_scales holds {others[0]:g}, which step_scales does not: add it there")
-        return self
-
 
 class EntropyAnalysisConfig(StrictModel):
     """Sizes of the two buffers, how they are drawn, and what is computed from them."""
 
-    eval_batch_size: PositiveInt = 64
+    eval_batch_size: int = Field(default=64, ge=2)
     """Sequences in the unfiltered evaluation buffer."""
     train_batch_size: PositiveInt = 64
     """Sequences in the filtered training buffer."""

@@ -7,26 +7,47 @@
     plot_kernel_heatmap       which evaluation sequences a training sequence moves
     plot_fisher_evolution     all of this over the checkpoints of a run
 
+and of the questions, each from the dict that its analysis returns (``summary.json``, "analyses"):
+
+    plot_buffers  plot_higher_order  plot_token_shares  plot_intervention  plot_prompt_structure  plot_sequence_clusters
+    plot_weighting_schemes  plot_baselines
+
 Entropies are in nats per token, a negative change is a loss of entropy, and error bars are ±2 standard
 errors throughout. What is missing is drawn as "no data". ``caption_of(figure)`` is the figure's caption,
 ``save_png`` writes a file.
 """
 
 from entropy_experiments.charts.attribution import plot_attribution
+from entropy_experiments.charts.baselines import plot_baselines
+from entropy_experiments.charts.buffers import plot_buffers
+from entropy_experiments.charts.clustering import plot_sequence_clusters
+from entropy_experiments.charts.higher_order import plot_higher_order
 from entropy_experiments.charts.history import plot_fisher_evolution, plot_training_history
+from entropy_experiments.charts.intervention import plot_intervention
 from entropy_experiments.charts.kernel import plot_kernel_heatmap
 from entropy_experiments.charts.step import plot_entropy_split, plot_predicted_vs_actual
+from entropy_experiments.charts.structure import plot_prompt_structure
 from entropy_experiments.charts.style import caption_of, no_data_figure, png_bytes, save_png
+from entropy_experiments.charts.token_shares import plot_token_shares
+from entropy_experiments.charts.weighting import plot_weighting_schemes
 
 __all__ = [
     "caption_of",
     "no_data_figure",
     "plot_attribution",
+    "plot_baselines",
+    "plot_buffers",
     "plot_entropy_split",
     "plot_fisher_evolution",
+    "plot_higher_order",
+    "plot_intervention",
     "plot_kernel_heatmap",
     "plot_predicted_vs_actual",
+    "plot_prompt_structure",
+    "plot_sequence_clusters",
+    "plot_token_shares",
     "plot_training_history",
+    "plot_weighting_schemes",
     "png_bytes",
     "save_png",
 ]

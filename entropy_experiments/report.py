@@ -76,9 +76,10 @@ _FIGURES = {
 def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
     """All figures of an analysis by file name; what is missing in the folder is a figure that says so."""
     summary, training, evaluation = results.summary, results.training, results.evaluation
-    estimator = primary_estimator(summary)
+    given = lookup(summary, "rows_drawn") is False
+    estimator = "fixed_prefix" if given else primary_estimator(summary)
     parts = lookup(summary, "predicted", estimator) if estimator else None
-    measured = lookup(summary, "actual", "snis")
+    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     scaling = lookup(summary, "scaling")
     rows = [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else []
     figures = {
@@ -87,8 +88,8 @@ def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
         ),
         "predicted_vs_actual": plot_predicted_vs_actual(
             rows,
-            predicted_standard_error=value_and_error(lookup(parts, "total"))[1],
-            actual_standard_error=value_and_error(measured)[1],
+            predicted_standard_error=None if given else value_and_error(lookup(parts, "total"))[1],
+            actual_standard_error=None if given else value_and_error(measured)[1],
         ),
         "entropy_split": plot_entropy_split(parts, measured),
         "attribution": plot_attribution(

@@ -12,16 +12,18 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from entropy_experiments.analysis_tables import TABLES, Table
-from entropy_experiments.charts.baselines import plot_baselines
-from entropy_experiments.charts.buffers import plot_buffers
-from entropy_experiments.charts.clustering import plot_sequence_clusters
-from entropy_experiments.charts.higher_order import plot_higher_order
-from entropy_experiments.charts.intervention import plot_intervention
-from entropy_experiments.charts.structure import plot_prompt_structure
-from entropy_experiments.charts.style import no_data_figure
-from entropy_experiments.charts.token_shares import plot_token_shares
-from entropy_experiments.charts.weighting import plot_weighting_schemes
 from entropy_experiments.number_format import lookup
+from entropy_experiments.plots import (
+    no_data_figure,
+    plot_baselines,
+    plot_buffers,
+    plot_higher_order,
+    plot_intervention,
+    plot_prompt_structure,
+    plot_sequence_clusters,
+    plot_token_shares,
+    plot_weighting_schemes,
+)
 from entropy_experiments.results_folder import ResultsFolder
 from entropy_experiments.text_display import clip
 

@@ -32,38 +32,52 @@ _ESTIMATORS = {
 
 
 def headline(summary: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The four or five numbers at the head of the page: label, value, unit, tone."""
+    """The few numbers at the head of the page: label, value, unit, tone; of a step only where one was analysed."""
     given = lookup(summary, "rows_drawn") is False
-    name = "fixed_prefix" if given else primary_estimator(summary) or "rao_blackwell"
     entropy = value_and_error(lookup(summary, "entropy", "per_token"))
-    total = value_and_error(lookup(summary, "predicted", name, "total"))
-    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     passed = sum(check.get("passed") is True for check in checks)
-    effective, n = (as_number(lookup(measured, key)) for key in ("effective_sample_size", "n"))
-    weak = effective is not None and n is not None and effective < 0.5 * n
-    return [
+    tiles = [
         {
             "label": "Entropy on the given tokens" if given else "Entropy before the step",
             "value": plus_minus(*entropy, plus=False),
             "unit": "nats per token",
-        },
-        {"label": "Predicted change", "value": plus_minus(*total), "unit": "nats per token"},
-        {
-            "label": "Measured change",
-            "value": plus_minus(*value_and_error(measured)),
-            "unit": "nats per token",
-        },
-        {
-            "label": "Effective sample",
-            "value": f"{plain(effective)} of {plain(n)}",
-            "unit": "sequences",
-            "tone": "warning" if weak else "",
-        },
+        }
+    ]
+    if lookup(summary, "step_analysed") is not False:
+        tiles += _step_tiles(summary, given)
+    tiles.append(
         {
             "label": "Self-checks passed",
             "value": f"{passed} of {len(checks)}",
             "unit": "",
             "tone": "" if checks and passed == len(checks) else "bad",
+        }
+    )
+    return tiles
+
+
+def _step_tiles(summary: Mapping[str, Any], given: bool) -> list[dict[str, str]]:
+    name = "fixed_prefix" if given else primary_estimator(summary) or "rao_blackwell"
+    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
+    tiles = [
+        {
+            "label": "Predicted change",
+            "value": plus_minus(*value_and_error(lookup(summary, "predicted", name, "total"))),
+            "unit": "nats per token",
+        },
+        {"label": "Measured change", "value": plus_minus(*value_and_error(measured)), "unit": "nats per token"},
+    ]
+    if given:  # nothing is reweighted
+        return tiles
+    effective, n = (as_number(lookup(measured, key)) for key in ("effective_sample_size", "n"))
+    weak = effective is not None and n is not None and effective < 0.5 * n
+    return [
+        *tiles,
+        {
+            "label": "Effective sample",
+            "value": f"{plain(effective)} of {plain(n)}",
+            "unit": "sequences",
+            "tone": "warning" if weak else "",
         },
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from entropy_core.scores import TokenStatistics
@@ -47,12 +48,14 @@ def surprisal_z_score(statistics: TokenStatistics) -> float:
     """|z| of the mean of -S_t - sum_k H_k over independent sequences: both estimate H, so it is of order one.
 
     The variance is the policy's own, sum_k Var[log pi_k], or the sample's where that is larger: late in a collapse the rare
-    tokens that carry the variance are usually absent from a sample, whose spread then is far too small.
+    tokens that carry the variance are usually absent from a sample, whose spread then is far too small. Below a few units in
+    the last place of H a gap is rounding: a policy that is exactly uniform has no variance at all.
     """
     gaps = -statistics.scores() - statistics.entropy_sums()
     if statistics.surprisal_variances is None:
         raise ValueError("token statistics were computed without surprisal variances")
     own = float(statistics.surprisal_variances.double().sum()) / len(gaps) ** 2
     sampled = float(gaps.var(correction=1)) / len(gaps) if len(gaps) > 1 else 0.0
-    variance = max(own, sampled)
+    rounding = 32 * torch.finfo(statistics.logprobs.dtype).eps * float(statistics.entropy_sums().mean())
+    variance = max(own, sampled, rounding**2)
     return abs(float(gaps.mean())) / variance**0.5 if variance > 0 else 0.0

@@ -44,19 +44,21 @@ def _change_panel(
 ) -> None:
     zero_line(axes)
     predicted, spread = columns["predicted"], ERROR_BAR_WIDTH * errors["predicted"]
-    axes.fill_between(scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0)
-    axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
-    axes.errorbar(
-        scales,
-        columns["actual_snis"],
-        yerr=ERROR_BAR_WIDTH * errors["actual_snis"],
-        fmt="s",
-        color=MEASURED,
-        markerfacecolor="white",
-        markeredgewidth=1.6,
-        capsize=4,
-        label="measured (reweighted)",
-    )
+    if np.isfinite(predicted).any():
+        axes.fill_between(scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0)
+        axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
+    if np.isfinite(columns["actual_snis"]).any():
+        axes.errorbar(
+            scales,
+            columns["actual_snis"],
+            yerr=ERROR_BAR_WIDTH * errors["actual_snis"],
+            fmt="s",
+            color=MEASURED,
+            markerfacecolor="white",
+            markeredgewidth=1.6,
+            capsize=4,
+            label="measured (reweighted)",
+        )
     if np.isfinite(columns["predicted_fixed_prefix"]).any():
         axes.plot(
             scales,
@@ -177,12 +179,15 @@ def _scaling_caption(
     scales: np.ndarray, columns: dict[str, np.ndarray], errors: dict[str, np.ndarray], ess: np.ndarray
 ) -> str:
     last, first = int(np.argmax(scales)), int(np.argmin(scales))
+    known = any(np.isfinite(columns[key]).any() for key in ("predicted", "actual_snis"))
+    predicted, measured, where = ("predicted", "actual_snis", "") if known else (
+        "predicted_fixed_prefix", "actual_fixed_prefix", " on given tokens"
+    )  # fmt: skip
     parts = [
-        f"Left: at s = {plain(scales[last])} the predicted change is {signed(columns['predicted'][last])} "
-        f"and the measured "
-        f"one {signed(columns['actual_snis'][last])} nats per token. The prediction is a straight line by "
-        f"construction; "
-        "where the squares leave it, the step is too long for the first order (or the measurement is noisy)."
+        f"Left: at s = {plain(scales[last])} the predicted change{where} is {signed(columns[predicted][last])} "
+        f"and the measured one {signed(columns[measured][last])} nats per token. The prediction is a straight line by "
+        f"construction; where the {'squares' if known else 'crosses'} leave it, the step is too long for the first order (or "
+        "the measurement is noisy)."
     ]
     if any(np.isfinite(error).any() for error in errors.values()):
         parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")

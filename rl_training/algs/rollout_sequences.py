@@ -75,7 +75,8 @@ def drawn_scores(sequences: Sequence[RolloutSequence]) -> Tensor | None:
     values = [s.drawn_score for s in sequences if s.drawn_score is not None]
     if 0 < len(values) < len(sequences):
         raise ValueError(
-            f"{len(values)} of {len(sequences)} sequences come with the log-probability they were drawn at: all or none must; rollouts=fresh needs none"
+            f"{len(values)} of {len(sequences)} sequences come with the log-probability they were drawn at: all or none "
+            "must; rollouts=fresh needs none"
         )
     return torch.tensor(values, dtype=torch.float64) if values else None
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import GRPOTrainer
 
 from rl_training.algs.rollout_sequences import RolloutSequence
 
@@ -23,12 +22,12 @@ _LINEAR_LOSSES = ("dr_grpo", "grpo", "bnpo", "dapo")
 
 
 class StepRollouts:
-    """Collects what a trainer trains on; `take` hands over the step's sequences and begins anew.
+    """Collects what `trainer`, a GRPOTrainer, trains on; `take` hands over the step's sequences and begins anew.
 
     on_micro_batch is called with the inputs of each micro-batch before its forward pass.
     """
 
-    def __init__(self, trainer: GRPOTrainer, on_micro_batch: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, trainer: Any, on_micro_batch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._trainer = trainer
         self._micro_batches: list[dict[str, Any]] = []
         original = trainer.compute_loss

@@ -13,7 +13,6 @@ from rl_training.algs.entropy_change import EntropyChange
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.algs.step_attribution import TrainingSequences
 from rl_training.config import EntropyProbeConfig
-from tests.entropy_core.support import whole_space
 from tests.oracle.enumeration import (
     CompletionSpace,
     ExactPolicy,
@@ -61,7 +60,9 @@ class Setting:
     @classmethod
     def fresh(cls) -> Setting:
         model, space = RecurrentPolicy(), enumerate_completions(RECURRENT_TASK)
-        return cls(model, make_optimizer(model), space, whole_space(space))
+        index = space.prompt_index.tolist()
+        batch = SequenceBatch.from_sequences(space.prompt_ids, space.completion_ids, index, pad_token_id=0)
+        return cls(model, make_optimizer(model), space, batch)
 
     def twin(self) -> Setting:
         """The same state in objects of its own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,3 +306,13 @@ def test_a_longer_batch_is_tried_anew_before_prefixes_are_shared(tiny_policy) ->
     assert len(lone._buckets(batch(2))(batch(2))[0].input_ids) == 1
     long = replace(batch(12), prompt_index=torch.arange(2))
     assert lone._buckets(long)(long)[0].attention_mask is None, "a long batch without company was never tried"
+
+
+def test_the_loop_written_by_hand_runs(tiny_policy, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("torch_loop_with_probe", Path("examples/torch_loop_with_probe.py"))
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(str(tiny_policy), 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 2 and all("predicted" in line and "measured" in line and "nan" not in line for line in lines)
