@@ -82,7 +82,7 @@ def table(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The entropy probe: cost and accuracy",
         "",
-        "`make bench-probe`; SmolLM2-135M, LoRA r = 16, Dr-GRPO, 64 sequences a step, learning rate 1e-4, "
+        "`make bench-probe`; SmolLM2-135M, LoRA r = 16, Dr-GRPO, 64 sequences a step, learning rate 2e-4, "
         f"{len(steps)} steps; entropy {steps[0]['entropy']:.2f} → {steps[-1]['entropy']:.2f} nats per token on 256 held-out "
         "prompts. Machine and versions: environment.json; every step: steps.jsonl, overhead.jsonl.",
         "",

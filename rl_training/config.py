@@ -225,8 +225,7 @@ class EntropyProbeConfig(StrictModel):
     averaging: float = Field(default=0.75, ge=0.0, lt=1.0)
     """Weight of the earlier gradients in the running average that predicts; 0 uses the newest alone."""
     standard_error_folds: NonNegativeInt | None = None
-    """Parts of the prompts whose spread gives standard errors; memory grows with it; 0 or 1: no errors, any model.
-    By default 4, or 2 where more than 50 million weights are trained."""
+    """Parts of the prompts whose spread is the standard error (null: 4; 2 beyond 50M weights); 0 or 1: none, any model."""
     per_completion: bool = False
     """Log changes in nats per completion as well, for one more backward pass."""
     predictors: bool = False

@@ -40,6 +40,7 @@ def test_smollm2_trains_and_is_analysed(tmp_path):
                 "entropy_analysis.eval_batch_size=12",
                 "entropy_analysis.train_batch_size=12",
                 "entropy_analysis.analysis.step_scales=[0.5, 1.0]",
+                "entropy_analysis.analysis.intervention_subsets=4",
             ],
         ),
         folder=tmp_path / "analysis",

@@ -88,6 +88,16 @@ def test_train_kernels_follow_from_the_rows_that_the_folder_holds(whole):
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4, name
 
 
+def test_the_step_without_p_is_the_plain_gradient_step(whole, tiny_run, tmp_path):
+    """As an analysis with P = 1 and the same rate predicts it."""
+    plain = ["entropy_analysis.fisher_kernel.preconditioning=none", "checkpoint.learning_rate=1e-3"]
+    other = run_fisher_analysis(tiny_run, config(*plain), folder=tmp_path / "plain")
+    expected = other.numbers.predicted["rao_blackwell"]["total"]
+    found = whole.numbers.without_preconditioner
+    assert found.value == pytest.approx(expected.value, rel=1e-3)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-3)
+
+
 def test_split_shares_add_up_to_the_split_estimators_batch_part(whole):
     expected = whole.numbers.predicted["split"]["batch"].value
     assert float(whole.numbers.split_shares.sum()) == pytest.approx(expected, rel=1e-3)
@@ -156,17 +166,18 @@ def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monke
 
 
 def test_what_does_not_apply_says_why(tiny_run, tmp_path):
-    small = run_fisher_analysis(
-        tiny_run,
-        whole_config("entropy_analysis.fisher_kernel.compute_full=false", "entropy_analysis.train_batch_size=4"),
-        folder=tmp_path / "small",
-    )
+    path = tmp_path / "two.jsonl"
+    lines = [{"prompt": f"{k} + 1 =", "completion": "a b", "weight": w} for k, w in enumerate((0.05, -0.03))]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    two = f"entropy_analysis.sampling.train_sequences_path={path}"
+    no_kernel = "entropy_analysis.fisher_kernel.compute_full=false"
+    small = run_fisher_analysis(tiny_run, whole_config(two, no_kernel), folder=tmp_path / "small")
     assert not small.failed_analyses
     skipped = {name: result["skipped"] for name, result in small.summary["analyses"].items() if "skipped" in result}
     assert set(skipped) == {
         "intervention", "prompt_structure", "sequence_clustering", "weighting_schemes",
     }  # fmt: skip
-    assert "compute_full=false" in skipped["prompt_structure"] and "halved in 6 ways" in skipped["intervention"]
+    assert "compute_full=false" in skipped["prompt_structure"] and "halved in 2 ways only" in skipped["intervention"]
     assert "Not analysed: the kernel was not computed" in (small.folder / "report.html").read_text()
 
 
