@@ -53,6 +53,9 @@ def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses
     )
     run = next(row for row in analyses["weighting_schemes"]["rows"] if row["name"] == "run")
     assert run["delta_h"]["raw"]["value"] == pytest.approx(batch, rel=1e-3)
+    assert run["actual"]["equal_length"]["value"] == pytest.approx(
+        summary["predicted"]["split"]["batch"]["value"], rel=0.1
+    ), "momentum and decay belong to no weighting: is the step of zero weights taken off?"
     step = next(row for row in analyses["entropy_prediction"]["rows"] if row["scale"] == 1.0)
     assert step["measured"]["snis"]["value"] == pytest.approx(summary["actual"]["snis"]["value"], rel=1e-9)
     assert analyses["intervention"]["full_step"]["measured"] == pytest.approx(

@@ -15,7 +15,7 @@ from entropy_core.gradients import trainable_parameters
 from entropy_experiments import entropy_runner
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.custom_sequences import PromptNumbers, as_sampled, read_custom_sequences
-from entropy_experiments.double_sampling import draw_buffers
+from entropy_experiments.double_sampling import custom_evaluation, draw_buffers, score_for_the_reader
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.optimizer_step import moved
 from entropy_experiments.sampling_plan import plan_sampling
@@ -275,6 +275,21 @@ def test_prompts_of_a_file_are_kept_out_of_the_other_buffer(tiny_run, tmp_path):
     shared = own("train", path, "entropy_analysis.sampling.same_prompts=true")
     evaluation, training = draw_buffers(checkpoint, plan_sampling(checkpoint, shared), shared)
     assert set(evaluation.prompt_index) == numbers and set(evaluation.status) == {"evaluation"}
+
+
+def test_rewards_for_the_reader_are_the_files_else_the_tasks_own(tiny_run, tmp_path):
+    checkpoint = load_checkpoint(tiny_run)
+    plan = plan_sampling(checkpoint, config())
+    known = plan.task.heldout[0]["prompt"][-1]["content"]
+    scored = write(tmp_path / "a", *({"prompt": known, "completion": text, "reward": 0.25} for text in ("0", "1")))
+    bare = write(tmp_path / "b", *({"prompt": p, "completion": c} for p in (known, "?") for c in ("0", "1")))
+    found = []
+    for path in (scored, bare):
+        evaluation = custom_evaluation(checkpoint, plan, path, PromptNumbers(plan.task.heldout))
+        score_for_the_reader(evaluation, plan)
+        found.append(evaluation.reward)
+    assert found[0] == [0.25, 0.25]
+    assert found[1] == [1.0, 0.0, None, None], "the task rewards even characters; of other prompts it knows nothing"
 
 
 def test_two_files_need_no_task(checkpoint_copy, texts, tmp_path):
