@@ -31,7 +31,8 @@ from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, 
 from entropy_core.entropy import Estimator, entropy_coefficients, score_coefficients
 from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
 from entropy_core.gradients import batch_gradients, trainable_parameters
-from entropy_core.scores import TokenStatistics, _bounded_logprobs, _chunks, scatter_statistics, token_statistics
+from entropy_core.logit_statistics import bounded_logprobs, logit_chunks
+from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
 Method = Literal["forward", "central"]
 
@@ -214,8 +215,8 @@ def _tangents(logits: Tensor, tangent: Tensor, targets: Tensor) -> tuple[Tensor,
     """(D log pi, D H), each (m,), from logits and their derivative (m, V); see the formulas above."""
     mean = torch.empty(len(targets), dtype=logits.dtype, device=logits.device)
     entropies = torch.empty_like(mean)
-    for part in _chunks(logits):
-        logprobs = _bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
+    for part in logit_chunks(logits):
+        logprobs = bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
         law = logprobs.exp()
         mean[part] = (law * tangent[part]).sum(1)
         entropy = -(law * logprobs).sum(1, keepdim=True)

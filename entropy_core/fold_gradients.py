@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
+from entropy_core.forward import evaluation_mode, true_embedding_gradients
 from entropy_core.gradients import trainable_parameters, weighted_sum
+from entropy_core.output_head import completion_values
 from entropy_core.row_taps import RowTaps
-from entropy_core.scores import TokenStatistics, logprobs_and_entropies
+from entropy_core.scores import TokenStatistics
 from entropy_core.work_sharing import WorkSharing
 
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
@@ -162,8 +163,10 @@ def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]
     logprobs, entropies = (torch.zeros(batch.input_ids.shape, dtype=dtype, device=batch.device) for _ in range(2))
     with evaluation_mode(model), torch.no_grad():
         for bucket in pieces:
-            values = logprobs_and_entropies(completion_logits(model, bucket, batch.temperature), bucket.targets)
-            logprobs[bucket.sequences, bucket.columns], entropies[bucket.sequences, bucket.columns] = values
+            found = completion_values(model, bucket, batch.temperature)
+            assert found.entropies is not None
+            logprobs[bucket.sequences, bucket.columns] = found.logprobs
+            entropies[bucket.sequences, bucket.columns] = found.entropies
     return TokenStatistics(logprobs, entropies)
 
 
@@ -180,11 +183,12 @@ class _Forward:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
         self._taps = RowTaps(model, parameters, bucket) if rows else None
         try:
-            logits = completion_logits(model, bucket, batch.temperature)
+            found = completion_values(model, bucket, batch.temperature)
         finally:
             if self._taps is not None:
                 self._taps.__exit__(None, None, None)
-        self._logprobs, self._entropies = logprobs_and_entropies(logits, bucket.targets)
+        assert found.entropies is not None
+        self._logprobs, self._entropies = found.logprobs, found.entropies
 
     def statistics(self) -> TokenStatistics:
         full = [torch.zeros(self._batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in self._values()]

@@ -98,6 +98,21 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
 
     Raises ValueError for logits that are not finite, naming the sequence.
     """
+    with _cut_to_positions(output_layer(model), bucket) as cut:
+        logits = call_model(model, bucket)
+    if not cut:
+        logits = logits[bucket.rows, bucket.positions]
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    if not bool(torch.isfinite(logits.detach().sum())):
+        raise_if_broken(logits, bucket)
+    return logits
+
+
+def call_model(model: nn.Module, bucket: Bucket) -> Tensor:
+    """The model's logits for a bucket, (n, l, V) but for what hooks on its output layer make of them.
+
+    Raises ValueError where the model inserts or drops positions.
+    """
     arguments = {}
     accepts = _forward_parameters(model)
     if "position_ids" in accepts:
@@ -112,26 +127,24 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
         arguments["attention_mask"] = mask.masked_fill_(~bucket.attention_mask, torch.finfo(dtype).min)
     if "use_cache" in accepts:
         arguments["use_cache"] = False
-    with _cut_to_positions(output_layer(model), bucket) as cut:
-        logits = model(input_ids=bucket.input_ids, **arguments).logits
-    if not cut:
-        if logits.shape[:2] != bucket.input_ids.shape:
-            raise ValueError(
-                f"the model gave logits of shape {tuple(logits.shape)} for tokens of shape {tuple(bucket.input_ids.shape)}: it "
-                "inserts or drops positions (prompt tuning does), so no logit can be matched to its token"
-            )
-        logits = logits[bucket.rows, bucket.positions]
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    if not bool(torch.isfinite(logits.detach().sum())):
-        _raise_if_broken(logits, bucket)
+    logits = model(input_ids=bucket.input_ids, **arguments).logits
+    if logits.dim() == 3 and logits.shape[:2] != bucket.input_ids.shape:
+        raise ValueError(
+            f"the model gave logits of shape {tuple(logits.shape)} for tokens of shape {tuple(bucket.input_ids.shape)}: it "
+            "inserts or drops positions (prompt tuning does), so no logit can be matched to its token"
+        )
     return logits
 
 
-def _raise_if_broken(logits: Tensor, bucket: Bucket) -> None:
-    # Minus infinity alone is legal: a token the model rules out.
+def raise_if_broken(logits: Tensor, bucket: Bucket, tokens: Tensor | None = None) -> None:
+    """Raises ValueError for NaN or +infinite (m, V) logits, naming the sequence; `tokens`: which (m,) of the bucket they are.
+
+    Minus infinity alone is legal: a token the model rules out.
+    """
     bad = (logits.detach().isnan() | logits.detach().isposinf()).any(1)
     if bool(bad.any()):
-        sequence = int(bucket.sequences[bad.nonzero()[0, 0]])
+        first = bad.nonzero()[0, 0]
+        sequence = int(bucket.sequences[first if tokens is None else tokens[first]])
         raise ValueError(
             f"sequence {sequence}: the model gave NaN or infinite logits on it; its weights are broken "
             "(check the checkpoint) or the numbers overflowed (load the model in float32)"

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
+from entropy_core.forward import evaluation_mode, true_embedding_gradients
+from entropy_core.output_head import completion_values
 from entropy_core.row_taps import RowTaps
-from entropy_core.scores import TokenStatistics, logprobs_and_entropies, scatter_statistics, token_statistics
+from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
 """Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows); may be called more than
@@ -55,15 +56,23 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
 
 
-def _objective(logits: Tensor, bucket: Bucket, coefficients: Sequence[TokenCoefficients]) -> list[Tensor]:
-    logprobs, entropies = logprobs_and_entropies(logits, bucket.targets)
+def _objectives(
+    model: nn.Module, bucket: Bucket, temperature: float, coefficients: Sequence[TokenCoefficients]
+) -> list[Tensor]:
+    """The bucket's part of every objective, from one forward pass."""
+    with_entropy = any(bool(c.entropy.any()) for c in coefficients)
+    found = completion_values(model, bucket, temperature, with_entropies=with_entropy)
     at = (bucket.sequences, bucket.columns)
-    return [weighted_sum(logprobs, entropies, c, at) for c in coefficients]
+    return [weighted_sum(found.logprobs, found.entropies, c, at) for c in coefficients]
 
 
-def weighted_sum(logprobs: Tensor, entropies: Tensor, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
-    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are `at`; differentiable."""
-    return torch.dot(c.logprob[at].to(logprobs), logprobs) + torch.dot(c.entropy[at].to(entropies), entropies)
+def weighted_sum(logprobs: Tensor, entropies: Tensor | None, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
+    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are `at`; differentiable.
+
+    entropies: None where all c.entropy are 0.
+    """
+    scores = torch.dot(c.logprob[at].to(logprobs), logprobs)
+    return scores if entropies is None else scores + torch.dot(c.entropy[at].to(entropies), entropies)
 
 
 def batch_gradients(
@@ -80,7 +89,7 @@ def batch_gradients(
     totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in coefficients]
     with evaluation_mode(model), torch.enable_grad():
         for bucket in length_buckets(batch, token_batch_size):
-            objectives = _objective(completion_logits(model, bucket, batch.temperature), bucket, coefficients)
+            objectives = _objectives(model, bucket, batch.temperature, coefficients)
             for number, objective in enumerate(objectives):
                 gradients = torch.autograd.grad(
                     objective, list(parameters.values()), retain_graph=number + 1 < len(objectives), allow_unused=True
@@ -128,9 +137,8 @@ def entropy_gradient_and_statistics(
     parameters, bucket = trainable_parameters(model), buckets[0]
     at = (bucket.sequences, bucket.columns)
     with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
-        logprobs, entropies = logprobs_and_entropies(
-            completion_logits(model, bucket, batch.temperature), bucket.targets
-        )
+        logprobs, entropies, _ = completion_values(model, bucket, batch.temperature)
+        assert entropies is not None
         statistics = scatter_statistics(batch, at, logprobs.detach(), entropies.detach())
         c = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
         objective = weighted_sum(logprobs, entropies, c, at)
@@ -164,8 +172,7 @@ def stream_rows(
     with evaluation_mode(model), torch.enable_grad():
         for bucket in length_buckets(batch, token_batch_size):
             with RowTaps(model, parameters, bucket) as taps:
-                logits = completion_logits(model, bucket, batch.temperature)
-                objectives = _objective(logits, bucket, coefficients)
+                objectives = _objectives(model, bucket, batch.temperature, coefficients)
                 for number, objective in enumerate(objectives):
 
                     def receive(name: str, rows: Tensor, number: int = number, bucket: Bucket = bucket) -> None:
@@ -233,12 +240,12 @@ def entropy_rows(
 def verify_row_sums(
     model: nn.Module, batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE
 ) -> dict[str, float]:
-    """Check that rows of up to two sequences add up to autograd's gradient, parameter by parameter.
+    """Check that rows of the two shortest sequences add up to autograd's gradient, parameter by parameter.
 
     Returns name -> |sum of rows - gradient| / |gradient of everything|. Raises ValueError above ROW_SUM_TOLERANCE, naming
     the worst parameter: hooks then miss a use of it.
     """
-    sample = batch.select([0, len(batch) - 1] if len(batch) > 1 else [0])
+    sample = batch.select(torch.argsort(batch.attention_mask.sum(1), stable=True)[:2])
     objective = score_coefficients(sample)
     expected = batch_gradients(model, sample, [objective], token_batch_size)[0]
     rows = gradient_rows(model, sample, objective, "hooks", token_batch_size, verify=False)

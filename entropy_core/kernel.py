@@ -49,7 +49,7 @@ def compute_cross_fisher_kernel(
     with true_embedding_gradients(model):
         columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
     objectives = [score_coefficients(eval_batch)]
-    return contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size)[0]
+    return contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size, verify=False)[0]
 
 
 def compute_kernels(
@@ -70,7 +70,8 @@ def compute_kernels(
         score_coefficients(eval_batch),
         entropy_coefficients(statistics, eval_batch, estimator, per_token),
     ]
-    return CrossKernels(*contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size))
+    found = contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size, verify=False)
+    return CrossKernels(*found)
 
 
 def contract_rows(
@@ -80,16 +81,17 @@ def contract_rows(
     column_sets: Sequence[Mapping[str, Tensor]],
     preconditioner: Mapping[str, Tensor] | None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    verify: bool = True,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T diag(P) column_i , rows of `batch` streamed.
 
     column_sets: each name -> (n, *shape), stored rows of the other side (without P) or any other vectors; the columns of
-    all sets stand side by side in the result, in order.
+    all sets stand side by side in the result, in order. verify: as in `stream_rows`; once for a model is enough.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
-    _check_preconditioner(preconditioner, parameters)
+    check_preconditioner(preconditioner, parameters)
     ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
     out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in objectives]
 
@@ -101,11 +103,11 @@ def contract_rows(
             out[number][:, start:end].index_add_(0, indices, products.to(torch.float32))
 
     with true_embedding_gradients(model):
-        stream_rows(model, batch, objectives, contract, token_batch_size)
+        stream_rows(model, batch, objectives, contract, token_batch_size, verify)
     return out
 
 
-def _check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:
+def check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:
     if preconditioner is None:
         return
     missing = [name for name in parameters if name not in preconditioner]

@@ -15,7 +15,7 @@ Source: docs/theory/measurement-and-uncertainty.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class EntropyMeasurement:
     """Entropy before and after an update (nats per token or per completion), its change and that change's standard error.
 
     effective_sample_size is at most the number of sequences; `trustworthy` says whether it is at least half of them.
+    left_out: (B,) the change with each prompt left out, prompts in ascending order of index.
     """
 
     before: float
@@ -38,6 +39,7 @@ class EntropyMeasurement:
     standard_error: float
     effective_sample_size: float
     sequences: int
+    left_out: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def trustworthy(self) -> bool:
@@ -110,4 +112,5 @@ def _measure(
         standard_error=jackknife_standard_error(changes),
         effective_sample_size=float(1.0 / weights.square().sum()),
         sequences=len(batch),
+        left_out=changes,
     )

@@ -15,57 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch, length_buckets
-from entropy_core.forward import completion_logits, evaluation_mode
-
-# Rows of logits that are turned into probabilities at a time: bounds the temporaries, changes no number.
-_CHUNK_ELEMENTS = 2**24
-
-
-class _LogprobAndEntropy(torch.autograd.Function):
-    """(logits (m, V), targets (m,)) -> log-probabilities (m,), entropies (m,); keeps nothing of size V but the logits."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001 - autograd's own type
-        log_normalizer = torch.empty(logits.shape[0], dtype=logits.dtype, device=logits.device)
-        entropies = torch.empty_like(log_normalizer)
-        for part in _chunks(logits):
-            log_normalizer[part] = torch.logsumexp(logits[part], 1)
-            logprobs = _bounded_logprobs(logits[part], log_normalizer[part])
-            entropies[part] = -(logprobs.exp() * logprobs).sum(1)
-        chosen = logits.gather(1, targets[:, None]).squeeze(1) - log_normalizer
-        ctx.save_for_backward(logits, targets, log_normalizer, entropies)
-        return chosen, entropies
-
-    @staticmethod
-    def backward(ctx, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        logits, targets, log_normalizer, entropies = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        for part in _chunks(logits):
-            logprobs = _bounded_logprobs(logits[part], log_normalizer[part])
-            inner = (logprobs + entropies[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprob[part, None])
-            torch.mul(logprobs.exp_(), inner, out=grad[part])
-        grad.neg_()
-        grad.scatter_add_(1, targets[:, None], grad_logprob[:, None])
-        return grad, None
-
-
-def _bounded_logprobs(logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    # 0 * -inf is NaN where a token is ruled out; its limit, and that token's share of every sum, is 0. At -1e4 the
-    # probability is 0 in every precision already, and no weight of a user's overflows.
-    return (logits - log_normalizer[:, None]).clamp_(min=-1e4)
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
-
-
-def logprobs_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` and entropies of the whole distribution, both (m,) nats, differentiable once.
-
-    logits: (m, V), already divided by the temperature; targets: (m,) int64.
-    """
-    return _LogprobAndEntropy.apply(logits, targets)
+from entropy_core.forward import evaluation_mode
+from entropy_core.output_head import completion_values
 
 
 @dataclass(frozen=True)
@@ -103,23 +54,11 @@ def token_statistics(
     places, values = [], []
     with torch.no_grad(), evaluation_mode(model):
         for bucket in length_buckets(batch, token_batch_size):
-            logits = completion_logits(model, bucket, batch.temperature)
-            found = list(logprobs_and_entropies(logits, bucket.targets))
-            if with_variances:
-                found.append(_surprisal_variances(logits, found[1]))
+            found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
             places.append((bucket.sequences, bucket.columns))
-            values.append(found)
+            values.append([v for v in found if v is not None])
     at = (torch.cat([rows for rows, _ in places]), torch.cat([columns for _, columns in places]))
     return scatter_statistics(batch, at, *(torch.cat(parts) for parts in zip(*values, strict=True)))
-
-
-def _surprisal_variances(logits: Tensor, entropies: Tensor) -> Tensor:
-    """(m,) Var[log pi] = sum_a pi (log pi + H)^2 under each row's distribution."""
-    out = torch.empty_like(entropies)
-    for part in _chunks(logits):
-        logprobs = _bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
-        out[part] = (logprobs.exp() * (logprobs + entropies[part, None]).square()).sum(1)
-    return out
 
 
 def scatter_statistics(batch: SequenceBatch, at: tuple[Tensor, Tensor], *values: Tensor) -> TokenStatistics:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
-from entropy_core.forward import completion_logits, evaluation_mode
-from entropy_core.scores import logprobs_and_entropies
+from entropy_core.forward import evaluation_mode
+from entropy_core.output_head import completion_values
 
 # Largest difference of a log-probability, relative to its size (at least 1 nat), that rounding explains.
 _TOLERANCE = 1e-4
@@ -192,6 +192,6 @@ def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
 def _logprobs(model: nn.Module, batch: SequenceBatch, buckets: list[Bucket]) -> Tensor:
     out = torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.device)
     for bucket in buckets:
-        logits = completion_logits(model, bucket, batch.temperature)
-        out[bucket.sequences, bucket.columns] = logprobs_and_entropies(logits, bucket.targets)[0].double()
+        found = completion_values(model, bucket, batch.temperature, with_entropies=False)
+        out[bucket.sequences, bucket.columns] = found.logprobs.double()
     return out

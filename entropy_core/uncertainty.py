@@ -29,8 +29,17 @@ def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominator
     """
     if denominators is None:
         denominators = torch.ones_like(numerators)
+    return jackknife_standard_error(leave_one_prompt_out(numerators, prompt_index, denominators))
+
+
+def leave_one_prompt_out(numerators: Tensor, prompt_index: Tensor, denominators: Tensor) -> Tensor:
+    """(B,) values of sum(numerators) / sum(denominators) with each prompt left out, prompts in ascending order of index.
+
+    The difference of two such statistics over the same prompts has the difference of these as its own leave-one-out values,
+    which is what a paired standard error rests on. 0/0, NaN, where one prompt is all there is.
+    """
     a, b = sums_over_prompts(numerators, prompt_index), sums_over_prompts(denominators, prompt_index)
-    return jackknife_standard_error((a.sum() - a) / (b.sum() - b))
+    return (a.sum() - a) / (b.sum() - b)
 
 
 def jackknife_standard_error(leave_one_out: Tensor) -> float:
