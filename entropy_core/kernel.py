@@ -108,6 +108,7 @@ def contract_rows(
 
 
 def check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where P (None means 1) lacks a parameter, has another shape, or is not positive and finite."""
     if preconditioner is None:
         return
     missing = [name for name in parameters if name not in preconditioner]

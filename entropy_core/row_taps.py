@@ -7,7 +7,7 @@ gradient of the usual kind is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -66,11 +66,21 @@ class RowTaps:
         for handle in self._handles:
             handle.remove()
 
-    def backward(self, objective: Tensor, sink: Callable[[str, Tensor], None], retain_graph: bool) -> None:
-        """Walk back from `objective`, sending (parameter name, (n, *shape) rows) to `sink` at every tap."""
+    def backward(
+        self,
+        objective: Tensor,
+        sink: Callable[[str, Tensor], None],
+        retain_graph: bool,
+        gradients_of: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Walk back from `objective`, sending (parameter name, (n, *shape) rows) to `sink` at every tap.
+
+        Returns autograd's own gradients of the parameters in `gradients_of`, None for those that were not used.
+        """
         self._sink = sink
         try:
-            torch.autograd.grad(objective, self._root, retain_graph=retain_graph, allow_unused=True)
+            wanted = [self._root, *gradients_of]
+            return torch.autograd.grad(objective, wanted, retain_graph=retain_graph, allow_unused=True)[1:]
         finally:
             self._sink = None
 

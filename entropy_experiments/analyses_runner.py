@@ -15,6 +15,7 @@ from typing import Any
 from entropy_experiments import analysis_steps as steps
 from entropy_experiments.analysis_inputs import AnalysisInputs
 from entropy_experiments.analysis_steps import NotApplicable
+from entropy_experiments.unfinished_work import UnfinishedWork
 
 Stage = Callable[[str], None]
 
@@ -54,19 +55,30 @@ def _missing(inputs: AnalysisInputs, need: str) -> bool:
     return inputs.side.step is None if need == "step" else not inputs.numbers.rows_drawn
 
 
-def run_analyses(inputs: AnalysisInputs, stage: Stage = lambda name: None) -> dict[str, dict[str, Any]]:
-    """Name -> result of every analysis that `analysis:` switches on, each JSON-able, without NaN, and with a "sentence"."""
+def run_analyses(
+    inputs: AnalysisInputs, stage: Stage = lambda name: None, work: UnfinishedWork | None = None
+) -> dict[str, dict[str, Any]]:
+    """Name -> result of every analysis that `analysis:` switches on, each JSON-able, without NaN, and with a "sentence".
+
+    work: where finished ones are kept, and not made again when the run is resumed.
+    """
     switches = inputs.config.entropy_analysis.analysis
     results: dict[str, dict[str, Any]] = {}
     for analysis in ANALYSES:
         if not getattr(switches, analysis.name):
             continue
         stage(f"analysis: {analysis.name.replace('_', ' ')}")
+        kept = None if work is None else work.kept(f"analyses/{analysis.name}")
+        if kept is not None:
+            results[analysis.name] = kept
+            continue
         missing = [need for need in analysis.needs if _missing(inputs, need)]
         try:
             if missing:
                 raise NotApplicable(_WHY_NOT[missing[0]])
             results[analysis.name] = _checked(analysis.run(inputs))
+            if work is not None:
+                work.keep(f"analyses/{analysis.name}", results[analysis.name])
         except NotApplicable as reason:
             results[analysis.name] = {"skipped": str(reason), "sentence": f"Not analysed: {reason}."}
         except Exception as error:  # whatever it is: the others still run, and the run says which one failed, and how

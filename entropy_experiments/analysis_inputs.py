@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from entropy_experiments.analysis_numbers import AnalysisNumbers
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.sampling_plan import SamplingPlan
+from entropy_experiments.step_measurement import share_direction, token_shares
 from entropy_experiments.training_side import TrainingSide
 from rl_training.sampling import Rollouts
 
@@ -52,6 +54,24 @@ class AnalysisInputs:
             for rollouts in (self.evaluation, self.training.rollouts)
         )
         return evaluation, training
+
+    @cached_property
+    def token_shares(self) -> Tensor:
+        """(n_train, L) float64 on the CPU: the shares of completion tokens, nats per token; a row adds up to its sequence's.
+
+        One pass over the training sequences, made once. There must be a step.
+        """
+        side = self.side
+        assert side.weights is not None
+        gradient = self.gradients["rao_blackwell" if self.numbers.rows_drawn else "fixed_prefix"]
+        return token_shares(
+            self.model,
+            side.batch,
+            share_direction(gradient, side.adam_step, side.learning_rate),
+            side.weights,
+            side.clip or 1.0,
+            self.config.entropy_analysis.fisher_kernel.token_batch_size,
+        ).cpu()
 
     def kernel_arrays(self, step_needed: bool = True) -> KernelArrays:
         """step_needed=False puts zeros where there is no step, for analyses that look at kernels alone.

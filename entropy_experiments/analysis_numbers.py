@@ -15,10 +15,14 @@ PARTS = ("total", "batch", "momentum", "weight_decay")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the standard error of it (not the spread of its summands)."""
+    """A value with the standard error of it (not the spread of its summands).
+
+    left_out: (B,) the value with each evaluation prompt left out, prompts in ascending order of index.
+    """
 
     value: float
     standard_error: float
+    left_out: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class AnalysisNumbers:
     gradient, whose total is the derivative of the reweighted measurement. contributions: (n_eval,) each evaluation
     sequence's part of the predicted total; without_preconditioner: what -lr c g in place of the step is predicted to do, by
     the kernel's own estimator, nats per token; own_changes: (n_eval,) the predicted change of sum_k H_k on its own tokens, nats
-    per completion.
+    per completion. left_out: the share of the predicted total that comes from parameters which the kernel leaves out
+    (filter_modules), None where it leaves out none.
     """
 
     eval_statistics: TokenStatistics
@@ -63,6 +68,7 @@ class AnalysisNumbers:
     step_factor: float | None = None
     horizon_factor: float | None = None
     batch_change: float | None = None
+    left_out: float | None = None
     measured: list[MeasuredScale] = field(default_factory=list)
     gradient_norm: float | None = None
     clip: float | None = None

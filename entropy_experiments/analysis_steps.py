@@ -23,7 +23,8 @@ from entropy_experiments.analyses.weighting_schemes import weighting_schemes as 
 from entropy_experiments.analyses.weighting_schemes import with_measurements
 from entropy_experiments.analysis_inputs import AnalysisInputs
 from entropy_experiments.fresh_samples import measure_with_fresh_samples
-from entropy_experiments.step_measurement import StepMeasurement, measure_curve, share_direction, token_shares
+from entropy_experiments.step_measurement import StepMeasurement, measure_curve
+from entropy_experiments.token_texts import token_texts
 
 _FRESH_STREAM = 3_000_003  # apart from the streams of both buffers
 _RESPONSE_SUBSETS = 16  # halves over which response shares are averaged; their standard error falls slowly beyond
@@ -109,22 +110,13 @@ def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/attribution.py, down to the tokens of the sequences that moved entropy most."""
     numbers, side = inputs.numbers, inputs.side
     shares, contributions, own = numbers.shares, numbers.contributions, numbers.own_changes
-    assert shares is not None and contributions is not None and own is not None and side.weights is not None
-    gradient = inputs.gradients["rao_blackwell" if numbers.rows_drawn else "fixed_prefix"]
-    tokens = token_shares(
-        inputs.model,
-        side.batch,
-        share_direction(gradient, side.adam_step, side.learning_rate),
-        side.weights,
-        side.clip or 1.0,
-        inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
-    )
-    texts = [[inputs.tokenizer.decode([t]) for t in ids] for ids in inputs.training.rollouts.completion_ids]
+    assert shares is not None and contributions is not None and own is not None
+    texts = [token_texts(inputs.tokenizer, ids) for ids in inputs.training.rollouts.completion_ids]
     return attribute_step(
         inputs.training_labels(),
         shares.numpy(),
         numbers.horizon_factor or 1.0,
-        token_shares=tokens.cpu().numpy(),
+        token_shares=inputs.token_shares.numpy(),
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,
         evaluation=inputs.evaluation_labels(),
@@ -139,12 +131,11 @@ def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
     return StepMeasurement(
         inputs.model,
         inputs.optimizer if side.adam_step is not None else None,
-        side.columns,
+        side.rows,
         inputs.eval_batch,
         numbers.eval_statistics,
         max_grad_norm=side.max_grad_norm,
         learning_rate=side.learning_rate,
-        kernel_preconditioner=side.preconditioner,
         measure=snis_entropy_change if numbers.rows_drawn else fixed_prefix_entropy_change,
         token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState, batch_step_factor
 from entropy_experiments.optimizer_step import NextStep
+from entropy_experiments.training_rows import TrainingRows
 
 
 @dataclass(frozen=True)
@@ -35,38 +36,28 @@ class Attribution:
 
 def attribute(
     gradient: Mapping[str, Tensor],
-    columns: Mapping[str, Tensor],
+    rows: TrainingRows,
     weights: Tensor,
     step: NextStep | None,
-    kernel_preconditioner: Mapping[str, Tensor] | None,
     clip: float,
     learning_rate: float,
 ) -> Attribution:
     """Shares of all training sequences.
 
-    gradient: name -> gradient of entropy per token. columns: name -> (n_train, *shape) rows dS_i, multiplied by
-    kernel_preconditioner already (None: 1). step: the AdamW step, or None for the plain gradient step of `learning_rate`.
+    gradient: name -> gradient of entropy per token. rows: the training sequences' dS_i. step: the AdamW step, or None for
+    the plain gradient step of `learning_rate`.
     """
     factors = {
-        name: learning_rate if step is None else batch_step_factor(step.state[name]) for name in columns
+        name: learning_rate if step is None else batch_step_factor(step.state[name]) for name in gradient
     }  # of which at least one is not 0: such a step is refused
     first = next(f for f in factors.values() if f)
-    products = torch.zeros(len(weights), dtype=torch.float64)
-    for name, rows in columns.items():
-        towards = gradient[name]
-        if step is not None:
-            towards = towards * step.preconditioner[name]
-        if kernel_preconditioner is not None:
-            towards = towards / kernel_preconditioner[name]
-        products += factors[name] / first * (rows.flatten(1) @ towards.flatten()).double().cpu()
+    direction = {
+        name: factors[name] / first * (towards if step is None else towards * step.preconditioner[name])
+        for name, towards in gradient.items()
+    }
+    products = rows.products(direction)
     factor = first * clip
     return Attribution(factor * weights.double().cpu() * products, products, factor)
-
-
-def kernel_products(gradient: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Tensor:
-    """(n_train,) float64 <gradient, P dS_i> under the kernel's own P, which is in `columns` already."""
-    products = [(rows.flatten(1) @ gradient[name].flatten()).double().cpu() for name, rows in columns.items()]
-    return torch.stack(products).sum(0)
 
 
 def horizon_factor(state_before: AdamWParameterState) -> float:

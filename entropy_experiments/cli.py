@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl_training.errors import UserError
+from rl_training.errors import ShareDone, UserError
+
+if TYPE_CHECKING:
+    from entropy_experiments.config import FisherAnalysisConfig
 
 app = typer.Typer(
     name="entropy-experiments",
@@ -50,18 +56,74 @@ def analyze(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML configuration of the analysis")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results folder if it exists")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: memory, disk, passes and time")] = False,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print verdict, numbers and paths as one JSON object")
+    ] = False,
 ) -> None:
     """Compute the cross Fisher kernel at a checkpoint and report what moves entropy. Prints the report's path last."""
     from entropy_experiments.config import FisherAnalysisConfig
     from rl_training.configuration import load_config
 
     settings = load_config(FisherAnalysisConfig, config, overrides or [])
-    _quiet_libraries()
-    from entropy_experiments.analysis_console import analyze_with_progress
+    if resume and overwrite:
+        raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
+    if dry_run:
+        return _print_forecast(checkpoint, settings, as_json)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.analysis_console import analyze_with_progress
 
-    print(analyze_with_progress(checkpoint, settings, overwrite=overwrite, keep_going=keep_going, quiet=quiet).report)
+        options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "quiet": quiet}
+        analysis = analyze_with_progress(checkpoint, settings, table=not as_json, **options)
+    if as_json:
+        from entropy_experiments.outcome import read_outcome
+
+        _print_json({"command": "analyze", **read_outcome(analysis.folder)})
+    else:
+        print(analysis.report)
+
+
+@app.command()
+def sweep(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN_DIR... [KEY=VALUE]...", help="Run folders, then overrides")
+    ],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML configuration of the sweep")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where to; by default output_dir/sweep_<date>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep; what is done is kept")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the sweep if it exists, start anew")] = False,
+    shard: Annotated[str | None, typer.Option("--shard", help="i/n: this process's part, e.g. 2/8")] = None,
+    assemble: Annotated[bool, typer.Option("--assemble", help="Analyse nothing; put together what is done")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print verdict, numbers and paths as one JSON object")
+    ] = False,
+) -> None:
+    """Analyse every checkpoint of one or several runs alike, and report how it evolved. Prints the report's path last."""
+    from entropy_experiments.sweep_config import SweepConfig
+    from rl_training.configuration import load_config
+
+    overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
+    settings = load_config(SweepConfig, config, overrides)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.sweep_console import refuse_failures, sweep_outcome, sweep_with_progress
+
+        runs = [Path(a) for a in arguments if a not in overrides]
+        options = {"folder": folder, "resume": resume, "overwrite": overwrite, "shard": shard, "assemble": assemble}
+        done = sweep_with_progress(runs, settings, table=not as_json, quiet=quiet, keep_going=keep_going, **options)
+    if as_json:
+        _print_json({"command": "sweep", **sweep_outcome(done)})
+    elif done.report is not None:
+        print(done.report)
+    refuse_failures(done)
 
 
 @app.command()
@@ -70,6 +132,44 @@ def report(results: Annotated[Path, typer.Argument(help="Results folder of an an
     from entropy_experiments.report import write_report
 
     print(write_report(results))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="A B...", help="Results folders of analyses, or of sweeps")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the comparison")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison if it exists")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the page's path alone")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print verdict, numbers and paths as one JSON object")
+    ] = False,
+) -> None:
+    """Compare analyses, or sweeps, with the first of them: differences and their standard errors. Prints the page's path last."""
+    with _stdout_kept_for_results():
+        from entropy_experiments.compare_report import write_comparison
+
+        found = write_comparison(folders, output, overwrite)
+    if as_json:
+        _print_json({"command": "compare", **found})
+        return
+    if not quiet:
+        from entropy_experiments.stage_progress import progress_console
+        from entropy_experiments.verdict_table import print_comparison
+
+        print_comparison(progress_console(quiet), found)
+    print(found["report"])
+
+
+@app.command()
+def explore(
+    results: Annotated[Path, typer.Argument(help="Results folder of an analysis")],
+    port: Annotated[int | None, typer.Option("--port", help="Port of the page; by default a free one")] = None,
+    headless: Annotated[bool, typer.Option("--headless", help="Open no browser window; print the address")] = False,
+) -> None:
+    """Open a results folder in a notebook to look around in. Ctrl-C ends it."""
+    from entropy_experiments.explore import open_notebook
+
+    raise typer.Exit(open_notebook(results, port, headless))
 
 
 @app.command()
@@ -94,6 +194,33 @@ def demo(
     print(run_demo(output))
 
 
+def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, as_json: bool) -> None:
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.forecast import forecast_analysis
+
+        forecast = forecast_analysis(checkpoint, settings)
+    if as_json:
+        _print_json({"command": "analyze --dry-run", **forecast.to_json()})
+    else:
+        print("\n".join(forecast.lines()))
+
+
+@contextmanager
+def _stdout_kept_for_results() -> Iterator[None]:
+    """What libraries print goes to stderr, so that stdout holds nothing but a command's result."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout; text stays readable, and half characters are escaped rather than fatal."""
+    try:
+        print(json.dumps(content, ensure_ascii=False, allow_nan=False))
+    except UnicodeEncodeError:  # a terminal or a text without full Unicode
+        print(json.dumps(content, allow_nan=False))
+
+
 def _quiet_libraries() -> None:
     """Keep libraries' own progress bars and advice off the terminal; errors and warnings of ours still come through."""
     for library in ("transformers", "trl", "peft", "accelerate"):
@@ -116,12 +243,16 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            os._exit(2)  # others of the launch may be gone: a process group would wait for them
         sys.exit(2)
     except OSError as error:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
+    except ShareDone:  # the first process of the launch writes the results, and says so
+        pass
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

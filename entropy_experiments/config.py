@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rl_training.config import TaskConfig
 from rl_training.configuration import StrictModel
@@ -75,6 +75,18 @@ class FisherKernelConfig(StrictModel):
     """P from Adam's second moments in the `checkpoint`, or from those of the analysed `step`; `none`: P = 1."""
     token_batch_size: PositiveInt = 2048
     """Padded tokens in one forward and backward pass; bounds memory."""
+    strategy: Literal["auto", "memory", "disk", "tiles"] = "auto"
+    """Training rows in `memory`, in a store on `disk`, or formed anew in `tiles`; `auto`: the first that fits."""
+    memory_budget: ByteSize | None = None
+    """What the process may take in all (8GiB); by default most of what is free."""
+    disk_budget: ByteSize = ByteSize(0)
+    """What the gradient store may take (200GiB)."""
+    save_gradients: bool = False
+    """Keep the training rows in the results folder, for other preconditioners and other questions."""
+    gradient_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the store; its rounding error is measured and printed."""
+    filter_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    """Shell patterns of parameter names that rows are restricted to; by default all trainable parameters."""
 
 
 class AnalysisConfig(StrictModel):

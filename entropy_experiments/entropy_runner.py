@@ -1,7 +1,9 @@
 """One analysis from a checkpoint to a finished results folder.
 
-Work happens in `<folder>.part`, which is renamed when everything in it is whole and every self-check has been made; a
-failure removes it again. A folder that exists is never touched unless asked.
+Work happens in `<folder>.part`, which is renamed when everything in it is whole and every self-check has been made. Bad input
+and failed checks remove it again; a run that was killed, or stopped by something outside, leaves its finished pieces there,
+and resuming goes on with them. A folder that exists is never touched unless asked. Several processes of one launch share the
+kernels; the first of them does the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
 from entropy_experiments.fisher_analyzer import analyze_batches
+from entropy_experiments.kernel_options import kernel_options
+from entropy_experiments.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
+from entropy_experiments.leave_one_out import write_leave_one_out
+from entropy_experiments.policy_record import describe_policy
+from entropy_experiments.processes import Processes
 from entropy_experiments.report import write_report
 from entropy_experiments.results_writer import (
     describe_environment,
@@ -38,9 +45,10 @@ from entropy_experiments.results_writer import (
 )
 from entropy_experiments.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.self_checks import SelfCheck
+from entropy_experiments.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
 from rl_training.configuration import dump_config
 from rl_training.disk import disk_is_full
-from rl_training.errors import UserError
+from rl_training.errors import ResumableError, UserError
 from rl_training.sampling import Rollouts
 
 Stage = Callable[[str], None]
@@ -103,20 +111,22 @@ def run_fisher_analysis(
     *,
     folder: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     keep_going: bool = False,
     stage: Stage = lambda name: None,
 ) -> FisherAnalysis:
     """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
 
     folder: where to; by default `results_folder_for`. overwrite: replace a folder that exists, once the new one is whole.
-    keep_going: write the results even where a self-check or one of the analyses fails (it is red in the report either way).
+    resume: go on with the finished pieces of a run that was interrupted. keep_going: write the results even where a self-check
+    or one of the analyses fails (it is red in the report either way).
     stage: called with the name of each stage as it begins.
 
-    Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis.
+    Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis; ShareDone in all but
+    the first process of a launch, when their part is done.
     """
     config = config or FisherAnalysisConfig()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("an analysis runs in one process so far: start it without accelerate launch or torchrun")
+    processes = Processes.join(on_cpu=config.checkpoint.device == "cpu")
     clock = _Clock(stage)
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
@@ -129,18 +139,20 @@ def run_fisher_analysis(
         require_optimizer=with_adam,
     )
     record = checkpoint.record
-    target = Path(folder) if folder else results_folder_for(record.path, record.step, config.output_dir)
+    target = processes.from_root(lambda: _target(folder, record.path, record.step, config.output_dir, resume))
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
-    with _part_folder(target) as part:
+    with _part_folder(target, processes, resume, overwrite) as part:
+        work = UnfinishedWork(part)
+        processes.from_root(lambda: work.claim(describe_work(record.path, config)))
         plan = plan_sampling(checkpoint, config)
-        evaluation, training = draw_buffers(checkpoint, plan, config, clock.start)
-        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock.start)
+        evaluation, training = processes.from_root(lambda: _buffers(work, checkpoint, plan, config, clock.start))
+        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock.start, work, processes)
         numbers = inputs.numbers
         if not keep_going:
             _refuse_failed_checks(numbers.checks)
         score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
-        analyses = run_analyses(inputs, clock.start)
+        analyses = run_analyses(inputs, clock.start, work)
         if not keep_going:
             _refuse_failed_analyses(analyses)
         clock.start("writing the results")
@@ -160,6 +172,16 @@ def run_fisher_analysis(
         )
         write_report(part, unfinished=True)
     return FisherAnalysis(target, target / "report.html", summary, numbers, evaluation, training)
+
+
+def _buffers(
+    work: UnfinishedWork, checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, stage: Stage
+) -> tuple[Rollouts, TrainingBuffer]:
+    kept = work.kept_buffers()
+    if kept is None:
+        kept = draw_buffers(checkpoint, plan, config, stage)
+        work.keep_buffers(*kept)
+    return kept
 
 
 def _refuse_failed_checks(checks: list[SelfCheck]) -> None:
@@ -187,6 +209,8 @@ def _analyze(
     evaluation: Rollouts,
     training: TrainingBuffer,
     stage: Stage,
+    work: UnfinishedWork | None = None,
+    processes: Processes | None = None,
 ) -> AnalysisInputs:
     settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
     device = next(checkpoint.model.parameters()).device
@@ -211,6 +235,7 @@ def _analyze(
             measure=settings.analysis.entropy_prediction,
             names_recorded=sidecar is not None,
             token_batch_size=settings.fisher_kernel.token_batch_size,
+            kernel=kernel_options(settings.fisher_kernel, work, processes, stage),
             stage=stage,
         )
     except ValueError as error:
@@ -243,9 +268,19 @@ def _write(
         structure = kernel_structure(numbers.fisher.cpu().numpy(), *labels)
         structure["same_prompts"] = settings.sampling.same_prompts
     summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
+    summary["policy"] = describe_policy(checkpoint, inputs.plan)
     summary["analyses"] = analyses
     (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    write_sequences(part / "sequences.parquet", inputs.evaluation, inputs.training, numbers, inputs.plan)
+    write_sequences(
+        part / "sequences.parquet",
+        inputs.evaluation,
+        inputs.training,
+        numbers,
+        inputs.plan,
+        inputs.tokenizer,
+        inputs.token_shares if "tokens" in analyses.get("attribution", {}) else None,
+    )
+    write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers)
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
     write_json(part / "summary.json", summary)
     write_json(part / "evaluation_set.json", evaluation_set(config, inputs.evaluation))
@@ -253,22 +288,50 @@ def _write(
     return summary
 
 
+def _target(folder: str | Path | None, checkpoint: Path, step: int, output_dir: str, resume: bool) -> Path:
+    """Where the results go; resuming goes on with the newest unfinished folder of this name, on whatever day it was begun."""
+    if folder:
+        return Path(folder)
+    today = results_folder_for(checkpoint, step, output_dir)
+    begun = sorted(Path(output_dir).glob(f"analysis_*/{today.name}.part")) if resume else []
+    return begun[-1].with_name(today.name) if begun else today
+
+
 @contextmanager
-def _part_folder(target: Path) -> Iterator[Path]:
-    """A fresh `<target>.part`, renamed to `target` on success and removed on failure."""
+def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """`<target>.part`, renamed to `target` on success. On failure it is removed, unless it holds work to go on with and what
+    failed was not the input.
+    """
     part = target.with_name(target.name + ".part")
+    processes.from_root(lambda: _begin(part, resume, overwrite))
     try:
-        if part.exists():
-            shutil.rmtree(part)  # of a run that was killed: nothing in it was ever whole
-        part.mkdir(parents=True)
         yield part
+        shutil.rmtree(part / FOLDER_NAME, ignore_errors=True)
         if target.exists():
             shutil.rmtree(target)
         os.replace(part, target)
     except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
+        if not processes.is_root:
+            raise
+        if isinstance(error, UserError) and not isinstance(error, ResumableError):
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         if disk_is_full(error):
-            raise UserError(
-                f"no space left on the disk of {target.parent}: nothing was written there; free some, or set output_dir=..."
+            raise ResumableError(
+                f"no space left on the disk of {target.parent}: free some and go on with --resume, or set output_dir=..."
             ) from error
+        if not UnfinishedWork(part).begun:
+            shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _begin(part: Path, resume: bool, overwrite: bool) -> None:
+    """Raises UserError where unfinished work lies there and nothing is said about it."""
+    if part.exists() and not resume:
+        if UnfinishedWork(part).begun and not overwrite:
+            raise UserError(
+                f"{part} holds the unfinished work of a run that was interrupted: go on with --resume, or start anew with "
+                "--overwrite"
+            )
+        shutil.rmtree(part)
+    part.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """The numbers of one analysis: kernels, predictions with standard errors, measurements, shares, and self-checks.
 
-Training rows dS_i are formed once, multiplied by P (one side only) and stored; the parts of the next AdamW step stand
-beside them as four more columns. One forward pass over the evaluation buffer then contracts every estimator's rows E_t with
-all columns at once: kernels from the first, each sequence's contribution to every prediction from the last. Means over
-evaluation sequences are predictions, a jackknife over their prompts gives the standard errors.
+Training rows dS_i times P (one side only) are the kernel's columns; the parts of the next AdamW step stand beside them as five
+more. One forward pass over the evaluation buffer contracts every estimator's rows E_t with all columns at once (block by
+block: entropy_experiments.kernel_engine): kernels from the first, each sequence's contribution to every prediction from the
+last. Means over evaluation sequences are predictions, a jackknife over their prompts gives the standard errors. Where rows
+cover some modules only, contributions to predictions come from forward-mode derivatives along the whole step instead.
 
 Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/measurement-and-uncertainty.md.
 """
@@ -19,20 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.directional import entropy_products, token_derivatives
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import true_embedding_gradients
 from entropy_core.gradients import batch_gradients, dot
-from entropy_core.kernel import contract_rows
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
-from entropy_core.scores import token_statistics
-from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
 from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
-from entropy_experiments.attribution import attribute, horizon_factor, kernel_products
-from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel
+from entropy_experiments.attribution import attribute, horizon_factor
+from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
+from entropy_experiments.kernel_options import KernelOptions
 from entropy_experiments.optimizer_step import moved
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from entropy_experiments.training_side import TrainingSide, prepare_training_side
-from rl_training.errors import UserError
+from rl_training.errors import ShareDone, UserError
 
 Stage = Callable[[str], None]
 
@@ -64,6 +66,7 @@ def analyze_batches(
     measure: bool = True,
     names_recorded: bool = True,
     token_batch_size: int = 2048,
+    kernel: KernelOptions | None = None,
     stage: Stage = lambda name: None,
 ) -> FisherComputation:
     """Run one analysis; the model and the optimizer are as before when it returns.
@@ -72,7 +75,8 @@ def analyze_batches(
     policy drew the evaluation sequences (see AnalysisNumbers). preconditioning: the kernel's P, "checkpoint" (from the
     moments in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and
     the step is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. names_recorded: whether
-    the optimizer's names come from the checkpoint's own record rather than from rebuilding.
+    the optimizer's names come from the checkpoint's own record rather than from rebuilding. kernel: budgets, modules, where
+    finished blocks go, and the processes that share the work, of which the first returns the numbers.
 
     Raises UserError for a missing optimizer or learning rate, or where nothing is left to compute; ValueError where rows
     cannot be formed.
@@ -81,6 +85,8 @@ def analyze_batches(
         raise UserError(
             "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
+    options = kernel or KernelOptions()
+    engine = options.engine(model, train_batch, len(eval_batch), token_batch_size)
     stage("training gradients, one row per sequence")
     training = prepare_training_side(
         model,
@@ -92,10 +98,11 @@ def analyze_batches(
         learning_rate=learning_rate,
         names_recorded=names_recorded,
         token_batch_size=token_batch_size,
+        engine=engine,
     )
     stage("token statistics")
     numbers = AnalysisNumbers(
-        eval_statistics=token_statistics(model, eval_batch, token_batch_size, with_variances=True),
+        eval_statistics=engine.statistics(eval_batch, with_variances=True),
         train_statistics=training.statistics,
         rows_drawn=rows_drawn,
         clip=training.clip,
@@ -103,14 +110,21 @@ def analyze_batches(
         checks=list(training.checks),
     )
     stage("evaluation gradients and kernels")
-    _contract(model, eval_batch, training, numbers, compute_full, token_batch_size)
+    _contract(eval_batch, training, numbers, compute_full)
     if compute_full:
         stage("the training buffer's own kernel")
-        _contract_training(model, training, numbers, token_batch_size)
+        _contract_training(training, numbers)
+    if not options.processes.is_root:
+        raise ShareDone
+    if engine.store is not None:
+        numbers.checks.append(check_storage(engine.store.storage_error()))
+    if engine.restricted and training.step is not None:
+        stage("predictions over all modules")
+        _predict_by_derivatives(model, eval_batch, training, numbers, token_batch_size)
     gradients = _attribute(model, eval_batch, training, numbers, token_batch_size)
     stage("checking the kernel against finite differences")
     kernels = (numbers.fisher, numbers.train_fisher)
-    p, gradient = training.preconditioner, training.gradient
+    p, gradient = training.preconditioner, engine.restrict(training.gradient)
     numbers.checks.extend(
         check_kernel(model, eval_batch, train_batch, gradient, training.push, p, *kernels, token_batch_size)
     )
@@ -133,22 +147,14 @@ def _own_estimator(numbers: AnalysisNumbers) -> Estimator:
     return "rao_blackwell" if numbers.rows_drawn else "fixed_prefix"
 
 
-def _contract(
-    model: nn.Module,
-    batch: SequenceBatch,
-    training: TrainingSide,
-    numbers: AnalysisNumbers,
-    compute_full: bool,
-    token_batch_size: int,
-) -> None:
+def _contract(batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNumbers, compute_full: bool) -> None:
     """Fill in the cross kernels and the predictions, from one forward pass over the evaluation batch."""
-    statistics, parts = numbers.eval_statistics, training.step_parts()
-    columns = training.columns
-    sets = [columns] if compute_full else []
+    statistics, parts, engine = numbers.eval_statistics, training.step_parts(), training.engine
+    steps = None
     if parts:
-        steps = [*(parts[part] for part in PARTS), training.plain_step()]
-        sets.append({name: torch.stack([step[name] for step in steps]) for name in columns})
-    if not sets:
+        vectors = [*(parts[part] for part in PARTS), training.plain_step()]
+        steps = {name: torch.stack([vector[name] for vector in vectors]) for name in engine.names}
+    if steps is None and not compute_full:
         return
     # Estimators whose coefficients are equal over a sequence's tokens are combinations of two kinds of rows, so that
     # four backward passes serve all estimators and both units.
@@ -158,7 +164,10 @@ def _contract(
     ]
     if numbers.rows_drawn:
         objectives += [entropy_coefficients(statistics, batch, "rao_blackwell", unit) for unit in (True, False)]
-    rows = [m.double() for m in contract_rows(model, batch, objectives, sets, None, token_batch_size)]
+    found = engine.contract("evaluation", batch, objectives, steps, with_columns=compute_full)
+    if found is None:
+        return
+    rows = [m.double() for m in found]
     first = len(training.batch) if compute_full else 0
 
     def products(estimator: Estimator, per_token: bool) -> Tensor:
@@ -185,18 +194,46 @@ def _contract(
     numbers.contributions, numbers.own_changes = own[:, first] / len(batch), rows[1][:, first]
 
 
-def _contract_training(
-    model: nn.Module, training: TrainingSide, numbers: AnalysisNumbers, token_batch_size: int
-) -> None:
+def _contract_training(training: TrainingSide, numbers: AnalysisNumbers) -> None:
     """Fill in the kernels with the training sequences on both sides: one more forward and two backward passes."""
     batch = training.batch
     objectives = [
         score_coefficients(batch),
         entropy_coefficients(training.statistics, batch, _own_estimator(numbers), per_token=True),
     ]
-    numbers.train_fisher, numbers.train_entropy_fisher = contract_rows(
-        model, batch, objectives, [training.columns], None, token_batch_size
-    )
+    found = training.engine.contract("training", batch, objectives)
+    if found is not None:
+        numbers.train_fisher, numbers.train_entropy_fisher = found
+
+
+def _predict_by_derivatives(
+    model: nn.Module,
+    batch: SequenceBatch,
+    training: TrainingSide,
+    numbers: AnalysisNumbers,
+    token_batch_size: int,
+) -> None:
+    """Put predictions over all trainable parameters in the place of those over the kernel's modules."""
+    estimators = get_args(Estimator) if numbers.rows_drawn else ("fixed_prefix",)
+    own, statistics = _own_estimator(numbers), numbers.eval_statistics
+    restricted = numbers.predicted[own]["total"].value
+    for part, step in {**training.step_parts(), "plain": training.plain_step()}.items():
+        derivatives = token_derivatives(model, batch, step, token_batch_size)
+
+        def products(estimator: Estimator, per_token: bool, along: TokenStatistics = derivatives) -> Tensor:
+            return entropy_products(statistics, along, batch, estimator, per_token)
+
+        if part == "plain":
+            numbers.without_preconditioner = _mean_with_error(products(own, True), batch.prompt_index)
+            continue
+        for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
+            for estimator in estimators:
+                target[estimator][part] = _mean_with_error(products(estimator, per_token), batch.prompt_index)
+        if part == "total":
+            whole = numbers.predicted[own]["total"].value
+            numbers.left_out = None if whole == 0.0 else 1.0 - restricted / whole
+            numbers.contributions = products(own, True) / len(batch)
+            numbers.own_changes = products("fixed_prefix", False)
 
 
 def _attribute(
@@ -217,17 +254,17 @@ def _attribute(
         gradients = batch_gradients(model, batch, objectives, token_batch_size)
     by_estimator: dict[str, dict[str, Tensor]] = dict(zip(wanted, gradients, strict=True))
     if numbers.entropy_fisher is not None:
-        products = kernel_products(gradients[0], training.columns)
+        p, own = training.preconditioner, training.engine.restrict(gradients[0])
+        products = training.rows.products(own if p is None else {name: p[name] * g for name, g in own.items()})
         numbers.checks.append(check_entropy_kernel(numbers.entropy_fisher, products))
     if training.weights is None or training.clip is None:
         return by_estimator
     found = [
         attribute(
             gradient,
-            training.columns,
+            training.rows,
             training.weights,
             training.adam_step,
-            training.preconditioner,
             training.clip,
             training.learning_rate or 0.0,
         )
@@ -243,7 +280,8 @@ def _attribute(
 
 
 def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:
-    return Estimate(float(contributions.mean()), jackknife_over_prompts(contributions, prompt_index))
+    left_out = leave_one_prompt_out(contributions, prompt_index, torch.ones_like(contributions))
+    return Estimate(float(contributions.mean()), jackknife_standard_error(left_out), left_out)
 
 
 def _measure(

@@ -13,6 +13,7 @@ from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.scores import token_statistics
+from entropy_experiments.gradient_store_records import StorageError
 from entropy_experiments.optimizer_mapping import mapping_evidence
 from entropy_experiments.optimizer_step import NextStep, moved
 from entropy_experiments.self_checks import SelfCheck, relative_error, relative_error_of_dicts
@@ -69,15 +70,15 @@ def check_optimizer_entries(
 
 
 def check_unseen_parameters(
-    state: Mapping[str, AdamWParameterState], columns: dict[str, Tensor], p: dict[str, Tensor]
+    state: Mapping[str, AdamWParameterState], rows: dict[str, Tensor], p: dict[str, Tensor]
 ) -> SelfCheck:
     """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps).
 
-    state: the moments at the checkpoint. columns: the training rows times p already; p: P at the checkpoint.
+    state: the moments at the checkpoint. rows: raw training rows, name -> (n, *shape); p: P at the checkpoint.
     """
     unseen = total = 0.0
-    for name, rows in columns.items():
-        weight = (rows.double().square() / p[name].double()).sum(0)
+    for name, part in rows.items():
+        weight = part.double().square().sum(0) * p[name].double()
         total += float(weight.sum())
         unseen += float(weight[state[name].exp_avg_sq == 0].sum())
     return SelfCheck(
@@ -157,3 +158,11 @@ def check_entropy_kernel(entropy_fisher: Tensor, products: Tensor) -> SelfCheck:
 def _lawlessness(square: Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
     return max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30)))
+
+
+def check_storage(error: StorageError) -> SelfCheck:
+    """What keeping gradients in fewer bits did to them."""
+    return SelfCheck(
+        "gradient store: rounding", error.relative, 0.02,
+        f"{error}. Kernels that are read from the store carry this error.",
+    )  # fmt: skip

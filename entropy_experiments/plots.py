@@ -7,10 +7,17 @@
     plot_kernel_heatmap       which evaluation sequences a training sequence moves
     plot_fisher_evolution     all of this over the checkpoints of a run
 
+of a sweep, from what `analyses.evolution.describe_evolution` returns (``evolution.json``, a run each):
+
+    plot_entropy_changes  plot_entropy_law (its "law")  plot_kernel_evolution  plot_cluster_flow
+    plot_checkpoint_kernels (of the kernels themselves)
+
 and of the questions, each from the dict that its analysis returns (``summary.json``, "analyses"):
 
     plot_buffers  plot_higher_order  plot_token_shares  plot_intervention  plot_prompt_structure  plot_sequence_clusters
     plot_weighting_schemes  plot_baselines
+
+and of several analyses beside each other: plot_compared_changes  plot_compared_checkpoints  plot_compared_histories
 
 Entropies are in nats per token, a negative change is a loss of entropy, and error bars are ±2 standard
 errors throughout. What is missing is drawn as "no data". ``caption_of(figure)`` is the figure's caption,
@@ -20,7 +27,16 @@ errors throughout. What is missing is drawn as "no data". ``caption_of(figure)``
 from entropy_experiments.charts.attribution import plot_attribution
 from entropy_experiments.charts.baselines import plot_baselines
 from entropy_experiments.charts.buffers import plot_buffers
+from entropy_experiments.charts.checkpoint_kernels import plot_checkpoint_kernels
+from entropy_experiments.charts.cluster_flow import plot_cluster_flow
 from entropy_experiments.charts.clustering import plot_sequence_clusters
+from entropy_experiments.charts.comparison import (
+    plot_compared_changes,
+    plot_compared_checkpoints,
+    plot_compared_histories,
+)
+from entropy_experiments.charts.entropy_law import plot_entropy_law
+from entropy_experiments.charts.evolution import plot_entropy_changes, plot_kernel_evolution
 from entropy_experiments.charts.higher_order import plot_higher_order
 from entropy_experiments.charts.history import plot_fisher_evolution, plot_training_history
 from entropy_experiments.charts.intervention import plot_intervention
@@ -37,10 +53,18 @@ __all__ = [
     "plot_attribution",
     "plot_baselines",
     "plot_buffers",
+    "plot_compared_changes",
+    "plot_compared_checkpoints",
+    "plot_compared_histories",
+    "plot_checkpoint_kernels",
+    "plot_cluster_flow",
+    "plot_entropy_changes",
+    "plot_entropy_law",
     "plot_entropy_split",
     "plot_fisher_evolution",
     "plot_higher_order",
     "plot_intervention",
+    "plot_kernel_evolution",
     "plot_kernel_heatmap",
     "plot_predicted_vs_actual",
     "plot_prompt_structure",

@@ -1,18 +1,25 @@
 """One page that says what an analysis found: PNG figures, and one ``report.html`` that holds them all.
 
-The page needs no network and runs no script; everything that a model or a file contributed is shown as
-text. The same folder gives the same bytes.
+The page needs no network. Its figures can be hovered and zoomed where there is JavaScript and are pictures where there is none
+and on paper (``interactive/page.py``); everything that a model or a file contributed is shown as text. The same folder gives the
+same bytes.
 """
 
-from base64 import b64encode
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from entropy_experiments import report_tables as tables
+from entropy_experiments.charts.kernel import Quantity
+from entropy_experiments.interactive.history import training_history
+from entropy_experiments.interactive.kernels import kernel_explorer
+from entropy_experiments.interactive.page import PageFigure, render_page
+from entropy_experiments.interactive.predicted import entropy_split, predicted_vs_actual
+from entropy_experiments.interactive.sequences import sequence_details
+from entropy_experiments.interactive.shares import sequence_shares
+from entropy_experiments.interactive.weightings import weighting_schemes
 from entropy_experiments.number_format import as_number, lookup, value_and_error
 from entropy_experiments.plots import (
     caption_of,
@@ -24,20 +31,18 @@ from entropy_experiments.plots import (
     plot_training_history,
     png_bytes,
 )
-from entropy_experiments.report_analyses import analysis_sections, draw_analysis_figures
+from entropy_experiments.report_analyses import analysis_figure_makers, analysis_sections, attempt
 from entropy_experiments.results_folder import ResultsFolder, read_results_folder
-from entropy_experiments.text_display import clip, one_line, prompt_frame
+from entropy_experiments.text_display import one_line, prompt_frame
 from entropy_experiments.verdict import primary_estimator, write_verdict
 from rl_training.errors import UserError
 
-_TEMPLATES = Path(__file__).parent / "templates"
 # file name -> (heading, how to read the figure)
 _FIGURES = {
     "training_history": (
         "Entropy and reward in training",
-        "Top: the policy's entropy. Middle: mean reward. Bottom: for every step the change of entropy "
-        "that the probe "
-        "predicted from the gradient and the optimizer's step, beside the change it measured.",
+        "The policy's entropy, mean reward, and, where the probe ran, every step's change of entropy: predicted from "
+        "the gradient and the optimizer's step, beside the change that was measured.",
     ),
     "predicted_vs_actual": (
         "Was the step's change predicted?",
@@ -75,50 +80,76 @@ _FIGURES = {
 
 def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
     """All figures of an analysis by file name; what is missing in the folder is a figure that says so."""
-    summary, training, evaluation = results.summary, results.training, results.evaluation
+    return {name: make() for name, make in figure_makers(results).items()}
+
+
+def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
+    """File name -> what draws the figure: `draw_figures`, one at a time."""
+    training, evaluation = results.training, results.evaluation
+    numbers = _step_numbers(results.summary)
+    prompts = [row["prompt_index"] for row in evaluation], [row["prompt_index"] for row in training]
+
+    def kernel(quantity: Quantity) -> Figure:
+        values = results.kernels.get(quantity)
+        if values is None:
+            return no_data_figure(_FIGURES[f"kernel_{quantity}"][0], "this analysis did not store this kernel.")
+        return plot_kernel_heatmap(values, *prompts, quantity=quantity)
+
+    return {
+        "training_history": lambda: plot_training_history(results.history, analysed_step=numbers["step"]),
+        "predicted_vs_actual": lambda: plot_predicted_vs_actual(
+            numbers["rows"],
+            predicted_standard_error=numbers["predicted_error"],
+            actual_standard_error=numbers["measured_error"],
+        ),
+        "entropy_split": lambda: plot_entropy_split(numbers["parts"], numbers["measured"]),
+        "attribution": lambda: plot_attribution(
+            *(_numbers(training, key) for key in ("delta_h", "reward")),
+            prompts[1],
+            advantages=_numbers(training, "advantage"),
+        ),
+        "kernel_fisher": lambda: kernel("fisher"),
+        "kernel_entropy_fisher": lambda: kernel("entropy_fisher"),
+        **analysis_figure_makers(results),
+    }
+
+
+def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
+    """Figure name -> plotly's data and layout, of the figures that have an interactive version and numbers for it."""
+    numbers = _step_numbers(results.summary)
+    weightings = lookup(results.summary, "analyses", "weighting_schemes")
+    plots = {
+        "training_history": training_history(results.history, numbers["step"]),
+        "predicted_vs_actual": predicted_vs_actual(
+            numbers["rows"], numbers["predicted_error"], numbers["measured_error"]
+        ),
+        "entropy_split": entropy_split(numbers["parts"], numbers["measured"]),
+        "attribution": sequence_shares(results.training),
+        "weighting_schemes": attempt(lambda: weighting_schemes(weightings)),
+    }
+    return {name: plot for name, plot in plots.items() if plot is not None}
+
+
+def _step_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What pictures and plots of the step are drawn from: of given texts, what holds on given tokens."""
     given = lookup(summary, "rows_drawn") is False
     estimator = "fixed_prefix" if given else primary_estimator(summary)
     parts = lookup(summary, "predicted", estimator) if estimator else None
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     scaling = lookup(summary, "scaling")
-    rows = [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else []
-    figures = {
-        "training_history": plot_training_history(
-            results.history, analysed_step=as_number(lookup(summary, "checkpoint", "step"))
-        ),
-        "predicted_vs_actual": plot_predicted_vs_actual(
-            rows,
-            predicted_standard_error=None if given else value_and_error(lookup(parts, "total"))[1],
-            actual_standard_error=None if given else value_and_error(measured)[1],
-        ),
-        "entropy_split": plot_entropy_split(parts, measured),
-        "attribution": plot_attribution(
-            *(_numbers(training, key) for key in ("delta_h", "reward")),
-            [row["prompt_index"] for row in training],
-            advantages=_numbers(training, "advantage"),
-        ),
+    return {
+        "step": as_number(lookup(summary, "checkpoint", "step")),
+        "parts": parts,
+        "measured": measured,
+        "rows": [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else [],
+        "predicted_error": None if given else value_and_error(lookup(parts, "total"))[1],
+        "measured_error": None if given else value_and_error(measured)[1],
     }
-    prompts = [row["prompt_index"] for row in evaluation], [row["prompt_index"] for row in training]
-    for quantity in ("fisher", "entropy_fisher"):
-        name = f"kernel_{quantity}"
-        kernel = results.kernels.get(quantity)
-        if kernel is None:
-            figures[name] = no_data_figure(_FIGURES[name][0], "this analysis did not store this kernel.")
-        else:
-            figures[name] = plot_kernel_heatmap(kernel, *prompts, quantity=quantity)
-    return figures | draw_analysis_figures(results)
 
 
 def _numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
     numbers = [as_number(row.get(key)) for row in rows]
     return [float("nan") if number is None else number for number in numbers]
-
-
-def _visible_value(value: object) -> object:
-    """Last line of defence, for every value the template prints: no control characters, no endless text."""
-    if isinstance(value, Markup):
-        return value
-    return clip(value, 4000) if isinstance(value, str) else value
 
 
 def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) -> str:
@@ -127,47 +158,48 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
     checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
     prompts = [row["prompt"] for row in results.evaluation + results.training]
     frame = prompt_frame(prompts)
-    costly, giving = tables.costliest_and_most_giving(results.training)
     prompt_table, prompts_left_out = tables.prompt_rows(results.training, frame)
     summary = results.summary
     checkpoint = lookup(summary, "checkpoint")
     verdict = write_verdict(summary, results.history, checks, results.training, prompts)
-    pictures = {
-        name: {
-            "name": name,
-            "heading": _FIGURES.get(name, ("", ""))[0],
-            "reading": _FIGURES.get(name, ("", ""))[1],
-            "alt": alternative,
-            # base64 needs no escaping and must not be cut
-            "uri": Markup("data:image/png;base64," + b64encode(png).decode("ascii")),
-        }
+    plots = interactive_figures(results)
+    figures = {
+        name: PageFigure(name, *_FIGURES.get(name, ("", "")), alternative, png, plots.get(name), f"figures/{name}.png")
         for name, (png, alternative) in images.items()
     }
     analyses = [
-        {"section": section, "figures": [pictures[name] for name in section.figures if name in pictures]}
+        {"section": section, "figures": [figures[name] for name in section.figures if name in figures]}
         for section in analysis_sections(summary)
     ]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible_value,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    clustering = lookup(summary, "analyses", "sequence_clustering")
+    kernels = kernel_explorer(results.kernels, results.evaluation, results.training, clustering)
+    tokens = lookup(summary, "analyses", "attribution", "tokens")
+    details = sequence_details(results.evaluation, results.training, frame, tokens)
+    rows = tables.training_rows(results.training, frame)
+    model, step = (
+        one_line(str(lookup(checkpoint, "model") or "unnamed model"), 120),
+        as_number(lookup(checkpoint, "step")),
     )
-    step = as_number(lookup(checkpoint, "step"))
-    return environment.get_template("report.html.j2").render(
-        model=one_line(str(lookup(checkpoint, "model") or "unnamed model"), 120),
+    return render_page(
+        "report.html.j2",
+        title=f"Entropy analysis: {model}" + ("" if step is None else f", step {step:g}"),
+        figures=figures,
+        data={"sequences": details} | ({} if kernels is None else {"kernels": kernels}),
+        scripts=("sequences.js", "kernel.js"),
+        model=model,
         step="" if step is None else f"{step:g}",
-        verdict=[{"tone": sentence.tone, "text": escape(sentence.text)} for sentence in verdict],
+        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
         headline=tables.headline(summary, checks),
-        figures=[picture for name, picture in pictures.items() if name in _FIGURES],
+        overview=[figure for name, figure in figures.items() if name in _FIGURES and not name.startswith("kernel_")],
+        kernels=[figure for name, figure in figures.items() if name.startswith("kernel_")],
         analyses=analyses,
         given_rows=lookup(summary, "rows_drawn") is False,
         estimators=tables.estimator_rows(summary),
         entropy=tables.entropy_rows(summary),
-        costly=tables.sequence_rows(costly, frame),
-        giving=tables.sequence_rows(giving, frame),
+        training=rows,
+        long_table=len(rows) > 4 * tables.ENDS_SHOWN,
+        ends=tables.ENDS_SHOWN,
+        details_left_out=details["left_out"],
         frame={"prefix": one_line(frame.prefix, 400, "both"), "suffix": one_line(frame.suffix, 200, "both")},
         has_frame=bool(frame.prefix or frame.suffix),
         prompts=prompt_table,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -94,18 +95,35 @@ class Section:
     tables: list[Table]
 
 
-def draw_analysis_figures(results: ResultsFolder) -> dict[str, Figure]:
-    """File name -> figure of every analysis that has a result; one that cannot be drawn from it says so."""
-    figures = {}
+def attempt(draw: Callable[[], Any]) -> Any:
+    """What ``draw`` returns, or None where the folder's numbers have another shape than the analyses write."""
+    try:
+        return draw()
+    except _ODD:
+        return None  # the picture in its place says what is wrong
+
+
+def analysis_figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
+    """File name -> what draws the figure, for every analysis that has a result; one that cannot be drawn says so."""
+    makers = {}
     for key, presentation in PRESENTATIONS.items():
         result = _result(results.summary, key)
         for name, draw in presentation.figures.items() if result is not None else ():
-            try:
-                figures[name] = draw(result or {}, results)
-            except _ODD as error:
-                reason = f"the folder's numbers cannot be drawn ({type(error).__name__}: {clip(str(error), 200)})."
-                figures[name] = no_data_figure(presentation.question, reason)
-    return figures
+            makers[name] = partial(_drawn_or_reason, draw, result or {}, results, presentation.question)
+    return makers
+
+
+def _drawn_or_reason(
+    draw: Callable[[Mapping[str, Any], ResultsFolder], Figure],
+    result: Mapping[str, Any],
+    results: ResultsFolder,
+    question: str,
+) -> Figure:
+    try:
+        return draw(result, results)
+    except _ODD as error:
+        reason = f"the folder's numbers cannot be drawn ({type(error).__name__}: {clip(str(error), 200)})."
+        return no_data_figure(question, reason)
 
 
 def analysis_sections(summary: Mapping[str, Any]) -> list[Section]:

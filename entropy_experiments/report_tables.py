@@ -23,6 +23,8 @@ from entropy_experiments.verdict import PARTS, agreement, check_value, primary_e
 
 _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
+ENDS_SHOWN = 15
+"""Training sequences at each end of the table that are printed where it is long."""
 _ESTIMATORS = {
     "rao_blackwell": "Rao–Blackwell (the default)",
     "split": "Split (derivative of the reweighted measurement, same sample)",
@@ -119,33 +121,34 @@ def entropy_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def sequence_rows(rows: Sequence[Mapping[str, Any]], frame: PromptFrame) -> list[dict[str, str]]:
-    """Training sequences as rows of text, in the order given."""
+def training_rows(rows: Sequence[Mapping[str, Any]], frame: PromptFrame) -> list[dict[str, Any]]:
+    """All training sequences by their share, the most costing first, unknown shares last.
+
+    Finished text, and in "sort_by" the numbers that a page sorts by, "" for what is not known. "moved": in words, what the
+    sequence did. "middle": not among the ENDS_SHOWN at either end.
+    """
+    order = np.argsort(series(rows, "delta_h"), kind="stable")
     return [
-        {
-            "row": str(row["row"]),
-            "prompt_index": str(row["prompt_index"]),
-            "prompt": one_line(frame.own_part(row["prompt"]), _PROMPT_CHARACTERS, "both"),
-            "completion": one_line(row["completion"], _COMPLETION_CHARACTERS),
-            "reward": plain(row.get("reward")),
-            "advantage": signed(row.get("advantage")),
-            "length": plain(row.get("length")),
-            "share": _thousandths(row.get("delta_h")),
-        }
-        for row in rows
+        _training_row(rows[i], frame) | {"middle": ENDS_SHOWN <= place < len(rows) - ENDS_SHOWN}
+        for place, i in enumerate(order.tolist())
     ]
 
 
-def costliest_and_most_giving(
-    training: Sequence[Mapping[str, Any]], count: int = 10
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The ``count`` sequences with the lowest negative and with the highest positive share."""
-    known = sorted(
-        (row for row in training if as_number(row.get("delta_h")) is not None), key=lambda row: row["delta_h"]
-    )
-    costly = [row for row in known[:count] if row["delta_h"] < 0]
-    giving = [row for row in known[::-1][:count] if row["delta_h"] > 0]
-    return costly, giving
+def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
+    share = as_number(row.get("delta_h"))
+    numbers = {key: as_number(row.get(key)) for key in ("reward", "advantage", "length", "delta_h")}
+    return {
+        "row": str(row["row"]),
+        "prompt_index": str(row["prompt_index"]),
+        "prompt": one_line(frame.own_part(row["prompt"]), _PROMPT_CHARACTERS, "both"),
+        "completion": one_line(row["completion"], _COMPLETION_CHARACTERS),
+        "reward": plain(row.get("reward")),
+        "advantage": signed(row.get("advantage")),
+        "length": plain(row.get("length")),
+        "share": _thousandths(share),
+        "sort_by": {key: "" if number is None else f"{number:.9g}" for key, number in numbers.items()},
+        "moved": "not known" if share is None else "lowered" if share < 0 else "raised" if share > 0 else "unmoved",
+    }
 
 
 def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tuple[list[dict[str, str]], int]:

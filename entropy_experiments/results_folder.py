@@ -31,6 +31,10 @@ _REQUIRED_COLUMNS = (
     "delta_h",
 )
 _OPTIONAL_COLUMNS = ("truncated", "score", "entropy_sum", "weight", "delta_h_horizon", "delta_h_lost")
+# One entry a completion token. Folders of format 1 have neither token_texts nor token_shares.
+_TOKEN_COLUMNS = ("token_texts", "token_shares", "logprobs", "entropies")
+RESULTS_FORMAT = 2
+"""summary.json's "format_version". 1: folders that do not say; 2: with the texts and shares of tokens."""
 _KERNELS = ("fisher", "entropy_fisher")
 _TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 _REMEDY = "run `entropy-experiments analyze` again"
@@ -40,9 +44,11 @@ _REMEDY = "run `entropy-experiments analyze` again"
 class ResultsFolder:
     """The content of one results folder.
 
-    ``evaluation`` and ``training`` are the rows of sequences.parquet in the order of the kernel's axes,
-    without the per-token columns. ``kernels`` maps "fisher" and "entropy_fisher" to (n_eval, n_train) float
-    arrays, "train_fisher" and "train_entropy_fisher" to (n_train, n_train) ones; what was not computed is absent.
+    ``evaluation`` and ``training`` are the rows of sequences.parquet in the order of the kernel's axes; of the
+    per-token columns, those that the folder's format has (``token_texts``, ``token_shares``, ``logprobs``,
+    ``entropies``: lists, one entry a completion token, or None). ``kernels`` maps "fisher" and "entropy_fisher"
+    to (n_eval, n_train) float arrays, "train_fisher" and "train_entropy_fisher" to (n_train, n_train) ones; what
+    was not computed is absent.
     """
 
     path: Path
@@ -79,7 +85,7 @@ def _read_sequences(path: Path) -> list[dict[str, Any]]:
         missing = [name for name in _REQUIRED_COLUMNS if name not in names]
         if missing:
             raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {_REMEDY}")
-        wanted = [name for name in _REQUIRED_COLUMNS + _OPTIONAL_COLUMNS if name in names]
+        wanted = [name for name in _REQUIRED_COLUMNS + _OPTIONAL_COLUMNS + _TOKEN_COLUMNS if name in names]
         return pq.read_table(path, columns=wanted).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file ({_first_line(error)}): {_REMEDY}") from error
@@ -122,6 +128,17 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
     return kernels
 
 
+def _refuse_other_formats(path: Path, summary: dict[str, Any]) -> None:
+    version = summary.get("format_version", 1)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise UserError(f"{path}: format_version is {str(version)[:40]!r}, not a whole number from 1: {_REMEDY}")
+    if version > RESULTS_FORMAT:
+        raise UserError(
+            f"{path} has results format {version}, and this version of entropy-experiments reads up to {RESULTS_FORMAT}: upgrade "
+            "entropy-experiments, or analyse the checkpoint again with this version"
+        )
+
+
 def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFolder:
     """Read and check the results folder at ``path``; one still being written only where ``unfinished`` is set.
 
@@ -142,6 +159,7 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
     if missing:
         raise UserError(f"{path} is incomplete, {', '.join(missing)} is missing: {_REMEDY}")
     summary = _read_json(path / "summary.json", dict)
+    _refuse_other_formats(path / "summary.json", summary)
     run = _read_json(path / "run.json", dict)
     history = _read_json(path / "training_history.json", list)
     if not all(isinstance(entry, dict) for entry in history):

@@ -26,7 +26,9 @@ from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.analysis_numbers import AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.results_folder import RESULTS_FORMAT
 from entropy_experiments.sampling_plan import SamplingPlan
+from entropy_experiments.token_texts import token_texts
 from rl_training.sampling import Rollouts
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -73,13 +75,26 @@ def training_history(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_sequences(
-    path: Path, evaluation: Rollouts, training: TrainingBuffer, numbers: AnalysisNumbers, plan: SamplingPlan
+    path: Path,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    numbers: AnalysisNumbers,
+    plan: SamplingPlan,
+    tokenizer: Any,
+    token_shares: torch.Tensor | None = None,
 ) -> None:
-    """Both buffers; row is the index on that kernel axis."""
-    rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation")
+    """Both buffers; row is the index on that kernel axis.
+
+    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed.
+    """
+    rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
     for row, lost in zip(rows, _floats(numbers.contributions, len(rows)), strict=True):
         row["delta_h_lost"] = lost
-    trained = _rows(training.rollouts, numbers.train_statistics, plan, "training")
+    trained = _rows(training.rollouts, numbers.train_statistics, plan, "training", tokenizer)
+    if token_shares is not None:
+        for i, row in enumerate(trained):
+            start = len(row["prompt_ids"])
+            row["token_shares"] = token_shares[i, start : start + row["length"]].tolist()
     columns = (
         _floats(training.advantages, len(trained)),
         _floats(training.weights, len(trained)),
@@ -96,7 +111,9 @@ def _floats(values: torch.Tensor | None, count: int) -> list[float | None]:
     return [None] * count if values is None else [float(v) for v in values]
 
 
-def _rows(rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str) -> list[dict[str, Any]]:
+def _rows(
+    rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
+) -> list[dict[str, Any]]:
     scores, sums = statistics.scores(), statistics.entropy_sums()
     out = []
     for i in range(len(rollouts)):
@@ -111,6 +128,7 @@ def _rows(rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, b
                 "completion": rollouts.completion[i],
                 "prompt_ids": prompt,
                 "completion_ids": tokens,
+                "token_texts": token_texts(tokenizer, tokens),
                 "logprobs": statistics.logprobs[i, span].tolist(),
                 "entropies": statistics.entropies[i, span].tolist(),
                 "length": len(tokens),
@@ -127,10 +145,11 @@ def _sequence_schema() -> pa.Schema:
     number, text, whole = pa.float64(), pa.string(), pa.int64()
     return pa.schema(
         [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
-        + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole))]
+        + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole)), ("token_texts", pa.list_(text))]
         + [
             ("logprobs", pa.list_(number)),
             ("entropies", pa.list_(number)),
+            ("token_shares", pa.list_(number)),
             ("length", whole),
             ("truncated", pa.bool_()),
         ]
@@ -182,6 +201,7 @@ def summarize(
     sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
     full_step = next((m for m in numbers.measured if m.scale == 1.0), None)
     return {
+        "format_version": RESULTS_FORMAT,
         "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
         "entropy": {
             "per_token": {

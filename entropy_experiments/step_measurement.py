@@ -34,7 +34,7 @@ from entropy_experiments.optimizer_step import (
     plain_gradient_step,
     take_next_step,
 )
-from entropy_experiments.training_side import weighted_gradient
+from entropy_experiments.training_rows import TrainingRows
 from rl_training.errors import UserError
 
 _JACKKNIFE_GROUPS = 40
@@ -51,47 +51,43 @@ class ResponseShares:
 class StepMeasurement:
     """Real steps with other weights, from one checkpoint; model and optimizer are bit by bit as before after each.
 
-    columns: name -> (n_train, *shape) rows dS_i, times kernel_preconditioner (None: raw rows). optimizer: None for plain
+    rows: of the training sequences, over all trainable parameters. optimizer: None for plain
     gradient steps of `learning_rate`; otherwise learning_rate, where given, is taken in place of every group's own.
     eval_statistics: of eval_batch under the model as it stands. log_weights: as in `snis_entropy_change`; measure: that
     function, or `fixed_prefix_entropy_change` where evaluation sequences were not drawn from the policy.
     lowest_effective_sample_size: the smallest of all measurements so far, None before the first.
 
-    Raises UserError without an optimizer and a learning rate, and where the rows are not those of the model's parameters.
+    Raises UserError without an optimizer and a learning rate.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.AdamW | None,
-        columns: Mapping[str, Tensor],
+        rows: TrainingRows,
         eval_batch: SequenceBatch,
         eval_statistics: TokenStatistics,
         *,
         max_grad_norm: float | None = 1.0,
         learning_rate: float | None = None,
-        kernel_preconditioner: Mapping[str, Tensor] | None = None,
         log_weights: Tensor | None = None,
         measure: Callable[..., EntropyMeasurement] = snis_entropy_change,
         token_batch_size: int = 2048,
     ) -> None:
         if optimizer is None and not learning_rate:
             raise UserError("without optimizer state the step's size is unknown: give a learning rate")
-        if columns.keys() != trainable_parameters(model).keys():
-            raise UserError("the rows do not name the model's trainable parameters: they belong to another model")
-        self._model, self._optimizer, self._columns = model, optimizer, columns
+        self._model, self._optimizer, self._rows = model, optimizer, rows
         self._eval_batch, self._before = eval_batch, eval_statistics
         self._max_grad_norm, self._learning_rate = max_grad_norm, learning_rate
-        self._kernel_preconditioner, self._log_weights = kernel_preconditioner, log_weights
-        self._measure, self._token_batch_size = measure, token_batch_size
-        self.sequences = len(next(iter(columns.values())))
+        self._log_weights, self._measure, self._token_batch_size = log_weights, measure, token_batch_size
+        self.sequences = rows.sequences
         self.lowest_effective_sample_size: float | None = None
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         """-sum_i w_i dS_i for (n_train,) weights, name -> tensor. Raises ValueError for another number of weights."""
         if weights.shape != (self.sequences,):
             raise ValueError(f"the weights are {tuple(weights.shape)}, but there are {self.sequences} rows")
-        return weighted_gradient(self._columns, weights, self._kernel_preconditioner)
+        return self._rows.weighted_gradient(weights)
 
     def clip(self, weights: Tensor) -> float:
         """The clip coefficient c of a step with these weights; no step is taken."""
@@ -147,13 +143,7 @@ class StepMeasurement:
             predicted.append(value)
             for name, part in slope.items():
                 direction[name] += part / len(members)
-        shares = torch.zeros(self.sequences, dtype=torch.float64)
-        for name, rows in self._columns.items():
-            towards = direction[name]
-            if self._kernel_preconditioner is not None:
-                towards = towards / self._kernel_preconditioner[name]
-            shares -= (rows.flatten(1) @ towards.flatten()).double().cpu()
-        shares *= weights.double().cpu()
+        shares = -weights.double().cpu() * self._rows.products(direction)
         return ResponseShares(shares, float((torch.tensor(predicted, dtype=torch.float64) - members @ shares).mean()))
 
 

@@ -1,24 +1,23 @@
-"""The training side of an analysis: one row a sequence, times P, and the step that these sequences cause.
+"""The training side of an analysis: its rows, P, and the step that these sequences cause.
 
     columns_i = P dS_i            g(w) = -sum_i w_i dS_i
 
-Formed once and kept: the evaluation side streams past them, and the step of any other weights follows from the same columns.
+Where all rows are kept they are formed once: the evaluation side streams past them, and the step of any other weights follows
+from them. Otherwise (entropy_experiments.kernel_plan) gradients of weighted sums come from a backward pass.
 Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import preconditioner, read_adamw_state
 from entropy_core.batch import SequenceBatch
-from entropy_core.gradients import per_sequence_gradients, trainable_parameters
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.gradients import trainable_parameters
+from entropy_core.scores import TokenStatistics
 from entropy_experiments.analysis_numbers import PARTS
 from entropy_experiments.kernel_checks import (
     check_gradient,
@@ -26,8 +25,10 @@ from entropy_experiments.kernel_checks import (
     check_optimizer_entries,
     check_unseen_parameters,
 )
+from entropy_experiments.kernel_engine import KernelEngine
 from entropy_experiments.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
 from entropy_experiments.self_checks import SelfCheck
+from entropy_experiments.training_rows import KeptRows, RecomputedRows, TrainingRows
 from rl_training.errors import UserError
 
 
@@ -35,14 +36,16 @@ from rl_training.errors import UserError
 class TrainingSide:
     """Training sequences as columns of the kernel.
 
-    columns: name -> (n_train, *shape) rows dS_i times `preconditioner` (None: P = 1). weights: (n_train,), or None where
-    there is no step; gradient then is that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient
-    step, or None. max_grad_norm, learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
+    engine: the kernel's columns, rows dS_i times `preconditioner` (None: P = 1), over the parameters of filter_modules. rows:
+    the same over all trainable parameters, without P. weights: (n_train,), or None where there is no step; gradient then is
+    that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient step, or None. max_grad_norm,
+    learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
     """
 
     batch: SequenceBatch
     statistics: TokenStatistics
-    columns: dict[str, Tensor]
+    engine: KernelEngine
+    rows: TrainingRows
     preconditioner: dict[str, Tensor] | None
     weights: Tensor | None
     gradient: dict[str, Tensor]
@@ -85,27 +88,12 @@ class TrainingSide:
         """Learning rate of each parameter in the step."""
         if self.adam_step is not None:
             return {name: state.lr for name, state in self.adam_step.state.items()}
-        return dict.fromkeys(self.columns, self.learning_rate or 0.0)
+        return dict.fromkeys(self.gradient, self.learning_rate or 0.0)
 
     def plain_step(self) -> dict[str, Tensor]:
         """-lr c g: what the step would be without P and momentum."""
         clip, rates = self.clip or 0.0, self.rates()
         return {name: -rates[name] * clip * g for name, g in self.gradient.items()}
-
-    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        """-sum_i w_i dS_i for other (n_train,) weights, name -> tensor."""
-        return weighted_gradient(self.columns, weights, self.preconditioner)
-
-
-def weighted_gradient(
-    columns: Mapping[str, Tensor], weights: Tensor, kernel_preconditioner: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """-sum_i w_i dS_i from (n_train, *shape) columns, which hold kernel_preconditioner as a factor."""
-    out = {}
-    for name, rows in columns.items():
-        total = -torch.einsum("n,n...->...", weights.to(rows), rows)
-        out[name] = total if kernel_preconditioner is None else total / kernel_preconditioner[name]
-    return out
 
 
 def prepare_training_side(
@@ -119,11 +107,12 @@ def prepare_training_side(
     learning_rate: float | None,
     names_recorded: bool,
     token_batch_size: int,
+    engine: KernelEngine,
 ) -> TrainingSide:
     """Rows, P and the step; model and optimizer are as before when it returns. Arguments as in `analyze_batches`.
 
-    Raises UserError for a missing optimizer or learning rate, a P that needs a step where there are no weights, rows that do
-    not fit into memory; ValueError where rows cannot be formed.
+    engine: of this model and batch, not prepared yet. Raises UserError for a missing optimizer or learning rate and for a P
+    that needs a step where there are no weights; ValueError where rows cannot be formed.
     """
     if preconditioning == "none":
         optimizer = None
@@ -137,11 +126,16 @@ def prepare_training_side(
             "rewards: give them, or set preconditioning=checkpoint"
         )
     parameters = trainable_parameters(model)
-    _require_memory(parameters, len(batch))
-    columns = per_sequence_gradients(model, batch, token_batch_size=token_batch_size)
+    engine.prepare()
     used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
-    gradient = weighted_gradient(columns, used)
-    checks = [check_gradient(model, batch, used, gradient, token_batch_size)]
+    rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, engine.processes)
+    span, sample = engine.sample_rows()
+    few = batch.select(list(span))
+    if engine.columns is not None and sample.keys() == parameters.keys():
+        rows = KeptRows(engine.columns)
+    gradient = rows.weighted_gradient(used)
+    part = KeptRows(sample).weighted_gradient(used[span.start : span.stop])
+    checks = [check_gradient(model, few, used[span.start : span.stop], part, token_batch_size)]
     step, clip, norm = None, None, None
     if weights is not None:
         step, clip, norm = _take_step(model, optimizer, gradient, max_grad_norm, learning_rate)
@@ -151,19 +145,23 @@ def prepare_training_side(
         if isinstance(step, NextStep):
             checks.extend(check_optimizer(step, gradient, names_recorded))
         else:  # the squares of rows have the profile of second moments too
-            root_mean_square = {name: rows.square().mean(0).sqrt() for name, rows in columns.items()}
-            checks.append(check_optimizer_entries(state, root_mean_square, names_recorded))
+            root_mean_square = {name: r.square().mean(0).sqrt() for name, r in sample.items()}
+            some = {name: state[name] for name in sample}
+            checks.append(check_optimizer_entries(some, root_mean_square, names_recorded))
         at_checkpoint = preconditioning == "checkpoint"
         p = step.preconditioner if isinstance(step, NextStep) else {}
         if at_checkpoint:
             p = {name: preconditioner(s) for name, s in state.items()}
-        for name, rows in columns.items():
-            rows.mul_(p[name])
         if at_checkpoint:
-            checks.append(check_unseen_parameters(state, columns, p))
-    statistics = token_statistics(model, batch, token_batch_size)
+            checks.append(check_unseen_parameters(state, sample, p))
+        engine.precondition(p)
+        if engine.columns is not None and isinstance(rows, KeptRows):
+            rows = KeptRows(engine.columns, p)
+    if isinstance(rows, RecomputedRows):  # what is asked later, one process asks alone
+        rows = RecomputedRows(model, batch, token_batch_size)
+    statistics = engine.statistics(batch)
     return TrainingSide(
-        batch, statistics, columns, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate, checks
+        batch, statistics, engine, rows, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate, checks
     )
 
 
@@ -181,22 +179,3 @@ def _take_step(
         raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
     clip, norm = clip_coefficient(gradient, max_grad_norm)
     return plain_gradient_step(gradient, learning_rate, clip), clip, norm
-
-
-def _require_memory(parameters: dict[str, nn.Parameter], sequences: int) -> None:
-    """Raises UserError where the rows of the training side would not fit into the free memory of the machine."""
-    needed = sequences * sum(p.numel() * p.element_size() for p in parameters.values())
-    free = _free_memory(next(iter(parameters.values())).device)
-    if needed > free:
-        count = sum(p.numel() for p in parameters.values())
-        raise UserError(
-            f"the gradients of {sequences} training sequences over {count:,} parameters need {needed / 2**30:.0f} GiB, and "
-            f"{free / 2**30:.0f} GiB are free: lower entropy_analysis.train_batch_size, or train fewer parameters (LoRA)"
-        )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # what can be had without swapping: memory that only caches files counts, which "free" pages would leave out
-    return psutil.virtual_memory().available

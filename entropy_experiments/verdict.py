@@ -286,13 +286,20 @@ def check_sentence(self_checks: Sequence[Mapping[str, Any]]) -> Sentence:
     )
 
 
-def failure_sentence(summary: Mapping[str, Any]) -> Sentence | None:
-    """Which analyses failed, by name and with what; None where none did."""
+def analysis_errors(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each analysis that failed -> what went wrong, as the summary says."""
     analyses = lookup(summary, "analyses")
-    failed = [
-        f"{name.replace('_', ' ')} ({quoted(str(lookup(result, 'error')), 200)[1:-1]})"
+    return {
+        str(name): str(lookup(result, "error"))
         for name, result in (analyses.items() if isinstance(analyses, Mapping) else ())
         if lookup(result, "error") is not None
+    }
+
+
+def failure_sentence(summary: Mapping[str, Any]) -> Sentence | None:
+    """Which analyses failed, by name and with what; None where none did."""
+    failed = [
+        f"{name.replace('_', ' ')} ({quoted(error, 200)[1:-1]})" for name, error in analysis_errors(summary).items()
     ]
     if not failed:
         return None

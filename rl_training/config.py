@@ -192,9 +192,16 @@ class TrainingConfig(StrictModel):
 
 
 PROBE_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {"refresh_every": 2},
     "light": {"eval_sequences": 8, "refresh_every": 2},
-    "held_out": {"rollouts": "fresh", "eval_sequences": 32, "averaging": 0.0, "completions_per_prompt": 1},
+    "accurate": {"refresh_every": 1},
+    "held_out": {
+        "rollouts": "fresh",
+        "eval_sequences": 32,
+        "averaging": 0.0,
+        "completions_per_prompt": 1,
+        "refresh_every": 1,
+    },
 }
 """Settings that belong together, chosen by measurement (benchmarks/results); single keys may be set beside them."""
 
@@ -204,8 +211,8 @@ class EntropyProbeConfig(StrictModel):
 
     enabled: bool = True
     """Attach the probe; training is bit-identical with it and without."""
-    preset: Literal["default", "light", "held_out"] = "default"
-    """Settings that belong together: `default`, `light` (cheaper), `held_out` (fresh completions of held-out prompts)."""
+    preset: Literal["default", "light", "accurate", "held_out"] = "default"
+    """Settings that belong together: `default`, `light` (cheaper), `accurate` (every step), `held_out` (fresh completions)."""
     mode: Literal["simple", "attribution"] = "simple"
     """`simple`: predicted beside measured; `attribution` adds each training sequence's share of the step."""
     log_every: PositiveInt = 1
@@ -238,8 +245,8 @@ class EntropyProbeConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_the_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("preset") in PROBE_PRESETS:
-            return {**PROBE_PRESETS[data["preset"]], **data}
+        if isinstance(data, dict) and (name := data.get("preset", "default")) in PROBE_PRESETS:
+            return {**PROBE_PRESETS[name], **data}
         return data
 
 

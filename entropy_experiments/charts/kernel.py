@@ -55,6 +55,13 @@ def _prompts_are_described(n_sequences: int, n_prompts: int, kind: str) -> str:
     return f"{n_sequences} {kind} sequences of {n_prompts} prompt" + ("" if n_prompts == 1 else "s")
 
 
+def color_limit(kernel: ArrayLike, percentile: float = 99.0) -> float:
+    """Where the symmetric colour scale of a kernel ends: that percentile of its finite |entries|, of which there must be one."""
+    magnitudes = np.abs(np.asarray(kernel, dtype=np.float64))
+    magnitudes = magnitudes[np.isfinite(magnitudes)]
+    return float(np.percentile(magnitudes, percentile)) or float(magnitudes.max()) or 1.0
+
+
 @in_house_style
 def plot_kernel_heatmap(
     kernel: ArrayLike,
@@ -63,8 +70,10 @@ def plot_kernel_heatmap(
     *,
     quantity: Quantity = "fisher",
     percentile: float = 99.0,
+    order: tuple[str, ArrayLike, ArrayLike] | None = None,
+    row_buffer: str = "evaluation",
 ) -> Figure:
-    """Heat map of a kernel, rows and columns ordered by prompt.
+    """Heat map of a kernel, rows and columns ordered by prompt, or as `order` says.
 
     Parameters
     ----------
@@ -72,6 +81,8 @@ def plot_kernel_heatmap(
     eval_prompt_index, train_prompt_index: (n_eval,) and (n_train,), the prompt of every row and column.
     quantity: which kernel this is ("fisher" for K₁, "entropy_fisher" for K_H); sets names and units.
     percentile: the symmetric colour scale ends at this percentile of |kernel|; the colour bar says so.
+    order: (what by, rows in order, columns in order), in place of groups by prompt.
+    row_buffer: the buffer that rows are of: "training" for a kernel with the training sequences on both sides.
 
     Raises
     ------
@@ -89,8 +100,10 @@ def plot_kernel_heatmap(
     if not finite.any():
         return no_data_figure(_TITLES[quantity], "the kernel has no finite entry.")
     row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
+    if order is not None:
+        row_order, column_order = np.asarray(order[1]), np.asarray(order[2])
     magnitudes = np.abs(values[finite])
-    limit = float(np.percentile(magnitudes, percentile)) or float(magnitudes.max()) or 1.0
+    limit = color_limit(values, percentile)
     beyond = int((magnitudes > limit).sum())
 
     n_eval, n_train = values.shape
@@ -108,10 +121,14 @@ def plot_kernel_heatmap(
         aspect="auto",
         interpolation=interpolation,
     )
-    _prompt_axis(axes, columns[column_order], "x")
-    _prompt_axis(axes, rows[row_order], "y")
-    axes.set_xlabel("training sequence i, grouped by prompt (number: prompt index)")
-    axes.set_ylabel("evaluation sequence t, by prompt")
+    if order is None:
+        _prompt_axis(axes, columns[column_order], "x")
+        _prompt_axis(axes, rows[row_order], "y")
+        axes.set_xlabel("training sequence i, grouped by prompt (number: prompt index)")
+        axes.set_ylabel(f"{row_buffer} sequence t, by prompt")
+    else:
+        axes.set_xlabel(f"place of training sequence i, ordered {order[0]}")
+        axes.set_ylabel(f"place of {row_buffer} sequence t")
     bar = figure.colorbar(picture, ax=axes, extend="both" if beyond else "neither", pad=0.015)
     symbol, end = _SYMBOLS[quantity], plain(limit)
     bar.set_label(
@@ -123,7 +140,7 @@ def plot_kernel_heatmap(
     n_eval_prompts, n_train_prompts = len(np.unique(rows)), len(np.unique(columns))
     missing = int((~finite).sum())
     caption = (
-        f"{_prompts_are_described(n_eval, n_eval_prompts, 'evaluation')} (rows) against "
+        f"{_prompts_are_described(n_eval, n_eval_prompts, row_buffer)} (rows) against "
         f"{_prompts_are_described(n_train, n_train_prompts, 'training')} (columns). {_MEANING[quantity]} "
         f"{(values[finite] > 0).mean():.0%} of the entries are positive; their mean is "
         f"{plain(values[finite].mean())}. "
@@ -131,8 +148,8 @@ def plot_kernel_heatmap(
     )
     if missing:
         caption += f" Not finite, and drawn grey: {missing}."
-    if n_eval_prompts * 2 > n_eval > 1:
+    if order is None and n_eval_prompts * 2 > n_eval > 1:
         caption += " Nearly every row is a prompt of its own, so no lines are drawn between rows."
-    if max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
+    if order is None and max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
         caption += f" An axis of more than {_MOST_BOUNDARIES + 1} prompts has no lines between them."
     return finish(figure, _TITLES[quantity], caption)

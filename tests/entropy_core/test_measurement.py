@@ -171,6 +171,8 @@ def test_measurement_by_hand_with_its_error_and_sample_size(per_token: bool) -> 
         rest = [n for n in range(7) if lists.prompt_index[n] != prompt]
         without = reweighted(rest, lengths, per_token)
         left_out.append(without[1] - without[0])
+    assert measured.left_out is not None
+    assert_close(measured.left_out, torch.tensor(left_out, dtype=torch.float64), 1e-12, "the change without each prompt")
     mean = sum(left_out) / len(prompts)
     squares = sum((value - mean) ** 2 for value in left_out)
     wanted = (squares * (len(prompts) - 1) / len(prompts)) ** 0.5

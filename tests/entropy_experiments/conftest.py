@@ -3,8 +3,12 @@
 import shutil
 
 import pytest
+from playwright.sync_api import sync_playwright
 
+from entropy_experiments.report import write_report
 from rl_training.train import run_training
+from tests.entropy_experiments.browser_visit import launch
+from tests.entropy_experiments.results_fixture import build_results
 from tests.tiny_policy import save_tiny_policy, tiny_train_config
 
 
@@ -23,3 +27,26 @@ def checkpoint_copy(tiny_run, tmp_path):
     target = tmp_path / "copied_run" / "checkpoint-4"
     shutil.copytree(tiny_run / "checkpoint-4", target)
     return target
+
+
+@pytest.fixture(scope="session")
+def whole_report(tmp_path_factory):
+    """A synthetic results folder with every analysis, its pictures and its report; not to be changed."""
+    folder = build_results(tmp_path_factory.mktemp("whole_report") / "results", analyses=True)
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(whole_report):
+    """Pictures to render other pages with: what they show does not matter there."""
+    return {path.stem: (path.read_bytes(), "a picture") for path in sorted((whole_report / "figures").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. Not for the whole session: while it runs, no other test could have an event loop of its own."""
+    with sync_playwright() as playwright:
+        chromium = launch(playwright)
+        yield chromium
+        chromium.close()

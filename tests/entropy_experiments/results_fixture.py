@@ -52,6 +52,7 @@ def _sequence(generator: np.random.Generator, prompt: str, answer: int, solved: 
         "truncated": length == 24,
         "prompt_ids": [1, 2, 3],
         "completion_ids": list(range(length)),
+        "token_texts": _pieces(text, length),
         "entropies": entropies.tolist(),
         "logprobs": logprobs.tolist(),
         "score": float(logprobs.sum()),
@@ -60,17 +61,34 @@ def _sequence(generator: np.random.Generator, prompt: str, answer: int, solved: 
     }
 
 
-def make_sequences(generator: np.random.Generator) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+def _pieces(text: str, length: int) -> list[str]:
+    """`text` in as many pieces as there are tokens; of short texts some are empty, as those of unfinished characters are."""
+    cuts = np.linspace(0, len(text), length + 1).astype(int)
+    return [text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def token_shares(share: float, length: int) -> list[float]:
+    """Shares of both signs that add up to `share`."""
+    waves = share * np.cos(1.7 * np.arange(length))
+    return (waves + (share - waves.sum()) / length).tolist()
+
+
+def make_sequences(
+    generator: np.random.Generator,
+    n_evaluation: int = N_EVALUATION,
+    n_prompts: int = N_PROMPTS,
+    per_prompt: int = PER_PROMPT,
+) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
     """(rows of both buffers, fisher, entropy_fisher); shares are in the rows."""
     evaluation, training = [], []
-    for row in range(N_EVALUATION):
+    for row in range(n_evaluation):
         question, answer = _sum_and_answer(generator)
         sequence = _sequence(generator, _TEMPLATE.format(sum=question), answer, generator.random() < 0.4)
         evaluation.append({"buffer": "evaluation", "row": row, "prompt_index": row} | sequence)
-    for prompt in range(N_PROMPTS):
+    for prompt in range(n_prompts):
         question, answer = _sum_and_answer(generator)
-        solved = np.arange(PER_PROMPT) < int(generator.integers(1, PER_PROMPT))
-        for k in generator.permutation(PER_PROMPT):
+        solved = np.arange(per_prompt) < int(generator.integers(1, per_prompt))
+        for k in generator.permutation(per_prompt):
             sequence = _sequence(generator, _TEMPLATE.format(sum=question), answer, bool(solved[k]))
             row = len(training)
             training.append({"buffer": "training", "row": row, "prompt_index": prompt} | sequence)
@@ -88,7 +106,7 @@ def make_sequences(generator: np.random.Generator) -> tuple[list[dict[str, Any]]
 
     mean_push = entropy_fisher.astype(np.float64).mean(axis=0)
     rewards = np.array([row["reward"] for row in training])
-    groups = rewards.reshape(N_PROMPTS, PER_PROMPT)
+    groups = rewards.reshape(n_prompts, per_prompt)
     advantages = (groups - groups.mean(axis=1, keepdims=True)).ravel()
     weights = advantages / (len(training) * 24)
     scale = -0.0125 / (weights * mean_push).sum()
@@ -100,6 +118,7 @@ def make_sequences(generator: np.random.Generator) -> tuple[list[dict[str, Any]]
             "delta_h": float(share),
             "delta_h_horizon": float(10 * share),
             "delta_h_lost": None,
+            "token_shares": token_shares(float(share), row["length"]),
         }
     for row in evaluation:
         row |= {
@@ -107,7 +126,8 @@ def make_sequences(generator: np.random.Generator) -> tuple[list[dict[str, Any]]
             "weight": None,
             "delta_h": None,
             "delta_h_horizon": None,
-            "delta_h_lost": float(generator.normal(-0.074, 0.1) / N_EVALUATION),
+            "token_shares": None,
+            "delta_h_lost": float(generator.normal(-0.074, 0.1) / n_evaluation),
         }
     return evaluation + training, fisher, entropy_fisher
 

@@ -15,6 +15,7 @@ from entropy_experiments.analyses_runner import ANALYSES, _checked, failed_analy
 from entropy_experiments.config import AnalysisConfig
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.report_analyses import PRESENTATIONS
+from entropy_experiments.results_folder import RESULTS_FORMAT
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
 
@@ -29,6 +30,21 @@ def whole(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def analyses(whole):
     return json.loads((whole.folder / "summary.json").read_text(), parse_constant=pytest.fail)["analyses"]
+
+
+def test_every_token_of_the_training_buffer_has_its_share(whole):
+    rows = pq.read_table(whole.folder / "sequences.parquet").to_pylist()
+    training = [row for row in rows if row["buffer"] == "training"]
+    largest = max(abs(row["delta_h"]) for row in training)
+    for row in training:
+        assert len(row["token_shares"]) == len(row["token_texts"]) == row["length"]
+        assert sum(row["token_shares"]) == pytest.approx(row["delta_h"], rel=1e-3, abs=1e-4 * largest)
+        without_special_tokens = re.sub(r" ?<\w+>", "", "".join(row["token_texts"]))
+        assert without_special_tokens.strip() == row["completion"].strip()
+    assert any(np.ptp(row["token_shares"]) > 0.1 * largest for row in training), "tokens differ"
+    evaluation = [row for row in rows if row["buffer"] == "evaluation"]
+    assert all(row["token_shares"] is None and len(row["token_texts"]) == row["length"] for row in evaluation)
+    assert json.loads((whole.folder / "summary.json").read_text())["format_version"] == RESULTS_FORMAT == 2
 
 
 def test_every_analysis_has_a_switch_a_place_in_the_report_and_a_result(whole, analyses):

@@ -33,7 +33,7 @@ def test_the_folder_holds_what_the_contract_says(analysis):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "config.yaml", "run.json", "summary.json", "sequences.parquet", "kernel.safetensors", "training_history.json",
-        "evaluation_set.json", "figures", "report.html",
+        "evaluation_set.json", "figures", "report.html", "leave_one_out.parquet",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
     assert len(run["self_checks"]) == 10 and all(check["passed"] for check in run["self_checks"])

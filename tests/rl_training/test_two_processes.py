@@ -39,7 +39,10 @@ def test_two_processes_predict_and_measure_what_one_does():
 @pytest.mark.slow
 def test_two_processes_fill_one_buffer(tiny_policy, tmp_path):
     config = tiny_train_config(
-        tiny_policy, tmp_path / "run", optimizer={"micro_batch_size": 8}, entropy_probe={"eval_sequences": 8}
+        tiny_policy,
+        tmp_path / "run",
+        optimizer={"micro_batch_size": 8},
+        entropy_probe={"preset": "accurate", "eval_sequences": 8},
     )
     (tmp_path / "train.yaml").write_text(dump_config(config))
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}

@@ -24,6 +24,7 @@ from entropy_experiments.charts.intervention import plot_intervention
 from entropy_experiments.charts.style import caption_of, png_bytes
 from entropy_experiments.optimizer_step import moved, take_next_step
 from entropy_experiments.step_measurement import StepMeasurement
+from entropy_experiments.training_rows import KeptRows, RecomputedRows
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import TinyStep, make_step
 from tests.oracle.comparison import assert_close
@@ -251,7 +252,7 @@ def test_measurement_is_a_step_of_torchs_own_optimizer():
     )
     log_weights = torch.linspace(-1, 1, len(world.evaluation), dtype=torch.float64)
     other = StepMeasurement(
-        world.model, world.optimizer, world.columns, world.evaluation, world.statistics,
+        world.model, world.optimizer, KeptRows(world.columns), world.evaluation, world.statistics,
         max_grad_norm=None, log_weights=log_weights, measure=fixed_prefix_entropy_change,
     )  # fmt: skip
     expected = fixed_prefix_entropy_change(world.statistics, after, world.evaluation, log_weights=log_weights)
@@ -277,14 +278,25 @@ def test_rows_that_hold_p_give_the_same_step():
     p = world.step.preconditioner
     scaled = {name: rows * p[name] for name, rows in world.columns.items()}
     other = StepMeasurement(
-        world.model, world.optimizer, scaled, world.evaluation, world.statistics, max_grad_norm=None,
-        kernel_preconditioner=p,
+        world.model, world.optimizer, KeptRows(scaled, p), world.evaluation, world.statistics, max_grad_norm=None
     )  # fmt: skip
     assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
     subsets = torch.from_numpy(half_subsets(16, 4))
     gradient = world.gradient_of_h()
     found, expected = (m.response_shares(gradient, world.weights, subsets) for m in (other, world.measurement()))
     assert_close(found.shares, expected.shares, 1e-9, "P counted twice or not at all in the response")
+
+
+def test_rows_that_are_not_kept_give_the_same_step_and_shares():
+    world = settled_step()
+    other = StepMeasurement(
+        world.model, world.optimizer, RecomputedRows(world.model, world.train), world.evaluation, world.statistics,
+        max_grad_norm=None,
+    )  # fmt: skip
+    assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
+    subsets, gradient = torch.from_numpy(half_subsets(16, 4)), world.gradient_of_h()
+    found, expected = (m.response_shares(gradient, world.weights, subsets) for m in (other, world.measurement()))
+    assert_close(found.shares, expected.shares, 1e-9, "rows formed anew")
 
 
 def test_response_shares_are_the_derivative_of_the_first_order():
@@ -338,7 +350,13 @@ def test_response_equals_shares_where_the_step_is_linear():
 def test_plain_gradient_steps():
     world = settled_step()
     measurement = StepMeasurement(
-        world.model, None, world.columns, world.evaluation, world.statistics, max_grad_norm=None, learning_rate=0.1
+        world.model,
+        None,
+        KeptRows(world.columns),
+        world.evaluation,
+        world.statistics,
+        max_grad_norm=None,
+        learning_rate=0.1,
     )
     taken = measurement.step(world.weights)
     gradient = measurement.gradient(world.weights)
@@ -354,10 +372,7 @@ def test_plain_gradient_steps():
 def test_bad_measurement_input():
     world = settled_step()
     with pytest.raises(UserError, match="give a learning rate"):
-        StepMeasurement(world.model, None, world.columns, world.evaluation, world.statistics)
-    some = dict(list(world.columns.items())[1:])
-    with pytest.raises(UserError, match="belong to another model"):
-        StepMeasurement(world.model, world.optimizer, some, world.evaluation, world.statistics)
+        StepMeasurement(world.model, None, KeptRows(world.columns), world.evaluation, world.statistics)
     with pytest.raises(ValueError, match="16 rows"):
         world.measurement().change(world.weights[:5])
 

@@ -16,6 +16,7 @@ from entropy_experiments.analyses.labelled import SequenceLabels
 from entropy_experiments.attribution import attribute
 from entropy_experiments.optimizer_step import NextStep, take_next_step
 from entropy_experiments.step_measurement import StepMeasurement
+from entropy_experiments.training_rows import KeptRows
 from tests.oracle.model_cases import CASES
 
 END, VOCABULARY, LONGEST = 2, 37, 6
@@ -59,7 +60,7 @@ class TinyStep:
 
     def shares(self, estimator: Estimator = "split") -> Tensor:
         gradient = self.gradient_of_h(estimator)
-        return attribute(gradient, self.columns, self.weights, self.step, None, self.step.clip, 0.0).shares
+        return attribute(gradient, KeptRows(self.columns), self.weights, self.step, self.step.clip, 0.0).shares
 
     def prediction(self, estimator: Estimator = "split") -> SharePrediction:
         gradient, update = self.gradient_of_h(estimator), self.step.update
@@ -68,7 +69,12 @@ class TinyStep:
 
     def measurement(self) -> StepMeasurement:
         return StepMeasurement(
-            self.model, self.optimizer, self.columns, self.evaluation, self.statistics, max_grad_norm=self.max_norm
+            self.model,
+            self.optimizer,
+            KeptRows(self.columns),
+            self.evaluation,
+            self.statistics,
+            max_grad_norm=self.max_norm,
         )
 
 

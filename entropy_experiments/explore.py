@@ -1,0 +1,39 @@
+"""Open the notebook on a results folder: a page in the browser, served by marimo from this machine alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from entropy_experiments.results_folder import read_results_folder
+from rl_training.errors import UserError
+
+NOTEBOOK = Path(__file__).parent / "notebooks" / "fisher_visualization.py"
+
+
+def notebook_command(results: Path, port: int | None = None, headless: bool = False) -> list[str]:
+    """The command that serves the notebook on `results`.
+
+    Raises UserError where marimo is not installed, or `results` is not a results folder.
+    """
+    if importlib.util.find_spec("marimo") is None:
+        raise UserError(
+            'the notebook needs marimo, which is not installed: pip install "entropy-experiments[notebook]"'
+        )
+    read_results_folder(results)
+    options = ["--headless"] if headless else []
+    if port is not None:
+        options += ["--port", str(port)]
+    return [sys.executable, "-m", "marimo", "run", str(NOTEBOOK), *options, "--", "--results", str(results.resolve())]
+
+
+def open_notebook(results: Path, port: int | None = None, headless: bool = False) -> int:
+    """Serve the notebook until it is interrupted; the exit code. Raises UserError as `notebook_command` does."""
+    process = subprocess.Popen(notebook_command(results, port, headless))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # marimo got it too, and ends by itself
+        process.wait()
+        return 0

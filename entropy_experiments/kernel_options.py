@@ -1,0 +1,140 @@
+"""What a kernel may cost and where its pieces go: from a configuration to an engine with a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_experiments.config import FisherKernelConfig
+from entropy_experiments.kernel_engine import KernelEngine, Progress
+from entropy_experiments.kernel_plan import KernelPlan, KernelSize, Strategy, plan_kernel
+from entropy_experiments.module_filter import chosen_parameters
+from entropy_experiments.processes import Processes
+from entropy_experiments.unfinished_work import UnfinishedWork
+
+EVALUATION_OBJECTIVES = 4  # kinds of rows that the evaluation side is contracted with: see fisher_analyzer
+_DEFAULT_SHARE = 0.8  # of the free memory, where no budget is given
+_GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """memory_budget: bytes the process may take in all, None: most of what is free. disk_budget: bytes of a gradient store.
+    modules: shell patterns of parameter names, None: all trainable. strategy: None lets the plan choose.
+    """
+
+    strategy: Strategy | None = None
+    memory_budget: int | None = None
+    disk_budget: int = 0
+    save_gradients: bool = False
+    storage: str = "float32"
+    modules: Sequence[str] | None = None
+    workspace: UnfinishedWork | None = None
+    store_folder: Path | None = None
+    processes: Processes = field(default_factory=Processes)
+    progress: Progress = lambda matrix, done, total: None
+    announce: Callable[[str], None] = lambda line: None
+
+    def plan(self, model: nn.Module, n_eval: int, n_train: int, token_batch_size: int) -> KernelPlan:
+        """The same in every process. Raises UserError where nothing fits."""
+        size = self.size(model, n_eval, n_train)
+        device = next(model.parameters()).device
+        room = self.memory_budget - used_memory(device) if self.memory_budget else _DEFAULT_SHARE * free_memory(device)
+        left = int(room - pass_bytes(model, token_batch_size))
+
+        def make() -> KernelPlan:
+            return plan_kernel(size, left, self.disk_budget, save_gradients=self.save_gradients, strategy=self.strategy)
+
+        return self.processes.from_root(make)
+
+    def size(self, model: nn.Module, n_eval: int, n_train: int) -> KernelSize:
+        names = set(chosen_parameters(model, self.modules))
+        count = sum(p.numel() for name, p in model.named_parameters() if name in names)
+        return KernelSize(n_eval, n_train, count, EVALUATION_OBJECTIVES, self.storage)
+
+    def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, token_batch_size: int) -> KernelEngine:
+        """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
+        names = chosen_parameters(model, self.modules)
+        plan = self.plan(model, n_eval, len(batch), token_batch_size)
+        self.announce(describe_plan(plan, len(batch)))
+        return KernelEngine(
+            model,
+            batch,
+            plan,
+            names,
+            token_batch_size=token_batch_size,
+            workspace=self.workspace,
+            processes=self.processes,
+            store_folder=self.store_folder,
+            storage=self.storage,
+            progress=self.progress,
+        )
+
+
+def kernel_options(
+    settings: FisherKernelConfig,
+    work: UnfinishedWork | None = None,
+    processes: Processes | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> KernelOptions:
+    """What the configuration says; gradients are stored beside the work folder."""
+    return KernelOptions(
+        strategy=None if settings.strategy == "auto" else settings.strategy,
+        memory_budget=settings.memory_budget,
+        disk_budget=settings.disk_budget,
+        save_gradients=settings.save_gradients,
+        storage=settings.gradient_dtype,
+        modules=settings.filter_modules,
+        workspace=work,
+        store_folder=None if work is None else work.folder.parent / "gradients",
+        processes=processes or Processes(),
+        announce=announce,
+    )
+
+
+def describe_plan(plan: KernelPlan, n_train: int) -> str:
+    """One line."""
+    size = f"{plan.memory / _GIBIBYTE:.2f} GiB of gradients in memory"
+    if plan.strategy == "memory":
+        stored = f", stored as well ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else ""
+        return f"kernel: all {n_train} training rows in memory, {size}{stored}"
+    if plan.strategy == "disk":
+        return (
+            f"kernel: {n_train} training rows on disk ({plan.disk / _GIBIBYTE:.2f} GiB), read once for every {plan.chunk} "
+            f"evaluation rows; {size}"
+        )
+    tiles = -(-n_train // plan.tile)
+    return f"kernel: {tiles} tiles of {plan.tile} training rows, {plan.passes} passes; {size}"
+
+
+def pass_bytes(model: nn.Module, token_batch_size: int) -> int:
+    """About what one forward pass with its graph holds, from the model's shapes: an estimate, on the high side."""
+    config = getattr(model, "config", None)
+    width, layers = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(width, int) or not isinstance(layers, int):
+        return _GIBIBYTE
+    inner = getattr(config, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * width
+    vocabulary = getattr(config, "vocab_size", 0)
+    return 4 * (token_batch_size * layers * (14 * width + 4 * inner) + 2**25 + 2 * vocabulary)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # what can be had without swapping: memory that only caches files counts, which "free" pages would leave out
+    return psutil.virtual_memory().available
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes this process holds on the device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return psutil.Process().memory_info().rss

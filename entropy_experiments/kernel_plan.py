@@ -1,0 +1,129 @@
+"""How a kernel is computed inside a memory budget: in memory, through a gradient store on disk, or in tiles.
+
+    memory   all training rows are kept; the evaluation side streams past them.        passes  n_eval + n_train
+    disk     training rows lie in a gradient store; chunks of evaluation rows are      passes  n_eval + n_train,
+             kept, and the store is read once a chunk.                                 reading n_chunks * n_train rows
+    tiles    a tile of training rows is kept; the evaluation side streams past it,     passes  n_train + n_tiles * n_eval
+             and again for every further tile. Nothing is stored.
+
+A row is D numbers (D the parameters that rows are formed of). A pass is one forward with its backward passes over one
+sequence. The first that fits is taken: memory, then disk (where disk_budget allows it), then tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rl_training.errors import UserError
+
+Strategy = Literal["memory", "disk", "tiles"]
+BLOCK_ROWS = 32  # rows of the evaluation side that are one finished block
+EXTRA_COLUMNS = 5  # the step, its parts, and the plain gradient step
+# P, gradient, moments, the step and its parts, gradients of entropy: tensors of D numbers held beside the rows.
+HELD_VECTORS = 16
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KernelSize:
+    """What is to be computed: sequences on both sides, D, and how many kinds of rows the evaluation side has."""
+
+    n_eval: int
+    n_train: int
+    parameters: int
+    objectives: int = 4
+    storage: str = "float32"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row in float32."""
+        return 4 * self.parameters
+
+    @property
+    def stored_row_bytes(self) -> int:
+        return _BYTES[self.storage] * self.parameters
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """strategy; tile: training rows held (or read) at a time; chunk: evaluation rows in a block.
+
+    memory: bytes that rows take at most, beside the model and the passes' own; disk: bytes of the gradient store; passes:
+    sequences that go through the model, forward and backward, for the evaluation kernels; reading: bytes read from disk.
+    """
+
+    strategy: Strategy
+    tile: int
+    chunk: int
+    memory: int
+    disk: int
+    passes: int
+    reading: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fixed_bytes(size: KernelSize) -> int:
+    """Bytes of vectors over all parameters that are held whatever the strategy."""
+    return (EXTRA_COLUMNS + HELD_VECTORS) * size.row_bytes
+
+
+def plan_kernel(
+    size: KernelSize, memory: int, disk: int = 0, *, save_gradients: bool = False, strategy: Strategy | None = None
+) -> KernelPlan:
+    """The plan for `size` with `memory` bytes for rows and `disk` bytes for a gradient store.
+
+    save_gradients: the store is wanted whatever the memory. strategy: take this one. Raises UserError where not even one
+    row a side fits, or the store does not fit onto the disk budget, saying what would be needed.
+    """
+    left = memory - fixed_bytes(size)
+    least = 2 * max(size.row_bytes, size.objectives * size.row_bytes)
+    if left < least:
+        raise UserError(
+            f"a memory budget that leaves {_gib(max(memory, 0))} for gradients is too small for one row a side: with "
+            f"{size.parameters:,} parameters it takes {_gib(fixed_bytes(size) + least)}; raise "
+            "entropy_analysis.fisher_kernel.memory_budget, or restrict the rows with filter_modules"
+        )
+    store = size.n_train * size.stored_row_bytes
+    fits = store + _streaming(size) <= left
+    if save_gradients and strategy is None:
+        strategy = "memory" if fits else "disk"
+    if strategy is None:
+        strategy = "memory" if fits else ("disk" if store <= disk else "tiles")
+    if (strategy == "disk" or save_gradients) and store > disk:
+        raise UserError(
+            f"the gradient store takes {_gib(store)} on disk, and disk_budget is {_gib(disk)}: raise "
+            "entropy_analysis.fisher_kernel.disk_budget, store in bfloat16 (gradient_dtype), or leave save_gradients out"
+        )
+    stored = store if strategy == "disk" or save_gradients else 0
+    if strategy == "memory":
+        if not fits:
+            raise UserError(
+                f"all training rows take {_gib(store)}, and {_gib(left)} are left for them: let the plan choose (strategy=auto)"
+            )
+        held, chunk = store, min(BLOCK_ROWS, size.n_eval)
+        return KernelPlan("memory", size.n_train, chunk, held, stored, size.n_eval + size.n_train, 0)
+    if strategy == "disk":
+        chunk = min(size.n_eval, max(1, int(0.7 * left / (size.objectives * size.row_bytes))))
+        tile = min(size.n_train, max(1, int((left - chunk * size.objectives * size.row_bytes) / (2 * size.row_bytes))))
+        held = chunk * size.objectives * size.row_bytes + 2 * tile * size.row_bytes
+        reading = math.ceil(size.n_eval / chunk) * store
+        return KernelPlan("disk", tile, chunk, held, stored, size.n_eval + size.n_train, reading)
+    tile = min(size.n_train, max(1, int((left - _streaming(size)) / size.row_bytes)))
+    tiles = math.ceil(size.n_train / tile)
+    tile = math.ceil(size.n_train / tiles)
+    chunk = min(BLOCK_ROWS, size.n_eval)
+    passes = size.n_train + tiles * size.n_eval
+    return KernelPlan("tiles", tile, chunk, tile * size.row_bytes, 0, passes, 0)
+
+
+def _streaming(size: KernelSize) -> int:
+    """Rows of one module at a time: a small part of a row, times the sequences of a pass."""
+    return size.row_bytes
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB"

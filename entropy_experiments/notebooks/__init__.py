@@ -1,0 +1,1 @@
+"""Notebooks that come with the package; `entropy-experiments explore FOLDER` opens them."""

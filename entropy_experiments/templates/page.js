@@ -1,0 +1,88 @@
+// What every script of the page shares, as window.report: elements, data, the theme and its colours.
+(function () {
+  "use strict";
+  var root = document.documentElement;
+  var listeners = [];
+  var systemDark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  // make("p", {class: "soft", "aria-live": "polite"}, "text or elements", ...): text is always set as text.
+  function make(tag, attributes) {
+    var element = document.createElement(tag);
+    Object.keys(attributes || {}).forEach(function (key) {
+      if (attributes[key] !== null && attributes[key] !== undefined) element.setAttribute(key, attributes[key]);
+    });
+    for (var place = 2; place < arguments.length; place++) {
+      var child = arguments[place];
+      if (child === null || child === undefined) continue;
+      element.appendChild(child instanceof Node ? child : document.createTextNode(String(child)));
+    }
+    return element;
+  }
+
+  function data(name) {
+    var element = document.getElementById("data-" + name);
+    return element ? JSON.parse(element.textContent) : null;
+  }
+
+  function isDark() {
+    return root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches;
+  }
+
+  // "ink" -> the theme's colour of that name.
+  function colour(name) {
+    return window.getComputedStyle(root).getPropertyValue("--" + name).trim();
+  }
+
+  function diverging() {
+    return isDark()
+      ? [[0, "#9ecbff"], [0.25, "#3f83c4"], [0.5, "#1a1f26"], [0.75, "#c4553f"], [1, "#ffb59b"]]
+      : [[0, "#053061"], [0.25, "#4393c3"], [0.5, "#f7f7f7"], [0.75, "#d6604d"], [1, "#67001f"]];
+  }
+
+  // A copy of a plot's JSON with "$name" replaced by the theme's colour.
+  function themed(value) {
+    if (typeof value === "string" && value.charAt(0) === "$" && /^\$[a-z-]+$/.test(value)) {
+      return value === "$diverging" ? diverging() : colour(value.slice(1));
+    }
+    if (Array.isArray(value)) return value.map(themed);
+    if (value && typeof value === "object" && !ArrayBuffer.isView(value)) {
+      var copy = {};
+      Object.keys(value).forEach(function (key) { copy[key] = themed(value[key]); });
+      return copy;
+    }
+    return value;
+  }
+
+  function announceTheme() {
+    var button = document.getElementById("theme");
+    button.textContent = isDark() ? "☀ Light" : "☾ Dark";
+    button.setAttribute("aria-label", isDark() ? "Switch to the light page" : "Switch to the dark page");
+    listeners.forEach(function (listener) { listener(); });
+  }
+
+  function setUpTheme() {
+    var button = document.getElementById("theme");
+    button.hidden = false;
+    button.addEventListener("click", function () {
+      root.dataset.theme = isDark() ? "light" : "dark";
+      try {
+        window.sessionStorage.setItem("entropy-report-theme", root.dataset.theme);
+      } catch (error) {
+        if (!(error instanceof DOMException)) throw error; // no storage: the choice lasts as long as the page
+      }
+      announceTheme();
+    });
+    systemDark.addEventListener("change", announceTheme);
+    announceTheme();
+  }
+
+  window.report = {
+    make: make,
+    data: data,
+    colour: colour,
+    themed: themed,
+    isDark: isDark,
+    onTheme: function (listener) { listeners.push(listener); },
+  };
+  setUpTheme();
+})();

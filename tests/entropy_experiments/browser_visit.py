@@ -1,0 +1,91 @@
+"""A report open in a real browser, for tests: what goes wrong in it is collected and must stay empty."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Playwright
+
+SKIP = "ENTROPY_EXPERIMENTS_SKIP_BROWSER_TESTS"
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+FIGURES = ("training_history", "predicted_vs_actual", "entropy_split", "attribution", "weighting_schemes")
+
+
+def launch(playwright: Playwright) -> Browser:
+    """A headless Chromium; fails where there is none, unless the environment says to go without."""
+    if os.environ.get(SKIP) == "1":
+        pytest.skip(f"{SKIP}=1")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.fail(
+            f"no Chromium on the PATH: install one (Debian: apt install chromium), or set {SKIP}=1 to go without"
+        )
+    return playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+
+
+class Visit:
+    """One page open in a context of its own; what went wrong in it is collected and must stay empty."""
+
+    def __init__(self, browser: Browser, path: Path, **options):
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        self.page, self.problems, self.requests = self.context.new_page(), [], []
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in {"error", "warning"} else None)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.problems.append("dialog") or dialog.dismiss())
+        self.page.on(
+            "request", lambda r: self.requests.append(r.url) if not r.url.startswith(("data:", "blob:")) else None
+        )
+        self.page.goto(path.as_uri())
+
+    def draw(self, *names):
+        """Scroll to the figures until they are drawn."""
+        for name in names:
+            self.page.locator(f"#figure-{name}").scroll_into_view_if_needed()
+            self.page.wait_for_selector(f"#figure-{name}[data-drawn]", state="attached")
+
+    def draw_kernel(self):
+        self.page.evaluate("document.getElementById('kernel-explorer').scrollIntoView()")
+        self.page.wait_for_selector("#kernel-explorer[data-drawn]", state="attached")
+
+    def cell(self, x, y):
+        """Where the heat map's cell (x, y) lies in the window, in pixels."""
+        place = """([x, y]) => { const plot = document.getElementById('kernel-plot'), box = plot.getBoundingClientRect();
+            const { xaxis, yaxis } = plot._fullLayout;
+            return [box.left + xaxis._offset + xaxis.l2p(x), box.top + yaxis._offset + yaxis.l2p(y)]; }"""
+        return self.page.evaluate(place, [x, y])
+
+    def point(self, x, y, column):
+        """Move the pointer to cell (x, y), and wait until the page says that training sequence `column` is there."""
+        across, down = self.cell(x, y)
+        self.page.mouse.move(across + 1, down)
+        self.page.mouse.move(across, down)
+        says = "words => { const tip = document.querySelector('.tip'); return !tip.hidden && tip.textContent.includes(words); }"
+        self.page.wait_for_function(says, arg=f"training sequence {column},")
+
+    def pick(self, x, y, column):
+        """Click cell (x, y) of training sequence `column`, and wait until both texts are shown."""
+        self.point(x, y, column)
+        self.page.wait_for_timeout(400)  # two clicks in a short time would be a double-click
+        self.page.mouse.click(*self.cell(x, y))
+        shown = "words => (document.querySelector('.panel h4') || {textContent: ''}).textContent.startsWith(words)"
+        self.page.wait_for_function(shown, arg=f"Training sequence {column} ")
+
+    def close(self):
+        assert not self.problems, self.problems
+        assert len(self.requests) == 1, self.requests
+        assert self.page.evaluate("window.pwned") is None
+        self.context.close()
+
+
+def by_prompt(rows):
+    """Places of rows on an axis that is grouped by prompt."""
+    return sorted(range(len(rows)), key=lambda i: (rows[i]["prompt_index"], i))
