@@ -31,6 +31,9 @@ RowSink = Callable[[int, str, Tensor, Tensor], None]
 """Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows); may be called more than
 once for the same name and sequences: contributions add up."""
 
+CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
+"""Objectives that depend on the token statistics of the batch."""
+
 ROW_SUM_TOLERANCE = 1e-4
 
 
@@ -57,11 +60,20 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def _objectives(
-    model: nn.Module, bucket: Bucket, temperature: float, coefficients: Sequence[TokenCoefficients]
+    model: nn.Module,
+    bucket: Bucket,
+    batch: SequenceBatch,
+    coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
 ) -> list[Tensor]:
-    """The bucket's part of every objective, from one forward pass."""
+    """The bucket's part of every objective, from one forward pass; those of a function need a bucket that is the batch."""
+    if callable(coefficients):
+        found = completion_values(model, bucket, batch.temperature)
+        assert found.entropies is not None
+        at = (bucket.sequences, bucket.columns)
+        statistics = scatter_statistics(batch, at, found.logprobs.detach(), found.entropies.detach())
+        return [weighted_sum(found.logprobs, found.entropies, c, at) for c in coefficients(statistics)]
     with_entropy = any(bool(c.entropy.any()) for c in coefficients)
-    found = completion_values(model, bucket, temperature, with_entropies=with_entropy)
+    found = completion_values(model, bucket, batch.temperature, with_entropies=with_entropy)
     at = (bucket.sequences, bucket.columns)
     return [weighted_sum(found.logprobs, found.entropies, c, at) for c in coefficients]
 
@@ -89,7 +101,7 @@ def batch_gradients(
     totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in coefficients]
     with evaluation_mode(model), torch.enable_grad():
         for bucket in length_buckets(batch, token_batch_size):
-            objectives = _objectives(model, bucket, batch.temperature, coefficients)
+            objectives = _objectives(model, bucket, batch, coefficients)
             for number, objective in enumerate(objectives):
                 gradients = torch.autograd.grad(
                     objective, list(parameters.values()), retain_graph=number + 1 < len(objectives), allow_unused=True
@@ -152,14 +164,16 @@ def entropy_gradient_and_statistics(
 def stream_rows(
     model: nn.Module,
     batch: SequenceBatch,
-    coefficients: Sequence[TokenCoefficients],
+    coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
     sink: RowSink,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
-    verify: first check on two sequences that rows add up to autograd's gradient over all trainable parameters.
+    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these where the
+    batch fits into one bucket (and takes it where not). verify: first check on two sequences that rows add up to autograd's
+    gradient over all trainable parameters.
 
     Raises
     ------
@@ -169,10 +183,13 @@ def stream_rows(
     parameters = trainable_parameters(model)
     if verify:
         verify_row_sums(model, batch, token_batch_size)
+    buckets = length_buckets(batch, token_batch_size)
+    if callable(coefficients) and len(buckets) > 1:
+        coefficients = coefficients(token_statistics(model, batch, token_batch_size))
     with evaluation_mode(model), torch.enable_grad():
-        for bucket in length_buckets(batch, token_batch_size):
+        for bucket in buckets:
             with RowTaps(model, parameters, bucket) as taps:
-                objectives = _objectives(model, bucket, batch.temperature, coefficients)
+                objectives = _objectives(model, bucket, batch, coefficients)
                 for number, objective in enumerate(objectives):
 
                     def receive(name: str, rows: Tensor, number: int = number, bucket: Bucket = bucket) -> None:
@@ -256,7 +273,7 @@ def verify_row_sums(
     with evaluation_mode(model), torch.enable_grad():
         for bucket in length_buckets(sample, token_batch_size):
             with RowTaps(model, parameters, bucket) as taps:
-                objective = _objectives(model, bucket, batch.temperature, coefficients)[0]
+                objective = _objectives(model, bucket, batch, coefficients)[0]
                 found = taps.backward(objective, add, retain_graph=False, gradients_of=list(parameters.values()))
             for name, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import true_embedding_gradients
-from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.gradients import CoefficientsOf, per_sequence_gradients, stream_rows, trainable_parameters
+from entropy_core.scores import TokenStatistics
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,38 @@ def compute_kernels(
     """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
     with true_embedding_gradients(model):
         columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
-    statistics = statistics or token_statistics(model, eval_batch, token_batch_size)
-    objectives = [
-        score_coefficients(eval_batch),
-        entropy_coefficients(statistics, eval_batch, estimator, per_token),
-    ]
-    found = contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size, verify=False)
+
+    def objectives(known: TokenStatistics) -> list[TokenCoefficients]:
+        return [score_coefficients(eval_batch), entropy_coefficients(known, eval_batch, estimator, per_token)]
+
+    wanted = objectives if statistics is None else objectives(statistics)
+    found = contract_rows(model, eval_batch, wanted, [columns], preconditioner, token_batch_size, verify=False, kinds=2)
     return CrossKernels(*found)
 
 
 def contract_rows(
     model: nn.Module,
     batch: SequenceBatch,
-    objectives: Sequence[TokenCoefficients],
+    objectives: Sequence[TokenCoefficients] | CoefficientsOf,
     column_sets: Sequence[Mapping[str, Tensor]],
     preconditioner: Mapping[str, Tensor] | None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
+    kinds: int = 1,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T diag(P) column_i , rows of `batch` streamed.
 
     column_sets: each name -> (n, *shape), stored rows of the other side (without P) or any other vectors; the columns of
-    all sets stand side by side in the result, in order. verify: as in `stream_rows`; once for a model is enough.
+    all sets stand side by side in the result, in order. objectives, verify: as in `stream_rows`; verifying once for a model
+    is enough. kinds: how many objectives there are, where a function gives them.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
     check_preconditioner(preconditioner, parameters)
+    count = kinds if callable(objectives) else len(objectives)
     ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
-    out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in objectives]
+    out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in range(count)]
 
     def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
         if preconditioner is not None:

@@ -69,8 +69,9 @@ def _may_be_fused(layer: nn.Module | None) -> bool:
         return False
     if type(layer).forward is not nn.Linear.forward or layer._forward_hooks or layer._forward_pre_hooks:
         return False
+    # A trained head goes the ordinary way without gradients too, so that one token has one log-probability, bit by bit.
     trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return layer.weight.device.type != "meta" and not (trained and torch.is_grad_enabled())
+    return layer.weight.device.type != "meta" and not trained
 
 
 def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor | None:
@@ -144,16 +145,19 @@ class _FrozenHead(torch.autograd.Function):
             p = z.exp()  # pi times their sum
             total = p.sum(1)
             normalizers[part] = largest + total.log()
-            if wants_entropies:
-                entropies[part] = total.log() - torch.linalg.vecdot(p, z) / total
-            centre = (entropies[part] - total.log())[:, None]
+            # log pi + H = z - sum_a pi z, without the normalizer: of a policy near the uniform one both are large, and their
+            # sum is small.
+            if wants_entropies or with_variances:
+                centre = -(torch.linalg.vecdot(p, z) / total)[:, None]
+                entropies[part] = total.log() + centre[:, 0]
+                z += centre
             if with_variances:
-                variances[part] = torch.linalg.vecdot(p, (z + centre).square()) / total
+                variances[part] = torch.linalg.vecdot(p, z.square()) / total
             if score_rows is not None:
                 expected = (p.to(weight.dtype) @ weight) / total[:, None].to(weight.dtype)
                 score_rows[part] = (weight[chosen] - expected).div_(temperature)
             if entropy_rows is not None:
-                around = z.add_(centre).mul_(p).div_(total[:, None])  # pi (log pi + H)
+                around = z.mul_(p).div_(total[:, None])  # pi (log pi + H)
                 entropy_rows[part] = (around.to(weight.dtype) @ weight).div_(-temperature)
         logprobs -= normalizers
         ctx.save_for_backward(score_rows, entropy_rows)

@@ -85,6 +85,8 @@ class FisherKernelConfig(StrictModel):
     """Keep the training rows in the results folder, for other preconditioners and other questions."""
     gradient_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the store; its rounding error is measured and printed."""
+    projection_dim: PositiveInt | None = None
+    """Numbers that each module's rows are randomly projected to, for very many sequences; by default rows are exact."""
     filter_modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
     """Shell patterns of parameter names that rows are restricted to; by default all trainable parameters."""
 

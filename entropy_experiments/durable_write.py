@@ -63,7 +63,9 @@ def disk_errors_explained(path: Path, action: str) -> Iterator[None]:
     except OSError as error:
         where = f"{path}: {action}"
         if disk_is_full(error):
-            raise ResumableError(f"{where}: no space left on this disk; free some and resume, or choose another") from error
+            raise ResumableError(
+                f"{where}: no space left on this disk; free some and resume, or choose another"
+            ) from error
         if error.errno == errno.EFBIG:
             raise UserError(f"{where}: the file is larger than this file system or `ulimit -f` allows") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

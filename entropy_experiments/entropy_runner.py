@@ -257,6 +257,17 @@ def _analyze(
     )
 
 
+def _modules(inputs: AnalysisInputs) -> dict[str, Any]:
+    """Parameters that the kernel's rows are formed of, of all that are trained, and the share of the prediction without them."""
+    parameters = {name: p.numel() for name, p in inputs.model.named_parameters() if p.requires_grad}
+    return {
+        "parameters": sum(parameters[name] for name in inputs.side.engine.names),
+        "trainable": sum(parameters.values()),
+        "patterns": inputs.config.entropy_analysis.fisher_kernel.filter_modules,
+        "left_out_share": inputs.numbers.left_out,
+    }
+
+
 def _write(
     part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
@@ -269,6 +280,7 @@ def _write(
         structure["same_prompts"] = settings.sampling.same_prompts
     summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
     summary["policy"] = describe_policy(checkpoint, inputs.plan)
+    summary["kernel_modules"] = _modules(inputs)
     summary["analyses"] = analyses
     (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_sequences(
@@ -300,10 +312,10 @@ def _target(folder: str | Path | None, checkpoint: Path, step: int, output_dir: 
 @contextmanager
 def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bool) -> Iterator[Path]:
     """`<target>.part`, renamed to `target` on success. On failure it is removed, unless it holds work to go on with and what
-    failed was not the input.
+    failed was not the input; what an earlier run left is never removed.
     """
     part = target.with_name(target.name + ".part")
-    processes.from_root(lambda: _begin(part, resume, overwrite))
+    earlier = processes.from_root(lambda: _begin(part, resume, overwrite))
     try:
         yield part
         shutil.rmtree(part / FOLDER_NAME, ignore_errors=True)
@@ -313,7 +325,7 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
     except BaseException as error:
         if not processes.is_root:
             raise
-        if isinstance(error, UserError) and not isinstance(error, ResumableError):
+        if isinstance(error, UserError) and not isinstance(error, ResumableError) and not earlier:
             shutil.rmtree(part, ignore_errors=True)
             raise
         if disk_is_full(error):
@@ -325,8 +337,8 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
         raise
 
 
-def _begin(part: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError where unfinished work lies there and nothing is said about it."""
+def _begin(part: Path, resume: bool, overwrite: bool) -> bool:
+    """Whether earlier work lies there to go on with. Raises UserError where it does and nothing is said about it."""
     if part.exists() and not resume:
         if UnfinishedWork(part).begun and not overwrite:
             raise UserError(
@@ -335,3 +347,4 @@ def _begin(part: Path, resume: bool, overwrite: bool) -> None:
             )
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
+    return UnfinishedWork(part).begun

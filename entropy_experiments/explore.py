@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from entropy_experiments.results_folder import read_results_folder
@@ -13,7 +15,9 @@ from rl_training.errors import UserError
 NOTEBOOK = Path(__file__).parent / "notebooks" / "fisher_visualization.py"
 
 
-def notebook_command(results: Path, port: int | None = None, headless: bool = False) -> list[str]:
+def notebook_command(
+    results: Path, port: int | None = None, headless: bool = False, notebook: Path = NOTEBOOK
+) -> list[str]:
     """The command that serves the notebook on `results`.
 
     Raises UserError where marimo is not installed, or `results` is not a results folder.
@@ -26,14 +30,20 @@ def notebook_command(results: Path, port: int | None = None, headless: bool = Fa
     options = ["--headless"] if headless else []
     if port is not None:
         options += ["--port", str(port)]
-    return [sys.executable, "-m", "marimo", "run", str(NOTEBOOK), *options, "--", "--results", str(results.resolve())]
+    return [sys.executable, "-m", "marimo", "run", str(notebook), *options, "--", "--results", str(results.resolve())]
 
 
 def open_notebook(results: Path, port: int | None = None, headless: bool = False) -> int:
-    """Serve the notebook until it is interrupted; the exit code. Raises UserError as `notebook_command` does."""
-    process = subprocess.Popen(notebook_command(results, port, headless))
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # marimo got it too, and ends by itself
-        process.wait()
-        return 0
+    """Serve the notebook until it is interrupted; the exit code. Raises UserError as `notebook_command` does.
+
+    marimo keeps what it has shown in a folder beside the notebook, texts of prompts and completions among it: a copy in a
+    temporary folder is served, so that nothing of it stays.
+    """
+    with tempfile.TemporaryDirectory(prefix="fisher-notebook-") as folder:
+        copy = Path(shutil.copy(NOTEBOOK, folder))
+        process = subprocess.Popen(notebook_command(results, port, headless, copy))
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # marimo got it too, and ends by itself
+            process.wait()
+            return 0

@@ -31,7 +31,9 @@ from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimat
 from entropy_experiments.attribution import attribute, horizon_factor
 from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
 from entropy_experiments.kernel_options import KernelOptions
+from entropy_experiments.kernel_sketch import check_sketch
 from entropy_experiments.optimizer_step import moved
+from entropy_experiments.preconditioner_file import write_preconditioner
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from entropy_experiments.training_side import TrainingSide, prepare_training_side
 from rl_training.errors import ShareDone, UserError
@@ -114,8 +116,14 @@ def analyze_batches(
     if compute_full:
         stage("the training buffer's own kernel")
         _contract_training(training, numbers)
+    if options.save_gradients:
+        stage("storing the evaluation gradients")
+        _store_evaluation(eval_batch, training, numbers, options)
     if not options.processes.is_root:
         raise ShareDone
+    if engine.plan.strategy == "sketch" and numbers.fisher is not None:
+        exact = engine.exact_tile(eval_batch)
+        numbers.checks.append(check_sketch(numbers.fisher[: exact.shape[0], : exact.shape[1]], exact))
     if engine.store is not None:
         numbers.checks.append(check_storage(engine.store.storage_error()))
     if engine.restricted and training.step is not None:
@@ -204,6 +212,23 @@ def _contract_training(training: TrainingSide, numbers: AnalysisNumbers) -> None
     found = training.engine.contract("training", batch, objectives)
     if found is not None:
         numbers.train_fisher, numbers.train_entropy_fisher = found
+
+
+def _store_evaluation(
+    batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNumbers, options: KernelOptions
+) -> None:
+    """Rows of the evaluation side and P beside the training side's, so that kernels under another P need no model."""
+    engine, estimator, beside = training.engine, _own_estimator(numbers), options.store_folder
+    if beside is None:
+        raise ValueError("gradients are to be stored, and there is no folder for them")
+    score, entropy = (beside.with_name(f"{beside.name}_{kind}") for kind in ("evaluation", "entropy"))
+    engine.store_rows(score, batch, score_coefficients(batch), "score")
+    terms = entropy_coefficients(numbers.eval_statistics, batch, estimator)
+    engine.store_rows(entropy, batch, terms, "entropy", estimator=estimator)
+    if training.preconditioner is not None and options.processes.is_root:
+        what = {"formula": "1/(sqrt(v/(1-beta2^t))+eps)"}
+        chosen = {name: training.preconditioner[name] for name in engine.names}
+        write_preconditioner(beside.parent, chosen, what, overwrite=True)
 
 
 def _predict_by_derivatives(

@@ -23,7 +23,7 @@ from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import choose_evaluation_rows
 from entropy_experiments.kernel_options import describe_plan, kernel_options, pass_bytes, used_memory
-from entropy_experiments.kernel_plan import KernelPlan, KernelSize, fixed_bytes
+from entropy_experiments.kernel_plan import KernelPlan, fixed_bytes
 from entropy_experiments.module_filter import chosen_parameters, only_trainable
 from entropy_experiments.sampling_plan import SamplingPlan, plan_sampling
 from rl_training.algs.rollout_record import read_rollouts

@@ -27,9 +27,10 @@ def check_gradient(
     autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
         0
     ]
+    autograd = {name: autograd[name] for name in gradient}
     return SelfCheck(
         "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
-        "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all trainable parameters, "
+        "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all parameters of the kernel, "
         "relative. A failure means that some parameter's rows are missing or wrong.",
     )  # fmt: skip
 

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import TokenCoefficients
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.forward import true_embedding_gradients
-from entropy_core.gradients import per_sequence_gradients, stream_rows
+from entropy_core.gradients import gradient_rows, per_sequence_gradients, stream_rows
 from entropy_core.kernel import contract_rows
 from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.sketch import ModuleSketch
 from entropy_experiments.fingerprint import store_fingerprint
 from entropy_experiments.gradient_store import GradientStore
+from entropy_experiments.gradient_store_layout import RowKind
 from entropy_experiments.kernel_plan import BLOCK_ROWS, KernelPlan
+from entropy_experiments.kernel_sketch import sketch_rows
 from entropy_experiments.kernel_workspace import KernelWorkspace
 from entropy_experiments.module_filter import only_trainable
 from entropy_experiments.processes import Processes
@@ -57,12 +60,14 @@ class KernelEngine:
         processes: Processes | None = None,
         store_folder: Path | None = None,
         storage: str = "float32",
+        sketch: ModuleSketch | None = None,
         progress: Progress = lambda matrix, done, total: None,
     ) -> None:
         self._model, self._batch, self.plan, self.names = model, batch, plan, list(names)
         self._token_batch_size, self._workspace = token_batch_size, workspace
         self._processes, self._storage, self._progress = processes or Processes(), storage, progress
-        self._store_folder = store_folder
+        self._store_folder, self._sketch = store_folder, sketch
+        self._sketched: Tensor | None = None
         self._columns: dict[str, Tensor] | None = None
         self._preconditioner: Mapping[str, Tensor] | None = None
         self._verified = False
@@ -96,10 +101,11 @@ class KernelEngine:
 
     def prepare(self) -> None:
         """Form and keep, or store, the training rows; tiles form theirs when they are needed."""
-        if self.plan.disk:
-            self._fill_store()
         if self.plan.strategy == "memory":
             self._columns = self._gather_columns()
+        if self.plan.disk:
+            assert self._store_folder is not None
+            self.store = self.store_rows(self._store_folder, self._batch, score_coefficients(self._batch), "score")
 
     def sample_rows(self) -> tuple[range, dict[str, Tensor]]:
         """Raw rows of some training sequences, for checks: all of them where they are kept. Before `precondition`."""
@@ -114,6 +120,8 @@ class KernelEngine:
         if self._columns is not None and preconditioner is not None:
             for name, rows in self._columns.items():
                 rows.mul_(preconditioner[name])
+        if self._sketch is not None:
+            self._sketched = self._sketch_columns(self._sketch)
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """`token_statistics` of a batch, each process computing some chunks."""
@@ -185,6 +193,8 @@ class KernelEngine:
                 sets = piece.load()
             chosen = [TokenCoefficients(c.entropy[rows], c.logprob[rows]) for c in objectives]
             compute = self._block_past_the_store if piece.stored else self._block
+            if self._sketched is not None and piece.sketched:
+                compute = self._sketched_block
             block = compute(batch.select(rows), chosen, sets)
             if self._workspace is not None:
                 self._workspace.write(matrix, name, block)
@@ -201,6 +211,8 @@ class KernelEngine:
                 for k, t in enumerate(self.tiles)
             ]
             return [*found, _Piece(len(found), slice(n, n + n_steps), lambda: sets)] if sets else found
+        if with_columns and self._sketched is not None:
+            return [_Piece(0, slice(0, n + n_steps), lambda: sets, sketched=True)]
         if with_columns and self.plan.strategy == "disk":
             return [_Piece(0, slice(0, n + n_steps), lambda: sets, stored=True)]
         kept = [self._columns] if with_columns and self._columns is not None else []
@@ -241,6 +253,38 @@ class KernelEngine:
             self._add_products(out[:, :, len(self._batch) :], rows, sets[0])
         return out
 
+    def _sketch_columns(self, sketch: ModuleSketch) -> Tensor:
+        """(n_train, size) sketches of the training rows in every process, each chunk made by one."""
+        out = torch.zeros((len(self._batch), sketch.size), device=self._batch.device)
+        chunks = self._chunks(self._batch)
+        for number in self._processes.mine(range(len(chunks))):
+            part = self._batch.select(chunks[number])
+            with only_trainable(self._model, self.names):
+                found, _ = sketch_rows(
+                    self._model, part, [score_coefficients(part)], sketch, self._preconditioner, None,
+                    self._token_batch_size, self._verify_once(),
+                )  # fmt: skip
+            out[chunks[number]] = found[0]
+        return self._processes.sum(out)
+
+    def _sketched_block(
+        self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], sets: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
+        """The same with both sides sketched; steps are contracted exactly."""
+        assert self._sketch is not None and self._sketched is not None
+        with only_trainable(self._model, self.names):
+            rows, products = sketch_rows(
+                self._model, batch, objectives, self._sketch, self._preconditioner, sets[0] if sets else None,
+                self._token_batch_size, self._verify_once(),
+            )  # fmt: skip
+        return torch.cat([rows @ self._sketched.T, products], 2)
+
+    def exact_tile(self, batch: SequenceBatch, count: int = 16) -> Tensor:
+        """K1 of the first `count` sequences on both sides, without sketch or store."""
+        rows, columns = range(min(count, len(batch))), range(min(count, len(self._batch)))
+        part = batch.select(list(rows))
+        return self._block(part, [score_coefficients(part)], [self._times_p(self._rows(columns))])[0]
+
     def _add_products(self, out: Tensor, rows: Sequence[Mapping[str, Tensor]], columns: Mapping[str, Tensor]) -> None:
         for name in self.names:
             right = columns[name].flatten(1).to(out).T
@@ -279,37 +323,49 @@ class KernelEngine:
         spans = [range(start, min(start + BLOCK_ROWS, n)) for start in range(0, n, BLOCK_ROWS)]
         for number in self._processes.mine(range(len(spans))):
             span = spans[number]
-            found = self.store.rows(slice(span.start, span.stop)) if self.store is not None else self._rows(span)
-            for name, rows in found.items():
+            for name, rows in self._rows(span).items():
                 out[name][span.start : span.stop] = rows
         for number, span in enumerate(spans):
             for rows in out.values():
                 self._processes.send_around(rows[span.start : span.stop], number % self._processes.size)
         return out
 
-    def _fill_store(self) -> None:
-        assert self._store_folder is not None
-        folder = self._store_folder
+    def store_rows(
+        self, folder: Path, batch: SequenceBatch, coefficients: TokenCoefficients, kind: RowKind, **objective: str
+    ) -> GradientStore:
+        """The rows of `batch` in a gradient store, each shard formed by one process. kind, objective: what they are."""
         parameters = dict(self._model.named_parameters())
         shapes = {name: parameters[name].shape for name in self.names}
         with only_trainable(self._model, self.names):
-            fingerprint = store_fingerprint(self._model, self._batch, "score")
-        shard = min(self.plan.tile, BLOCK_ROWS)
-        arguments = (shapes, len(self._batch), "score", self._storage, shard, fingerprint)
+            fingerprint = store_fingerprint(self._model, batch, kind, **objective)
+        arguments = (shapes, len(batch), kind, self._storage, min(self.plan.tile, BLOCK_ROWS), fingerprint)
         self._processes.from_root(lambda: GradientStore.resume(folder, *arguments) and None)
-        self.store = GradientStore.open(folder)
-        unfinished = self.store.unfinished_shards()
-        for number in self._processes.mine(unfinished):
-            self.store.write_shard(number, self._rows(self.store.layout.shard_range(number)))
-            self._progress("gradients", number + 1, self.store.layout.shard_count)
+        store = GradientStore.open(folder)
+        for number in self._processes.mine(store.unfinished_shards()):
+            rows = list(store.layout.shard_range(number))
+            chosen = TokenCoefficients(coefficients.entropy[rows], coefficients.logprob[rows])
+            if batch is self._batch and self._columns is not None:  # formed already
+                found = {name: kept[rows[0] : rows[-1] + 1] for name, kept in self._columns.items()}
+            else:
+                with only_trainable(self._model, self.names):
+                    found = gradient_rows(
+                        self._model,
+                        batch.select(rows),
+                        chosen,
+                        token_batch_size=self._token_batch_size,
+                        verify=self._verify_once(),
+                    )
+            store.write_shard(number, found)
+            self._progress(folder.name, number + 1, store.layout.shard_count)
         self._processes.meet()
-        self.store = GradientStore.open(folder)
-        self.store.check_complete()
+        store = GradientStore.open(folder)
+        store.check_complete()
+        return store
 
 
 class _Piece(NamedTuple):
     """Columns that are contracted at a time. place: where in the result; load: gives their sets; whole: one process forms
-    them and does all their blocks; stored: the training rows are read from the store.
+    them and does all their blocks; stored: the training rows are read from the store; sketched: both sides are projected.
     """
 
     number: int
@@ -317,6 +373,7 @@ class _Piece(NamedTuple):
     load: Callable[[], list[Mapping[str, Tensor]]]
     whole: bool = False
     stored: bool = False
+    sketched: bool = False
 
     def name(self, chunk: int) -> str:
         return f"tile-{self.number:05d}-rows-{chunk:05d}"

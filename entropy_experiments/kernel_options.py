@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel_engine import KernelEngine, Progress
-from entropy_experiments.kernel_plan import KernelPlan, KernelSize, Strategy, plan_kernel
+from entropy_experiments.kernel_plan import KernelPlan, KernelSize, Strategy, plan_kernel, plan_sketch
 from entropy_experiments.module_filter import chosen_parameters
 from entropy_experiments.processes import Processes
 from entropy_experiments.unfinished_work import UnfinishedWork
+from rl_training.errors import UserError
 
 EVALUATION_OBJECTIVES = 4  # kinds of rows that the evaluation side is contracted with: see fisher_analyzer
 _DEFAULT_SHARE = 0.8  # of the free memory, where no budget is given
@@ -26,7 +28,8 @@ _GIBIBYTE = 2**30
 @dataclass(frozen=True)
 class KernelOptions:
     """memory_budget: bytes the process may take in all, None: most of what is free. disk_budget: bytes of a gradient store.
-    modules: shell patterns of parameter names, None: all trainable. strategy: None lets the plan choose.
+    modules: shell patterns of parameter names, None: all trainable. projection_dim: numbers that a module's rows are projected
+    to, None: rows as they are. strategy: None lets the plan choose.
     """
 
     strategy: Strategy | None = None
@@ -35,6 +38,7 @@ class KernelOptions:
     save_gradients: bool = False
     storage: str = "float32"
     modules: Sequence[str] | None = None
+    projection_dim: int | None = None
     workspace: UnfinishedWork | None = None
     store_folder: Path | None = None
     processes: Processes = field(default_factory=Processes)
@@ -49,9 +53,30 @@ class KernelOptions:
         left = int(room - pass_bytes(model, token_batch_size))
 
         def make() -> KernelPlan:
-            return plan_kernel(size, left, self.disk_budget, save_gradients=self.save_gradients, strategy=self.strategy)
+            kept = None if self.workspace is None else self.workspace.kept("plan")
+            if kept is not None:  # finished blocks were cut by it
+                return KernelPlan(**kept)
+            sketch = self._sketch(model)
+            if sketch is not None:
+                plan = plan_sketch(size, left, sketch.size)
+            else:
+                budgets = (left, self.disk_budget)
+                plan = plan_kernel(size, *budgets, save_gradients=self.save_gradients, strategy=self.strategy)
+            if self.workspace is not None:
+                self.workspace.keep("plan", plan.to_json())
+            return plan
 
         return self.processes.from_root(make)
+
+    def _sketch(self, model: nn.Module) -> ModuleSketch | None:
+        if self.projection_dim is None:
+            return None
+        if self.save_gradients or self.strategy is not None:
+            raise UserError(
+                "fisher_kernel.projection_dim keeps sketches of the rows: leave out save_gradients, and strategy at auto"
+            )
+        names = set(chosen_parameters(model, self.modules))
+        return ModuleSketch({n: p.shape for n, p in model.named_parameters() if n in names}, self.projection_dim)
 
     def size(self, model: nn.Module, n_eval: int, n_train: int) -> KernelSize:
         names = set(chosen_parameters(model, self.modules))
@@ -73,6 +98,7 @@ class KernelOptions:
             processes=self.processes,
             store_folder=self.store_folder,
             storage=self.storage,
+            sketch=self._sketch(model),
             progress=self.progress,
         )
 
@@ -91,6 +117,7 @@ def kernel_options(
         save_gradients=settings.save_gradients,
         storage=settings.gradient_dtype,
         modules=settings.filter_modules,
+        projection_dim=settings.projection_dim,
         workspace=work,
         store_folder=None if work is None else work.folder.parent / "gradients",
         processes=processes or Processes(),
@@ -104,6 +131,8 @@ def describe_plan(plan: KernelPlan, n_train: int) -> str:
     if plan.strategy == "memory":
         stored = f", stored as well ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else ""
         return f"kernel: all {n_train} training rows in memory, {size}{stored}"
+    if plan.strategy == "sketch":
+        return f"kernel: {n_train} training rows as random projections, {plan.memory / _GIBIBYTE:.2f} GiB in memory"
     if plan.strategy == "disk":
         return (
             f"kernel: {n_train} training rows on disk ({plan.disk / _GIBIBYTE:.2f} GiB), read once for every {plan.chunk} "

@@ -7,7 +7,8 @@
              and again for every further tile. Nothing is stored.
 
 A row is D numbers (D the parameters that rows are formed of). A pass is one forward with its backward passes over one
-sequence. The first that fits is taken: memory, then disk (where disk_budget allows it), then tiles.
+sequence. The first that fits is taken: memory, then disk (where disk_budget allows it), then tiles. A fourth, "sketch",
+keeps random projections of the training rows (entropy_core.sketch) and is taken only where it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from rl_training.errors import UserError
 
-Strategy = Literal["memory", "disk", "tiles"]
+Strategy = Literal["memory", "disk", "tiles", "sketch"]
 BLOCK_ROWS = 32  # rows of the evaluation side that are one finished block
 EXTRA_COLUMNS = 5  # the step, its parts, and the plain gradient step
 # P, gradient, moments, the step and its parts, gradients of entropy: tensors of D numbers held beside the rows.
@@ -88,7 +89,9 @@ def plan_kernel(
             "entropy_analysis.fisher_kernel.memory_budget, or restrict the rows with filter_modules"
         )
     store = size.n_train * size.stored_row_bytes
-    fits = store + _streaming(size) <= left
+    fits = size.n_train * size.row_bytes + _streaming(size) <= left
+    if save_gradients:  # the evaluation side's rows as well, of two kinds
+        store += 2 * size.n_eval * size.stored_row_bytes
     if save_gradients and strategy is None:
         strategy = "memory" if fits else "disk"
     if strategy is None:
@@ -100,17 +103,18 @@ def plan_kernel(
         )
     stored = store if strategy == "disk" or save_gradients else 0
     if strategy == "memory":
+        held = size.n_train * size.row_bytes
         if not fits:
             raise UserError(
-                f"all training rows take {_gib(store)}, and {_gib(left)} are left for them: let the plan choose (strategy=auto)"
+                f"all training rows take {_gib(held)}, and {_gib(left)} are left for them: let the plan choose (strategy=auto)"
             )
-        held, chunk = store, min(BLOCK_ROWS, size.n_eval)
+        chunk = min(BLOCK_ROWS, size.n_eval)
         return KernelPlan("memory", size.n_train, chunk, held, stored, size.n_eval + size.n_train, 0)
     if strategy == "disk":
         chunk = min(size.n_eval, max(1, int(0.7 * left / (size.objectives * size.row_bytes))))
         tile = min(size.n_train, max(1, int((left - chunk * size.objectives * size.row_bytes) / (2 * size.row_bytes))))
         held = chunk * size.objectives * size.row_bytes + 2 * tile * size.row_bytes
-        reading = math.ceil(size.n_eval / chunk) * store
+        reading = math.ceil(size.n_eval / chunk) * size.n_train * size.stored_row_bytes
         return KernelPlan("disk", tile, chunk, held, stored, size.n_eval + size.n_train, reading)
     tile = min(size.n_train, max(1, int((left - _streaming(size)) / size.row_bytes)))
     tiles = math.ceil(size.n_train / tile)
@@ -118,6 +122,17 @@ def plan_kernel(
     chunk = min(BLOCK_ROWS, size.n_eval)
     passes = size.n_train + tiles * size.n_eval
     return KernelPlan("tiles", tile, chunk, tile * size.row_bytes, 0, passes, 0)
+
+
+def plan_sketch(size: KernelSize, memory: int, numbers: int) -> KernelPlan:
+    """The plan with sketches of `numbers` a row. Raises UserError where they do not fit into `memory` bytes."""
+    held = 4 * numbers * (size.n_train + BLOCK_ROWS * size.objectives)
+    if held + fixed_bytes(size) > memory:
+        raise UserError(
+            f"sketches of {size.n_train} training rows take {_gib(held)}, and {_gib(memory - fixed_bytes(size))} are left for "
+            "them: lower entropy_analysis.fisher_kernel.projection_dim, or raise memory_budget"
+        )
+    return KernelPlan("sketch", 16, min(BLOCK_ROWS, size.n_eval), held, 0, size.n_eval + size.n_train, 0)
 
 
 def _streaming(size: KernelSize) -> int:

@@ -216,7 +216,15 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
         table_html(("", "evaluation buffer", which), buffer_rows(results.evaluation, own, sampling)),
         table_html(("Entropy before the step", ""), entropy_rows(results.summary)),
         table_html(
-            ("Estimator, nats per token", "predicted change", "batch", "momentum", "weight decay", "measured", "standard errors apart"),
+            (
+                "Estimator, nats per token",
+                "predicted",
+                "batch",
+                "momentum",
+                "weight decay",
+                "measured",
+                "standard errors apart",
+            ),
             [
                 [row[key] for key in ("label", "total", "batch", "momentum", "weight_decay", "measured", "z")]
                 for row in estimator_rows(results.summary)

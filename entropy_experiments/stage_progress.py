@@ -38,7 +38,9 @@ class StageProgress:
     (checkpoints of a sweep); `begin_run(label)` starts the next. label: what plain lines begin with.
     """
 
-    def __init__(self, console: Console, shares: Mapping[str, float], *, runs: int = 1, label: str = "analysis") -> None:
+    def __init__(
+        self, console: Console, shares: Mapping[str, float], *, runs: int = 1, label: str = "analysis"
+    ) -> None:
         self._console, self._shares, self._names = console, shares, list(shares)
         self._total_of_run = sum(shares.values())
         self._total = runs * self._total_of_run

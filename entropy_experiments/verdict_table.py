@@ -161,7 +161,10 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     for side in comparison["sides"]:
         console.print(f"{side['letter']}: {one_line(side['folder'], 1000)}", markup=False, soft_wrap=True)
     told = [sentence for sentence in comparison["verdict"] if sentence["tone"] in ("bad", "warning")]
-    for sentence in [*comparison["verdict"][:1], *(sentence for sentence in told if sentence is not comparison["verdict"][0])]:
+    for sentence in [
+        *comparison["verdict"][:1],
+        *(sentence for sentence in told if sentence is not comparison["verdict"][0]),
+    ]:
         console.print(Text(f"- {sentence['text']}", style=_STYLES[sentence["tone"]]), soft_wrap=not console.is_terminal)
     rows = [
         (row["label"], letter, plus_minus(*value_and_error(gap)), row["unit"], _certainty(gap))

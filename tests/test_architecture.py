@@ -20,7 +20,12 @@ HELP_SECONDS = 1.0
 TRL_MODULES = {"rl_training.algs.dr_grpo", "rl_training.integrations.trl", "rl_training.train"}
 """The only modules that may need TRL; import-linter's contract in pyproject.toml names the same three."""
 
-CONFIG_MODULES = ("rl_training.config", "rl_training.configuration", "entropy_experiments.config")
+CONFIG_MODULES = (
+    "rl_training.config",
+    "rl_training.configuration",
+    "entropy_experiments.config",
+    "entropy_experiments.sweep_config",
+)
 
 SKIPPED_FOLDERS = {"__pycache__", "runs", "results", "build", "dist", "node_modules"}
 TEXT_SUFFIXES = {

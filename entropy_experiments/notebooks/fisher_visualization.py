@@ -75,7 +75,10 @@ def _(mo):
     buffer = mo.ui.radio(["training", "evaluation"], value="training", label="Buffer", inline=True)
     mo.vstack(
         [
-            mo.md("## Sequences\nCostliest first. Sort and search the table, then choose a row to read the sequence token by token."),
+            mo.md(
+                "## Sequences\nCostliest first. Sort and search the table, then choose a row to read the sequence "
+                "token by token."
+            ),
             buffer,
         ]
     )

@@ -69,7 +69,7 @@
       [[-0.5, y - 0.5], [y + 0.5, stored.rows - 0.5]].forEach(function (span) {
         out.push({ type: "line", x0: x, x1: x, y0: span[0], y1: span[1], line: thin });
       });
-      out.push({ type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: "$focus", width: 2 } });
+      out.push({ type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: "$ink", width: 2.5 } });
     }
     return out;
   }

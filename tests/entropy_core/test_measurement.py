@@ -172,7 +172,9 @@ def test_measurement_by_hand_with_its_error_and_sample_size(per_token: bool) -> 
         without = reweighted(rest, lengths, per_token)
         left_out.append(without[1] - without[0])
     assert measured.left_out is not None
-    assert_close(measured.left_out, torch.tensor(left_out, dtype=torch.float64), 1e-12, "the change without each prompt")
+    assert_close(
+        measured.left_out, torch.tensor(left_out, dtype=torch.float64), 1e-12, "the change without each prompt"
+    )
     mean = sum(left_out) / len(prompts)
     squares = sum((value - mean) ** 2 for value in left_out)
     wanted = (squares * (len(prompts) - 1) / len(prompts)) ** 0.5

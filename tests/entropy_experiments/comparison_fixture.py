@@ -51,7 +51,9 @@ def policy(**law) -> dict:
     }
 
 
-def prompt_effects(seed: int, shift: float = 0.0, common: np.ndarray | None = None, count: int = 32) -> dict[str, np.ndarray]:
+def prompt_effects(
+    seed: int, shift: float = 0.0, common: np.ndarray | None = None, count: int = 32
+) -> dict[str, np.ndarray]:
     """Values per prompt: what the prompt does to every side (`common`), and noise of this side's own."""
     generator = np.random.default_rng(seed)
     common = np.random.default_rng(99).normal(0, 0.1, count) if common is None else common
@@ -86,7 +88,9 @@ def edit_summary(folder: Path, change) -> Path:
     return folder
 
 
-def build_sweep(folder: Path, shifts: dict[int, float], run: str = "run", failed: tuple[int, ...] = (), seed: int = 0) -> Path:
+def build_sweep(
+    folder: Path, shifts: dict[int, float], run: str = "run", failed: tuple[int, ...] = (), seed: int = 0
+) -> Path:
     """A sweep's folder as `sweep` leaves it: an analysis a step, and sweep.json."""
     entries = []
     for step, shift in shifts.items():

@@ -60,7 +60,9 @@ def test_paired_differences_are_those_of_the_prompts_themselves(pair):
         )
         assert gap.prompts == 32
     measured = point.row("measured").differences[1]
-    assert measured.standard_error < 0.5 * np.hypot(*(row[1] for row in point.row("measured").values)), "pairing buys nothing"
+    assert measured.standard_error < 0.5 * np.hypot(*(row[1] for row in point.row("measured").values)), (
+        "pairing buys nothing"
+    )
 
 
 def test_other_prompts_are_compared_unpaired_and_say_so(tmp_path):
@@ -141,15 +143,24 @@ def test_the_stored_values_are_those_of_analyses_without_the_prompt(real_pair):
             node = node[key]
         values = np.array(stored[name])
         error = np.sqrt((len(values) - 1) / len(values) * np.sum((values - values.mean()) ** 2))
-        assert error == pytest.approx(node["standard_error"], rel=1e-6), f"{name}: another number's leave-one-out values"
+        assert error == pytest.approx(node["standard_error"], rel=1e-6), (
+            f"{name}: another number's leave-one-out values"
+        )
         assert values.mean() == pytest.approx(node["value"], rel=0.2, abs=0.05 * abs(node["value"]) + 1e-4)
 
 
 def test_two_real_analyses(real_pair, tmp_path):
     found = write_comparison([analysis.folder for analysis in real_pair], tmp_path / "out")
-    assert {row["quantity"] for row in found["quantities"]} >= {"entropy", "measured_change", "predicted_change", "reward"}
+    assert {row["quantity"] for row in found["quantities"]} >= {
+        "entropy",
+        "measured_change",
+        "predicted_change",
+        "reward",
+    }
     assert all(gap["B"]["paired_prompts"] for gap in (row["minus_a"] for row in found["quantities"]) if gap)
-    assert any("Checkpoints of different training steps: A 2, B 4." == sentence["text"] for sentence in found["verdict"])
+    assert any(
+        "Checkpoints of different training steps: A 2, B 4." == sentence["text"] for sentence in found["verdict"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,6 +173,8 @@ def test_two_real_analyses(real_pair, tmp_path):
         (-0.05, 0.05, 0.001, "B gains entropy and A loses it"),
         (0.05, -0.05, 0.001, "B loses entropy and A gains it"),
         (-0.10, -0.09, 0.2, "not distinguishable from 0"),
+        (-0.10, -0.05, 0.0667, "B loses"),  # three standard errors
+        (-0.10, -0.05, 0.143, "not distinguishable from 0"),  # one and a half
     ],
 )
 def test_the_first_sentence_in_plain_words(tmp_path, a, b, noise, words):
@@ -325,10 +338,17 @@ def test_bad_sweeps_are_refused_in_one_line(pair, sweeps, tmp_path):
 def test_the_folder_appears_whole_and_is_replaced_only_when_asked(pair, tmp_path):
     out = tmp_path / "deep" / "out"
     found = write_comparison(pair, out)
-    assert {path.name for path in out.iterdir()} == {"comparison.html", "comparison.json", "comparison.parquet", "figures"}
+    assert {path.name for path in out.iterdir()} == {
+        "comparison.html",
+        "comparison.json",
+        "comparison.parquet",
+        "figures",
+    }
     assert not list(out.parent.glob("*.part"))
     written = json.loads((out / "comparison.json").read_text(), parse_constant=lambda text: pytest.fail(text))
-    assert written == {key: value for key, value in json.loads(json.dumps(found)).items() if key not in ("folder", "report")}
+    assert written == {
+        key: value for key, value in json.loads(json.dumps(found)).items() if key not in ("folder", "report")
+    }
     with pytest.raises(UserError, match="exists already"):
         write_comparison(pair, out)
     write_comparison(pair, out, overwrite=True)

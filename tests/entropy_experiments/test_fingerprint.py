@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core.batch import SequenceBatch
@@ -18,6 +20,7 @@ from entropy_experiments.fingerprint import Fingerprint, store_fingerprint
 from tests.entropy_core.support import left_padded, padded, right_padded
 from tests.entropy_experiments.store_cases import in_process
 from tests.oracle.model_cases import CASES, ModelCase, random_sequences
+from tests.two_processes import in_two_processes
 
 LORA = next(case for case in CASES if case.name == "llama_untied_lora")
 
@@ -221,6 +224,24 @@ def test_saved_buffers_count_and_computed_ones_do_not() -> None:
     assert "frozen weight 'scale' has other values" in (
         store_fingerprint(model, batch(), "score").difference(before) or ""
     )
+
+
+def _two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    return model
+
+
+def sharded_fingerprint() -> Fingerprint:
+    model = _two_layers()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return store_fingerprint(model, batch(), "score")
+
+
+def test_sharded_weights_have_the_fingerprint_of_whole_ones() -> None:
+    expected = store_fingerprint(_two_layers(), batch(), "score")
+    assert in_two_processes(sharded_fingerprint) == [expected, expected]
 
 
 @pytest.mark.parametrize("broken", [None, {}, {"parameters": {}}, "text"])

@@ -63,7 +63,7 @@ def test_the_page_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "gradients stored as float32: exact" in capsys.readouterr().out
     for found, preconditioner in (("as_analysed", p), ("with_damping", seen["damped"]), ("plain", None)):
         expected = compute_cross_fisher_kernel(model, batch, batch, preconditioner)
-        assert float((seen[found] - expected).norm() / expected.norm()) < 1e-6
+        assert float((seen[found] - expected).norm() / expected.norm()) < 3e-6
     assert not torch.allclose(seen["with_damping"], seen["as_analysed"])
     shapes = {name: values.shape[1:] for name, values in rows.items()}
     written = seen["store_rows"](

@@ -71,7 +71,8 @@ def test_as_a_script_bad_input_is_one_line(tmp_path):
 
 def test_it_exports_to_a_page(folder, tmp_path):
     page = tmp_path / "page.html"
-    found = run("-m", "marimo", "export", "html", NOTEBOOK, "-o", page, "--", "--results", folder)
+    notebook = shutil.copy(NOTEBOOK, tmp_path)  # marimo leaves what it has shown beside it
+    found = run("-m", "marimo", "export", "html", notebook, "-o", page, "--", "--results", folder)
     assert found.returncode == 0, found.stderr
     text = page.read_text(encoding="utf-8")
     assert "was predicted to change entropy" in text and "Traceback" not in text
@@ -133,7 +134,10 @@ def test_sequences_of_a_prompt_and_their_parts(results):
     assert [record["sequence"] for record in records] == [row["row"] for row in costliest]
     part = records[0]["part of Δh, 10⁻³ nats per token"]
     assert part == pytest.approx(1e3 * costliest[0]["delta_h"], abs=1e-4)
-    lost = {r["sequence"]: r["part of Δh, 10⁻³ nats per token"] for r in notebook_views.sequence_records(results, "evaluation")}
+    lost = {
+        r["sequence"]: r["part of Δh, 10⁻³ nats per token"]
+        for r in notebook_views.sequence_records(results, "evaluation")
+    }
     assert lost[5] == pytest.approx(1e3 * results.evaluation[5]["delta_h_lost"], abs=1e-4)
 
 
@@ -216,5 +220,6 @@ def test_in_a_browser(hostile):
             assert page.evaluate("window.hacked") is None and errors == []
             browser.close()
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(timeout=30)
+        os.killpg(server.pid, 2)
+        server.wait(timeout=60)
+    assert not (NOTEBOOK.parent / "__marimo__").exists(), "texts of prompts and completions stay beside the notebook"

@@ -135,7 +135,7 @@ def test_other_kernel_other_order_same_sequences(visit, kernels, sequences):
     visit.draw_kernel()
     page, rows = visit.page, by_prompt(sequences.evaluation)
     labels = sequences.summary["analyses"]["sequence_clustering"]["labels"]
-    visit.pick(5, 5, by_prompt(sequences.training)[5])
+    visit.pick(5, 9, by_prompt(sequences.training)[5])
     before = page.locator(".status").inner_text().split(";")[:2]
     page.get_by_label("Kernel shown").select_option(label="Fisher kernel K₁")
     page.get_by_label("Columns ordered").select_option(label="by cluster")

@@ -25,8 +25,18 @@ from entropy_experiments.sweep_config import SweepConfig
 from entropy_experiments.sweep_figures import CHARTS, draw_sweep_figures, evolution_rows
 from entropy_experiments.sweep_report import write_sweep_report
 from entropy_experiments.sweep_verdict import write_sweep_verdict
+from tests.entropy_experiments.browser_visit import Visit
 from tests.entropy_experiments.planted_run import planted_run
-from tests.entropy_experiments.test_report_browser import HOSTILE, Visit, browser  # noqa: F401
+
+HOSTILE = (
+    "<script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=2>",
+    "</script><script>window.pwned=3</script><!--",
+    "\u202egnihton \u2066 \u2028 \u2029",
+    "null\x00byte \x1b[31m",
+    "L" * 10_000,
+    "%{y}<br><b>bold</b>",
+)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +195,7 @@ def test_verdict_tells_the_planted_story(run):
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser, page):  # noqa: F811
+def test_the_page_in_a_browser(browser, page):
     """Figures are drawn, the slider moves by key, the table sorts and leads on, it is dark on demand."""
     visit = Visit(browser, page)
     tab = visit.page
@@ -220,7 +230,7 @@ def test_the_page_in_a_browser(browser, page):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_without_javascript_the_pictures_remain(browser, page):  # noqa: F811
+def test_without_javascript_the_pictures_remain(browser, page):
     visit = Visit(browser, page, java_script_enabled=False)
     for chart in CHARTS:
         picture = visit.page.locator(f"#figure-{chart}-1 img")
@@ -229,12 +239,13 @@ def test_without_javascript_the_pictures_remain(browser, page):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_hostile_text_runs_nothing(browser, run, tmp_path):  # noqa: F811
+def test_hostile_text_runs_nothing(browser, run, tmp_path):
     folders, _ = run
     hostile = []
     for folder in folders[:2]:
         training = [
-            r | {"prompt": HOSTILE[i % 10], "completion": HOSTILE[-i % 10]} for i, r in enumerate(folder.training)
+            r | {"prompt": HOSTILE[i % len(HOSTILE)], "completion": HOSTILE[-i % len(HOSTILE)]}
+            for i, r in enumerate(folder.training)
         ]
         hostile.append(replace(folder, training=training))
     evolution = describe_evolution(hostile, [], permutations=19)

@@ -276,10 +276,9 @@ def test_measuring_leaves_model_and_optimizer_bit_identical():
 def test_rows_that_hold_p_give_the_same_step():
     world = settled_step()
     p = world.step.preconditioner
-    scaled = {name: rows * p[name] for name, rows in world.columns.items()}
-    other = StepMeasurement(
-        world.model, world.optimizer, KeptRows(scaled, p), world.evaluation, world.statistics, max_grad_norm=None
-    )  # fmt: skip
+    rows = KeptRows({name: part * p[name] for name, part in world.columns.items()}, p)
+    known = (world.model, world.optimizer, rows, world.evaluation, world.statistics)
+    other = StepMeasurement(*known, max_grad_norm=None)
     assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
     subsets = torch.from_numpy(half_subsets(16, 4))
     gradient = world.gradient_of_h()
@@ -289,14 +288,13 @@ def test_rows_that_hold_p_give_the_same_step():
 
 def test_rows_that_are_not_kept_give_the_same_step_and_shares():
     world = settled_step()
-    other = StepMeasurement(
-        world.model, world.optimizer, RecomputedRows(world.model, world.train), world.evaluation, world.statistics,
-        max_grad_norm=None,
-    )  # fmt: skip
+    known = (world.model, world.optimizer, RecomputedRows(world.model, world.train), world.evaluation, world.statistics)
+    other, subsets = StepMeasurement(*known, max_grad_norm=None), torch.from_numpy(half_subsets(16, 4))
     assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
-    subsets, gradient = torch.from_numpy(half_subsets(16, 4)), world.gradient_of_h()
-    found, expected = (m.response_shares(gradient, world.weights, subsets) for m in (other, world.measurement()))
-    assert_close(found.shares, expected.shares, 1e-9, "rows formed anew")
+    shares = [
+        m.response_shares(world.gradient_of_h(), world.weights, subsets).shares for m in (other, world.measurement())
+    ]
+    assert_close(*shares, 1e-9, "rows formed anew")
 
 
 def test_response_shares_are_the_derivative_of_the_first_order():
