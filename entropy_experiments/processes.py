@@ -36,8 +36,14 @@ class Processes:
         if not dist.is_initialized():
             from accelerate import PartialState
 
-            with _others_explained():
-                PartialState(cpu=on_cpu, timeout=_PATIENCE)
+            if "RANK" in os.environ:
+                with _others_explained():
+                    PartialState(cpu=on_cpu, timeout=_PATIENCE)
+            if not dist.is_initialized():
+                raise UserError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that several processes work together, but there is no group of "
+                    "them: start it by accelerate launch or torchrun, or unset WORLD_SIZE"
+                )
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -182,7 +182,7 @@ def _analyze_share(
             try:
                 place.write_source(target)
                 run_fisher_analysis(
-                    target.path, single, folder=place.results(target), keep_going=keep_going, stage=stage
+                    target.path, single, folder=place.results(target), resume=True, keep_going=keep_going, stage=stage
                 )
             except Exception as error:  # whatever it is: it is told at the end, and the others are still done
                 if disk_is_full(error):

@@ -158,8 +158,8 @@ def _launch(arguments: list[str], processes: int, cwd: Path) -> subprocess.Popen
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "entropy_experiments"]
     if processes > 1:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_cpu"]
-        start += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "entropy_experiments"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        start += ["-m", "entropy_experiments"]
     return subprocess.Popen(
         [*start, "analyze", *arguments],
         stdout=subprocess.PIPE,
@@ -172,7 +172,7 @@ def _launch(arguments: list[str], processes: int, cwd: Path) -> subprocess.Popen
 
 @pytest.mark.slow
 def test_the_command_killed_and_resumed_by_two_processes(plain, tiny_run, tmp_path):
-    """As typed: killed with SIGKILL once blocks lie there, resumed by `accelerate launch` with two processes."""
+    """As typed: killed with SIGKILL once blocks lie there, resumed by two processes of one launch."""
     (tmp_path / "analysis.yaml").write_text(dump_config(config(f"{KERNEL}strategy=tiles", f"output_dir={tmp_path}")))
     arguments = [str(tiny_run), "--config", str(tmp_path / "analysis.yaml")]
     first = _launch(arguments, 1, tmp_path)
@@ -206,3 +206,20 @@ def test_a_dry_run_plans_and_writes_nothing(tiny_run, tmp_path, monkeypatch):
     assert tiles.plan.strategy == "tiles" and tiles.disk == 2 * 4 * (16 * 16 + 16 * 16)
     lines = "\n".join(forecast.lines())
     assert "peak memory" in lines and "in all" in lines
+
+
+@pytest.mark.slow
+def test_ten_thousand_by_ten_thousand_is_planned_and_its_tiles_run_inside_eight_gib():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.entropy_experiments.large_kernel_script"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert 5_000_000 < found["parameters"] < 6_000_000
+    assert found["plan"]["strategy"] == "tiles" and 100 < found["plan"]["tile"] < 400
+    assert found["plan"]["passes"] == 10_000 + -(-10_000 // found["plan"]["tile"]) * 10_000
+    assert found["peak"] < 8 * 2**30, f"{found['peak'] / 2**30:.2f} GiB"
+    assert found["error"] < 1e-5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_experiments import fisher_analyzer, training_side
+from entropy_experiments import kernel_engine, kernel_options
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
@@ -89,12 +89,13 @@ def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_path, monkeypatch, keep_going):
     """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
-    original = fisher_analyzer.contract_rows
+    original = kernel_engine.contract_rows
 
-    def doubled(model, batch, objectives, sets, *rest):
-        return original(model, batch, objectives, [{n: 2 * c for n, c in columns.items()} for columns in sets], *rest)
+    def doubled(model, batch, objectives, sets, *rest, **options):
+        twice = [{n: 2 * c for n, c in columns.items()} for columns in sets]
+        return original(model, batch, objectives, twice, *rest, **options)
 
-    monkeypatch.setattr(fisher_analyzer, "contract_rows", doubled)
+    monkeypatch.setattr(kernel_engine, "contract_rows", doubled)
     target = tmp_path / "checked"
     if not keep_going:
         with pytest.raises(UserError, match="self-check failed"):
@@ -160,15 +161,15 @@ def test_half_an_adapter_is_refused(checkpoint_copy, tmp_path):
 
 
 def test_rows_that_do_not_fit_into_memory_are_refused_before_they_are_made(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_side, "_free_memory", lambda device: 1000)
-    with pytest.raises(UserError, match="train_batch_size"):
+    monkeypatch.setattr(kernel_options, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="too small for one row"):
         run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
     assert not list(tmp_path.glob("no*"))
 
 
-def test_several_processes_are_refused_rather_than_racing(tiny_run, tmp_path, monkeypatch):
+def test_half_a_launchers_environment_is_refused_rather_than_racing(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE=2 .* start it by accelerate launch or torchrun"):
         run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
 
 
