@@ -128,7 +128,7 @@ def quick(monkeypatch):
     """Analyses that write a synthetic results folder at once; calls are counted, steps in `broken` raise."""
     calls, broken = [], set()
 
-    def analyse(path, config, *, folder, keep_going, stage):
+    def analyse(path, config, *, folder, resume, keep_going, stage):
         step = int(Path(path).name.rpartition("-")[2])
         calls.append(step)
         assert "WORLD_SIZE" not in os.environ, "an analysis would take this for a process group to join"
