@@ -37,6 +37,14 @@ def plain_steps() -> tuple[float, float]:
     return float(np.median([row["wall"] for row in rows])), float(np.median([row["cpu"] for row in rows]))
 
 
+def peaks() -> str:
+    """Median of the highest resident memory in a step, by arm."""
+    rows = read("overhead.jsonl")
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    found = {arm: np.median([row["peak_gib"] for row in rows if row["arm"] == arm]) for arm in arms}
+    return ", ".join(f"{value:.2f} GiB ({arm})" for arm, value in found.items())
+
+
 def in_turn(arm: str) -> float:
     """Median over checkpoints of the CPU seconds that an arm adds, in percent of the plain steps beside it."""
     rows, added = read("overhead.jsonl"), []
@@ -56,6 +64,7 @@ def schedule_rows(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "schedule": name,
                 "cpu": float(np.mean([s["cpu"] for _, s in seen])),
+                "wall": float(np.mean([s["wall"] for _, s in seen])),
                 "of_step": 100 * float(np.mean([s["cpu"] for _, s in seen])) / cpu,
                 "of_step_wall": 100 * float(np.mean([s["wall"] for _, s in seen])) / wall,
                 "in_turn": in_turn(name),
@@ -103,8 +112,9 @@ def table(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
         f"prediction would reach {ceiling:.3f}); *error* the root mean square difference, *sum* to be held against "
         f"{measured.sum():+.3f}.",
         "",
-        "| schedule | CPU s | % of step | in turn % | same tokens | of these trusted | independent | error | mean s.e. | sum |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| schedule | wall s | CPU s | % of step | in turn % | same tokens | of these trusted | independent | error | "
+        "mean s.e. | sum |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         turn = "" if r["in_turn"] != r["in_turn"] else f"{r['in_turn']:+.1f}"
@@ -113,9 +123,10 @@ def table(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
             for key, digits in (("same_tokens", 3), ("trusted", 3), ("se", 4))
         )
         lines.append(
-            f"| {r['schedule']} | {r['cpu']:.2f} | {r['of_step']:.1f} | {turn} | {same} | {believed} | "
+            f"| {r['schedule']} | {r['wall']:.2f} | {r['cpu']:.2f} | {r['of_step']:.1f} | {turn} | {same} | {believed} | "
             f"{r['independent']:.3f} | {r['rmse']:.4f} | {error} | {r['sum']:+.3f} |"
         )
+    lines += ["", f"Peak memory of whole steps: {peaks()}."]
     lines += ["", "All five on the same 8 sequences a step:", "", "| predictor | independent |", "|---|---|"]
     lines += [f"| {r['predictor']} | {r['independent']:.3f} |" for r in predictor_rows(steps)]
     return "\n".join(lines) + "\n"
