@@ -80,10 +80,11 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds of the pilot: drawing a sequence, and of a token's forward pass and each backward pass."""
+    """Seconds of the pilot: drawing a sequence; a token's forward pass without and with a graph, and each backward pass."""
 
     drawing: float
     forward: float
+    with_graph: float
     backward: float
     tokens: float
     loading: float
@@ -148,9 +149,9 @@ def _pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisCon
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
     backward = max((several - single) / (len(four) - 1), 0.2 * forward)
-    # What a pass forward costs beside its backward passes: its graph makes it dearer than a pass without one.
+    with_graph = max(forward, single - backward)
     return _Rates(
-        drawing / len(rows), max(forward, single - backward) / tokens, backward / tokens, tokens / len(rows), loading
+        drawing / len(rows), forward / tokens, with_graph / tokens, backward / tokens, tokens / len(rows), loading
     )
 
 
@@ -169,7 +170,8 @@ def _stages(
     analysis, kernel = settings.analysis, settings.fisher_kernel
 
     def passes(name: str, sequences: int, backwards: int) -> StageForecast:
-        seconds = sequences * rates.tokens * (rates.forward + backwards * rates.backward)
+        forward = rates.with_graph if backwards else rates.forward
+        seconds = sequences * rates.tokens * (forward + backwards * rates.backward)
         return StageForecast(name, sequences, seconds)
 
     from_run = settings.sampling.train_prompts == "from_run"
@@ -187,18 +189,16 @@ def _stages(
     out.append(StageForecast("training gradients, one row per sequence", formed + checked + n_train, training))
     out.append(passes("token statistics", n_eval, 0))
     again = n_train if plan.strategy == "tiles" else 0
-    evaluation = passes("", n_eval * tiles, 4 if kernel.compute_full else 4)
-    out.append(
-        StageForecast(
-            "evaluation gradients and kernels",
-            evaluation.passes + again + n_eval,
-            evaluation.seconds + passes("", again, 1).seconds + passes("", n_eval, 2).seconds,
-        )
-    )
+    evaluation = passes("", n_eval * tiles, 4)
+    seconds = evaluation.seconds + passes("", again, 1).seconds
+    out.append(StageForecast("evaluation gradients and kernels", evaluation.passes + again, seconds))
+    if kernel.save_gradients:
+        out.append(StageForecast("storing the evaluation gradients", 2 * n_eval, 2 * passes("", n_eval, 1).seconds))
     if kernel.compute_full:
-        own = passes("", n_train * tiles, 2)
-        seconds = own.seconds + passes("", again, 1).seconds
-        out.append(StageForecast("the training buffer's own kernel", own.passes + again, seconds))
+        # and the gradients of entropy that shares rest on, from one more pass over the evaluation side
+        own, shares = passes("", n_train * tiles, 2), passes("", n_eval, 2)
+        seconds = own.seconds + passes("", again, 1).seconds + shares.seconds
+        out.append(StageForecast("the training buffer's own kernel", own.passes + again + n_eval, seconds))
         out.append(passes("checking the kernel against finite differences", 2 * min(16, n_eval), 0))
     if analysis.entropy_prediction:
         out += [passes(f"measuring at {s:g} x the step", n_eval, 0) for s in sorted({*analysis.step_scales, 1.0})]
@@ -209,7 +209,7 @@ def _stages(
     if analysis.higher_order:
         out.append(passes("analysis: higher order", 2 * n_eval * sum(s <= 1 for s in {*analysis.step_scales, 1.0}), 0))
     if analysis.attribution:
-        out.append(passes("analysis: attribution", 2 * n_train, 0))  # forward mode: two passes' work
+        out.append(passes("analysis: attribution", 3 * n_train, 0))  # one in forward mode: three passes' work
     if analysis.intervention:
         out.append(passes("analysis: intervention", (analysis.intervention_subsets + 16) * n_eval, 0))
     if analysis.weighting_schemes and analysis.weighting_steps:
