@@ -92,12 +92,6 @@ class Processes:
                 dist.broadcast(values, src=owner)
 
 
-def leave() -> None:
-    """End the process group, where one was joined."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def _others_explained() -> Iterator[None]:
     try:

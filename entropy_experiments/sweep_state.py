@@ -13,7 +13,6 @@ Locks are `flock`s, which a killed process lets go of. On file systems without t
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -24,12 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.checkpoint_files import fingerprint
 from entropy_experiments.results_folder import read_results_folder
 from entropy_experiments.sweep_plan import Target
 from rl_training.errors import UserError
-
-_HASHED_WHOLE = 64 * 2**20
-_EDGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -139,22 +136,6 @@ def write_json_whole(path: Path, content: Any) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(part, path)
-
-
-def fingerprint(checkpoint: Path) -> dict[str, Any]:
-    """What tells a checkpoint from another one in its place: every file's size and hash (of large files: of both ends)."""
-    files: dict[str, Any] = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        size, digest = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as handle:
-            if size <= _HASHED_WHOLE:
-                digest.update(handle.read())
-            else:
-                digest.update(handle.read(_EDGE))
-                handle.seek(-_EDGE, os.SEEK_END)
-                digest.update(handle.read())
-        files[str(path.relative_to(checkpoint))] = [size, digest.hexdigest()]
-    return {"files": files}
 
 
 def _first_difference(used: str, wanted: str) -> str:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from entropy_experiments.checkpoint_files import fingerprint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.durable_write import disk_errors_explained, read_json_object, write_json_durably
@@ -28,7 +28,6 @@ from rl_training.sampling import CollectionCounts, Rollouts
 
 FOLDER_NAME = "work"
 _VERSIONS = ("torch", "transformers", "peft", "entropy-experiments")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json")
 
 
 class UnfinishedWork(KernelWorkspace):
@@ -94,18 +93,6 @@ def describe_work(checkpoint: Path, config: FisherAnalysisConfig) -> dict[str, A
     settings = config.model_dump(mode="json")
     return {
         "config": json.loads(json.dumps(settings)),
-        "checkpoint": {"path": str(checkpoint.resolve()), "files": _digests(checkpoint)},
+        "checkpoint": {"path": str(checkpoint.resolve()), **fingerprint(checkpoint)},
         "versions": {name: version(name) for name in _VERSIONS},
     }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """File name -> digest of everything in a checkpoint that weights, adapters and moments are read from."""
-    found = {}
-    for path in sorted({p for pattern in _WEIGHTS for p in folder.glob(pattern)}):
-        digest = blake2b(digest_size=16)
-        with path.open("rb") as handle:
-            while piece := handle.read(2**24):
-                digest.update(piece)
-        found[path.name] = digest.hexdigest()
-    return found

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import sync_playwright
 
 from entropy_experiments import explore, notebook_views
 from entropy_experiments.explore import NOTEBOOK, notebook_command
 from entropy_experiments.results_folder import read_results_folder
 from rl_training.errors import UserError
+from tests.entropy_experiments.browser_visit import launch
 from tests.entropy_experiments.results_fixture import build_results, write_sequences
 
 HOSTILE = (
@@ -188,10 +190,6 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_in_a_browser(hostile):
     """Served by the command, opened in Chromium: everything is drawn, a choice redraws, and no text runs."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here")
     port = free_port()
     arguments = ["-m", "entropy_experiments", "explore", str(hostile), "--headless", "--port", str(port)]
     log = subprocess.DEVNULL
@@ -206,9 +204,8 @@ def test_in_a_browser(hostile):
                 break
             except OSError:
                 time.sleep(0.5)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-        with playwright.sync_playwright() as p:
-            browser = p.chromium.launch(executable_path=chromium, args=flags)
+        with sync_playwright() as playwright:
+            browser = launch(playwright)
             page = browser.new_page()
             errors: list[str] = []
             page.on("pageerror", lambda error: errors.append(str(error)))
