@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_experiments import entropy_runner, fisher_analyzer
+from entropy_experiments import entropy_runner, fisher_analyzer, kernel_options
 from entropy_experiments.entropy_runner import FisherAnalysis, run_fisher_analysis
 from entropy_experiments.forecast import forecast_analysis
 from entropy_experiments.gradient_store import GradientStore
@@ -143,9 +143,10 @@ def test_an_interrupted_analysis_is_gone_on_with(plain, tiny_run, tmp_path, monk
     assert UnfinishedWork(tmp_path / "one.part").begun, "a refusal throws nothing away"
 
     def no_draw(*_: object) -> None:
-        raise AssertionError("the buffers were kept")
+        raise AssertionError("buffers and plan were kept")
 
     monkeypatch.setattr(entropy_runner, "draw_buffers", no_draw)
+    monkeypatch.setattr(kernel_options, "plan_kernel", no_draw)  # blocks were cut by the plan that was kept
     made: list[str] = []
     monkeypatch.setattr(UnfinishedWork, "write", lambda self, matrix, piece, block: made.append(piece))
     found = run_fisher_analysis(tiny_run, config(), folder=target, resume=True)
