@@ -23,6 +23,7 @@ from torch.nn import functional
 from entropy_core.batch import Bucket
 from entropy_core.forward import call_model, completion_logits, output_layer, raise_if_broken
 from entropy_core.logit_statistics import LEAST_LOGPROB, logprobs_and_entropies, surprisal_variances
+from entropy_core.repeated_tokens import repeated_tokens_once
 
 _CHUNK_ELEMENTS = 2**23  # logits at a time: 32 MiB in float32
 _PROBE_TOKENS = 2
@@ -52,6 +53,14 @@ def completion_values(
 
     Raises ValueError for logits that are not finite, naming the sequence.
     """
+    with repeated_tokens_once(model, bucket) as repeated:
+        found = _one_pass(model, bucket, temperature, with_entropies, with_variances)
+    return found if repeated() else _one_pass(model, bucket, temperature, with_entropies, with_variances)
+
+
+def _one_pass(
+    model: nn.Module, bucket: Bucket, temperature: float, with_entropies: bool, with_variances: bool
+) -> CompletionValues:
     layer = output_layer(model)
     if _may_be_fused(layer):
         assert isinstance(layer, nn.Linear)

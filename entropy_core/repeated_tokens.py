@@ -1,0 +1,171 @@
+"""Frozen linear layers that multiply each distinct token once: prompts that sequences share, and no padding.
+
+In a causal model the hidden states of a token depend on the tokens before it and on nothing else, so that sequences with
+equal beginnings (the completions of one prompt) have equal hidden states there, in every layer. A frozen layer y = x W^T
+multiplies these once and copies the products. Backward they are told apart again: the cotangent at a shared token is its own
+sequence's, which gradient rows need; only tokens whose cotangents are zero are left out (padding, the last token, and in the
+last layer all that predict nothing).
+
+Numbers are those of the ordinary pass but for rounding. That sequences do agree where their tokens do is checked at every
+layer of every pass, on the last shared token of every sequence; a model where they do not (one that looks ahead) is passed
+the ordinary way. Source: docs/theory/fisher-kernel.md, "What a row costs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from entropy_core.batch import Bucket
+
+# Where more than this share of a bucket's tokens is to be multiplied anyway, copying costs what multiplying saves.
+_WORTHWHILE = 0.9
+
+_looks_ahead: WeakSet[nn.Module] = WeakSet()
+# Layers whose cotangents were seen at tokens that predict nothing: all but those behind the last attention.
+_below_attention: WeakSet[nn.Module] = WeakSet()
+
+
+class TokenPlan:
+    """Which tokens of a bucket of n rows and l columns are multiplied. Indices count through the rows, n * l tokens.
+
+    distinct: (u,) tokens to multiply forward. place: (n * l,) where among them each token finds its own product.
+    seen: (s,) tokens that a completion token sees: those with a cotangent. predicting: of `seen`, those whose hidden states
+    become logits, and the others. checked, against: tokens that must have equal hidden states.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        ids = bucket.input_ids.cpu()
+        n, length = ids.shape
+        rows, positions = bucket.rows.cpu(), bucket.positions.cpu()
+        ends = torch.zeros(n, dtype=torch.long).scatter_reduce_(0, rows, positions + 1, "amax")
+        columns = torch.arange(length)
+        seen = columns < ends[:, None]
+        first = _first_with_equal_beginning(ids, ends)
+        own = seen & (first == torch.arange(n)[:, None])
+        numbers = torch.full((n, length), -1).masked_scatter_(own, torch.arange(int(own.sum())))
+        place = torch.where(seen, numbers[first, columns], 0)
+        predicting = torch.zeros_like(seen)
+        predicting[rows, positions] = True
+        shared = (seen & ~own).sum(1)  # a row shares its beginning
+        sharing = (shared > 0).nonzero()[:, 0]
+        last = shared[sharing] - 1
+        flat = torch.arange(n * length).view(n, length)
+
+        def on_device(found: Tensor) -> Tensor:
+            return found.to(bucket.input_ids.device)
+
+        self.shape = (n, length)
+        self.distinct, self.place, self.seen = (on_device(t) for t in (flat[own], place.flatten(), flat[seen]))
+        self.predicting, self.others = on_device(flat[predicting]), on_device(flat[seen & ~predicting])
+        self.checked, self.against = on_device(flat[sharing, last]), on_device(flat[first[sharing, last], last])
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it spares a tenth of the products in either direction."""
+        return min(len(self.distinct), len(self.seen)) <= _WORTHWHILE * self.shape[0] * self.shape[1]
+
+
+def _first_with_equal_beginning(ids: Tensor, ends: Tensor) -> Tensor:
+    """(n, l): the first row whose tokens up to and at this column are those of this row; past a row's end, the row itself."""
+    n, length = ids.shape
+    ids = ids.masked_fill(torch.arange(length) >= ends[:, None], -1)
+    order = sorted(range(n), key=ids.tolist().__getitem__)
+    out = torch.empty_like(ids)
+    out[order[0]] = order[0]
+    for before, row in zip(order, order[1:], strict=False):
+        equal = ((ids[row] == ids[before]) & (ids[row] >= 0)).long().cumprod(0).bool()
+        out[row] = torch.where(equal, out[before], row)
+    return out
+
+
+@contextmanager
+def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[[], bool]]:
+    """Inside, a forward pass over `bucket` multiplies in frozen linear layers as the plan says, where that is worthwhile.
+
+    Yields a function that says, after the pass, whether tokens that were taken for equal were: if not, its numbers are wrong,
+    and the model is passed the ordinary way from now on.
+    """
+    # Rows that hold several completions share their prompt already, and under autocast the products have other types.
+    ordinary = bucket.attention_mask is not None or torch.is_autocast_enabled(bucket.input_ids.device.type)
+    layers = [] if ordinary or model in _looks_ahead else [module for module in model.modules() if _is_plain(module)]
+    plan = TokenPlan(bucket) if layers else None
+    if plan is None or not plan.worthwhile:
+        yield lambda: True
+        return
+    differences: list[Tensor] = []
+    for layer in layers:
+        layer.forward = _compact_forward(layer, plan, differences)
+
+    def agree() -> bool:
+        if not differences or not bool(torch.stack([d.cpu() for d in differences]).max() > 0):
+            return True
+        _looks_ahead.add(model)
+        return False
+
+    try:
+        yield agree
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module is a frozen y = x W^T + b and nothing else, with its whole W at hand."""
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return False
+    tensors = [t for t in module._parameters.values() if t is not None]
+    return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)
+
+
+def _compact_forward(layer: nn.Module, plan: TokenPlan, differences: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[:-1] != plan.shape or x.device != plan.place.device:
+            return nn.Linear.forward(layer, x)
+        differences.append(_disagreement(x.detach().flatten(0, 1), plan))
+        return _CompactLinear.apply(x, layer, plan)
+
+    return forward
+
+
+def _disagreement(x: Tensor, plan: TokenPlan) -> Tensor:
+    """Above 0 where two tokens with equal beginnings differ by more than rounding explains (or are NaN in one of them)."""
+    if len(plan.checked) == 0:
+        return x.new_zeros(())
+    left, right = x[plan.checked], x[plan.against]
+    # eps^0.6: 7e-5 in float32, 5e-2 in bfloat16
+    allowed = torch.finfo(x.dtype).eps ** 0.6 * right.abs().amax()
+    return ((left - right).abs().amax() - allowed).float()
+
+
+class _CompactLinear(torch.autograd.Function):
+    """x (n, l, d) -> x W^T + b (n, l, out) for frozen W and b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear, plan: TokenPlan) -> Tensor:
+        ctx.save_for_backward(layer.weight)
+        ctx.layer, ctx.plan = layer, plan
+        products = functional.linear(x.flatten(0, 1)[plan.distinct], layer.weight, layer.bias)
+        return products[plan.place].view(*plan.shape, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        layer, plan, dy = ctx.layer, ctx.plan, cotangents[0].flatten(0, 1)
+        (weight,) = ctx.saved_tensors
+        tokens = plan.seen
+        if layer not in _below_attention:
+            if bool(dy[plan.others].any()):
+                _below_attention.add(layer)
+            else:
+                tokens = plan.predicting
+        if len(tokens) > _WORTHWHILE * len(dy):
+            return (dy @ weight).view(*plan.shape, -1), None, None
+        dx = dy.new_zeros((len(dy), weight.shape[1]))
+        dx[tokens] = dy[tokens] @ weight
+        return dx.view(*plan.shape, -1), None, None
