@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from entropy_core.batch import Bucket
 
-# Where more than this share of a bucket's tokens is to be multiplied anyway, copying costs what multiplying saves.
-_WORTHWHILE = 0.9
+# Multiplications that take as long as copying one number: a product of a layer of that width is as cheap to make as to copy.
+_COPYING = 64
 
 _looks_ahead: WeakSet[nn.Module] = WeakSet()
 # Layers whose cotangents were seen at tokens that predict nothing: all but those behind the last attention.
@@ -66,10 +66,10 @@ class TokenPlan:
         self.predicting, self.others = on_device(flat[predicting]), on_device(flat[seen & ~predicting])
         self.checked, self.against = on_device(flat[sharing, last]), on_device(flat[first[sharing, last], last])
 
-    @property
-    def worthwhile(self) -> bool:
-        """Whether it spares a tenth of the products in either direction."""
-        return min(len(self.distinct), len(self.seen)) <= _WORTHWHILE * self.shape[0] * self.shape[1]
+    def worthwhile(self, tokens: Tensor, width: int) -> bool:
+        """Whether multiplying `tokens` alone saves more than copying costs, in a layer with `width` inputs to a product."""
+        total = self.shape[0] * self.shape[1]
+        return (total - len(tokens)) * width > total * _COPYING
 
 
 def _first_with_equal_beginning(ids: Tensor, ends: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[
     # Rows that hold several completions share their prompt already, and under autocast the products have other types.
     ordinary = bucket.attention_mask is not None or torch.is_autocast_enabled(bucket.input_ids.device.type)
     layers = [] if ordinary or model in _looks_ahead else [module for module in model.modules() if _is_plain(module)]
-    plan = TokenPlan(bucket) if layers else None
-    if plan is None or not plan.worthwhile:
+    if not layers:
         yield lambda: True
         return
+    plan = TokenPlan(bucket)
     differences: list[Tensor] = []
     for layer in layers:
         layer.forward = _compact_forward(layer, plan, differences)
@@ -151,6 +151,8 @@ class _CompactLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, plan: TokenPlan) -> Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer, ctx.plan = layer, plan
+        if not plan.worthwhile(plan.distinct, layer.in_features):
+            return functional.linear(x, layer.weight, layer.bias)
         products = functional.linear(x.flatten(0, 1)[plan.distinct], layer.weight, layer.bias)
         return products[plan.place].view(*plan.shape, -1)
 
@@ -164,7 +166,7 @@ class _CompactLinear(torch.autograd.Function):
                 _below_attention.add(layer)
             else:
                 tokens = plan.predicting
-        if len(tokens) > _WORTHWHILE * len(dy):
+        if not plan.worthwhile(tokens, layer.out_features):
             return (dy @ weight).view(*plan.shape, -1), None, None
         dx = dy.new_zeros((len(dy), weight.shape[1]))
         dx[tokens] = dy[tokens] @ weight
