@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 DEFAULT_TOKEN_BATCH_SIZE = 4096
+# Buckets are cut further where more than this share is padding, unless they are so small (in tokens) that starting a pass
+# costs more.
+_PADDING, _SMALL_BUCKET = 0.125, 1024
 
 
 @dataclass(frozen=True)
@@ -165,16 +168,48 @@ class Bucket:
     attention_mask: Tensor | None = None
 
 
-def length_buckets(batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE) -> list[Bucket]:
-    """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each)."""
-    if token_batch_size < 1:
-        raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
+def pass_order(batch: SequenceBatch) -> Tensor:
+    """(N,) indices in the order in which sequences pass through a model: by length, so that rows of a bucket are alike.
+
+    Where several completions share a prompt that is longer than they are, they stay together: a prompt passes once with all
+    of them (entropy_core.repeated_tokens), which saves more than their padding costs.
+    """
     lengths = batch.attention_mask.sum(1)
     order = torch.argsort(lengths, stable=True)
+    if not _shares_long_prompts(batch):
+        return order
+    _, prompt = batch.prompt_index.unique(return_inverse=True)
+    longest = torch.zeros_like(lengths).scatter_reduce_(0, prompt, lengths, "amax")[prompt]
+    for key in (prompt, longest):  # stable: the last key counts first
+        order = order[torch.argsort(key[order], stable=True)]
+    return order
+
+
+def _shares_long_prompts(batch: SequenceBatch) -> bool:
+    shared = 2 * len(batch.prompt_index.unique()) <= len(batch)
+    return shared and 2 * int(batch.completion_mask.sum()) <= int(batch.attention_mask.sum())
+
+
+def length_buckets(
+    batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE, fewest: bool = True
+) -> list[Bucket]:
+    """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each), in `pass_order`.
+
+    fewest: False cuts further where that saves padding.
+    """
+    if token_batch_size < 1:
+        raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
+    largest_padding = 1.0 if fewest or _shares_long_prompts(batch) else _PADDING
+    lengths = batch.attention_mask.sum(1)
     groups: list[list[int]] = [[]]
-    for index in order.tolist():  # ascending, so the newest sequence is the longest of its bucket
-        if groups[-1] and (len(groups[-1]) + 1) * int(lengths[index]) > token_batch_size:
+    longest = tokens = 0
+    for index, length in zip((order := pass_order(batch)).tolist(), lengths[order].tolist(), strict=True):
+        longest, tokens = max(longest, length), tokens + length
+        padded = (len(groups[-1]) + 1) * longest
+        wasteful = padded > _SMALL_BUCKET and padded - tokens > largest_padding * padded
+        if groups[-1] and (padded > token_batch_size or wasteful):
             groups.append([])
+            longest = tokens = length
         groups[-1].append(index)
     return [_bucket(batch, torch.tensor(group, device=batch.device), lengths) for group in groups]
 

@@ -28,8 +28,8 @@ from entropy_core.row_taps import RowTaps
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
-"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows); may be called more than
-once for the same name and sequences: contributions add up."""
+"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows), both tensors on the device
+of the parameter; may be called more than once for the same name and sequences: contributions add up."""
 
 CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 """Objectives that depend on the token statistics of the batch."""
@@ -183,7 +183,7 @@ def stream_rows(
     parameters = trainable_parameters(model)
     if verify:
         verify_row_sums(model, batch, token_batch_size)
-    buckets = length_buckets(batch, token_batch_size)
+    buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
     if callable(coefficients) and len(buckets) > 1:
         coefficients = coefficients(token_statistics(model, batch, token_batch_size))
     with evaluation_mode(model), torch.enable_grad():
@@ -193,7 +193,7 @@ def stream_rows(
                 for number, objective in enumerate(objectives):
 
                     def receive(name: str, rows: Tensor, number: int = number, bucket: Bucket = bucket) -> None:
-                        sink(number, name, bucket.indices, rows)
+                        sink(number, name, bucket.indices.to(rows.device), rows)
 
                     taps.backward(objective, receive, retain_graph=number + 1 < len(objectives))
 

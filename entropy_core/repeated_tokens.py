@@ -94,7 +94,8 @@ def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[
     """
     # Rows that hold several completions share their prompt already, and under autocast the products have other types.
     ordinary = bucket.attention_mask is not None or torch.is_autocast_enabled(bucket.input_ids.device.type)
-    layers = [] if ordinary or model in _looks_ahead else [module for module in model.modules() if _is_plain(module)]
+    modules = [] if ordinary or model in _looks_ahead else model.modules()
+    layers = [module for module in modules if isinstance(module, nn.Linear) and _is_plain(module)]
     if not layers:
         yield lambda: True
         return
@@ -116,7 +117,7 @@ def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[
             del layer.forward
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Linear) -> bool:
     """Whether the module is a frozen y = x W^T + b and nothing else, with its whole W at hand."""
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         return False
@@ -124,18 +125,18 @@ def _is_plain(module: nn.Module) -> bool:
     return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)
 
 
-def _compact_forward(layer: nn.Module, plan: TokenPlan, differences: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if x.shape[:-1] != plan.shape or x.device != plan.place.device:
-            return nn.Linear.forward(layer, x)
-        differences.append(_disagreement(x.detach().flatten(0, 1), plan))
-        return _CompactLinear.apply(x, layer, plan)
+def _compact_forward(layer: nn.Linear, plan: TokenPlan, differences: list[Tensor]) -> Any:
+    def forward(input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, which callers may use
+        if input.shape[:-1] != plan.shape or input.device != plan.place.device:
+            return nn.Linear.forward(layer, input)
+        differences.append(_disagreement(input.detach().flatten(0, 1), plan))
+        return _CompactLinear.apply(input, layer, plan)
 
     return forward
 
 
 def _disagreement(x: Tensor, plan: TokenPlan) -> Tensor:
-    """Above 0 where two tokens with equal beginnings differ by more than rounding explains (or are NaN in one of them)."""
+    """Above 0 where two tokens with equal beginnings differ by more than rounding explains."""
     if len(plan.checked) == 0:
         return x.new_zeros(())
     left, right = x[plan.checked], x[plan.against]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.batch import SequenceBatch, length_buckets, pass_order
 from tests.entropy_core.support import left_padded, padded, right_padded
 from tests.oracle.model_cases import TokenLists, random_sequences
 
@@ -137,3 +137,23 @@ def test_buckets_hold_every_completion_token_once(layout, token_batch_size: int)
 def test_a_bucket_needs_room() -> None:
     with pytest.raises(ValueError):
         length_buckets(right_padded(LISTS), 0)
+
+
+def test_completions_stay_with_their_long_prompt_and_apart_from_a_short_one() -> None:
+    completions = [[1] * k for k in (1, 5, 2, 4, 3, 6)]
+    index = [0, 0, 0, 1, 1, 1]
+    long, short = (SequenceBatch.from_sequences([[7] * k] * 6, completions, index, 0) for k in (9, 2))
+    assert pass_order(long).tolist() == [0, 2, 1, 4, 3, 5]
+    assert pass_order(short).tolist() == [0, 2, 4, 3, 1, 5]
+    alone = SequenceBatch.from_sequences([[7] * 9] * 6, completions, list(range(6)), 0)
+    assert pass_order(alone).tolist() == pass_order(short).tolist()
+
+
+def test_buckets_are_cut_further_where_that_saves_padding() -> None:
+    completions = [[1] * k for k in range(10, 110)]
+    batch = SequenceBatch.from_sequences([[7, 8]] * 100, completions, list(range(100)), 0)
+    few, many = length_buckets(batch, 10**6), length_buckets(batch, 10**6, fewest=False)
+    assert len(few) == 1 and len(many) > 1
+    real = int(batch.attention_mask.sum())
+    assert sum(bucket.input_ids.numel() for bucket in many) < real / (1 - 0.125) + 1024
+    assert sorted(index for bucket in many for index in bucket.indices.tolist()) == list(range(100))
