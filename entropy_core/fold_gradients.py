@@ -160,13 +160,14 @@ def _own_buckets(batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing) -
 def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]) -> TokenStatistics:
     """Statistics of the tokens in these buckets, zero elsewhere."""
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    logprobs, entropies = (torch.zeros(batch.input_ids.shape, dtype=dtype, device=batch.device) for _ in range(2))
+    logprobs = torch.zeros(batch.input_ids.shape, dtype=dtype, device=batch.device)
+    entropies = torch.zeros_like(logprobs, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for bucket in pieces:
             found = completion_values(model, bucket, batch.temperature)
             assert found.entropies is not None
             logprobs[bucket.sequences, bucket.columns] = found.logprobs
-            entropies[bucket.sequences, bucket.columns] = found.entropies
+            entropies[bucket.sequences, bucket.columns] = found.entropies.to(entropies)
     return TokenStatistics(logprobs, entropies)
 
 

@@ -158,7 +158,7 @@ def entropy_gradient_and_statistics(
     gradient = {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
     }
-    return gradient, statistics
+    return gradient, TokenStatistics(statistics.logprobs, statistics.entropies.to(statistics.logprobs.dtype))
 
 
 def stream_rows(
@@ -185,7 +185,7 @@ def stream_rows(
         verify_row_sums(model, batch, token_batch_size)
     buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
     if callable(coefficients) and len(buckets) > 1:
-        coefficients = coefficients(token_statistics(model, batch, token_batch_size))
+        coefficients = coefficients(token_statistics(model, batch, token_batch_size, all_digits=True))
     with evaluation_mode(model), torch.enable_grad():
         for bucket in buckets:
             with RowTaps(model, parameters, bucket) as taps:

@@ -15,6 +15,7 @@ _CHUNK_ELEMENTS = 2**24
 # 0 * -inf is NaN where a token is ruled out; its limit, and that token's share of every sum, is 0. Here the probability is 0
 # in every precision already, and no weight of a user's overflows.
 LEAST_LOGPROB = -1e4
+_STRETCH = 256  # tokens
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
@@ -71,3 +72,22 @@ def surprisal_variances(logits: Tensor, entropies: Tensor) -> Tensor:
         logprobs = bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
         out[part] = (logprobs.exp() * (logprobs + entropies[part, None]).square()).sum(1)
     return out
+
+
+def precise_dot(left: Tensor, right: Tensor) -> Tensor:
+    """(m,) float64: sum_a left_a right_a of (m, V), each stretch of tokens summed in their own precision.
+
+    Entropies of a policy near the uniform one are large and differ little; in float32 alone their differences, which K_H is
+    made of, would lose four digits. As fast as a sum in float32, six times faster than one in float64.
+    """
+    whole = left.shape[1] - left.shape[1] % _STRETCH
+    stretches = (tensor[:, :whole].unflatten(1, (-1, _STRETCH)) for tensor in (left, right))
+    rest = torch.linalg.vecdot(left[:, whole:], right[:, whole:]).double()
+    return torch.linalg.vecdot(*stretches).sum(1, dtype=torch.float64) + rest
+
+
+def precise_sum(values: Tensor) -> Tensor:
+    """(m,) float64: sum_a values_a of (m, V), as in `precise_dot`."""
+    whole = values.shape[1] - values.shape[1] % _STRETCH
+    stretches = values[:, :whole].unflatten(1, (-1, _STRETCH)).sum(2)
+    return stretches.sum(1, dtype=torch.float64) + values[:, whole:].sum(1).double()

@@ -22,7 +22,13 @@ from torch.nn import functional
 
 from entropy_core.batch import Bucket
 from entropy_core.forward import call_model, completion_logits, output_layer, raise_if_broken
-from entropy_core.logit_statistics import LEAST_LOGPROB, logprobs_and_entropies, surprisal_variances
+from entropy_core.logit_statistics import (
+    LEAST_LOGPROB,
+    logprobs_and_entropies,
+    precise_dot,
+    precise_sum,
+    surprisal_variances,
+)
 from entropy_core.repeated_tokens import repeated_tokens_once
 
 _CHUNK_ELEMENTS = 2**23  # logits at a time: 32 MiB in float32
@@ -30,7 +36,10 @@ _PROBE_TOKENS = 2
 
 
 class CompletionValues(NamedTuple):
-    """Of a bucket's m completion tokens, each (m,), nats (variances nats^2); the first two differentiable once."""
+    """Of a bucket's m completion tokens, each (m,), nats (variances nats^2); the first two differentiable once.
+
+    float32 (float64 from a float64 model); entropies from a frozen head are float64.
+    """
 
     logprobs: Tensor
     entropies: Tensor | None
@@ -138,9 +147,8 @@ class _FrozenHead(torch.autograd.Function):
         weight = layer.weight.detach()
         precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
         m = len(hidden)
-        logprobs, entropies, normalizers, variances = (
-            torch.zeros(m, dtype=precise, device=hidden.device) for _ in range(4)
-        )
+        logprobs, normalizers, variances = (torch.zeros(m, dtype=precise, device=hidden.device) for _ in range(3))
+        entropies = torch.zeros(m, dtype=torch.float64, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         score_rows = torch.empty_like(hidden) if needed else None
         entropy_rows = torch.empty_like(hidden) if needed and wants_entropies else None
@@ -152,14 +160,15 @@ class _FrozenHead(torch.autograd.Function):
             logprobs[part] = z.gather(1, chosen[:, None]).squeeze(1)
             z.sub_(largest[:, None]).clamp_(min=LEAST_LOGPROB)  # log pi but for the normalizer
             p = z.exp()  # pi times their sum
-            total = p.sum(1)
+            sums = precise_sum(p)
+            total = sums.to(precise)
             normalizers[part] = largest + total.log()
             # log pi + H = z - sum_a pi z, without the normalizer: of a policy near the uniform one both are large, and their
             # sum is small.
             if wants_entropies or with_variances:
-                centre = -(torch.linalg.vecdot(p, z) / total)[:, None]
-                entropies[part] = total.log() + centre[:, 0]
-                z += centre
+                mean = precise_dot(p, z) / sums
+                entropies[part] = sums.log() - mean
+                z -= mean.to(precise)[:, None]
             if with_variances:
                 variances[part] = torch.linalg.vecdot(p, z.square()) / total
             if score_rows is not None:

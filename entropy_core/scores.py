@@ -45,11 +45,13 @@ def token_statistics(
     batch: SequenceBatch,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     with_variances: bool = False,
+    all_digits: bool = False,
 ) -> TokenStatistics:
     """Log-probabilities and entropies of every completion token, without gradients.
 
     Runs in length buckets of at most `token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
-    with_variances: fill in `surprisal_variances` as well.
+    with_variances: fill in `surprisal_variances` as well. all_digits: entropies in float64 where they were found so, for
+    what is made of their differences.
     """
     places, values = [], []
     with torch.no_grad(), evaluation_mode(model):
@@ -58,7 +60,10 @@ def token_statistics(
             places.append((bucket.sequences, bucket.columns))
             values.append([v for v in found if v is not None])
     at = (torch.cat([rows for rows, _ in places]), torch.cat([columns for _, columns in places]))
-    return scatter_statistics(batch, at, *(torch.cat(parts) for parts in zip(*values, strict=True)))
+    joined = [torch.cat(parts) for parts in zip(*values, strict=True)]
+    if not all_digits:
+        joined = [part.to(joined[0].dtype) for part in joined]
+    return scatter_statistics(batch, at, *joined)
 
 
 def scatter_statistics(batch: SequenceBatch, at: tuple[Tensor, Tensor], *values: Tensor) -> TokenStatistics:

@@ -120,3 +120,21 @@ def test_ruled_out_tokens_are_no_error_and_nan_names_its_sequence() -> None:
         model.table.weight[token] = torch.nan
     with pytest.raises(ValueError, match="sequence .*NaN or infinite logits"):
         completion_values(model, bucket, 1.0)
+
+
+def test_entropies_of_a_nearly_uniform_policy_keep_their_differences() -> None:
+    """In float32: entropies within a hundredth of log V, of which K_H takes the differences."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 30_011, bias=False).requires_grad_(False)
+    layer.weight.mul_(0.1)
+    hidden = torch.randn(12, 16, requires_grad=True)
+    targets = torch.arange(12)
+    _, entropies, _, variances = output_head._FrozenHead.apply(hidden, layer, targets, 1.0, True, True)
+    logprobs = torch.log_softmax(hidden.detach().double() @ layer.weight.double().T, 1)
+    expected = -(logprobs.exp() * logprobs).sum(1)
+    spread = expected.std()
+    assert spread < 0.01 * expected.mean()
+    assert (entropies - expected).abs().max() < 4e-5 * spread
+    assert (expected.float().double() - expected).abs().max() > 4e-4 * spread  # float32 cannot hold it
+    of_surprisal = (logprobs.exp() * (logprobs + expected[:, None]).square()).sum(1)
+    torch.testing.assert_close(variances.double(), of_surprisal, rtol=1e-5, atol=0.0)
