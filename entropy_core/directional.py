@@ -308,7 +308,7 @@ def _padding_embeddings_held(model: nn.Module) -> Iterator[None]:
                 row = module(torch.tensor(index, device=module.weight.device))
 
             def hold(_module: nn.Module, args: tuple, output: Tensor, index: int = index, row: Tensor = row) -> Tensor:
-                return torch.where((args[0] == index)[..., None], row, output)
+                return torch.where((args[0] == index)[..., None].to(output.device), row, output)
 
             handles.append(module.register_forward_hook(hold))
     try:

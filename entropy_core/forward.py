@@ -35,6 +35,16 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return cast("nn.Module | None", get()) if callable(get) else None
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens, and where results over several parameters are added up: its first parameter's device.
+
+    A model that is cut over several devices hands its hidden states on by itself. Parameters that lie on no device between
+    calls ("meta": offloaded) are passed over.
+    """
+    devices = (p.device for p in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off and gradient checkpointing idle inside; every module's training flag is restored afterwards.
@@ -81,7 +91,8 @@ def _cut_to_positions(layer: nn.Module | None, bucket: Bucket) -> Iterator[list[
         if hidden.shape[:2] != bucket.input_ids.shape:
             return args
         used.append(True)
-        return (hidden[bucket.rows, bucket.positions], *args[1:])
+        rows, positions = bucket.rows.to(hidden.device), bucket.positions.to(hidden.device)
+        return (hidden[rows, positions], *args[1:])
 
     handle = layer.register_forward_pre_hook(cut)
     try:
@@ -109,7 +120,7 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
 
 
 def call_model(model: nn.Module, bucket: Bucket) -> Tensor:
-    """The model's logits for a bucket, (n, l, V) but for what hooks on its output layer make of them.
+    """The model's logits for a bucket, on its device, (n, l, V) but for what hooks on its output layer make of them.
 
     Raises ValueError where the model inserts or drops positions.
     """
@@ -127,7 +138,7 @@ def call_model(model: nn.Module, bucket: Bucket) -> Tensor:
         arguments["attention_mask"] = mask.masked_fill_(~bucket.attention_mask, torch.finfo(dtype).min)
     if "use_cache" in accepts:
         arguments["use_cache"] = False
-    logits = model(input_ids=bucket.input_ids, **arguments).logits
+    logits = model(input_ids=bucket.input_ids, **arguments).logits.to(bucket.input_ids.device)
     if logits.dim() == 3 and logits.shape[:2] != bucket.input_ids.shape:
         raise ValueError(
             f"the model gave logits of shape {tuple(logits.shape)} for tokens of shape {tuple(bucket.input_ids.shape)}: it "
@@ -143,8 +154,8 @@ def raise_if_broken(logits: Tensor, bucket: Bucket, tokens: Tensor | None = None
     """
     bad = (logits.detach().isnan() | logits.detach().isposinf()).any(1)
     if bool(bad.any()):
-        first = bad.nonzero()[0, 0]
-        sequence = int(bucket.sequences[first if tokens is None else tokens[first]])
+        first = int(bad.nonzero()[0, 0])
+        sequence = int(bucket.sequences[first if tokens is None else int(tokens[first])])
         raise ValueError(
             f"sequence {sequence}: the model gave NaN or infinite logits on it; its weights are broken "
             "(check the checkpoint) or the numbers overflowed (load the model in float32)"

@@ -88,7 +88,8 @@ def contract_rows(
 
     column_sets: each name -> (n, *shape), stored rows of the other side (without P) or any other vectors; the columns of
     all sets stand side by side in the result, in order. objectives, verify: as in `stream_rows`; verifying once for a model
-    is enough. kinds: how many objectives there are, where a function gives them.
+    is enough. kinds: how many objectives there are, where a function gives them. Columns and P lie on their parameters'
+    devices; products are added up on the batch's.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
@@ -103,7 +104,7 @@ def contract_rows(
             rows = rows * preconditioner[name]
         for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
             products = rows.flatten(1) @ columns[name].flatten(1).T
-            out[number][:, start:end].index_add_(0, indices, products.to(torch.float32))
+            out[number][:, start:end].index_add_(0, indices.to(batch.device), products.to(out[number]))
 
     with true_embedding_gradients(model):
         stream_rows(model, batch, objectives, contract, token_batch_size, verify)

@@ -100,7 +100,9 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
     def catch(_module: nn.Module, args: tuple) -> tuple:
         if cut or args[0].shape[:2] != bucket.input_ids.shape:
             return args
-        cut.append(args[0][bucket.rows, bucket.positions])
+        # layer and input may lie on other devices than the tokens: the model is cut over several
+        hidden = args[0].to(layer.weight.device)
+        cut.append(hidden[bucket.rows.to(hidden.device), bucket.positions.to(hidden.device)])
         return (cut[0][:_PROBE_TOKENS].detach(), *args[1:])
 
     def keep(_module: nn.Module, _args: tuple, output: Tensor) -> None:
@@ -113,8 +115,10 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
         for handle in handles:
             handle.remove()
     called_once = len(cut) == len(calls) == 1
-    if called_once and logits.shape == calls[0].shape and torch.equal(logits.nan_to_num(), calls[0].nan_to_num()):
-        return cut[0]
+    if called_once and logits.shape == calls[0].shape:
+        own = calls[0].to(logits.device)
+        if torch.equal(logits.nan_to_num(), own.nan_to_num()):
+            return cut[0]
     _not_plain.add(layer)
     return None
 
@@ -123,11 +127,14 @@ def _from_hidden(
     layer: nn.Linear, hidden: Tensor, bucket: Bucket, temperature: float, with_entropies: bool, with_variances: bool
 ) -> CompletionValues:
     logprobs, entropies, normalizers, variances = _FrozenHead.apply(
-        hidden, layer, bucket.targets, temperature, with_entropies, with_variances
+        hidden, layer, bucket.targets.to(hidden.device), temperature, with_entropies, with_variances
+    )
+    logprobs, entropies, normalizers, variances = (
+        values.to(bucket.targets.device) for values in (logprobs, entropies, normalizers, variances)
     )
     if not bool(torch.isfinite(normalizers.sum())):
         bad = (~torch.isfinite(normalizers)).nonzero().flatten()
-        raise_if_broken((layer(hidden.detach()[bad]) / temperature).float(), bucket, bad)
+        raise_if_broken((layer(hidden.detach()[bad.to(hidden.device)]) / temperature).float(), bucket, bad)
     return CompletionValues(logprobs, entropies if with_entropies else None, variances if with_variances else None)
 
 

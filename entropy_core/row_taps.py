@@ -21,13 +21,13 @@ from entropy_core.forward import output_layer
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
+        ctx.receive, ctx.root = receive, root.detach()
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
         ctx.receive(cotangents[0])
-        return cotangents[0], cotangents[0].new_zeros(()), None
+        return cotangents[0], torch.zeros_like(ctx.root), None
 
 
 class RowTaps:
@@ -112,7 +112,7 @@ class RowTaps:
 
     def _emit(self, module: nn.Module, own: dict[str, str], args: tuple, kwargs: dict, dy: Tensor, flat: bool) -> None:
         assert self._sink is not None
-        x = args[0].detach()
+        x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
         if flat:
             x, dy = self._unflatten(x), self._unflatten(dy)
         self._forming_rows = True
@@ -124,7 +124,7 @@ class RowTaps:
 
     def _unflatten(self, tensor: Tensor) -> Tensor:
         """(m, ...) of completion tokens -> (n, most tokens of a row, ...), zero elsewhere (a zero cotangent adds nothing)."""
-        rows = self._bucket.rows  # ascending
+        rows = self._bucket.rows.to(tensor.device)  # ascending
         counts = torch.bincount(rows, minlength=len(self._bucket.input_ids))
         slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         full = tensor.new_zeros((len(counts), int(counts.max()), *tensor.shape[1:]))

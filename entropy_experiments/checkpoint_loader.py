@@ -12,15 +12,19 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from entropy_core.gradients import trainable_parameters
+from entropy_experiments.config import CheckpointOverrides
 from entropy_experiments.optimizer_mapping import match_names
 from rl_training.checkpoint_format import SIDECAR_NAME, Sidecar, read_sidecar
 from rl_training.errors import UserError
+
+if TYPE_CHECKING:
+    from rl_training.device_map import DeviceMap
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -111,14 +115,17 @@ def load_checkpoint(
     device: str = "auto",
     dtype: str | None = None,
     require_optimizer: bool = True,
+    device_map: DeviceMap | None = None,
 ) -> Checkpoint:
     """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
     model_name: base model, where the checkpoint's own reference does not load. require_optimizer=False accepts checkpoints
-    without optimizer state; `optimizer` is then None. dtype: other than the run's.
+    without optimizer state; `optimizer` is then None. dtype: other than the run's. device_map: where the base model's parts
+    go, in place of `device`; adapters and their moments lie where their layers are computed.
 
     Raises UserError for a missing or partial checkpoint, an adapter whose base model is missing, optimizer state that is
-    absent or not Adam's, or whose entries cannot be matched to parameters beyond doubt.
+    absent or not Adam's, or whose entries cannot be matched to parameters beyond doubt; a device map that does not fit, or
+    that would offload what is trained.
     """
     folder = resolve_checkpoint(path)
     missing = missing_parts(folder)
@@ -129,7 +136,7 @@ def load_checkpoint(
     sidecar = read_sidecar(folder)
     trainer_state = read_trainer_state(folder)
     name = model_name or _base_model_name(folder, sidecar)
-    model, tokenizer = _load_policy(folder, name, sidecar, device, dtype)
+    model, tokenizer = _load_policy(folder, name, sidecar, device, dtype, device_map)
     record = CheckpointRecord(
         path=folder,
         step=int(trainer_state["global_step"]),
@@ -139,6 +146,15 @@ def load_checkpoint(
     )
     optimizer = _load_optimizer(folder, model, sidecar, record) if (folder / "optimizer.pt").exists() else None
     return Checkpoint(model, optimizer, _load_scheduler(folder), tokenizer, record)
+
+
+def device_map(settings: CheckpointOverrides) -> DeviceMap | None:
+    """Where an analysis' configuration places the parts of the base model; None for one device."""
+    if settings.device_map is None:
+        return None
+    from rl_training.device_map import DeviceMap
+
+    return DeviceMap(settings.device_map, settings.max_memory, settings.offload_folder)
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -168,8 +184,10 @@ def _base_model_name(folder: Path, sidecar: Sidecar | None) -> str:
 
 
 def _load_policy(
-    folder: Path, name: str, sidecar: Sidecar | None, device: str, dtype: str | None
+    folder: Path, name: str, sidecar: Sidecar | None, device: str, dtype: str | None, device_map: DeviceMap | None
 ) -> tuple[nn.Module, Any]:
+    from entropy_experiments.offloaded_layers import read_again_in_backward
+    from rl_training.device_map import PlacementError
     from rl_training.models import load_model_and_tokenizer
 
     if sidecar is not None and sidecar.quantization is not None:
@@ -178,7 +196,10 @@ def _load_policy(
             "checkpoints cannot be analysed"
         )
     try:
-        model, tokenizer = load_model_and_tokenizer(name, dtype or (sidecar.dtype if sidecar else "float32"), device)
+        precision = dtype or (sidecar.dtype if sidecar else "float32")
+        model, tokenizer = load_model_and_tokenizer(name, precision, device, device_map=device_map)
+    except PlacementError:
+        raise
     except UserError as error:
         raise UserError(
             f"the base model of {folder} does not load: {error}; name another with checkpoint.model=..."
@@ -187,6 +208,9 @@ def _load_policy(
         model = _attach_adapter(model, folder)
     else:
         model.requires_grad_(True)
+    if device_map is not None:
+        _refuse_offloaded_training(model, folder)
+        read_again_in_backward(model)
     if (folder / "tokenizer_config.json").exists():
         from transformers import AutoTokenizer
 
@@ -209,17 +233,32 @@ def _attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from entropy_experiments.offloaded_layers import place_adapters, placement_hidden
     from rl_training.models import disable_dropout
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), placement_hidden(model):
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            warnings.filterwarnings("ignore", message="(?s).*to a meta parameter.*no-op")  # these are read again
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            place_adapters(adapted, str(folder))
     except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"the adapter in {folder} does not fit its base model or is damaged: {line}") from error
     disable_dropout(adapted)
     return adapted
+
+
+def _refuse_offloaded_training(model: nn.Module, folder: Path) -> None:
+    """Raises UserError where the device map offloads trained parameters."""
+    trained = trainable_parameters(model)
+    offloaded = [name for name, p in trained.items() if p.device.type == "meta"]
+    if offloaded:
+        raise UserError(
+            f"checkpoint.device_map offloads {len(offloaded)} of the {len(trained)} parameters that {folder} trains, e.g. "
+            f"{offloaded[0]!r}, and what lies on no device cannot be trained: give their modules a device (of a LoRA "
+            "checkpoint all frozen layers may be offloaded)"
+        )
 
 
 def _load_optimizer(

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rl_training.config import TaskConfig
 from rl_training.configuration import StrictModel
 
+Place = Annotated[int | str, BeforeValidator(lambda x: int(x) if isinstance(x, str) and x.isdigit() else x)]
 Scales = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 
 
@@ -144,6 +145,12 @@ class CheckpointOverrides(StrictModel):
     """Base model (name, folder or .gguf file) where the checkpoint's own reference does not load."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, ..."""
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, Place] | None = None
+    """Where a base model's parts go that is too large for one device, in place of `device`: module name to device or `disk`."""
+    max_memory: dict[Place, ByteSize] | None = None
+    """What a device_map that is chosen by itself may put on each device, `{0: 20GiB, cpu: 100GiB}`; by default what is free."""
+    offload_folder: str | None = None
+    """Where offloaded weights go that cannot be read from the model's own files (no safetensors, or converted)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone."""
     learning_rate: PositiveFloat | None = None
@@ -152,6 +159,23 @@ class CheckpointOverrides(StrictModel):
     """Gradient clipping of the analysed step; by default the run's (1.0 without a sidecar)."""
     task: TaskConfig | None = None
     """Prompts and rewards; by default the run's. Needed for checkpoints without a sidecar."""
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Self:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map both say where the model goes: leave one of them out")
+        if self.max_memory is not None and not isinstance(self.device_map, str):
+            raise ValueError("max_memory is for a device_map that is chosen by itself: set device_map=auto")
+        if self.offload_folder is not None and self.device_map is None:
+            raise ValueError("offload_folder is for weights that a device_map offloads: set device_map")
+        return self
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is said that everything is computed on the CPU."""
+        if isinstance(self.device_map, dict):
+            return set(self.device_map.values()) <= {"cpu", "disk"}
+        return self.device == "cpu"
 
 
 class FisherAnalysisConfig(StrictModel):

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from entropy_core.forward import input_device
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses_runner import failed_analyses, run_analyses
 from entropy_experiments.analysis_inputs import AnalysisInputs
 from entropy_experiments.analysis_numbers import AnalysisNumbers
-from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
+from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
 from entropy_experiments.fisher_analyzer import analyze_batches
@@ -126,7 +127,7 @@ def run_fisher_analysis(
     the first process of a launch, when their part is done.
     """
     config = config or FisherAnalysisConfig()
-    processes = Processes.join(on_cpu=config.checkpoint.device == "cpu")
+    processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
     clock = _Clock(stage)
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
@@ -137,6 +138,7 @@ def run_fisher_analysis(
         config.checkpoint.device,
         config.checkpoint.dtype,
         require_optimizer=with_adam,
+        device_map=device_map(config.checkpoint),
     )
     record = checkpoint.record
     target = processes.from_root(lambda: _target(folder, record.path, record.step, config.output_dir, resume))
@@ -213,7 +215,7 @@ def _analyze(
     processes: Processes | None = None,
 ) -> AnalysisInputs:
     settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
-    device = next(checkpoint.model.parameters()).device
+    device = input_device(checkpoint.model)
     norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
     rate = config.checkpoint.learning_rate
     if rate is None and checkpoint.optimizer is None and sidecar is not None:

@@ -34,6 +34,7 @@ from entropy_experiments.kernel_options import KernelOptions
 from entropy_experiments.kernel_sketch import check_sketch
 from entropy_experiments.optimizer_step import moved
 from entropy_experiments.preconditioner_file import write_preconditioner
+from entropy_experiments.row_storage import StoredRows
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from entropy_experiments.training_side import TrainingSide, prepare_training_side
 from rl_training.errors import ShareDone, UserError
@@ -222,9 +223,10 @@ def _store_evaluation(
     if beside is None:
         raise ValueError("gradients are to be stored, and there is no folder for them")
     score, entropy = (beside.with_name(f"{beside.name}_{kind}") for kind in ("evaluation", "entropy"))
-    engine.store_rows(score, batch, score_coefficients(batch), "score")
     terms = entropy_coefficients(numbers.eval_statistics, batch, estimator)
-    engine.store_rows(entropy, batch, terms, "entropy", estimator=estimator)
+    wanted = [StoredRows(score, "score", score_coefficients(batch))]
+    wanted.append(StoredRows(entropy, "entropy", terms, {"estimator": estimator}))
+    engine.store_rows(batch, wanted)
     if training.preconditioner is not None and options.processes.is_root:
         what = {"formula": "1/(sqrt(v/(1-beta2^t))+eps)"}
         chosen = {name: training.preconditioner[name] for name in engine.names}

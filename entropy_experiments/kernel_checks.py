@@ -19,6 +19,8 @@ from entropy_experiments.optimizer_step import NextStep, moved
 from entropy_experiments.self_checks import SelfCheck, relative_error, relative_error_of_dicts
 from rl_training.errors import UserError
 
+_ROWS_AT_A_TIME = 4
+
 
 def check_gradient(
     model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
@@ -79,7 +81,7 @@ def check_unseen_parameters(
     """
     unseen = total = 0.0
     for name, part in rows.items():
-        weight = part.double().square().sum(0) * p[name].double()
+        weight = mean_squares(part) * len(part) * p[name].double()
         total += float(weight.sum())
         unseen += float(weight[state[name].exp_avg_sq == 0].sum())
     return SelfCheck(
@@ -88,6 +90,14 @@ def check_unseen_parameters(
         "exactly 0, so that P is 1/eps: common after the first step, or for rare tokens' embeddings. Take "
         "entropy_analysis.fisher_kernel.preconditioning=step, which includes this step's gradient.",
     )  # fmt: skip
+
+
+def mean_squares(rows: Tensor) -> Tensor:
+    """Float64 mean over (n, *shape) rows of their squares, a few rows at a time: all squares would be as large as the rows."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    for some in rows.split(_ROWS_AT_A_TIME):
+        total += some.double().square().sum(0)
+    return total / len(rows)
 
 
 def check_kernel(

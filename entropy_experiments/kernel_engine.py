@@ -2,7 +2,7 @@
 
     block (chunk I, tile J) = rows of I (every objective) times diag(P) times columns of J
 
-Chunks cut the sequences of one side in order of length (so that their passes are as full as those of the whole side); tiles
+Chunks cut the sequences of one side in the order of passes (so that these are as full as those of the whole side); tiles
 cut the training side in its own order. A block depends on its own sequences and on nothing else: whichever process computes
 it, before or after whatever interruption, its bits are the same. Columns are held, read or formed anew as
 entropy_experiments.kernel_plan says; other vectors (the step and its parts) are contracted with the same rows.
@@ -19,21 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import SequenceBatch
+from entropy_core.batch import SequenceBatch, length_buckets, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.forward import true_embedding_gradients
-from entropy_core.gradients import gradient_rows, per_sequence_gradients, stream_rows
+from entropy_core.gradients import stream_rows
 from entropy_core.kernel import contract_rows
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.sketch import ModuleSketch
-from entropy_experiments.fingerprint import store_fingerprint
 from entropy_experiments.gradient_store import GradientStore
-from entropy_experiments.gradient_store_layout import RowKind
 from entropy_experiments.kernel_plan import BLOCK_ROWS, KernelPlan
 from entropy_experiments.kernel_sketch import sketch_rows
 from entropy_experiments.kernel_workspace import KernelWorkspace
 from entropy_experiments.module_filter import only_trainable
 from entropy_experiments.processes import Processes
+from entropy_experiments.row_storage import StoredRows, store_rows
 
 Progress = Callable[[str, int, int], None]
 """(matrix, finished blocks, all blocks)."""
@@ -105,7 +104,8 @@ class KernelEngine:
             self._columns = self._gather_columns()
         if self.plan.disk:
             assert self._store_folder is not None
-            self.store = self.store_rows(self._store_folder, self._batch, score_coefficients(self._batch), "score")
+            scores = StoredRows(self._store_folder, "score", score_coefficients(self._batch))
+            self.store = self.store_rows(self._batch, [scores])[0]
 
     def sample_rows(self) -> tuple[range, dict[str, Tensor]]:
         """Raw rows of some training sequences, for checks: all of them where they are kept. Before `precondition`."""
@@ -124,18 +124,18 @@ class KernelEngine:
             self._sketched = self._sketch_columns(self._sketch)
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
-        """`token_statistics` of a batch, each process computing some chunks."""
+        """`token_statistics` of a batch, each process taking some of its length buckets: the same bits with any number."""
         if self._processes.size == 1:
-            return token_statistics(self._model, batch, self._token_batch_size, with_variances)
-        wanted = torch.float64 if next(self._model.parameters()).dtype == torch.float64 else torch.float32
-        full = [torch.zeros(batch.input_ids.shape, dtype=wanted, device=batch.device) for _ in range(3)]
-        chunks = self._chunks(batch)
-        for number in self._processes.mine(range(len(chunks))):
-            rows = chunks[number]
-            found = token_statistics(self._model, batch.select(rows), self._token_batch_size, with_variances)
-            for whole, part in zip(full, (found.logprobs, found.entropies, found.surprisal_variances), strict=True):
-                if part is not None:
-                    whole[rows] = part
+            return token_statistics(self._model, batch, self._token_batch_size, with_variances, all_digits=True)
+        full = [torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.device) for _ in range(3)]
+        buckets = length_buckets(batch, self._token_batch_size)
+        for number in self._processes.mine(range(len(buckets))):
+            rows = buckets[number].indices
+            part = batch.select(rows)
+            found = token_statistics(self._model, part, self._token_batch_size, with_variances, all_digits=True)
+            for whole, own in zip(full, (found.logprobs, found.entropies, found.surprisal_variances), strict=True):
+                if own is not None:
+                    whole[rows] = own.double()
         logprobs, entropies, variances = (self._processes.sum(whole) for whole in full)
         return TokenStatistics(logprobs, entropies, variances if with_variances else None)
 
@@ -234,8 +234,10 @@ class KernelEngine:
         """The same with the chunk's rows kept, and the store read past them shard by shard."""
         assert self.store is not None
         n = len(batch)
-        shapes = {name: q.shape for name, q in self._model.named_parameters() if name in self.names}
-        rows = [{name: torch.zeros((n, *shapes[name]), device=batch.device) for name in self.names} for _ in objectives]
+        parameters = {name: q for name, q in self._model.named_parameters() if name in self.names}
+        rows = [
+            {name: torch.zeros((n, *q.shape), device=q.device) for name, q in parameters.items()} for _ in objectives
+        ]
 
         def add(number: int, name: str, indices: Tensor, part: Tensor) -> None:
             rows[number][name].index_add_(0, indices, part.float())
@@ -287,19 +289,29 @@ class KernelEngine:
 
     def _add_products(self, out: Tensor, rows: Sequence[Mapping[str, Tensor]], columns: Mapping[str, Tensor]) -> None:
         for name in self.names:
-            right = columns[name].flatten(1).to(out).T
+            right = columns[name].flatten(1).to(rows[0][name]).T
             for number, one in enumerate(rows):
-                out[number] += one[name].flatten(1) @ right
+                out[number] += (one[name].flatten(1) @ right).to(out.device)
 
-    def _rows(self, span: range) -> dict[str, Tensor]:
-        """Raw rows of these training sequences."""
-        with only_trainable(self._model, self.names):
-            return per_sequence_gradients(
-                self._model,
-                self._batch.select(list(span)),
-                token_batch_size=self._token_batch_size,
-                verify=self._verify_once(),
-            )
+    def _rows(self, span: range, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Raw rows of these training sequences, formed where they stay: in `out` (zeros) where it is given."""
+        parameters = {name: q for name, q in self._model.named_parameters() if name in self.names}
+        found = (
+            {name: q.new_zeros((len(span), *q.shape)) for name, q in parameters.items()} if out is None else dict(out)
+        )
+        whole = self._batch.select(list(span))
+        # A pass holds its sequences' rows of one parameter beside these: of a block's, whatever the lengths.
+        for places in pass_order(whole).split(BLOCK_ROWS):
+            part = whole.select(places)
+
+            def add(_kind: int, name: str, indices: Tensor, rows: Tensor, places: Tensor = places) -> None:
+                found[name].index_add_(0, places.to(indices.device)[indices], rows.to(found[name].dtype))
+
+            with only_trainable(self._model, self.names):
+                stream_rows(
+                    self._model, part, [score_coefficients(part)], add, self._token_batch_size, self._verify_once()
+                )
+        return found
 
     def _times_p(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._preconditioner is not None:
@@ -312,55 +324,38 @@ class KernelEngine:
         return first
 
     def _chunks(self, batch: SequenceBatch) -> list[Tensor]:
-        order = torch.argsort(batch.attention_mask.sum(1), stable=True)
-        return list(order.split(self.plan.chunk))
+        return list(pass_order(batch).split(self.plan.chunk))
 
     def _gather_columns(self) -> dict[str, Tensor]:
         """All rows in every process, each chunk formed (or read from the store) by one of them."""
         n = len(self._batch)
         parameters = dict(self._model.named_parameters())
-        out = {name: torch.empty((n, *parameters[name].shape), device=parameters[name].device) for name in self.names}
+        out = {name: torch.zeros((n, *parameters[name].shape), device=parameters[name].device) for name in self.names}
         spans = [range(start, min(start + BLOCK_ROWS, n)) for start in range(0, n, BLOCK_ROWS)]
         for number in self._processes.mine(range(len(spans))):
             span = spans[number]
-            for name, rows in self._rows(span).items():
-                out[name][span.start : span.stop] = rows
+            self._rows(span, {name: rows[span.start : span.stop] for name, rows in out.items()})
+        self._processes.meet()
         for number, span in enumerate(spans):
             for rows in out.values():
                 self._processes.send_around(rows[span.start : span.stop], number % self._processes.size)
         return out
 
-    def store_rows(
-        self, folder: Path, batch: SequenceBatch, coefficients: TokenCoefficients, kind: RowKind, **objective: str
-    ) -> GradientStore:
-        """The rows of `batch` in a gradient store, each shard formed by one process. kind, objective: what they are."""
-        parameters = dict(self._model.named_parameters())
-        shapes = {name: parameters[name].shape for name in self.names}
+    def store_rows(self, batch: SequenceBatch, wanted: Sequence[StoredRows]) -> list[GradientStore]:
+        """Rows of `batch` in gradient stores, one for each of `wanted`, the shards shared by the processes."""
         with only_trainable(self._model, self.names):
-            fingerprint = store_fingerprint(self._model, batch, kind, **objective)
-        arguments = (shapes, len(batch), kind, self._storage, min(self.plan.tile, BLOCK_ROWS), fingerprint)
-        self._processes.from_root(lambda: GradientStore.resume(folder, *arguments) and None)
-        store = GradientStore.open(folder)
-        for number in self._processes.mine(store.unfinished_shards()):
-            rows = list(store.layout.shard_range(number))
-            chosen = TokenCoefficients(coefficients.entropy[rows], coefficients.logprob[rows])
-            if batch is self._batch and self._columns is not None:  # formed already
-                found = {name: kept[rows[0] : rows[-1] + 1] for name, kept in self._columns.items()}
-            else:
-                with only_trainable(self._model, self.names):
-                    found = gradient_rows(
-                        self._model,
-                        batch.select(rows),
-                        chosen,
-                        token_batch_size=self._token_batch_size,
-                        verify=self._verify_once(),
-                    )
-            store.write_shard(number, found)
-            self._progress(folder.name, number + 1, store.layout.shard_count)
-        self._processes.meet()
-        store = GradientStore.open(folder)
-        store.check_complete()
-        return store
+            return store_rows(
+                self._model,
+                batch,
+                wanted,
+                storage=self._storage,
+                shard_rows=min(self.plan.tile, BLOCK_ROWS),
+                token_batch_size=self._token_batch_size,
+                processes=self._processes,
+                formed=self._columns if batch is self._batch else None,
+                verify=not self._verified,
+                progress=self._progress,
+            )
 
 
 class _Piece(NamedTuple):

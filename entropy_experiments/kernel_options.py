@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,9 +49,7 @@ class KernelOptions:
     def plan(self, model: nn.Module, n_eval: int, n_train: int, token_batch_size: int) -> KernelPlan:
         """The same in every process. Raises UserError where nothing fits."""
         size = self.size(model, n_eval, n_train)
-        device = next(model.parameters()).device
-        room = self.memory_budget - used_memory(device) if self.memory_budget else _DEFAULT_SHARE * free_memory(device)
-        left = int(room - pass_bytes(model, token_batch_size))
+        left = self._room(model, pass_bytes(model, token_batch_size))
 
         def make() -> KernelPlan:
             kept = None if self.workspace is None else self.workspace.kept("plan")
@@ -68,6 +67,21 @@ class KernelOptions:
 
         return self.processes.from_root(make)
 
+    def _room(self, model: nn.Module, one_pass: int) -> int:
+        """Bytes that rows may take in all, beside a pass. They lie with their parameters, in proportion: of several devices
+        the one with the least room for its share decides.
+        """
+        if self.memory_budget:
+            return self.memory_budget - held_memory(model) - one_pass
+        names = set(chosen_parameters(model, self.modules))
+        counts: Counter[torch.device] = Counter()
+        for name, p in model.named_parameters():
+            counts[p.device] += p.numel() if name in names else 0
+        total = sum(counts.values())
+        # a whole pass counted on each: too much rather than too little
+        rooms = {d: _DEFAULT_SHARE * free_memory(d) - one_pass for d, count in counts.items() if count}
+        return int(min(room * total / counts[d] for d, room in rooms.items()))
+
     def _sketch(self, model: nn.Module) -> ModuleSketch | None:
         if self.projection_dim is None:
             return None
@@ -80,8 +94,8 @@ class KernelOptions:
 
     def size(self, model: nn.Module, n_eval: int, n_train: int) -> KernelSize:
         names = set(chosen_parameters(model, self.modules))
-        count = sum(p.numel() for name, p in model.named_parameters() if name in names)
-        return KernelSize(n_eval, n_train, count, EVALUATION_OBJECTIVES, self.storage)
+        counts = [p.numel() for name, p in model.named_parameters() if name in names]
+        return KernelSize(n_eval, n_train, sum(counts), EVALUATION_OBJECTIVES, self.storage, max(counts))
 
     def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, token_batch_size: int) -> KernelEngine:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
@@ -160,6 +174,12 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     # what can be had without swapping: memory that only caches files counts, which "free" pages would leave out
     return psutil.virtual_memory().available
+
+
+def held_memory(model: nn.Module) -> int:
+    """Bytes this process holds on all devices that parameters lie on."""
+    devices = {p.device for p in model.parameters()}
+    return sum(used_memory(device) for device in devices if device.type != "meta")
 
 
 def used_memory(device: torch.device) -> int:

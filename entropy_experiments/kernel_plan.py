@@ -29,13 +29,16 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class KernelSize:
-    """What is to be computed: sequences on both sides, D, and how many kinds of rows the evaluation side has."""
+    """What is to be computed: sequences on both sides, D, how many kinds of rows the evaluation side has, and how many numbers
+    the largest parameter has.
+    """
 
     n_eval: int
     n_train: int
     parameters: int
     objectives: int = 4
     storage: str = "float32"
+    largest: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -68,8 +71,8 @@ class KernelPlan:
 
 
 def fixed_bytes(size: KernelSize) -> int:
-    """Bytes of vectors over all parameters that are held whatever the strategy."""
-    return (EXTRA_COLUMNS + HELD_VECTORS) * size.row_bytes
+    """Bytes that are held whatever the strategy: vectors over all parameters, and one parameter's rows of a block."""
+    return (EXTRA_COLUMNS + HELD_VECTORS) * size.row_bytes + BLOCK_ROWS * 4 * size.largest
 
 
 def plan_kernel(
@@ -88,10 +91,13 @@ def plan_kernel(
             f"{size.parameters:,} parameters it takes {_gib(fixed_bytes(size) + least)}; raise "
             "entropy_analysis.fisher_kernel.memory_budget, or restrict the rows with filter_modules"
         )
-    store = size.n_train * size.stored_row_bytes
-    fits = size.n_train * size.row_bytes + _streaming(size) <= left
-    if save_gradients:  # the evaluation side's rows as well, of two kinds
+    store, in_memory = size.n_train * size.stored_row_bytes, size.n_train * size.row_bytes
+    if save_gradients:  # the evaluation side's rows as well, of two kinds: a shard of both is held while it is written
+        if strategy == "tiles":
+            raise UserError("strategy=tiles keeps no rows: leave it at auto, or leave save_gradients out")
         store += 2 * size.n_eval * size.stored_row_bytes
+        in_memory += 2 * min(size.n_train, size.n_eval, BLOCK_ROWS) * size.row_bytes
+    fits = in_memory + _streaming(size) <= left
     if save_gradients and strategy is None:
         strategy = "memory" if fits else "disk"
     if strategy is None:
@@ -103,13 +109,13 @@ def plan_kernel(
         )
     stored = store if strategy == "disk" or save_gradients else 0
     if strategy == "memory":
-        held = size.n_train * size.row_bytes
         if not fits:
             raise UserError(
-                f"all training rows take {_gib(held)}, and {_gib(left)} are left for them: let the plan choose (strategy=auto)"
+                f"all training rows take {_gib(in_memory)}, and {_gib(left)} are left for them: let the plan choose "
+                "(strategy=auto)"
             )
         chunk = min(BLOCK_ROWS, size.n_eval)
-        return KernelPlan("memory", size.n_train, chunk, held, stored, size.n_eval + size.n_train, 0)
+        return KernelPlan("memory", size.n_train, chunk, in_memory, stored, size.n_eval + size.n_train, 0)
     if strategy == "disk":
         chunk = min(size.n_eval, max(1, int(0.7 * left / (size.objectives * size.row_bytes))))
         tile = min(size.n_train, max(1, int((left - chunk * size.objectives * size.row_bytes) / (2 * size.row_bytes))))
@@ -136,7 +142,7 @@ def plan_sketch(size: KernelSize, memory: int, numbers: int) -> KernelPlan:
 
 
 def _streaming(size: KernelSize) -> int:
-    """Rows of one module at a time: a small part of a row, times the sequences of a pass."""
+    """What passes leave lying about: a row."""
     return size.row_bytes
 
 

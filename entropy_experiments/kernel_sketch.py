@@ -33,11 +33,12 @@ def sketch_rows(
     def add(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
         rows = rows.float()
         if steps is not None:
-            products[number].index_add_(0, indices, rows.flatten(1) @ steps[name].flatten(1).float().T)
+            found = rows.flatten(1) @ steps[name].flatten(1).float().T
+            products[number].index_add_(0, indices.to(batch.device), found.to(batch.device))
         weighted = rows if preconditioner is None else rows * preconditioner[name].sqrt()
         part = torch.zeros((len(rows), sketch.size), device=rows.device)
         sketch.add(part, name, weighted)
-        sketched[number].index_add_(0, indices, part)
+        sketched[number].index_add_(0, indices.to(batch.device), part.to(batch.device))
 
     with true_embedding_gradients(model):
         stream_rows(model, batch, objectives, add, token_batch_size, verify)

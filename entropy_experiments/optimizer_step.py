@@ -40,7 +40,8 @@ class NextStep:
 
 def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> tuple[float, float]:
     """(c, norm before clipping) as torch's clip_grad_norm_ computes them; c = 1 without clipping."""
-    norm = float(torch.stack([g.norm() for g in gradient.values()]).norm())
+    first = next(iter(gradient.values()))
+    norm = float(torch.stack([g.norm().to(first.device) for g in gradient.values()]).norm())
     if max_norm is None or max_norm <= 0:
         return 1.0, norm
     return min(1.0, max_norm / (norm + 1e-6)), norm

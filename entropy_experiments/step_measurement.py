@@ -159,7 +159,7 @@ def _change_and_derivative(
         leaves = {name: g.detach().clone().requires_grad_(True) for name, g in gradient.items()}
         clip = torch.ones(())
         if max_norm is not None and max_norm > 0:
-            norm = torch.stack([g.norm() for g in leaves.values()]).norm()
+            norm = torch.stack([g.norm().cpu() for g in leaves.values()]).norm()
             clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         total = torch.zeros((), dtype=torch.float64)
         for name, g in leaves.items():

@@ -24,6 +24,7 @@ from entropy_experiments.kernel_checks import (
     check_optimizer,
     check_optimizer_entries,
     check_unseen_parameters,
+    mean_squares,
 )
 from entropy_experiments.kernel_engine import KernelEngine
 from entropy_experiments.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
@@ -145,7 +146,7 @@ def prepare_training_side(
         if isinstance(step, NextStep):
             checks.extend(check_optimizer(step, gradient, names_recorded))
         else:  # the squares of rows have the profile of second moments too
-            root_mean_square = {name: r.square().mean(0).sqrt() for name, r in sample.items()}
+            root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
             some = {name: state[name] for name in sample}
             checks.append(check_optimizer_entries(some, root_mean_square, names_recorded))
         at_checkpoint = preconditioning == "checkpoint"

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from rl_training.config import LoraConfig
+from rl_training.device_map import DeviceMap
 from rl_training.errors import UserError
 from rl_training.model_source import resolve_source
 
@@ -34,7 +35,11 @@ _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% end
 
 
 def load_model_and_tokenizer(
-    name: str, dtype: str = "float32", device: str = "auto", cache_dir: str | Path | None = None
+    name: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    cache_dir: str | Path | None = None,
+    device_map: DeviceMap | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
@@ -51,6 +56,8 @@ def load_model_and_tokenizer(
         `auto` (CUDA if there is any, else the CPU) or whatever `torch.device` understands.
     cache_dir
         Where converted GGUF files are kept: `$ENTROPY_EXPERIMENTS_CACHE` or `~/.cache/entropy-experiments`.
+    device_map
+        Where the model's parts go, in place of `device`, for a model that is too large for one.
 
     Raises
     ------
@@ -59,22 +66,25 @@ def load_model_and_tokenizer(
     """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    target_device = _resolve_device(device)
+    target_device = _resolve_device(device) if device_map is None else None
     source = resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
     try:
         config = AutoConfig.from_pretrained(source)
         for key, value in vars(config).items():
             if _DROPOUT.search(key) and isinstance(value, float):
                 setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+        placed = {} if device_map is None else device_map.arguments(config)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype], **placed)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_explain_failure(name, source, error)) from error
     disable_dropout(model)
     _prepare_tokenizer(tokenizer, model)
     model.generation_config = _neutral_generation_config(model, tokenizer)
     try:
-        model = model.to(target_device)
+        model = model if target_device is None else model.to(target_device)
     except torch.OutOfMemoryError:
         raise UserError(f"model {name} does not fit on {target_device}: take a smaller one or device=cpu") from None
     return model.eval(), tokenizer

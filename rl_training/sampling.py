@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.forward import evaluation_mode
+from entropy_core.forward import evaluation_mode, input_device
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
 
@@ -138,10 +138,10 @@ def generate_completions(
         eos_token_id=list(law.eos_token_ids),
         pad_token_id=law.pad_token_id,
     )
-    device = next(model.parameters()).device
+    device = input_device(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
-    devices = [device] if device.type == "cuda" else []
+    devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
         torch.manual_seed(seed)
         _check_logits(model, prompt_ids[order[0]])
@@ -163,7 +163,7 @@ def generate_completions(
 
 def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:
     # Sampling from NaN ends in an error deep inside torch, on a GPU in one that takes the whole process along.
-    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    ids = torch.tensor([list(prompt)], device=input_device(model))
     if bool(model(input_ids=ids).logits[:, -1].isnan().any()):
         raise UserError(
             "the model gave NaN or infinite logits on the first prompt, so nothing can be sampled: its weights are broken (check "

@@ -241,3 +241,19 @@ def test_budgets_that_are_too_small_say_what_is_needed() -> None:
         plan_kernel(size, 2**40, 2**30, save_gradients=True)
     with pytest.raises(UserError, match="all training rows take"):
         plan_kernel(size, 2**30, strategy="memory")
+    with pytest.raises(UserError, match="strategy=tiles keeps no rows"):
+        plan_kernel(size, 2**40, 2**40, save_gradients=True, strategy="tiles")
+
+
+def test_what_is_held_beside_the_rows_counts() -> None:
+    """A shard of both kinds while it is stored, and one parameter's rows of a block."""
+    size, gib = KernelSize(n_eval=100, n_train=100, parameters=5_000_000), 2**30
+    row, exact = size.row_bytes, fixed_bytes(size) + 101 * size.row_bytes
+    assert plan_kernel(size, exact, 100 * gib).strategy == "memory"
+    assert plan_kernel(size, exact - 1, 100 * gib).strategy == "disk"
+    assert plan_kernel(size, exact + 63 * row, 100 * gib, save_gradients=True).strategy == "disk"
+    stored = plan_kernel(size, exact + 64 * row, 100 * gib, save_gradients=True)
+    assert (stored.strategy, stored.memory, stored.disk) == ("memory", 164 * row, 300 * row)
+    large = KernelSize(n_eval=100, n_train=100, parameters=5_000_000, largest=1_000_000)
+    assert fixed_bytes(large) - fixed_bytes(size) == 32 * 4_000_000
+    assert plan_kernel(large, exact, 100 * gib).strategy == "disk"

@@ -205,6 +205,9 @@ def test_a_dry_run_plans_and_writes_nothing(tiny_run, tmp_path, monkeypatch):
     assert "evaluation gradients and kernels" in names and "analysis: intervention" not in names
     tiles = forecast_analysis(tiny_run, config(f"{KERNEL}strategy=tiles"))
     assert tiles.plan.strategy == "tiles" and tiles.disk == 2 * 4 * (16 * 16 + 16 * 16)
+    stored = forecast_analysis(tiny_run, config(f"{KERNEL}save_gradients=true", f"{KERNEL}disk_budget=1GiB"))
+    passes = {stage.name: stage.passes for stage in stored.stages}
+    assert passes["storing the evaluation gradients"] == 16, "both kinds of rows come from one pass"
     lines = "\n".join(forecast.lines())
     assert "peak memory" in lines and "in all" in lines
 
