@@ -32,6 +32,7 @@ from entropy_core.entropy import Estimator, entropy_coefficients, score_coeffici
 from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.logit_statistics import bounded_logprobs, logit_chunks
+from entropy_core.repeated_tokens import repeated_tokens_once
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
 Method = Literal["forward", "central"]
@@ -172,7 +173,9 @@ class _CompletionLogits(nn.Module):
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def forward(self, bucket: Bucket, temperature: float) -> Tensor:
-        return completion_logits(self.model, bucket, temperature)
+        with repeated_tokens_once(self.model, bucket) as repeated:
+            logits = completion_logits(self.model, bucket, temperature)
+        return logits if repeated() else completion_logits(self.model, bucket, temperature)
 
 
 def _forward_mode(

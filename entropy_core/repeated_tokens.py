@@ -158,6 +158,14 @@ class _CompactLinear(torch.autograd.Function):
         return products[plan.place].view(*plan.shape, -1)
 
     @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: Any) -> Tensor:
+        """Along one direction of the parameters, tokens with equal beginnings move alike."""
+        layer, plan = ctx.layer, ctx.plan
+        if not plan.worthwhile(plan.distinct, layer.in_features):
+            return functional.linear(dx, layer.weight)
+        return functional.linear(dx.flatten(0, 1)[plan.distinct], layer.weight)[plan.place].view(*plan.shape, -1)
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
         layer, plan, dy = ctx.layer, ctx.plan, cotangents[0].flatten(0, 1)
         (weight,) = ctx.saved_tensors

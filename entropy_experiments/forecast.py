@@ -96,6 +96,16 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train)
 
 
+def _rounds(config: FisherAnalysisConfig, kept: float) -> list[float]:
+    """Completions drawn for the training buffer in each round, where groups without gradient are drawn anew."""
+    settings = config.entropy_analysis
+    sampling = settings.sampling
+    if sampling.train_prompts == "from_run" or sampling.train_sequences_path or sampling.train_completions != "sampled":
+        return []
+    more = 0 if sampling.train_prompts == "fixed_set" else sampling.max_refill_rounds
+    return [settings.train_batch_size * (1 - kept) ** number for number in range(1 + more)]
+
+
 def _stages(config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, loading: float) -> list[StageForecast]:
     settings = config.entropy_analysis
     n_eval, n_train = settings.eval_batch_size, settings.train_batch_size
@@ -105,9 +115,7 @@ def _stages(config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, loadin
     def passes(name: str, sequences: int, backwards: int, rates: PassRates = evaluation) -> StageForecast:
         return StageForecast(name, sequences, rates.seconds(sequences, backwards))
 
-    from_run = settings.sampling.train_prompts == "from_run"
-    again = n_train * (pilot.drawn_per_kept - 1)  # in place of rejected groups
-    drawing = 0.0 if from_run else draw(n_train) + draw(again)
+    drawing = sum(draw(n) for n in _rounds(config, pilot.kept))
     tiles = -(-n_train // plan.tile) if plan.strategy == "tiles" else 1
     out = [
         StageForecast("loading the checkpoint", 0, loading),
@@ -139,7 +147,7 @@ def _stages(config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, loadin
     if analysis.higher_order:
         out.append(passes("analysis: higher order", 2 * n_eval * sum(s <= 1 for s in {*analysis.step_scales, 1.0}), 0))
     if analysis.attribution:
-        out.append(passes("analysis: attribution", 3 * n_train, 0, training))  # one in forward mode: three passes' work
+        out.append(StageForecast("analysis: attribution", n_train, n_train * training.derivatives))
     if analysis.intervention:
         out.append(passes("analysis: intervention", (analysis.intervention_subsets + 16) * n_eval, 0))
     if analysis.weighting_schemes and analysis.weighting_steps:

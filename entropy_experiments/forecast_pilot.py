@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.directional import token_derivatives
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.forward import input_device
-from entropy_core.gradients import stream_rows
+from entropy_core.gradients import stream_rows, trainable_parameters
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -40,17 +41,21 @@ _DRAWN_AT_A_TIME = 64  # as in rl_training.sampling
 
 @dataclass(frozen=True)
 class PassRates:
-    """Seconds a sequence of one side takes: forward without and with a graph, and each backward pass; tokens: its length."""
+    """Seconds a sequence of one side takes: forward without and with a graph, each backward pass, and a pass in forward mode
+    (values and derivatives at once); tokens: its length.
+    """
 
     forward: float
     with_graph: float
     backward: float
+    derivatives: float
     tokens: float
 
     def scaled(self, tokens: float) -> PassRates:
         """For sequences of another mean length."""
         ratio = tokens / self.tokens
-        return PassRates(self.forward * ratio, self.with_graph * ratio, self.backward * ratio, tokens)
+        rates = (self.forward, self.with_graph, self.backward, self.derivatives)
+        return PassRates(*(rate * ratio for rate in rates), tokens)
 
     def seconds(self, sequences: float, backwards: int) -> float:
         forward = self.with_graph if backwards else self.forward
@@ -85,12 +90,12 @@ class DrawingRates:
 
 @dataclass(frozen=True)
 class Pilot:
-    """drawn_per_kept: completions generated for each one kept. pass_bytes: of a token in a pass with its graph."""
+    """kept: share of the completions generated whose groups were kept. pass_bytes: of a token in a pass with its graph."""
 
     training: PassRates
     evaluation: PassRates
     drawing: DrawingRates
-    drawn_per_kept: float
+    kept: float
     pass_bytes: float
 
 
@@ -123,12 +128,12 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
     recorded_lengths = [len(row["completion_ids"]) for row in recorded if row["completion_ids"]]
     longer = _mean(recorded_lengths or lengths) - _mean(lengths)
     training, evaluation = (rates.scaled(max(rates.tokens + longer, 1.0)) for rates in passes)
-    kept = sum(row["status"] != "rejected" for row in recorded)
+    kept = sum(row["status"] == "trained" for row in recorded)
     return Pilot(
         training,
         evaluation,
         _drawing_rates(drawings, passes[1], recorded_lengths or lengths),
-        len(recorded) / kept if kept else 1.0,
+        kept / len(recorded) if kept else 1.0,
         bytes_of_a_token,
     )
 
@@ -182,9 +187,11 @@ def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAna
         rows_of(one)
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
+    direction = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}
+    derivatives, _ = _timed(lambda: token_derivatives(model, batch, direction, token_batch_size))
     backward = max((several - single) / (len(four) - 1), 0.2 * forward)
     n, tokens = len(batch), int(batch.attention_mask.sum())
-    rates = PassRates(forward / n, max(forward, single - backward) / n, backward / n, tokens / n)
+    rates = PassRates(forward / n, max(forward, single - backward) / n, backward / n, derivatives / n, tokens / n)
     return rates, peak[0] / min(tokens, token_batch_size)
 
 

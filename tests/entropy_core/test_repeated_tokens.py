@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core import repeated_tokens
 from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
 from entropy_core.output_head import completion_values
@@ -62,7 +63,7 @@ def record_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of rows that functional.linear multiplies inside the module under test."""
     found: list[int] = []
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found.append(x.numel() // x.shape[-1])
         return functional.linear(x, weight, bias)
 
@@ -220,6 +221,27 @@ def test_narrow_layers_and_full_rows_are_not_worth_a_copy() -> None:
     assert not plan.worthwhile(plan.distinct, 16)
     alone = TokenPlan(length_buckets(shared_batch().select([0]))[0])
     assert not alone.worthwhile(alone.seen, 256)
+
+
+def test_derivatives_along_a_direction_are_those_of_the_ordinary_pass(
+    narrow_layers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = adapted_llama(), shared_batch()
+    generator = torch.Generator().manual_seed(2)
+    direction = {
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    tokens = record_tokens(monkeypatch)
+    found = token_derivatives(model, batch, direction)
+    # values and tangents; the inputs of the first block's query, key and value have no tangent
+    assert tokens == [distinct_beginnings(batch)] * (2 * (len(frozen_layers(model)) - 1) - 3)
+    monkeypatch.setattr(repeated_tokens, "_is_plain", lambda module: False)
+    expected = token_derivatives(model, batch, direction)
+    for one, other in ((found.logprobs, expected.logprobs), (found.entropies, expected.entropies)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        assert other.abs().max() > 0.1
 
 
 def test_coefficients_of_zero_leave_no_trace(narrow_layers: None) -> None:

@@ -31,7 +31,7 @@ def drawing(n: int, prompt: int, longest: int, seconds: float) -> tuple[float, R
 
 
 def test_two_drawings_tell_what_a_step_and_what_a_sequence_costs() -> None:
-    passes = PassRates(forward=0.02, with_graph=0.0, backward=0.0, tokens=10.0)  # 2 ms a token
+    passes = PassRates(forward=0.02, with_graph=0.0, backward=0.0, derivatives=0.0, tokens=10.0)  # 2 ms a token
 
     def seconds(n: int, prompt: int, longest: int) -> float:
         return 0.002 * n * prompt + longest * (0.3 + 0.04 * n)
@@ -44,7 +44,11 @@ def test_two_drawings_tell_what_a_step_and_what_a_sequence_costs() -> None:
 
 
 def test_passes_of_longer_sequences_take_longer() -> None:
-    rates = PassRates(forward=1.0, with_graph=2.0, backward=3.0, tokens=10.0)
+    rates = PassRates(forward=1.0, with_graph=2.0, backward=3.0, derivatives=4.0, tokens=10.0)
     assert rates.seconds(4, 0) == 4.0 and rates.seconds(4, 2) == 4 * (2.0 + 6.0)
     longer = rates.scaled(15.0)
-    assert longer.seconds(4, 2) == pytest.approx(1.5 * rates.seconds(4, 2)) and longer.tokens == 15.0
+    assert (
+        longer.seconds(4, 2) == pytest.approx(1.5 * rates.seconds(4, 2))
+        and longer.derivatives == 6.0
+        and longer.tokens == 15.0
+    )
