@@ -15,7 +15,7 @@ from typing import Any
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.forecast_pilot import PassRates, Pilot, run_pilot
-from entropy_experiments.kernel_options import describe_plan, held_memory, kernel_options
+from entropy_experiments.kernel_options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel_plan import KernelPlan, fixed_bytes
 from entropy_experiments.sampling_plan import plan_sampling
 
@@ -91,7 +91,8 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
     pilot = run_pilot(checkpoint, sampling_plan, config)
     stages = _stages(config, plan, pilot, loading)
     tokens = max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens)
-    memory = held + fixed_bytes(size) + plan.memory + int(pilot.pass_bytes * min(tokens, token_batch_size))
+    one_pass = pilot.pass_bytes * min(tokens, token_batch_size) + LOGIT_BYTES
+    memory = held + fixed_bytes(size) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train)
 

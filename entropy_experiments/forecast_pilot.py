@@ -9,7 +9,6 @@ training side is passed as groups that share their prompts, the evaluation side 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from entropy_core.batch import SequenceBatch
+from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import entropy_coefficients, score_coefficients
-from entropy_core.forward import input_device
+from entropy_core.forward import evaluation_mode, input_device
 from entropy_core.gradients import stream_rows, trainable_parameters
+from entropy_core.output_head import completion_values
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import choose_evaluation_rows
-from entropy_experiments.kernel_options import held_memory
 from entropy_experiments.module_filter import chosen_parameters, only_trainable
 from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.algs.rollout_record import read_rollouts
@@ -36,6 +36,7 @@ from rl_training.sampling import draw
 
 PILOT = 16  # sequences a side
 _FEW = 4  # of the smaller drawing
+_RECORDED_STEPS = 4  # whose lengths and rejected groups are looked at
 _DRAWN_AT_A_TIME = 64  # as in rl_training.sampling
 
 
@@ -147,11 +148,14 @@ def _mean(values: Sequence[int]) -> float:
 
 
 def _recorded_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Of the run's last step; none where it recorded none."""
-    try:
-        return read_rollouts(checkpoint.record.run_dir, checkpoint.record.step)
-    except UserError:
-        return []
+    """Of the run's last steps up to the checkpoint; none where it recorded none."""
+    found, last = [], checkpoint.record.step
+    for step in range(max(1, last - _RECORDED_STEPS + 1), last + 1):
+        try:
+            found += read_rollouts(checkpoint.record.run_dir, step)
+        except UserError:  # this step was not recorded
+            continue
+    return found
 
 
 def _drawing_rates(drawings: Sequence[tuple[float, Any]], passes: PassRates, lengths: Sequence[int]) -> DrawingRates:
@@ -183,8 +187,10 @@ def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAna
         with only_trainable(model, names):
             stream_rows(model, batch, objectives, lambda *_: None, token_batch_size, verify=False)
 
-    with _peak(model) as peak:
-        rows_of(one)
+    with torch.enable_grad(), evaluation_mode(model), _kept_for_backward(model) as kept:
+        bucket = max(length_buckets(batch, token_batch_size), key=lambda b: b.input_ids.numel())
+        graph = completion_values(model, bucket, batch.temperature)
+        del graph
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
     direction = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}
@@ -192,26 +198,23 @@ def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAna
     backward = max((several - single) / (len(four) - 1), 0.2 * forward)
     n, tokens = len(batch), int(batch.attention_mask.sum())
     rates = PassRates(forward / n, max(forward, single - backward) / n, backward / n, derivatives / n, tokens / n)
-    return rates, peak[0] / min(tokens, token_batch_size)
+    return rates, sum(kept.values()) / int(batch.attention_mask[bucket.indices].sum())
 
 
 @contextmanager
-def _peak(model: torch.nn.Module) -> Iterator[list[float]]:
-    """Yields a list whose one entry is, at the end, by how many bytes memory grew at most inside."""
-    before, stop = held_memory(model), threading.Event()
-    grown = [0.0]
+def _kept_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Yields what graphs made inside keep beside the model's own tensors: address -> bytes of each storage."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
 
-    def watch() -> None:
-        while not stop.wait(0.002):
-            grown[0] = max(grown[0], held_memory(model) - before)
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield grown
-    finally:
-        stop.set()
-        watcher.join()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

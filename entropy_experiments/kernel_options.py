@@ -24,6 +24,7 @@ from rl_training.errors import UserError
 EVALUATION_OBJECTIVES = 4  # kinds of rows that the evaluation side is contracted with: see fisher_analyzer
 _DEFAULT_SHARE = 0.8  # of the free memory, where no budget is given
 _GIBIBYTE = 2**30
+LOGIT_BYTES = 2**27  # logits of a few hundred tokens at a time, and what is made of them
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def pass_bytes(model: nn.Module, token_batch_size: int) -> int:
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * width
     vocabulary = getattr(config, "vocab_size", 0)
-    return 4 * (token_batch_size * layers * (14 * width + 4 * inner) + 2**25 + 2 * vocabulary)
+    return 4 * (token_batch_size * layers * (14 * width + 4 * inner) + 2 * vocabulary) + LOGIT_BYTES
 
 
 def free_memory(device: torch.device) -> int:
