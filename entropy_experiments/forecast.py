@@ -15,7 +15,7 @@ from typing import Any
 from entropy_core.forward import input_device
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.forecast_pilot import PassRates, Pilot, run_pilot
+from entropy_experiments.forecast_pilot import PassRates, Pilot, given_buffers, run_pilot
 from entropy_experiments.kernel_options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel_plan import KernelPlan, fixed_bytes
 from entropy_experiments.sampling_plan import plan_sampling
@@ -88,11 +88,20 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
     sampling_plan = plan_sampling(checkpoint, config)
     options = kernel_options(settings.fisher_kernel)
     model, token_batch_size = checkpoint.model, settings.fisher_kernel.token_batch_size
+    given = given_buffers(checkpoint, sampling_plan, config)
+    n_eval = settings.eval_batch_size if given.evaluation is None else len(given.evaluation)
+    n_train = settings.train_batch_size if given.training is None else len(given.training)
     held = held_memory(model)
-    plan = options.plan(model, settings.eval_batch_size, settings.train_batch_size, token_batch_size)
-    size = options.size(model, settings.eval_batch_size, settings.train_batch_size)
-    pilot = run_pilot(checkpoint, sampling_plan, config)
-    stages = _stages(config, plan, pilot, loading)
+    plan = options.plan(model, n_eval, n_train, token_batch_size)
+    size = options.size(model, n_eval, n_train)
+    pilot = run_pilot(checkpoint, sampling_plan, config, given)
+    drawn = pilot.drawing.seconds(n_eval) if given.evaluation is None else 0.0
+    loaded = [
+        StageForecast("loading the checkpoint", 0, loading),
+        StageForecast("drawing the training buffer", 0, 0.0 if given.training else _training_drawing(config, pilot)),
+        StageForecast("drawing the evaluation buffer", 0, drawn),
+    ]
+    stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
     tokens = max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens)
     wasted = _ALLOCATOR if input_device(model).type == "cpu" else 1.0
     one_pass = wasted * pilot.pass_bytes * min(tokens, token_batch_size) + LOGIT_BYTES
@@ -101,32 +110,26 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train)
 
 
-def _rounds(config: FisherAnalysisConfig, kept: float) -> list[float]:
-    """Completions drawn for the training buffer in each round, where groups without gradient are drawn anew."""
+def _training_drawing(config: FisherAnalysisConfig, pilot: Pilot) -> float:
+    """Seconds, with the rounds in which groups without gradient are drawn anew."""
     settings = config.entropy_analysis
-    sampling = settings.sampling
-    if sampling.train_prompts == "from_run" or sampling.train_sequences_path or sampling.train_completions != "sampled":
-        return []
-    more = 0 if sampling.train_prompts == "fixed_set" else sampling.max_refill_rounds
-    return [settings.train_batch_size * (1 - kept) ** number for number in range(1 + more)]
+    more = 0 if settings.sampling.train_prompts == "fixed_set" else settings.sampling.max_refill_rounds
+    missing = (settings.train_batch_size * (1 - pilot.kept) ** number for number in range(1 + more))
+    return sum(pilot.drawing.seconds(n) for n in missing)
 
 
-def _stages(config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, loading: float) -> list[StageForecast]:
+def _stages(
+    config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int
+) -> list[StageForecast]:
     settings = config.entropy_analysis
-    n_eval, n_train = settings.eval_batch_size, settings.train_batch_size
     analysis, kernel = settings.analysis, settings.fisher_kernel
     training, evaluation, draw = pilot.training, pilot.evaluation, pilot.drawing.seconds
 
     def passes(name: str, sequences: int, backwards: int, rates: PassRates = evaluation) -> StageForecast:
         return StageForecast(name, sequences, rates.seconds(sequences, backwards))
 
-    drawing = sum(draw(n) for n in _rounds(config, pilot.kept))
     tiles = -(-n_train // plan.tile) if plan.strategy == "tiles" else 1
-    out = [
-        StageForecast("loading the checkpoint", 0, loading),
-        StageForecast("drawing the training buffer", 0, drawing),
-        StageForecast("drawing the evaluation buffer", 0, draw(n_eval)),
-    ]
+    out = []
     # rows (formed once more for every tile), the gradient by autograd as a check, and the training side's statistics
     formed = n_train if plan.strategy != "tiles" else 32
     checked = n_train if plan.strategy == "memory" else 32

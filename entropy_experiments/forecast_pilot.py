@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,19 @@ from entropy_core.output_head import completion_values
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import choose_evaluation_rows
+from entropy_experiments.custom_sequences import PromptNumbers
+from entropy_experiments.double_sampling import (
+    choose_evaluation_rows,
+    custom_evaluation,
+    custom_training,
+    sample_evaluation_batch,
+    sample_training_batch,
+)
 from entropy_experiments.module_filter import chosen_parameters, only_trainable
 from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.algs.rollout_record import read_rollouts
 from rl_training.errors import UserError
-from rl_training.sampling import draw
+from rl_training.sampling import Rollouts, draw
 
 PILOT = 16  # sequences a side
 _FEW = 4  # of the smaller drawing
@@ -100,47 +108,73 @@ class Pilot:
     pass_bytes: float
 
 
-def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig) -> Pilot:
+@dataclass(frozen=True)
+class GivenBuffers:
+    """Sides that are not drawn: sequences of one's own, reference completions, the run's own buffer. None: drawn."""
+
+    evaluation: Rollouts | None
+    training: Rollouts | None
+
+
+def given_buffers(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig) -> GivenBuffers:
+    """As the analysis will have them. Raises UserError as it would."""
+    sampling = config.entropy_analysis.sampling
+    numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
+    evaluation = training = None
+    if sampling.eval_sequences_path is not None:
+        evaluation = custom_evaluation(checkpoint, plan, Path(sampling.eval_sequences_path), numbers)
+    elif sampling.eval_completions == "reference" and not sampling.same_prompts:
+        rows = choose_evaluation_rows(plan, config)
+        evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
+    if sampling.train_sequences_path is not None:
+        training = custom_training(checkpoint, plan, Path(sampling.train_sequences_path), numbers).rollouts
+    elif sampling.train_prompts == "from_run" or sampling.train_completions == "reference":
+        training = sample_training_batch(checkpoint, plan, config, []).rollouts
+    return GivenBuffers(evaluation, training)
+
+
+def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, given: GivenBuffers) -> Pilot:
     """Draw and time it. The model is left as it was."""
-    settings, model = config.entropy_analysis, checkpoint.model
-    recorded = _recorded_rows(checkpoint)
-    groups = max(1, PILOT // plan.completions_per_prompt)
-    each = settings.sampling.eval_completions_per_prompt
-    pool = choose_evaluation_rows(plan, config) or plan.task.train
-    shapes = [
-        (_some(plan.task.train, groups), min(plan.completions_per_prompt, PILOT)),
-        (_some(pool, -(-PILOT // each)), each),
+    model, each = checkpoint.model, config.entropy_analysis.sampling.eval_completions_per_prompt
+    group = min(plan.completions_per_prompt, PILOT)
+    pool = given.evaluation.prompt_row if given.evaluation else choose_evaluation_rows(plan, config)
+    pool = pool or (given.training.prompt_row if given.training else plan.task.train)
+    drawings: list[tuple[float, Rollouts]] = []
+
+    def drawn(rows: Sequence[dict[str, Any]], prompts: int, completions: int) -> Rollouts:
+        chosen, seed = [rows[i % len(rows)] for i in range(prompts)], config.seed + 7 + len(drawings)
+        work = lambda: draw(model, checkpoint.tokenizer, chosen, completions, plan.law, seed, "pilot")  # noqa: E731
+        drawings.append(_timed(work))
+        return drawings[-1][1]
+
+    drawn(pool, _FEW, 1)
+    evaluation = _first(given.evaluation) or drawn(pool, -(-PILOT // each), each)
+    training = _first(given.training) or drawn(plan.task.train, max(1, PILOT // group), group)
+    if len(drawings) == 1:
+        drawn(pool, PILOT, 1)
+    timed = [
+        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), config) for side in (evaluation, training)
     ]
-    seed = config.seed + 7
-    few_seconds, few = _timed(lambda: draw(model, checkpoint.tokenizer, _some(pool, _FEW), 1, plan.law, seed, "pilot"))
-    passes, drawings, bytes_of_a_token = [], [(few_seconds, few)], 0.0
-    for number, (rows, completions) in enumerate(shapes):
-        seconds, rollouts = _timed(
-            lambda rows=rows, completions=completions, number=number: draw(
-                model, checkpoint.tokenizer, rows, completions, plan.law, seed + 1 + number, "pilot"
-            )
-        )
-        drawings.append((seconds, rollouts))
-        batch = rollouts.to_batch(plan.law).to(input_device(model))
-        rates, taken = _time_passes(model, batch, config)
-        passes.append(rates)
-        bytes_of_a_token = max(bytes_of_a_token, taken)
+    recorded = _recorded_rows(checkpoint)
     lengths = [len(c) for _, rollouts in drawings for c in rollouts.completion_ids]
     recorded_lengths = [len(row["completion_ids"]) for row in recorded if row["completion_ids"]]
     longer = _mean(recorded_lengths or lengths) - _mean(lengths)
-    training, evaluation = (rates.scaled(max(rates.tokens + longer, 1.0)) for rates in passes)
+    rates = [
+        passes if known else passes.scaled(max(passes.tokens + longer, 1.0))
+        for (passes, _), known in zip(timed, (given.evaluation, given.training), strict=True)
+    ]
     kept = sum(row["status"] == "trained" for row in recorded)
     return Pilot(
-        training,
-        evaluation,
-        _drawing_rates(drawings, passes[1], recorded_lengths or lengths),
+        rates[1],
+        rates[0],
+        _drawing_rates(drawings, rates[0], recorded_lengths or lengths),
         kept / len(recorded) if kept else 1.0,
-        bytes_of_a_token,
+        max(kept_bytes for _, kept_bytes in timed),
     )
 
 
-def _some(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    return [rows[i % len(rows)] for i in range(count)]
+def _first(rollouts: Rollouts | None) -> Rollouts | None:
+    return rollouts and rollouts.select(range(min(PILOT, len(rollouts))))
 
 
 def _mean(values: Sequence[int]) -> float:
@@ -158,11 +192,13 @@ def _recorded_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return found
 
 
-def _drawing_rates(drawings: Sequence[tuple[float, Any]], passes: PassRates, lengths: Sequence[int]) -> DrawingRates:
+def _drawing_rates(
+    drawings: Sequence[tuple[float, Rollouts]], passes: PassRates, lengths: Sequence[int]
+) -> DrawingRates:
     """a, b of the smallest drawing and of the mean of the larger ones."""
     per_token = passes.forward / passes.tokens
 
-    def a_step(seconds: float, rollouts: Any) -> tuple[int, float]:
+    def a_step(seconds: float, rollouts: Rollouts) -> tuple[int, float]:
         prompts = sum(len(p) for p in rollouts.prompt_ids)
         longest = max(1, max(len(c) for c in rollouts.completion_ids))
         return len(rollouts), max(seconds - per_token * prompts, 0.1 * seconds) / longest

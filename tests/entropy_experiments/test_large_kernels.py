@@ -212,6 +212,23 @@ def test_a_dry_run_plans_and_writes_nothing(tiny_run, tmp_path, monkeypatch):
     assert "peak memory" in lines and "in all" in lines
 
 
+def test_a_dry_run_knows_sequences_of_ones_own(tiny_run, tmp_path):
+    """Their numbers and lengths; nothing is drawn for them."""
+    path = tmp_path / "own.jsonl"
+    lines = [{"prompt": f"{k}0 + {k}0 =", "completion": f"{k + j}"} for k in range(4) for j in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sampling = "entropy_analysis.sampling."
+    rows = forecast_analysis(tiny_run, config(f"{sampling}eval_sequences_path={path}"))
+    seconds = {stage.name: stage.seconds for stage in rows.stages}
+    passes = {stage.name: stage.passes for stage in rows.stages}
+    assert seconds["drawing the evaluation buffer"] == 0.0 < seconds["drawing the training buffer"]
+    assert passes["token statistics"] == 12 and rows.plan.passes == 12 + 16
+    columns = forecast_analysis(tiny_run, config(f"{sampling}train_sequences_path={path}"))
+    seconds = {stage.name: stage.seconds for stage in columns.stages}
+    assert seconds["drawing the training buffer"] == 0.0 < seconds["drawing the evaluation buffer"]
+    assert columns.plan.passes == 16 + 12 and columns.n_train == 12
+
+
 @pytest.mark.slow
 def test_ten_thousand_by_ten_thousand_is_planned_and_its_tiles_run_inside_eight_gib():
     done = subprocess.run(
