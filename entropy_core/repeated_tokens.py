@@ -25,7 +25,7 @@ from torch.nn import functional
 from entropy_core.batch import Bucket
 
 # Multiplications that take as long as copying one number: a product of a layer of that width is as cheap to make as to copy.
-_COPYING = 64
+COPYING = 64
 
 _looks_ahead: WeakSet[nn.Module] = WeakSet()
 # Layers whose cotangents were seen at tokens that predict nothing: all but those behind the last attention.
@@ -69,7 +69,7 @@ class TokenPlan:
     def worthwhile(self, tokens: Tensor, width: int) -> bool:
         """Whether multiplying `tokens` alone saves more than copying costs, in a layer with `width` inputs to a product."""
         total = self.shape[0] * self.shape[1]
-        return (total - len(tokens)) * width > total * _COPYING
+        return (total - len(tokens)) * width > total * COPYING
 
 
 def _first_with_equal_beginning(ids: Tensor, ends: Tensor) -> Tensor:

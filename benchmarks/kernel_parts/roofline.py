@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_core.repeated_tokens import COPYING
 from kernel_parts.cases import Case, random_adapters, random_batch
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -83,7 +84,8 @@ def side_products(shape: dict[str, int], rank: int, sequences: int, length: int,
     d, vocabulary = shape["hidden_size"], shape["vocab_size"]
     heads, width = shape["num_attention_heads"], shape["hidden_size"] // shape["num_attention_heads"]
     found = []
-    for block in range(shape["num_hidden_layers"]):
+    last = shape["num_hidden_layers"] - 1
+    for block in range(last + 1):
         for place, (i, o) in enumerate(linear_layers(shape)):
             found += [
                 Product("forward", 1, tokens, i, o),
@@ -94,7 +96,10 @@ def side_products(shape: dict[str, int], rank: int, sequences: int, length: int,
                 Product("rows", sequences, o, length, rank),
             ]
             if block or place > 2:  # what enters the first block's q, k and v depends on no adapter
-                found += [Product("cotangents", 1, tokens, o, i), Product("cotangents", 1, tokens, rank, i)]
+                # behind the last attention only tokens that predict have cotangents; wide layers leave the others out
+                spared = block == last and place not in (1, 2) and (tokens - predicted) * o > tokens * COPYING
+                found.append(Product("cotangents", 1, predicted if spared else tokens, o, i))
+                found.append(Product("cotangents", 1, tokens, rank, i))
         found += [
             Product("forward", sequences * heads, length, width, length)
         ] * 2  # scores and values; masked half included

@@ -30,7 +30,7 @@ COMPLETIONS = [[3, 4, 5, 6, 7, 8], [3, 4], [9, 10, 3], [3, 4, 5], [7], [3, 4, 5,
 @pytest.fixture
 def narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers as narrow as a test's are taken as well."""
-    monkeypatch.setattr(repeated_tokens, "_COPYING", 0)
+    monkeypatch.setattr(repeated_tokens, "COPYING", 0)
 
 
 def shared_batch() -> SequenceBatch:
