@@ -153,14 +153,7 @@ def test_buckets_are_cut_further_where_that_saves_padding() -> None:
     completions = [[1] * k for k in range(10, 110)]
     batch = SequenceBatch.from_sequences([[7, 8]] * 100, completions, list(range(100)), 0)
     few, many = length_buckets(batch, 10**6), length_buckets(batch, 10**6, fewest=False)
-    assert len(few) == 1 and all(bucket.input_ids.numel() <= 1024 for bucket in many)
+    assert len(few) == 1 and len(many) > 1
+    real = int(batch.attention_mask.sum())
+    assert sum(bucket.input_ids.numel() for bucket in many) < real / (1 - 0.125) + 1024
     assert sorted(index for bucket in many for index in bucket.indices.tolist()) == list(range(100))
-
-
-def test_completions_of_a_long_prompt_are_not_torn_apart() -> None:
-    index = [n // 8 for n in range(64)]
-    batch = SequenceBatch.from_sequences([[7] * 30] * 64, [[1] * (1 + n % 5) for n in range(64)], index, 0)
-    buckets = length_buckets(batch, 4096, fewest=False)
-    held = [{index[n] for n in bucket.indices.tolist()} for bucket in buckets]
-    assert len(buckets) > 1 and sum(map(len, held)) == len(set().union(*held)) == 8
-    assert len(length_buckets(batch, 4096)) == 1 and len(length_buckets(batch, 200, fewest=False)) > 8
