@@ -8,7 +8,8 @@ last layer all that predict nothing).
 
 Numbers are those of the ordinary pass but for rounding. That sequences do agree where their tokens do is checked at every
 layer of every pass, on the last shared token of every sequence; a model where they do not (one that looks ahead) is passed
-the ordinary way. Source: docs/theory/fisher-kernel.md, "What a row costs".
+the ordinary way. Where no sequences share a beginning there is nothing to compare, and causality is taken for granted, as it
+is for padding everywhere in this library. Source: docs/theory/fisher-kernel.md, "What a row costs".
 """
 
 from __future__ import annotations
@@ -145,6 +146,14 @@ def _disagreement(x: Tensor, plan: TokenPlan) -> Tensor:
     return ((left - right).abs().amax() - allowed).float()
 
 
+def _products(x: Tensor, layer: nn.Linear, plan: TokenPlan, bias: Tensor | None) -> Tensor:
+    """(n, l, out): x W^T + bias, of distinct tokens and copied where that is cheaper."""
+    if not plan.worthwhile(plan.distinct, layer.in_features):
+        return functional.linear(x, layer.weight, bias)
+    products = functional.linear(x.flatten(0, 1)[plan.distinct], layer.weight, bias)
+    return products[plan.place].view(*plan.shape, -1)
+
+
 class _CompactLinear(torch.autograd.Function):
     """x (n, l, d) -> x W^T + b (n, l, out) for frozen W and b."""
 
@@ -152,18 +161,12 @@ class _CompactLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, plan: TokenPlan) -> Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer, ctx.plan = layer, plan
-        if not plan.worthwhile(plan.distinct, layer.in_features):
-            return functional.linear(x, layer.weight, layer.bias)
-        products = functional.linear(x.flatten(0, 1)[plan.distinct], layer.weight, layer.bias)
-        return products[plan.place].view(*plan.shape, -1)
+        return _products(x, layer, plan, layer.bias)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: Any) -> Tensor:
         """Along one direction of the parameters, tokens with equal beginnings move alike."""
-        layer, plan = ctx.layer, ctx.plan
-        if not plan.worthwhile(plan.distinct, layer.in_features):
-            return functional.linear(dx, layer.weight)
-        return functional.linear(dx.flatten(0, 1)[plan.distinct], layer.weight)[plan.place].view(*plan.shape, -1)
+        return _products(dx, ctx.layer, ctx.plan, None)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:

@@ -143,8 +143,8 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
 
     def drawn(rows: Sequence[dict[str, Any]], prompts: int, completions: int) -> Rollouts:
         chosen, seed = [rows[i % len(rows)] for i in range(prompts)], config.seed + 7 + len(drawings)
-        work = lambda: draw(model, checkpoint.tokenizer, chosen, completions, plan.law, seed, "pilot")  # noqa: E731
-        drawings.append(_timed(work))
+        arguments = (model, checkpoint.tokenizer, chosen, completions, plan.law, seed, "pilot")
+        drawings.append(_timed(lambda: draw(*arguments)))
         return drawings[-1][1]
 
     drawn(pool, _FEW, 1)
