@@ -157,3 +157,13 @@ def test_buckets_are_cut_further_where_that_saves_padding() -> None:
     real = int(batch.attention_mask.sum())
     assert sum(bucket.input_ids.numel() for bucket in many) < real / (1 - 0.125) + 1024
     assert sorted(index for bucket in many for index in bucket.indices.tolist()) == list(range(100))
+
+
+def test_prompts_pass_by_their_longest_completion_in_buckets_as_full_as_they_may_be() -> None:
+    completions = [[1] * k for k in (7, 9, 1, 3, 1, 8)]
+    batch = SequenceBatch.from_sequences([[7] * 10] * 6, completions, [0, 0, 1, 1, 2, 2], 0)
+    assert pass_order(batch).tolist() == [2, 3, 4, 5, 0, 1]
+    assert [bucket.indices.tolist() for bucket in length_buckets(batch, 36)] == [[2, 3], [4, 5], [0], [1]]
+    # a long row that filled its bucket does not count in the next one: 2 * 12 tokens fit, 2 * 19 would not
+    after_long = SequenceBatch.from_sequences([[7] * 10] * 5, [[1] * k for k in (9, 9, 1, 2, 10)], [0, 0, 1, 1, 1], 0)
+    assert [bucket.indices.tolist() for bucket in length_buckets(after_long, 36)] == [[0], [1], [2, 3], [4]]
