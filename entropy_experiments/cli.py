@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rl_training.errors import ShareDone, UserError
+from entropy_experiments.launch_end import ending_the_launch
+from rl_training.errors import UserError
 
 if TYPE_CHECKING:
     from entropy_experiments.config import FisherAnalysisConfig
@@ -241,7 +242,8 @@ def _quiet_libraries() -> None:
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit code 2."""
     try:
-        app()
+        with ending_the_launch():
+            app()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -251,8 +253,6 @@ def main() -> None:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
-    except ShareDone:  # the first process of the launch writes the results, and says so
-        pass
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -79,6 +79,7 @@ trainer, callback = train(policy, out / "run", probe, learning_rate=1e-4, lora=T
 entries = [{k: v for k, v in e.items() if "entropy_probe" in k} for e in trainer.state.log_history if "loss" in e]
 shares = [None if c.shares is None else [float(c.shares.sum()), len(c.shares)] for c in callback.history]
 (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps({"entries": entries, "shares": shares}))
+os._exit(0)  # gloo's threads can abort an interpreter that is being taken apart
 """
 
 
