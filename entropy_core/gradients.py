@@ -24,6 +24,7 @@ from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, 
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import evaluation_mode, true_embedding_gradients
 from entropy_core.output_head import completion_values
+from entropy_core.row_sums import RowSums
 from entropy_core.row_taps import RowTaps
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
@@ -33,8 +34,6 @@ of the parameter; may be called more than once for the same name and sequences: 
 
 CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 """Objectives that depend on the token statistics of the batch."""
-
-ROW_SUM_TOLERANCE = 1e-4
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -172,8 +171,8 @@ def stream_rows(
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
     coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these where the
-    batch fits into one bucket (and takes it where not). verify: first check on two sequences that rows add up to autograd's
-    gradient over all trainable parameters.
+    batch fits into one bucket (and takes it where not). verify: check in the smallest bucket, which passes first then, that
+    rows add up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
 
     Raises
     ------
@@ -181,21 +180,33 @@ def stream_rows(
         other than by being called), naming the parameter and the module; method="loop" covers such models.
     """
     parameters = trainable_parameters(model)
-    if verify:
-        verify_row_sums(model, batch, token_batch_size)
     buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
     if callable(coefficients) and len(buckets) > 1:
         coefficients = coefficients(token_statistics(model, batch, token_batch_size, all_digits=True))
+    if verify:
+        buckets.sort(key=lambda bucket: bucket.input_ids.numel())
     with evaluation_mode(model), torch.enable_grad():
         for bucket in buckets:
             with RowTaps(model, parameters, bucket) as taps:
                 objectives = _objectives(model, bucket, batch, coefficients)
                 for number, objective in enumerate(objectives):
+                    sums = RowSums(parameters) if verify else None
 
-                    def receive(name: str, rows: Tensor, number: int = number, bucket: Bucket = bucket) -> None:
+                    def receive(
+                        name: str,
+                        rows: Tensor,
+                        number: int = number,
+                        bucket: Bucket = bucket,
+                        sums: RowSums | None = sums,
+                    ) -> None:
+                        if sums is not None:
+                            sums.add(name, rows)
                         sink(number, name, bucket.indices.to(rows.device), rows)
 
-                    taps.backward(objective, receive, retain_graph=number + 1 < len(objectives))
+                    more = number + 1 < len(objectives)
+                    found = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
+                    if sums is not None:
+                        verify = not sums.errors(found)
 
 
 def gradient_rows(
@@ -252,41 +263,3 @@ def entropy_rows(
     statistics = token_statistics(model, batch, token_batch_size)
     coefficients = entropy_coefficients(statistics, batch, estimator, per_token)
     return gradient_rows(model, batch, coefficients, method, token_batch_size, verify)
-
-
-def verify_row_sums(
-    model: nn.Module, batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE
-) -> dict[str, float]:
-    """Check that rows of the two shortest sequences add up to autograd's gradient, parameter by parameter.
-
-    Returns name -> |sum of rows - gradient| / |gradient of everything|. Raises ValueError above ROW_SUM_TOLERANCE, naming
-    the worst parameter: hooks then miss a use of it.
-    """
-    sample = batch.select(torch.argsort(batch.attention_mask.sum(1), stable=True)[:2])
-    coefficients = [score_coefficients(sample)]
-    parameters = trainable_parameters(model)
-    expected, rows = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
-
-    def add(name: str, part: Tensor) -> None:
-        rows[name] += part.sum(0).to(rows[name].dtype)
-
-    with evaluation_mode(model), torch.enable_grad():
-        for bucket in length_buckets(sample, token_batch_size):
-            with RowTaps(model, parameters, bucket) as taps:
-                objective = _objectives(model, bucket, batch, coefficients)[0]
-                found = taps.backward(objective, add, retain_graph=False, gradients_of=list(parameters.values()))
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    expected[name] += gradient
-    scale = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
-    if scale == 0.0:
-        return dict.fromkeys(expected, 0.0)
-    errors = {name: float((rows[name] - g).double().norm()) / scale for name, g in expected.items()}
-    worst = max(errors, key=lambda name: errors[name])
-    if not errors[worst] <= ROW_SUM_TOLERANCE:
-        raise ValueError(
-            f"per-sequence gradients of {worst!r} do not add up to the batch gradient (off by {errors[worst]:.1e} of its "
-            "norm): the model uses this parameter other than by calling its module (use method='loop', or freeze it), or it "
-            "computes in less than float32 (load it in float32)"
-        )
-    return errors

@@ -38,7 +38,8 @@ class TokenPlan:
 
     distinct: (u,) tokens to multiply forward. place: (n * l,) where among them each token finds its own product.
     seen: (s,) tokens that a completion token sees: those with a cotangent. predicting: of `seen`, those whose hidden states
-    become logits, and the others. checked, against: tokens that must have equal hidden states.
+    become logits, and the others. seen_slots, predicting_slots: (n * l,) where among those each token finds its product,
+    one past the last for tokens that have none. checked, against: tokens that must have equal hidden states.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -65,12 +66,19 @@ class TokenPlan:
         self.shape = (n, length)
         self.distinct, self.place, self.seen = (on_device(t) for t in (flat[own], place.flatten(), flat[seen]))
         self.predicting, self.others = on_device(flat[predicting]), on_device(flat[seen & ~predicting])
+        self.seen_slots, self.predicting_slots = on_device(_slots(seen)), on_device(_slots(predicting))
         self.checked, self.against = on_device(flat[sharing, last]), on_device(flat[first[sharing, last], last])
 
     def worthwhile(self, tokens: Tensor, width: int) -> bool:
         """Whether multiplying `tokens` alone saves more than copying costs, in a layer with `width` inputs to a product."""
         total = self.shape[0] * self.shape[1]
         return (total - len(tokens)) * width > total * COPYING
+
+
+def _slots(chosen: Tensor) -> Tensor:
+    """(n * l,): the number of each chosen token among the chosen; the count of these for all others."""
+    chosen = chosen.flatten()
+    return torch.where(chosen, chosen.cumsum(0) - 1, chosen.sum())
 
 
 def _first_with_equal_beginning(ids: Tensor, ends: Tensor) -> Tensor:
@@ -150,8 +158,8 @@ def _products(x: Tensor, layer: nn.Linear, plan: TokenPlan, bias: Tensor | None)
     """(n, l, out): x W^T + bias, of distinct tokens and copied where that is cheaper."""
     if not plan.worthwhile(plan.distinct, layer.in_features):
         return functional.linear(x, layer.weight, bias)
-    products = functional.linear(x.flatten(0, 1)[plan.distinct], layer.weight, bias)
-    return products[plan.place].view(*plan.shape, -1)
+    products = functional.linear(x.flatten(0, 1).index_select(0, plan.distinct), layer.weight, bias)
+    return products.index_select(0, plan.place).view(*plan.shape, -1)
 
 
 class _CompactLinear(torch.autograd.Function):
@@ -172,14 +180,15 @@ class _CompactLinear(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
         layer, plan, dy = ctx.layer, ctx.plan, cotangents[0].flatten(0, 1)
         (weight,) = ctx.saved_tensors
-        tokens = plan.seen
+        tokens, slots = plan.seen, plan.seen_slots
         if layer not in _below_attention:
-            if bool(dy[plan.others].any()):
+            if bool(dy.index_select(0, plan.others).any()):
                 _below_attention.add(layer)
             else:
-                tokens = plan.predicting
+                tokens, slots = plan.predicting, plan.predicting_slots
         if not plan.worthwhile(tokens, layer.out_features):
             return (dy @ weight).view(*plan.shape, -1), None, None
-        dx = dy.new_zeros((len(dy), weight.shape[1]))
-        dx[tokens] = dy[tokens] @ weight
-        return dx.view(*plan.shape, -1), None, None
+        products = dy.new_empty((len(tokens) + 1, weight.shape[1]))
+        torch.mm(dy.index_select(0, tokens), weight, out=products[:-1])
+        products[-1] = 0
+        return products.index_select(0, slots).view(*plan.shape, -1), None, None
