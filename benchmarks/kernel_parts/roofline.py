@@ -5,7 +5,7 @@
     least time            sum over products of max(FLOP / peak FLOP rate, bytes / peak bandwidth)
 
 Counted are the products of one pass over both sides (forward, cotangents, rows) and of the contraction. Elementwise work, the
-softmax and the two sequences of the self-check are not, so a real run cannot reach the least time. Peaks are measured on the
+softmax and the self-check's gradients are not, so a real run cannot reach the least time. Peaks are measured on the
 device: the rate of a large square product and of a copy.
 
 Frozen weights have no gradient product; below the first adapter nothing needs a cotangent. Symbols: N tokens of a batch of n

@@ -13,7 +13,9 @@ from entropy_core.gradients import (
     batch_gradients,
     dot,
     entropy_rows,
+    gradient_rows,
     per_sequence_gradients,
+    stream_rows,
     trainable_parameters,
 )
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
@@ -221,6 +223,46 @@ def test_what_hooks_cannot_cover_is_refused_by_name_and_the_loop_covers_it(kind:
     assert [len(m._forward_hooks) for m in model.modules()] == hooks, "a hook was left behind after the refusal"
     rows = per_sequence_gradients(model, batch, "loop")
     assert_named_close(rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: the loop is plain autograd")
+
+
+def test_a_use_is_refused_though_the_smallest_bucket_has_no_gradient() -> None:
+    """A bucket whose objective is constant says nothing; the next one is checked in its place."""
+    batch, model = right_padded(random_sequences(4)), Odd("weight also without its module")
+    c = score_coefficients(batch)
+    shortest = int(batch.attention_mask.sum(1).argmin())
+    c.logprob[shortest] = 0.0
+    with pytest.raises(ValueError, match="inner"):
+        gradient_rows(model, batch, c, token_batch_size=1)
+    c.logprob.zero_()
+    rows = gradient_rows(model, batch, c, token_batch_size=1)
+    assert not any(row.any() for row in rows.values())
+
+
+def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
+    """What is NaN is named by checks of values; that the sums differ would send the user to the wrong place."""
+    model = Odd("module once")
+    with torch.no_grad():
+        model.inner.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        per_sequence_gradients(model, right_padded(random_sequences(4)))
+
+
+def test_the_smallest_bucket_is_checked_and_no_other_is_asked_for_gradients(monkeypatch) -> None:
+    asked = []
+    ordinary = torch.autograd.grad
+
+    def counted(outputs, inputs, **options):
+        asked.append(len(inputs))
+        return ordinary(outputs, inputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    batch, model = right_padded(random_sequences(4)), Odd("module once")
+    stream_rows(model, batch, [score_coefficients(batch)] * 2, lambda *_: None, token_batch_size=1)
+    n, parameters = len(batch), len(trainable_parameters(model))
+    assert asked == [1 + parameters] + [1] * (2 * n - 1)
+    asked.clear()
+    stream_rows(model, batch, [score_coefficients(batch)], lambda *_: None, token_batch_size=1, verify=False)
+    assert asked == [1] * n
 
 
 def test_dot_sums_over_names() -> None:
