@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 DEFAULT_TOKEN_BATCH_SIZE = 4096
-# Buckets are cut further where more than this share is padding, unless they are so small (in tokens) that starting a pass
-# costs more.
-_PADDING, _SMALL_BUCKET = 0.125, 1024
+# Buckets of more tokens than these need not grow: on a CPU they are no faster, elsewhere where more than this share is padding.
+ENOUGH_TOKENS, _PADDING = 1024, 0.125
 
 
 @dataclass(frozen=True)
@@ -195,20 +194,23 @@ def length_buckets(
 ) -> list[Bucket]:
     """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each), in `pass_order`.
 
-    fewest: False cuts further where that saves padding, unless sequences share long prompts.
+    fewest: False cuts further, where that saves padding, and on a CPU once a bucket is large enough to be fast: passes with
+    gradients then take a part of the memory. Completions that share a long prompt are not torn apart for it.
     """
     if token_batch_size < 1:
         raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
-    cut_padding = not fewest and not _shares_long_prompts(batch)
+    sharing, on_cpu = _shares_long_prompts(batch), batch.device.type == "cpu"
     lengths = batch.attention_mask.sum(1)
     order = pass_order(batch)
+    prompts = batch.prompt_index[order].tolist()
     groups: list[list[int]] = [[]]
     longest = tokens = 0
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+    for place, (index, length) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
         longest, tokens = max(longest, length), tokens + length
         padded = (len(groups[-1]) + 1) * longest
-        wasteful = cut_padding and padded > _SMALL_BUCKET and padded - tokens > _PADDING * padded
-        if groups[-1] and (padded > token_batch_size or wasteful):
+        apart = not (sharing and prompts[place] == prompts[place - 1])
+        enough = padded > ENOUGH_TOKENS and apart and (on_cpu or padded - tokens > _PADDING * padded)
+        if groups[-1] and (padded > token_batch_size or (enough and not fewest)):
             groups.append([])
             longest = tokens = length
         groups[-1].append(index)

@@ -99,7 +99,7 @@ def batch_gradients(
     parameters = trainable_parameters(model)
     totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in coefficients]
     with evaluation_mode(model), torch.enable_grad():
-        for bucket in length_buckets(batch, token_batch_size):
+        for bucket in length_buckets(batch, token_batch_size, fewest=False):
             objectives = _objectives(model, bucket, batch, coefficients)
             for number, objective in enumerate(objectives):
                 gradients = torch.autograd.grad(
