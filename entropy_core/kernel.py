@@ -103,7 +103,8 @@ def contract_rows(
         if preconditioner is not None:
             rows = rows * preconditioner[name]
         for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
-            products = rows.flatten(1) @ columns[name].flatten(1).T
+            other = columns[name].flatten(1)
+            products = rows.flatten(1).to(other.dtype) @ other.T
             out[number][:, start:end].index_add_(0, indices.to(batch.device), products.to(out[number]))
 
     with true_embedding_gradients(model):

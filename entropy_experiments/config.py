@@ -151,8 +151,9 @@ class CheckpointOverrides(StrictModel):
     """What a device_map that is chosen by itself may put on each device, `{0: 20GiB, cpu: 100GiB}`; by default what is free."""
     offload_folder: str | None = None
     """Where offloaded weights go that cannot be read from the model's own files (no safetensors, or converted)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone; float64 takes three times
+    as long and twice the memory of a pass, and gives kernels a digit more."""
     learning_rate: PositiveFloat | None = None
     """Rate of the analysed step; by default the one the checkpoint's last step was taken with."""
     max_grad_norm: PositiveFloat | None = None

@@ -297,7 +297,9 @@ class KernelEngine:
         """Raw rows of these training sequences, formed where they stay: in `out` (zeros) where it is given."""
         parameters = {name: q for name, q in self._model.named_parameters() if name in self.names}
         found = (
-            {name: q.new_zeros((len(span), *q.shape)) for name, q in parameters.items()} if out is None else dict(out)
+            {name: torch.zeros((len(span), *q.shape), device=q.device) for name, q in parameters.items()}
+            if out is None
+            else dict(out)
         )
         whole = self._batch.select(list(span))
         # A pass holds its sequences' rows of one parameter beside these: of a block's, whatever the lengths.

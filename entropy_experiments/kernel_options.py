@@ -166,7 +166,8 @@ def pass_bytes(model: nn.Module, token_batch_size: int) -> int:
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * width
     vocabulary = getattr(config, "vocab_size", 0)
-    return 4 * (token_batch_size * layers * (14 * width + 4 * inner) + 2 * vocabulary) + LOGIT_BYTES
+    number = max([4, *(p.dtype.itemsize for p in model.parameters())])
+    return number * (token_batch_size * layers * (14 * width + 4 * inner) + 2 * vocabulary) + LOGIT_BYTES
 
 
 def free_memory(device: torch.device) -> int:

@@ -60,7 +60,7 @@ def take_next_step(
     """
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)
-    clipped: dict[str, Tensor | None] = {name: g * clip for name, g in gradient.items()}
+    clipped: dict[str, Tensor | None] = {name: (g * clip).to(parameters[name].dtype) for name, g in gradient.items()}
     saved = copy.deepcopy(optimizer.state_dict())
     state = {
         name: s if learning_rate is None else replace(s, lr=learning_rate)

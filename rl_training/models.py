@@ -27,7 +27,7 @@ from rl_training.device_map import DeviceMap
 from rl_training.errors import UserError
 from rl_training.model_source import resolve_source
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 _logger = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"dropout|_pdrop$|layer_?drop|drop_(path|rate)")
@@ -51,7 +51,7 @@ def load_model_and_tokenizer(
     name
         `smollm2-135m`, a .gguf file, a folder written by `save_pretrained`, or a model id of the hub.
     dtype
-        `float32`, `bfloat16` or `float16`.
+        `float32`, `bfloat16`, `float16` or `float64`.
     device
         `auto` (CUDA if there is any, else the CPU) or whatever `torch.device` understands.
     cache_dir
