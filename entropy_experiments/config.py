@@ -152,8 +152,8 @@ class CheckpointOverrides(StrictModel):
     offload_folder: str | None = None
     """Where offloaded weights go that cannot be read from the model's own files (no safetensors, or converted)."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone; float64 takes three times
-    as long and twice the memory of a pass, and gives kernels a digit more."""
+    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone; float64 takes
+    about twice as long and twice the memory of a pass, and gives kernels two digits more."""
     learning_rate: PositiveFloat | None = None
     """Rate of the analysed step; by default the one the checkpoint's last step was taken with."""
     max_grad_norm: PositiveFloat | None = None
