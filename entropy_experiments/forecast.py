@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.forward import input_device
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -106,10 +105,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
     ]
     stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
     tokens = max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens)
-    wasted = 1.0
-    if input_device(model).type == "cpu":
-        wasted = _ALLOCATOR
-        tokens = min(tokens, max(ENOUGH_TOKENS, sampling_plan.completions_per_prompt * pilot.training.tokens))
+    wasted = _ALLOCATOR if input_device(model).type == "cpu" else 1.0
     one_pass = wasted * pilot.pass_bytes * min(tokens, token_batch_size) + LOGIT_BYTES
     memory = held + fixed_bytes(size) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0

@@ -214,7 +214,7 @@ def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAna
     """Rates of one side, and bytes of a token of a pass."""
     settings = config.entropy_analysis.fisher_kernel
     names, token_batch_size = chosen_parameters(model, settings.filter_modules), settings.token_batch_size
-    token_statistics(model, batch.select([0]), token_batch_size)  # first calls are slower
+    token_statistics(model, batch, token_batch_size)  # first calls are slower, and run in memory that is not there yet
     forward, statistics = _timed(lambda: token_statistics(model, batch, token_batch_size))
     one = [score_coefficients(batch)]
     four = [*one, entropy_coefficients(statistics, batch, "rao_blackwell")] * 2
