@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import (
     batch_gradients,
@@ -240,11 +241,14 @@ def test_a_use_is_refused_though_the_smallest_bucket_has_no_gradient() -> None:
 
 def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
     """What is NaN is named by checks of values; that the sums differ would send the user to the wrong place."""
-    model = Odd("module once")
+    model, batch = Odd("module once"), right_padded(random_sequences(4))
+    c = score_coefficients(batch)
+    c.logprob[0] = torch.nan
+    assert not gradient_rows(model, batch, c)["inner.weight"].isfinite().all()
     with torch.no_grad():
         model.inner.bias[0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        per_sequence_gradients(model, right_padded(random_sequences(4)))
+        per_sequence_gradients(model, batch)
 
 
 def test_the_smallest_bucket_is_checked_and_no_other_is_asked_for_gradients(monkeypatch) -> None:
@@ -263,6 +267,19 @@ def test_the_smallest_bucket_is_checked_and_no_other_is_asked_for_gradients(monk
     asked.clear()
     stream_rows(model, batch, [score_coefficients(batch)], lambda *_: None, token_batch_size=1, verify=False)
     assert asked == [1] * n
+
+
+def test_the_smallest_bucket_passes_first_where_rows_are_checked() -> None:
+    lists, seen = [[1] * k for k in (3, 3, 3, 4)], []
+    batch = SequenceBatch.from_sequences([[2, 3]] * 4, lists, list(range(4)), 0)
+
+    def note(_number: int, name: str, indices: Tensor, _rows: Tensor) -> None:
+        seen.extend([indices.tolist()] if name == "head.bias" else [])
+
+    for verify, order in ((True, [[3], [0, 1, 2]]), (False, [[0, 1, 2], [3]])):
+        seen.clear()
+        stream_rows(Odd("module once"), batch, [score_coefficients(batch)], note, token_batch_size=16, verify=verify)
+        assert seen == order
 
 
 def test_dot_sums_over_names() -> None:
