@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
@@ -89,7 +90,9 @@ def _rows(
 ) -> list[dict[str, Tensor]]:
     """For every kind name -> (len(span), *shape): all kinds even where one is finished, so that bytes never differ."""
     parameters = trainable_parameters(model)
-    rows = [{name: p.new_zeros((len(span), *p.shape)) for name, p in parameters.items()} for _ in wanted]
+    rows = [
+        {name: torch.zeros((len(span), *p.shape), device=p.device) for name, p in parameters.items()} for _ in wanted
+    ]
 
     def add(kind: int, name: str, indices: Tensor, part: Tensor) -> None:
         rows[kind][name].index_add_(0, indices, part.to(rows[kind][name].dtype))

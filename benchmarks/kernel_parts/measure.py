@@ -183,8 +183,7 @@ def _resident(device: str) -> int:
 def _watching(device: str) -> Any:
     """Yields a list whose one entry is, at the end, the most bytes that were resident at any time inside.
 
-    On a CPU the system keeps that number: a thread that looked again and again would hold up what is timed, and most of all
-    what runs much Python.
+    On a CPU the system keeps that number: exact, and without a thread beside what is timed.
     """
     peak = [0]
     if device != "cpu":

@@ -8,6 +8,7 @@ from entropy_core.gradients import per_sequence_gradients, trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.kernel_options import LOGIT_BYTES, pass_bytes
 from tests.entropy_experiments.small_analysis import config, whole_config
 
 
@@ -17,11 +18,13 @@ def batch(seed: int) -> SequenceBatch:
 
 
 def test_adapters_and_base_are_loaded_in_float64_and_kernels_have_its_digits(tiny_run):
-    kernels = {}
+    kernels, pass_memory = {}, {}
     for dtype in ("float32", "float64"):
         model = load_checkpoint(tiny_run, device="cpu", dtype=dtype).model
         assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+        pass_memory[dtype] = pass_bytes(model, 10**6) - LOGIT_BYTES
         kernels[dtype] = compute_cross_fisher_kernel(model, batch(0), batch(1)).double()
+    assert pass_memory["float64"] == 2 * pass_memory["float32"], "plans count numbers of eight bytes"
     rows, columns = (per_sequence_gradients(model, batch(seed), method="loop") for seed in (0, 1))
     exact = sum(rows[name].flatten(1) @ columns[name].flatten(1).T for name in trainable_parameters(model))
     errors = {dtype: float((found - exact).norm() / exact.norm()) for dtype, found in kernels.items()}
