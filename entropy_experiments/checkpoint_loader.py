@@ -206,9 +206,6 @@ def _load_policy(
         ) from error
     if (folder / "adapter_config.json").exists():
         model = _attach_adapter(model, folder)
-        if precision == "float64":  # adapters are loaded in float32
-            for p in trainable_parameters(model).values():
-                p.data = p.data.double()
     else:
         model.requires_grad_(True)
     if device_map is not None:

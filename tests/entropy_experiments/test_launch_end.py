@@ -33,7 +33,7 @@ HAZARD = 'sys.modules["late"] = AbortsLate()'
 
 
 def ends(ending: str, processes: str, hazard: str = HAZARD) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": processes}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": processes, "PYTHONUNBUFFERED": ""}
     return subprocess.run(
         [sys.executable, "-c", SCRIPT.format(ending=ending, hazard=hazard)],
         capture_output=True,
