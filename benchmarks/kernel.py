@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from kernel_parts.cases import SIZES
+from kernel_parts.cases import GROUP_SIZES, SIZES
 from kernel_parts.measure import Worker, compute_reference, context, write_line
 from kernel_peers import IMPLEMENTATIONS, SLOW
 
@@ -33,7 +33,7 @@ RESULTS = Path("benchmarks/results/kernel")
 WORK = Path("runs/bench-kernel")
 RUNS = ("runs/bench-probe", "runs/demo", "runs/demo-1")
 DEFAULT = [name for name in IMPLEMENTATIONS if name not in ("backpack-cut", "vmap-cut")]
-TURNS = {"tiny-32k": 5, "tiny-512": 5, "smollm2": 3}
+TURNS = {"tiny-32k": 5, "tiny-512": 5, "smollm2": 3, "smollm2-apart": 3}
 PEERS = (
     "bergson", "kronfluence", "dattri", "opacus", "backpack-for-pytorch", "traker", "torch", "transformers", "peft",
 )  # fmt: skip
@@ -70,11 +70,11 @@ def arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> None:
     run = options.run or next((Path(name) for name in RUNS if (Path(name) / "rollouts").is_dir()), None)
-    if "smollm2" in options.cases.split(",") and (run is None or not run.is_dir()):
+    if set(GROUP_SIZES) & set(options.cases.split(",")) and (run is None or not run.is_dir()):
         raise SystemExit(
-            "the SmolLM2 case takes its adapter, Adam's moments and sequences from a training run, and "
+            "the SmolLM2 cases take their adapter, Adam's moments and sequences from a training run, and "
             f"{options.run or 'none of ' + ', '.join(RUNS)} is there: run `make demo` and name its folder with --run, or leave "
-            "the case out with --cases tiny-32k,tiny-512"
+            "them out with --cases tiny-32k,tiny-512"
         )
     part = options.results.with_name(options.results.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> None:
 def take_turns(server: Any, task: dict[str, Any], options: argparse.Namespace, path: Path) -> None:
     """All implementations on one case and size. Tiny workers live through all turns; SmolLM2's are made anew for each."""
     names = options.implementations.split(",")
-    keep = task["case"] != "smollm2"
+    keep = task["case"] not in GROUP_SIZES
     workers: dict[str, Worker] = {}
     failed: set[str] = set()
     for turn in range(options.turns or TURNS.get(task["case"], 3)):
@@ -129,7 +129,7 @@ def take_turns(server: Any, task: dict[str, Any], options: argparse.Namespace, p
 
 
 def _told(line: dict[str, Any]) -> str:
-    where = f"{line['case']:9} {line['n_rows']:>3} x {line['n_columns']:<3} turn {line['turn']}  {line['implementation']:13}"
+    where = f"{line['case']:13} {line['n_rows']:>3} x {line['n_columns']:<3} turn {line['turn']}  {line['implementation']:13}"
     if "failed" in line:
         return f"{where} FAILED: {line['failed']}"
     error = f"  error {line['relative_error']:.1e}" if "relative_error" in line else ""

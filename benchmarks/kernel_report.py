@@ -31,7 +31,8 @@ LABELS = {
 TITLES = {
     "tiny-32k": "tiny Llama, vocabulary 32,000",
     "tiny-512": "tiny Llama, vocabulary 512",
-    "smollm2": "SmolLM2-135M, vocabulary 49,152",
+    "smollm2": "SmolLM2-135M, training side in groups of 8",
+    "smollm2-apart": "SmolLM2-135M, no two of one prompt",
 }
 ORANGE, BLUE, GREY, RED = "#D55E00", "#0072B2", "#6E6E6E", "#CC3311"
 STYLES = ["o", "s", "^", "v", "D", "P", "X", "<", ">", "*", "h", "p", "8"]

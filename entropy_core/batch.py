@@ -142,12 +142,13 @@ class SequenceBatch:
 class Bucket:
     """One piece of a batch as the model sees it: right-padded rows, with the place of every completion token.
 
-    A row holds one sequence; or, where a prefix is shared (entropy_core.shared_prefix), a prompt with several completions.
+    A row holds one sequence (the longest ones without their last token, which predicts nothing); or, where a prefix is shared
+    (entropy_core.shared_prefix), a prompt with several completions.
 
     Attributes
     ----------
     indices: (n,) for each row a sequence of the batch (of a shared row, its first).
-    input_ids: (n, l) right-padded ids, l the longest row of the bucket.
+    input_ids: (n, l) right-padded ids, l one less than the bucket's longest sequence has, or as many where n would be l.
     rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
         logits that predict it.
     targets: (m,) the token ids.
@@ -228,4 +229,6 @@ def _bucket(batch: SequenceBatch, indices: Tensor, lengths: Tensor) -> Bucket:
     # Padding must hold a legal token id; token 0 always is one, and causality keeps it unseen.
     ids = torch.where(within, ids, torch.zeros_like(ids))
     rows, places = completion.nonzero(as_tuple=True)
-    return Bucket(indices, ids, rows, places - 1, ids[rows, places], indices[rows], columns[rows, places])
+    # Never as many sequences as tokens: a module that puts time first is known by its shapes (entropy_core.row_taps).
+    width = longest if len(indices) == longest - 1 else longest - 1
+    return Bucket(indices, ids[:, :width], rows, places - 1, ids[rows, places], indices[rows], columns[rows, places])

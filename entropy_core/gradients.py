@@ -183,6 +183,7 @@ def stream_rows(
     buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
     if callable(coefficients) and len(buckets) > 1:
         coefficients = coefficients(token_statistics(model, batch, token_batch_size, all_digits=True))
+        buckets = length_buckets(batch, token_batch_size, fewest=False)
     if verify:
         buckets.sort(key=lambda bucket: bucket.input_ids.numel())
     with evaluation_mode(model), torch.enable_grad():
@@ -207,6 +208,7 @@ def stream_rows(
                     found = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
                     if sums is not None:
                         verify = not sums.errors(found)
+            del objectives, objective, found  # the graph, before the next bucket makes its own
 
 
 def gradient_rows(

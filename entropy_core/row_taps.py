@@ -40,6 +40,10 @@ class RowTaps:
         self._root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         self._sink: Callable[[str, Tensor], None] | None = None
         self._forming_rows = False
+        # Of every tapped call, until the last walk back has passed it: the graph, which may live on, refers to this object.
+        self._inputs: dict[int, tuple[tuple, dict]] = {}
+        self._calls = 0
+        self._last_walk = False
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
         self._handles = []
@@ -77,7 +81,7 @@ class RowTaps:
 
         Returns autograd's own gradients of the parameters in `gradients_of`, None for those that were not used.
         """
-        self._sink = sink
+        self._sink, self._last_walk = sink, not retain_graph
         try:
             wanted = [self._root, *gradients_of]
             return torch.autograd.grad(objective, wanted, retain_graph=retain_graph, allow_unused=True)[1:]
@@ -103,15 +107,19 @@ class RowTaps:
                     f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
                 )
 
+            call, self._calls = self._calls, self._calls + 1
+            self._inputs[call] = (args, kwargs)
+
             def receive(cotangent: Tensor) -> None:
-                self._emit(module, own, args, kwargs, cotangent.detach(), flat)
+                self._emit(module, own, call, cotangent.detach(), flat)
 
             return _Tap.apply(output, self._root, receive)
 
         return hook
 
-    def _emit(self, module: nn.Module, own: dict[str, str], args: tuple, kwargs: dict, dy: Tensor, flat: bool) -> None:
+    def _emit(self, module: nn.Module, own: dict[str, str], call: int, dy: Tensor, flat: bool) -> None:
         assert self._sink is not None
+        args, kwargs = self._inputs.pop(call) if self._last_walk else self._inputs[call]
         x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
         if flat:
             x, dy = self._unflatten(x), self._unflatten(dy)

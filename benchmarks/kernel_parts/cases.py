@@ -4,7 +4,10 @@
 
 tiny     a random Llama (width 256, 6 layers, LoRA r = 16 on all linear layers), random tokens, vocabulary of 32,000 or 512,
          tied embeddings; P from AdamW's moments after four steps on other random tokens
-smollm2  SmolLM2-135M with a trained LoRA adapter (r = 16): the sequences and Adam's moments are those of the run
+smollm2  SmolLM2-135M with a trained LoRA adapter (r = 16), the first checkpoint of a run with its Adam's moments, and sequences
+         that the run sampled, from its first step on (later, as entropy falls, completions repeat each other word by word).
+         Evaluation: one completion of each of n prompts; training: groups of 8 completions of other prompts
+smollm2-apart  the same, with a prompt of its own for every sequence of both sides: only the chat template is shared
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from torch import Tensor, nn
 from entropy_core.adamw import adam_preconditioner
 from entropy_core.batch import SequenceBatch, length_buckets
 
-TOKEN_BATCH_SIZE = 4096
+# Padded tokens of a batch, for everyone. On a CPU of two cores 1,024 are faster than 4,096, for all libraries and the plain pass.
+TOKEN_BATCH_SIZES = {"cpu": 1024, "cuda": 4096}
 VOCABULARIES = {"tiny-32k": 32_000, "tiny-512": 512}
 SIZES = {
     "tiny-32k": ((16, 32), (32, 64), (64, 128)),
     "tiny-512": ((16, 32), (32, 64), (64, 128)),
     "smollm2": ((32, 64),),
+    "smollm2-apart": ((32, 64),),
 }
+GROUP_SIZES = {"smollm2": 8, "smollm2-apart": 1}  # completions of a prompt on the training side
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,16 @@ class Case:
         return Case(self.model, self.rows.select([0, 1]), self.columns.select([0, 1]), self.preconditioner)
 
 
-def parts(batch: SequenceBatch, token_batch_size: int = TOKEN_BATCH_SIZE) -> list[Part]:
-    """Length-sorted batches of at most `token_batch_size` padded tokens; the same for everybody."""
+def parts(batch: SequenceBatch, token_batch_size: int | None = None) -> list[Part]:
+    """Length-sorted batches of at most `token_batch_size` padded tokens (default: TOKEN_BATCH_SIZES); the same for everybody."""
     found = []
-    for bucket in length_buckets(batch, token_batch_size):
-        mask = torch.zeros(bucket.input_ids.shape, dtype=torch.bool, device=batch.device)
+    for bucket in length_buckets(batch, token_batch_size or TOKEN_BATCH_SIZES[batch.device.type]):
+        ids = torch.nn.functional.pad(bucket.input_ids, (0, 1))  # the last token too, as libraries' users pass it
+        ids[bucket.rows, bucket.positions + 1] = bucket.targets
+        mask = torch.zeros(ids.shape, dtype=torch.bool, device=batch.device)
         mask[bucket.rows, bucket.positions + 1] = True
         positions = torch.arange(int(bucket.positions.min()), int(bucket.positions.max()) + 1, device=batch.device)
-        found.append(Part(bucket.indices, bucket.input_ids, mask, positions))
+        found.append(Part(bucket.indices, ids, mask, positions))
     return found
 
 
@@ -78,8 +86,8 @@ def build_case(name: str, n_rows: int, n_columns: int, device: str, run: Path | 
     """The same numbers on every call."""
     if name in VOCABULARIES:
         return _tiny(VOCABULARIES[name], n_rows, n_columns, device, attention)
-    if name == "smollm2":
-        return _smollm2(n_rows, n_columns, device, run, attention)
+    if name in GROUP_SIZES:
+        return _smollm2(n_rows, n_columns, GROUP_SIZES[name], device, run, attention)
     raise SystemExit(f"unknown case {name!r}: choose from {', '.join(SIZES)}")
 
 
@@ -141,54 +149,52 @@ def _moments_of_four_steps(model: nn.Module, batch: SequenceBatch) -> dict[str, 
     return {name: p.detach() for name, p in adam_preconditioner(optimizer, model.named_parameters()).items()}
 
 
-def _smollm2(n_rows: int, n_columns: int, device: str, run: Path | None, attention: str) -> Case:
+def _smollm2(n_rows: int, n_columns: int, group_size: int, device: str, run: Path | None, attention: str) -> Case:
     from entropy_experiments.checkpoint_loader import load_checkpoint
 
     assert run is not None
-    checkpoint = load_checkpoint(run, device=device)
+    first = min(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=run)
+    checkpoint = load_checkpoint(first, device=device)
     if checkpoint.optimizer is None:
-        raise SystemExit(
-            f"{checkpoint.record.path} holds no optimizer state to take P from: name another run with --run"
-        )
+        raise SystemExit(f"{first} holds no optimizer state to take P from: name another run with --run")
     model = checkpoint.model
     model.get_base_model().set_attn_implementation(attention)
     p = {
         name: value.detach()
         for name, value in adam_preconditioner(checkpoint.optimizer, model.named_parameters()).items()
     }
-    rows, columns = _recorded_sequences(run, n_rows + n_columns).split_at(n_rows)
+    rows, columns = recorded_sequences(run, n_rows, n_columns, group_size)
     return Case(model, rows.to(device), columns.to(device), p)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    prompts: list[list[int]]
-    completions: list[list[int]]
-
-    def split_at(self, n: int) -> tuple[SequenceBatch, SequenceBatch]:
-        first, second = (
-            SequenceBatch.from_sequences(self.prompts[s], self.completions[s], list(range(len(self.prompts[s]))), 0)
-            for s in (slice(0, n), slice(n, None))
-        )
-        return first, second
-
-
-def _recorded_sequences(run: Path, count: int) -> _Recorded:
-    """The run's newest sampled sequences, one after the other."""
+def recorded_sequences(run: Path, n_rows: int, n_columns: int, group_size: int) -> tuple[SequenceBatch, SequenceBatch]:
+    """Sequences that the run sampled, no two the same: columns in groups of `group_size` completions of a prompt, then rows
+    that are one completion of each of other prompts.
+    """
     import pyarrow.parquet as pq
 
-    found = _Recorded([], [])
-    for file in sorted((run / "rollouts").glob("step-*.parquet"), reverse=True):
-        columns: dict[str, list[Any]] = pq.read_table(file, columns=["prompt_ids", "completion_ids"]).to_pydict()
-        for prompt, completion in zip(columns["prompt_ids"], columns["completion_ids"], strict=True):
-            if completion and len(found.prompts) < count:
-                found.prompts.append(prompt)
-                found.completions.append(completion)
-    if len(found.prompts) < count:
+    completions: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for file in sorted((run / "rollouts").glob("step-*.parquet")):
+        recorded: dict[str, list[Any]] = pq.read_table(file, columns=["prompt_ids", "completion_ids"]).to_pydict()
+        for prompt, completion in zip(recorded["prompt_ids"], recorded["completion_ids"], strict=True):
+            known = completions.setdefault(tuple(prompt), [])
+            if completion and tuple(completion) not in known:
+                known.append(tuple(completion))
+    groups = [(prompt, found[:group_size]) for prompt, found in completions.items() if len(found) >= group_size]
+    groups = groups[: -(-n_columns // group_size)]
+    taken = {prompt for prompt, _ in groups}
+    singles = [(prompt, found[:1]) for prompt, found in completions.items() if prompt not in taken and found][:n_rows]
+    sides = [[(p, c) for p, found in side for c in found] for side in (singles, groups)]
+    if len(sides[0]) < n_rows or len(sides[1]) < n_columns:
         raise SystemExit(
-            f"{run} recorded {len(found.prompts)} sequences, {count} are needed: name a longer run with --run"
+            f"{run} recorded {len(sides[0])} prompts for the evaluation side and {len(sides[1])} sequences in groups of "
+            f"{group_size} for the training side, {n_rows} and {n_columns} are needed: name a longer run with --run"
         )
-    return found
+    rows, columns = (
+        SequenceBatch.from_sequences([list(p) for p, _ in side], [list(c) for _, c in side], list(range(len(side))), 0)
+        for side in (sides[0], sides[1][:n_columns])
+    )
+    return rows, columns
 
 
 def score(model: nn.Module, part: Part, cut: bool = False) -> Tensor:

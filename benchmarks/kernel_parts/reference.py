@@ -15,7 +15,7 @@ from entropy_core.batch import SequenceBatch
 from kernel_parts.cases import Case
 
 # Cases whose model is too large for all of it: rows and columns that are looked at, spread evenly.
-REFERENCE_ROWS = {"smollm2": 8}
+REFERENCE_ROWS = {"smollm2": 8, "smollm2-apart": 8}
 
 
 def reference(case: Case, name: str) -> dict[str, Tensor]:

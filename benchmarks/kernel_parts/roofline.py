@@ -9,7 +9,8 @@ softmax and the self-check's gradients are not, so a real run cannot reach the l
 device: the rate of a large square product and of a copy.
 
 Frozen weights have no gradient product; below the first adapter nothing needs a cotangent. Symbols: N tokens of a batch of n
-sequences of length L, m completion tokens, V vocabulary, r rank, D trainable parameters.
+sequences of L tokens (without the last, which predicts nothing), m completion tokens, V vocabulary, r rank, D trainable
+parameters.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def run_roofline(options: argparse.Namespace, n_rows: int, n_columns: int) -> No
         _seconds(lambda: compute_cross_fisher_kernel(case.model, *sides, case.preconditioner), options.device)
         for _ in range(3)
     )
-    products = kernel_products(shape, options.rank, n_rows, n_columns, prompt + completion, completion)
+    products = kernel_products(shape, options.rank, n_rows, n_columns, prompt + completion - 1, completion)
     least = least_seconds(products, flop_rate, bandwidth)
     found = {
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",

@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
-from kernel_parts.cases import TOKEN_BATCH_SIZE, Case, Part, parts
+from kernel_parts.cases import Case, Part, parts
 from torch import Tensor
 
 IMPLEMENTATIONS = {
@@ -41,7 +41,7 @@ def implementation(name: str) -> tuple[ModuleType, bool]:
 
 
 def store_and_stream(
-    case: Case, rows_of: Callable[[Part], dict[str, Tensor]], token_batch_size: int = TOKEN_BATCH_SIZE
+    case: Case, rows_of: Callable[[Part], dict[str, Tensor]], token_batch_size: int | None = None
 ) -> Tensor:
     """K from per-sequence gradients of a part (name -> (n, *shape)): columns kept, rows contracted part by part."""
     stored = [(part.indices, rows_of(part)) for part in parts(case.columns, token_batch_size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernel_parts.cases import TOKEN_BATCH_SIZE, Case
+from kernel_parts.cases import Case
 from torch import Tensor
 
 from entropy_core.kernel import compute_cross_fisher_kernel
@@ -16,6 +16,4 @@ def wrap(case: Case, cut: bool) -> None:
 
 
 def kernel(handle: None, case: Case) -> Tensor:
-    return compute_cross_fisher_kernel(
-        case.model, case.rows, case.columns, case.preconditioner, token_batch_size=TOKEN_BATCH_SIZE
-    )
+    return compute_cross_fisher_kernel(case.model, case.rows, case.columns, case.preconditioner)

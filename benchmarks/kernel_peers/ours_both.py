@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kernel_parts.cases import TOKEN_BATCH_SIZE, Case
+from kernel_parts.cases import Case
 from torch import Tensor
 
 from entropy_core.kernel import compute_kernels
@@ -17,5 +17,5 @@ def wrap(case: Case, cut: bool) -> None:
 
 
 def kernel(handle: None, case: Case) -> Tensor:
-    found = compute_kernels(case.model, case.rows, case.columns, case.preconditioner, token_batch_size=TOKEN_BATCH_SIZE)
+    found = compute_kernels(case.model, case.rows, case.columns, case.preconditioner)
     return torch.stack([found.fisher, found.entropy_fisher])

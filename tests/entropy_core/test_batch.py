@@ -126,12 +126,21 @@ def test_buckets_hold_every_completion_token_once(layout, token_batch_size: int)
         at = (bucket.indices[bucket.rows], bucket.columns)
         seen[at] += 1
         assert torch.equal(batch.input_ids[at], bucket.targets), "a target is not the token that it claims to be"
-        assert torch.equal(bucket.input_ids[bucket.rows, bucket.positions + 1], bucket.targets), (
-            "positions are off by one"
-        )
+        ids = torch.nn.functional.pad(bucket.input_ids, (0, 1), value=-1)
+        following = ids[bucket.rows, bucket.positions + 1]  # -1: the longest sequences' last token, which is left out
+        assert torch.equal(following[following >= 0], bucket.targets[following >= 0]), "positions are off by one"
+        assert bool((following >= 0).any()) or int(batch.completion_lengths[bucket.indices].max()) == 1
+        assert bucket.input_ids.shape[1] - int(bucket.positions.max()) == 1 + (len(ids) == ids.shape[1] - 2)
         rows += bucket.indices.tolist()
     assert sorted(rows) == list(range(7)), "a sequence is missing or stands in two buckets"
     assert torch.equal(seen, batch.completion_mask.long()), "a completion token is missing or counted twice"
+
+
+def test_no_bucket_is_square() -> None:
+    """Sequences first and time first would have one shape, and a module that mixes them up could not be told."""
+    batch = SequenceBatch.from_sequences([[7, 8]] * 5, [[1] * 4] * 5, list(range(5)), 0)
+    assert length_buckets(batch)[0].input_ids.shape == (5, 6), "the last token stays where leaving it out makes 5 x 5"
+    assert length_buckets(batch.select([0, 1]))[0].input_ids.shape == (2, 5)
 
 
 def test_a_bucket_needs_room() -> None:
