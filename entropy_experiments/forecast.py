@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.forward import input_device
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -104,9 +105,11 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
         StageForecast("drawing the evaluation buffer", 0, drawn),
     ]
     stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
-    tokens = max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens)
-    wasted = _ALLOCATOR if input_device(model).type == "cpu" else 1.0
-    one_pass = wasted * pilot.pass_bytes * min(tokens, token_batch_size) + LOGIT_BYTES
+    on_cpu = input_device(model).type == "cpu"
+    tokens = min(max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens), token_batch_size)
+    if on_cpu:  # as entropy_core.batch.length_buckets cuts passes with gradients: a group is not torn apart
+        tokens = min(tokens, ENOUGH_TOKENS + sampling_plan.completions_per_prompt * pilot.training.tokens)
+    one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES
     memory = held + fixed_bytes(size) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train)

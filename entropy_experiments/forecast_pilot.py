@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from rl_training.errors import UserError
 from rl_training.sampling import Rollouts, draw
 
 PILOT = 16  # sequences a side
+_PASSED = 64  # at most, where passes without gradients are timed: these go in larger batches
 _FEW = 4  # of the smaller drawing
 _RECORDED_STEPS = 4  # whose lengths and rejected groups are looked at
 _DRAWN_AT_A_TIME = 64  # as in rl_training.sampling
@@ -152,8 +153,10 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
     training = _first(given.training) or drawn(plan.task.train, max(1, PILOT // group), group)
     if len(drawings) == 1:
         drawn(pool, PILOT, 1)
+    settings = config.entropy_analysis
     timed = [
-        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), config) for side in (evaluation, training)
+        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), min(count, _PASSED), config)
+        for side, count in ((evaluation, settings.eval_batch_size), (training, settings.train_batch_size))
     ]
     recorded = _recorded_rows(checkpoint)
     lengths = [len(c) for _, rollouts in drawings for c in rollouts.completion_ids]
@@ -210,12 +213,44 @@ def _drawing_rates(
     return DrawingRates(per_token * prompt, max(large - many * each, 0.0), each, lengths)
 
 
-def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAnalysisConfig) -> tuple[PassRates, float]:
-    """Rates of one side, and bytes of a token of a pass."""
+def more_of_the_kind(batch: SequenceBatch, count: int) -> SequenceBatch:
+    """At least as many sequences as `count`, right-padded: the batch's, then copies of their lengths, groups and common beginning
+    with other tokens, so that they share in a pass what so many sequences would.
+    """
+    n, copies = len(batch), max(1, -(-count // len(batch)))
+    first, prompts = batch.prompt_index.unique(return_inverse=True)
+    prompt = batch.attention_mask & ~batch.completion_mask
+    common = (prompt & (batch.input_ids == batch.input_ids[0])).all(0).long().cumprod(0).bool()
+    legal = batch.input_ids[batch.attention_mask]
+    generator = torch.Generator().manual_seed(0)
+
+    def others(rows: int) -> Tensor:
+        places = torch.randint(0, len(legal), (rows, batch.input_ids.shape[1]), generator=generator)
+        return legal[places.to(legal.device)]
+
+    ids = [batch.input_ids]
+    for _ in range(copies - 1):
+        drawn = torch.where(prompt, others(len(first))[prompts], others(n))
+        ids.append(torch.where(batch.attention_mask & ~common, drawn, batch.input_ids))
+    return replace(
+        batch,
+        input_ids=torch.cat(ids),
+        attention_mask=batch.attention_mask.repeat(copies, 1),
+        completion_mask=batch.completion_mask.repeat(copies, 1),
+        prompt_index=torch.cat([prompts + number * len(first) for number in range(copies)]),
+    )
+
+
+def _time_passes(
+    model: torch.nn.Module, batch: SequenceBatch, count: int, config: FisherAnalysisConfig
+) -> tuple[PassRates, float]:
+    """Rates of one side of `count` sequences, and bytes of a token of a pass."""
     settings = config.entropy_analysis.fisher_kernel
     names, token_batch_size = chosen_parameters(model, settings.filter_modules), settings.token_batch_size
-    token_statistics(model, batch, token_batch_size)  # first calls are slower, and run in memory that is not there yet
-    forward, statistics = _timed(lambda: token_statistics(model, batch, token_batch_size))
+    many = more_of_the_kind(batch, count)
+    token_statistics(model, many, token_batch_size)  # first calls are slower, and run in memory that is not there yet
+    forward, _ = _timed(lambda: token_statistics(model, many, token_batch_size))
+    statistics = token_statistics(model, batch, token_batch_size)
     one = [score_coefficients(batch)]
     four = [*one, entropy_coefficients(statistics, batch, "rao_blackwell")] * 2
 
@@ -224,15 +259,16 @@ def _time_passes(model: torch.nn.Module, batch: SequenceBatch, config: FisherAna
             stream_rows(model, batch, objectives, lambda *_: None, token_batch_size, verify=False)
 
     with torch.enable_grad(), evaluation_mode(model), _kept_for_backward(model) as kept:
-        bucket = max(length_buckets(batch, token_batch_size), key=lambda b: b.input_ids.numel())
+        bucket = max(length_buckets(batch, token_batch_size, fewest=False), key=lambda b: b.input_ids.numel())
         graph = completion_values(model, bucket, batch.temperature)
         del graph
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
     direction = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}
-    derivatives, _ = _timed(lambda: token_derivatives(model, batch, direction, token_batch_size))
+    derivatives, _ = _timed(lambda: token_derivatives(model, many, direction, token_batch_size))
+    n, tokens, more = len(batch), int(batch.attention_mask.sum()), len(many) / len(batch)
+    forward, derivatives = forward / more, derivatives / more
     backward = max((several - single) / (len(four) - 1), 0.2 * forward)
-    n, tokens = len(batch), int(batch.attention_mask.sum())
     rates = PassRates(forward / n, max(forward, single - backward) / n, backward / n, derivatives / n, tokens / n)
     return rates, sum(kept.values()) / int(batch.attention_mask[bucket.indices].sum())
 

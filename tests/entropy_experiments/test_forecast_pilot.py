@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from entropy_experiments.forecast_pilot import DrawingRates, PassRates, _drawing_rates
+from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.repeated_tokens import TokenPlan
+from entropy_experiments.forecast_pilot import DrawingRates, PassRates, _drawing_rates, more_of_the_kind
 from rl_training.sampling import Rollouts
 
 LENGTHS = [1, 2, 2, 3, 5, 8, 8, 20]
@@ -52,3 +54,24 @@ def test_passes_of_longer_sequences_take_longer() -> None:
         and longer.derivatives == 6.0
         and longer.tokens == 15.0
     )
+
+
+def test_more_sequences_share_what_so_many_would() -> None:
+    """Two prompts behind a template of four tokens, two completions of each: six times as many are twelve prompts."""
+    template, own = [5, 6, 7, 8], ([9, 10], [11, 12])
+    prompts = [template + own[k] for k in (0, 0, 1, 1)]
+    batch = SequenceBatch.from_sequences(prompts, [[20, 21, 3], [22, 23], [24], [25, 26, 27]], [4, 4, 9, 9], 0)
+    more = more_of_the_kind(batch, 21)
+    assert len(more) == 24 and len(more.prompt_index.unique()) == 12
+    assert torch.equal(more.input_ids[:4], batch.input_ids), "the batch's own sequences come first"
+    assert torch.equal(more.completion_lengths, batch.completion_lengths.repeat(6))
+    assert torch.equal(more.input_ids[:, :4], torch.tensor([template]).expand(24, 4))
+    for group in more.prompt_index.unique():
+        tokens = more.input_ids[more.prompt_index == group, :6]
+        assert torch.equal(tokens[0], tokens[1]), "a prompt differs among its completions"
+    assert len(more.input_ids[:, 4:6].unique(dim=0)) > 6, "copies have the same prompts: they would share more"
+    distinct = [len(TokenPlan(length_buckets(b)[0]).distinct) for b in (batch, more)]
+    # 4 of the template once, 2 a prompt, and what stands before the last token of each completion (2, 1, 0, 2); of the copies
+    # at least as much as if no two random tokens agreed, less what agrees by chance
+    assert distinct[0] == 4 + 2 * 2 + 5 and 4 + 12 * 2 + 6 * 5 - 24 < distinct[1] <= 4 + 12 * 2 + 6 * 5
+    assert more_of_the_kind(batch, 2) is not batch and len(more_of_the_kind(batch, 2)) == 4
