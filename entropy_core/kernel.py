@@ -5,9 +5,9 @@
 
     dH_i = lr (1 - beta1)/(1 - beta1^t) c w_i (1/n) sum_t KH(t, i)         training sequence i's share of the entropy change
 
-P stands on one side only. Rows are raw: no advantage, length or P inside. Only the training side's rows are stored
-(n_train times the trainable parameters); the evaluation side streams by, module by module, in one forward and one backward
-pass a kernel. Sums in float32. Source: docs/theory/fisher-kernel.md.
+P stands on one side only. Rows are raw: no advantage, length or P inside. Only one side's rows are stored (n times the
+trainable parameters): of K1 alone the smaller side's, with KH the training side's. The other side streams by, module by
+module, in one forward and one backward pass a kernel. Sums in float32. Source: docs/theory/fisher-kernel.md.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def compute_cross_fisher_kernel(
     Raises ValueError where P does not cover the trainable parameters, holds values that are not positive and finite, or
     where rows cannot be formed (entropy_core.gradients).
     """
+    turned = len(eval_batch) < len(train_batch)
+    stored, streamed = (eval_batch, train_batch) if turned else (train_batch, eval_batch)
     with true_embedding_gradients(model):
-        columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
-    objectives = [score_coefficients(eval_batch)]
-    return contract_rows(model, eval_batch, objectives, [columns], preconditioner, token_batch_size, verify=False)[0]
+        columns = per_sequence_gradients(model, stored, token_batch_size=token_batch_size)
+    objectives = [score_coefficients(streamed)]
+    found = contract_rows(model, streamed, objectives, [columns], preconditioner, token_batch_size, verify=False)[0]
+    return found.T.contiguous() if turned else found
 
 
 def compute_kernels(

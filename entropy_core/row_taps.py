@@ -8,6 +8,7 @@ gradient of the usual kind is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,19 @@ class _Tap(torch.autograd.Function):
         return cotangents[0], torch.zeros_like(ctx.root), None
 
 
+@dataclass(frozen=True)
+class TapHook:
+    """The forward hook on a module that owns parameters; own: their names in the module -> in the model."""
+
+    taps: RowTaps
+    module: nn.Module
+    path: str
+    own: dict[str, str]
+
+    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        return self.taps.tap(self, args, kwargs, output)
+
+
 class RowTaps:
     """Context in which one forward pass over `bucket` is tapped; `backward` may then be called for several objectives."""
 
@@ -37,13 +51,13 @@ class RowTaps:
         self._bucket = bucket
         self._names = {id(p): name for name, p in parameters.items()}
         some = next(iter(parameters.values()))
-        self._root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
+        self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         self._sink: Callable[[str, Tensor], None] | None = None
         self._forming_rows = False
         # Of every tapped call, until the last walk back has passed it: the graph, which may live on, refers to this object.
         self._inputs: dict[int, tuple[tuple, dict]] = {}
         self._calls = 0
-        self._last_walk = False
+        self._last_walk = self.gradients_wanted = False
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
         self._handles = []
@@ -54,7 +68,8 @@ class RowTaps:
             }
             if own:
                 self._modules[module] = own
-                self._handles.append(module.register_forward_hook(self._make_hook(path, own), with_kwargs=True))
+                hook = TapHook(self, module, path, own)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         reachable = {name for own in self._modules.values() for name in own.values()}
         missing = [name for name in parameters if name not in reachable]
         if missing:  # only a parameter held outside `_parameters`, e.g. in a plain list, can end here
@@ -81,44 +96,45 @@ class RowTaps:
 
         Returns autograd's own gradients of the parameters in `gradients_of`, None for those that were not used.
         """
-        self._sink, self._last_walk = sink, not retain_graph
+        self._sink, self._last_walk, self.gradients_wanted = sink, not retain_graph, bool(gradients_of)
         try:
-            wanted = [self._root, *gradients_of]
+            wanted = [self.root, *gradients_of]
             return torch.autograd.grad(objective, wanted, retain_graph=retain_graph, allow_unused=True)[1:]
         finally:
             self._sink = None
 
-    def _make_hook(self, path: str, own: dict[str, str]) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if self._forming_rows:
-                return output
-            name = next(iter(own.values()))
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            where = (
-                f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
+    def send(self, name: str, rows: Tensor) -> None:
+        """Hand on rows (n, *shape) of one use of a parameter, during a walk back."""
+        assert self._sink is not None
+        self._sink(name, rows)
+
+    def tap(self, hook: TapHook, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The output of a module's call, tapped."""
+        if self._forming_rows or not torch.is_grad_enabled():
+            return output
+        module, path, own = hook.module, hook.path, hook.own
+        name = next(iter(own.values()))
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        where = f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
+        if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
+            raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
+        flat = module in self._flat_modules and args[0].shape[0] == len(self._bucket.targets)
+        rows, length = self._bucket.input_ids.shape
+        if not flat and (args[0].shape[:2] != (rows, length) or output.shape[:2] != (rows, length)):
+            raise ValueError(
+                f"{where} does not keep sequences apart: it maps {tuple(args[0].shape)} to {tuple(output.shape)} for "
+                f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
             )
-            if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
-                raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
-            flat = module in self._flat_modules and args[0].shape[0] == len(self._bucket.targets)
-            rows, length = self._bucket.input_ids.shape
-            if not flat and (args[0].shape[:2] != (rows, length) or output.shape[:2] != (rows, length)):
-                raise ValueError(
-                    f"{where} does not keep sequences apart: it maps {tuple(args[0].shape)} to {tuple(output.shape)} for "
-                    f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
-                )
 
-            call, self._calls = self._calls, self._calls + 1
-            self._inputs[call] = (args, kwargs)
+        call, self._calls = self._calls, self._calls + 1
+        self._inputs[call] = (args, kwargs)
 
-            def receive(cotangent: Tensor) -> None:
-                self._emit(module, own, call, cotangent.detach(), flat)
+        def receive(cotangent: Tensor) -> None:
+            self._emit(module, own, call, cotangent.detach(), flat)
 
-            return _Tap.apply(output, self._root, receive)
-
-        return hook
+        return _Tap.apply(output, self.root, receive)
 
     def _emit(self, module: nn.Module, own: dict[str, str], call: int, dy: Tensor, flat: bool) -> None:
-        assert self._sink is not None
         args, kwargs = self._inputs.pop(call) if self._last_walk else self._inputs[call]
         x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
         if flat:
@@ -126,7 +142,7 @@ class RowTaps:
         self._forming_rows = True
         try:
             for key, rows in _module_rows(module, set(own), x, args[1:], kwargs, dy).items():
-                self._sink(own[key], rows)
+                self.send(own[key], rows)
         finally:
             self._forming_rows = False
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from entropy_core import kernel as kernel_module
 from entropy_core.adamw import AdamWParameterState, split_adamw_update
 from entropy_core.entropy import ESTIMATORS
 from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients
@@ -80,6 +81,24 @@ def test_cross_kernel_without_a_preconditioner(case: ModelCase) -> None:
     rows = flatten_rows(brute_force.score_rows(model, lists, 0.7))
     kernel = compute_cross_fisher_kernel(model, batch, batch.select([6, 1]))
     assert_close(kernel, fisher_kernel(rows, rows[[6, 1]]), SINGLE, "no preconditioner means P = 1, at the temperature")
+
+
+@pytest.mark.parametrize("taken", [([0, 3], range(7)), (range(7), [0, 3])], ids=["2 x 7", "7 x 2"])
+def test_the_smaller_sides_rows_are_stored(taken, monkeypatch) -> None:
+    case = BY_NAME["llama_tied_lora"]
+    model = case.make()
+    sides = [right_padded(random_sequences(case.vocabulary, seed)).select(list(t)) for seed, t in enumerate(taken)]
+    preconditioner, stored = random_preconditioner(model), []
+
+    def note(model, batch, **settings):
+        stored.append(len(batch))
+        return per_sequence_gradients(model, batch, **settings)
+
+    monkeypatch.setattr(kernel_module, "per_sequence_gradients", note)
+    kernel = compute_cross_fisher_kernel(model, *sides, preconditioner)
+    rows = [flatten_rows(per_sequence_gradients(model, side, method="loop")) for side in sides]
+    assert_close(kernel, fisher_kernel(*rows, flatten(preconditioner)), SINGLE, "[eval, train], whichever is stored")
+    assert stored == [2] and kernel.is_contiguous()
 
 
 def test_equal_sides_give_a_symmetric_positive_kernel(case: ModelCase) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_core import repeated_tokens
+from entropy_core import repeated_tokens, token_plan
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
 from entropy_core.output_head import completion_values
-from entropy_core.repeated_tokens import TokenPlan, repeated_tokens_once
+from entropy_core.repeated_tokens import repeated_tokens_once
 from entropy_core.scores import token_statistics
+from entropy_core.token_plan import TokenPlan
 
 PROMPT = [5, 9, 11, 4, 8, 13, 7, 6]
 OTHER = [5, 9, 12, 4, 8, 13, 7, 6]  # two tokens in common
@@ -30,7 +32,7 @@ COMPLETIONS = [[3, 4, 5, 6, 7, 8], [3, 4], [9, 10, 3], [3, 4, 5], [7], [3, 4, 5,
 @pytest.fixture
 def narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers as narrow as a test's are taken as well."""
-    monkeypatch.setattr(repeated_tokens, "COPYING", 0)
+    monkeypatch.setattr(token_plan, "COPYING", 0)
 
 
 def shared_batch() -> SequenceBatch:
@@ -59,16 +61,25 @@ def frozen_layers(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
 
 
-def record_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of rows that functional.linear multiplies inside the module under test."""
-    found: list[int] = []
+class ForwardProducts(TorchDispatchMode):
+    """Numbers of tokens that are multiplied by frozen weights (out, in) from the right, x W^T, in the order of the products."""
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found.append(x.numel() // x.shape[-1])
-        return functional.linear(x, weight, bias)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+        self._weights = {m.weight.data_ptr(): m.weight.shape[::-1] for m in frozen_layers(model)}
 
-    monkeypatch.setattr(repeated_tokens, "functional", SimpleNamespace(linear=linear))
-    return found
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            if self._weights.get(right.data_ptr()) == right.shape:
+                self.tokens.append(len(left))
+        return func(*args, **(kwargs or {}))
+
+
+def pass_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for test in ("is_frozen_linear", "is_adapter"):
+        monkeypatch.setattr(repeated_tokens, test, lambda module: False)
 
 
 def distinct_beginnings(batch: SequenceBatch) -> int:
@@ -85,12 +96,12 @@ def test_rows_are_those_of_one_sequence_at_a_time(
     coefficients = score_coefficients(batch)
     if kind == "entropy":
         coefficients = entropy_coefficients(token_statistics(model, batch), batch, "rao_blackwell")
-    tokens = record_tokens(monkeypatch)
-    found = gradient_rows(model, batch, coefficients, verify=False)
+    with ForwardProducts(model) as products:
+        found = gradient_rows(model, batch, coefficients, verify=False)
     inside = len(frozen_layers(model)) - 1  # the output layer sees completion tokens alone
-    assert tokens == [distinct_beginnings(batch)] * inside
+    assert products.tokens[:-2] == [distinct_beginnings(batch)] * inside
     assert distinct_beginnings(batch) < 0.5 * batch.input_ids.numel()
-    monkeypatch.setattr(repeated_tokens, "_is_plain", lambda module: False)
+    pass_the_ordinary_way(monkeypatch)
     expected = gradient_rows(model, batch, coefficients, method="loop")
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows, rtol=1e-9, atol=1e-11)
@@ -115,11 +126,10 @@ def test_backward_leaves_out_what_no_completion_token_sees(
         asked.clear()
         found = completion_values(model, bucket, 0.8)
         torch.autograd.grad(found.logprobs.sum(), [p for p in model.parameters() if p.requires_grad])
-    # Of seven layers in each of three blocks, all but keys and values of the last see predicting tokens alone; the inputs of
-    # the first block's query, key and value need no gradient.
+    # Of seven layers in each of three blocks, all but keys and values of the last see predicting tokens alone.
     assert asked["predicting"] == [len(bucket.targets)] * 5
     seen = int((batch.attention_mask.sum(1) - 1).sum())
-    assert asked["seen"] == [seen] * (3 * 7 - 5 - 3)
+    assert asked["seen"] == [seen] * (3 * 7 - 5)
 
 
 @given(
@@ -184,10 +194,10 @@ def test_a_model_that_looks_ahead_is_passed_the_ordinary_way(
     assert repeated() == (ahead == "none")
     model = LooksAhead(ahead)
     found = completion_values(model, bucket, 1.0)
-    tokens = record_tokens(monkeypatch)
-    again = completion_values(model, bucket, 1.0)
-    assert bool(tokens) == (ahead == "none")  # remembered
-    monkeypatch.setattr(repeated_tokens, "_is_plain", lambda module: False)
+    with ForwardProducts(model) as products:
+        again = completion_values(model, bucket, 1.0)
+    assert (distinct_beginnings(shared_batch()) in products.tokens) == (ahead == "none")  # remembered
+    pass_the_ordinary_way(monkeypatch)
     expected = completion_values(model, bucket, 1.0)
     for one in (found, again):
         torch.testing.assert_close(one.logprobs, expected.logprobs, rtol=1e-12, atol=1e-12)
@@ -233,11 +243,11 @@ def test_derivatives_along_a_direction_are_those_of_the_ordinary_pass(
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    tokens = record_tokens(monkeypatch)
-    found = token_derivatives(model, batch, direction)
+    with ForwardProducts(model) as products:
+        found = token_derivatives(model, batch, direction)
     # values and tangents; the inputs of the first block's query, key and value have no tangent
-    assert tokens == [distinct_beginnings(batch)] * (2 * (len(frozen_layers(model)) - 1) - 3)
-    monkeypatch.setattr(repeated_tokens, "_is_plain", lambda module: False)
+    assert products.tokens[:-2] == [distinct_beginnings(batch)] * (2 * (len(frozen_layers(model)) - 1) - 3)
+    pass_the_ordinary_way(monkeypatch)
     expected = token_derivatives(model, batch, direction)
     for one, other in ((found.logprobs, expected.logprobs), (found.entropies, expected.entropies)):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

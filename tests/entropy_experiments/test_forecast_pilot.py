@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entropy_core.batch import SequenceBatch, length_buckets
-from entropy_core.repeated_tokens import TokenPlan
+from entropy_core.token_plan import TokenPlan
 from entropy_experiments.forecast_pilot import DrawingRates, PassRates, _drawing_rates, more_of_the_kind
 from rl_training.sampling import Rollouts
 
