@@ -88,19 +88,20 @@ def side_products(shape: dict[str, int], rank: int, sequences: int, length: int,
     last = shape["num_hidden_layers"] - 1
     for block in range(last + 1):
         for place, (i, o) in enumerate(linear_layers(shape)):
+            # behind the last attention only tokens that predict have cotangents; wide layers leave the others out
+            spared = block == last and place not in (1, 2) and (tokens - predicted) * o > tokens * COPYING
+            seen = predicted if spared else tokens
             found += [
                 Product("forward", 1, tokens, i, o),
                 Product("forward", 1, tokens, i, rank),
                 Product("forward", 1, tokens, rank, o),
-                Product("cotangents", 1, tokens, o, rank),
+                Product("cotangents", 1, seen, o, rank),
                 Product("rows", sequences, rank, length, i),
                 Product("rows", sequences, o, length, rank),
             ]
             if block or place > 2:  # what enters the first block's q, k and v depends on no adapter
-                # behind the last attention only tokens that predict have cotangents; wide layers leave the others out
-                spared = block == last and place not in (1, 2) and (tokens - predicted) * o > tokens * COPYING
-                found.append(Product("cotangents", 1, predicted if spared else tokens, o, i))
-                found.append(Product("cotangents", 1, tokens, rank, i))
+                found.append(Product("cotangents", 1, seen, o, i))
+                found.append(Product("cotangents", 1, seen, rank, i))
         found += [
             Product("forward", sequences * heads, length, width, length)
         ] * 2  # scores and values; masked half included

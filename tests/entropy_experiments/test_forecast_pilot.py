@@ -74,4 +74,4 @@ def test_more_sequences_share_what_so_many_would() -> None:
     # 4 of the template once, 2 a prompt, and what stands before the last token of each completion (2, 1, 0, 2); of the copies
     # at least as much as if no two random tokens agreed, less what agrees by chance
     assert distinct[0] == 4 + 2 * 2 + 5 and 4 + 12 * 2 + 6 * 5 - 24 < distinct[1] <= 4 + 12 * 2 + 6 * 5
-    assert more_of_the_kind(batch, 2) is not batch and len(more_of_the_kind(batch, 2)) == 4
+    assert torch.equal(more_of_the_kind(batch, 2).input_ids, batch.input_ids), "fewer than there are"
