@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.row_taps import RowTaps, TapHook
-from entropy_core.token_plan import TokenPlan, cotangent_tokens, disagreement
+from entropy_core.token_plan import Cotangents, TokenPlan, disagreement
 
 _PROBE_TOKENS = 2
 
@@ -128,19 +128,6 @@ class _Sends(NamedTuple):
     b: str | None
 
 
-def _distinct(values: Tensor, plan: TokenPlan, width: int) -> Tensor:
-    """(n, l, width) -> (tokens, width): those to multiply forward."""
-    flat = values.flatten(0, 1)
-    return flat.index_select(0, plan.distinct) if plan.worthwhile(plan.distinct, width) else flat
-
-
-def _everywhere(products: Tensor, plan: TokenPlan) -> Tensor:
-    """(tokens, out) of the tokens that were multiplied -> (n, l, out)."""
-    if len(products) != len(plan.place):
-        products = products.index_select(0, plan.place)
-    return products.view(*plan.shape, -1)
-
-
 class _AdaptedLinear(torch.autograd.Function):
     """x (n, l, d), A (r, d), B (out, r), and the root that taps hang on -> y (n, l, out)."""
 
@@ -157,33 +144,33 @@ class _AdaptedLinear(torch.autograd.Function):
         sends: _Sends | None,
     ) -> Tensor:
         weight, bias = factors.base.weight, factors.base.bias
-        tokens = _distinct(x, plan, weight.shape[1])
+        tokens = plan.gather(x, weight.shape[1])
         h = torch.mm(tokens, a.T).mul_(factors.scaling)
         y = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
         y.addmm_(h, b.T)
-        h = _everywhere(h, plan)
+        h = plan.spread(h)
         ctx.save_for_backward(x, h, weight, a, b)
         ctx.save_for_forward(x, h, weight, a, b)
         ctx.set_materialize_grads(False)  # inputs of the first block do not move
         ctx.layer, ctx.scaling, ctx.plan, ctx.sends = layer, factors.scaling, plan, sends
-        return _everywhere(y, plan)
+        return plan.spread(y)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
         """Along one direction of x, A and B; tokens with equal beginnings move alike."""
         x, h, weight, a, b = ctx.saved_tensors
         plan, s, width = ctx.plan, ctx.scaling, weight.shape[1]
-        tokens, h = (_distinct(value, plan, width) for value in (x, h))
+        tokens, h = (plan.gather(value, width) for value in (x, h))
         dh = h.new_zeros(h.shape) if da is None else torch.mm(tokens, da.T)
         if dx is not None:
-            moved = _distinct(dx, plan, width)
+            moved = plan.gather(dx, width)
             dh.addmm_(moved, a.T)
             dy = torch.mm(moved, weight.T).addmm_(dh, b.T, alpha=s)
         else:
             dy = torch.mm(dh.mul_(s), b.T)
         if db is not None:
             dy.addmm_(h, db.T)
-        return _everywhere(dy, plan)
+        return plan.spread(dy)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
@@ -191,31 +178,25 @@ class _AdaptedLinear(torch.autograd.Function):
         if cotangent is None:
             return (None,) * 8
         x, h, weight, a, b = ctx.saved_tensors
-        plan, sends = ctx.plan, ctx.sends
-        rows, length = plan.shape
-        dy = cotangent.flatten(0, 1)
-        tokens, slots = cotangent_tokens(ctx.layer, plan, dy)
-        compact = plan.worthwhile(tokens, weight.shape[0])
-        part = dy.index_select(0, tokens) if compact else dy
-        u = part.new_zeros((len(part) + compact, len(a)))
-        torch.mm(part, b, out=u[: len(part)]).mul_(ctx.scaling)
+        sends = ctx.sends
+        dy = Cotangents(ctx.layer, ctx.plan, cotangent)
+        count = len(dy.part)
+        u = dy.room(len(a))
+        torch.mm(dy.part, b, out=u[:count]).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = part.new_empty((len(u), weight.shape[1]))
-            torch.mm(part, weight, out=dx[: len(part)]).addmm_(u[: len(part)], a)
-            if compact:
-                dx[-1] = 0
-                dx = dx.index_select(0, slots)
-            dx = dx.view(rows, length, -1)
-        u = u.index_select(0, slots) if compact else u
+            products = dy.room(weight.shape[1])
+            torch.mm(dy.part, weight, out=products[:count]).addmm_(u[:count], a)
+            dx = dy.spread(products)
+        u = dy.spread(u)
         if sends is not None:
             if sends.a is not None:
-                sends.taps.send(sends.a, torch.bmm(u.view(rows, length, -1).transpose(1, 2), x))
+                sends.taps.send(sends.a, torch.bmm(u.transpose(1, 2), x))
             if sends.b is not None:
                 sends.taps.send(sends.b, torch.bmm(cotangent.transpose(1, 2), h))
         da = db = None
         if sends is None or sends.taps.gradients_wanted:
-            da = u.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
-            db = dy.T @ h.flatten(0, 1) if ctx.needs_input_grad[2] else None
+            da = u.flatten(0, 1).T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+            db = cotangent.flatten(0, 1).T @ h.flatten(0, 1) if ctx.needs_input_grad[2] else None
         visited = None if sends is None else torch.zeros_like(sends.taps.root)
         return dx, da, db, visited, None, None, None, None

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from entropy_core.adapter_layers import adapter_forward, is_adapter, is_frozen_linear
 from entropy_core.batch import Bucket
-from entropy_core.token_plan import TokenPlan, cotangent_tokens, disagreement
+from entropy_core.token_plan import Cotangents, TokenPlan, disagreement
 
 _looks_ahead: WeakSet[nn.Module] = WeakSet()
 
@@ -77,14 +77,6 @@ def _compact_forward(layer: nn.Linear, plan: TokenPlan, differences: list[Tensor
     return forward
 
 
-def _products(x: Tensor, layer: nn.Linear, plan: TokenPlan, bias: Tensor | None) -> Tensor:
-    """(n, l, out): x W^T + bias, of distinct tokens and copied where that is cheaper."""
-    if not plan.worthwhile(plan.distinct, layer.in_features):
-        return functional.linear(x, layer.weight, bias)
-    products = functional.linear(x.flatten(0, 1).index_select(0, plan.distinct), layer.weight, bias)
-    return products.index_select(0, plan.place).view(*plan.shape, -1)
-
-
 class _CompactLinear(torch.autograd.Function):
     """x (n, l, d) -> x W^T + b (n, l, out) for frozen W and b."""
 
@@ -92,21 +84,17 @@ class _CompactLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, plan: TokenPlan) -> Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer, ctx.plan = layer, plan
-        return _products(x, layer, plan, layer.bias)
+        return plan.spread(functional.linear(plan.gather(x, layer.in_features), layer.weight, layer.bias))
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: Any) -> Tensor:
         """Along one direction of the parameters, tokens with equal beginnings move alike."""
-        return _products(dx, ctx.layer, ctx.plan, None)
+        return ctx.plan.spread(functional.linear(ctx.plan.gather(dx, ctx.layer.in_features), ctx.layer.weight))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
-        layer, plan, dy = ctx.layer, ctx.plan, cotangents[0].flatten(0, 1)
         (weight,) = ctx.saved_tensors
-        tokens, slots = cotangent_tokens(layer, plan, dy)
-        if not plan.worthwhile(tokens, layer.out_features):
-            return (dy @ weight).view(*plan.shape, -1), None, None
-        products = dy.new_empty((len(tokens) + 1, weight.shape[1]))
-        torch.mm(dy.index_select(0, tokens), weight, out=products[:-1])
-        products[-1] = 0
-        return products.index_select(0, slots).view(*plan.shape, -1), None, None
+        dy = Cotangents(ctx.layer, ctx.plan, cotangents[0])
+        dx = dy.room(weight.shape[1])
+        torch.mm(dy.part, weight, out=dx[: len(dy.part)])
+        return dy.spread(dx), None, None

@@ -57,6 +57,17 @@ class TokenPlan:
         self.seen_slots, self.predicting_slots = on_device(_slots(seen)), on_device(_slots(predicting))
         self.checked, self.against = on_device(flat[sharing, last]), on_device(flat[first[sharing, last], last])
 
+    def gather(self, values: Tensor, width: int) -> Tensor:
+        """(n, l, d) -> (tokens, d): the tokens to multiply forward, in a layer with `width` inputs to a product."""
+        flat = values.flatten(0, 1)
+        return flat.index_select(0, self.distinct) if self.worthwhile(self.distinct, width) else flat
+
+    def spread(self, products: Tensor) -> Tensor:
+        """(tokens, out) of what `gather` gave -> (n, l, out)."""
+        if len(products) != len(self.place):
+            products = products.index_select(0, self.place)
+        return products.view(*self.shape, -1)
+
     def worthwhile(self, tokens: Tensor, width: int) -> bool:
         """Whether multiplying `tokens` alone saves more than copying costs, in a layer with `width` inputs to a product."""
         total = self.shape[0] * self.shape[1]
@@ -92,7 +103,32 @@ def disagreement(x: Tensor, plan: TokenPlan) -> Tensor:
     return ((left - right).abs().amax() - allowed).float()
 
 
-def cotangent_tokens(layer: nn.Module, plan: TokenPlan, dy: Tensor) -> tuple[Tensor, Tensor]:
+class Cotangents:
+    """The cotangents dy (n, l, out) of a layer's outputs, those that are 0 left out where that is worthwhile.
+
+    part: (tokens, out), those to multiply. Products are written by the caller into `room` and told apart by `spread`.
+    """
+
+    def __init__(self, layer: nn.Module, plan: TokenPlan, dy: Tensor) -> None:
+        flat = dy.flatten(0, 1)
+        tokens, slots = _with_cotangent(layer, plan, flat)
+        left_out = plan.worthwhile(tokens, flat.shape[1])
+        self.plan, self.slots = plan, slots if left_out else None
+        self.part = flat.index_select(0, tokens) if left_out else flat
+
+    def room(self, width: int) -> Tensor:
+        """(tokens or one more, width), not filled but for the zeros that tokens left out shall find."""
+        room = self.part.new_empty((len(self.part) + (self.slots is not None), width))
+        room[len(self.part) :] = 0
+        return room
+
+    def spread(self, room: Tensor) -> Tensor:
+        """A filled room -> (n, l, width)."""
+        products = room if self.slots is None else room.index_select(0, self.slots)
+        return products.view(*self.plan.shape, -1)
+
+
+def _with_cotangent(layer: nn.Module, plan: TokenPlan, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of dy (n * l, out) with a cotangent, and where among them each token finds its product (plan.seen_slots)."""
     if layer not in _below_attention:
         if not bool(dy.index_select(0, plan.others).any()):
