@@ -60,7 +60,7 @@ def _factors(layer: Any) -> _Factors | None:
     if peft is None or type(layer) is not peft.Linear or "forward" in vars(layer):
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1 or layer.disable_adapters or layer.merged or layer.fan_in_fan_out:
+    if len(names) != 1 or layer.disable_adapters or layer.merged:
         return None
     (name,) = names
     if name in getattr(layer, "lora_variant", {}):
@@ -96,7 +96,7 @@ def adapter_forward(layer: nn.Module, plan: TokenPlan, differences: list[Tensor]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = found.base.weight
-        fits = x.shape[:-1] == plan.shape and x.device == plan.place.device == weight.device and x.dtype == weight.dtype
+        fits = x.shape[:-1] == plan.shape and x.device == plan.place.device == weight.device
         if args or kwargs or not fits or layer in _differ:
             return ordinary(x, *args, **kwargs)
         differences.append(disagreement(x.detach().flatten(0, 1), plan))

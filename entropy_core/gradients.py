@@ -58,23 +58,45 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
 
 
-def _objectives(
-    model: nn.Module,
-    bucket: Bucket,
-    batch: SequenceBatch,
-    coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
-) -> list[Tensor]:
-    """The bucket's part of every objective, from one forward pass; those of a function need a bucket that is the batch."""
-    if callable(coefficients):
-        found = completion_values(model, bucket, batch.temperature)
-        assert found.entropies is not None
+class _Passes:
+    """The buckets of a batch, in the order in which they pass, and each one's part of every objective.
+
+    Coefficients that are a function of the batch's statistics are made in the largest bucket's pass, which comes first then:
+    only the other buckets take a forward pass more, for their statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: SequenceBatch,
+        coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
+        token_batch_size: int,
+    ) -> None:
+        self._model, self._batch, self._coefficients = model, batch, coefficients
+        self._token_batch_size = token_batch_size
+        self.buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
+        if callable(coefficients):
+            self.buckets.sort(key=lambda bucket: -bucket.input_ids.numel())
+
+    def objectives(self, bucket: Bucket) -> list[Tensor]:
+        """Differentiable scalars, from one forward pass."""
+        known = None if callable(self._coefficients) else self._coefficients
+        with_entropy = known is None or any(bool(c.entropy.any()) for c in known)
+        found = completion_values(self._model, bucket, self._batch.temperature, with_entropies=with_entropy)
         at = (bucket.sequences, bucket.columns)
-        statistics = scatter_statistics(batch, at, found.logprobs.detach(), found.entropies.detach())
-        return [weighted_sum(found.logprobs, found.entropies, c, at) for c in coefficients(statistics)]
-    with_entropy = any(bool(c.entropy.any()) for c in coefficients)
-    found = completion_values(model, bucket, batch.temperature, with_entropies=with_entropy)
-    at = (bucket.sequences, bucket.columns)
-    return [weighted_sum(found.logprobs, found.entropies, c, at) for c in coefficients]
+        if callable(self._coefficients):
+            assert found.entropies is not None
+            own = scatter_statistics(self._batch, at, found.logprobs.detach(), found.entropies.detach())
+            self._coefficients = self._coefficients(self._of_the_batch(own))
+        return [weighted_sum(found.logprobs, found.entropies, c, at) for c in self._coefficients]
+
+    def _of_the_batch(self, first: TokenStatistics) -> TokenStatistics:
+        """The batch's statistics, from those of the first bucket, which are 0 elsewhere."""
+        if len(self.buckets) > 1:
+            rest = torch.cat([bucket.indices for bucket in self.buckets[1:]])
+            others = token_statistics(self._model, self._batch.select(rest), self._token_batch_size, all_digits=True)
+            first.logprobs[rest], first.entropies[rest] = others.logprobs, others.entropies.to(first.entropies.dtype)
+        return first
 
 
 def weighted_sum(logprobs: Tensor, entropies: Tensor | None, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
@@ -89,19 +111,23 @@ def weighted_sum(logprobs: Tensor, entropies: Tensor | None, c: TokenCoefficient
 def batch_gradients(
     model: nn.Module,
     batch: SequenceBatch,
-    coefficients: Sequence[TokenCoefficients],
+    coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
 ) -> list[dict[str, Tensor]]:
     """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd, from one forward pass.
 
-    A trainable parameter that the model did not use has a gradient of zeros. `p.grad` is not touched.
+    coefficients: as in `stream_rows`. A trainable parameter that the model did not use has a gradient of zeros. `p.grad` is
+    not touched.
     """
     parameters = trainable_parameters(model)
-    totals = [{name: torch.zeros_like(p) for name, p in parameters.items()} for _ in coefficients]
+    totals: list[dict[str, Tensor]] = []
+    passes = _Passes(model, batch, coefficients, token_batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        for bucket in length_buckets(batch, token_batch_size, fewest=False):
-            objectives = _objectives(model, bucket, batch, coefficients)
+        for bucket in passes.buckets:
+            objectives = passes.objectives(bucket)
             for number, objective in enumerate(objectives):
+                if number == len(totals):
+                    totals.append({name: torch.zeros_like(p) for name, p in parameters.items()})
                 gradients = torch.autograd.grad(
                     objective, list(parameters.values()), retain_graph=number + 1 < len(objectives), allow_unused=True
                 )
@@ -123,41 +149,13 @@ def entropy_gradient(
 
     statistics: the batch's token statistics under this very model, where they are known already; saves a forward pass.
     """
-    if statistics is None:
-        return entropy_gradient_and_statistics(model, batch, estimator, per_token, token_batch_size)[0]
-    coefficients = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
+
+    def coefficients(known: TokenStatistics) -> list[TokenCoefficients]:
+        return [entropy_coefficients(known, batch, estimator, per_token).scaled(1.0 / len(batch))]
+
     with true_embedding_gradients(model):
-        return batch_gradients(model, batch, [coefficients], token_batch_size)[0]
-
-
-def entropy_gradient_and_statistics(
-    model: nn.Module,
-    batch: SequenceBatch,
-    estimator: Estimator = "rao_blackwell",
-    per_token: bool = True,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-) -> tuple[dict[str, Tensor], TokenStatistics]:
-    """The gradient estimate and the token statistics it rests on; one forward pass where the batch fits into one bucket.
-
-    (Coefficients need the entropy of the whole batch, so several buckets take a pass for it first.)
-    """
-    buckets = length_buckets(batch, token_batch_size)
-    if len(buckets) > 1:
-        statistics = token_statistics(model, batch, token_batch_size)
-        return entropy_gradient(model, batch, estimator, per_token, statistics, token_batch_size), statistics
-    parameters, bucket = trainable_parameters(model), buckets[0]
-    at = (bucket.sequences, bucket.columns)
-    with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
-        logprobs, entropies, _ = completion_values(model, bucket, batch.temperature)
-        assert entropies is not None
-        statistics = scatter_statistics(batch, at, logprobs.detach(), entropies.detach())
-        c = entropy_coefficients(statistics, batch, estimator, per_token).scaled(1.0 / len(batch))
-        objective = weighted_sum(logprobs, entropies, c, at)
-        found = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), found, strict=True)
-    }
-    return gradient, TokenStatistics(statistics.logprobs, statistics.entropies.to(statistics.logprobs.dtype))
+        wanted = coefficients if statistics is None else coefficients(statistics)
+        return batch_gradients(model, batch, wanted, token_batch_size)[0]
 
 
 def stream_rows(
@@ -170,9 +168,9 @@ def stream_rows(
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
-    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these where the
-    batch fits into one bucket (and takes it where not). verify: check in the smallest bucket, which passes first then, that
-    rows add up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
+    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these in the
+    largest bucket, which passes first then. verify: check in the first bucket (otherwise the smallest one then) that rows add
+    up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
 
     Raises
     ------
@@ -180,16 +178,13 @@ def stream_rows(
         other than by being called), naming the parameter and the module; method="loop" covers such models.
     """
     parameters = trainable_parameters(model)
-    buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
-    if callable(coefficients) and len(buckets) > 1:
-        coefficients = coefficients(token_statistics(model, batch, token_batch_size, all_digits=True))
-        buckets = length_buckets(batch, token_batch_size, fewest=False)
-    if verify:
-        buckets.sort(key=lambda bucket: bucket.input_ids.numel())
+    passes = _Passes(model, batch, coefficients, token_batch_size)
+    if verify and not callable(coefficients):
+        passes.buckets.sort(key=lambda bucket: bucket.input_ids.numel())
     with evaluation_mode(model), torch.enable_grad():
-        for bucket in buckets:
+        for bucket in passes.buckets:
             with RowTaps(model, parameters, bucket) as taps:
-                objectives = _objectives(model, bucket, batch, coefficients)
+                objectives = passes.objectives(bucket)
                 for number, objective in enumerate(objectives):
                     sums = RowSums(parameters) if verify else None
 

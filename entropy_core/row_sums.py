@@ -24,21 +24,24 @@ class RowSums:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = list(parameters.values())
         self._differences = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self._rows = 0.0  # sum of squares
 
     def add(self, name: str, rows: Tensor) -> None:
         """rows: (n, *shape) of one use of a parameter."""
         difference = self._differences[name]
         difference += rows.sum(0).to(difference)
+        self._rows += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
     def errors(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
-        """name -> |sum of rows - gradient| / |gradient of everything|; empty where the gradient is zero or
-        not finite, which says nothing of taps.
+        """name -> |sum of rows - gradient| / |gradient of everything|, or |all rows| where that is zero; empty where both
+        are zero or one is not finite, which says nothing of taps.
 
         gradients: of all parameters in order, None for those that were not used.
 
         Raises ValueError above ROW_SUM_TOLERANCE, naming the worst parameter.
         """
         scale = sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
+        scale = scale or self._rows**0.5
         if not 0.0 < scale < math.inf:
             return {}
         for difference, gradient in zip(self._differences.values(), gradients, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft.tuners.lora.layer as lora
@@ -18,6 +18,7 @@ from entropy_core.adapter_layers import _AdaptedLinear, _factors, is_adapter
 from entropy_core.batch import length_buckets
 from entropy_core.gradients import batch_gradients, per_sequence_gradients, score_coefficients
 from entropy_core.output_head import completion_values
+from entropy_core.repeated_tokens import repeated_tokens_once
 from entropy_core.token_plan import TokenPlan
 from tests.entropy_core.support import right_padded
 from tests.oracle.comparison import assert_close, relative_error
@@ -137,6 +138,11 @@ def _replaced(model: Any) -> None:
         layer.lora_B["default"].forward = lambda x, module=layer.lora_B["default"]: nn.Linear.forward(module, x) * 2
 
 
+def _replaced_whole(model: Any) -> None:
+    for layer in adapters(model):
+        layer.forward = lambda x, layer=layer: lora.Linear.forward(layer, x) * 2
+
+
 def _trained_base(model: Any) -> None:
     for layer in adapters(model):
         layer.base_layer.weight.requires_grad_(True)
@@ -154,6 +160,7 @@ ORDINARY: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "a hook on A": ({}, _hook),
     "a hook on the base layer": ({}, _base_hook),
     "another forward of B": ({}, _replaced),
+    "another forward": ({}, _replaced_whole),
     "a trained base layer": ({}, _trained_base),
     "two precisions": ({}, _mixed_types),
     "merged": ({}, lambda model: model.merge_adapter()),
@@ -171,10 +178,11 @@ def test_what_is_more_than_one_plain_adapter_goes_the_ordinary_way(what: str, mo
     assert not any(is_adapter(layer) for layer in adapters(model)) and all(is_adapter(m) for m in adapters(plain))
     if what == "dropout at work":
         return
-    calls = Calls().watch(monkeypatch)
+    calls, before = Calls().watch(monkeypatch), [vars(layer).get("forward") for layer in adapters(model)]
     with torch.no_grad():
         found = completion_values(model, bucket, 1.0).logprobs
         called = calls.number
+        assert [vars(layer).get("forward") for layer in adapters(model)] == before
         expected = model(input_ids=bucket.input_ids).logits.log_softmax(-1)[bucket.rows, bucket.positions]
     assert called == 14
     torch.testing.assert_close(found, expected.gather(1, bucket.targets[:, None]).squeeze(1), rtol=1e-5, atol=1e-5)
@@ -190,3 +198,52 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch) -> None:
     assert not any(is_adapter(layer) for layer in adapters(model)), "it is not remembered"
     monkeypatch.setattr(adapter_layers, "_factors", lambda layer: None)
     assert_close(rows, flatten_rows(per_sequence_gradients(model, batch, method="loop")), 1e-9, "rows")
+
+
+class Twice(nn.Module):
+    """Its adapter is called twice a pass, the second time with what `other` makes of x."""
+
+    def __init__(self, other: Callable[[Tensor], Tensor], **options: Any) -> None:
+        super().__init__()
+        self.layer = lora.Linear(nn.Linear(4, 4), "default", LoraConfig(r=2), r=2, lora_alpha=2).double().eval()
+        self.layer.base_layer.requires_grad_(False)
+        self.other, self.options = other, options
+        randomise(self, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.layer(self.other(x), **self.options)
+
+
+@pytest.mark.parametrize("kind", ["the same", "half the sequences", "named adapters"])
+def test_calls_that_the_plan_does_not_fit_go_the_ordinary_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = length_buckets(right_padded(random_sequences(VOCABULARY)))[0]
+    options = {"adapter_names": ["__base__"] * len(bucket.indices)} if kind == "named adapters" else {}
+    model = Twice(lambda x: x[::2] if kind == "half the sequences" else -x, **options)
+    calls = Calls().watch(monkeypatch)
+    shared = torch.randn(VOCABULARY, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x = shared[bucket.input_ids].cumsum(1)  # equal where beginnings are
+    with repeated_tokens_once(model, bucket):
+        found = model(x)
+    assert calls.number == (kind != "the same")
+    torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_is_found_out_stays_out_for_the_rest_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *args: original(self, x, *args) * 1.5)
+    model, bucket = Twice(lambda x: -x), length_buckets(right_padded(random_sequences(VOCABULARY)))[0]
+    x = torch.ones(*bucket.input_ids.shape, 4, dtype=torch.float64)
+    with repeated_tokens_once(model, bucket):
+        found = model(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("why", ["autocast", "several completions a row"])
+def test_passes_that_have_no_plan(why: str) -> None:
+    model, batch = small_llama(), right_padded(random_sequences(VOCABULARY))
+    bucket = length_buckets(batch)[0]
+    if why != "autocast":
+        n, length = bucket.input_ids.shape
+        bucket = replace(bucket, attention_mask=torch.zeros(n, 1, length, length))
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"), repeated_tokens_once(model, bucket):
+        assert not any("forward" in vars(module) for module in model.modules())

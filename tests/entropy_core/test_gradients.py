@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import score_coefficients
+from entropy_core import output_head
+from entropy_core.batch import Bucket, SequenceBatch, length_buckets
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import (
     batch_gradients,
     dot,
@@ -20,6 +21,8 @@ from entropy_core.gradients import (
     stream_rows,
     trainable_parameters,
 )
+from entropy_core.row_sums import RowSums
+from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_named_close
@@ -238,6 +241,43 @@ def test_a_use_is_refused_though_the_smallest_bucket_has_no_gradient() -> None:
     c.logprob.zero_()
     rows = gradient_rows(model, batch, c, token_batch_size=1)
     assert not any(row.any() for row in rows.values())
+
+
+def test_rows_are_refused_where_autograd_finds_no_gradient_at_all() -> None:
+    """No gradient beside rows that are not zero is a disagreement, not a constant objective."""
+    parameters = {"w": nn.Parameter(torch.zeros(3))}
+    sums = RowSums(parameters)
+    assert sums.errors([None]) == {} and sums.errors([torch.zeros(3)]) == {}
+    sums.add("w", torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1e-6, 0.0]]))
+    assert sums.errors([torch.zeros(3)])["w"] == pytest.approx(1e-6 / 2**0.5)
+    sums.add("w", torch.tensor([[0.0, 0.0, 1e-3]]))
+    with pytest.raises(ValueError, match="'w'"):
+        sums.errors([None])
+
+
+@pytest.mark.parametrize("token_batch_size", [8192, 16, 1])
+def test_statistics_take_a_pass_only_where_the_first_one_does_not_show_them(token_batch_size: int, monkeypatch) -> None:
+    """Coefficients that are a function of the statistics: the largest bucket passes once, all others twice."""
+    batch, model = right_padded(random_sequences(4)), Odd("module once")
+    buckets, expected = length_buckets(batch, token_batch_size), token_statistics(model, batch, all_digits=True)
+    passed: list[tuple[int, bool]] = []
+    ordinary = output_head.completion_logits
+
+    def counted(model: nn.Module, bucket: Bucket, temperature: float) -> Tensor:
+        passed.append((bucket.input_ids.numel(), torch.is_grad_enabled()))
+        return ordinary(model, bucket, temperature)
+
+    monkeypatch.setattr(output_head, "completion_logits", counted)
+
+    def coefficients(known: TokenStatistics) -> list[TokenCoefficients]:
+        torch.testing.assert_close(known.logprobs, expected.logprobs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(known.entropies, expected.entropies, rtol=1e-12, atol=1e-12)
+        return [score_coefficients(batch)]
+
+    stream_rows(model, batch, coefficients, lambda *_: None, token_batch_size)
+    sizes = sorted((bucket.input_ids.numel() for bucket in buckets), reverse=True)
+    assert sum(graded for _, graded in passed) == len(buckets) and passed[0] == (sizes[0], True)
+    assert len(passed) == 2 * len(buckets) - 1
 
 
 def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
