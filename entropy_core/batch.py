@@ -10,7 +10,8 @@ what stands to its right, so padding cannot change any number (see docs/theory/i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -195,27 +196,54 @@ def length_buckets(
 ) -> list[Bucket]:
     """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each), in `pass_order`.
 
-    fewest: False cuts further, where that saves padding, and on a CPU once a bucket is large enough to be fast: passes with
-    gradients then take a part of the memory. Completions that share a long prompt are not torn apart for it.
+    fewest: True cuts into as few buckets as that allows, the largest of them (which decides the memory) as small as may be.
+    False cuts further, where that saves padding, and on a CPU once a bucket is large enough to be fast: passes with gradients
+    then take a part of the memory. Completions that share a long prompt are not torn apart for it.
     """
     if token_batch_size < 1:
         raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
-    sharing, on_cpu = _shares_long_prompts(batch), batch.device.type == "cpu"
     lengths = batch.attention_mask.sum(1)
     order = pass_order(batch)
+    in_order = lengths[order].tolist()
+    if fewest:
+        ends = _even_ends(in_order, token_batch_size)
+    else:
+        ends = _ends(in_order, token_batch_size, _may_end(batch, order))
+    starts = [0, *ends[:-1]]
+    return [_bucket(batch, order[start:end], lengths) for start, end in zip(starts, ends, strict=True)]
+
+
+def _may_end(batch: SequenceBatch, order: Tensor) -> Callable[[int, int, int], bool]:
+    """Whether a bucket may end before place n, given its padded tokens and its tokens with n, though there is room for more."""
+    sharing, on_cpu = _shares_long_prompts(batch), batch.device.type == "cpu"
     prompts = batch.prompt_index[order].tolist()
-    groups: list[list[int]] = [[]]
-    longest = tokens = 0
-    for place, (index, length) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
-        longest, tokens = max(longest, length), tokens + length
-        padded = (len(groups[-1]) + 1) * longest
+
+    def may_end(place: int, padded: int, tokens: int) -> bool:
         apart = not (sharing and prompts[place] == prompts[place - 1])
-        enough = padded > ENOUGH_TOKENS and apart and (on_cpu or padded - tokens > _PADDING * padded)
-        if groups[-1] and (padded > token_batch_size or (enough and not fewest)):
-            groups.append([])
-            longest = tokens = length
-        groups[-1].append(index)
-    return [_bucket(batch, torch.tensor(group, device=batch.device), lengths) for group in groups]
+        return padded > ENOUGH_TOKENS and apart and (on_cpu or padded - tokens > _PADDING * padded)
+
+    return may_end
+
+
+def _ends(lengths: list[int], most: int, may_end: Callable[[int, int, int], bool] = lambda *_: False) -> list[int]:
+    """Where buckets of at most `most` padded tokens end, each as full as that and `may_end` allow."""
+    ends: list[int] = []
+    start = longest = tokens = 0
+    for place, length in enumerate(lengths):
+        longest, tokens = max(longest, length), tokens + length
+        padded = (place - start + 1) * longest
+        if place > start and (padded > most or may_end(place, padded, tokens)):
+            ends.append(place)
+            start, longest, tokens = place, length, length
+    return [*ends, len(lengths)]
+
+
+def _even_ends(lengths: list[int], most: int) -> list[int]:
+    """The ends of as few buckets as `most` allows, with the smallest limit that needs no more of them."""
+    fewest = _ends(lengths, most)
+    # A higher limit never needs more buckets, because a part of a bucket never has more tokens than the whole.
+    limits = range(1, most + 1)
+    return _ends(lengths, limits[bisect_left(limits, -len(fewest), key=lambda limit: -len(_ends(lengths, limit)))])
 
 
 def _bucket(batch: SequenceBatch, indices: Tensor, lengths: Tensor) -> Bucket:

@@ -176,6 +176,20 @@ def test_prompts_pass_by_their_longest_completion_in_buckets_as_full_as_they_may
     assert [bucket.indices.tolist() for bucket in length_buckets(after_long, 36)] == [[0], [1], [2, 3], [4]]
 
 
+def test_few_buckets_are_alike() -> None:
+    def tokens(batch: SequenceBatch, most: int) -> list[int]:
+        lengths = batch.attention_mask.sum(1)
+        return [len(b.indices) * int(lengths[b.indices].max()) for b in length_buckets(batch, most)]
+
+    same = SequenceBatch.from_sequences([[7, 8]] * 50, [[1] * 8] * 50, list(range(50)), 0)
+    assert tokens(same, 400) == [250, 250], "400 and 100 need more memory in no less time"
+    mixed = right_padded(random_sequences(37))
+    for most in range(8, 80):  # the longest sequence has 8 tokens
+        found = tokens(mixed, most)
+        assert max(found) <= most and len(found) == len(tokens(mixed, max(found)))
+        assert max(found) == 8 or len(tokens(mixed, max(found) - 1)) > len(found), "the largest could be smaller"
+
+
 def test_completions_of_a_long_prompt_are_not_torn_apart() -> None:
     index = [n // 8 for n in range(64)]
     batch = SequenceBatch.from_sequences([[7] * 30] * 64, [[1] * (1 + n % 5) for n in range(64)], index, 0)
