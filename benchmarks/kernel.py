@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from kernel_parts.cases import GROUP_SIZES, SIZES
+from kernel_parts.cases import GROUP_SIZES, SIZES, recorded_sequences
 from kernel_parts.measure import Worker, compute_reference, context, write_line
 from kernel_peers import IMPLEMENTATIONS, SLOW
 
@@ -76,25 +76,27 @@ def measure(options: argparse.Namespace) -> None:
             f"{options.run or 'none of ' + ', '.join(RUNS)} is there: run `make demo` and name its folder with --run, or leave "
             "them out with --cases tiny-32k,tiny-512"
         )
+    wanted = [(case, *size) for case in options.cases.split(",") for size in _sizes(case, options.sizes)]
+    for case, n_rows, n_columns in wanted:
+        if case in GROUP_SIZES and run is not None:
+            recorded_sequences(run, n_rows, n_columns, GROUP_SIZES[case])  # a run that is too short ends it here
     part = options.results.with_name(options.results.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (part / "environment.json").write_text(json.dumps(environment(options), indent=1) + "\n")
     server = context()
-    for case in options.cases.split(","):
-        sizes = SIZES.get(case, ()) if options.sizes is None else [_pair(size) for size in options.sizes.split(",")]
-        for n_rows, n_columns in sizes:
-            task = {
-                "case": case,
-                "n_rows": n_rows,
-                "n_columns": n_columns,
-                "device": options.device,
-                "threads": options.threads,
-                "run": None if run is None else str(run),
-                "reference": str(WORK / f"reference-{case}-{n_rows}x{n_columns}.pt"),
-            }
-            compute_reference(server, task)
-            take_turns(server, task, options, part / "measurements.jsonl")
+    for case, n_rows, n_columns in wanted:
+        task = {
+            "case": case,
+            "n_rows": n_rows,
+            "n_columns": n_columns,
+            "device": options.device,
+            "threads": options.threads,
+            "run": None if run is None else str(run),
+            "reference": str(WORK / f"reference-{case}-{n_rows}x{n_columns}.pt"),
+        }
+        compute_reference(server, task)
+        take_turns(server, task, options, part / "measurements.jsonl")
     options.results.mkdir(parents=True, exist_ok=True)
     for name in ("environment.json", "measurements.jsonl"):
         os.replace(part / name, options.results / name)
@@ -161,6 +163,12 @@ def _processor() -> str | None:
     except OSError:
         return None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _sizes(case: str, wanted: str | None) -> list[tuple[int, int]]:
+    if case not in SIZES:
+        raise SystemExit(f"unknown case {case!r}: choose from {', '.join(SIZES)}")
+    return list(SIZES[case]) if wanted is None else [_pair(size) for size in wanted.split(",")]
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -29,7 +29,7 @@ SIZES = {
     "tiny-32k": ((16, 32), (32, 64), (64, 128)),
     "tiny-512": ((16, 32), (32, 64), (64, 128)),
     "smollm2": ((32, 64),),
-    "smollm2-apart": ((32, 64),),
+    "smollm2-apart": ((16, 32),),
 }
 GROUP_SIZES = {"smollm2": 8, "smollm2-apart": 1}  # completions of a prompt on the training side
 
@@ -188,7 +188,7 @@ def recorded_sequences(run: Path, n_rows: int, n_columns: int, group_size: int) 
     if len(sides[0]) < n_rows or len(sides[1]) < n_columns:
         raise SystemExit(
             f"{run} recorded {len(sides[0])} prompts for the evaluation side and {len(sides[1])} sequences in groups of "
-            f"{group_size} for the training side, {n_rows} and {n_columns} are needed: name a longer run with --run"
+            f"{group_size} for the training side, {n_rows} and {n_columns} are needed: name a longer run with --run, or smaller --sizes"
         )
     rows, columns = (
         SequenceBatch.from_sequences([list(p) for p, _ in side], [list(c) for _, c in side], list(range(len(side))), 0)
