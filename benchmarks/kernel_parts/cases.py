@@ -188,7 +188,8 @@ def recorded_sequences(run: Path, n_rows: int, n_columns: int, group_size: int) 
     if len(sides[0]) < n_rows or len(sides[1]) < n_columns:
         raise SystemExit(
             f"{run} recorded {len(sides[0])} prompts for the evaluation side and {len(sides[1])} sequences in groups of "
-            f"{group_size} for the training side, {n_rows} and {n_columns} are needed: name a longer run with --run, or smaller --sizes"
+            f"{group_size} for the training side, {n_rows} and {n_columns} are needed: name a longer run with --run, or "
+            "smaller --sizes"
         )
     rows, columns = (
         SequenceBatch.from_sequences([list(p) for p, _ in side], [list(c) for _, c in side], list(range(len(side))), 0)
