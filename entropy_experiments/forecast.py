@@ -14,6 +14,7 @@ from typing import Any
 
 from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.forward import input_device
+from entropy_experiments.analyses.weighting_schemes import MOST_ROWS
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.forecast_pilot import PassRates, Pilot, given_buffers, run_pilot
@@ -164,5 +165,5 @@ def _stages(
     if analysis.intervention:
         out.append(passes("analysis: intervention", (analysis.intervention_subsets + 16) * n_eval, 0))
     if analysis.weighting_schemes and analysis.weighting_steps:
-        out.append(passes("analysis: weighting schemes", 28 * n_eval, 0))
+        out.append(passes("analysis: weighting schemes", (1 + MOST_ROWS) * n_eval, 0))
     return out

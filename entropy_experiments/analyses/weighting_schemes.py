@@ -54,6 +54,11 @@ _SCHEMES: dict[str, tuple[str, WeightingScheme, LengthNormalizer]] = {
     "rloo": ("RLOO", "rloo", "constant"),
     "reinforce": ("REINFORCE", "reinforce", "constant"),
 }
+_FILTERS = ("positives_only", "negatives_only", "clip_cov", "kl_cov")  # and a drop_top_k for each k
+_DROP_TOP = (1, 5, 10)
+MOST_ROWS = 1 + len(_SCHEMES) + len(_FILTERS) + len(_DROP_TOP)
+"""Rows of the table, the run's own among them: as many steps are taken and measured, where all of them have weights."""
+
 _Labelled = dict[str, tuple[str, np.ndarray | str]]  # name -> label, and (n_train,) weights or why there are none
 
 
@@ -67,7 +72,7 @@ class _Statistic:
 
 
 def weighting_schemes(
-    arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = (1, 5, 10)
+    arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = _DROP_TOP
 ) -> dict[str, Any]:
     """The table of all schemes and filters.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from entropy_experiments.analyses.weighting_schemes import (
+    MOST_ROWS,
     mean_token_covariances,
     weighting_schemes,
     with_measurements,
@@ -45,6 +46,10 @@ def test_every_scheme_and_filter_has_a_row_and_weights(table: dict[str, Any]) ->
     assert set(table["weights"]) == set(NAMES + FILTERS)
     assert [row["kind"] for row in table["rows"]] == ["run"] + ["scheme"] * 6 + ["filter"] * 6
     assert_sound(table)
+
+
+def test_the_forecast_counts_the_rows_of_the_table(world: World) -> None:
+    assert len(weighting_schemes(world.arrays, LONGEST)["rows"]) == MOST_ROWS == 14
 
 
 def test_weights_of_the_schemes_by_hand(world: World, table: dict[str, Any]) -> None:
