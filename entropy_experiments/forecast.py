@@ -14,7 +14,7 @@ from typing import Any
 
 from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.forward import input_device
-from entropy_experiments.analyses.weighting_schemes import MOST_ROWS
+from entropy_experiments.analyses.candidate_weights import MOST_ROWS
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.forecast_pilot import PassRates, Pilot, given_buffers, run_pilot

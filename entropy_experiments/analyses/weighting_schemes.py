@@ -18,10 +18,7 @@ of (r_j - mean of the others of its group) K(j, i) over the sequences j of *othe
 Standard errors: jackknife over evaluation prompts (of a gain from the training side, over the prompts of its rows), ratios
 recomputed whole, the step held as it is. The spread of dh comes from KH, hence is under the kernel's P. A gain within 2
 standard errors of 0 is no denominator: what would divide by it is None and says why.
-
-Filters: `positives_only`, `negatives_only`, `drop_top_k` (without the k sequences of lowest dH_i), `clip_cov` and `kl_cov`
-(Cui et al. 2025) by a sequence's mean token covariance (S_i/T_i - mean log pi)(A_i - mean A), means over tokens; the paper
-masks single tokens. Source: docs/analyses/weighting-schemes.md; entropy_core/weighting.py for the schemes.
+Source: docs/analyses/weighting-schemes.md; the weights themselves: candidate_weights.py.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
-from entropy_core.weighting import LengthNormalizer, WeightingScheme, sequence_weights
+from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
 from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
 from entropy_experiments.number_format import counted, plus_minus, value_and_error
 from entropy_experiments.verdict import agreement
@@ -42,24 +39,6 @@ from entropy_experiments.verdict import agreement
 NORMALISATIONS = ("raw", "equal_length", "equal_gain")
 DISTINGUISHABLE = 2.0
 """A gain this many standard errors from 0 may be divided by."""
-MASKED_FRACTION, BAND_FRACTION = 0.1, 0.25
-"""Of all sequences, how many KL-Cov masks (those of highest covariance), and from how many of the highest Clip-Cov draws as
-many at random; its weights here are the mean over those draws."""
-
-_SCHEMES: dict[str, tuple[str, WeightingScheme, LengthNormalizer]] = {
-    "dr_grpo": ("Dr. GRPO, constant length", "dr_grpo", "constant"),
-    "dr_grpo_longest": ("Dr. GRPO, longest of the prompt", "dr_grpo", "prompt_longest"),
-    "grpo": ("GRPO", "grpo", "constant"),
-    "dapo": ("DAPO", "dapo", "constant"),
-    "rloo": ("RLOO", "rloo", "constant"),
-    "reinforce": ("REINFORCE", "reinforce", "constant"),
-}
-_FILTERS = ("positives_only", "negatives_only", "clip_cov", "kl_cov")  # and a drop_top_k for each k
-_DROP_TOP = (1, 5, 10)
-MOST_ROWS = 1 + len(_SCHEMES) + len(_FILTERS) + len(_DROP_TOP)
-"""Rows of the table, the run's own among them: as many steps are taken and measured, where all of them have weights."""
-
-_Labelled = dict[str, tuple[str, np.ndarray | str]]  # name -> label, and (n_train,) weights or why there are none
 
 
 @dataclass(frozen=True)
@@ -72,7 +51,7 @@ class _Statistic:
 
 
 def weighting_schemes(
-    arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = _DROP_TOP
+    arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = DROP_TOP
 ) -> dict[str, Any]:
     """The table of all schemes and filters.
 
@@ -89,15 +68,14 @@ def weighting_schemes(
     Raises ValueError for arrays of other shapes than the labels', or entries that are not finite.
     """
     _check(arrays)
-    table: _Labelled = {"run": ("as trained", arrays.weights)}
-    table |= _schemes(arrays.training, max_completion_length) | _filters(arrays, drop_top)
+    table = labelled_weights(arrays, max_completion_length, drop_top)
     known = {name: weights for name, (_, weights) in table.items() if not isinstance(weights, str)}
     columns = np.stack(list(known.values()), axis=1)
     gain, side, note = _reward_gain(arrays, columns)
     numbers = dict(zip(known, _numbers(arrays, columns, gain, note), strict=True))
     rows = []
     for name, (label, weights) in table.items():
-        kind = "run" if name == "run" else "scheme" if name in _SCHEMES else "filter"
+        kind = "run" if name == "run" else "scheme" if name in SCHEMES else "filter"
         row = {"name": name, "label": label, "kind": kind} | numbers.get(name, {"reason": weights})
         if name in known and name.startswith("drop_top_"):
             row["spared"] = _spared(arrays, int(name.removeprefix("drop_top_")))
@@ -112,48 +90,6 @@ def weighting_schemes(
         "eval_prompts": len(np.unique(arrays.evaluation.prompt_index)),
     }
     return result | {"sentence": _sentence(result)}
-
-
-def _schemes(labels: SequenceLabels, max_completion_length: int | None) -> _Labelled:
-    inputs = [torch.tensor(a) for a in (labels.reward, labels.prompt_index, labels.length)]
-    table: _Labelled = {}
-    for name, (label, scheme, normalizer) in _SCHEMES.items():
-        try:
-            table[name] = (label, sequence_weights(*inputs, scheme, max_completion_length, normalizer).numpy())
-        except ValueError as error:  # rewards missing, groups of one, no length to divide by: said in the row
-            table[name] = (label, str(error))
-    return table
-
-
-def _filters(arrays: KernelArrays, drop_top: tuple[int, ...]) -> _Labelled:
-    own, count = arrays.weights, len(arrays.weights)
-
-    def without(indices: np.ndarray) -> np.ndarray:
-        return np.where(np.isin(np.arange(count), indices), 0.0, own)
-
-    table: _Labelled = {
-        "positives_only": ("positive weights only", np.where(own > 0, own, 0.0)),
-        "negatives_only": ("negative weights only", np.where(own < 0, own, 0.0)),
-    }
-    for k in drop_top:
-        costly = _costliest(arrays.shares, k)
-        few = f"only {counted(len(costly), 'sequence')} lowered entropy" if len(costly) < k else ""
-        table[f"drop_top_{k}"] = (f"without the {k} of highest entropy cost", few or without(costly))
-    covariance = mean_token_covariances(arrays.training, arrays.advantages)
-    highest = np.argsort(-covariance, kind="stable")
-    masked, band = (max(1, round(fraction * count)) for fraction in (MASKED_FRACTION, BAND_FRACTION))
-    equal = "" if np.ptp(covariance) > 0 else "all sequences have the same token covariance"
-    thinned = own - masked / band * (own - without(highest[:band]))
-    table["clip_cov"] = (f"Clip-Cov: {masked} of the {band} highest", equal or thinned)
-    table["kl_cov"] = (f"KL-Cov: without the {masked} highest", equal or without(highest[:masked]))
-    return table
-
-
-def mean_token_covariances(labels: SequenceLabels, advantages: np.ndarray) -> np.ndarray:
-    """(n,) mean over sequence i's tokens of (log pi - mean log pi)(A - mean A), means over all tokens: nats x advantage."""
-    total = labels.length.sum()
-    mean_logprob, mean_advantage = labels.score.sum() / total, (labels.length * advantages).sum() / total
-    return (labels.score / labels.length - mean_logprob) * (advantages - mean_advantage)
 
 
 def with_measurements(table: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,12 +138,6 @@ def _check(arrays: KernelArrays) -> None:
             raise ValueError(f"{name} is {values.shape}, but the labels make it {shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{name} holds {int((~np.isfinite(values)).sum())} entries that are not finite")
-
-
-def _costliest(shares: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k lowest shares, as far as they are below 0."""
-    order = np.argsort(shares, kind="stable")[:k]
-    return order[shares[order] < 0]
 
 
 def _entropy_changes(arrays: KernelArrays, columns: np.ndarray) -> _Statistic:
@@ -367,7 +297,7 @@ def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
     shares = arrays.step_factor * arrays.entropy_fisher * arrays.weights  # (n_eval, n_train)
     values, errors = [], []
     for half in (0, 1):
-        chosen = _costliest(shares[place % 2 == half].mean(0), k)
+        chosen = costliest(shares[place % 2 == half].mean(0), k)
         judged = place % 2 != half
         spared = -shares[np.ix_(judged, chosen)].sum(1)
         values.append(spared.mean())

@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entropy_experiments.analyses.weighting_schemes import (
-    MOST_ROWS,
-    mean_token_covariances,
-    weighting_schemes,
-    with_measurements,
-)
+from entropy_experiments.analyses.candidate_weights import MOST_ROWS, mean_token_covariances
+from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
 from tests.entropy_experiments.analyses.weighting_world import (
     FACTOR,
     LONGEST,
