@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Column
 from rich.text import Text
 
+_ENOUGH = 0.02  # of the whole, below which nothing is foretold: the seconds of loading say little about the rest
 _NARROW = 90  # columns below which the bar leaves rate and elapsed time out
 
 
@@ -107,9 +108,9 @@ class StageProgress:
         return 6000.0 * self._completed / self._total / until if self._completed > 0 and until > 0 else None
 
     def seconds_left(self) -> float | None:
-        """Seconds until the end, if the stages to come take their expected share; None before the first is done."""
+        """Seconds until the end, if the stages to come take their expected share; None before 2% of the whole is done."""
         until = self._stage_start - self._start
-        if not self._completed or until <= 0:
+        if self._completed < _ENOUGH * self._total or until <= 0:
             return None
         seconds_a_share = until / self._completed
         of_this_stage = seconds_a_share * self._current - (time.monotonic() - self._stage_start)

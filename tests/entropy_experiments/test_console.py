@@ -171,6 +171,17 @@ def test_time_left_follows_the_shares(monkeypatch):
         assert progress.seconds_left() == pytest.approx(230)
 
 
+def test_no_time_left_is_told_from_less_than_a_fiftieth(monkeypatch):
+    clock = Time(monkeypatch)
+    with StageProgress(console(terminal=False), {"loading": 1.0, "drawing": 2.0, "kernels": 97.0}) as progress:
+        clock.now += 60
+        progress.stage("drawing")
+        assert progress.seconds_left() is None, "a slow disk is no forecast: 60 s of loading would foretell 99 minutes"
+        clock.now += 2
+        progress.stage("kernels")
+        assert progress.seconds_left() == pytest.approx(62 / 3 * 97)
+
+
 def test_plain_progress_names_each_stage_once(monkeypatch):
     clock = Time(monkeypatch)
     with StageProgress(shown := console(terminal=False), {"loading": 1.0, "analysis: buffers": 1.0}) as progress:
