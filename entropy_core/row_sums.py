@@ -24,30 +24,30 @@ class RowSums:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = list(parameters.values())
         self._differences = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        self._rows = 0.0  # sum of squares
+        self._largest: list[Tensor] = []  # number of each piece of rows
 
     def add(self, name: str, rows: Tensor) -> None:
         """rows: (n, *shape) of one use of a parameter."""
         difference = self._differences[name]
         difference += rows.sum(0).to(difference)
-        self._rows += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+        self._largest.append(torch.linalg.vector_norm(rows, math.inf))
 
     def errors(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
-        """name -> |sum of rows - gradient| / |gradient of everything|, or |all rows| where that is zero; empty where both
-        are zero or one is not finite, which says nothing of taps.
+        """name -> |sum of rows - gradient| / |gradient of everything|, or the largest numbers of rows where that is zero;
+        empty where both are zero or one is not finite, which says nothing of taps.
 
         gradients: of all parameters in order, None for those that were not used.
 
         Raises ValueError above ROW_SUM_TOLERANCE, naming the worst parameter.
         """
-        scale = sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
-        scale = scale or self._rows**0.5
+        scale = math.hypot(*(_norm(g) for g in gradients if g is not None))
+        scale = scale or math.hypot(*(float(number) for number in self._largest))
         if not 0.0 < scale < math.inf:
             return {}
         for difference, gradient in zip(self._differences.values(), gradients, strict=True):
             if gradient is not None:
                 difference -= gradient
-        errors = {name: float(difference.double().norm()) / scale for name, difference in self._differences.items()}
+        errors = {name: _norm(difference) / scale for name, difference in self._differences.items()}
         worst = max(errors, key=lambda name: errors[name])
         if not errors[worst] <= ROW_SUM_TOLERANCE:
             raise ValueError(
@@ -56,3 +56,7 @@ class RowSums:
                 "it computes in less than float32 (load it in float32)"
             )
         return errors
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -25,7 +25,8 @@ from entropy_core.row_sums import RowSums
 from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
-from tests.oracle.comparison import assert_named_close
+from tests.oracle.comparison import assert_close, assert_named_close
+from tests.oracle.enumeration import flatten_rows
 from tests.oracle.model_cases import CASES, ModelCase, parameters_of, random_sequences
 
 BY_NAME = {case.name: case for case in CASES}
@@ -40,9 +41,11 @@ def test_score_rows_equal_brute_force(case: ModelCase, method: str, dtype, toler
     rows = per_sequence_gradients(case.make(dtype), right_padded(lists, 0.8), method)
     assert list(rows) == list(expected), "parameters are missing, renamed or in another order"
     assert all(row.dtype == dtype for row in rows.values())
-    # float32 is held against float64 by the norm of a whole row set: a tensor's own rounding scales with what
-    # flows by.
-    assert_named_close(rows, expected, tolerance, "a hook misses a use, or x and dy are paired wrongly")
+    smell = "a hook misses a use, or x and dy are paired wrongly"
+    if dtype == torch.float64:
+        assert_named_close(rows, expected, tolerance, smell)
+    else:  # by the norm of the whole row set: a tensor's own rounding scales with what flows by, and keys' gradients cancel
+        assert_close(flatten_rows(rows), flatten_rows(expected), tolerance, smell)
 
 
 @pytest.mark.parametrize("method", ["hooks", "loop"])
@@ -249,7 +252,7 @@ def test_rows_are_refused_where_autograd_finds_no_gradient_at_all() -> None:
     sums = RowSums(parameters)
     assert sums.errors([None]) == {} and sums.errors([torch.zeros(3)]) == {}
     sums.add("w", torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1e-6, 0.0]]))
-    assert sums.errors([torch.zeros(3)])["w"] == pytest.approx(1e-6 / 2**0.5)
+    assert sums.errors([torch.zeros(3)])["w"] == pytest.approx(1e-6)
     sums.add("w", torch.tensor([[0.0, 0.0, 1e-3]]))
     with pytest.raises(ValueError, match="'w'"):
         sums.errors([None])
