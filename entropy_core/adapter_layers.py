@@ -33,7 +33,7 @@ _agreed: WeakSet[nn.Module] = WeakSet()
 _differ: WeakSet[nn.Module] = WeakSet()
 
 
-class _Factors(NamedTuple):
+class PlainAdapter(NamedTuple):
     """W, b, the modules of A and B, s."""
 
     base: nn.Linear
@@ -50,14 +50,10 @@ def is_frozen_linear(module: nn.Module) -> bool:
     return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)
 
 
-def is_adapter(module: nn.Module) -> bool:
-    """Whether `adapter_forward` may stand for the module's own."""
-    return module not in _differ and _factors(module) is not None
-
-
-def _factors(layer: Any) -> _Factors | None:
+def plain_adapter(layer: Any) -> PlainAdapter | None:
+    """What `adapter_forward` needs to stand for the module's own forward; None where it may not."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model has its layers only where it is loaded
-    if peft is None or type(layer) is not peft.Linear or "forward" in vars(layer):
+    if peft is None or type(layer) is not peft.Linear or "forward" in vars(layer) or layer in _differ:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged:
@@ -73,22 +69,21 @@ def _factors(layer: Any) -> _Factors | None:
     tensors = [t for t in (base.weight, base.bias, a.weight, b.weight) if t is not None]
     if len({(t.dtype, t.device) for t in tensors}) != 1 or base.weight.device.type == "meta":
         return None
-    return _Factors(base, a, b, layer.scaling[name])
+    return PlainAdapter(base, a, b, layer.scaling[name])
 
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody wants to see the module being called; taps take rows where they find them."""
-    hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or any(not isinstance(hook, TapHook) for hook in module._forward_hooks.values())
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(not isinstance(hook, TapHook) for hook in module._forward_hooks.values())
 
 
-def adapter_forward(layer: nn.Module, plan: TokenPlan, differences: list[Tensor]) -> Callable:
-    """What may stand in for `layer.forward` in a pass over the plan's bucket; see `is_adapter`.
+def adapter_forward(layer: nn.Module, found: PlainAdapter, plan: TokenPlan, differences: list[Tensor]) -> Callable:
+    """What may stand in for `layer.forward` in a pass over the plan's bucket; found: `plain_adapter(layer)`.
 
     differences: is given, at every call, a number above 0 where tokens that the plan takes for equal are not.
     """
-    found = _factors(layer)
-    assert found is not None
     ordinary = layer.forward
     taps = [hook for m in (found.a, found.b) for hook in m._forward_hooks.values() if isinstance(hook, TapHook)]
     names = {id(hook.module): hook.own["weight"] for hook in taps}
@@ -99,7 +94,7 @@ def adapter_forward(layer: nn.Module, plan: TokenPlan, differences: list[Tensor]
         fits = x.shape[:-1] == plan.shape and x.device == plan.place.device == weight.device
         if args or kwargs or not fits:
             return ordinary(x, *args, **kwargs)
-        differences.append(disagreement(x.detach().flatten(0, 1), plan))
+        differences.extend(disagreement(x.detach(), plan))
         root = None if sends is None else sends.taps.root
         y = _AdaptedLinear.apply(x, found.a.weight, found.b.weight, root, layer, found, plan, sends)
         if layer not in _agreed and not _agrees(layer, ordinary, x, y):
@@ -139,12 +134,12 @@ class _AdaptedLinear(torch.autograd.Function):
         b: Tensor,
         root: Tensor | None,
         layer: nn.Module,
-        factors: _Factors,
+        factors: PlainAdapter,
         plan: TokenPlan,
         sends: _Sends | None,
     ) -> Tensor:
         weight, bias = factors.base.weight, factors.base.bias
-        tokens = plan.gather(x, weight.shape[1])
+        tokens = plan.gather(x, *weight.shape[::-1])
         h = torch.mm(tokens, a.T).mul_(factors.scaling)
         y = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
         y.addmm_(h, b.T)
@@ -159,11 +154,11 @@ class _AdaptedLinear(torch.autograd.Function):
     def jvp(ctx: Any, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
         """Along one direction of x, A and B; tokens with equal beginnings move alike."""
         x, h, weight, a, b = ctx.saved_tensors
-        plan, s, width = ctx.plan, ctx.scaling, weight.shape[1]
-        tokens, h = (plan.gather(value, width) for value in (x, h))
+        plan, s, widths = ctx.plan, ctx.scaling, weight.shape[::-1]
+        tokens, h = (plan.gather(value, *widths) for value in (x, h))
         dh = h.new_zeros(h.shape) if da is None else torch.mm(tokens, da.T)
         if dx is not None:
-            moved = plan.gather(dx, width)
+            moved = plan.gather(dx, *widths)
             dh.addmm_(moved, a.T)
             dy = torch.mm(moved, weight.T).addmm_(dh, b.T, alpha=s)
         else:
@@ -179,14 +174,13 @@ class _AdaptedLinear(torch.autograd.Function):
             return (None,) * 8
         x, h, weight, a, b = ctx.saved_tensors
         sends = ctx.sends
-        dy = Cotangents(ctx.layer, ctx.plan, cotangent)
-        count = len(dy.part)
-        u = dy.room(len(a))
-        torch.mm(dy.part, b, out=u[:count]).mul_(ctx.scaling)
+        dy = Cotangents(ctx.layer, ctx.plan, cotangent, weight.shape[1])
+        u, own = dy.room(len(a))
+        torch.mm(dy.part, b, out=own).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            products = dy.room(weight.shape[1])
-            torch.mm(dy.part, weight, out=products[:count]).addmm_(u[:count], a)
+            products, filled = dy.room(weight.shape[1])
+            torch.mm(dy.part, weight, out=filled).addmm_(own, a)
             dx = dy.spread(products)
         u = dy.spread(u)
         if sends is not None:

@@ -182,8 +182,10 @@ class _Forward:
         self, model: nn.Module, parameters: dict[str, nn.Parameter], batch: SequenceBatch, bucket: Bucket, rows: bool
     ) -> None:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
-        self._taps = RowTaps(model, parameters, bucket) if rows else None
+        self._taps = RowTaps(model, parameters) if rows else None
         try:
+            if self._taps is not None:
+                self._taps.begin(bucket)
             found = completion_values(model, bucket, batch.temperature)
         finally:
             if self._taps is not None:

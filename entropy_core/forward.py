@@ -51,13 +51,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Dropout would make every log-probability a random number, and the gradient that of another function.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ Source: docs/theory/fisher-kernel.md, "Rows".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -181,29 +181,50 @@ def stream_rows(
     passes = _Passes(model, batch, coefficients, token_batch_size)
     if verify and not callable(coefficients):
         passes.buckets.sort(key=lambda bucket: bucket.input_ids.numel())
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad(), RowTaps(model, parameters) as taps:
         for bucket in passes.buckets:
-            with RowTaps(model, parameters, bucket) as taps:
-                objectives = passes.objectives(bucket)
-                for number, objective in enumerate(objectives):
-                    sums = RowSums(parameters) if verify else None
+            taps.begin(bucket)
+            objectives = passes.objectives(bucket)
+            for number, objective in enumerate(objectives):
+                sums = RowSums(parameters) if verify else None
 
-                    def receive(
-                        name: str,
-                        rows: Tensor,
-                        number: int = number,
-                        bucket: Bucket = bucket,
-                        sums: RowSums | None = sums,
-                    ) -> None:
-                        if sums is not None:
-                            sums.add(name, rows)
-                        sink(number, name, bucket.indices.to(rows.device), rows)
-
-                    more = number + 1 < len(objectives)
-                    found = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
+                def receive(
+                    name: str,
+                    rows: Tensor,
+                    number: int = number,
+                    bucket: Bucket = bucket,
+                    sums: RowSums | None = sums,
+                ) -> None:
                     if sums is not None:
-                        verify = not sums.errors(found)
+                        sums.add(name, rows)
+                    sink(number, name, bucket.indices.to(rows.device), rows)
+
+                more = number + 1 < len(objectives)
+                found = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
+                if sums is not None:
+                    verify = not sums.errors(found)
             del objectives, objective, found  # the graph, before the next bucket makes its own
+
+
+def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> RowSink:
+    """A sink that keeps rows: for each objective name -> (N, *shape), zeros at first, in their dtypes.
+
+    places: (batch,) where in `rows` each sequence of the batch belongs; None: where it is in the batch.
+    """
+    latest: dict[tuple[int, str], Tensor] = {}
+
+    def keep(number: int, name: str, indices: Tensor, part: Tensor) -> None:
+        kept, before = rows[number][name], latest.get((number, name))
+        latest[number, name] = indices
+        again = before is not None and (before is indices or torch.equal(before, indices))
+        at = indices if places is None else places.to(indices.device)[indices]
+        part = part.to(kept.dtype)
+        if again:  # a parameter that is used twice in a pass
+            kept.index_add_(0, at, part)
+        else:  # cheaper than to add them to zeros
+            kept[at] = part
+
+    return keep
 
 
 def gradient_rows(
@@ -221,11 +242,7 @@ def gradient_rows(
     parameters = trainable_parameters(model)
     rows = {name: torch.zeros((len(batch), *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
     if method == "hooks":
-
-        def add(_number: int, name: str, indices: Tensor, part: Tensor) -> None:
-            rows[name].index_add_(0, indices, part.to(rows[name].dtype))
-
-        stream_rows(model, batch, [coefficients], add, token_batch_size, verify)
+        stream_rows(model, batch, [coefficients], keeping([rows]), token_batch_size, verify)
     elif method == "loop":
         for index in range(len(batch)):
             one = TokenCoefficients(coefficients.entropy[index : index + 1], coefficients.logprob[index : index + 1])

@@ -48,10 +48,9 @@ def compute_cross_fisher_kernel(
     """
     turned = len(eval_batch) < len(train_batch)
     stored, streamed = (eval_batch, train_batch) if turned else (train_batch, eval_batch)
-    with true_embedding_gradients(model):
-        columns = per_sequence_gradients(model, stored, token_batch_size=token_batch_size)
+    columns = _columns(model, stored, preconditioner, token_batch_size)
     objectives = [score_coefficients(streamed)]
-    found = contract_rows(model, streamed, objectives, [columns], preconditioner, token_batch_size, verify=False)[0]
+    found = contract_rows(model, streamed, objectives, [columns], token_batch_size, verify=False)[0]
     return found.T.contiguous() if turned else found
 
 
@@ -66,15 +65,27 @@ def compute_kernels(
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
 ) -> CrossKernels:
     """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
-    with true_embedding_gradients(model):
-        columns = per_sequence_gradients(model, train_batch, token_batch_size=token_batch_size)
+    columns = _columns(model, train_batch, preconditioner, token_batch_size)
 
     def objectives(known: TokenStatistics) -> list[TokenCoefficients]:
         return [score_coefficients(eval_batch), entropy_coefficients(known, eval_batch, estimator, per_token)]
 
     wanted = objectives if statistics is None else objectives(statistics)
-    found = contract_rows(model, eval_batch, wanted, [columns], preconditioner, token_batch_size, verify=False, kinds=2)
+    found = contract_rows(model, eval_batch, wanted, [columns], token_batch_size, verify=False, kinds=2)
     return CrossKernels(*found)
+
+
+def _columns(
+    model: nn.Module, batch: SequenceBatch, preconditioner: Mapping[str, Tensor] | None, token_batch_size: int
+) -> dict[str, Tensor]:
+    """Score rows of the side that is stored, times P."""
+    check_preconditioner(preconditioner, trainable_parameters(model))
+    with true_embedding_gradients(model):
+        columns = per_sequence_gradients(model, batch, token_batch_size=token_batch_size)
+    if preconditioner is not None:
+        for name, rows in columns.items():
+            rows.mul_(preconditioner[name])
+    return columns
 
 
 def contract_rows(
@@ -82,29 +93,25 @@ def contract_rows(
     batch: SequenceBatch,
     objectives: Sequence[TokenCoefficients] | CoefficientsOf,
     column_sets: Sequence[Mapping[str, Tensor]],
-    preconditioner: Mapping[str, Tensor] | None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
     kinds: int = 1,
 ) -> list[Tensor]:
-    """For each objective the (N, n_columns) float32 matrix  row_t^T diag(P) column_i , rows of `batch` streamed.
+    """For each objective the (N, n_columns) float32 matrix  row_t^T column_i , rows of `batch` streamed.
 
-    column_sets: each name -> (n, *shape), stored rows of the other side (without P) or any other vectors; the columns of
-    all sets stand side by side in the result, in order. objectives, verify: as in `stream_rows`; verifying once for a model
-    is enough. kinds: how many objectives there are, where a function gives them. Columns and P lie on their parameters'
-    devices; products are added up on the batch's.
+    column_sets: each name -> (n, *shape), stored rows of the other side times P, or any other vectors; the columns of all
+    sets stand side by side in the result, in order. objectives, verify: as in `stream_rows`; verifying once for a model is
+    enough. kinds: how many objectives there are, where a function gives them. Columns lie on their parameters' devices;
+    products are added up on the batch's.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
-    check_preconditioner(preconditioner, parameters)
     count = kinds if callable(objectives) else len(objectives)
     ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
     out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in range(count)]
 
     def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
-        if preconditioner is not None:
-            rows = rows * preconditioner[name]
         for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
             other = columns[name].flatten(1)
             products = rows.flatten(1).to(other.dtype) @ other.T

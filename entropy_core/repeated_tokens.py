@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from entropy_core.adapter_layers import adapter_forward, is_adapter, is_frozen_linear
+from entropy_core.adapter_layers import PlainAdapter, adapter_forward, is_frozen_linear, plain_adapter
 from entropy_core.batch import Bucket
 from entropy_core.token_plan import Cotangents, TokenPlan, disagreement
 
@@ -39,20 +39,17 @@ def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[
     """
     # Rows that hold several completions share their prompt already, and under autocast the products have other types.
     ordinary = bucket.attention_mask is not None or torch.is_autocast_enabled(bucket.input_ids.device.type)
-    modules = [] if ordinary or model in _looks_ahead else model.modules()
-    layers: dict[Any, Callable] = {}
-    for module in modules:
-        if is_adapter(module):
-            layers[module] = adapter_forward
-        elif is_frozen_linear(module):
-            layers[module] = _compact_forward
+    layers = {} if ordinary or model in _looks_ahead else _layers(model)
     if not layers:
         yield lambda: True
         return
     plan = TokenPlan(bucket)
     differences: list[Tensor] = []
-    for layer, stand_in in layers.items():
-        layer.forward = stand_in(layer, plan, differences)
+    for layer, adapter in layers.items():
+        if adapter is None:
+            layer.forward = _compact_forward(layer, plan, differences)
+        else:
+            layer.forward = adapter_forward(layer, adapter, plan, differences)
 
     def agree() -> bool:
         if not differences or not bool(torch.stack([d.cpu() for d in differences]).max() > 0):
@@ -67,11 +64,28 @@ def repeated_tokens_once(model: nn.Module, bucket: Bucket) -> Iterator[Callable[
             del layer.forward
 
 
+def _layers(model: nn.Module) -> dict[Any, PlainAdapter | None]:
+    """Plain adapters, and frozen linear layers (None) outside them."""
+    found: dict[Any, PlainAdapter | None] = {}
+    seen, stack = set(), [model]
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        adapter = plain_adapter(module)
+        if adapter is not None or is_frozen_linear(module):
+            found[module] = adapter
+        if adapter is None:
+            stack += [child for child in module._modules.values() if child is not None]
+    return found
+
+
 def _compact_forward(layer: nn.Linear, plan: TokenPlan, differences: list[Tensor]) -> Any:
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, which callers may use
         if input.shape[:-1] != plan.shape or input.device != plan.place.device:
             return nn.Linear.forward(layer, input)
-        differences.append(disagreement(input.detach().flatten(0, 1), plan))
+        differences.extend(disagreement(input.detach(), plan))
         return _CompactLinear.apply(input, layer, plan)
 
     return forward
@@ -84,17 +98,19 @@ class _CompactLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, plan: TokenPlan) -> Tensor:
         ctx.save_for_backward(layer.weight)
         ctx.layer, ctx.plan = layer, plan
-        return plan.spread(functional.linear(plan.gather(x, layer.in_features), layer.weight, layer.bias))
+        tokens = plan.gather(x, layer.in_features, layer.out_features)
+        return plan.spread(functional.linear(tokens, layer.weight, layer.bias))
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, *_: Any) -> Tensor:
         """Along one direction of the parameters, tokens with equal beginnings move alike."""
-        return ctx.plan.spread(functional.linear(ctx.plan.gather(dx, ctx.layer.in_features), ctx.layer.weight))
+        moved = ctx.plan.gather(dx, ctx.layer.in_features, ctx.layer.out_features)
+        return ctx.plan.spread(functional.linear(moved, ctx.layer.weight))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        dy = Cotangents(ctx.layer, ctx.plan, cotangents[0])
-        dx = dy.room(weight.shape[1])
-        torch.mm(dy.part, weight, out=dx[: len(dy.part)])
+        dy = Cotangents(ctx.layer, ctx.plan, cotangents[0], weight.shape[1])
+        dx, filled = dy.room(weight.shape[1])
+        torch.mm(dy.part, weight, out=filled)
         return dy.spread(dx), None, None

@@ -45,10 +45,13 @@ class TapHook:
 
 
 class RowTaps:
-    """Context in which one forward pass over `bucket` is tapped; `backward` may then be called for several objectives."""
+    """Context in which forward passes are tapped, one after the other: `begin` first, then the pass, then `backward`, for as
+    many objectives as are wanted.
+    """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], bucket: Bucket) -> None:
-        self._bucket = bucket
+    _bucket: Bucket
+
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
         some = next(iter(parameters.values()))
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
@@ -84,6 +87,11 @@ class RowTaps:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def begin(self, bucket: Bucket) -> None:
+        """The next pass is one over `bucket`; those before it are done."""
+        self._bucket, self._calls = bucket, 0
+        self._inputs.clear()
 
     def backward(
         self,

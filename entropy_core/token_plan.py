@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import Bucket
 
-# Multiplications that take as long as copying one number: a product of a layer of that width is as cheap to make as to copy.
+# Multiplications that take as long as copying one number.
 COPYING = 64
 
 # Layers whose cotangents were seen at tokens that predict nothing: all but those behind the last attention.
@@ -57,10 +57,10 @@ class TokenPlan:
         self.seen_slots, self.predicting_slots = on_device(_slots(seen)), on_device(_slots(predicting))
         self.checked, self.against = on_device(flat[sharing, last]), on_device(flat[first[sharing, last], last])
 
-    def gather(self, values: Tensor, width: int) -> Tensor:
-        """(n, l, d) -> (tokens, d): the tokens to multiply forward, in a layer with `width` inputs to a product."""
+    def gather(self, values: Tensor, width: int, out: int) -> Tensor:
+        """(n, l, d) -> (tokens, d): the tokens to multiply forward, in a layer of `width` inputs and `out` outputs."""
         flat = values.flatten(0, 1)
-        return flat.index_select(0, self.distinct) if self.worthwhile(self.distinct, width) else flat
+        return flat.index_select(0, self.distinct) if self.worthwhile(self.distinct, width, out) else flat
 
     def spread(self, products: Tensor) -> Tensor:
         """(tokens, out) of what `gather` gave -> (n, l, out)."""
@@ -68,10 +68,14 @@ class TokenPlan:
             products = products.index_select(0, self.place)
         return products.view(*self.shape, -1)
 
-    def worthwhile(self, tokens: Tensor, width: int) -> bool:
-        """Whether multiplying `tokens` alone saves more than copying costs, in a layer with `width` inputs to a product."""
-        total = self.shape[0] * self.shape[1]
-        return (total - len(tokens)) * width > total * COPYING
+    def worthwhile(self, tokens: Tensor, width: int, out: int) -> bool:
+        """Whether a layer of `width` inputs and `out` outputs should multiply `tokens` alone."""
+        return pays(self.shape[0] * self.shape[1], len(tokens), width, out)
+
+
+def pays(total: int, count: int, width: int, out: int) -> bool:
+    """Whether multiplying `count` of `total` tokens saves more than it costs to copy their inputs, and outputs to all."""
+    return (total - count) * width * out > COPYING * (count * width + total * out)
 
 
 def _slots(chosen: Tensor) -> Tensor:
@@ -85,42 +89,51 @@ def _first_with_equal_beginning(ids: Tensor, ends: Tensor) -> Tensor:
     n, length = ids.shape
     ids = ids.masked_fill(torch.arange(length) >= ends[:, None], -1)
     order = sorted(range(n), key=ids.tolist().__getitem__)
-    out = torch.empty_like(ids)
-    out[order[0]] = order[0]
-    for before, row in zip(order, order[1:], strict=False):
-        equal = ((ids[row] == ids[before]) & (ids[row] >= 0)).long().cumprod(0).bool()
-        out[row] = torch.where(equal, out[before], row)
+    in_order = ids[order]
+    equal = ((in_order[1:] == in_order[:-1]) & (in_order[1:] >= 0)).long().cumprod(1).bool()  # as the one before it
+    out = torch.arange(n)[:, None].expand(n, length).clone()
+    for place in equal[:, 0].nonzero()[:, 0].tolist():
+        before, row = order[place], order[place + 1]
+        out[row] = torch.where(equal[place], out[before], row)
     return out
 
 
-def disagreement(x: Tensor, plan: TokenPlan) -> Tensor:
-    """Above 0 where two tokens with equal beginnings differ by more than rounding explains."""
+def disagreement(x: Tensor, plan: TokenPlan) -> list[Tensor]:
+    """One number above 0 where two tokens of x (n, l, d) with equal beginnings differ by more than rounding explains; none
+    where no two have equal beginnings.
+    """
     if len(plan.checked) == 0:
-        return x.new_zeros(())
-    left, right = x[plan.checked], x[plan.against]
+        return []
+    flat = x.flatten(0, 1)
+    left, right = flat[plan.checked], flat[plan.against]
     # eps^0.6: 7e-5 in float32, 5e-2 in bfloat16
     allowed = torch.finfo(x.dtype).eps ** 0.6 * right.abs().amax()
-    return ((left - right).abs().amax() - allowed).float()
+    return [((left - right).abs().amax() - allowed).float()]
 
 
 class Cotangents:
     """The cotangents dy (n, l, out) of a layer's outputs, those that are 0 left out where that is worthwhile.
 
     part: (tokens, out), those to multiply. Products are written by the caller into `room` and told apart by `spread`.
+    inputs: the layer's, which the products are as wide as.
     """
 
-    def __init__(self, layer: nn.Module, plan: TokenPlan, dy: Tensor) -> None:
+    def __init__(self, layer: nn.Module, plan: TokenPlan, dy: Tensor, inputs: int) -> None:
         flat = dy.flatten(0, 1)
         tokens, slots = _with_cotangent(layer, plan, flat)
-        left_out = plan.worthwhile(tokens, flat.shape[1])
+        left_out = plan.worthwhile(tokens, flat.shape[1], inputs)
         self.plan, self.slots = plan, slots if left_out else None
         self.part = flat.index_select(0, tokens) if left_out else flat
 
-    def room(self, width: int) -> Tensor:
-        """(tokens or one more, width), not filled but for the zeros that tokens left out shall find."""
-        room = self.part.new_empty((len(self.part) + (self.slots is not None), width))
-        room[len(self.part) :] = 0
-        return room
+    def room(self, width: int) -> tuple[Tensor, Tensor]:
+        """(tokens or one more, width), not filled but for the zeros that tokens left out shall find; and its (tokens, width)."""
+        count = len(self.part)
+        if self.slots is None:
+            room = self.part.new_empty((count, width))
+            return room, room
+        room = self.part.new_empty((count + 1, width))
+        room[count] = 0
+        return room, room[:count]
 
     def spread(self, room: Tensor) -> Tensor:
         """A filled room -> (n, l, width)."""

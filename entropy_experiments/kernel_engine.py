@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch, length_buckets, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.forward import true_embedding_gradients
-from entropy_core.gradients import stream_rows
+from entropy_core.gradients import keeping, stream_rows
 from entropy_core.kernel import contract_rows
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.sketch import ModuleSketch
@@ -224,7 +224,7 @@ class KernelEngine:
         """(objectives, rows, columns) of one chunk against column sets, the rows streamed."""
         with only_trainable(self._model, self.names):
             found = contract_rows(
-                self._model, batch, objectives, sets, None, self._token_batch_size, verify=self._verify_once()
+                self._model, batch, objectives, sets, self._token_batch_size, verify=self._verify_once()
             )
         return torch.stack(found)
 
@@ -238,12 +238,8 @@ class KernelEngine:
         rows = [
             {name: torch.zeros((n, *q.shape), device=q.device) for name, q in parameters.items()} for _ in objectives
         ]
-
-        def add(number: int, name: str, indices: Tensor, part: Tensor) -> None:
-            rows[number][name].index_add_(0, indices, part.float())
-
         with only_trainable(self._model, self.names), true_embedding_gradients(self._model):
-            stream_rows(self._model, batch, objectives, add, self._token_batch_size, self._verify_once())
+            stream_rows(self._model, batch, objectives, keeping(rows), self._token_batch_size, self._verify_once())
         layout = self.store.layout
         spans = [layout.shard_range(k) for k in range(layout.shard_count)]
         width = len(self._batch) + sum(len(next(iter(s.values()))) for s in sets)
@@ -305,14 +301,11 @@ class KernelEngine:
         # A pass holds its sequences' rows of one parameter beside these: of a block's, whatever the lengths.
         for places in pass_order(whole).split(BLOCK_ROWS):
             part = whole.select(places)
-
-            def add(_kind: int, name: str, indices: Tensor, rows: Tensor, places: Tensor = places) -> None:
-                found[name].index_add_(0, places.to(indices.device)[indices], rows.to(found[name].dtype))
-
             with only_trainable(self._model, self.names):
                 stream_rows(
-                    self._model, part, [score_coefficients(part)], add, self._token_batch_size, self._verify_once()
-                )
+                    self._model, part, [score_coefficients(part)], keeping([found], places),
+                    self._token_batch_size, self._verify_once(),
+                )  # fmt: skip
         return found
 
     def _times_p(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:

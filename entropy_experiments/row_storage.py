@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.gradients import stream_rows, trainable_parameters
+from entropy_core.gradients import keeping, stream_rows, trainable_parameters
 from entropy_experiments.fingerprint import store_fingerprint
 from entropy_experiments.gradient_store import GradientStore
 from entropy_experiments.gradient_store_layout import RowKind
@@ -93,10 +93,6 @@ def _rows(
     rows = [
         {name: torch.zeros((len(span), *p.shape), device=p.device) for name, p in parameters.items()} for _ in wanted
     ]
-
-    def add(kind: int, name: str, indices: Tensor, part: Tensor) -> None:
-        rows[kind][name].index_add_(0, indices, part.to(rows[kind][name].dtype))
-
     objectives = [TokenCoefficients(w.coefficients.entropy[span], w.coefficients.logprob[span]) for w in wanted]
-    stream_rows(model, batch.select(span), objectives, add, token_batch_size, verify)
+    stream_rows(model, batch.select(span), objectives, keeping(rows), token_batch_size, verify)
     return rows

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.token_plan import COPYING
+from entropy_core.token_plan import pays
 from kernel_parts.cases import Case, random_adapters, random_batch
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -88,8 +88,8 @@ def side_products(shape: dict[str, int], rank: int, sequences: int, length: int,
     last = shape["num_hidden_layers"] - 1
     for block in range(last + 1):
         for place, (i, o) in enumerate(linear_layers(shape)):
-            # behind the last attention only tokens that predict have cotangents; wide layers leave the others out
-            spared = block == last and place not in (1, 2) and (tokens - predicted) * o > tokens * COPYING
+            # behind the last attention only tokens that predict have cotangents; the others are left out where that pays
+            spared = block == last and place not in (1, 2) and pays(tokens, predicted, o, i)
             seen = predicted if spared else tokens
             found += [
                 Product("forward", 1, tokens, i, o),

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_core import adapter_layers
-from entropy_core.adapter_layers import _AdaptedLinear, _factors, is_adapter
+from entropy_core import adapter_layers, repeated_tokens
+from entropy_core.adapter_layers import _AdaptedLinear, plain_adapter
 from entropy_core.batch import length_buckets
 from entropy_core.gradients import batch_gradients, per_sequence_gradients, score_coefficients
 from entropy_core.output_head import completion_values
@@ -68,7 +68,7 @@ def test_derivatives_are_those_of_the_formula(bias: bool) -> None:
     layer = lora.Linear(nn.Linear(6, 5, bias=bias), "default", LoraConfig(r=3, lora_alpha=7), r=3, lora_alpha=7)
     layer.double().eval().base_layer.requires_grad_(False)
     randomise(layer, 2)
-    factors = _factors(layer)
+    factors = plain_adapter(layer)
     assert factors is not None and factors.scaling == 7 / 3
     x = torch.randn(*plan.shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
     a, b = (p.detach().clone().requires_grad_() for p in (factors.a.weight, factors.b.weight))
@@ -87,7 +87,7 @@ def test_a_pass_calls_no_adapter_and_has_the_ordinary_gradients(name: str, dtype
     model, batch = BY_NAME[name].make(torch.float64), right_padded(random_sequences(VOCABULARY))
     expected = flatten_rows(per_sequence_gradients(model, batch, method="loop"))
     model.to(dtype)
-    assert len(adapters(model)) == 14 and all(is_adapter(layer) for layer in adapters(model))
+    assert len(adapters(model)) == 14 and all(plain_adapter(layer) for layer in adapters(model))
     calls = Calls().watch(monkeypatch)
 
     def errors() -> list[float]:
@@ -98,7 +98,7 @@ def test_a_pass_calls_no_adapter_and_has_the_ordinary_gradients(name: str, dtype
 
     found = errors()
     assert calls.number == 0, "a layer went the ordinary way"
-    monkeypatch.setattr(adapter_layers, "_factors", lambda layer: None)
+    monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
     ordinary = errors()
     assert calls.number > 0
     for error, other in zip(found, ordinary, strict=True):
@@ -175,7 +175,7 @@ def test_what_is_more_than_one_plain_adapter_goes_the_ordinary_way(what: str, mo
     model, bucket = small_llama(**settings), length_buckets(right_padded(random_sequences(VOCABULARY)))[0]
     plain = small_llama()
     change(model)
-    assert not any(is_adapter(layer) for layer in adapters(model)) and all(is_adapter(m) for m in adapters(plain))
+    assert not any(plain_adapter(layer) for layer in adapters(model)) and all(plain_adapter(m) for m in adapters(plain))
     if what == "dropout at work":
         return
     calls, before = Calls().watch(monkeypatch), [vars(layer).get("forward") for layer in adapters(model)]
@@ -193,10 +193,10 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch) -> None:
     original = lora.Linear.forward
     monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *args: original(self, x, *args) * 1.5)
     model, batch = small_llama().double(), right_padded(random_sequences(VOCABULARY))
-    assert all(is_adapter(layer) for layer in adapters(model))
+    assert all(plain_adapter(layer) for layer in adapters(model))
     rows = flatten_rows(per_sequence_gradients(model, batch))
-    assert not any(is_adapter(layer) for layer in adapters(model)), "it is not remembered"
-    monkeypatch.setattr(adapter_layers, "_factors", lambda layer: None)
+    assert not any(plain_adapter(layer) for layer in adapters(model)), "it is not remembered"
+    monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
     assert_close(rows, flatten_rows(per_sequence_gradients(model, batch, method="loop")), 1e-9, "rows")
 
 

@@ -78,8 +78,8 @@ class ForwardProducts(TorchDispatchMode):
 
 
 def pass_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    for test in ("is_frozen_linear", "is_adapter"):
-        monkeypatch.setattr(repeated_tokens, test, lambda module: False)
+    for test in ("is_frozen_linear", "plain_adapter"):
+        monkeypatch.setattr(repeated_tokens, test, lambda module: None)
 
 
 def distinct_beginnings(batch: SequenceBatch) -> int:
@@ -116,10 +116,10 @@ def test_backward_leaves_out_what_no_completion_token_sees(
     asked: dict[str, list[int]] = {}
     original = TokenPlan.worthwhile
 
-    def worthwhile(self: TokenPlan, tokens: Tensor, width: int) -> bool:
+    def worthwhile(self: TokenPlan, tokens: Tensor, width: int, out: int) -> bool:
         kind = next(n for n in ("distinct", "seen", "predicting") if getattr(self, n) is tokens)
         asked.setdefault(kind, []).append(len(tokens))
-        return original(self, tokens, width)
+        return original(self, tokens, width, out)
 
     monkeypatch.setattr(TokenPlan, "worthwhile", worthwhile)
     for _ in range(2):
@@ -227,10 +227,11 @@ def test_layers_that_others_have_wrapped_stay_theirs(narrow_layers: None) -> Non
 def test_narrow_layers_and_full_rows_are_not_worth_a_copy() -> None:
     bucket = length_buckets(shared_batch())[0]
     plan = TokenPlan(bucket)
-    assert plan.worthwhile(plan.distinct, 4096)
-    assert not plan.worthwhile(plan.distinct, 16)
+    assert plan.worthwhile(plan.distinct, 4096, 4096)
+    assert not plan.worthwhile(plan.distinct, 16, 4096), "a product costs less than the copy of its result"
+    assert not plan.worthwhile(plan.distinct, 4096, 16), "a product costs less than the copy of what goes into it"
     alone = TokenPlan(length_buckets(shared_batch().select([0]))[0])
-    assert not alone.worthwhile(alone.seen, 256)
+    assert not alone.worthwhile(alone.seen, 256, 256)
 
 
 def test_derivatives_along_a_direction_are_those_of_the_ordinary_pass(

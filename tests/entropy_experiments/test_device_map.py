@@ -76,7 +76,7 @@ def test_an_analysis_of_an_offloaded_model_is_that_of_the_model_in_memory(tiny_r
         # an offloaded output layer makes whole logits, offloaded adapters call one module after the other: others round
         # in another way
         monkeypatch.setattr(output_head, "_may_be_fused", lambda layer: False)
-        monkeypatch.setattr(repeated_tokens, "is_adapter", lambda layer: False)
+        monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
         switches = tuple(f"entropy_analysis.analysis.{name}=false" for name in OFF)
     monkeypatch.chdir(tmp_path)
     files = _digests(tiny_run.parent)
