@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.forward import evaluation_mode, true_embedding_gradients
-from entropy_core.gradients import trainable_parameters, weighted_sum
+from entropy_core.gradients import trainable_parameters
 from entropy_core.output_head import completion_values
+from entropy_core.passes import weighted_sum
 from entropy_core.row_taps import RowTaps
 from entropy_core.scores import TokenStatistics
 from entropy_core.work_sharing import WorkSharing

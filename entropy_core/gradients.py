@@ -20,20 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import evaluation_mode, true_embedding_gradients
-from entropy_core.output_head import completion_values
+from entropy_core.passes import CoefficientsOf, GraphPasses
 from entropy_core.row_sums import RowSums
 from entropy_core.row_taps import RowTaps
-from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
+from entropy_core.scores import TokenStatistics, token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
 """Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows), both tensors on the device
 of the parameter; may be called more than once for the same name and sequences: contributions add up."""
-
-CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
-"""Objectives that depend on the token statistics of the batch."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -58,56 +55,6 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
 
 
-class _Passes:
-    """The buckets of a batch, in the order in which they pass, and each one's part of every objective.
-
-    Coefficients that are a function of the batch's statistics are made in the largest bucket's pass, which comes first then:
-    only the other buckets take a forward pass more, for their statistics.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: SequenceBatch,
-        coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
-        token_batch_size: int,
-    ) -> None:
-        self._model, self._batch, self._coefficients = model, batch, coefficients
-        self._token_batch_size = token_batch_size
-        self.buckets = length_buckets(batch, token_batch_size, fewest=callable(coefficients))
-        if callable(coefficients):
-            self.buckets.sort(key=lambda bucket: -bucket.input_ids.numel())
-
-    def objectives(self, bucket: Bucket) -> list[Tensor]:
-        """Differentiable scalars, from one forward pass."""
-        known = None if callable(self._coefficients) else self._coefficients
-        with_entropy = known is None or any(bool(c.entropy.any()) for c in known)
-        found = completion_values(self._model, bucket, self._batch.temperature, with_entropies=with_entropy)
-        at = (bucket.sequences, bucket.columns)
-        if callable(self._coefficients):
-            assert found.entropies is not None
-            own = scatter_statistics(self._batch, at, found.logprobs.detach(), found.entropies.detach())
-            self._coefficients = self._coefficients(self._of_the_batch(own))
-        return [weighted_sum(found.logprobs, found.entropies, c, at) for c in self._coefficients]
-
-    def _of_the_batch(self, first: TokenStatistics) -> TokenStatistics:
-        """The batch's statistics, from those of the first bucket, which are 0 elsewhere."""
-        if len(self.buckets) > 1:
-            rest = torch.cat([bucket.indices for bucket in self.buckets[1:]])
-            others = token_statistics(self._model, self._batch.select(rest), self._token_batch_size, all_digits=True)
-            first.logprobs[rest], first.entropies[rest] = others.logprobs, others.entropies.to(first.entropies.dtype)
-        return first
-
-
-def weighted_sum(logprobs: Tensor, entropies: Tensor | None, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
-    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are `at`; differentiable.
-
-    entropies: None where all c.entropy are 0.
-    """
-    scores = torch.dot(c.logprob[at].to(logprobs), logprobs)
-    return scores if entropies is None else scores + torch.dot(c.entropy[at].to(entropies), entropies)
-
-
 def batch_gradients(
     model: nn.Module,
     batch: SequenceBatch,
@@ -121,10 +68,9 @@ def batch_gradients(
     """
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
-    passes = _Passes(model, batch, coefficients, token_batch_size)
+    passes = GraphPasses(model, batch, coefficients, token_batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        for bucket in passes.buckets:
-            objectives = passes.objectives(bucket)
+        for _, objectives in passes.run():
             for number, objective in enumerate(objectives):
                 if number == len(totals):
                     totals.append({name: torch.zeros_like(p) for name, p in parameters.items()})
@@ -134,6 +80,7 @@ def batch_gradients(
                 for name, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         totals[number][name] += gradient
+            del objectives, objective
     return totals
 
 
@@ -168,9 +115,9 @@ def stream_rows(
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
-    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these in the
-    largest bucket, which passes first then. verify: check in the first bucket (otherwise the smallest one then) that rows add
-    up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
+    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these, in whole or
+    in part (entropy_core.passes). verify: check in the bucket that passes first (the smallest, where coefficients are no
+    function) that rows add up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
 
     Raises
     ------
@@ -178,13 +125,9 @@ def stream_rows(
         other than by being called), naming the parameter and the module; method="loop" covers such models.
     """
     parameters = trainable_parameters(model)
-    passes = _Passes(model, batch, coefficients, token_batch_size)
-    if verify and not callable(coefficients):
-        passes.buckets.sort(key=lambda bucket: bucket.input_ids.numel())
+    passes = GraphPasses(model, batch, coefficients, token_batch_size, smallest_first=verify)
     with evaluation_mode(model), torch.enable_grad(), RowTaps(model, parameters) as taps:
-        for bucket in passes.buckets:
-            taps.begin(bucket)
-            objectives = passes.objectives(bucket)
+        for bucket, objectives in passes.run(taps.begin):
             for number, objective in enumerate(objectives):
                 sums = RowSums(parameters) if verify else None
 

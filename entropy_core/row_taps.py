@@ -44,12 +44,23 @@ class TapHook:
         return self.taps.tap(self, args, kwargs, output)
 
 
-class RowTaps:
-    """Context in which forward passes are tapped, one after the other: `begin` first, then the pass, then `backward`, for as
-    many objectives as are wanted.
+class _Pass:
+    """One tapped forward pass. inputs: of every tapped call, until the last walk back has passed it, since the graph, which may
+    live on, refers to this object.
     """
 
-    _bucket: Bucket
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.inputs: dict[int, tuple[tuple, dict]] = {}
+        self.calls = 0
+
+
+class RowTaps:
+    """Context in which forward passes are tapped: `begin` before each, and `backward` afterwards, for as many objectives as are
+    wanted. Graphs of several passes may live side by side.
+    """
+
+    _pass: _Pass
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         self._names = {id(p): name for name, p in parameters.items()}
@@ -57,9 +68,6 @@ class RowTaps:
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         self._sink: Callable[[str, Tensor], None] | None = None
         self._forming_rows = False
-        # Of every tapped call, until the last walk back has passed it: the graph, which may live on, refers to this object.
-        self._inputs: dict[int, tuple[tuple, dict]] = {}
-        self._calls = 0
         self._last_walk = self.gradients_wanted = False
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
@@ -89,9 +97,8 @@ class RowTaps:
             handle.remove()
 
     def begin(self, bucket: Bucket) -> None:
-        """The next pass is one over `bucket`; those before it are done."""
-        self._bucket, self._calls = bucket, 0
-        self._inputs.clear()
+        """The next pass is one over `bucket`."""
+        self._pass = _Pass(bucket)
 
     def backward(
         self,
@@ -126,42 +133,46 @@ class RowTaps:
         where = f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
         if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
             raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
-        flat = module in self._flat_modules and args[0].shape[0] == len(self._bucket.targets)
-        rows, length = self._bucket.input_ids.shape
+        current = self._pass
+        flat = module in self._flat_modules and args[0].shape[0] == len(current.bucket.targets)
+        rows, length = current.bucket.input_ids.shape
         if not flat and (args[0].shape[:2] != (rows, length) or output.shape[:2] != (rows, length)):
             raise ValueError(
                 f"{where} does not keep sequences apart: it maps {tuple(args[0].shape)} to {tuple(output.shape)} for "
                 f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
             )
 
-        call, self._calls = self._calls, self._calls + 1
-        self._inputs[call] = (args, kwargs)
+        call = current.calls
+        current.calls += 1
+        current.inputs[call] = (args, kwargs)
 
         def receive(cotangent: Tensor) -> None:
-            self._emit(module, own, call, cotangent.detach(), flat)
+            dy = cotangent.detach()
+            args, kwargs = current.inputs.pop(call) if self._last_walk else current.inputs[call]
+            x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
+            if flat:
+                x, dy = (_unflatten(tensor, current.bucket) for tensor in (x, dy))
+            self._emit(module, own, x, args[1:], kwargs, dy)
 
         return _Tap.apply(output, self.root, receive)
 
-    def _emit(self, module: nn.Module, own: dict[str, str], call: int, dy: Tensor, flat: bool) -> None:
-        args, kwargs = self._inputs.pop(call) if self._last_walk else self._inputs[call]
-        x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
-        if flat:
-            x, dy = self._unflatten(x), self._unflatten(dy)
+    def _emit(self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor) -> None:
         self._forming_rows = True
         try:
-            for key, rows in _module_rows(module, set(own), x, args[1:], kwargs, dy).items():
+            for key, rows in _module_rows(module, set(own), x, rest, kwargs, dy).items():
                 self.send(own[key], rows)
         finally:
             self._forming_rows = False
 
-    def _unflatten(self, tensor: Tensor) -> Tensor:
-        """(m, ...) of completion tokens -> (n, most tokens of a row, ...), zero elsewhere (a zero cotangent adds nothing)."""
-        rows = self._bucket.rows.to(tensor.device)  # ascending
-        counts = torch.bincount(rows, minlength=len(self._bucket.input_ids))
-        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        full = tensor.new_zeros((len(counts), int(counts.max()), *tensor.shape[1:]))
-        full[rows, slots] = tensor
-        return full
+
+def _unflatten(tensor: Tensor, bucket: Bucket) -> Tensor:
+    """(m, ...) of completion tokens -> (n, most tokens of a row, ...), zero elsewhere (a zero cotangent adds nothing)."""
+    rows = bucket.rows.to(tensor.device)  # ascending
+    counts = torch.bincount(rows, minlength=len(bucket.input_ids))
+    slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    full = tensor.new_zeros((len(counts), int(counts.max()), *tensor.shape[1:]))
+    full[rows, slots] = tensor
+    return full
 
 
 def _module_rows(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import entropy_core.batch
 from entropy_core import output_head
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients, score_coefficients
@@ -17,6 +18,7 @@ from entropy_core.gradients import (
     dot,
     entropy_rows,
     gradient_rows,
+    keeping,
     per_sequence_gradients,
     stream_rows,
     trainable_parameters,
@@ -259,15 +261,23 @@ def test_rows_are_refused_where_autograd_finds_no_gradient_at_all() -> None:
 
 
 @pytest.mark.parametrize("token_batch_size", [8192, 16, 1])
-def test_statistics_take_a_pass_only_where_the_first_one_does_not_show_them(token_batch_size: int, monkeypatch) -> None:
-    """Coefficients that are a function of the statistics: the largest bucket passes once, all others twice."""
+@pytest.mark.parametrize("what", ["rows", "gradient"])
+def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
+    token_batch_size: int, what: str, monkeypatch
+) -> None:
+    """Coefficients that are a function of the statistics: buckets whose graphs fit side by side pass once, all others twice."""
+    monkeypatch.setattr(entropy_core.batch, "ENOUGH_TOKENS", 8)  # buckets of a few tokens
     batch, model = right_padded(random_sequences(4)), Odd("module once")
-    buckets, expected = length_buckets(batch, token_batch_size), token_statistics(model, batch, all_digits=True)
+    buckets, expected = length_buckets(batch, token_batch_size, False), token_statistics(model, batch, all_digits=True)
+    c = score_coefficients(batch)
+    alone = {"rows": gradient_rows, "gradient": lambda *args: batch_gradients(*args[:2], [args[2]])[0]}[what](
+        model, batch, c
+    )
     passed: list[tuple[int, bool]] = []
     ordinary = output_head.completion_logits
 
     def counted(model: nn.Module, bucket: Bucket, temperature: float) -> Tensor:
-        passed.append((bucket.input_ids.numel(), torch.is_grad_enabled()))
+        passed.append((len(bucket.indices), torch.is_grad_enabled()))
         return ordinary(model, bucket, temperature)
 
     monkeypatch.setattr(output_head, "completion_logits", counted)
@@ -277,10 +287,23 @@ def test_statistics_take_a_pass_only_where_the_first_one_does_not_show_them(toke
         torch.testing.assert_close(known.entropies, expected.entropies, rtol=1e-12, atol=1e-12)
         return [score_coefficients(batch)]
 
-    stream_rows(model, batch, coefficients, lambda *_: None, token_batch_size)
-    sizes = sorted((bucket.input_ids.numel() for bucket in buckets), reverse=True)
-    assert sum(graded for _, graded in passed) == len(buckets) and passed[0] == (sizes[0], True)
-    assert len(passed) == 2 * len(buckets) - 1
+    found = {name: torch.zeros_like(row) for name, row in alone.items()}
+    if what == "rows":
+        stream_rows(model, batch, coefficients, keeping([found]), token_batch_size)
+    else:
+        found = batch_gradients(model, batch, coefficients, token_batch_size)[0]
+    for name, row in alone.items():
+        torch.testing.assert_close(
+            found[name], row, rtol=1e-10, atol=1e-12, msg=lambda text: f"a graph's inputs are mixed up: {text}"
+        )
+    tokens = sorted((bucket.input_ids.numel() for bucket in buckets), reverse=True)
+    held = max(k for k in range(1, len(tokens) + 1) if k == 1 or sum(tokens[:k]) <= token_batch_size)
+    assert (held > 1) == (token_batch_size > 1) and (held < len(tokens)) == (token_batch_size < 8192)
+    graded = [graph for _, graph in passed]
+    assert sum(graded) == len(buckets) and all(graded[:held])
+    assert sum(n for n, graph in passed if not graph) == sum(
+        len(b.indices) for b in sorted(buckets, key=lambda b: -b.input_ids.numel())[held:]
+    ), "sequences whose graphs showed their statistics passed again"
 
 
 def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
