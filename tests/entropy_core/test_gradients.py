@@ -9,22 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import entropy_core.batch
-from entropy_core import output_head
-from entropy_core.batch import Bucket, SequenceBatch, length_buckets
-from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import (
     batch_gradients,
     dot,
     entropy_rows,
     gradient_rows,
-    keeping,
     per_sequence_gradients,
     stream_rows,
     trainable_parameters,
 )
 from entropy_core.row_sums import RowSums
-from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_close, assert_named_close
@@ -258,52 +254,6 @@ def test_rows_are_refused_where_autograd_finds_no_gradient_at_all() -> None:
     sums.add("w", torch.tensor([[0.0, 0.0, 1e-3]]))
     with pytest.raises(ValueError, match="'w'"):
         sums.errors([None])
-
-
-@pytest.mark.parametrize("token_batch_size", [8192, 16, 1])
-@pytest.mark.parametrize("what", ["rows", "gradient"])
-def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
-    token_batch_size: int, what: str, monkeypatch
-) -> None:
-    """Coefficients that are a function of the statistics: buckets whose graphs fit side by side pass once, all others twice."""
-    monkeypatch.setattr(entropy_core.batch, "ENOUGH_TOKENS", 8)  # buckets of a few tokens
-    batch, model = right_padded(random_sequences(4)), Odd("module once")
-    buckets, expected = length_buckets(batch, token_batch_size, False), token_statistics(model, batch, all_digits=True)
-    c = score_coefficients(batch)
-    alone = {"rows": gradient_rows, "gradient": lambda *args: batch_gradients(*args[:2], [args[2]])[0]}[what](
-        model, batch, c
-    )
-    passed: list[tuple[int, bool]] = []
-    ordinary = output_head.completion_logits
-
-    def counted(model: nn.Module, bucket: Bucket, temperature: float) -> Tensor:
-        passed.append((len(bucket.indices), torch.is_grad_enabled()))
-        return ordinary(model, bucket, temperature)
-
-    monkeypatch.setattr(output_head, "completion_logits", counted)
-
-    def coefficients(known: TokenStatistics) -> list[TokenCoefficients]:
-        torch.testing.assert_close(known.logprobs, expected.logprobs, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(known.entropies, expected.entropies, rtol=1e-12, atol=1e-12)
-        return [score_coefficients(batch)]
-
-    found = {name: torch.zeros_like(row) for name, row in alone.items()}
-    if what == "rows":
-        stream_rows(model, batch, coefficients, keeping([found]), token_batch_size)
-    else:
-        found = batch_gradients(model, batch, coefficients, token_batch_size)[0]
-    for name, row in alone.items():
-        torch.testing.assert_close(
-            found[name], row, rtol=1e-10, atol=1e-12, msg=lambda text: f"a graph's inputs are mixed up: {text}"
-        )
-    tokens = sorted((bucket.input_ids.numel() for bucket in buckets), reverse=True)
-    held = max(k for k in range(1, len(tokens) + 1) if k == 1 or sum(tokens[:k]) <= token_batch_size)
-    assert (held > 1) == (token_batch_size > 1) and (held < len(tokens)) == (token_batch_size < 8192)
-    graded = [graph for _, graph in passed]
-    assert sum(graded) == len(buckets) and all(graded[:held])
-    assert sum(n for n, graph in passed if not graph) == sum(
-        len(b.indices) for b in sorted(buckets, key=lambda b: -b.input_ids.numel())[held:]
-    ), "sequences whose graphs showed their statistics passed again"
 
 
 def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:

@@ -1,0 +1,69 @@
+"""Coefficients that depend on statistics of the whole batch: which sequences pass twice for them, and that graphs stay apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import entropy_core.batch
+from entropy_core import passes, scores
+from entropy_core.batch import Bucket, length_buckets
+from entropy_core.entropy import TokenCoefficients, entropy_coefficients
+from entropy_core.gradients import batch_gradients, gradient_rows, keeping, stream_rows
+from entropy_core.scores import TokenStatistics, token_statistics
+from tests.entropy_core.support import right_padded
+from tests.oracle.model_cases import CASES, random_sequences
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("token_batch_size", [8192, 16, 1])
+@pytest.mark.parametrize("name", ["llama_tied", "llama_tied_lora"])
+def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
+    name: str, token_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buckets whose graphs fit side by side pass once, all others twice; numbers are those of known statistics."""
+    monkeypatch.setattr(entropy_core.batch, "ENOUGH_TOKENS", 8)  # buckets of a few tokens
+    case = BY_NAME[name]
+    batch, model = right_padded(random_sequences(case.vocabulary)), case.make()
+    buckets = sorted(length_buckets(batch, token_batch_size, fewest=False), key=lambda b: -b.input_ids.numel())
+    statistics = token_statistics(model, batch, all_digits=True)
+    known = entropy_coefficients(statistics, batch, "rao_blackwell")
+    expected_rows, expected = gradient_rows(model, batch, known), batch_gradients(model, batch, [known])[0]
+    passed: list[tuple[int, bool]] = []
+    ordinary = passes.completion_values
+
+    def counted(model: Any, bucket: Bucket, *args: Any, **kwargs: Any) -> Any:
+        passed.append((len(bucket.indices), torch.is_grad_enabled()))
+        return ordinary(model, bucket, *args, **kwargs)
+
+    for module in (passes, scores):
+        monkeypatch.setattr(module, "completion_values", counted)
+
+    def coefficients(found: TokenStatistics) -> list[TokenCoefficients]:
+        torch.testing.assert_close(found.logprobs, statistics.logprobs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.entropies, statistics.entropies, rtol=1e-12, atol=1e-12)
+        return [entropy_coefficients(found, batch, "rao_blackwell")]
+
+    def once_or_twice(run: Any) -> None:
+        passed.clear()
+        run()
+        tokens = [bucket.input_ids.numel() for bucket in buckets]
+        held = max(k for k in range(1, len(tokens) + 1) if k == 1 or sum(tokens[:k]) <= token_batch_size)
+        assert (held > 1) == (token_batch_size > 1) and (held < len(tokens)) == (token_batch_size < 8192)
+        assert [n for n, graph in passed if graph] == [len(bucket.indices) for bucket in buckets]
+        again = sum(n for n, graph in passed if not graph)
+        assert again == sum(len(bucket.indices) for bucket in buckets[held:]), "a graph showed the statistics already"
+
+    rows: dict[str, Tensor] = {n: torch.zeros_like(row) for n, row in expected_rows.items()}
+    once_or_twice(lambda: stream_rows(model, batch, coefficients, keeping([rows]), token_batch_size))
+    gradients: list[dict[str, Tensor]] = []
+    once_or_twice(lambda: gradients.extend(batch_gradients(model, batch, coefficients, token_batch_size)))
+    for parameter, row in expected_rows.items():
+        torch.testing.assert_close(
+            rows[parameter], row, rtol=1e-9, atol=1e-11, msg=f"inputs of {parameter} are mixed up"
+        )
+        torch.testing.assert_close(gradients[0][parameter], expected[parameter], rtol=1e-9, atol=1e-11)
