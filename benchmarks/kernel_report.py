@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 RESULTS = Path("benchmarks/results/kernel")
-OURS = ("ours", "ours_both")
+OURS, PLAIN = ("ours", "ours_both"), ("plain", "plain_walk")
 LABELS = {
     "plain": "plain forward-backward",
+    "plain_walk": "plain walk back alone, evaluation side",
     "ours": "ours, K1",
     "ours_both": "ours, K1 and KH",
     "vmap": "torch.func vmap",
@@ -42,8 +43,9 @@ STYLES = ["o", "s", "^", "v", "D", "P", "X", "<", ">", "*", "h", "p", "8"]
 class Row:
     """One implementation on one case and size: medians over its turns; ratios are medians of ratios within a turn.
 
-    of_plain, of_plain_cpu: its time over the plain pass's, wall and CPU. of_ours: its wall time over K1's here. wrong: off the
-    reference. failed: why it gave nothing, or None.
+    of_plain, of_plain_cpu: its time over the plain pass's, wall and CPU. of_ours: its wall time over K1's here. on_top: of K1
+    and KH together, what that is longer than K1 alone, over the plain pass's. wrong: off the reference. failed: why it gave
+    nothing, or None.
     """
 
     case: str
@@ -56,6 +58,7 @@ class Row:
     of_plain: float = float("nan")
     of_plain_cpu: float = float("nan")
     of_ours: float = float("nan")
+    on_top: float = float("nan")
     peak: float = float("nan")
     added: float = float("nan")
     error: float | None = None
@@ -103,6 +106,12 @@ def _row(key: tuple[str, int, int], name: str, group: dict[str, dict[int, dict[s
         found = [line[field] / others[t][field] for t, line in turns.items() if field in others.get(t, {})]
         return float(np.median(found)) if found else float("nan")
 
+    def on_top() -> float:
+        plain, ours = group.get("plain", {}), group.get("ours", {})
+        both = [t for t in turns if "wall_s" in plain.get(t, {}) and "wall_s" in ours.get(t, {})]
+        found = [(turns[t]["wall_s"] - ours[t]["wall_s"]) / plain[t]["wall_s"] for t in both]
+        return float(np.median(found)) if found else float("nan")
+
     errors = {
         field: max((line[field] for line in turns.values() if field in line), default=None)
         for field in ("relative_error", "relative_error_kh")
@@ -116,6 +125,7 @@ def _row(key: tuple[str, int, int], name: str, group: dict[str, dict[int, dict[s
         of_plain=ratio("plain", "wall_s"),
         of_plain_cpu=ratio("plain", "cpu_s"),
         of_ours=ratio("ours", "wall_s"),
+        on_top=on_top() if name == "ours_both" else float("nan"),
         peak=median("peak_mib"),
         added=median("added_mib"),
         error=errors["relative_error"],
@@ -177,6 +187,7 @@ def table(rows: list[Row], environment: dict[str, Any]) -> str:
                 "| implementation | turns | wall s | CPU s | of plain (CPU) | of ours | memory MiB (added) | error |",
                 "|---|---|---|---|---|---|---|---|",
                 *(_line(r) for r in here),
+                *_of_two_kernels(here),
             ]
         for name in OURS:
             fit = linear_fit(_of(rows, case, name))
@@ -188,6 +199,20 @@ def table(rows: list[Row], environment: dict[str, Any]) -> str:
                 ]
     failures = [f"- {r.label}, {r.n_rows} x {r.n_columns}, {r.case}: {r.failed}" for r in rows if r.failed is not None]
     return "\n".join(lines + (["", "## Failed", "", *failures] if failures else [])) + "\n"
+
+
+def _of_two_kernels(here: list[Row]) -> list[str]:
+    """What KH adds, beside the least that it must."""
+    on_top, walk = (
+        next((value for r in here if r.name == name and not np.isnan(value := getattr(r, field))), None)
+        for name, field in (("ours_both", "on_top"), ("plain_walk", "of_plain"))
+    )
+    if on_top is None or walk is None:
+        return []
+    return [
+        "",
+        f"KH on top of K1: {on_top:.2f} of the plain pass; one more plain walk back over the evaluation side: {walk:.2f}.",
+    ]
 
 
 def _line(r: Row) -> str:
@@ -209,7 +234,7 @@ def _number(value: float) -> str:
 def against_n(rows: list[Row], field: str, what: str, title: str) -> Figure:
     """One panel a case with at least two sizes; lines are implementations, dashes our linear fit."""
     cases = [c for c in _in_order([r.case for r in rows]) if len({r.n for r in rows if r.case == c}) > 1]
-    names = _in_order([r.name for r in rows])
+    names = _in_order([r.name for r in rows if r.name != "plain_walk"])
     figure = Figure(figsize=(4.3 * max(1, len(cases)) + 2.2, 4.6), layout="constrained")
     if not cases:
         figure.text(0.5, 0.5, "no case was measured at two sizes", ha="center")
@@ -261,7 +286,7 @@ def bars(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(4.6 * len(cases), 0.34 * max(map(len, shown.values())) + 2.0), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for axes, case in zip(panels, cases, strict=True):
-        done = [r for r in shown[case] if r.failed is None and r.name != "plain" and not np.isnan(r.of_plain)]
+        done = [r for r in shown[case] if r.failed is None and r.name not in PLAIN and not np.isnan(r.of_plain)]
         done.sort(key=lambda r: r.of_plain)
         widest = max((r.of_plain for r in done), default=1.0)
         for place, r in enumerate(done):

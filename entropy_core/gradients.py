@@ -150,7 +150,7 @@ def stream_rows(
 
 
 def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> RowSink:
-    """A sink that keeps rows: for each objective name -> (N, *shape), zeros at first, in their dtypes.
+    """A sink that keeps the rows of one stream: for each objective name -> (N, *shape), zeros at first, in their dtypes.
 
     places: (batch,) where in `rows` each sequence of the batch belongs; None: where it is in the batch.
     """

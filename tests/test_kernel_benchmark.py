@@ -38,7 +38,9 @@ def recorded():
             plain, ours = 0.004 * n * slowness, (0.02 + 0.005 * n) * (1.0 if turn != 1 else 2.0)
             lines += [
                 line("plain", turn, plain, n_rows, n_columns),
+                line("plain_walk", turn, plain / 4, n_rows, n_columns),
                 line("ours", turn, ours, n_rows, n_columns, relative_error=1e-6, right=True),
+                line("ours_both", turn, ours + 0.3 * plain, n_rows, n_columns, relative_error=1e-6, right=True),
                 line("opacus", turn, 2 * ours, n_rows, n_columns, relative_error=[2e-6, 3e-6, 1e-6][turn], right=True),
                 line("bergson", turn, 3 * ours, n_rows, n_columns, relative_error=0.4, right=False),
             ]
@@ -80,6 +82,10 @@ def test_report_from_recorded_lines(load, tmp_path):
     load("kernel_report").main(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| ours, K1 | 3 | 0.260 | 0.520 | 1.35 (1.35) | 1.00 | 426 (+26) | 1.0e-06 |" in text
+    assert (
+        text.count("KH on top of K1: 0.30 of the plain pass; one more plain walk back over the evaluation side: 0.25.")
+        == 3
+    )
     assert "4.0e-01 **wrong**" in text
     assert "dattri, 16 x 32, tiny-512: the process ended with status -9" in text
     assert "0.020 s + 5.00 ms n" in text and "opacus 1.6.0" in text and "traker" not in text

@@ -123,9 +123,15 @@ def _prepare(task: dict[str, Any]) -> tuple[Any, Any, Case, dict[str, Any], int,
     _touch(case)
     _give_back()
     base = _resident(task["device"])
-    module.kernel(handle, case.smallest())
+    module.kernel(_ready(module, handle, case.smallest()), case.smallest())
     expected = torch.load(task["reference"], weights_only=True)
     return module, handle, case, expected, base, " ".join(f"{name} {version(name)}" for name in module.NEEDS)
+
+
+def _ready(module: Any, handle: Any, case: Case) -> Any:
+    """What `kernel` takes: the handle, or what is prepared of it anew every time."""
+    prepare = getattr(module, "prepare", None)
+    return handle if prepare is None else prepare(handle, case)
 
 
 def _give_back() -> None:
@@ -144,6 +150,7 @@ def _touch(case: Case) -> None:
 def _measure(
     module: Any, handle: Any, case: Case, expected: dict[str, Any], base: int, needs: str, task: dict[str, Any]
 ) -> dict[str, Any]:
+    handle = _ready(module, handle, case)
     _give_back()
     with _watching(task["device"]) as peak:
         begun = time.perf_counter(), time.process_time()

@@ -2,7 +2,8 @@
 
 Each file has NEEDS (distributions whose versions count), ATTENTION (transformers' name of the implementation it can
 work with), `wrap(case, cut) -> handle` (once, not timed) and `kernel(handle, case) -> (n_rows, n_columns)` (timed). `cut`: logits
-from the first position that is needed only, where the library leaves the loss to its user.
+from the first position that is needed only, where the library leaves the loss to its user. One has `prepare(handle, case)`, not
+timed, before every `kernel`, which takes what it gives instead of the handle.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 IMPLEMENTATIONS = {
     "plain": "one plain forward-backward over the same sequences, no kernel: the floor",
+    "plain_walk": "one more walk back over the evaluation side: what KH may cost on top of K1",
     "ours": "entropy_core, K1",
     "ours_both": "entropy_core, K1 and KH together",
     "vmap": "torch.func, vmap(grad)",

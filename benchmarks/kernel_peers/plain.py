@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kernel_parts.cases import Case, parts
+from kernel_parts.cases import Case, Part, parts
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,11 +26,14 @@ def wrap(case: Case, cut: bool) -> Any:
 def kernel(handle: Any, case: Case) -> None:
     parameters = list(case.parameters.values())
     for part in parts(joined(case.rows, case.columns)):
-        hidden = handle.model(input_ids=part.input_ids, use_cache=False).last_hidden_state
-        chosen = part.mask[:, 1:]
-        logits = handle.lm_head(hidden[:, :-1][chosen])
-        loss = functional.cross_entropy(logits, part.input_ids[:, 1:][chosen], reduction="sum")
-        torch.autograd.grad(loss, parameters)
+        torch.autograd.grad(objective(handle, part), parameters)
+
+
+def objective(handle: Any, part: Part) -> Tensor:
+    hidden = handle.model(input_ids=part.input_ids, use_cache=False).last_hidden_state
+    chosen = part.mask[:, 1:]
+    logits = handle.lm_head(hidden[:, :-1][chosen])
+    return functional.cross_entropy(logits, part.input_ids[:, 1:][chosen], reduction="sum")
 
 
 def joined(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
