@@ -2,8 +2,7 @@
 
 The process is forked from a server that has imported the libraries and computed nothing, so what one implementation
 patches no other sees, and memory is its own. The case is built there, the implementation wrapped around it and run once on
-two rows and two columns; none of that is timed. Then each "run" is answered by one measurement: the median over runs of a few
-seconds in all.
+two rows and two columns; none of that is timed. Then each "run" is answered by one measurement.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -33,8 +31,6 @@ from kernel_parts.reference import reference
 
 MiB = 2**20
 WORST_ERROR = 1e-4
-# A turn repeats what is short: until so many seconds are measured, or so many times.
-ENOUGH_SECONDS, MOST_RUNS = 3.0, 7
 PRELOAD = ["torch", "transformers", "peft", "kernel_parts.measure", "entropy_core.kernel"]
 
 
@@ -154,17 +150,19 @@ def _touch(case: Case) -> None:
 def _measure(
     module: Any, handle: Any, case: Case, expected: dict[str, Any], base: int, needs: str, task: dict[str, Any]
 ) -> dict[str, Any]:
-    runs: list[_Run] = []
-    while len(runs) < MOST_RUNS and sum(run.wall for run in runs) < ENOUGH_SECONDS:
-        runs.append(_run(module, _ready(module, handle, case), case, task["device"]))
-    peak, found = max(run.peak for run in runs), runs[0].found
+    handle = _ready(module, handle, case)
+    _give_back()
+    with _watching(task["device"]) as peak:
+        begun = time.perf_counter(), time.process_time()
+        found = module.kernel(handle, case)
+        _synchronize(task["device"])
+        wall, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
     out = {
-        "wall_s": median(run.wall for run in runs),
-        "cpu_s": median(run.cpu for run in runs),
-        "runs": len(runs),
+        "wall_s": wall,
+        "cpu_s": cpu,
         "base_mib": base / MiB,
-        "peak_mib": peak / MiB,
-        "added_mib": (peak - base) / MiB,
+        "peak_mib": peak[0] / MiB,
+        "added_mib": (peak[0] - base) / MiB,
         "attention": module.ATTENTION,
         "needs": needs,
     }
@@ -176,25 +174,6 @@ def _measure(
         worst = max(out["relative_error"], out.get("relative_error_kh", 0.0))
         out["right"] = worst <= WORST_ERROR
     return out
-
-
-class _Run(NamedTuple):
-    """One timed run: seconds, most bytes resident, what came out."""
-
-    wall: float
-    cpu: float
-    peak: int
-    found: torch.Tensor | None
-
-
-def _run(module: Any, ready: Any, case: Case, device: str) -> _Run:
-    _give_back()
-    with _watching(device) as peak:
-        begun = time.perf_counter(), time.process_time()
-        found = module.kernel(ready, case)
-        _synchronize(device)
-        wall, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
-    return _Run(wall, cpu, peak[0], found)
 
 
 def _synchronize(device: str) -> None:
