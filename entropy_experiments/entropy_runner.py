@@ -165,6 +165,7 @@ def run_fisher_analysis(
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "command": " ".join(sys.argv),
                 **describe_environment(),
+                "processes": processes.size,
                 "checkpoint": {**summary["checkpoint"], "run_dir": str(record.run_dir)},
                 "stages": clock.finished(),
                 "seconds": round(sum(s["seconds"] for s in clock.stages), 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -102,6 +103,25 @@ def test_under_a_launcher(undisturbed, tiny_run, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("error: another process of this run died") <= 1, "it may be stopped before it says so"
     assert_whole_after_resuming(undisturbed, tiny_run, settings, tmp_path, block)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_cpus(undisturbed, tiny_run, tmp_path):
+    """The documented command, where there is no GPU: two processes, and the kernel of one."""
+    settings = config(*SIZES, f"output_dir={tmp_path}")
+    (tmp_path / "analysis.yaml").write_text(dump_config(settings))
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    arguments = [*ANALYZE, "analyze", str(tiny_run), "--config", str(tmp_path / "analysis.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (report,) = tmp_path.glob("analysis_*/*/report.html")
+    assert json.loads((report.parent / "run.json").read_text())["processes"] == 2
+    found, expected = (load_file(folder / "kernel.safetensors") for folder in (report.parent, undisturbed.folder))
+    for name, matrix in expected.items():
+        assert (found[name] - matrix).norm() <= 1e-6 * matrix.norm(), name
 
 
 def assert_whole_after_resuming(undisturbed, tiny_run, settings, folder, block) -> None:
