@@ -166,8 +166,11 @@ def test_layers_kept_on_the_cpu_and_computed_elsewhere(adapter, comparable):
         found = analyse(model, strategy="memory")
     assert {kind for name, kind in devices.items() if "lora" in name} == {FAR.type}
     assert {kind for name, kind in devices.items() if "layers.0." in name and "lora" not in name} == {"meta"}
-    for name in ("fisher", "entropy_fisher", "shares"):
-        assert relative_error(getattr(found.numbers, name), getattr(here.numbers, name)) <= 1e-5, name
+    # A share is a mean over evaluation sequences whose terms cancel: its rounding is that of the terms.
+    terms = here.numbers.entropy_fisher.double()
+    cancelled = float(terms.abs().mean(0).norm() / terms.mean(0).norm())
+    for name, allowed in (("fisher", 1e-5), ("entropy_fisher", 1e-5), ("shares", 1e-5 * cancelled)):
+        assert relative_error(getattr(found.numbers, name), getattr(here.numbers, name)) <= allowed, name
 
 
 def test_the_device_with_the_least_room_for_its_share_of_the_rows_decides(adapter, monkeypatch):
