@@ -18,6 +18,7 @@ from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.output_head import CompletionValues, completion_values
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
+from entropy_core.token_plan import TokenPlan
 
 CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 """Objectives that depend on the token statistics of the batch."""
@@ -41,6 +42,10 @@ class GraphPasses:
         self._token_batch_size = token_batch_size
         self._buckets = length_buckets(batch, token_batch_size, fewest=False)
         if callable(coefficients):
+            # Held side by side, small buckets save no memory: one in which many beginnings are alike takes less time.
+            few = length_buckets(batch, token_batch_size)
+            if len(few) == 1 and 2 * len(TokenPlan(few[0]).distinct) <= few[0].input_ids.numel():
+                self._buckets = few
             self._buckets.sort(key=lambda bucket: -bucket.input_ids.numel())
         elif smallest_first:
             self._buckets.sort(key=lambda bucket: bucket.input_ids.numel())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import entropy_core.batch
 from entropy_core import passes, scores
-from entropy_core.batch import Bucket, length_buckets
+from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients
 from entropy_core.gradients import batch_gradients, gradient_rows, keeping, stream_rows
 from entropy_core.scores import TokenStatistics, token_statistics
@@ -67,3 +67,33 @@ def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
             rows[parameter], row, rtol=1e-9, atol=1e-11, msg=f"inputs of {parameter} are mixed up"
         )
         torch.testing.assert_close(gradients[0][parameter], expected[parameter], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("shared", "buckets"), [(9, 1), (2, 3)])
+def test_beginnings_that_many_sequences_share_pass_in_one_bucket(
+    shared: int, buckets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine of twelve tokens alike: one bucket, whose distinct tokens are fewer than half. Two of twelve: small buckets."""
+    monkeypatch.setattr(entropy_core.batch, "ENOUGH_TOKENS", 24)
+    case = BY_NAME["llama_tied_lora"]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(case.vocabulary, (6, 12), generator=generator)
+    ids[:, :shared] = ids[0, :shared]
+    mask = (torch.arange(12) >= 9).expand(6, 12)
+    batch = SequenceBatch(ids, torch.ones_like(ids), mask, torch.arange(6))
+    model, passed = case.make(), []
+    known = entropy_coefficients(token_statistics(model, batch, all_digits=True), batch, "rao_blackwell")
+    expected = gradient_rows(model, batch, known)
+    rows = {name: torch.zeros_like(row) for name, row in expected.items()}
+
+    def coefficients(found: TokenStatistics) -> list[TokenCoefficients]:
+        return [entropy_coefficients(found, batch, "rao_blackwell")]
+
+    ordinary = passes.completion_values
+    monkeypatch.setattr(
+        passes, "completion_values", lambda *a, **k: passed.append(len(a[1].indices)) or ordinary(*a, **k)
+    )
+    stream_rows(model, batch, coefficients, keeping([rows]))
+    assert len(passed) == buckets and sum(passed) == 6
+    for name, row in expected.items():
+        torch.testing.assert_close(rows[name], row, rtol=1e-9, atol=1e-11, msg=name)
