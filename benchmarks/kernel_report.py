@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 RESULTS = Path("benchmarks/results/kernel")
 OURS, PLAIN = ("ours", "ours_both"), ("plain", "plain_walk")
@@ -258,13 +258,16 @@ def against_n(rows: list[Row], field: str, what: str, title: str) -> Figure:
         fit = linear_fit(_of(rows, case, "ours")) if field == "wall" else None
         if fit is not None:
             n = np.array([min(r.n for r in rows if r.case == case), max(r.n for r in rows if r.case == case)])
-            label = f"ours, K1: line through\nits points (within {100 * fit.worst:.1f}%)"
+            label = "ours, K1: a straight line\nthrough its points"
             axes.plot(n, fit.start + fit.each * n, linestyle="--", color="black", linewidth=1.0, zorder=5, label=label)
+            note = f"points within {100 * fit.worst:.1f}% of the line"
+            axes.text(0.97, 0.03, note, transform=axes.transAxes, ha="right", fontsize=8)
         axes.set_xscale("log", base=2)
         ticks = sorted({r.n for r in rows if r.case == case})
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
         for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             side(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.tick_params(axis="y", which="minor", labelsize=8)
@@ -293,7 +296,9 @@ def bars(rows: list[Row]) -> Figure:
             colour = RED if r.wrong else ORANGE if r.name in OURS else BLUE
             axes.barh(place, r.of_plain, color=colour, alpha=1.0 if r.name in OURS else 0.75)
             note = f"{r.of_plain:.2f}" + (" wrong" if r.wrong else "")
-            axes.text(r.of_plain + 0.01 * widest, place, note, va="center", fontsize=8)
+            # clear of the dashed line
+            right = max(r.of_plain, 1.0) if r.of_plain > 1.0 - 0.1 * widest else r.of_plain
+            axes.text(right + 0.01 * widest, place, note, va="center", fontsize=8)
         axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1.0)
         axes.set_xlim(0, 1.28 * widest)
         axes.set_yticks(range(len(done)), [r.label for r in done], fontsize=8)
