@@ -39,7 +39,7 @@ def test_smollm2_trains_and_is_analysed(tmp_path):
             [
                 "entropy_analysis.eval_batch_size=12",
                 "entropy_analysis.train_batch_size=12",
-                "entropy_analysis.analysis.step_scales=[0.5, 1.0]",
+                "entropy_analysis.analysis.step_scales=[1.0]",
                 "entropy_analysis.analysis.intervention_subsets=3",
                 "entropy_analysis.analysis.weighting_steps=false",
                 "entropy_analysis.analysis.fresh_scales=[]",

@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
+from entropy_experiments.charts import style
 from entropy_experiments.report import write_report
 from rl_training.train import run_training
 from tests.entropy_experiments.browser_visit import launch
@@ -19,6 +21,15 @@ def tiny_run(tmp_path_factory):
     policy = save_tiny_policy(root / "policy")
     config = tiny_train_config(policy, root / "run", training={"steps": 4, "save_every": 2})
     return run_training(config, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def unpainted():
+    """Reports draw their figures and do not paint them, half of an analysis' time here: for tests that look at numbers."""
+    picture = style.png_bytes(Figure(figsize=(0.1, 0.1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("entropy_experiments.report.png_bytes", lambda figure: picture)
+        yield
 
 
 @pytest.fixture

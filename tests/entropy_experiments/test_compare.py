@@ -24,6 +24,8 @@ from tests.entropy_experiments.comparison_fixture import (
 )
 from tests.entropy_experiments.small_analysis import config
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 def point_of(*folders):
     return compare_sides(open_sides(folders))[-1]

@@ -25,6 +25,8 @@ from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 KERNEL = "entropy_analysis.fisher_kernel."
 
 

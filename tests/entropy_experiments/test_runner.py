@@ -22,6 +22,8 @@ from entropy_experiments.sampling_plan import plan_sampling
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture(scope="module")
 def analysis(tiny_run, tmp_path_factory):

@@ -14,6 +14,8 @@ from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture(scope="module")
 def analysis(tiny_run, tmp_path_factory):

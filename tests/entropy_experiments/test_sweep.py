@@ -24,6 +24,8 @@ from rl_training.errors import UserError
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, SMALL
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 REAL = [
     *SMALL, *(f"entropy_analysis.analysis.{name}=false" for name in OFF if name != "sequence_clustering"),
     "entropy_analysis.analysis.step_scales=[1.0]",
