@@ -19,7 +19,6 @@ from entropy_experiments.results_folder import RESULTS_FORMAT
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
 
-
 NAMES = [analysis.name for analysis in ANALYSES]
 
 
