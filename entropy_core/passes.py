@@ -44,8 +44,10 @@ class GraphPasses:
         if callable(coefficients):
             # Held side by side, small buckets save no memory: one in which many beginnings are alike takes less time.
             few = length_buckets(batch, token_batch_size)
-            if len(few) == 1 and 2 * len(TokenPlan(few[0]).distinct) <= few[0].input_ids.numel():
-                self._buckets = few
+            if len(few) == 1 < len(self._buckets):
+                plan = TokenPlan(few[0])
+                if 2 * len(plan.distinct) <= len(plan.seen):
+                    self._buckets = few
             self._buckets.sort(key=lambda bucket: -bucket.input_ids.numel())
         elif smallest_first:
             self._buckets.sort(key=lambda bucket: bucket.input_ids.numel())

@@ -69,18 +69,25 @@ def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
         torch.testing.assert_close(gradients[0][parameter], expected[parameter], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("shared", "buckets"), [(9, 1), (2, 3)])
+@pytest.mark.parametrize(("shared", "buckets"), [(9, 1), (2, 3), (0, 2)])
 def test_beginnings_that_many_sequences_share_pass_in_one_bucket(
     shared: int, buckets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine of twelve tokens alike: one bucket, whose distinct tokens are fewer than half. Two of twelve: small buckets."""
+    """Nine of twelve tokens alike: one bucket, whose distinct tokens are fewer than half. Two of twelve: small buckets.
+
+    So too where nothing is shared (0) and half of one bucket would be padding: all but one sequence are four tokens long.
+    """
     monkeypatch.setattr(entropy_core.batch, "ENOUGH_TOKENS", 24)
     case = BY_NAME["llama_tied_lora"]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(case.vocabulary, (6, 12), generator=generator)
-    ids[:, :shared] = ids[0, :shared]
-    mask = (torch.arange(12) >= 9).expand(6, 12)
-    batch = SequenceBatch(ids, torch.ones_like(ids), mask, torch.arange(6))
+    attended, mask = torch.ones_like(ids), (torch.arange(12) >= 9).expand(6, 12)
+    if shared > 0:
+        ids[:, :shared] = ids[0, :shared]
+    else:
+        ids[:, 8] = torch.arange(6)
+        attended[1:, :8] = 0  # padding on the left
+    batch = SequenceBatch(ids, attended, mask, torch.arange(6))
     model, passed = case.make(), []
     known = entropy_coefficients(token_statistics(model, batch, all_digits=True), batch, "rao_blackwell")
     expected = gradient_rows(model, batch, known)

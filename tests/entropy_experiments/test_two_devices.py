@@ -26,8 +26,6 @@ from entropy_experiments.self_checks import relative_error
 from entropy_experiments.step_measurement import StepMeasurement
 from tests.two_devices import FAR, second_device
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 NEAR, THERE = "cpu", str(FAR)
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 SECOND_LAYER = dict.fromkeys(PARTS, NEAR) | {"model.layers.1": THERE}
