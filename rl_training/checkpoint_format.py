@@ -15,7 +15,9 @@ from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
 
 SIDECAR_NAME = "entropy_experiments.json"
-SIDECAR_FORMAT = 1
+SIDECAR_FORMAT = 2
+# What this release reads: a checkpoint of format 1 lacks the fields that have a default below.
+_READABLE_FORMATS = (1, 2)
 
 
 class SidecarSampling(StrictModel):
@@ -29,6 +31,23 @@ class SidecarSampling(StrictModel):
     pad_token_id: int
     prompts_per_step: int
     completions_per_prompt: int
+    chat_template_sha256: str | None = None
+    """Digest of the tokenizer's chat template; None where it was not recorded."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template beside the messages, e.g. {"enable_thinking": false}."""
+    generation: dict[str, Any] = {}
+    """Every key of the generator's final configuration that has a value; empty where it was not recorded."""
+
+
+class SidecarWitness(StrictModel):
+    """A few of the run's sequences with their log-probabilities under the policy that was saved: whoever loads the checkpoint
+    must find the same ones.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    scores: list[float]
+    """Log-probability of each completion, nats, at the sampling temperature."""
 
 
 class SidecarAlgorithm(StrictModel):
@@ -63,6 +82,12 @@ class Sidecar(StrictModel):
     pass_rates: dict[str, list[float]]
     rank_count: int
     versions: dict[str, str]
+    optimizer_class: str | None = None
+    """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
+    sha256: dict[str, str] = {}
+    """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
+    witness: SidecarWitness | None = None
+    """None where none was recorded."""
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
@@ -86,9 +111,9 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
-    if not isinstance(data, dict) or data.get("format") != SIDECAR_FORMAT:
+    if not isinstance(data, dict) or data.get("format") not in _READABLE_FORMATS:
         found = data.get("format") if isinstance(data, dict) else None
         raise UserError(
-            f"{path} is of format {found}, this release reads {SIDECAR_FORMAT}: use the release that wrote it"
+            f"{path} is of format {found}, this release reads {', '.join(map(str, _READABLE_FORMATS))}: use the release that wrote it"
         )
     return validate_config(Sidecar, data, str(path))
