@@ -114,6 +114,6 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     if not isinstance(data, dict) or data.get("format") not in _READABLE_FORMATS:
         found = data.get("format") if isinstance(data, dict) else None
         raise UserError(
-            f"{path} is of format {found}, this release reads {', '.join(map(str, _READABLE_FORMATS))}: use the release that wrote it"
+            f"{path} is of format {found}, this release reads formats 1 and 2: use the release that wrote it"
         )
     return validate_config(Sidecar, data, str(path))
