@@ -1,8 +1,9 @@
 """A batch of prompts with their completions, and how it is cut into pieces of similar length.
 
-The tokens of one sequence are ``prompt + completion``; the completion runs up to and including the first end-of-sequence
-token, or to the maximum length. Position ``l`` of ``completion_mask`` is true where ``input_ids[:, l]`` was drawn by the
-policy; its log-probability is read from the logits at position ``l - 1``.
+The tokens of one sequence are ``prompt + completion``. Position ``l`` of ``completion_mask`` is true where ``input_ids[:, l]``
+was drawn by the policy; its log-probability is read from the logits at position ``l - 1``. The drawn tokens may form several
+runs: what stands between them, or after the last (tool results, turns of a user), is *foreign*. Foreign tokens are
+conditioned on, never scored, and in no length T (docs/theory/entropy-gradient.md, "Tokens that the policy did not draw").
 
 Inside the library every piece is right-padded, whatever the padding of the batch: for a causal model a token never sees
 what stands to its right, so padding cannot change any number (see docs/theory/index.md).
@@ -30,14 +31,14 @@ class SequenceBatch:
     ----------
     input_ids: (N, L) int64, prompt and completion, padded on either side.
     attention_mask: (N, L) bool, false on padding.
-    completion_mask: (N, L) bool, true on completion tokens.
+    completion_mask: (N, L) bool, true on the tokens that the policy drew; one run or several.
     prompt_index: (N,) int64, equal for completions of the same prompt.
     temperature: the sampling temperature; every log-probability and entropy is taken at it.
 
     Raises
     ------
-    ValueError: shapes that disagree, an empty batch, a completion that is empty, not attended, at the very first
-        position (nothing predicts it) or not one contiguous run at the end of its sequence, or a temperature <= 0.
+    ValueError: shapes that disagree, an empty batch, attended tokens that are not one contiguous run, a completion that is
+        empty, not attended or at the very first of them (nothing predicts it), or a temperature <= 0.
     """
 
     input_ids: Tensor
@@ -71,14 +72,9 @@ class SequenceBatch:
         attended, completion = self.attention_mask, self.completion_mask
         first_bad(~completion.any(1), "its completion is empty")
         first_bad((completion & ~attended).any(1), "a completion token is masked out by attention_mask")
-        # The run of completion tokens must be the tail of the attended tokens, and those must be one run as well.
         starts_attended = attended & ~torch.nn.functional.pad(attended, (1, -1), value=False)
         first_bad(starts_attended.sum(1) != 1, "its attended tokens are not one contiguous run")
-        starts = completion & ~torch.nn.functional.pad(completion, (1, -1), value=False)
-        first_bad(starts.sum(1) != 1, "its completion tokens are not one contiguous run")
-        after = attended & ~completion & (completion.long().cumsum(1) > 0)
-        first_bad(after.any(1), "there are prompt tokens after its completion")
-        first_bad((starts & starts_attended).any(1), "its completion has no token before it to be predicted from")
+        first_bad((completion & starts_attended).any(1), "its completion has no token before it to be predicted from")
 
     @classmethod
     def from_sequences(
@@ -88,13 +84,21 @@ class SequenceBatch:
         prompt_index: Sequence[int],
         pad_token_id: int,
         temperature: float = 1.0,
+        drawn: Sequence[Sequence[bool] | None] | None = None,
     ) -> SequenceBatch:
-        """Right-padded batch from lists of token ids (one prompt and one completion a sequence)."""
+        """Right-padded batch from lists of token ids (one prompt and one completion a sequence).
+
+        drawn: for each sequence which tokens of its completion the policy drew, None (of one, or of all) where it drew every
+        one. Raises ValueError for lists of unequal lengths.
+        """
         if not len(prompt_ids) == len(completion_ids) == len(prompt_index):
             raise ValueError(
                 f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(prompt_index)} prompt indices: "
                 "give one of each per sequence"
             )
+        drawn = [None] * len(prompt_ids) if drawn is None else drawn
+        if len(drawn) != len(prompt_ids):
+            raise ValueError(f"{len(prompt_ids)} sequences, but {len(drawn)} masks of drawn tokens: give one of each")
         longest = max((len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)), default=0)
         ids = torch.full((len(prompt_ids), longest), pad_token_id, dtype=torch.long)
         attention = torch.zeros_like(ids, dtype=torch.bool)
@@ -103,7 +107,7 @@ class SequenceBatch:
             end = len(p) + len(c)
             ids[n, :end] = torch.tensor([*p, *c], dtype=torch.long)
             attention[n, :end] = True
-            completion[n, len(p) : end] = True
+            completion[n, len(p) : end] = _drawn_tokens(n, drawn[n], len(c))
         return cls(ids, attention, completion, torch.as_tensor(prompt_index, dtype=torch.long), temperature)
 
     def __len__(self) -> int:
@@ -111,8 +115,19 @@ class SequenceBatch:
 
     @property
     def completion_lengths(self) -> Tensor:
-        """(N,) int64, tokens in each completion."""
+        """(N,) int64, T: tokens in each completion that the policy drew."""
         return self.completion_mask.sum(1)
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """(N, L) bool, true on the tokens before the first that the policy drew."""
+        return self.attention_mask & (self.completion_mask.long().cumsum(1) == 0)
+
+    @property
+    def scored_lengths(self) -> Tensor:
+        """(N,) int64, tokens up to the last that the policy drew: what stands after it predicts nothing."""
+        columns = torch.arange(1, self.input_ids.shape[1] + 1, device=self.device)
+        return (self.completion_mask * columns).amax(1) - self.attention_mask.long().argmax(1)
 
     @property
     def device(self) -> torch.device:
@@ -139,12 +154,22 @@ class SequenceBatch:
         )
 
 
+def _drawn_tokens(sequence: int, drawn: Sequence[bool] | None, length: int) -> Tensor:
+    if drawn is None:
+        return torch.ones(length, dtype=torch.bool)
+    if len(drawn) != length:
+        raise ValueError(
+            f"sequence {sequence}: its completion has {length} tokens, its mask of drawn ones {len(drawn)}"
+        )
+    return torch.tensor(drawn, dtype=torch.bool)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """One piece of a batch as the model sees it: right-padded rows, with the place of every completion token.
 
-    A row holds one sequence (the longest ones without their last token, which predicts nothing); or, where a prefix is shared
-    (entropy_core.shared_prefix), a prompt with several completions.
+    A row holds one sequence up to its last drawn token (the longest ones without that, which predicts nothing); or, where a
+    prefix is shared (entropy_core.shared_prefix), a prompt with several completions.
 
     Attributes
     ----------
@@ -175,7 +200,7 @@ def pass_order(batch: SequenceBatch) -> Tensor:
     Where several completions share a prompt that is longer than they are, they stay together: a prompt passes once with all
     of them (entropy_core.repeated_tokens), which saves more than their padding costs.
     """
-    lengths = batch.attention_mask.sum(1)
+    lengths = batch.scored_lengths
     order = torch.argsort(lengths, stable=True)
     if not _shares_long_prompts(batch):
         return order
@@ -188,7 +213,7 @@ def pass_order(batch: SequenceBatch) -> Tensor:
 
 def _shares_long_prompts(batch: SequenceBatch) -> bool:
     shared = 2 * len(batch.prompt_index.unique()) <= len(batch)
-    return shared and 2 * int(batch.completion_mask.sum()) <= int(batch.attention_mask.sum())
+    return shared and 2 * int(batch.prompt_mask.sum()) >= int(batch.scored_lengths.sum())
 
 
 def length_buckets(
@@ -202,7 +227,7 @@ def length_buckets(
     """
     if token_batch_size < 1:
         raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
-    lengths = batch.attention_mask.sum(1)
+    lengths = batch.scored_lengths
     order = pass_order(batch)
     in_order = lengths[order].tolist()
     if fewest:

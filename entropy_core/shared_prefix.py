@@ -4,11 +4,12 @@
     position   0 ... P-1     P ... P+T-2     P ... P+U-2
     attends    p before it   p, a before it  p, b before it
 
-A completion's last token is predicted but predicts nothing, so it is left out of the row. Prompts that differ but begin alike (a
-system prompt, a template) can share that beginning in the same way, one level up: `common_prefix_buckets`. For a causal model
-whose only paths between positions are attention and position ids, logits are those of separate rows, up to the order of
-sums; `shares_prefixes` finds out whether a model is one. Of C completions of T tokens each, a row computes P + C T tokens
-where separate rows compute C (P + T).
+A completion's last drawn token is predicted but predicts nothing, so it is left out of the row, with what follows it. Foreign
+tokens between drawn ones stand in the completion's stretch like its own; only drawn ones are predicted. Prompts that differ but
+begin alike (a system prompt, a template) can share that beginning in the same way, one level up: `common_prefix_buckets`. For a
+causal model whose only paths between positions are attention and position ids, logits are those of separate rows, up to the
+order of sums; `shares_prefixes` finds out whether a model is one. Of C completions of T tokens each, a row computes P + C T
+tokens where separate rows compute C (P + T).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def common_prefix_buckets(
     while all(len(p) > common + 1 and p[common] == prompts[0][common] for p in prompts):
         common += 1
     rows: list[list[int]] = []
-    used, lengths = tokens_per_row, batch.completion_lengths.tolist()
+    used, lengths = tokens_per_row, _stretches(batch)
     for prompt, members in _by_prompt(batch):
         needed = len(prompt) - common + sum(lengths[n] for n in members)
         if used + needed > tokens_per_row:
@@ -82,11 +83,16 @@ def _by_prompt(batch: SequenceBatch) -> list[tuple[tuple[int, ...], list[int]]]:
 
 
 def _prompt(batch: SequenceBatch, n: int) -> list[int]:
-    return batch.input_ids[n][batch.attention_mask[n] & ~batch.completion_mask[n]].tolist()
+    return batch.input_ids[n][batch.prompt_mask[n]].tolist()
+
+
+def _stretches(batch: SequenceBatch) -> list[int]:
+    """Tokens of each completion from the first that was drawn to the last."""
+    return (batch.scored_lengths - batch.prompt_mask.sum(1)).tolist()
 
 
 def _of_prompts(batch: SequenceBatch, limit: int) -> list[list[int]]:
-    lengths = batch.completion_lengths.tolist()
+    lengths = _stretches(batch)
     groups: list[list[int]] = []
     for prompt, members in _by_prompt(batch):
         used = limit
@@ -112,11 +118,12 @@ def _row(batch: SequenceBatch, common: int, members: list[int]) -> _Row:
             _append(row, prompt[common:], common, 0)
         assert prompt is not None
         columns = batch.completion_mask[n].nonzero()[:, 0].tolist()
-        completion = batch.input_ids[n][columns].tolist()
+        stretch = batch.input_ids[n][columns[0] : columns[-1] + 1].tolist()
         before, own = start + len(prompt) - common - 1, len(row.ids)
-        for k, (token, column) in enumerate(zip(completion, columns, strict=True)):
-            row.tokens.append((own + k - 1 if k else before, token, n, column))
-        _append(row, completion[:-1], len(prompt), block)
+        for column in columns:
+            k = column - columns[0]
+            row.tokens.append((own + k - 1 if k else before, stretch[k], n, column))
+        _append(row, stretch[:-1], len(prompt), block)
     return row
 
 
@@ -174,7 +181,7 @@ def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
     longer ones alone. False as well where the model refuses such rows, or where no prompt has two completions (nothing would
     be saved).
     """
-    groups, lengths = _of_prompts(batch, DEFAULT_TOKEN_BATCH_SIZE), batch.attention_mask.sum(1)
+    groups, lengths = _of_prompts(batch, DEFAULT_TOKEN_BATCH_SIZE), batch.scored_lengths
     sharing = [group for group in groups if len(group) > 1]
     if not sharing:
         return False

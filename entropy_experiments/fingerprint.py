@@ -171,7 +171,7 @@ def _flat(prefix: str, content: Any) -> Iterator[tuple[str, str]]:
 
 def _batch_parts(batch: SequenceBatch) -> dict[str, str]:
     attended = batch.attention_mask
-    return {
+    parts = {
         "sequences": str(len(batch)),
         "temperature": repr(float(batch.temperature)),
         "lengths": _digest(attended.sum(1)),
@@ -179,6 +179,10 @@ def _batch_parts(batch: SequenceBatch) -> dict[str, str]:
         "completion lengths": _digest(batch.completion_lengths),
         "prompt_index": _digest(batch.prompt_index.long()),
     }
+    # Where the drawn tokens are the tail of their sequence their number says it all, and older fingerprints stay equal.
+    if bool((attended & ~batch.prompt_mask & ~batch.completion_mask).any()):
+        parts["drawn tokens"] = _digest(batch.completion_mask[attended].long())
+    return parts
 
 
 def _batch_difference(mine: Mapping[str, str], others: Mapping[str, str], this: str, that: str) -> str | None:

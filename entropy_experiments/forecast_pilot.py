@@ -219,7 +219,7 @@ def more_of_the_kind(batch: SequenceBatch, count: int) -> SequenceBatch:
     """
     n, copies = len(batch), max(1, -(-count // len(batch)))
     first, prompts = batch.prompt_index.unique(return_inverse=True)
-    prompt = batch.attention_mask & ~batch.completion_mask
+    prompt = batch.prompt_mask
     common = (prompt & (batch.input_ids == batch.input_ids[0])).all(0).long().cumprod(0).bool()
     legal = batch.input_ids[batch.attention_mask]
     generator = torch.Generator().manual_seed(0)

@@ -279,7 +279,7 @@ class SimpleEntropyProbe:
         return _Observation(batch, statistics, log_weights), dict(zip(wanted, found, strict=True))
 
     def _buckets(self, batch: SequenceBatch) -> Buckets:
-        longest = int(batch.attention_mask.sum(1).max())
+        longest = int(batch.scored_lengths.max())
         untried = self._share_prefixes is not False and longest > self._longest_tried
         if untried and len(batch.prompt_index.unique()) < len(batch):
             self._longest_tried = longest

@@ -70,10 +70,6 @@ def spoiled(name: str) -> dict[str, object]:
         arguments["attention_mask"][0, 3] = False
     elif name == "hole in the attention":
         arguments["attention_mask"][1, 1] = False
-    elif name == "hole in the completion":
-        arguments["completion_mask"][1, 3] = False
-    elif name == "prompt after the completion":
-        arguments["completion_mask"][1, 4] = False
     elif name == "nothing before the completion":
         arguments["completion_mask"][1, :2] = True
     elif name == "shapes differ":
@@ -93,8 +89,6 @@ def spoiled(name: str) -> dict[str, object]:
         "empty completion",
         "completion not attended",
         "hole in the attention",
-        "hole in the completion",
-        "prompt after the completion",
         "nothing before the completion",
         "shapes differ",
         "prompt index too short",
