@@ -1,10 +1,11 @@
 """The gradient of entropy in a few parts, one for each fold of the prompts, so that what it predicts has an error.
 
     g = sum_f g_f ,    g_f = sum of the rows E_t / n over the sequences t whose prompt is in fold f
-    <g, d> = sum_f c_f ,    c_f = <g_f, d> ,    se^2 = F/(F - 1)  sum_f (c_f - mean c)^2
+    <g, d> = sum_f c_f = c ,    c_f = <g_f, d> ,    se^2 = sum_f (c_f - p_f c)^2 / (1 - sum_f p_f^2) ,    p_f = n_f / n
 
-for any direction d, a step or a part of one: the spread of F independent sums, which is the jackknife over folds. With
-as many folds as prompts it is the jackknife over prompts. Memory: F times the trainable parameters.
+for any direction d, a step or a part of one. n_f of the n sequences are in fold f, so that c_f is expected to be p_f c: for
+equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
+over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
 
 Source: docs/theory/measurement-and-uncertainty.md.
 """
@@ -49,10 +50,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FoldGradients:
-    """folds: name -> (F, *shape), this process's part; `sharing` adds up what several processes hold."""
+    """folds: name -> (F, *shape), this process's part; `sharing` adds up what several processes hold. shares: (F,) float64, the
+    part of all sequences that each fold has, adding up to 1; None: equal parts.
+    """
 
     folds: dict[str, Tensor]
     sharing: WorkSharing
+    shares: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -80,7 +84,7 @@ class FoldGradients:
 
     def predict(self, direction: Mapping[str, Tensor]) -> Estimate:
         """<g, direction> with its standard error over folds (NaN for one fold)."""
-        return fold_estimate(self.along(direction))
+        return fold_estimate(self.along(direction), self.shares)
 
     def blend(self, newer: FoldGradients, keep: float) -> FoldGradients:
         """keep * self + (1 - keep) * newer, fold by fold, in this one's memory. Raises ValueError for unequal fold numbers."""
@@ -88,16 +92,26 @@ class FoldGradients:
             raise ValueError(f"{self.count} folds cannot be averaged with {newer.count}")
         for name, folds in self.folds.items():
             folds.lerp_(newer.folds[name], 1.0 - keep)
-        return self
+        if self.shares is None or newer.shares is None:
+            return self
+        return replace(self, shares=torch.lerp(self.shares, newer.shares, 1.0 - keep))
 
 
-def fold_estimate(contributions: Tensor) -> Estimate:
-    """Sum of (F,) independent contributions with the standard error of the sum."""
-    count = len(contributions)
-    if count < 2:
-        return Estimate(float(contributions.sum()))
-    spread = (contributions - contributions.mean()).square().sum()
-    return Estimate(float(contributions.sum()), float((count / (count - 1) * spread).sqrt()))
+def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estimate:
+    """Sum of (F,) independent contributions with the standard error of the sum; shares as in FoldGradients."""
+    count, total = len(contributions), float(contributions.sum())
+    if shares is None:
+        shares = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    shares = shares.to(contributions)
+    apart = 1.0 - float(shares.square().sum())
+    if apart <= 1e-12:
+        return Estimate(total)
+    return Estimate(total, float(((contributions - shares * total).square().sum() / apart).sqrt()))
+
+
+def fold_shares(fold_of: Tensor, folds: int) -> Tensor:
+    """(F,) float64 share of the sequences that each fold has, from their (N,) fold numbers."""
+    return torch.bincount(fold_of, minlength=folds).double().cpu() / len(fold_of)
 
 
 def fold_of_sequences(prompt_index: Tensor, folds: int) -> Tensor:
@@ -138,7 +152,7 @@ def fold_gradients(
         else:
             for piece in pieces:
                 _Forward(model, parameters, batch, piece, count > 1).backward(wanted, fold_of, found)
-    return [FoldGradients(f, sharing) for f in found], statistics
+    return [FoldGradients(f, sharing, fold_shares(fold_of, count)) for f in found], statistics
 
 
 def shared_statistics(

@@ -327,7 +327,9 @@ def predicted_parts(gradient: FoldGradients, update: AdamWUpdate, of_batch: Tens
     """Each part of the step along the gradient, with its error; of_batch: (F,) that of the batch part from elsewhere."""
     batch = gradient.along(update.batch) if of_batch is None else of_batch
     momentum, decay = gradient.along(update.momentum), gradient.along(update.weight_decay)
-    estimates = [fold_estimate(part) for part in (batch, momentum, decay)]
+    shares = gradient.shares
+    of_sum = shares if len(batch) == len(momentum) else None
+    estimates = [fold_estimate(batch, of_sum), fold_estimate(momentum, shares), fold_estimate(decay, shares)]
     if len(batch) == len(momentum):
-        return StepParts(fold_estimate(batch + momentum + decay), *estimates)
-    return StepParts(estimates[0] + fold_estimate(momentum + decay), *estimates)
+        return StepParts(fold_estimate(batch + momentum + decay, shares), *estimates)
+    return StepParts(estimates[0] + fold_estimate(momentum + decay, shares), *estimates)

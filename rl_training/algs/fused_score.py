@@ -208,7 +208,7 @@ class FusedScoreTerm:
             trouble = "dropout is on"
         if trouble is None and (not seen or set(sums) != set(self._names.values())):
             trouble = "not every trained weight was reached by the backward pass"
-        kept = torch.zeros((self._folds, 2), dtype=torch.float64)
+        kept = torch.zeros((self._folds, 3), dtype=torch.float64)
         sequences = dropped = 0
         if trouble is None:
             live: dict[tuple[int, ...], set[bool]] = {}
@@ -218,7 +218,8 @@ class FusedScoreTerm:
                 for prompt, alive in zip(micro.prompts, has_weight.tolist(), strict=True):
                     live.setdefault(prompt, set()).add(alive)
                 sequences, dropped = sequences + int(has_weight.sum()), dropped + int((~has_weight).sum())
-                values = torch.stack([micro.entropies, micro.lengths], 1).cpu() * has_weight[:, None]
+                values = torch.stack([micro.entropies, micro.lengths, torch.ones_like(micro.lengths)], 1).cpu()
+                values *= has_weight.cpu()[:, None]
                 kept.index_add_(0, micro.folds.cpu(), values)
             if any(len(kinds) > 1 for kinds in live.values()):
                 trouble = "some completions of a prompt have no weight in the loss while others do"
@@ -235,7 +236,7 @@ class FusedScoreTerm:
         lengths = {name: s[1] for name, s in sums.items()}
         gradient = {name: (weighted[name] - h * lengths[name]) / all_tokens for name in sums}
         return FusedScore(
-            FoldGradients(gradient, self._sharing),
+            FoldGradients(gradient, self._sharing, kept[:, 2] / kept[:, 2].sum()),
             FoldGradients({name: s[2] for name, s in sums.items()}, self._sharing),
             sequences,
             dropped,
