@@ -22,6 +22,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.forward import evaluation_mode, input_device
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
+from rl_training.text_tokenizer import text_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ class CollectionCounts:
 def sampling_law(
     model: nn.Module, tokenizer: Any, temperature: float, max_completion_length: int, top_k: int = 0, top_p: float = 1.0
 ) -> SamplingLaw:
-    """The law with the model's own end-of-sequence tokens (all of them, as generation stops at any)."""
+    """The law with the model's own end-of-sequence tokens (all of them, as generation stops at any).
+
+    tokenizer: or a processor that holds one.
+    """
+    tokenizer = text_tokenizer(tokenizer)
     config_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = config_ids if isinstance(config_ids, list | tuple) else [config_ids]
     eos = {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}

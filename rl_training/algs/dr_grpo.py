@@ -25,6 +25,8 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
+from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
+from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.algs.rollout_record import write_rollouts
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
@@ -131,6 +133,8 @@ class DrGRPOTrainer(GRPOTrainer):
             raise UserError(
                 "train_dataset has no column 'prompt_index': number the prompts, so that sequences can be traced"
             )
+        if (kind := row_beyond_text(self.train_dataset[0])) is not None:
+            raise UserError(refusal([kind], "DrGRPOTrainer"))
         self.pass_rates = PassRates(len(self.train_dataset), self.args.pass_threshold)
         self._learning_rates = LearningRateRecorder()
         self.add_callback(self._learning_rates)
@@ -176,7 +180,7 @@ class DrGRPOTrainer(GRPOTrainer):
 
     def _generate_round(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         try:
-            return super()._generate_and_score_completions(rows)
+            output = super()._generate_and_score_completions(rows)
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
@@ -184,6 +188,9 @@ class DrGRPOTrainer(GRPOTrainer):
                 f"the policy gave NaN or infinite logits at step {self.state.global_step + 1}: training has diverged; lower the "
                 "learning rate, or go on from an earlier checkpoint"
             ) from error
+        if more := beyond_text(output, TEXT_INPUTS):
+            raise UserError(refusal(sorted(more), "DrGRPOTrainer"))
+        return output
 
     def _judge_round(
         self, number: int, drawn: list[int], chances: list[float], needed: int, earlier: list[GeneratedGroup]
@@ -226,7 +233,7 @@ class DrGRPOTrainer(GRPOTrainer):
         device = output["advantages"].device
         index = [int(dataset[group.prompt]["prompt_index"]) for group in kept for _ in group.rows]
         output["prompt_index"] = torch.tensor(index, device=device)  # travels with each sequence through TRL's shuffle
-        lengths = output["completion_mask"].sum(1)
+        lengths = loss_mask(output).sum(1)
         constant = float(self.max_completion_length)
         divisor = torch.full_like(output["advantages"], constant)
         if self.args.length_normalizer == "prompt_longest":
@@ -268,7 +275,7 @@ class DrGRPOTrainer(GRPOTrainer):
         for group in groups:
             output, place = outputs[group.round], place_in_buffer.get(id(group))
             for k, row in enumerate(group.rows):
-                tokens = output["completion_ids"][row][output["completion_mask"][row].bool()].tolist()
+                tokens, drawn = completion_of_row(output, row)
                 in_buffer = None if place is None else place * self.num_generations + k
                 rows.append(
                     {
@@ -280,6 +287,7 @@ class DrGRPOTrainer(GRPOTrainer):
                         "draw_probability": group.draw_probability,
                         "prompt_ids": output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist(),
                         "completion_ids": tokens,
+                        "completion_mask": None if drawn is None else list(drawn),
                         "completion": self._tokenizer.decode(tokens, skip_special_tokens=True),
                         "reward": group.rewards[k],
                         "advantage": None if in_buffer is None else advantages[in_buffer],
@@ -288,10 +296,13 @@ class DrGRPOTrainer(GRPOTrainer):
                 )
         self.unfiltered_rollouts = [
             RolloutSequence(
-                tuple(row["prompt_ids"]), tuple(row["completion_ids"]), log_prior=-math.log(row["draw_probability"])
+                tuple(row["prompt_ids"]),
+                tuple(row["completion_ids"]),
+                log_prior=-math.log(row["draw_probability"]),
+                drawn=None if row["completion_mask"] is None else tuple(row["completion_mask"]),
             )
             for row in rows
-            if row["round"] == 0
+            if row["round"] == 0 and (row["completion_mask"] is None or any(row["completion_mask"]))
         ]
         rows = gather_object(rows)
         if self.accelerator.is_main_process:

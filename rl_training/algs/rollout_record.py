@@ -1,7 +1,8 @@
 """The parquet record of one step's sequences: `<run>/rollouts/step-000040.parquet`, one row a generated sequence.
 
 Neither TRL nor a checkpoint keeps what a step trained on. status is "trained", "filler" (kept without gradient, because
-refilling ran out) or "rejected"; advantage and weight are null where rejected.
+refilling ran out) or "rejected"; advantage and weight are null where rejected. completion_mask: which tokens of
+completion_ids the policy drew (the others came from tools or an environment), null where it drew all; older files lack it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SCHEMA = pa.schema(
         ("draw_probability", pa.float64()),
         ("prompt_ids", pa.list_(pa.int64())),
         ("completion_ids", pa.list_(pa.int64())),
+        ("completion_mask", pa.list_(pa.bool_())),
         ("completion", pa.string()),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),

@@ -20,7 +20,8 @@ class RolloutSequence:
     """One generated sequence.
 
     drawn_score: its log-probability under the policy that drew it, None where that is today's. log_prior: minus the log of
-    the probability with which its prompt was drawn. advantage, weight: A_i and w_i in the loss; NaN where unknown.
+    the probability with which its prompt was drawn. advantage, weight: A_i and w_i in the loss; NaN where unknown. drawn:
+    which tokens of the completion the policy drew; None where it drew every one.
     """
 
     prompt_ids: tuple[int, ...]
@@ -29,6 +30,7 @@ class RolloutSequence:
     weight: float = math.nan
     drawn_score: float | None = None
     log_prior: float = 0.0
+    drawn: tuple[bool, ...] | None = None
 
 
 def choose(
@@ -67,6 +69,7 @@ def to_batch(sequences: Sequence[RolloutSequence], law: SamplingLaw) -> Sequence
         [index.setdefault(s.prompt_ids, len(index)) for s in sequences],
         law.pad_token_id,
         law.temperature,
+        [s.drawn for s in sequences],
     )
 
 

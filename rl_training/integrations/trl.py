@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import GRPOTrainer
 
 from entropy_core.work_sharing import WorkSharing
+from rl_training.algs.drawn_tokens import loss_mask
 from rl_training.algs.entropy_change import EntropyChange
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.algs.fused_score import FusedScoreTerm
@@ -31,9 +32,11 @@ from rl_training.algs.rollout_sequences import (
 )
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
+from rl_training.integrations.fresh_prompts import refuse_prompts
 from rl_training.integrations.probe_metrics import metrics_of, running_totals
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.sampling import SamplingLaw, draw, sampling_law
+from rl_training.text_tokenizer import text_tokenizer
 from rl_training.training_console import ProbeConsole
 
 # Of an endless stream of prompts the probe keeps so many to draw from.
@@ -54,7 +57,8 @@ def attach_entropy_probe(
     rows: prompts to draw from under `rollouts: fresh`, dicts with `prompt` (text or chat messages); by default those of the
     trainer's evaluation set, or else of its training set. console: print a line a logged step to standard error.
 
-    Raises UserError where fresh rollouts are asked for and the trainer has no prompts. An optimizer whose step cannot be
+    Raises UserError where fresh rollouts are asked for and the trainer has no prompts, prompts of more than text, or tools or an
+    environment, which cannot be run for them. An optimizer whose step cannot be
     split shows at the first step, and is dealt with by `config.on_error`.
     """
     config = config or EntropyProbeConfig()
@@ -80,6 +84,7 @@ def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None) -> lis
         rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
     if not rows:
         raise UserError("the entropy probe has no prompts to draw from: give it held-out rows")
+    refuse_prompts(trainer, rows)
     return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
 
 
@@ -139,7 +144,7 @@ class EntropyProbeCallback(TrainerCallback):
 
     def _begin_micro_batch(self, inputs: dict[str, Any]) -> None:
         if self._fused is not None and self._probing:
-            self._fused.begin(prompts_of(inputs), inputs["completion_mask"])
+            self._fused.begin(prompts_of(inputs), loss_mask(inputs))
 
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -197,7 +202,9 @@ class EntropyProbeCallback(TrainerCallback):
         seed = int(rng.integers(2**31)) + self._sharing.rank
         drawn = []
         if rows:
-            found = draw(self._model, self._trainer.processing_class, rows, each, self._law, seed, "evaluation")
+            found = draw(
+                self._model, text_tokenizer(self._trainer.processing_class), rows, each, self._law, seed, "evaluation"
+            )
             pairs = zip(found.prompt_ids, found.completion_ids, strict=True)
             drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
         return gather_object(drawn)

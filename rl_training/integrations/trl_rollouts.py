@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rl_training.algs.drawn_tokens import GeneratedMasks, drawn_completions, loss_mask
+from rl_training.algs.model_inputs import ModelInputs, refusal
 from rl_training.algs.rollout_sequences import RolloutSequence
+from rl_training.text_tokenizer import text_tokenizer
 
 # Losses that are sums of w_i S_i while the policy is the one that drew the sequences.
 _LINEAR_LOSSES = ("dr_grpo", "grpo", "bnpo", "dapo")
@@ -30,44 +32,68 @@ class StepRollouts:
     def __init__(self, trainer: Any, on_micro_batch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._trainer = trainer
         self._micro_batches: list[dict[str, Any]] = []
+        self._masks, self._beyond_text = GeneratedMasks(trainer), set[str]()
+        tokenizer = text_tokenizer(getattr(trainer, "processing_class", None))
+        self._pad_token_id: int | None = getattr(tokenizer, "pad_token_id", None)
+        model = getattr(trainer, "model", None)
+        watch = ModelInputs(None if model is None else trainer.accelerator.unwrap_model(model))
         original = trainer.compute_loss
 
         def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model.training:
-                self._micro_batches.append(_tokens_and_advantages(inputs, trainer.args.max_completion_length))
+                # Read before the forward pass and turned into sequences after the step, so that training goes on undisturbed.
+                self._micro_batches.append(dict(inputs))
                 if on_micro_batch is not None:
                     on_micro_batch(inputs)
-            return original(model, inputs, *args, **kwargs)
+                watch.begin()
+            loss = original(model, inputs, *args, **kwargs)
+            if model.training:
+                self._beyond_text.update(watch.beyond_text(inputs))
+            return loss
 
         trainer.compute_loss = compute_loss
 
     def clear(self) -> None:
-        self._micro_batches = []
+        self._micro_batches, self._beyond_text = [], set()
 
     def take(self) -> tuple[list[RolloutSequence], list[RolloutSequence]]:
-        """(generated, trained): the step's sequences before rejection and those in its loss, of all processes."""
-        trained, self._micro_batches = self._trained(), []
+        """(generated, trained): the step's sequences before rejection and those in its loss, of all processes.
+
+        Sequences in which the policy drew nothing are left out. Raises ValueError where the model got more than tokens, or
+        where it is not known which tokens were drawn, in all processes alike.
+        """
+        trouble, trained = None, []
+        try:
+            if self._beyond_text:
+                raise ValueError(refusal(sorted(self._beyond_text), "the entropy probe"))
+            read = [self._read(inputs) for inputs in self._micro_batches]
+        except ValueError as error:
+            trouble, read = str(error), []
+        self.clear()
+        everywhere = gather_object([(trouble, sum(sum(m["lengths"]) for m in read))])
+        if troubles := [found for found, _ in everywhere if found is not None]:
+            raise ValueError(troubles[0])
+        trained = gather_object(self._trained(read, sum(tokens for _, tokens in everywhere)))
         unfiltered = getattr(self._trainer, "unfiltered_rollouts", None)
-        trained = gather_object(trained)
         generated = trained if unfiltered is None else gather_object(list(unfiltered))
         return generated, trained
 
-    def _trained(self) -> list[RolloutSequence]:
-        args, accumulated = self._trainer.args, len(self._micro_batches)
+    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        longest = self._trainer.args.max_completion_length
+        completions = drawn_completions(inputs, longest, self._pad_token_id, self._masks)
+        return {**_tokens_and_advantages(inputs), "completions": completions}
+
+    def _trained(self, micro_batches: list[dict[str, Any]], tokens_everywhere: int) -> list[RolloutSequence]:
+        args, accumulated = self._trainer.args, len(micro_batches)
         out: list[RolloutSequence] = []
-        tokens = sum(sum(m["lengths"]) for m in self._micro_batches)
-        foreign = any(m["foreign"] for m in self._micro_batches)
-        everywhere = gather_object([(tokens, foreign)])
-        if any(foreign for _, foreign in everywhere):
-            raise ValueError(
-                "completions hold tokens that the policy did not draw (tool results): the probe cannot tell them"
-            )
-        tokens_everywhere = sum(tokens for tokens, _ in everywhere)
         processes = self._trainer.accelerator.num_processes
         linear = args.loss_type in _LINEAR_LOSSES and args.beta == 0.0
-        for m in self._micro_batches:
+        for m in micro_batches:
             rows, its_tokens = len(m["lengths"]), sum(m["lengths"])
             for row, length in enumerate(m["lengths"]):
+                completion = m["completions"][row]
+                if not completion.ids or (completion.drawn is not None and not any(completion.drawn)):
+                    continue
                 per_token = {
                     "dr_grpo": rows * float(args.max_completion_length) * accumulated * processes,
                     "grpo": rows * length * accumulated * processes,
@@ -80,10 +106,11 @@ class StepRollouts:
                 out.append(
                     RolloutSequence(
                         tuple(m["prompt_ids"][row]),
-                        tuple(m["completion_ids"][row]),
+                        tuple(completion.ids),
                         m["advantages"][row],
                         weight,
                         m["drawn_scores"][row],
+                        drawn=completion.drawn,
                     )
                 )
         return out
@@ -94,9 +121,9 @@ def prompts_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(ids) for ids in _unpadded(inputs["prompt_ids"], inputs["prompt_mask"].bool())]
 
 
-def _tokens_and_advantages(inputs: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Lists, one entry a sequence; lengths: tokens in the loss. foreign: whether completions hold others than drawn tokens."""
-    mask, old, tools = inputs["completion_mask"].bool(), inputs.get("old_per_token_logps"), inputs.get("tool_mask")
+def _tokens_and_advantages(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Lists, one entry a sequence; lengths: tokens in the loss."""
+    mask, old = loss_mask(inputs), inputs.get("old_per_token_logps")
     lengths = mask.sum(1)
     advantages = inputs["advantages"].float()
     if advantages.dim() > 1:  # one for each token: what they have in common is their mean
@@ -107,20 +134,10 @@ def _tokens_and_advantages(inputs: dict[str, Any], longest: int) -> dict[str, An
         scores = [value if length else None for value, length in zip(values, lengths.tolist(), strict=True)]
     return {
         "prompt_ids": _unpadded(inputs["prompt_ids"], inputs["prompt_mask"].bool()),
-        "completion_ids": _unpadded(inputs["completion_ids"], _drawn(mask, longest)),
         "advantages": advantages.tolist(),
         "drawn_scores": scores,
         "lengths": lengths.tolist(),
-        "foreign": tools is not None and bool((mask & ~tools.bool()).any()),
     }
-
-
-def _drawn(mask: Tensor, longest: int) -> Tensor:
-    """(n, L) bool, the tokens that were drawn: `mask`, but where it is empty (mask_truncated_completions) a whole completion,
-    cut at `longest` tokens. Leaving those out would leave out the policy's long completions.
-    """
-    cut = torch.arange(mask.shape[1], device=mask.device) < longest
-    return torch.where(mask.any(1, keepdim=True), mask, cut)
 
 
 def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:

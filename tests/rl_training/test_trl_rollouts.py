@@ -132,18 +132,6 @@ def test_advantages_of_tokens_are_averaged_over_them() -> None:
     assert [s.advantage for s in trained] == [2.0, 2.0]
 
 
-def test_tokens_that_the_policy_did_not_draw_are_refused() -> None:
-    inputs = micro_batch([2, 4])
-    inputs["tool_mask"] = torch.ones(2, 5)
-    trainer = fake_trainer()
-    pass_through(trainer, StepRollouts(trainer), [inputs])
-    inputs["tool_mask"][1, 4] = 0
-    pass_through(trainer, StepRollouts(trainer), [inputs])
-    inputs["tool_mask"][1, 2] = 0
-    with pytest.raises(ValueError, match="tool results"):
-        pass_through(trainer, StepRollouts(trainer), [inputs])
-
-
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo"])
 def test_minus_the_weights_times_the_scores_is_the_trainers_own_gradient(tiny_policy, tmp_path, loss_type: str) -> None:
     """Of TRL's trainer, before clipping; with two generations' micro-batches a step and cut completions masked out."""
