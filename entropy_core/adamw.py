@@ -53,9 +53,13 @@ class AdamWUpdate:
 
 
 def read_adamw_state(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+    others: bool = False,
 ) -> dict[str, AdamWParameterState]:
     """Name -> state, mapped by identity of the parameters; tensors are shared with the optimizer, not copied.
+
+    others: the optimizer may hold further parameters, and may lack some of the names, which then are in no entry.
 
     A parameter without state yet (before its first step) gets zero moments and step 0. Wrappers with an `.optimizer`
     (accelerate's) are opened.
@@ -74,6 +78,8 @@ def read_adamw_state(
         _check_group(optimizer, group)
         for p in group["params"]:
             name = names.get(id(p))
+            if name is None and others:
+                continue
             if name is None:
                 raise ValueError(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not among the given names: pass "
@@ -81,7 +87,7 @@ def read_adamw_state(
                 )
             states[name] = _parameter_state(name, p, optimizer.state.get(p, {}), group)
     missing = [name for name, p in pairs if p.requires_grad and name not in states]
-    if missing:
+    if missing and not others:
         raise ValueError(
             f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted"
         )

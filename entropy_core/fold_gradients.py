@@ -7,6 +7,9 @@ for any direction d, a step or a part of one. n_f of the n sequences are in fold
 equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
 over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
 
+g_f comes from per-sequence rows in one pass over all folds (which is held against autograd, entropy_core.fold_rows), or,
+where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
+
 Source: docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
+from entropy_core.fold_rows import FoldRows
 from entropy_core.forward import evaluation_mode, true_embedding_gradients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.output_head import completion_values
@@ -31,6 +35,9 @@ from entropy_core.work_sharing import WorkSharing
 
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
 _STRETCH = 2**15
+
+# How a model says that taps and row-wise derivatives do not suit it (vmap raises RuntimeError).
+_ROWS_FAIL = (ValueError, RuntimeError, TypeError, NotImplementedError)
 
 Buckets = Callable[[SequenceBatch], list[Bucket]]
 Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
@@ -127,32 +134,119 @@ def fold_gradients(
     buckets: Buckets,
     folds: int = 8,
     sharing: WorkSharing | None = None,
+    rows: FoldRows | None = None,
 ) -> tuple[list[FoldGradients], TokenStatistics]:
     """One FoldGradients for each objective and the batch's token statistics, from one forward pass and a backward pass each.
 
     objectives: from the statistics of the whole batch to coefficients whose *mean over sequences* is meant
     (entropy_core.entropy). buckets: how rows are laid out (length_buckets, or shared_prefix_buckets). folds: at most as many
-    as there are prompts are used; below 2 plain autograd is, which suits any model and yields no error.
+    as there are prompts are used; below 2 there is no error. rows: what is known of this model's rows, for several calls;
+    afterwards `rows.failure` says why plain passes over each fold were made, if they were.
     (Coefficients need the whole batch's statistics, so several buckets take a forward pass for them first.)
-
-    Raises ValueError where rows cannot be formed (entropy_core.gradients); `folds=1` covers such models.
     """
-    sharing = sharing or WorkSharing()
-    pieces = _own_buckets(batch, buckets, sharing)
-    parameters = trainable_parameters(model)
+    sharing, rows = sharing or WorkSharing(), rows or FoldRows()
+    work = _Work(model, trainable_parameters(model), batch, objectives, sharing)
     count = max(1, min(folds, len(batch.prompt_index.unique())))
     fold_of = fold_of_sequences(batch.prompt_index, count)
+    whole = _own_buckets(batch, buckets, sharing)
+    rows.begin(work.parameters)
     with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
-        kept = _Forward(model, parameters, batch, pieces[0], count > 1) if len(pieces) == 1 else None
-        statistics = _summed(kept.statistics() if kept is not None else _statistics(model, batch, pieces), sharing)
-        wanted = [c.scaled(1.0 / len(batch)) for c in objectives(statistics)]
-        found = [_zeros(parameters, count) for _ in wanted]
-        if kept is not None:
-            kept.backward(wanted, fold_of, found)
-        else:
-            for piece in pieces:
-                _Forward(model, parameters, batch, piece, count > 1).backward(wanted, fold_of, found)
-    return [FoldGradients(f, sharing, fold_shares(fold_of, count)) for f in found], statistics
+        known = rows.failure
+        if count > 1 and known is None:
+            found = _by_rows(work, whole, fold_of, count, rows)
+            if found is not None:
+                return found
+        pieces = _pieces_of_folds(batch, buckets, sharing, fold_of, count) if count > 1 else whole
+        try:
+            return _by_passes(work, pieces, fold_of, count, keep=len(whole) == 1)
+        except Exception:
+            rows.failure = known  # what failed both ways says nothing of rows
+            raise
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every way to take gradients needs."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    batch: SequenceBatch
+    objectives: Objectives
+    sharing: WorkSharing
+
+    def forward(self, bucket: Bucket, rows: bool) -> _Forward:
+        return _Forward(self.model, self.parameters, self.batch, bucket, rows)
+
+    def statistics(self, kept: Sequence[_Forward], pieces: Sequence[Bucket]) -> TokenStatistics:
+        """Of the whole batch, out of passes that were made already where there are some."""
+        own = _together([f.statistics() for f in kept]) if kept else _statistics(self.model, self.batch, pieces)
+        return _summed(own, self.sharing)
+
+    def coefficients(self, statistics: TokenStatistics) -> list[TokenCoefficients]:
+        return [c.scaled(1.0 / len(self.batch)) for c in self.objectives(statistics)]
+
+
+def _by_rows(
+    work: _Work, pieces: Sequence[Bucket], fold_of: Tensor, count: int, rows: FoldRows
+) -> tuple[list[FoldGradients], TokenStatistics] | None:
+    """From per-sequence rows, checked; None, and `rows.failure` set, where they cannot be formed or do not add up.
+
+    All processes come to the same answer: what one cannot do, none does.
+    """
+    kept: list[_Forward] = []
+    trouble: str | None = None
+    try:
+        if len(pieces) == 1:
+            kept = [work.forward(pieces[0], True)]
+    except _ROWS_FAIL as error:
+        trouble = str(error)
+    if _any_fails(work, rows, trouble):
+        return None
+    statistics = work.statistics(kept, pieces)
+    wanted = work.coefficients(statistics)
+    found = [_zeros(work.parameters, count) for _ in wanted]
+    try:
+        for number, piece in enumerate(pieces):
+            forward = kept.pop() if kept else work.forward(piece, True)
+            forward.backward(wanted, fold_of, found, rows if number == 0 else None)
+    except _ROWS_FAIL as error:
+        trouble = str(error)
+    if _any_fails(work, rows, trouble):
+        return None
+    return [FoldGradients(f, work.sharing, fold_shares(fold_of, count)) for f in found], statistics
+
+
+def _any_fails(work: _Work, rows: FoldRows, trouble: str | None) -> bool:
+    if not work.sharing.any(trouble is not None, work.batch.device):
+        return False
+    rows.fail(trouble or "another process could not form per-sequence gradients")
+    return True
+
+
+def _by_passes(
+    work: _Work, pieces: Sequence[Bucket], fold_of: Tensor, count: int, keep: bool
+) -> tuple[list[FoldGradients], TokenStatistics]:
+    """By plain autograd, each piece of one fold alone. keep: the graphs of all pieces may live side by side."""
+    kept = [work.forward(piece, False) for piece in pieces] if keep else []
+    statistics = work.statistics(kept, pieces)
+    wanted = work.coefficients(statistics)
+    found = [_zeros(work.parameters, count) for _ in wanted]
+    kept.reverse()
+    for piece in pieces:
+        forward = kept.pop() if kept else work.forward(piece, False)
+        forward.backward(wanted, fold_of, found)
+        del forward  # its graph, before the next piece makes its own
+    return [FoldGradients(f, work.sharing, fold_shares(fold_of, count)) for f in found], statistics
+
+
+def _pieces_of_folds(
+    batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing, fold_of: Tensor, count: int
+) -> list[Bucket]:
+    """This process's buckets, each with sequences of one fold."""
+    mine = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
+    mine[sharing.mine(batch.prompt_index)] = True
+    members = [(mine & (fold_of == fold)).nonzero()[:, 0] for fold in range(count)]
+    return [piece for some in members if len(some) for piece in _placed(buckets(batch.select(some)), some)]
 
 
 def shared_statistics(
@@ -168,8 +262,12 @@ def _own_buckets(batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing) -
     if sharing.size == 1:
         return buckets(batch)
     mine = sharing.mine(batch.prompt_index)
-    pieces = buckets(batch.select(mine)) if len(mine) else []
-    return [replace(piece, indices=mine[piece.indices], sequences=mine[piece.sequences]) for piece in pieces]
+    return _placed(buckets(batch.select(mine)), mine) if len(mine) else []
+
+
+def _placed(pieces: Sequence[Bucket], chosen: Tensor) -> list[Bucket]:
+    """Buckets of `batch.select(chosen)` with places of the batch itself."""
+    return [replace(piece, indices=chosen[piece.indices], sequences=chosen[piece.sequences]) for piece in pieces]
 
 
 def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]) -> TokenStatistics:
@@ -188,6 +286,12 @@ def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]
 
 def _summed(own: TokenStatistics, sharing: WorkSharing) -> TokenStatistics:
     return TokenStatistics(sharing.sum(own.logprobs), sharing.sum(own.entropies))
+
+
+def _together(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+    """Statistics of pieces that have no sequence in common, each zero outside its own."""
+    logprobs, entropies = (torch.stack([getattr(p, n) for p in parts]).sum(0) for n in ("logprobs", "entropies"))
+    return TokenStatistics(logprobs, entropies)
 
 
 class _Forward:
@@ -218,8 +322,15 @@ class _Forward:
         return self._logprobs, self._entropies
 
     def backward(
-        self, wanted: Sequence[TokenCoefficients], fold_of: Tensor, found: Sequence[dict[str, Tensor]]
+        self,
+        wanted: Sequence[TokenCoefficients],
+        fold_of: Tensor,
+        found: Sequence[dict[str, Tensor]],
+        checked: FoldRows | None = None,
     ) -> None:
+        """Add this bucket's part of every objective to `found`. checked: holds the first one's rows against autograd; the
+        sums in `found` must be those of this bucket alone.
+        """
         at, rows = (self._bucket.sequences, self._bucket.columns), fold_of[self._bucket.indices]
         for number, (coefficients, into) in enumerate(zip(wanted, found, strict=True)):
             objective = weighted_sum(self._logprobs, self._entropies, coefficients, at)
@@ -229,14 +340,18 @@ class _Forward:
                 def add(name: str, r: Tensor, into: dict[str, Tensor] = into) -> None:
                     into[name].index_add_(0, rows, r.to(into[name]))
 
-                self._taps.backward(objective, add, keep)
+                names = checked.unseen() if checked is not None and number == 0 else []
+                gradients = self._taps.backward(objective, add, keep, [self._parameters[n] for n in names])
+                if names:
+                    assert checked is not None
+                    checked.check(into, names, gradients)
                 continue
             values = torch.autograd.grad(
                 objective, list(self._parameters.values()), retain_graph=keep, allow_unused=True
             )
             for name, value in zip(self._parameters, values, strict=True):
                 if value is not None:
-                    into[name][0] += value
+                    into[name][rows[0]] += value  # all of one fold
 
 
 def _zeros(parameters: Mapping[str, Tensor], folds: int) -> dict[str, Tensor]:

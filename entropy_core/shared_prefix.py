@@ -174,18 +174,45 @@ def _shared_bucket(rows: list[_Row], device: torch.device) -> Bucket:
     )
 
 
+def tells_of_sharing(batch: SequenceBatch) -> bool:
+    """Whether `shares_prefixes` can find out anything on this batch: some completion must stand, with more than its last token,
+    before another one of its prompt that has a token to see it with.
+    """
+    return any(_seen_tokens(batch, group) for group in _of_prompts(batch, DEFAULT_TOKEN_BATCH_SIZE))
+
+
+def _seen_tokens(batch: SequenceBatch, group: list[int]) -> int:
+    """Tokens of other completions that one of this row's completions would see in a model that does not keep them apart.
+
+    A completion's last token is not in the row, and its first is predicted from the prompt.
+    """
+    most, before, lengths = 0, 0, _stretches(batch)
+    for length in (lengths[n] for n in group):
+        most = max(most, before if length > 1 else 0)
+        before += length - 1
+    return most
+
+
 def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
-    """Whether this model gives the same numbers on shared rows: tried on the longest sequences of `batch`.
+    """Whether this model gives the same numbers on shared rows: tried on the longest sequences of `batch`, and on the prompt
+    whose completions would see most of each other (in a recurrent model or one with convolutions, say).
 
     The answer holds for sequences no longer than these: a sliding window, which a mask of one's own takes off, shows on
-    longer ones alone. False as well where the model refuses such rows, or where no prompt has two completions (nothing would
-    be saved).
+    longer ones alone. False as well where the model refuses such rows, or where nothing can be told (`tells_of_sharing`).
     """
     groups, lengths = _of_prompts(batch, DEFAULT_TOKEN_BATCH_SIZE), batch.scored_lengths
-    sharing = [group for group in groups if len(group) > 1]
+    sharing = [group for group in groups if _seen_tokens(batch, group)]
     if not sharing:
         return False
-    tried = {tuple(max(some, key=lambda group: int(lengths[group].max()))) for some in (sharing, groups)}
+
+    def longest(group: list[int]) -> int:
+        return int(lengths[group].max())
+
+    tried = {
+        tuple(max(sharing, key=lambda group: _seen_tokens(batch, group))),
+        tuple(max(sharing, key=longest)),
+        tuple(max(groups, key=longest)),
+    }
     part = batch.select([n for group in tried for n in group])
     with torch.no_grad(), evaluation_mode(model):
         try:

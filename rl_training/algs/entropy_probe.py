@@ -3,6 +3,8 @@
     predicted   dh = <g, dtheta> = <g, dtheta_batch> + <g, dtheta_momentum> + <g, dtheta_decay>     (entropy_core.adamw)
     measured    h(theta_after) - h(theta_before) on the same tokens, reweighted                     (entropy_core.measurement)
 
+Of an optimizer whose step has no known parts the total alone is predicted, <g, theta_after - theta_before>.
+
 g is a running average of gradients of entropy per token, each taken on a few sequences of the policy (weighted to today's
 policy where an earlier one drew them); under `rollouts: current`, <g, dtheta_batch> takes the average before this step's
 sequences entered it. Knows no trainer: a model, a batch, an optimizer. It reads parameters, gradients and
@@ -19,8 +21,9 @@ Source: docs/theory/adamw-step.md, docs/theory/entropy-gradient.md.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,49 +33,40 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.entropy import (
     Estimator,
     TokenCoefficients,
-    effective_sample_size,
     entropy_coefficients,
     normalized_weights,
 )
-from entropy_core.fold_gradients import Buckets, FoldGradients, fold_estimate, fold_gradients, shared_statistics
+from entropy_core.fold_gradients import Buckets, FoldGradients, fold_gradients, shared_statistics
+from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
-from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
-from entropy_core.shared_prefix import shared_prefix_buckets, shares_prefixes
+from entropy_core.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
 from entropy_core.work_sharing import WorkSharing
 from rl_training.algs.entropy_change import ESTIMANDS, EntropyChange, StepParts
 from rl_training.algs.fused_score import FusedScore
+from rl_training.algs.observation import Observation
 from rl_training.algs.running_gradient import RunningGradient
 from rl_training.algs.step_attribution import TrainingSequences, clip_coefficient, step_shares
-from rl_training.algs.step_parts import check_step_taken, has_stepped, step_per_gradient, upcoming_step
+from rl_training.algs.step_parts import (
+    copies,
+    counterfactual,
+    has_stepped,
+    opened,
+    step_per_gradient,
+    turn_into_difference,
+    unexplained,
+    upcoming_step,
+    why_not_split,
+)
+from rl_training.algs.step_prediction import NO_CHANGE, StepPrediction, predicted_parts, token_predictors
 from rl_training.config import EntropyProbeConfig
+from rl_training.errors import UserError
 
 _PER_TOKEN, _PER_COMPLETION, _SCORE_FUNCTION, _SCORE_TERM = "token", "completion", "score function", "score term"
 
 # Beyond so many trained weights fewer folds are kept by default.
 _MANY_WEIGHTS = 50_000_000
-
-
-@dataclass(frozen=True)
-class _Observation:
-    """Tokens that are watched across one step. log_weights: (N,) today's policy against the law that drew them, or None."""
-
-    batch: SequenceBatch
-    statistics: TokenStatistics
-    log_weights: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    """What was predicted before the step, and what the step is checked against."""
-
-    parts: dict[str, StepParts]
-    same_tokens: float
-    predictors: dict[str, float]
-    shares: Tensor | None
-    before: dict[str, Tensor]
-    step: dict[str, Tensor]
 
 
 class SimpleEntropyProbe:
@@ -88,6 +82,8 @@ class SimpleEntropyProbe:
         self._sharing = sharing or WorkSharing()
         self._share_prefixes: bool | None = None
         self._longest_tried = 0
+        self._rows = FoldRows()
+        self._said: set[str] = set()
         self.folds = self._config.standard_error_folds
         if self.folds is None:
             trained = sum(p.numel() for p in trainable_parameters(model).values())
@@ -96,10 +92,11 @@ class SimpleEntropyProbe:
 
     def reset(self) -> None:
         """Forget everything observed, averages included, and free it."""
-        self._observation: _Observation | None = None
+        self._observation: Observation | None = None
         self._newest: dict[str, FoldGradients] = {}
         self._averages: dict[str, RunningGradient] = {}
-        self._prediction: _Prediction | None = None
+        self._prediction: StepPrediction | None = None
+        self._no_parts: str | None = None
 
     def memory_bytes(self) -> int:
         """The most that the probe holds beside activations: gradients in folds (newest and average) and the step's parts."""
@@ -161,11 +158,30 @@ class SimpleEntropyProbe:
         training: the sequences of the step, for `mode: attribution` and `predictors`. score: under `fused`, the step's score
         term (rl_training.algs.fused_score); the observed sequences then give the fixed-prefix term alone.
 
-        Raises ValueError for an optimizer that is not AdamW, or a loss that cannot be attributed.
+        Raises UserError where no trained parameter has a gradient here (the optimizer steps elsewhere), or where `fused` or
+        `preconditioning` ask for what this optimizer's step does not have; ValueError for a loss that cannot be attributed.
         """
         parameters, how = trainable_parameters(self._model), self._config.preconditioning
+        self._drop_averages_of_others(parameters)
+        why = self.examine(optimizer)
+        if not (self._newest or self._averages):
+            return
+        if all(p.grad is None for p in parameters.values()):
+            raise UserError(
+                "no trained parameter has a gradient before the optimizer steps: an optimizer that steps during the backward "
+                "pass (layer-wise, LOMO), or a sharded one, cannot be watched; choose one that steps after it"
+            )
+        rivals: dict[str, float] = {}
+        if self._config.predictors and training is not None:
+            rate, statistics = float(opened(optimizer).param_groups[0]["lr"]), self.statistics(training.batch)
+            rivals = token_predictors(statistics, training.batch, training.advantages, rate)
+        if why is not None:
+            if score is not None:
+                raise UserError(f"fused=true needs the parts of an AdamW step ({why}): set fused=false")
+            self._prediction = StepPrediction(copies(parameters), rivals)
+            return
         update = upcoming_step(parameters, optimizer, how)
-        if update is None or not (self._newest or self._averages):
+        if update is None:
             self._take_in_newest()
             return
         total = update.total()
@@ -189,31 +205,56 @@ class SimpleEntropyProbe:
                 scale = step_per_gradient(parameters, optimizer, how)
                 of_batch[_SCORE_TERM] = score.across_folds(scale, clip_coefficient(parameters, score.update.total()))
         if training is not None and self._config.mode == "attribution":
-            gradient = _value(self._averages[_PER_TOKEN]).total()
-            scale = step_per_gradient(parameters, optimizer, how)
-            shares = step_shares(self._model, training, gradient, scale, self._sharing)
+            shares = self._shares(parameters, optimizer, training)
         self._take_in_newest()
         parts = {
             key: predicted_parts(_value(average), update, of_batch.get(key)) for key, average in self._averages.items()
         }
         if score is not None:
             parts[_PER_TOKEN] = parts[_PER_TOKEN] + parts.pop(_SCORE_TERM)
-        predictors = self._rivals(parts, training, optimizer) if self._config.predictors else {}
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        self._prediction = _Prediction(parts, same_tokens, predictors, shares, before, total)
+        self._prediction = StepPrediction(copies(parameters), rivals, parts, total, same_tokens, shares)
 
-    def _rivals(
-        self, parts: dict[str, StepParts], training: TrainingSequences | None, optimizer: torch.optim.Optimizer
-    ) -> dict[str, float]:
-        out = {
-            "score_function": parts[_SCORE_FUNCTION].total.value,
-            "without_momentum": parts[_PER_TOKEN].batch.value,
-        }
-        if training is not None:
-            rate = float(optimizer.param_groups[0]["lr"])
-            statistics = self.statistics(training.batch)
-            out.update(token_predictors(statistics, training.batch, training.advantages, rate))
-        return out
+    def examine(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Why the steps of this optimizer have no known parts, said once; None where they have.
+
+        Raises UserError where `preconditioning` asks for a step that it does not take.
+        """
+        parameters, how = trainable_parameters(self._model), self._config.preconditioning
+        word = counterfactual(parameters, optimizer, how)
+        if word is not None:
+            self._say_once(word)
+        if how != "actual":
+            return None
+        why = why_not_split(parameters, optimizer) or self._no_parts
+        if why is not None:
+            self._say_no_parts(why)
+        return why
+
+    def _say_no_parts(self, why: str) -> None:
+        self._say_once(
+            f"{why}: `predicted` is the total along the step that is taken, without parts (batch, momentum, decay)"
+            + ("; there are no shares of training sequences" if self._config.mode == "attribution" else "")
+        )
+
+    def _shares(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, training: TrainingSequences
+    ) -> Tensor:
+        gradient = _value(self._averages[_PER_TOKEN]).total()
+        scale = step_per_gradient(parameters, optimizer, self._config.preconditioning)
+        shares = step_shares(self._model, training, gradient, scale, self._sharing, self._rows)
+        if self._rows.failure is not None:
+            self._say_once(
+                f"{_first_line(self._rows.failure)}; shares take a backward pass for each of {len(training.batch)} sequences "
+                "a step: use mode=simple if that is too long"
+            )
+        return shares
+
+    def _drop_averages_of_others(self, parameters: Mapping[str, Tensor]) -> None:
+        """Averages over another set of trainable parameters than today's predict nothing."""
+        for key in [k for k, average in self._averages.items() if _value(average).folds.keys() != parameters.keys()]:
+            del self._averages[key]
+        for key in [k for k, newest in self._newest.items() if newest.folds.keys() != parameters.keys()]:
+            del self._newest[key]
 
     def _take_in_newest(self) -> None:
         for key, gradient in self._newest.items():
@@ -226,12 +267,15 @@ class SimpleEntropyProbe:
         self._observation = self._prediction = None
         if made is None:
             return None
-        if self._config.preconditioning == "actual":
-            check_step_taken(made.before, trainable_parameters(self._model), made.step)
+        parts, same_tokens = self._of_step_taken(made)
+        predictors = dict(made.predictors)
+        if self._config.predictors:
+            predictors["score_function"] = parts[_SCORE_FUNCTION].total.value
+            predictors["without_momentum"] = parts[_PER_TOKEN].batch.value
         change = replace(
-            self._change(seen, made.parts[_PER_TOKEN], made.parts.get(_PER_COMPLETION)),
-            same_tokens=made.same_tokens,
-            predictors=made.predictors,
+            self._change(seen, parts[_PER_TOKEN], parts.get(_PER_COMPLETION)),
+            same_tokens=same_tokens,
+            predictors=predictors,
             shares=made.shares,
         )
         if seen is None:
@@ -244,6 +288,36 @@ class SimpleEntropyProbe:
                 seen.statistics, after, seen.batch, True, seen.log_weights
             ),
         )
+
+    def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float]:
+        """The prediction, its parts held against the step that was taken; and `same_tokens`."""
+        after, off = trainable_parameters(self._model), None
+        if made.parts and self._config.preconditioning == "actual":
+            off = unexplained(made.before, after, made.step)
+        if made.parts and off is None:
+            return made.parts, made.same_tokens
+        taken, lagged = made.before, self._config.rollouts == "current" and bool(self._averages)
+        moved = turn_into_difference(taken, after)
+        if off is not None and not moved:  # a scaler that met an overflow, say: there was no step
+            return dict.fromkeys(made.parts, NO_CHANGE), 0.0
+        if off is not None:
+            self._no_parts = (
+                f"the optimizer did not take the AdamW step that its state and gradients give (relative difference {off:.2g}): "
+                "another optimizer inside, weights in less than float32, or gradients that changed after they were read"
+            )
+            self._say_no_parts(self._no_parts)
+        same_tokens = math.nan  # the newest gradient is in the average already, where the step was split
+        if self._newest:
+            same_tokens = float(self._newest[_PER_TOKEN].along(taken).sum())
+        # As along a batch's own part: where there is an earlier gradient, this step's sequences do not meet themselves.
+        if not lagged:
+            self._take_in_newest()
+        parts = {key: StepParts.only_total(_value(a).predict(taken)) for key, a in self._averages.items()}
+        if _SCORE_TERM in parts:
+            both = (parts[_PER_TOKEN].total, parts.pop(_SCORE_TERM).total)
+            parts[_PER_TOKEN] = StepParts.only_total(both[0] + both[1])
+        self._take_in_newest()
+        return parts, same_tokens
 
     # ------------------------------------------------------------------ pieces
     def _objectives(self) -> dict[str, tuple[Estimator, bool]]:
@@ -261,7 +335,7 @@ class SimpleEntropyProbe:
         drawn_scores: Tensor | None,
         prior_log_weights: Tensor | None,
         wanted: Mapping[str, tuple[Estimator, bool]],
-    ) -> tuple[_Observation, dict[str, FoldGradients]]:
+    ) -> tuple[Observation, dict[str, FoldGradients]]:
         log_weights: Tensor | None = None
 
         def objectives(statistics: TokenStatistics) -> list[TokenCoefficients]:
@@ -274,14 +348,24 @@ class SimpleEntropyProbe:
             return [entropy_coefficients(statistics, batch, e, per_token, weights) for e, per_token in wanted.values()]
 
         found, statistics = fold_gradients(
-            self._model, batch, objectives, self._buckets(batch), self.folds, self._sharing
+            self._model, batch, objectives, self._buckets(batch), self.folds, self._sharing, self._rows
         )
-        return _Observation(batch, statistics, log_weights), dict(zip(wanted, found, strict=True))
+        if self._rows.failure is not None:
+            self._say_once(
+                f"{_first_line(self._rows.failure)}; predictions are right all the same, from one plain backward pass over "
+                "each fold of prompts in place of one over all (as many tokens, in smaller pieces)"
+            )
+        return Observation(batch, statistics, log_weights), dict(zip(wanted, found, strict=True))
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=4)
 
     def _buckets(self, batch: SequenceBatch) -> Buckets:
         longest = int(batch.scored_lengths.max())
         untried = self._share_prefixes is not False and longest > self._longest_tried
-        if untried and len(batch.prompt_index.unique()) < len(batch):
+        if untried and tells_of_sharing(batch):
             self._longest_tried = longest
             ours = shares_prefixes(self._model, batch)
             self._share_prefixes = not self._sharing.any(not ours, batch.device)
@@ -289,47 +373,17 @@ class SimpleEntropyProbe:
         return shared_prefix_buckets if known else length_buckets
 
     def _change(
-        self,
-        seen: _Observation | None,
-        per_token: StepParts,
-        per_completion: StepParts | None,
+        self, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None
     ) -> EntropyChange:
-        sequences, ess, entropy = 0, math.nan, math.nan
-        if seen is not None:
-            sequences = len(seen.batch)
-            weights = torch.ones(sequences, dtype=torch.float64)
-            if seen.log_weights is not None:
-                weights = normalized_weights(seen.log_weights).cpu()
-            ess = effective_sample_size(weights)
-            sums, lengths = seen.statistics.entropy_sums().cpu(), seen.batch.completion_lengths.cpu()
-            entropy = float((weights * sums).sum() / (weights * lengths).sum())
+        sequences, ess, entropy = (0, math.nan, math.nan) if seen is None else seen.size_and_entropy()
         name = self._config.estimator
         return EntropyChange(per_token, per_completion, name, ESTIMANDS[name], sequences, ess, entropy)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0] if text else "unknown error"
 
 
 def _value(average: RunningGradient) -> FoldGradients:
     assert average.value is not None  # an average exists once a gradient has entered it
     return average.value
-
-
-def token_predictors(
-    statistics: TokenStatistics, batch: SequenceBatch, advantages: Tensor, learning_rate: float
-) -> dict[str, float]:
-    """Rivals that need token statistics of the training sequences alone (entropy_core.predictors)."""
-    mask = batch.completion_mask
-    return {
-        "covariance": covariance_predictor(statistics.logprobs, mask, advantages, learning_rate),
-        "steer": steer_predictor(statistics.logprobs, statistics.entropies, mask, advantages, learning_rate),
-    }
-
-
-def predicted_parts(gradient: FoldGradients, update: AdamWUpdate, of_batch: Tensor | None = None) -> StepParts:
-    """Each part of the step along the gradient, with its error; of_batch: (F,) that of the batch part from elsewhere."""
-    batch = gradient.along(update.batch) if of_batch is None else of_batch
-    momentum, decay = gradient.along(update.momentum), gradient.along(update.weight_decay)
-    shares = gradient.shares
-    of_sum = shares if len(batch) == len(momentum) else None
-    estimates = [fold_estimate(batch, of_sum), fold_estimate(momentum, shares), fold_estimate(decay, shares)]
-    if len(batch) == len(momentum):
-        return StepParts(fold_estimate(batch + momentum + decay, shares), *estimates)
-    return StepParts(estimates[0] + fold_estimate(momentum + decay, shares), *estimates)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
-from entropy_core.gradients import stream_rows, trainable_parameters
+from entropy_core.fold_rows import FoldRows
+from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.work_sharing import WorkSharing
 
 # Cosine of the rebuilt with the real gradient below which the weights are not the loss's.
@@ -41,28 +42,50 @@ def step_shares(
     entropy_gradient: Mapping[str, Tensor],
     step_per_gradient: Mapping[str, Tensor],
     sharing: WorkSharing,
+    rows: FoldRows | None = None,
 ) -> Tensor:
     """(N,) float64 dh_i, nats per token, from one forward and backward pass over the training sequences.
 
-    `p.grad` must hold the loss gradient as the optimizer gets it. Raises ValueError where it is not linear in the scores.
+    rows: where `rows.failure` says that this model has no per-sequence rows, or becomes so here, one pass a sequence. `p.grad`
+    must hold the loss gradient as the optimizer gets it. Raises ValueError where it is not linear in the scores.
     """
     if training.weights is None:
         raise ValueError("shares need each sequence's weight in the loss, which is not known for this loss")
-    parameters = trainable_parameters(model)
+    parameters, rows = trainable_parameters(model), rows or FoldRows()
     mine = sharing.mine(training.batch.prompt_index)
     weights, device = training.weights.double(), training.batch.device
-    products = torch.zeros(len(training.batch), dtype=torch.float64, device=device)
-    rebuilt = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
-    if len(mine):
+    towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
 
-        def sink(_number: int, name: str, indices: Tensor, rows: Tensor) -> None:
-            which = mine[indices]
-            towards = (entropy_gradient[name] * step_per_gradient[name]).flatten()
-            products.index_add_(0, which, (rows.flatten(1) @ towards.to(rows)).double())
-            rebuilt[name] -= torch.einsum("n,n...->...", weights[which].to(rows), rows)
+    def nothing() -> tuple[Tensor, dict[str, Tensor]]:
+        zeros = {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()
+        }
+        return torch.zeros(len(training.batch), dtype=torch.float64, device=device), zeros
 
-        part = training.batch.select(mine)
-        stream_rows(model, part, [score_coefficients(part)], sink)
+    products, rebuilt = nothing()
+
+    def sink(_number: int, name: str, indices: Tensor, some: Tensor) -> None:
+        which = mine[indices.to(mine.device)]
+        products.index_add_(0, which, (some.flatten(1) @ towards[name].to(some)).double().to(device))
+        rebuilt[name] -= torch.einsum("n,n...->...", weights[which].to(some), some)
+
+    part = training.batch.select(mine) if len(mine) else None
+    rows.begin(parameters)
+    if rows.failure is None:
+        trouble = None
+        try:
+            if part is not None:
+                stream_rows(model, part, [score_coefficients(part)], sink)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            trouble = str(error)
+        if sharing.any(trouble is not None, device):
+            rows.fail(trouble or "another process could not form per-sequence gradients")
+            products, rebuilt = nothing()
+    if rows.failure is not None and part is not None:
+        for n in range(len(part)):
+            one = part.select([n])
+            for name, gradient in batch_gradients(model, one, [score_coefficients(one)])[0].items():
+                sink(0, name, torch.tensor([n]), gradient[None])
     products = sharing.sum(products)
     clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()})
     return clip * weights * products

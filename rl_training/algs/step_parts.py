@@ -1,17 +1,19 @@
 """The parts of the step that an optimizer is about to take, and whether it took them.
 
-    actual          AdamW's own step in its exact parts (entropy_core.adamw)
+    actual          AdamW's own step in its exact parts (entropy_core.adamw); of another optimizer the difference that
+                    the step made to the weights, theta_after - theta_before, which has no parts
     previous_step   -lr P_{t-1} g: P from the moments before the step, no momentum; known as soon as the gradient is
     none            -lr g: what a plain gradient step would be
 
 g is the gradient that the optimizer will see, after clipping. P is applied once: an update that was measured holds it already.
+A parameter that is in no group of the optimizer, or has no gradient, does not move.
 Source: docs/theory/adamw-step.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,72 @@ from entropy_core.adamw import (
     read_adamw_state,
     split_adamw_update,
 )
+from rl_training.errors import UserError
 
 Preconditioning = Literal["actual", "previous_step", "none"]
 
 # Relative size of what the split leaves over that rounding of float32 weights may explain, beside the rounding itself.
 _UNEXPLAINED = 1e-2
+
+# The classes whose step is known, and what their groups and states may hold: relatives share most of it and take another step.
+_ADAMW = (torch.optim.AdamW, torch.optim.Adam)
+_GROUP_KEYS = {
+    "params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
+    "fused", "decoupled_weight_decay", "initial_lr", "param_names",
+}  # fmt: skip
+_STATE_KEYS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def opened(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def why_not_split(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str | None:
+    """Why this optimizer's step has no known parts; None for AdamW (and Adam without coupled weight decay)."""
+    inner = opened(optimizer)
+    if type(inner) not in _ADAMW:
+        return f"{type(inner).__name__} is not AdamW, so its step has no known parts"
+    for group in inner.param_groups:
+        odd = [key for key, value in group.items() if key not in _GROUP_KEYS and not isinstance(value, str)]
+        if odd:
+            return f"a group of the optimizer has a setting {odd[0]!r}, which AdamW does not have"
+    for p in parameters.values():
+        odd = sorted(inner.state.get(p, {}).keys() - _STATE_KEYS)
+        if odd and not any(group.get("amsgrad") for group in inner.param_groups):
+            return f"the optimizer keeps {odd[0]!r} of a parameter, which AdamW does not"
+    try:
+        read_adamw_state(inner, parameters, others=True)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def is_plain_descent(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether -lr g is the step that is taken: SGD without momentum and decay."""
+    inner = opened(optimizer)
+    return type(inner) is torch.optim.SGD and not any(
+        group["momentum"] or group["weight_decay"] or group["maximize"] for group in inner.param_groups
+    )
+
+
+def counterfactual(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, preconditioning: Preconditioning
+) -> str | None:
+    """A sentence on what is predicted where that is not the step which the optimizer takes; None where it is.
+
+    Raises UserError where such a step would pass for one of another optimizer's.
+    """
+    if preconditioning == "actual" or (preconditioning == "none" and is_plain_descent(optimizer)):
+        return None
+    why, kind = why_not_split(parameters, optimizer), type(opened(optimizer)).__name__
+    if why is not None:
+        raise UserError(
+            f"preconditioning={preconditioning} predicts a step that {kind} does not take ({why}): use preconditioning=actual, "
+            "whose total is right for any optimizer"
+        )
+    step = "-lr g" if preconditioning == "none" else "-lr P g with the P before it"
+    return f"preconditioning={preconditioning} predicts a step {step}, not the one that {kind} takes"
 
 
 def upcoming_step(
@@ -38,50 +101,59 @@ def upcoming_step(
 
     None for `previous_step` before the optimizer's first step: there is no P yet.
 
-    Raises TypeError or ValueError for an optimizer that is not AdamW (entropy_core.adamw), except that `none` asks for
-    learning rates alone.
+    Raises UserError where the step has no known parts (`why_not_split`, `counterfactual`).
     """
-    gradients = {name: None if p.grad is None else p.grad.detach() for name, p in parameters.items()}
+    counterfactual(parameters, optimizer, preconditioning)
     if preconditioning == "none":
-        rates = _learning_rates(parameters, optimizer)
-        return _batch_only(
-            {n: torch.zeros_like(parameters[n]) if g is None else -rates[n] * g for n, g in gradients.items()}
-        )
-    state = read_adamw_state(optimizer, parameters)
+        return _plain_step(parameters, optimizer)
+    if (why := why_not_split(parameters, optimizer)) is not None:
+        raise UserError(why)
+    state = read_adamw_state(optimizer, parameters, others=True)
+    held = {name: parameters[name] for name in state}
+    gradients = {name: None if p.grad is None else p.grad.detach() for name, p in held.items()}
     if preconditioning == "actual":
-        return split_adamw_update(state, gradients, parameters)
+        parts = split_adamw_update(state, gradients, held)
+        return AdamWUpdate(
+            *(_everywhere(part, parameters) for part in (parts.batch, parts.momentum, parts.weight_decay))
+        )
     if any(s.step == 0 for s in state.values()):
         return None
-    return _batch_only(
-        {
-            n: torch.zeros_like(parameters[n]) if g is None else -state[n].lr * preconditioner(state[n]) * g
-            for n, g in gradients.items()
-        }
-    )
+    moving = {n: -state[n].lr * preconditioner(state[n]) * g for n, g in gradients.items() if g is not None}
+    return _batch_only(_everywhere(moving, parameters))
+
+
+def _plain_step(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> AdamWUpdate:
+    rates = _learning_rates(parameters, optimizer)
+    moving = {n: -rate * parameters[n].grad for n, rate in rates.items() if parameters[n].grad is not None}
+    return _batch_only(_everywhere(moving, parameters))
+
+
+def _everywhere(some: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with zeros for parameters that do not move, in the order of `parameters`."""
+    return {n: some[n].detach() if n in some else torch.zeros_like(p.detach()) for n, p in parameters.items()}
 
 
 def step_per_gradient(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, preconditioning: Preconditioning
 ) -> dict[str, Tensor]:
     """Name -> s, of the parameter's shape or a scalar, with  dtheta_batch = -s g  in `upcoming_step` of the same arguments."""
+    out = {name: torch.tensor(0.0, device=p.device) for name, p in parameters.items()}
     if preconditioning == "none":
         rates = _learning_rates(parameters, optimizer)
-        return {name: torch.tensor(rate, dtype=torch.float64) for name, rate in rates.items()}
-    out = {}
-    for name, state in read_adamw_state(optimizer, parameters).items():
+        return out | {name: torch.tensor(rate, dtype=torch.float64) for name, rate in rates.items()}
+    for name, state in read_adamw_state(optimizer, parameters, others=True).items():
         g = parameters[name].grad
         if preconditioning == "previous_step":
             out[name] = state.lr * preconditioner(state)
-        elif g is None:
-            out[name] = torch.tensor(0.0)
-        else:
+        elif g is not None:
             out[name] = batch_step_factor(state) * preconditioner(after_gradient(state, g.detach()))
     return out
 
 
 def has_stepped(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every parameter's moments have seen a step before the coming one."""
-    return all(state.step > 0 for state in read_adamw_state(optimizer, parameters).values())
+    """Whether the moments of every parameter that moves have seen a step before the coming one."""
+    states = read_adamw_state(optimizer, parameters, others=True)
+    return all(s.step > 0 for name, s in states.items() if parameters[name].grad is not None)
 
 
 def _batch_only(batch: dict[str, Tensor]) -> AdamWUpdate:
@@ -90,32 +162,39 @@ def _batch_only(batch: dict[str, Tensor]) -> AdamWUpdate:
 
 
 def _learning_rates(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    groups = getattr(optimizer, "optimizer", optimizer).param_groups
-    rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-    missing = [name for name, p in parameters.items() if id(p) not in rates]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted"
-        )
-    return {name: rates[id(p)] for name, p in parameters.items()}
+    rates = {id(p): float(group["lr"]) for group in opened(optimizer).param_groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in parameters.items() if id(p) in rates}
 
 
-def check_step_taken(before: Mapping[str, Tensor], after: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are now."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def turn_into_difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Make of `before`, in its own memory, what was added to it; whether anything was."""
+    moved = False
+    for name, start in before.items():
+        torch.sub(after[name].detach(), start, out=start)
+        moved = moved or bool(start.any())
+    return moved
+
+
+def unexplained(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> float | None:
     """Hold the step that was taken against its parts' sum; all three name -> tensor.
 
-    Raises ValueError where they differ by more than 1% of the step and the rounding of the weights. Weights below float32
-    round most of a step away, so nothing is asked of them.
+    The relative difference where it is more than 1% and the rounding of float32 (float64) weights; None where the parts are
+    the step. Weights of less precision round much of a step away, which is no longer the one that the parts are of.
     """
     left, size, rounding = 0.0, 0.0, 0.0
     for name, start in before.items():
-        if start.dtype not in (torch.float32, torch.float64):
-            return
         taken = after[name].detach() - start
-        left += float((taken - expected[name]).norm()) ** 2
-        size += float(expected[name].norm()) ** 2
-        rounding += (torch.finfo(start.dtype).eps * float(start.norm())) ** 2
-    if left**0.5 > _UNEXPLAINED * size**0.5 + rounding**0.5:
-        raise ValueError(
-            f"the optimizer did not take the AdamW step that its state and gradients give (relative difference "
-            f"{(left / max(size, 1e-300)) ** 0.5:.2g}): another optimizer, or gradients that changed after they were read"
-        )
+        left += float(torch.linalg.vector_norm(taken - expected[name], dtype=torch.float64)) ** 2
+        size += float(torch.linalg.vector_norm(expected[name], dtype=torch.float64)) ** 2
+        if start.dtype in (torch.float32, torch.float64):
+            rounding += (torch.finfo(start.dtype).eps * float(start.norm())) ** 2
+    if left**0.5 <= _UNEXPLAINED * size**0.5 + rounding**0.5:
+        return None
+    return (left / max(size, 1e-300)) ** 0.5

@@ -51,15 +51,15 @@ def attach_entropy_probe(
 ) -> EntropyProbeCallback:
     """Watch the entropy of any GRPOTrainer: logs `entropy_probe/...` with every step. Call it before `trainer.train()`.
 
-    The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is predicted is the step that
-    AdamW takes. Training stays bit-identical.
+    The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is predicted is the step that the
+    optimizer takes, AdamW's in its parts, any other's as a whole. Training stays bit-identical.
 
     rows: prompts to draw from under `rollouts: fresh`, dicts with `prompt` (text or chat messages); by default those of the
     trainer's evaluation set, or else of its training set. console: print a line a logged step to standard error.
 
     Raises UserError where fresh rollouts are asked for and the trainer has no prompts, prompts of more than text, or tools or an
-    environment, which cannot be run for them. An optimizer whose step cannot be
-    split shows at the first step, and is dealt with by `config.on_error`.
+    environment, which cannot be run for them; or for settings that the optimizer does not suit. An optimizer that is made by
+    `train()` is looked at in the first step, and there `config.on_error` decides.
     """
     config = config or EntropyProbeConfig()
     prompts = _prompts(trainer, rows) if config.rollouts == "fresh" else []
@@ -70,6 +70,8 @@ def attach_entropy_probe(
         int(trainer.args.max_completion_length),
     )
     callback = EntropyProbeCallback(trainer, prompts, law, config)
+    if trainer.optimizer is not None:
+        callback.examine(trainer.optimizer)
     trainer.add_callback(callback)
     if console:
         trainer.add_callback(ProbeConsole(callback.describe()))
@@ -124,6 +126,10 @@ class EntropyProbeCallback(TrainerCallback):
             f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts{every}, "
             f"{c.estimator.replace('_', ' ')} estimator, up to {megabytes:,.0f} MB beside activations"
         )
+
+    def examine(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say what cannot be told of this optimizer's steps. Raises UserError for settings that it does not suit."""
+        self._probe.examine(optimizer)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

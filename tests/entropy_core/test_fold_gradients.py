@@ -20,6 +20,7 @@ from entropy_core.fold_gradients import (
     fold_shares,
     shared_statistics,
 )
+from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import dot, entropy_gradient, entropy_rows
 from entropy_core.scores import token_statistics
 from entropy_core.shared_prefix import shared_prefix_buckets
@@ -226,14 +227,26 @@ class TwoInputs(nn.Module):
         return SimpleNamespace(logits=self.mix(hidden, hidden.tanh()))
 
 
-def test_the_plain_path_covers_models_without_rows() -> None:
-    model, batch = TwoInputs(), right_padded(random_sequences(VOCABULARY))
-    (plain,), _ = fold_gradients(model, batch, objectives_of(batch, wanted=[("split", True)]), length_buckets, folds=1)
-    assert_named_close(summed(plain), entropy_gradient(model, batch, "split"), EXACT, "plain gradient")
-    before = len(model.mix._forward_hooks)
-    with pytest.raises(ValueError, match="mix"):
-        fold_gradients(model, batch, objectives_of(batch), length_buckets, folds=2)
-    assert len(model.mix._forward_hooks) == before, "hooks are left behind after a refusal"
+def test_models_without_rows_take_a_plain_pass_over_each_fold() -> None:
+    model, lists = TwoInputs(), random_sequences(VOCABULARY)
+    batch, objectives = right_padded(lists), [("split", True), ("rao_blackwell", False)]
+    wanted = [entropy_gradient(model, batch, *objective) for objective in objectives]
+    (plain, _), _ = fold_gradients(model, batch, objectives_of(batch, wanted=objectives), length_buckets, folds=1)
+    assert_named_close(summed(plain), wanted[0], EXACT, "plain gradient")
+    hooks, rows = len(model.mix._forward_hooks), FoldRows()
+    for buckets in (length_buckets, partial(length_buckets, token_batch_size=9)):
+        found, statistics = fold_gradients(model, batch, objectives_of(batch, wanted=objectives), buckets, 3, rows=rows)
+        assert rows.failure is not None and "mix" in rows.failure, "the layer that has no rows is not named"
+        for gradient, whole in zip(found, wanted, strict=True):
+            assert_named_close(summed(gradient), whole, EXACT, "folds do not add up to the gradient")
+        assert_close(statistics.logprobs, token_statistics(model, batch).logprobs, EXACT, "statistics")
+    assert len(model.mix._forward_hooks) == hooks, "hooks are left behind after a refusal"
+    for fold in range(3):  # by the prompts of each fold alone, normalised as the whole batch
+        members = [n for n, prompt in enumerate(lists.prompt_index) if prompt % 3 == fold]
+        expected = [entropy_rows(model, batch, *objective, method="loop") for objective in objectives]
+        for gradient, row in zip(found, expected, strict=True):
+            part = {name: r[members].sum(0) / len(batch) for name, r in row.items()}
+            assert_named_close({n: f[fold] for n, f in gradient.folds.items()}, part, EXACT, f"fold {fold}")
 
 
 def test_unused_parameters_and_the_padding_tokens_row() -> None:

@@ -14,7 +14,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.scores import TokenStatistics
-from entropy_core.shared_prefix import common_prefix_buckets, shared_prefix_buckets, shares_prefixes
+from entropy_core.shared_prefix import common_prefix_buckets, shared_prefix_buckets, shares_prefixes, tells_of_sharing
 from tests.entropy_core.attention_policy import DistanceAttention
 from tests.entropy_core.support import left_padded, right_padded
 from tests.oracle import brute_force
@@ -212,6 +212,21 @@ def test_nothing_is_shared_where_no_prompt_has_two_completions() -> None:
     assert shares_prefixes(TRANSFORMERS[0].make(), batch) is False
 
 
+def test_a_recurrent_model_is_found_out_where_one_completion_stands_before_another() -> None:
+    """The longest row shows nothing: its first completion has only a last token, which no row holds."""
+    prompts, index = [[5, 6, 7, 8]] * 2 + [[5, 6]] * 2, [0, 0, 1, 1]
+    batch = right_padded(TokenLists(prompts, [[4], [5, 6, 7], [4, 5, 6], [7, 8]], index))
+    assert tells_of_sharing(batch) and tells_of_sharing(batch.select([2, 3]))
+    assert shares_prefixes(RecurrentPolicy(VOCABULARY), batch) is False
+    for silent in ([0, 1], [0, 2], [1, 0]):
+        part = batch.select(silent)
+        if silent == [1, 0]:
+            part = right_padded(TokenLists(prompts[:2], [[5, 6, 7], [4]], [0, 0]))
+        assert not tells_of_sharing(part), silent
+        for model in (RecurrentPolicy(VOCABULARY), TRANSFORMERS[0].make()):
+            assert shares_prefixes(model, part) is False, "nothing was found out, and yes was said"
+
+
 def test_a_window_shorter_than_the_longest_sequence_is_seen() -> None:
     """A sliding window falls away under a mask of one's own; a short prompt alone would not show it."""
     shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -223,7 +238,7 @@ def test_a_window_shorter_than_the_longest_sequence_is_seen() -> None:
         model = MistralForCausalLM(config).eval()
     randomise(model, 1)
     short, long = [5, 6], list(range(3, 15))
-    lists = TokenLists([short, short, long, long], [[7, 8, 9], [10], [11, 12, 13], [14, 15]], [0, 0, 1, 1])
+    lists = TokenLists([short, short, long, long], [[7, 8, 9], [10, 9], [11, 12, 13], [14, 15]], [0, 0, 1, 1])
     assert shares_prefixes(model, right_padded(lists).select([0, 1])) is True
     assert shares_prefixes(model, right_padded(lists)) is False
     assert shares_prefixes(model, right_padded(lists).select([0, 1, 2])) is False, (

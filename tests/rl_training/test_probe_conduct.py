@@ -17,6 +17,7 @@ from entropy_core.gradients import batch_gradients, dot, entropy_gradient
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.algs.step_attribution import TrainingSequences
 from rl_training.config import EntropyProbeConfig, LoraConfig
+from rl_training.errors import UserError
 from rl_training.models import add_lora, load_model_and_tokenizer
 from rl_training.sampling import draw, sampling_law
 from tests.rl_training.probe_setting import Setting, along, difference, make_probe
@@ -179,8 +180,9 @@ def test_after_a_failure_reset_frees_and_the_probe_can_be_used_again(real: RealS
     size = sum(p.numel() * 4 for p in real.parameters)
 
     def failing_step() -> None:
-        with pytest.raises(TypeError, match="SGD"):
-            probe.before_step(torch.optim.SGD(real.parameters, lr=0.1))
+        real.model.zero_grad()
+        with pytest.raises(UserError, match="no trained parameter has a gradient"):
+            probe.before_step(real.optimizer)
 
     real.backward(2)
     memory(probe.observe, real.batch)
@@ -188,6 +190,7 @@ def test_after_a_failure_reset_frees_and_the_probe_can_be_used_again(real: RealS
     assert memory.held > size
     memory(probe.reset)
     assert memory.held < size / 10
+    real.backward(2)
     probe.observe(real.batch)
     probe.before_step(real.optimizer)
     real.optimizer.step()

@@ -326,12 +326,14 @@ def test_a_failure_is_one_warning_frees_memory_and_leaves_training_as_it_was(tin
     assert all(torch.equal(weights[name], w) for name, w in weights_of(alone).items())
 
 
-def test_raise_stops_the_run_and_an_unknown_optimizer_is_such_a_failure(tiny_policy, tmp_path):
-    with pytest.raises(TypeError, match="SGD is not Adam or AdamW"):
-        train(tiny_policy, tmp_path, optim="sgd")
-    with pytest.warns(RuntimeWarning, match="SGD is not Adam or AdamW"):
-        trainer, _ = train(tiny_policy, tmp_path / "warn", {"on_error": "warn"}, optim="sgd")
-    assert trainer.state.global_step == STEPS
+def test_raise_stops_the_run_and_a_step_that_is_not_taken_is_such_a_failure(tiny_policy, tmp_path):
+    with pytest.raises(UserError, match="RMSprop does not take"):
+        train(tiny_policy, tmp_path, {"preconditioning": "none"}, optim="rmsprop")
+    with pytest.warns(RuntimeWarning, match="RMSprop does not take"):
+        trainer, _ = train(
+            tiny_policy, tmp_path / "warn", {"on_error": "warn", "preconditioning": "none"}, optim="rmsprop"
+        )
+    assert trainer.state.global_step == STEPS and not any(logged(trainer))
 
 
 def test_the_newcomers_script_runs(tiny_policy, tmp_path):
