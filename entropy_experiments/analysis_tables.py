@@ -216,12 +216,23 @@ def _prompt_structure(result: Mapping[str, Any]) -> list[Table]:
          "correct_wrong"),
         ("Within prompts: two wrong against mixed, cosine", lookup(result, "within_group", "cosine"), "wrong_wrong",
          "correct_wrong"),
+        ("Within prompts: two correct against mixed, raw K₁", lookup(result, "within_group", "raw"), "correct_correct",
+         "correct_wrong"),
+        ("Within prompts: two wrong against mixed, raw K₁", lookup(result, "within_group", "raw"), "wrong_wrong",
+         "correct_wrong"),
     ):  # fmt: skip
         p, reason = lookup(tree, "test", "p_value"), lookup(tree, "test", "reason")
         means = [plain(lookup(tree, side, "mean")) for side in (left, right)]
         rows.append([label, *means, plain(lookup(tree, left, "pairs")), str(reason) if reason else _p(p)])
     headings = ("Pairs", "Mean of these", "Mean of the others", "Number of these", "p (permutation)")
-    found = _table("Mean kernel values over pairs of sequences; the last two rows share one test.", headings, rows)
+    note = "Mean kernel values over pairs of sequences; two rows within prompts share one test."
+    counts = lookup(result, "duplicates")
+    if counts and counts["equal_pairs"]:
+        note += (
+            f" {counts['distinct']} of {counts['sequences']} training sequences are distinct: {counts['equal_pairs']} pairs of "
+            "equal ones are left out."
+        )
+    found = _table(note, headings, rows)
     single = lookup(result, "single_batch")
     parts = [
         ["Same sequence on both sides", _thousandths(lookup(single, "self", "value"))],

@@ -26,8 +26,8 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     Keys: "folder", "report"; "checkpoint" ("path", "step", "model"); "unit"; "entropy", "predicted", "measured", each
     {"value", "standard_error"}, "measured" also with "effective_sample_size" and "sequences"; "estimator"; "parts" by part of
     the step; "agreement" ("difference", "standard_error", "z", "within_two") or None; "same_prompt" ("cosine",
-    "cosine_other_prompts", "p_value"); "checks" ("passed", "failed": their names); "failed_analyses": name -> what went wrong;
-    "verdict": the report's sentences, each {"tone", "text"}.
+    "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction); "checks" ("passed", "failed":
+    their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences, each {"tone", "text"}.
     """
     summary = results.summary
     given = lookup(summary, "rows_drawn") is False
@@ -71,13 +71,17 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     }
 
 
-def same_prompt_effect(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Mean cosine of two training sequences' gradients with one prompt and with two, and the p-value of the difference."""
+def same_prompt_effect(summary: Mapping[str, Any]) -> dict[str, float | bool | None]:
+    """Mean cosine of two training sequences' gradients with one prompt and with two, the p-value of the difference, and whether
+    raw K1 differs in the same direction (None where that is not known).
+    """
+    agree = lookup(summary, "analyses", "prompt_structure", "train", "signs_agree")
     cosine = lookup(summary, "analyses", "prompt_structure", "train", "cosine")
     return {
         "cosine": as_number(lookup(cosine, "same_prompt", "mean")),
         "cosine_other_prompts": as_number(lookup(cosine, "cross_prompt", "mean")),
         "p_value": as_number(lookup(cosine, "test", "p_value")),
+        "signs_agree": agree if isinstance(agree, bool) else None,
     }
 
 

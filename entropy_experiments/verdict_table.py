@@ -114,7 +114,8 @@ def _same_prompt(outcome: Mapping[str, Any]) -> str:
         return ""
     text = f"mean cosine of gradients {signed(same['cosine'], 2)} with one prompt, "
     text += f"{signed(same['cosine_other_prompts'], 2)} with two"
-    return text if same["p_value"] is None else f"{text} (p = {plain(same['p_value'], 2)})"
+    text = text if same["p_value"] is None else f"{text} (p = {plain(same['p_value'], 2)})"
+    return f"{text}; raw K₁ differs the other way, so nothing follows" if same.get("signs_agree") is False else text
 
 
 def _checks(outcome: Mapping[str, Any]) -> tuple[str, str, str]:

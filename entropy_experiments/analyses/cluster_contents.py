@@ -23,6 +23,8 @@ from sklearn.metrics import adjusted_mutual_info_score
 from entropy_experiments.analyses.labelled import SequenceLabels
 from entropy_experiments.analyses.prompt_structure import shuffling_within
 
+Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+"""(clusters, labels, weights), (m,) each -> how much one says about the other."""
 _TIE = 1e-9
 _WORDS_SHOWN = 3
 
@@ -39,17 +41,21 @@ def shared_by_clusters(
     correct: np.ndarray,
     permutations: int,
     rng: np.random.Generator,
+    copies: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """What clusters (m,) of the training sequences rows (m,) share: a dict for each of "prompt", "length", "correctness" and
-    "first_word" with "measure", "value", "p_value", "p_within_prompt", "p_holm" and "reason" (why one of them is None).
+    """What clusters (m,) of the distinct training sequences rows (m,) share: a dict for each of "prompt", "length", "correctness"
+    and "first_word" with "measure", "value", "p_value", "p_within_prompt", "p_holm" and "reason" (why one of them is None).
 
-    correct: (n_train,) +1, -1 or 0; sequences with 0 are left out of "correctness".
+    correct: (n_train,) +1, -1 or 0; sequences with 0 are left out of "correctness". copies: (m,) how often each was drawn, its
+    weight in what permutations compare, which stays with its cluster when labels are permuted; default 1. The adjusted mutual
+    information counts each distinct sequence once.
     """
+    weights = np.ones(len(rows)) if copies is None else np.asarray(copies, np.float64)
     prompts = np.asarray(training.prompt_index)[rows]
     words = np.array([first_word(training.completion[row]) for row in rows])
     labelled = np.flatnonzero(np.asarray(correct)[rows])
     everything = np.arange(len(rows))
-    plan: dict[str, tuple[np.ndarray, np.ndarray, Callable[[np.ndarray, np.ndarray], float], str]] = {
+    plan: dict[str, tuple[np.ndarray, np.ndarray, Statistic, str]] = {
         "prompt": (everything, prompts, mutual_information, "adjusted mutual information"),
         "length": (
             everything,
@@ -66,43 +72,55 @@ def shared_by_clusters(
         if name != "length":
             labels = np.unique(labels, return_inverse=True)[1]
         shared[name] = {"measure": measure} | _association(
-            clusters[members], labels[members], statistic, blocks, permutations, rng
+            clusters[members], labels[members], weights[members], statistic, blocks, permutations, rng
         )
     _holm(shared)
     return shared
 
 
-def mutual_information(clusters: np.ndarray, labels: np.ndarray) -> float:
-    """Mutual information of two integer labellings from 0, nats."""
+def mutual_information(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Mutual information of two integer labellings from 0, nats; weights (m,) default to 1."""
     shape = (int(clusters.max()) + 1, int(labels.max()) + 1)
-    table = np.bincount(clusters * shape[1] + labels, minlength=shape[0] * shape[1]).reshape(shape) / len(clusters)
+    places = clusters * shape[1] + labels
+    table = np.bincount(places, weights, minlength=shape[0] * shape[1]).reshape(shape)
+    table = table / table.sum()
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
     filled = table > 0
     return float((table[filled] * np.log(table[filled] / expected[filled])).sum())
 
 
-def variance_between(clusters: np.ndarray, values: np.ndarray) -> float:
-    """Share of the variance of `values` that lies between clusters, 0 to 1; `values` must not all be equal."""
-    centred = values - values.mean()
-    sizes = np.bincount(clusters)
-    sums = np.bincount(clusters, weights=centred)[sizes > 0]
-    return float(np.square(sums) @ (1.0 / sizes[sizes > 0]) / np.square(centred).sum())
+def variance_between(clusters: np.ndarray, values: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Share of the variance of `values` that lies between clusters, 0 to 1; `values` must not all be equal. weights (m,)
+    default to 1.
+    """
+    weights = np.ones(len(values)) if weights is None else weights
+    centred = values - np.average(values, weights=weights)
+    sizes = np.bincount(clusters, weights)
+    sums = np.bincount(clusters, weights * centred)[sizes > 0]
+    return float(np.square(sums) @ (1.0 / sizes[sizes > 0]) / (weights @ np.square(centred)))
 
 
 def describe_clusters(
-    clusters: np.ndarray, rows: np.ndarray, cosine: np.ndarray, training: SequenceLabels, correct: np.ndarray
+    clusters: np.ndarray,
+    rows: np.ndarray,
+    cosine: np.ndarray,
+    training: SequenceLabels,
+    correct: np.ndarray,
+    of: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """A dict for each cluster, in ascending order of its number.
+    """A dict for each cluster, in ascending order of its number. of: (m,) equal for copies of one sequence.
 
     cluster (its number, from 1), size, prompts (how many), main_prompt and main_prompt_share (the commonest and its share),
     mean_length, mean_reward (None without one), correct_share (of the correct or wrong; None without), mean_cosine (of
-    different members; None for one), medoid (the training sequence nearest to all), first_words ([word, count], commonest).
+    members that are not copies of each other; None without), medoid (the training sequence nearest to all), first_words
+    ([word, count], commonest).
     """
+    of = np.arange(len(clusters)) if of is None else of
     table = []
     for cluster in np.unique(clusters):
         places = np.flatnonzero(clusters == cluster)
         members, size = rows[places], len(places)
-        inside = cosine[np.ix_(places, places)]
+        inside, other = cosine[np.ix_(places, places)], of[places][:, None] != of[places][None, :]
         prompt, most = Counter(np.asarray(training.prompt_index)[members].tolist()).most_common(1)[0]
         rewards = np.asarray(training.reward, np.float64)[members]
         rewards, signs = rewards[np.isfinite(rewards)], correct[members][correct[members] != 0]
@@ -116,7 +134,7 @@ def describe_clusters(
                 "mean_length": float(np.asarray(training.length, np.float64)[members].mean()),
                 "mean_reward": float(rewards.mean()) if len(rewards) else None,
                 "correct_share": float((signs > 0).mean()) if len(signs) else None,
-                "mean_cosine": float((inside.sum() - size) / (size * (size - 1))) if size > 1 else None,
+                "mean_cosine": float(inside[other].mean()) if other.any() else None,
                 "medoid": int(members[inside.sum(1).argmax()]),
                 "first_words": [
                     [word, count]
@@ -132,7 +150,8 @@ def describe_clusters(
 def _association(
     clusters: np.ndarray,
     labels: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], float],
+    weights: np.ndarray,
+    statistic: Statistic,
     blocks: np.ndarray | None,
     permutations: int,
     rng: np.random.Generator,
@@ -144,10 +163,10 @@ def _association(
     if distinct == len(labels) and statistic is mutual_information:
         return nothing | {"reason": "it is different for every sequence"}
     _, clusters = np.unique(clusters, return_inverse=True)
-    observed = statistic(clusters, labels)
+    observed = statistic(clusters, labels, weights)
 
     def p_value(shuffle: Callable[[], np.ndarray]) -> float:
-        null = np.array([statistic(clusters, shuffle()) for _ in range(permutations)])
+        null = np.array([statistic(clusters, shuffle(), weights) for _ in range(permutations)])
         return (1 + int((null >= observed - _TIE).sum())) / (1 + permutations)
 
     value = observed

@@ -3,7 +3,8 @@
     distance   d(i, j) = 1 - cos(i, j)           cosine of two score gradients in the metric of P
     tree       average linkage of d, its leaves in the order that keeps neighbours close
     spectral   normalised Laplacian of the affinity 1 - d/2 = (1 + cos)/2, rows assigned by pivoted QR
-    silhouette s(i) = (b - a) / max(a, b)        a: mean distance to the own cluster, b: to the nearest other; 0 for one alone
+    silhouette s(i) = (b - a) / max(a, b)        a: mean distance to the own cluster but i and its copies, b: to the nearest
+                                                 other; 0 where there is nothing but copies
 
 The affinity is an increasing function of the tree's distance, positive everywhere (the graph is connected), and, unlike a
 cosine clipped at 0, tells opposed gradients from unrelated ones. The number of clusters is that of the highest mean silhouette
@@ -13,6 +14,10 @@ is one cluster. That null is a rotation test: Q K1 Q^T, with Q uniform among the
 K1 is rotated, not its cosine: rows cut to unit length are no longer Gaussian, and clouds without structure were then called
 clusters far too often (docs/analyses/clustering.md has the figures).
 
+Copies of one sequence are no group: they are one unit with its number of copies as its weight, in the silhouette, the rotated
+clouds (which rotate distinct sequences), the resamples and what clusters share (analyses/distinct_sequences.py). The tree and
+the picture hold every sequence; average linkage weighs a sequence by its copies of itself.
+
 Source: Langsrud, Statistics and Computing 15 (2005); Rousseeuw 1987; Damle, Minden & Ying 2019 (cluster_qr); Ben-Hur,
 Elisseeff & Guyon 2002 (stability); docs/analyses/clustering.md.
 """
@@ -20,6 +25,7 @@ Elisseeff & Guyon 2002 (stability); docs/analyses/clustering.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +34,17 @@ from scipy.spatial.distance import squareform
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
-from entropy_experiments.analyses.cluster_contents import deciding_p_value, describe_clusters, shared_by_clusters
+from entropy_experiments.analyses.cluster_contents import describe_clusters, shared_by_clusters
+from entropy_experiments.analyses.cluster_words import clustering_sentence
+from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
 from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
 from entropy_experiments.analyses.labelled import KernelArrays
-from entropy_experiments.analyses.prompt_structure import correctness
-from entropy_experiments.number_format import counted, plain
+from entropy_experiments.analyses.prompt_structure import agreeing, correctness
+from entropy_experiments.number_format import plain
 
 _FEWEST_SEQUENCES = 4
 _FEWEST_IN_COMMON = 4
 _TIE = 1e-9
-_SIZES_SHOWN = 8
-_SHARED_WORDS = {
-    "prompt": "the prompt",
-    "length": "length",
-    "correctness": "correctness",
-    "first_word": "the first word",
-}
 
 
 def sequence_clusters(
@@ -58,30 +59,35 @@ def sequence_clusters(
 ) -> dict[str, Any]:
     """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
 
+    duplicates                   {"sequences", "distinct", "equal_pairs"} of those with a gradient
     n_train, without_gradient    training sequences; the indices of those with no direction, in no cluster
     sequences                    (m,) indices of the others; linkage and leaf_order speak of them
     linkage, leaf_order          (m - 1, 4) scipy linkage of places in `sequences`; (m,) training indices, as leaves from the left
     n_clusters, reason           1 if there is no structure, with the reason
     labels, spectral_labels      (n_train,) 1 ... n_clusters, numbered along the leaf order; None without a gradient
     silhouette                   "k", "hierarchical", "spectral" (mean silhouettes at every k), "best_k", "best", "p_value",
-                                 "null_mean", "null_95" (of the best silhouette under rotation), "rotations"
-    agreement                    adjusted Rand index of the two clusterings; None for one cluster
+                                 "null_mean", "null_95" (of the best silhouette under rotation), "rotations", "k_max" (the largest
+                                 k tried)
+    agreement                    adjusted Rand index of the two clusterings of the distinct sequences; None for one cluster
     stability                    "hierarchical", "spectral": {"median", "low", "high"} (5 and 95%) of the adjusted Rand index
                                  between two resamples on what they have in common; "pairs"; None for one cluster
     clusters                     see `describe_clusters`; shared: see `shared_by_clusters`, None for one cluster
-    spectrum                     {"cosine", "fisher"}, see `kernel_geometry.spectrum`
+    spectrum                     {"cosine", "fisher"}, see `kernel_geometry.spectrum`: of all sequences, which is that of the
+                                 distinct ones weighted by their copies; "distinct": of their cosines, each counted once
     level, seed, sentence
 
-    k_max: at most half the sequences; default: the number of prompts + 2, at least 8. level: of the rotation test.
+    k_max: at most half the distinct sequences; default: the number of prompts + 2, at least 8. level: of the rotation test.
     Raises ValueError for a train_fisher that is not finite or not symmetric.
     """
     gram = checked_gram(kernels.train_fisher)
     cosine, rows = cosine_kernel(gram)
     n, m = len(gram), len(rows)
-    prompts = np.asarray(kernels.training.prompt_index)
+    whole = distinct_sequences(kernels.training, gram)
+    distinct, prompts = whole.among(rows), whole.prompts
     rng = np.random.default_rng(seed)
     result: dict[str, Any] = {
         "n_train": n,
+        "duplicates": distinct.counts(),
         "without_gradient": np.setdiff1d(np.arange(n), rows).tolist(),
         "sequences": rows.tolist(),
         "linkage": [],
@@ -91,41 +97,54 @@ def sequence_clusters(
         "agreement": None,
         "stability": None,
         "shared": None,
-        "spectrum": {"cosine": spectrum(cosine), "fisher": spectrum(gram)},
+        "spectrum": {
+            "cosine": spectrum(cosine),
+            "fisher": spectrum(gram),
+            "distinct": spectrum(_small(cosine, distinct)),
+        },
         "level": level,
         "seed": seed,
         "reason": None,
     }
     clusters = spectral = np.zeros(m, dtype=np.int64)
-    if m < _FEWEST_SEQUENCES:
-        result["reason"] = f"clusters need at least {_FEWEST_SEQUENCES} sequences with a gradient"
+    number = len(distinct.first)
+    if number < _FEWEST_SEQUENCES:
+        other = "distinct " if number < m else ""
+        result["reason"] = f"clusters need at least {_FEWEST_SEQUENCES} {other}sequences with a gradient"
     else:
+        cosine = _small(cosine, distinct)[np.ix_(distinct.of, distinct.of)]  # copies are at a distance of exactly 0
         tree = average_linkage(cosine)
         ordered = optimal_leaf_ordering(tree, squareform(1 - cosine, checks=False))
         leaves = leaves_list(ordered)
         result |= {"linkage": ordered.tolist(), "leaf_order": rows[leaves].tolist()}
         limit = max(8, len(np.unique(prompts)) + 2) if k_max is None else k_max
-        ks = list(range(2, min(limit, m // 2) + 1))
-        choice = choose_number(gram[np.ix_(rows, rows)], ks, rotations, rng)
+        ks = list(range(2, min(limit, number // 2) + 1))
+        kernel = gram[np.ix_(rows[distinct.first], rows[distinct.first])]
+        choice = choose_number(kernel, ks, rotations, rng, distinct.of)
         result["silhouette"] = choice
         if choice["p_value"] <= level:
             k = choice["best_k"]
             result["n_clusters"] = k
             clusters = _numbered(cut(tree, k), leaves)
             spectral = _numbered(spectral_clusters(cosine, k, seed), leaves)
-            result["agreement"] = float(adjusted_rand_score(clusters, spectral))
-            result["stability"] = _stability(cosine, k, resamples, rng, seed)
+            once = distinct.first
+            result["agreement"] = float(adjusted_rand_score(clusters[once], spectral[once]))
+            result["stability"] = _stability(cosine, distinct.of, k, resamples, rng, seed)
         else:
             result["reason"] = (
                 f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice['p_value'], 2)})"
             )
-        choice["spectral"] = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed)) for k in ks]
-    correct = correctness(kernels.training.reward, prompts)
+        choice["spectral"] = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed), distinct.of) for k in ks]
+    correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), whole)
+    training = replace(kernels.training, prompt_index=prompts)
     if result["n_clusters"] > 1:
-        result["shared"] = shared_by_clusters(clusters, rows, kernels.training, correct, permutations, rng)
-    result["clusters"] = describe_clusters(clusters, rows, cosine, kernels.training, correct)
+        once = distinct.first
+        result["shared"] = shared_by_clusters(
+            clusters[once], rows[once], training, correct, permutations, rng, distinct.copies
+        )
+    result["clusters"] = describe_clusters(clusters, rows, cosine, training, correct, distinct.of)
     result["labels"], result["spectral_labels"] = _on_all(clusters, rows, n), _on_all(spectral, rows, n)
-    result["sentence"] = _sentence(result)
+    result["sentence"] = clustering_sentence(result)
     return result
 
 
@@ -152,15 +171,19 @@ def spectral_clusters(cosine: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     return np.asarray(method.fit_predict(affinity), dtype=np.int64)
 
 
-def choose_number(kernel: np.ndarray, ks: list[int], rotations: int, rng: np.random.Generator) -> dict[str, Any]:
+def choose_number(
+    kernel: np.ndarray, ks: list[int], rotations: int, rng: np.random.Generator, of: np.ndarray | None = None
+) -> dict[str, Any]:
     """Silhouettes along the tree for every k in ks and how often one rotated cloud is as well separated.
 
-    kernel: (m, m) symmetric, every row with a direction. The best silhouette is at least 0, that of one cluster.
-    Keys: k, hierarchical, best_k, best, p_value (add-one, one-sided), null_mean, null_95, rotations.
+    kernel: (m, m) symmetric, of distinct sequences, every row with a direction. of: (n,) the row of every sequence, copies
+    included; default: each row once. The best silhouette is at least 0, that of one cluster.
+    Keys: k, hierarchical, best_k, best, p_value (add-one, one-sided), null_mean, null_95, rotations, k_max.
     """
-    along_tree = silhouettes_along_tree(cosine_kernel(kernel)[0], ks)
+    of = np.arange(len(kernel)) if of is None else of
+    along_tree = silhouettes_along_tree(cosine_kernel(kernel)[0][np.ix_(of, of)], ks, of)
     best = float(along_tree.max(initial=0.0))
-    null = np.array([_rotated_best(kernel, ks, rng) for _ in range(rotations)])
+    null = np.array([_rotated_best(kernel, ks, rng, of) for _ in range(rotations)])
     return {
         "k": ks,
         "hierarchical": along_tree.tolist(),
@@ -170,6 +193,7 @@ def choose_number(kernel: np.ndarray, ks: list[int], rotations: int, rng: np.ran
         "null_mean": float(null.mean()),
         "null_95": float(np.quantile(null, 0.95)),
         "rotations": rotations,
+        "k_max": max(ks),
     }
 
 
@@ -186,17 +210,21 @@ def rotated_cloud(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (turned + turned.T) / 2
 
 
-def silhouettes_along_tree(cosine: np.ndarray, ks: list[int]) -> np.ndarray:
-    """(len(ks),) mean silhouettes of the tree's cuts into k clusters; ks within 2 ... m."""
+def silhouettes_along_tree(cosine: np.ndarray, ks: list[int], of: np.ndarray | None = None) -> np.ndarray:
+    """(len(ks),) mean silhouettes of the tree's cuts into k clusters; ks within 2 ... m.
+
+    of: (m,) equal for copies of one sequence, at most max(ks) fewer of them than there are distinct ones; default: no copies.
+    """
     if not ks:
         return np.zeros(0)
+    copies = np.ones(len(cosine), dtype=np.int64) if of is None else np.bincount(of)[of]
     tree, m, found = average_linkage(cosine), len(cosine), {}
     labels = cut(tree, max(ks))
     sums = (1 - cosine) @ np.eye(max(ks))[labels]  # (m, k): each row's distances to the members of each cluster
     # `cut` numbers clusters by their node in the tree: the leaves first, then merges as they happen.
     nodes = _nodes(tree, max(ks))
     for k in range(max(ks), min(ks) - 1, -1):
-        found[k] = _silhouette(sums, labels)
+        found[k] = _silhouette(sums, labels, copies)
         into, gone = (nodes.index(int(node)) for node in tree[m - k, :2])
         sums[:, into] += sums[:, gone]
         sums = np.delete(sums, gone, axis=1)
@@ -222,33 +250,48 @@ def _complement(m: int) -> np.ndarray:
     return basis / np.sqrt(k * (k + 1.0))
 
 
-def _rotated_best(kernel: np.ndarray, ks: list[int], rng: np.random.Generator) -> float:
-    turned, _ = cosine_kernel(rotated_cloud(kernel, rng))
-    return float(silhouettes_along_tree(turned, [k for k in ks if k < len(turned)]).max(initial=0.0))
+def _rotated_best(kernel: np.ndarray, ks: list[int], rng: np.random.Generator, of: np.ndarray) -> float:
+    turned, kept = cosine_kernel(rotated_cloud(kernel, rng))
+    place = np.full(len(kernel), -1)
+    place[kept] = np.arange(len(kept))
+    of = place[of][place[of] >= 0]
+    usable = [k for k in ks if k < len(turned)]
+    return float(silhouettes_along_tree(turned[np.ix_(of, of)], usable, of).max(initial=0.0))
 
 
-def _mean_silhouette(distance: np.ndarray, labels: np.ndarray) -> float:
-    return _silhouette(distance @ np.eye(labels.max() + 1)[labels], labels)
+def _small(cosine: np.ndarray, distinct: DistinctSequences) -> np.ndarray:
+    return cosine[np.ix_(distinct.first, distinct.first)]
 
 
-def _silhouette(sums: np.ndarray, labels: np.ndarray) -> float:
-    """Mean silhouette from sums (m, clusters) of each row's distances to the members of each cluster; 0 for one cluster."""
+def _mean_silhouette(distance: np.ndarray, labels: np.ndarray, of: np.ndarray) -> float:
+    return _silhouette(distance @ np.eye(labels.max() + 1)[labels], labels, np.bincount(of)[of])
+
+
+def _silhouette(sums: np.ndarray, labels: np.ndarray, copies: np.ndarray) -> float:
+    """Mean silhouette from sums (m, clusters) of each row's distances to the members of each cluster; 0 for one cluster.
+
+    copies: (m,) how often each row's sequence is there, itself included; copies share their cluster.
+    """
     sizes = np.bincount(labels, minlength=sums.shape[1])
     if len(sizes) < 2:
         return 0.0
     rows = np.arange(len(labels))
-    own = sums[rows, labels] / np.maximum(sizes[labels] - 1, 1)
+    own = sums[rows, labels] / np.maximum(sizes[labels] - copies, 1)
     others = sums / sizes
     others[rows, labels] = np.inf
     nearest = others.min(1)
     larger = np.maximum(own, nearest)
-    separated = (sizes[labels] > 1) & (larger > _TIE)
+    separated = (sizes[labels] > copies) & (larger > _TIE)
     return float(np.where(separated, (nearest - own) / np.where(separated, larger, 1.0), 0.0).mean())
 
 
-def _stability(cosine: np.ndarray, k: int, resamples: int, rng: np.random.Generator, seed: int) -> dict[str, Any]:
-    """Adjusted Rand index between clusterings of two bootstrap samples (each sequence once), on the sequences in both."""
-    m = len(cosine)
+def _stability(
+    cosine: np.ndarray, of: np.ndarray, k: int, resamples: int, rng: np.random.Generator, seed: int
+) -> dict[str, Any]:
+    """Adjusted Rand index between clusterings of two bootstrap samples of the distinct sequences (each once, with all of its
+    copies), on the distinct sequences in both.
+    """
+    m = int(of.max()) + 1
     methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "hierarchical": lambda part: cut(average_linkage(part), k),
         "spectral": lambda part: spectral_clusters(part, k, seed),
@@ -259,8 +302,10 @@ def _stability(cosine: np.ndarray, k: int, resamples: int, rng: np.random.Genera
         _, left, right = np.intersect1d(*samples, return_indices=True)
         if len(left) < _FEWEST_IN_COMMON or min(map(len, samples)) <= k:
             continue
+        members = [np.flatnonzero(np.isin(of, sample)) for sample in samples]
+        once = [np.unique(of[rows], return_index=True)[1] for rows in members]
         for name, method in methods.items():
-            labels = [method(cosine[np.ix_(sample, sample)]) for sample in samples]
+            labels = [method(cosine[np.ix_(rows, rows)])[place] for rows, place in zip(members, once, strict=True)]
             found[name].append(float(adjusted_rand_score(labels[0][left], labels[1][right])))
     empty = dict.fromkeys(("median", "low", "high"))
     return {"pairs": len(found["spectral"])} | {
@@ -280,28 +325,3 @@ def _on_all(clusters: np.ndarray, rows: np.ndarray, n: int) -> list[int | None]:
     for row, cluster in zip(rows.tolist(), clusters.tolist(), strict=True):
         labels[row] = cluster + 1
     return labels
-
-
-def _sentence(result: dict[str, Any]) -> str:
-    count = result["n_train"] - len(result["without_gradient"])
-    rank = result["spectrum"]["cosine"]["effective_rank"]
-    opening = f"The gradients of {counted(count, 'sequence')}"
-    opening += "" if rank is None else f" (effective rank {plain(rank, 2)})"
-    if result["shared"] is None:
-        return f"{opening} show no clusters: {result['reason']}."
-    silhouette, stable = result["silhouette"], result["stability"]["hierarchical"]["median"]
-    sizes = ", ".join(str(cluster["size"]) for cluster in result["clusters"][:_SIZES_SHOWN])
-    sizes += ", …" if result["n_clusters"] > _SIZES_SHOWN else ""
-    found = [
-        f"{_SHARED_WORDS[name]} ({entry['measure']} {plain(entry['value'], 2)}, p = {plain(deciding_p_value(entry), 2)})"
-        for name, entry in result["shared"].items()
-        if entry["p_holm"] is not None and entry["p_holm"] <= result["level"]
-    ]
-    common = (
-        " and ".join(found) if found else "neither prompt nor length, correctness or first word to any clear degree"
-    )
-    return (
-        f"{opening} form {result['n_clusters']} clusters of {sizes} (silhouette {plain(silhouette['best'], 2)}, "
-        f"p = {plain(silhouette['p_value'], 2)}; adjusted Rand index between resamples {plain(stable, 2)}), whose members "
-        f"share {common}."
-    )

@@ -5,9 +5,13 @@
     p           = min(1, 2 min(p_up, p_down)),      p_up = (1 + #{null >= observed}) / (1 + permutations), p_down likewise
 
 K is K1 (raw) or its cosine. Of prompt p's pairs of a correct or wrong sequence with another, a_p are alike (both correct or
-both wrong) with the mean alike_p, u_p are unlike; c compares within prompts only. Null distributions: d between training
-sequences, prompt labels permuted over sequences, group sizes kept; c, correctness permuted within each prompt; d between the
-buffers, *whole* prompts of the training buffer permuted, because its sequences are not independent given their prompt.
+both wrong) with the mean alike_p, u_p are unlike; c compares within prompts only.
+
+Equal sequences are one unit with the number of its copies as its weight, and their pairs count nowhere
+(analyses/distinct_sequences.py). Null distributions: d between training sequences, gradients permuted over the places (prompt,
+copies) of distinct sequences; c, gradients permuted within each prompt over the places (correctness, copies); d between the
+buffers, *whole* prompts of the training buffer permuted, because its sequences are not independent given their prompt. What
+stays in its place may depend on each other in any way; the tests are exact where gradients do not depend on it.
 
     one batch in both roles  V = sum_ij T(j, i),   T(j, i) = f w_i K_H(j, i) / n  =  self + same prompt + other prompts
     U-statistic over prompts U = B/(B-1) * other prompts,         bias of the single batch = V - U
@@ -24,15 +28,19 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.analyses.distinct_sequences import (
+    DistinctSequences,
+    distinct_sequences,
+    equal_across,
+)
 from entropy_experiments.analyses.kernel_geometry import check_finite, checked_gram, cosine_kernel
 from entropy_experiments.analyses.labelled import KernelArrays
-from entropy_experiments.number_format import plain, plus_minus, signed
+from entropy_experiments.analyses.structure_words import structure_sentence
 
 CORRECTNESS_RULE = (
     "correct: reward above the mean reward of the sequence's prompt; wrong: below it; neither: equal to it, or unscored"
 )
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_LEVEL = 0.05
 
 
 def kernel_structure(kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts: np.ndarray) -> dict[str, Any]:
@@ -56,10 +64,13 @@ def kernel_structure(kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts
 def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: int = 0) -> dict[str, Any]:
     """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
 
-    train            {"raw", "cosine"}: blocks "self", "same_prompt", "cross_prompt", and "test" of d
-    evaluation       {"raw"}: blocks "same_prompt", "cross_prompt", and "test" of d; "cosine" is None, with "cosine_reason"
+    duplicates       {"sequences", "distinct", "equal_pairs"} of the training buffer; pairs of equal sequences are in no block
+    train            {"raw", "cosine"}: blocks "self", "same_prompt", "cross_prompt", and "test" of d; "signs_agree": whether both
+                     differ from their null means in the same direction (None without tests)
+    evaluation       {"raw"}: blocks "same_prompt", "cross_prompt", "test" of d, and "equal_to_training", how many evaluation
+                     sequences are training sequences too and left out here; "cosine" is None, with "cosine_reason"
     within_group     "rule", "correct", "wrong", "neither" (numbers of sequences); {"raw", "cosine"}: blocks "correct_correct",
-                     "correct_wrong", "wrong_wrong", and "test" of c
+                     "correct_wrong", "wrong_wrong", and "test" of c; "signs_agree"
     single_batch     see `single_batch_estimate`
     n_train, n_prompts, without_gradient (training sequences that have no cosine), permutations, seed, sentence
 
@@ -71,22 +82,25 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
     gram = checked_gram(kernels.train_fisher)
     check_finite(np.asarray(kernels.fisher), "fisher")
     check_finite(np.asarray(kernels.train_entropy_fisher), "train_entropy_fisher")
-    prompts = np.asarray(kernels.training.prompt_index)
-    correct = correctness(kernels.training.reward, prompts)
+    distinct = distinct_sequences(kernels.training, gram)
+    prompts = distinct.prompts
+    correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), distinct)
     cosine, kept = cosine_kernel(gram)
+    among_kept = distinct.among(kept)
     rng = np.random.default_rng(seed)
     result: dict[str, Any] = {
         "n_train": len(prompts),
         "n_prompts": len(np.unique(prompts)),
         "without_gradient": len(prompts) - len(kept),
+        "duplicates": distinct.counts(),
         "permutations": permutations,
         "seed": seed,
         "train": {
-            "raw": _train_blocks(gram, prompts, permutations, rng),
-            "cosine": _train_blocks(cosine, prompts[kept], permutations, rng),
+            "raw": _train_blocks(gram, distinct, permutations, rng),
+            "cosine": _train_blocks(cosine, among_kept, permutations, rng),
         },
         "evaluation": {
-            "raw": _buffer_blocks(kernels.fisher, kernels.evaluation.prompt_index, prompts, permutations, rng),
+            "raw": _buffer_blocks(kernels, gram, permutations, rng),
             "cosine": None,
             "cosine_reason": "the lengths K1(t, t) of the evaluation sequences' gradients are not computed",
         },
@@ -95,12 +109,14 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
             "correct": int((correct > 0).sum()),
             "wrong": int((correct < 0).sum()),
             "neither": int((correct == 0).sum()),
-            "raw": _within_group(gram, prompts, correct, permutations, rng),
-            "cosine": _within_group(cosine, prompts[kept], correct[kept], permutations, rng),
+            "raw": _within_group(gram, distinct, correct, permutations, rng),
+            "cosine": _within_group(cosine, among_kept, correct[kept], permutations, rng),
         },
         "single_batch": single_batch_estimate(kernels),
     }
-    result["sentence"] = _sentence(result)
+    for name in ("train", "within_group"):
+        result[name]["signs_agree"] = _signs_agree(result[name])
+    result["sentence"] = structure_sentence(result)
     return result
 
 
@@ -115,6 +131,14 @@ def correctness(reward: np.ndarray, prompts: np.ndarray) -> np.ndarray:
             equal = np.abs(centred) <= 1e-9 * np.abs(rewards[scored]).max()  # a mean of equal numbers is rounded
             signs[scored] = np.where(equal, 0, np.sign(centred))
     return signs
+
+
+def agreeing(signs: np.ndarray, distinct: DistinctSequences) -> np.ndarray:
+    """(n,) signs, 0 where copies of one sequence have different ones (its reward is not a function of its text)."""
+    low, high = (np.full(len(distinct.first), value) for value in (1, -1))
+    np.minimum.at(low, distinct.of, signs)
+    np.maximum.at(high, distinct.of, signs)
+    return np.where(low == high, low, 0)[distinct.of]
 
 
 def single_batch_estimate(kernels: KernelArrays) -> dict[str, Any]:
@@ -211,49 +235,68 @@ def _block(values: np.ndarray) -> dict[str, Any]:
     return {"pairs": int(values.size), "mean": float(values.mean()), "quantiles": quantiles}
 
 
+def _pairs(distinct: DistinctSequences, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of pairs a < b of distinct sequences: a, b, K(a, b) and m_a m_b; K of (m, m) is the last, rows in the order of `first`."""
+    small = kernel[np.ix_(distinct.first, distinct.first)]
+    a, b = np.triu_indices(len(small), 1)
+    return a, b, small[a, b], (distinct.copies[a] * distinct.copies[b]), small
+
+
 def _train_blocks(
-    kernel: np.ndarray, prompts: np.ndarray, permutations: int, rng: np.random.Generator
+    kernel: np.ndarray, distinct: DistinctSequences, permutations: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    n = len(prompts)
-    first, second = np.triu_indices(n, 1)
+    first, second, values, weights, small = _pairs(distinct, kernel)
+    prompts = distinct.prompts[distinct.first]
     same = prompts[first] == prompts[second]
-    values = kernel[first, second]
     blocks = {
         "self": _block(np.diag(kernel)),
-        "same_prompt": _block(values[same]),
-        "cross_prompt": _block(values[~same]),
+        "same_prompt": _block(np.repeat(values[same], weights[same])),
+        "cross_prompt": _block(np.repeat(values[~same], weights[~same])),
     }
-    if n < 2:
-        return blocks | {"test": _no_test("fewer than two training sequences have a gradient")}
+    if len(prompts) < 2:
+        return blocks | {"test": _no_test("fewer than two distinct training sequences have a gradient")}
     if not same.any():
-        return blocks | {"test": _no_test("no prompt has two sequences: there are no same-prompt pairs")}
+        return blocks | {"test": _no_test("no prompt has two distinct sequences: there are no same-prompt pairs")}
     if same.all():
         return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
-    inside, outside, total = int(same.sum()), int((~same).sum()), float(values.sum())
-    first, second = first[same], second[same]
+    inside, outside = int(weights[same].sum()), int(weights[~same].sum())
+    copies, squares = distinct.copies.astype(np.float64), np.diag(small).copy()
+    first, second, pair_weights = first[same], second[same], weights[same].astype(np.float64)
     null = np.empty(permutations)
     for k in range(permutations):
-        order = rng.permutation(n)
-        null[k] = kernel[order[first], order[second]].sum()
-    null = null / inside - (total - null) / outside
-    observed = float(values[same].mean() - values[~same].mean())
+        order = rng.permutation(len(prompts))
+        moved = np.empty_like(copies)
+        moved[order] = copies  # the weight that each gradient has at its new place
+        total = (moved @ small @ moved - np.square(moved) @ squares) / 2
+        together = pair_weights @ small[order[first], order[second]]
+        null[k] = together / inside - (total - together) / outside
+    observed = float(weights[same] @ values[same] / inside - weights[~same] @ values[~same] / outside)
     return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
 
 
 def _buffer_blocks(
-    kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts: np.ndarray, permutations: int, rng: np.random.Generator
+    kernels: KernelArrays, gram: np.ndarray, permutations: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    values = np.asarray(kernel, dtype=np.float64)
-    same = np.asarray(eval_prompts)[:, None] == train_prompts[None, :]
-    blocks = {"same_prompt": _block(values[same]), "cross_prompt": _block(values[~same])}
+    values = np.asarray(kernels.fisher, dtype=np.float64)
+    eval_prompts, train_prompts = (np.asarray(side.prompt_index) for side in (kernels.evaluation, kernels.training))
+    # Leaving out single pairs would make matched blocks smaller than permuted ones, and p-values too small.
+    apart = ~equal_across(kernels.evaluation, kernels.training, values, gram).any(1)
+    values, eval_prompts = values[apart], eval_prompts[apart]
+    same = eval_prompts[:, None] == train_prompts[None, :]
+    blocks = {
+        "same_prompt": _block(values[same]),
+        "cross_prompt": _block(values[~same]),
+        "equal_to_training": int((~apart).sum()),
+    }
     if not same.any():
-        return blocks | {"test": _no_test("the two buffers share no prompt")}
+        beside = "" if apart.all() else ", but for sequences that are equal in both"
+        return blocks | {"test": _no_test(f"the two buffers share no prompt{beside}")}
     if same.all():
         return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
     names = np.unique(train_prompts)
     if len(names) < 2:
         return blocks | {"test": _no_test("the training buffer has one prompt: nothing to permute")}
-    rows = (np.asarray(eval_prompts)[None, :] == names[:, None]).astype(np.float64)
+    rows = (eval_prompts[None, :] == names[:, None]).astype(np.float64)
     columns = (train_prompts[None, :] == names[:, None]).astype(np.float64)
     sums, pairs = rows @ values @ columns.T, rows.sum(1)[:, None] * columns.sum(1)[None, :]
     total, places = float(values.sum()), np.arange(len(names))
@@ -267,64 +310,41 @@ def _buffer_blocks(
 
 
 def _within_group(
-    kernel: np.ndarray, prompts: np.ndarray, correct: np.ndarray, permutations: int, rng: np.random.Generator
+    kernel: np.ndarray, distinct: DistinctSequences, correct: np.ndarray, permutations: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     labelled = np.flatnonzero(correct)
-    kernel, prompts, correct = kernel[np.ix_(labelled, labelled)], prompts[labelled], correct[labelled]
-    first, second = np.triu_indices(len(labelled), 1)
+    distinct, correct = distinct.among(labelled), correct[labelled]
+    first, second, values, weights, small = _pairs(distinct, kernel[np.ix_(labelled, labelled)])
+    prompts, correct = distinct.prompts[distinct.first], correct[distinct.first]
     same = prompts[first] == prompts[second]
-    first, second = first[same], second[same]
-    values, total = kernel[first, second], correct[first] + correct[second]
+    first, second, values, weights = first[same], second[same], values[same], weights[same]
+    total = correct[first] + correct[second]
     blocks = {
-        "correct_correct": _block(values[total == 2]),
-        "correct_wrong": _block(values[total == 0]),
-        "wrong_wrong": _block(values[total == -2]),
+        name: _block(np.repeat(values[total == kind], weights[total == kind]))
+        for name, kind in (("correct_correct", 2), ("correct_wrong", 0), ("wrong_wrong", -2))
     }
     _, group = np.unique(prompts[first], return_inverse=True)
-    number = np.bincount(group)
-    alike = np.bincount(group, weights=total != 0)
-    weight = float((alike * (number - alike) / number).sum()) if len(number) else 0.0
-    if weight == 0:
-        return blocks | {"test": _no_test("no prompt has a correct and a wrong completion and a third of either kind")}
-    centred = values - (np.bincount(group, weights=values) / number)[group]
-    shuffle = shuffling_within(prompts, rng)
+    number = np.bincount(group, weights=weights)
+    alike = np.bincount(group, weights=weights * (total != 0))
+    scale = float((alike * (number - alike) / number).sum()) if len(number) else 0.0
+    if scale == 0:
+        reason = "no prompt has a correct and a wrong completion and a third of either kind, all distinct"
+        return blocks | {"test": _no_test(reason)}
+    # The regression of K on "alike" with an intercept for every prompt, weighted by pairs.
+    coefficients = weights * ((total != 0) - (alike / number)[group]) / scale
+    shuffle, places = shuffling_within(prompts, rng), np.arange(len(prompts))
     null = np.empty(permutations)
     for k in range(permutations):
-        shuffled = shuffle(correct)
-        null[k] = centred[shuffled[first] == shuffled[second]].sum()
-    observed = float(centred[total != 0].sum() / weight)
-    return blocks | {"test": permutation_test(observed, null / weight, np.abs(values).max())}
+        order = shuffle(places)
+        null[k] = coefficients @ small[order[first], order[second]]
+    observed = float(coefficients @ values)
+    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
 
 
-def _sentence(result: dict[str, Any]) -> str:
-    cosine, single = result["train"]["cosine"], result["single_batch"]
-    test, groups = cosine["test"], result["within_group"]["cosine"]["test"]
-    if test["p_value"] is None:
-        same = f"Same-prompt and cross-prompt pairs cannot be compared ({test['reason']})"
-    else:
-        verdict = "not measurably more or less than"
-        if test["p_value"] <= _LEVEL:
-            verdict = "more than" if test["difference"] > test["null_mean"] else "less than"
-        means = f"{plain(cosine['same_prompt']['mean'], 2)} against {plain(cosine['cross_prompt']['mean'], 2)}"
-        same = (
-            f"Sequences of one prompt move each other {verdict} sequences of different prompts "
-            f"(mean cosine {means}, p = {plain(test['p_value'], 2)}, {result['n_prompts']} prompts)"
-        )
-    if groups["p_value"] is None:
-        contrast = f"correct and wrong ones cannot be compared ({groups['reason']})"
-    else:
-        found = groups["p_value"] <= _LEVEL
-        contrast = (
-            f"within a prompt correctness {'matters' if found else 'does not show'} (equally correct pairs have a cosine "
-            f"{signed(groups['difference'], 2)} above mixed ones, p = {plain(groups['p_value'], 2)})"
-        )
-    value = (
-        f"the training batch in both roles would put the step's batch part at {signed(single['value'])} nats per token"
-    )
-    if single["bias"]["value"] is None:
-        return f"{same}; {contrast}; {value} ({single['reason']})."
-    bias = plus_minus(single["bias"]["value"], single["bias"]["standard_error"])
-    return (
-        f"{same}; {contrast}; {value}, the U-statistic over its prompts at {signed(single['u_statistic']['value'])}: "
-        f"a bias of {bias} from pairing prompts with themselves."
-    )
+def _signs_agree(section: dict[str, Any]) -> bool | None:
+    """Whether raw K1 and its cosine lie on the same side of their null means; None without a test of both."""
+    tests = [section[name]["test"] for name in ("raw", "cosine")]
+    if any(test["p_value"] is None for test in tests):
+        return None
+    above = [test["difference"] - test["null_mean"] for test in tests]
+    return above[0] * above[1] > 0

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
+from entropy_experiments.analyses.distinct_sequences import duplicates_in_words
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel
 from entropy_experiments.charts.style import (
     MEASURED,
@@ -172,6 +173,8 @@ def _draw_spectrum(axes: Axes, clustering: Mapping[str, Any]) -> None:
 
 def _caption(clustering: Mapping[str, Any], limit: float | None) -> str:
     clustered, missing = len(clustering["sequences"]), len(clustering["without_gradient"])
+    counts = clustering.get("duplicates")  # results before 0.2 have none
+    sequences = duplicates_in_words(counts) if counts else counted(clustered, "sequence")
     caption = ""
     if limit is not None:
         caption += (
@@ -180,10 +183,10 @@ def _caption(clustering: Mapping[str, Any], limit: float | None) -> str:
         )
     silhouette = lookup(clustering, "silhouette")
     if lookup(clustering, "shared") is None:
-        caption += f"{counted(clustered, 'sequence')}, no clusters: {clustering['reason']}. "
+        caption += f"{sequences}, no clusters: {clustering['reason']}. "
     else:
         caption += (
-            f"{counted(clustered, 'sequence')} in {clustering['n_clusters']} clusters (frames); rotated clouds without groups "
+            f"{sequences} in {clustering['n_clusters']} clusters (frames); rotated clouds without groups "
             f"are as well separated with p = {plain(silhouette['p_value'], 2)}. "
         )
     caption += "Top right: the ring marks the best cut of the tree" if silhouette else ""

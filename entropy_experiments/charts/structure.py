@@ -174,6 +174,9 @@ def _draw_single_batch(axes: Axes, structure: Mapping[str, Any]) -> None:
 
 def _caption(structure: Mapping[str, Any]) -> str:
     sequences = counted(int(lookup(structure, "n_train") or 0), "training sequence")
+    counts = lookup(structure, "duplicates")
+    if counts and counts["distinct"] < counts["sequences"]:
+        sequences += f" ({counts['distinct']} of them distinct; pairs of equal ones are not compared)"
     caption = f"{sequences} of {counted(int(lookup(structure, 'n_prompts') or 0), 'prompt')}. "
     caption += (
         "Left: line 5 to 95%, box 25 to 75%, bar the median, diamond the mean; a sequence with itself (cosine 1) is not shown. "

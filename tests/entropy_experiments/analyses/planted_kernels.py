@@ -27,7 +27,7 @@ def labels(prompts, rewards=None, lengths=None, completions=None):
         entropy_sum=np.ones(n),
         score=-np.ones(n),
         prompt=[f"prompt {p}" for p in prompts],
-        completion=["word"] * n if completions is None else list(completions),
+        completion=[f"word {i}" for i in range(n)] if completions is None else list(completions),
     )
 
 

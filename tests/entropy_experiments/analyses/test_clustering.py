@@ -16,6 +16,7 @@ from entropy_experiments.analyses.cluster_contents import (
     shared_by_clusters,
     variance_between,
 )
+from entropy_experiments.analyses.cluster_words import clustering_sentence
 from entropy_experiments.analyses.clustering import (
     choose_number,
     rotated_cloud,
@@ -221,6 +222,109 @@ def test_unrelated_labels_are_called_shared_at_the_nominal_rate_only():
                 count, high = (np.array(p_values) <= 0.05).sum(), plausible_counts(sets, 0.05)[1]
                 assert count <= high, f"{name}, permuted {kind}: {count} of {sets}, expected at most {high}"
     assert (np.array(found["length"][::2]) <= 0.2).sum() >= plausible_counts(sets, 0.2)[0], "p-values are too large"
+
+
+# ---- equal sequences
+
+
+def with_copies(rows, generator, extra):
+    """Rows, texts and prompts (4 distinct sequences each) of `rows` and `extra` copies of some of them, in random order."""
+    of = np.concatenate([np.arange(len(rows)), generator.integers(0, len(rows), extra)])[
+        generator.permutation(len(rows) + extra)
+    ]
+    return rows[of], [f"text {k}" for k in of], of // 4, of
+
+
+def test_copies_of_one_cloud_are_called_clusters_at_the_nominal_rate_only():
+    """16 distinct sequences and 16 copies: counted as 32 sequences, they are called clusters nearly always."""
+    sets, generator, p_values, as_single = 200, rng(21), [], []
+    for k in range(sets):
+        rows, _, _, of = with_copies(generator.normal(size=(16, 30)) + 0.5 * (k % 2), generator, 16)
+        once = np.unique(of, return_index=True)[1]
+        p_values.append(choose_number(gram(rows[once]), [2, 3, 4, 5], 19, generator, of)["p_value"])
+        if k < 20:
+            as_single.append(choose_number(gram(rows), [2, 3, 4, 5, 12], 19, generator)["p_value"])
+    for level in (0.05, 0.2):
+        count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(sets, level)
+        assert low <= count <= high, f"{count} of {sets} below {level}, expected {low} to {high}"
+    assert np.mean(np.array(as_single) <= 0.05) > 0.5, "the copies of this test would not have misled anybody"
+
+
+def test_silhouettes_with_copies_leave_a_sequence_and_its_copies_out_of_their_own_cluster():
+    generator = rng(5)
+    rows, *_, of = with_copies(generator.normal(size=(10, 5)), generator, 8)
+    cosine, _ = cosine_kernel(gram(rows))
+    distance, ks = 1 - np.where(of[:, None] == of[None, :], 1.0, cosine), [2, 3, 4]
+    tree = linkage(squareform(distance, checks=False), "average")
+    for k, found in zip(ks, silhouettes_along_tree(1 - distance, ks, of), strict=True):
+        clusters, values = fcluster(tree, k, "maxclust"), []
+        for i in range(18):
+            others = [j for j in range(18) if clusters[j] == clusters[i] and of[j] != of[i]]
+            means = [distance[i, clusters == c].mean() for c in np.unique(clusters) if c != clusters[i]]
+            a, b = (np.mean(distance[i, others]), min(means)) if others else (0.0, 0.0)
+            values.append((b - a) / max(a, b) if others else 0.0)
+        assert found == pytest.approx(np.mean(values))
+
+
+def test_the_whole_analysis_counts_copies_once():
+    generator = rng(9)
+    rows, texts, prompts, of = with_copies(generator.normal(size=(24, 60)), generator, 24)
+    kernels, _ = unstructured(rng(1), prompts, gradients=rows, completions=texts, rewards=(of % 3 == 0).astype(float))
+    result = finite(sequence_clusters(kernels, rotations=39, resamples=2, permutations=9))
+    assert result["duplicates"]["distinct"] == 24 and result["duplicates"]["sequences"] == 48
+    assert result["n_clusters"] == 1 and "48 sequences, 24 of them distinct" in result["sentence"]
+    assert len(result["leaf_order"]) == 48, "the picture shows every sequence"
+    alone = sequence_clusters(
+        replace(kernels, training=replace(kernels.training, completion=[str(i) for i in range(48)])),
+        rotations=39, resamples=2, permutations=9,
+    )  # fmt: skip
+    assert alone["n_clusters"] > 1, "counted singly, the copies are clusters: this test shows nothing otherwise"
+    # The spectrum of all sequences is that of the distinct ones weighted by their copies.
+    cosine, _ = cosine_kernel(kernels.train_fisher)
+    once, weights = np.unique(of, return_index=True)[1], np.sqrt(np.bincount(of))
+    weighted = spectrum(cosine[np.ix_(once, once)] * np.outer(weights, weights))
+    assert result["spectrum"]["cosine"]["effective_rank"] == pytest.approx(weighted["effective_rank"], rel=1e-6)
+    assert result["spectrum"]["distinct"]["effective_rank"] > result["spectrum"]["cosine"]["effective_rank"]
+
+
+def test_what_copies_share_is_found_at_the_nominal_rate_only():
+    """Labels of distinct sequences that depend on nothing, each with its copies."""
+    sets, generator, p_values, singly = 300, rng(12), [], []
+    for _ in range(sets):
+        clusters, lengths = generator.integers(0, 3, 20), generator.integers(2, 30, 20)
+        copies = generator.integers(1, 5, 20)
+        every = np.repeat(np.arange(20), copies)
+        for rows, weights, found in ((np.arange(20), copies, p_values), (every, None, singly)):
+            training = labels(np.arange(len(rows)), lengths=lengths[rows])
+            shared = shared_by_clusters(
+                clusters[rows], np.arange(len(rows)), training, np.zeros(len(rows), int), 39, generator, weights
+            )
+            found.append(shared["length"]["p_value"])
+    for level in (0.05, 0.2):
+        count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(sets, level)
+        assert low <= count <= high, f"{count} of {sets} below {level}, expected {low} to {high}"
+    assert (np.array(singly) <= 0.05).sum() > plausible_counts(sets, 0.05)[1], (
+        "copies must mislead the test without weights"
+    )
+
+
+def test_weights_are_copies_in_both_measures_of_association():
+    clusters, values, copies = rng().integers(0, 3, 20), rng(1).integers(0, 5, 20), rng(2).integers(1, 4, 20)
+    of = np.repeat(np.arange(20), copies)
+    assert mutual_information(clusters, values, copies) == pytest.approx(mutual_information(clusters[of], values[of]))
+    assert variance_between(clusters, values, copies) == pytest.approx(variance_between(clusters[of], values[of]))
+
+
+def test_the_largest_number_tried_and_two_methods_that_disagree_are_said():
+    prompts = np.repeat(np.arange(12), 4)
+    rows = rng(5).normal(size=(48, 80)) + 2 * rng(6).normal(size=(12, 80))[prompts]
+    kernels, _ = unstructured(rng(1), prompts, gradients=rows)
+    at_most = sequence_clusters(kernels, k_max=6, rotations=19, resamples=2, permutations=9)
+    assert at_most["n_clusters"] == 6 and "6 is the largest number that was tried" in at_most["sentence"]
+    free = sequence_clusters(kernels, rotations=19, resamples=2, permutations=9)
+    assert "largest number" not in free["sentence"] and "otherwise" not in free["sentence"]
+    disagreeing = clustering_sentence(free | {"agreement": 0.2})
+    assert disagreeing.endswith("groups them otherwise (adjusted Rand index 0.2).")
 
 
 # ---- degenerate input
