@@ -10,7 +10,6 @@ import torch
 from scipy.stats import binom
 
 from entropy_core.uncertainty import sums_over_prompts, u_statistic
-from entropy_experiments.analyses.distinct_sequences import distinct_sequences
 from entropy_experiments.analyses.prompt_structure import (
     correctness,
     kernel_structure,
@@ -21,7 +20,7 @@ from entropy_experiments.analyses.prompt_structure import (
 )
 from entropy_experiments.charts.structure import plot_prompt_structure
 from entropy_experiments.charts.style import caption_of, png_bytes
-from tests.entropy_experiments.analyses.planted_kernels import labels, two_families, unstructured
+from tests.entropy_experiments.analyses.planted_kernels import two_families, unstructured
 
 
 def rng(seed=0):
@@ -194,116 +193,6 @@ def test_absent_structure_is_found_at_the_nominal_rate_only():
         for level in (0.05, 0.2):
             count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(len(p_values), level)
             assert low <= count <= high, f"{name}: {count} of {len(p_values)} below {level}, expected {low} to {high}"
-
-
-# ---- equal sequences
-
-
-def duplicated(generator, prompts, texts, rewards=None, dimension=30, mean=0.3):
-    """Gaussian gradients, one for every (prompt, text): equal texts of a prompt have equal rows."""
-    known = {}
-    rows = np.array(
-        [
-            known.setdefault((p, t), generator.normal(size=dimension) * generator.uniform(0.5, 2) + mean)
-            for p, t in zip(prompts, texts, strict=True)
-        ]
-    )
-    return unstructured(generator, prompts, rewards=rewards, gradients=rows, completions=texts)[0]
-
-
-def half_duplicated(generator, prompts):
-    """Half of every prompt's sequences are copies of another; how often one is copied differs from prompt to prompt."""
-    texts = []
-    for prompt in np.unique(prompts):
-        size = int((prompts == prompt).sum())
-        own = [f"{prompt}-{k}" for k in range(size // 2)] * 2
-        if prompt % 3 == 0:  # one text many times, the others once
-            own = [f"{prompt}-0"] * (size // 2 + 1) + [f"{prompt}-{k}" for k in range(1, size // 2)]
-        texts += [own[k] for k in generator.permutation(size)]
-    return texts
-
-
-def test_pairs_of_equal_sequences_are_in_no_block_and_every_other_pair_is():
-    prompts, texts = np.repeat([4, 9], [5, 4]), ["a", "b", "a", "c", "a", "x", "x", "y", "a"]
-    kernels = duplicated(rng(3), prompts, texts, rewards=[1, 0, 1, 0, 1, 1, 1, 0, 0])
-    result = prompt_structure(kernels, permutations=9)
-    assert result["duplicates"] == {"sequences": 9, "distinct": 6, "equal_pairs": 4}
-    kernel, signs = kernels.train_fisher, correctness(kernels.training.reward, prompts)
-    pairs = [(i, j) for i in range(9) for j in range(i)]
-    same = [kernel[i, j] for i, j in pairs if prompts[i] == prompts[j] and texts[i] != texts[j]]
-    cross = [kernel[i, j] for i, j in pairs if prompts[i] != prompts[j]]
-    raw = result["train"]["raw"]
-    assert (raw["same_prompt"]["pairs"], raw["cross_prompt"]["pairs"]) == (len(same), len(cross)) == (12, 20)
-    assert raw["same_prompt"]["mean"] == pytest.approx(np.mean(same)), "copies of a sequence are paired with each other"
-    assert raw["test"]["difference"] == pytest.approx(np.mean(same) - np.mean(cross))
-    groups = result["within_group"]["raw"]
-    chosen = [(i, j) for i, j in pairs if prompts[i] == prompts[j] and texts[i] != texts[j]]
-    mixed = [kernel[i, j] for i, j in chosen if signs[i] != signs[j]]
-    assert groups["correct_wrong"]["mean"] == pytest.approx(np.mean(mixed))
-    assert groups["correct_correct"]["pairs"] == 0 and groups["wrong_wrong"]["pairs"] == 2
-    design = np.array([[signs[i] == signs[j], prompts[i] == 4, prompts[i] == 9] for i, j in chosen], dtype=float)
-    fit = np.linalg.lstsq(design, np.array([kernel[i, j] for i, j in chosen]), rcond=None)[0]
-    assert groups["test"]["difference"] == pytest.approx(fit[0])
-    assert "9 sequences, 6 of them distinct" in result["sentence"]
-
-
-def test_sequences_are_equal_only_with_equal_prompt_text_length_and_gradient():
-    kernels, vectors = unstructured(rng(), np.arange(6), completions=["a"] * 6)
-    rows = vectors.gradients.copy()
-    rows[1:5] = rows[0]
-    training = replace(kernels.training, prompt=["p", "p", "q", "p", "p", "p"], length=np.array([5, 5, 5, 4, 5, 5.0]))
-    found = distinct_sequences(training, rows @ rows.T)
-    assert found.of.tolist() == [0, 0, 1, 2, 0, 3], (
-        "another prompt, another length and another gradient are other sequences"
-    )
-    assert found.prompts.tolist() == [0, 0, 2, 0, 0, 0] and found.copies.tolist() == [3, 1, 1, 1]
-    part = found.among(np.array([2, 4, 1]))
-    assert part.first.tolist() == [0, 1] and part.of.tolist() == [0, 1, 1]
-
-
-def test_copies_do_not_make_structure():
-    """The null hypotheses with half of the sequences duplicated: all five tests reject at their level, where the tests over
-    single sequences reject nearly always."""
-    sets, generator = 400, rng(17)
-    prompts = np.repeat(np.arange(6), 6)
-    found = {"train raw": [], "train cosine": [], "groups raw": [], "groups cosine": [], "buffers": []}
-    for k in range(sets):
-        texts = half_duplicated(generator, prompts)
-        by_text = {t: float(generator.random() < 0.5) for t in sorted(set(texts))}
-        kernels = duplicated(generator, prompts, texts, rewards=[by_text[t] for t in texts])
-        # Of two evaluation sequences a prompt, one is a training sequence too.
-        own = [text for p in range(6) for text in (f"fresh {p}", texts[6 * p])]
-        drawn = generator.normal(size=(6, 1)) * 0.5 + generator.normal(size=(6, 36))
-        fisher = np.stack([drawn, kernels.train_fisher[::6]], 1).reshape(12, 36)
-        kernels = replace(
-            kernels, evaluation=replace(labels(np.repeat(np.arange(6), 2)), completion=own), fisher=fisher
-        )
-        result = prompt_structure(kernels, permutations=119, seed=k)
-        for name, section in (("train", "train"), ("groups", "within_group")):
-            for kind in ("raw", "cosine"):
-                found[f"{name} {kind}"].append(result[section][kind]["test"]["p_value"])
-        assert result["evaluation"]["raw"]["equal_to_training"] == 6
-        found["buffers"].append(result["evaluation"]["raw"]["test"]["p_value"])
-    for name, p_values in found.items():
-        known = np.array([p for p in p_values if p is not None])
-        assert len(known) > 0.9 * sets, name
-        for level in (0.05, 0.2):
-            count, (low, high) = (known <= level).sum(), plausible_counts(len(known), level)
-            assert low <= count <= high, f"{name}: {count} of {len(known)} below {level}, expected {low} to {high}"
-
-
-def test_nothing_is_claimed_where_directions_and_raw_kernel_differ_in_sign():
-    """Four short gradients of a prompt point the same way, one of ten times their length the other way."""
-    prompts, rows = np.repeat(np.arange(8), 5), np.zeros((40, 40))
-    rows[np.arange(40), prompts] = np.tile([1.0, 1, 1, 1, -10], 8)
-    rows += 0.02 * rng(1).normal(size=rows.shape)
-    kernels, _ = unstructured(rng(2), prompts, gradients=rows)
-    result = finite(prompt_structure(kernels, permutations=199))
-    cosine, raw = (result["train"][kind]["test"] for kind in ("cosine", "raw"))
-    assert cosine["p_value"] <= 0.05 and cosine["difference"] > 0 > raw["difference"]
-    assert result["train"]["signs_agree"] is False
-    assert "is not said: directions and raw K₁ differ in sign" in result["sentence"]
-    assert "move each other more than" not in result["sentence"]
 
 
 # ---- one batch in both roles
