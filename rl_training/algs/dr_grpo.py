@@ -27,6 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 from entropy_core.weighting import longest_of_prompt
 from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
 from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
+from rl_training.algs.premise_guard import PremiseGuard
 from rl_training.algs.rollout_record import write_rollouts
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
@@ -53,6 +54,8 @@ class DrGRPOConfig(GRPOConfig):
     reject_zero_advantage: bool = field(default=True, metadata={"help": "reject groups whose rewards are all equal"})
     max_refill_rounds: int = field(default=2, metadata={"help": "rounds in which rejected groups are replaced"})
     pass_threshold: float = field(default=0.5, metadata={"help": "reward at which a completion counts as solved"})
+    router_aux_loss_coef: float | None = 0.0
+    on_failed_premise: str = field(default="raise", metadata={"help": "raise or warn where the loss holds more"})
 
     # What Dr. GRPO requires of each setting, so that the weights w_i are exact.
     _REQUIRED = {
@@ -67,6 +70,8 @@ class DrGRPOConfig(GRPOConfig):
         "mask_truncated_completions": False,
         "top_entropy_quantile": 1.0,
         "entropy_coef": 0.0,
+        "use_adaptive_entropy": False,
+        "router_aux_loss_coef": 0.0,
         "multi_objective_aggregation": "sum_then_normalize",
     }
     _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -99,6 +104,8 @@ class DrGRPOConfig(GRPOConfig):
             )
         if self.length_normalizer not in ("constant", "prompt_longest"):
             raise UserError(f"length_normalizer={self.length_normalizer!r}: choose 'constant' or 'prompt_longest'")
+        if self.on_failed_premise not in ("raise", "warn"):
+            raise UserError(f"on_failed_premise={self.on_failed_premise!r}: choose 'raise' or 'warn'")
         if self.max_refill_rounds < 0:
             raise UserError(f"max_refill_rounds={self.max_refill_rounds}: it counts rounds, so 0 or more")
         local = self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -138,6 +145,13 @@ class DrGRPOTrainer(GRPOTrainer):
         self.pass_rates = PassRates(len(self.train_dataset), self.args.pass_threshold)
         self._learning_rates = LearningRateRecorder()
         self.add_callback(self._learning_rates)
+        self._guard = PremiseGuard(self, self.args.on_failed_premise)
+        self.add_callback(self._guard)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self._guard.expect(inputs["sequence_weight"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ the training buffer
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
@@ -244,6 +258,7 @@ class DrGRPOTrainer(GRPOTrainer):
         weights = plain / (count * divisor)
         # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage, so this makes it L_i.
         output["advantages"] = plain * (constant / divisor)
+        output["sequence_weight"] = weights  # beside the loss, to be held against it
         self._log_buffer(kept, groups)
         self._record(outputs, kept, groups, plain.tolist(), weights.tolist())
 

@@ -47,7 +47,7 @@ from rl_training.algs.entropy_change import ESTIMANDS, EntropyChange, StepParts
 from rl_training.algs.fused_score import FusedScore
 from rl_training.algs.observation import Observation
 from rl_training.algs.running_gradient import RunningGradient
-from rl_training.algs.step_attribution import TrainingSequences, clip_coefficient, step_shares
+from rl_training.algs.step_attribution import SAME_GRADIENT, TrainingSequences, clip_coefficient, step_shares
 from rl_training.algs.step_parts import (
     copies,
     counterfactual,
@@ -72,12 +72,20 @@ _MANY_WEIGHTS = 50_000_000
 class SimpleEntropyProbe:
     """See the module's docstring for its use; EntropyProbeConfig for its settings.
 
-    sharing: for several processes that each hold the model and are given the same batches. Memory, from `observe` to the
+    sharing: for several processes that each hold the model and are given the same batches. gradient_tolerance: relative error
+    of the loss gradient, rebuilt from the sequences' weights, that the run's precision explains. Memory, from `observe` to the
     end of `after_step`: `memory_bytes()`; between steps the running average alone.
     """
 
-    def __init__(self, config: EntropyProbeConfig | None, model: nn.Module, sharing: WorkSharing | None = None) -> None:
+    def __init__(
+        self,
+        config: EntropyProbeConfig | None,
+        model: nn.Module,
+        sharing: WorkSharing | None = None,
+        gradient_tolerance: float = SAME_GRADIENT,
+    ) -> None:
         self._config = config or EntropyProbeConfig()
+        self._gradient_tolerance = gradient_tolerance
         self._model = model
         self._sharing = sharing or WorkSharing()
         self._share_prefixes: bool | None = None
@@ -203,7 +211,8 @@ class SimpleEntropyProbe:
             # the term meets itself, as everything does that has no earlier step to rest on.
             if _SCORE_TERM not in of_batch and has_stepped(parameters, optimizer):
                 scale = step_per_gradient(parameters, optimizer, how)
-                of_batch[_SCORE_TERM] = score.across_folds(scale, clip_coefficient(parameters, score.update.total()))
+                clip = clip_coefficient(parameters, score.update.total(), self._gradient_tolerance)
+                of_batch[_SCORE_TERM] = score.across_folds(scale, clip)
         if training is not None and self._config.mode == "attribution":
             shares = self._shares(parameters, optimizer, training)
         self._take_in_newest()
@@ -241,7 +250,9 @@ class SimpleEntropyProbe:
     ) -> Tensor:
         gradient = _value(self._averages[_PER_TOKEN]).total()
         scale = step_per_gradient(parameters, optimizer, self._config.preconditioning)
-        shares = step_shares(self._model, training, gradient, scale, self._sharing, self._rows)
+        shares = step_shares(
+            self._model, training, gradient, scale, self._sharing, self._rows, self._gradient_tolerance
+        )
         if self._rows.failure is not None:
             self._say_once(
                 f"{_first_line(self._rows.failure)}; shares take a backward pass for each of {len(training.batch)} sequences "

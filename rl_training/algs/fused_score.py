@@ -149,11 +149,18 @@ class FusedScoreTerm:
         micro.entropies = (entropies.detach()[:, -width:].double() * micro.mask).sum(1)
         if entropies.requires_grad:
             entropies.register_hook(self._refuse_entropy_gradient)
+        auxiliary = getattr(output, "aux_loss", None)
+        if auxiliary is not None and auxiliary.requires_grad:
+            auxiliary.register_hook(self._refuse_auxiliary_loss)
         logprobs.register_hook(lambda grad: self._read_weights(micro, grad.detach()[:, -width:].double()))
 
     def _refuse_entropy_gradient(self, grad: Tensor) -> None:
         if bool(grad.any()):
             self._trouble = "the loss has an entropy term"
+
+    def _refuse_auxiliary_loss(self, grad: Tensor) -> None:
+        if bool(grad.any()):
+            self._trouble = "the loss has the router's auxiliary loss in it (set router_aux_loss_coef=0)"
 
     def _read_weights(self, micro: _MicroBatch, grad: Tensor) -> None:
         mask = micro.mask
@@ -161,7 +168,7 @@ class FusedScoreTerm:
         spread = ((grad + weight[:, None]).abs() * mask).amax(1)
         if bool((spread > _SAME_WEIGHT * weight.abs() + 1e-12).any()):
             self._trouble = (
-                "a sequence's tokens have unequal weights in the loss (ratio clipping, a KL term or a token mask)"
+                "a sequence's tokens have unequal weights in the loss (a ratio to an earlier policy, a mask of tokens)"
             )
             return
         inverse = torch.where(weight == 0, torch.zeros_like(weight), -1.0 / weight)

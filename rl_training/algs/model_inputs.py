@@ -29,6 +29,7 @@ TEXT_INPUTS = frozenset(
         "sampling_per_token_logps",
         "importance_sampling_ratio",
         "prompt_index",
+        "sequence_weight",
     }
 )
 # Arguments of a causal language model's call that change no log-probability, or are the tokens themselves.

@@ -22,6 +22,7 @@ class RolloutSequence:
     drawn_score: its log-probability under the policy that drew it, None where that is today's. log_prior: minus the log of
     the probability with which its prompt was drawn. advantage, weight: A_i and w_i in the loss; NaN where unknown. drawn:
     which tokens of the completion the policy drew; None where it drew every one.
+    token_weights: w_ik of each of its completion's tokens, as the loss gave them; None where they were not read.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class RolloutSequence:
     drawn_score: float | None = None
     log_prior: float = 0.0
     drawn: tuple[bool, ...] | None = None
+    token_weights: tuple[float, ...] | None = None
 
 
 def choose(
@@ -93,11 +95,21 @@ def prior_log_weights(sequences: Sequence[RolloutSequence]) -> Tensor | None:
 def to_training_sequences(
     sequences: Sequence[RolloutSequence], law: SamplingLaw, device: torch.device
 ) -> TrainingSequences:
-    """All sequences of a step, with weights where every one is known."""
-    weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
-    known = not bool(weights.isnan().any())
+    """All sequences of a step, with weights where every one is known: of every token where they were read off the loss."""
+    batch = to_batch(sequences, law)
     return TrainingSequences(
-        to_batch(sequences, law).to(device),
+        batch.to(device),
         torch.tensor([s.advantage for s in sequences], dtype=torch.float64, device=device),
-        weights.to(device) if known else None,
+        _weights(sequences, batch, device),
     )
+
+
+def _weights(sequences: Sequence[RolloutSequence], batch: SequenceBatch, device: torch.device) -> Tensor | None:
+    if all(s.token_weights is not None for s in sequences):
+        placed = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
+        for row, s in enumerate(sequences):
+            start = len(s.prompt_ids)
+            placed[row, start : start + len(s.completion_ids)] = torch.tensor(s.token_weights, dtype=torch.float64)
+        return placed.to(device)
+    weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
+    return None if bool(weights.isnan().any()) else weights.to(device)

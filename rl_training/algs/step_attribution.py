@@ -1,12 +1,13 @@
 """Each training sequence's share of the change of entropy that the step's own batch makes, while training.
 
-    dh_i = c w_i <dS_i, s g> ,    dtheta_batch = -s g_loss ,    g_loss = -c sum_i w_i dS_i
+    dh_i = c <sum_k w_ik grad log pi_ik, s g> ,    dtheta_batch = -s g_loss ,    g_loss = -c sum_ik w_ik grad log pi_ik
 
 g the gradient of entropy, s what the optimizer multiplies the loss gradient by in its batch part
 (rl_training.algs.step_parts),
-c the coefficient of gradient clipping, w_i the weight of sequence i in the loss (entropy_core.weighting). The shares add up
-to the batch part. The loss must be linear in the scores: its gradient is rebuilt from the weights, and where it is not the one
-that the optimizer got (ratio clipping, KL, an entropy bonus, other weights) there is an error instead of shares.
+c the coefficient of gradient clipping, w_ik the weight in the loss of token k of sequence i: one w_i for all of them while the
+policy is the one that drew the sequences (entropy_core.weighting), times the ratio of the two policies, and 0 where it is
+clipped, once it has moved. The shares add up to the batch part. The loss gradient is rebuilt from the weights, and where it is
+not the one that the optimizer got (other terms in the loss, other weights) there is an error instead of shares.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import score_coefficients
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.work_sharing import WorkSharing
 
-# Cosine of the rebuilt with the real gradient below which the weights are not the loss's.
-_SAME_GRADIENT = 0.9999
+# What of the real gradient may be left over, relative to its size, before the weights are not the loss's.
+SAME_GRADIENT = 1e-3
 
 
 @dataclass(frozen=True)
 class TrainingSequences:
-    """The sequences that the step trains on. advantages, weights: (N,) A_i, and w_i where the loss is linear in scores."""
+    """The sequences that the step trains on.
+
+    advantages: (N,) A_i. weights: (N,) w_i, or (N, L) w_ik in the batch's layout, 0 off completions; None where they are not
+    known.
+    """
 
     batch: SequenceBatch
     advantages: Tensor
@@ -43,17 +48,19 @@ def step_shares(
     step_per_gradient: Mapping[str, Tensor],
     sharing: WorkSharing,
     rows: FoldRows | None = None,
+    tolerance: float = SAME_GRADIENT,
 ) -> Tensor:
     """(N,) float64 dh_i, nats per token, from one forward and backward pass over the training sequences.
 
     rows: where `rows.failure` says that this model has no per-sequence rows, or becomes so here, one pass a sequence. `p.grad`
-    must hold the loss gradient as the optimizer gets it. Raises ValueError where it is not linear in the scores.
+    must hold the loss gradient as the optimizer gets it. Raises ValueError where the weights do not give it, to a relative
+    error of `tolerance`.
     """
     if training.weights is None:
         raise ValueError("shares need each sequence's weight in the loss, which is not known for this loss")
     parameters, rows = trainable_parameters(model), rows or FoldRows()
     mine = sharing.mine(training.batch.prompt_index)
-    weights, device = training.weights.double(), training.batch.device
+    coefficients, device = _coefficients(training.batch, training.weights), training.batch.device
     towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
 
     def nothing() -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,7 +74,7 @@ def step_shares(
     def sink(_number: int, name: str, indices: Tensor, some: Tensor) -> None:
         which = mine[indices.to(mine.device)]
         products.index_add_(0, which, (some.flatten(1) @ towards[name].to(some)).double().to(device))
-        rebuilt[name] -= torch.einsum("n,n...->...", weights[which].to(some), some)
+        rebuilt[name] -= some.sum(0)
 
     part = training.batch.select(mine) if len(mine) else None
     rows.begin(parameters)
@@ -75,7 +82,7 @@ def step_shares(
         trouble = None
         try:
             if part is not None:
-                stream_rows(model, part, [score_coefficients(part)], sink)
+                stream_rows(model, part, [_of(coefficients, mine)], sink)
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             trouble = str(error)
         if sharing.any(trouble is not None, device):
@@ -84,15 +91,26 @@ def step_shares(
     if rows.failure is not None and part is not None:
         for n in range(len(part)):
             one = part.select([n])
-            for name, gradient in batch_gradients(model, one, [score_coefficients(one)])[0].items():
+            for name, gradient in batch_gradients(model, one, [_of(coefficients, mine[n : n + 1])])[0].items():
                 sink(0, name, torch.tensor([n]), gradient[None])
-    products = sharing.sum(products)
-    clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()})
-    return clip * weights * products
+    clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()}, tolerance)
+    return clip * sharing.sum(products)
 
 
-def clip_coefficient(parameters: Mapping[str, nn.Parameter], rebuilt: Mapping[str, Tensor]) -> float:
-    """c with p.grad = c * rebuilt over all parameters. Raises ValueError where they point in different directions."""
+def _of(coefficients: TokenCoefficients, sequences: Tensor) -> TokenCoefficients:
+    return TokenCoefficients(coefficients.entropy[sequences], coefficients.logprob[sequences])
+
+
+def _coefficients(batch: SequenceBatch, weights: Tensor) -> TokenCoefficients:
+    if weights.dim() == 1:
+        return score_coefficients(batch, weights)
+    return TokenCoefficients(torch.zeros_like(weights, dtype=torch.float64), weights.double() * batch.completion_mask)
+
+
+def clip_coefficient(
+    parameters: Mapping[str, nn.Parameter], rebuilt: Mapping[str, Tensor], tolerance: float = SAME_GRADIENT
+) -> float:
+    """c with p.grad = c * rebuilt over all parameters. Raises ValueError where more than `tolerance` of p.grad is left over."""
     both = own = real = 0.0
     for name, p in parameters.items():
         if p.grad is None:
@@ -101,10 +119,18 @@ def clip_coefficient(parameters: Mapping[str, nn.Parameter], rebuilt: Mapping[st
         both, own, real = both + float(g @ r), own + float(r @ r), real + float(g @ g)
     if real == 0.0:
         return 0.0
-    cosine = both / (own * real) ** 0.5 if own > 0 else 0.0
-    if cosine < _SAME_GRADIENT:
+    coefficient = both / own if own > 0 else 0.0
+    left = sum(_left_over(p, rebuilt[name], coefficient) for name, p in parameters.items()) ** 0.5 / real**0.5
+    if not (left <= tolerance and coefficient > 0):
         raise ValueError(
-            f"the loss gradient is not the weighted sum of scores that it was rebuilt as (cosine {cosine:.4f}): ratio clipping, "
-            "a KL or entropy term, reused completions or another loss; use mode=simple"
+            f"the loss gradient is not the weighted sum of scores that it was rebuilt as ({left:.2%} of it is left over): the "
+            "loss holds another term, weights sequences otherwise, or was computed on another forward pass; use mode=simple"
         )
-    return both / own
+    return coefficient
+
+
+def _left_over(p: nn.Parameter, rebuilt: Tensor, coefficient: float) -> float:
+    """|p.grad - coefficient * rebuilt|^2; not from inner products, in which a small remainder would drown."""
+    if p.grad is None:
+        return 0.0
+    return float((p.grad.detach().double() - coefficient * rebuilt.to(p.grad.device).double()).square().sum())

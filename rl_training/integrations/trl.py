@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
@@ -21,6 +19,7 @@ from entropy_core.work_sharing import WorkSharing
 from rl_training.algs.drawn_tokens import loss_mask
 from rl_training.algs.entropy_change import EntropyChange
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
+from rl_training.algs.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.algs.fused_score import FusedScoreTerm
 from rl_training.algs.rollout_sequences import (
     RolloutSequence,
@@ -34,6 +33,7 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.fresh_prompts import refuse_prompts
 from rl_training.integrations.probe_metrics import metrics_of, running_totals
+from rl_training.integrations.probe_premise import ProbePremise
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.sampling import SamplingLaw, draw, sampling_law
 from rl_training.text_tokenizer import text_tokenizer
@@ -107,8 +107,10 @@ class EntropyProbeCallback(TrainerCallback):
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         group = torch.distributed.group.WORLD if trainer.accelerator.num_processes > 1 else None
         self._sharing = WorkSharing(group)
-        self._probe = SimpleEntropyProbe(config, self._model, self._sharing)
+        allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
+        self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
+        self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._carried: list[RolloutSequence] = []
         self._failed = self._probing = False
@@ -141,6 +143,7 @@ class EntropyProbeCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._guard(self._premise.hold)
         self._guard(self._before_step, args.seed, state.global_step, kwargs["optimizer"])
 
     def on_optimizer_step(
@@ -235,7 +238,7 @@ class EntropyProbeCallback(TrainerCallback):
             return
         started, cpu = time.perf_counter(), time.process_time()
         try:
-            with _without_autocast(self._model):
+            with without_autocast(self._model):
                 action(*arguments)
         except Exception as error:
             self._probe.reset()
@@ -258,18 +261,3 @@ class EntropyProbeCallback(TrainerCallback):
 
 def _on(device: torch.device, values: torch.Tensor | None) -> torch.Tensor | None:
     return None if values is None else values.to(device)
-
-
-@contextmanager
-def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """The model's own forward inside: mixed precision would quantise log-ratios until small changes go flat."""
-    wrapped = model.__dict__.get("forward")
-    original = model.__dict__.get("_original_forward")
-    if wrapped is None or original is None:  # accelerate wraps the forward only under mixed precision
-        yield
-        return
-    model.__dict__["forward"] = original
-    try:
-        yield
-    finally:
-        model.__dict__["forward"] = wrapped

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rl_training.algs.drawn_tokens import GeneratedMasks, drawn_completions, loss_mask
 from rl_training.algs.model_inputs import ModelInputs, refusal
+from rl_training.algs.loss_reading import LossReader
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.text_tokenizer import text_tokenizer
 
@@ -37,6 +38,7 @@ class StepRollouts:
         self._pad_token_id: int | None = getattr(tokenizer, "pad_token_id", None)
         model = getattr(trainer, "model", None)
         watch = ModelInputs(None if model is None else trainer.accelerator.unwrap_model(model))
+        self._reader = LossReader.of(trainer)
         original = trainer.compute_loss
 
         def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +90,7 @@ class StepRollouts:
         out: list[RolloutSequence] = []
         processes = self._trainer.accelerator.num_processes
         linear = args.loss_type in _LINEAR_LOSSES and args.beta == 0.0
-        for m in micro_batches:
+        for m, loss_weights in zip(micro_batches, self._token_weights(accumulated), strict=True):
             rows, its_tokens = len(m["lengths"]), sum(m["lengths"])
             for row, length in enumerate(m["lengths"]):
                 completion = m["completions"][row]
@@ -111,9 +113,17 @@ class StepRollouts:
                         weight,
                         m["drawn_scores"][row],
                         drawn=completion.drawn,
+                        token_weights=None
+                        if loss_weights is None
+                        else tuple(loss_weights[row][: len(completion.ids)].tolist()),
                     )
                 )
         return out
+
+    def _token_weights(self, micro_batches: int) -> list[Tensor | None]:
+        """(n, L) of each of the step's micro-batches, None where they could not be read off the loss."""
+        found = [] if self._reader is None else self._reader.token_weights()
+        return found if len(found) == micro_batches else [None] * micro_batches
 
 
 def prompts_of(inputs: dict[str, Any]) -> list[tuple[int, ...]]:

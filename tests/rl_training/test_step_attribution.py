@@ -102,19 +102,19 @@ def test_a_loss_that_is_not_the_weighted_sum_of_scores_is_refused(setting):
     chosen, training = setting.training(TAUGHT)
     setting.backward(TAUGHT)
     assert shares_of(setting, training).shape == (20,)
-    with pytest.raises(ValueError, match="not the weighted sum of scores.*cosine.*mode=simple"):
+    with pytest.raises(ValueError, match="not the weighted sum of scores.*left over.*mode=simple"):
         shares_of(setting, replace(training, weights=training.weights.roll(1)))
     # A KL term of a hundredth of the gradient's size: small enough to be missed by eye.
     reference = token_terms(setting.model, setting.space)[0].detach()[chosen] - 0.1 * torch.randn(20, 4).double()
     now = token_terms(setting.model, setting.space)[0][chosen]
     (0.02 * ((reference - now).exp() - (reference - now) - 1).sum(1).mean()).backward()
-    with pytest.raises(ValueError, match="KL"):
+    with pytest.raises(ValueError, match="another term"):
         shares_of(setting, training)
 
 
 def test_the_gradient_of_other_sequences_is_refused_but_a_constant_is_clipping(setting):
     setting.backward(TAUGHT + 1)
-    with pytest.raises(ValueError, match="cosine"):
+    with pytest.raises(ValueError, match="left over"):
         shares_of(setting, setting.training(TAUGHT)[1])
     setting.backward(TAUGHT)
     shares = shares_of(setting, setting.training(TAUGHT)[1])
@@ -133,7 +133,7 @@ def test_gradients_of_zero_weights_but_another_loss_are_refused(setting):
     """Zero advantages, and yet a gradient: an entropy bonus, say."""
     _, training = setting.training(TAUGHT)
     setting.backward(TAUGHT)
-    with pytest.raises(ValueError, match="cosine 0.0000"):
+    with pytest.raises(ValueError, match="100.00% of it is left over"):
         shares_of(setting, replace(training, weights=torch.zeros(20, dtype=torch.float64)))
 
 

@@ -260,18 +260,45 @@ def test_shares_add_up_to_the_batchs_part_for_every_linear_loss(tiny_policy, tmp
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_iterations": 2, "learning_rate": 1e-2},
+        {"num_iterations": 3, "learning_rate": 2e-4, "importance_sampling_level": "sequence", "epsilon": 0.1},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "lora": True,
+         "learning_rate": 3e-2},
+        {"top_entropy_quantile": 0.5},
+        {"loss_type": "cispo", "num_iterations": 2, "learning_rate": 1e-2},
+        {"loss_type": "sapo", "num_iterations": 2, "learning_rate": 1e-2},
+        {"mask_truncated_completions": True, "max_completion_length": 24},
+        {"num_iterations": 2, "learning_rate": 1e-2, "delta": 1.3, "epsilon_high": 0.4, "loss_type": "dr_grpo"},
+    ],
+    ids=lambda s: "-".join(s),
+)  # fmt: skip
+def test_shares_add_up_where_the_tokens_of_a_sequence_have_weights_of_their_own(tiny_policy, tmp_path, settings):
+    """Ratios to an earlier policy, clipped or not, other losses and masks of tokens."""
+    _, callback = train(tiny_policy, tmp_path, {"mode": "attribution"}, **{"beta": 0.0, "max_steps": 4, **settings})
+    assert len(callback.history) == 4
+    for step, change in enumerate(callback.history):
+        scale = float(change.shares.abs().sum())
+        assert scale > 0
+        off = abs(float(change.shares.sum()) - change.batch.value) / max(abs(change.batch.value), 0.1 * scale)
+        assert off < 1e-3, f"step {step}: a ratio or a mask is missing from the weights"
+
+
+@pytest.mark.parametrize("asked", [{"mode": "attribution"}, {"fused": True}], ids=["attribution", "fused"])
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.05}, "weight in the loss"),
-        ({"loss_type": "cispo"}, "weight in the loss"),
-        ({"num_iterations": 2, "learning_rate": 1e-2}, "not the weighted sum of scores"),
-        ({"top_entropy_quantile": 0.5}, "not the weighted sum of scores"),
+        ({"beta": 0.05}, "KL term .beta=0.05.; set beta=0"),
+        ({"entropy_coef": 0.01}, "entropy bonus .entropy_coef=0.01.; set entropy_coef=0"),
+        ({"use_adaptive_entropy": True}, "entropy bonus .use_adaptive_entropy=True."),
     ],
-    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+    ids=["beta", "entropy_coef", "adaptive"],
 )
-def test_shares_of_other_losses_are_refused(tiny_policy, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        train(tiny_policy, tmp_path, {"mode": "attribution"}, **{"beta": 0.0, **settings})
+def test_a_second_term_is_refused_by_its_name_before_training_starts(tiny_policy, tmp_path, settings, message, asked):
+    trainer = make_trainer(tiny_policy, tmp_path, lora=True, **settings)
+    with pytest.raises(UserError, match=message):
+        attach_entropy_probe(trainer, EntropyProbeConfig(**asked), console=False)
 
 
 # ---------------------------------------------------------------------- safety

@@ -147,8 +147,12 @@ def test_minus_the_weights_times_the_scores_is_the_trainers_own_gradient(tiny_po
             law = SamplingLaw(1.0, 20, (1,), 0)
             training = to_training_sequences(sequences, law, torch.device("cpu"))
             assert training.weights is not None and len(sequences) == 32
-            assert 0 < int((training.weights == 0).sum()) < 32
-            objective = score_coefficients(training.batch, -training.weights)
+            formula = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
+            masked = (training.weights == 0).all(1)
+            assert 0 < int(masked.sum()) < 32 and bool((formula[masked] == 0).all())
+            read = formula[:, None] * training.batch.completion_mask
+            torch.testing.assert_close(training.weights, read, rtol=1e-5, atol=1e-9)
+            objective = score_coefficients(training.batch, -formula)
             model = trainer.accelerator.unwrap_model(trainer.model)
             found["rebuilt"] = batch_gradients(model.eval(), training.batch, [objective])[0]
             found["real"] = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
