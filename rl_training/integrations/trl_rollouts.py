@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rl_training.algs.drawn_tokens import GeneratedMasks, drawn_completions, loss_mask
-from rl_training.algs.model_inputs import ModelInputs, refusal
 from rl_training.algs.loss_reading import LossReader
+from rl_training.algs.model_inputs import ModelInputs, refusal
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.text_tokenizer import text_tokenizer
 
