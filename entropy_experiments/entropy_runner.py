@@ -39,13 +39,13 @@ from entropy_experiments.report import write_report
 from entropy_experiments.results_writer import (
     describe_environment,
     summarize,
-    training_history,
     write_json,
     write_kernels,
     write_sequences,
 )
 from entropy_experiments.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.self_checks import SelfCheck
+from entropy_experiments.training_history import stored_state, training_history
 from entropy_experiments.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
 from rl_training.configuration import dump_config
 from rl_training.disk import disk_is_full
@@ -299,7 +299,10 @@ def _write(
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
     write_json(part / "summary.json", summary)
     write_json(part / "evaluation_set.json", evaluation_set(config, inputs.evaluation))
-    write_json(part / "training_history.json", training_history(checkpoint.record.log_history))
+    write_json(
+        part / "training_history.json",
+        training_history(checkpoint.record.log_history, stored_state(checkpoint.record.path)),
+    )
     return summary
 
 

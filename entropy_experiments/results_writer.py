@@ -32,19 +32,6 @@ from entropy_experiments.token_texts import token_texts
 from rl_training.sampling import Rollouts
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
-_HISTORY_KEYS = {
-    "entropy": "entropy",
-    "reward": "buffer/reward_first_round",
-    "probe/entropy": "entropy_probe/entropy",
-    "probe/predicted": "entropy_probe/predicted",
-    "probe/predicted_se": "entropy_probe/predicted_se",
-    "probe/batch": "entropy_probe/batch",
-    "probe/momentum": "entropy_probe/momentum",
-    "probe/decay": "entropy_probe/decay",
-    "probe/measured": "entropy_probe/measured",
-    "probe/measured_se": "entropy_probe/measured_se",
-    "probe/ess": "entropy_probe/ess",
-}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -58,20 +45,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def training_history(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a training step, with the keys that reports know; plain TRL logs have fewer."""
-    out = []
-    for entry in log_history:
-        if "loss" not in entry:
-            continue
-        row = {"step": entry["step"]}
-        row.update({new: entry[old] for new, old in _HISTORY_KEYS.items() if entry.get(old) is not None})
-        if "reward" not in row and entry.get("reward") is not None:
-            row["reward"] = entry["reward"]
-        out.append(row)
-    return out
 
 
 def write_sequences(

@@ -15,13 +15,14 @@ from typing import Any
 from entropy_experiments.analyses.evolution import describe_evolution
 from entropy_experiments.plots import png_bytes
 from entropy_experiments.results_folder import ResultsFolder, read_results_folder
-from entropy_experiments.results_writer import describe_environment, training_history
+from entropy_experiments.results_writer import describe_environment
 from entropy_experiments.sweep_config import SweepConfig
 from entropy_experiments.sweep_figures import draw_sweep_figures
 from entropy_experiments.sweep_plan import Target
 from entropy_experiments.sweep_report import write_sweep_report
 from entropy_experiments.sweep_state import SweepFolder, write_json_whole
 from entropy_experiments.sweep_table import write_table
+from entropy_experiments.training_history import training_history
 from rl_training.errors import UserError
 
 _BAND_SEED = 0

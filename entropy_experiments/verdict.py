@@ -28,6 +28,7 @@ from entropy_experiments.number_format import (
     value_and_error,
 )
 from entropy_experiments.text_display import prompt_frame, quoted
+from entropy_experiments.training_history import holds_means, trusted_changes
 
 Tone = Literal["plain", "good", "warning", "bad"]
 # All three estimate the same gradient ∇h; the fixed-prefix estimator has another estimand and is never
@@ -118,11 +119,15 @@ def probe_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence | None:
     """How well the probe's predictions held while training, over the steps that have both; None with fewer
     than two.
     """
-    predicted, measured = series(history, "probe/predicted"), series(history, "probe/measured")
-    both = np.isfinite(predicted) & np.isfinite(measured)
-    if both.sum() < 2:
+    if holds_means(history):
+        return Sentence(
+            "What the probe predicted and measured was logged as means over several steps (logging_steps), so that their sums "
+            "are not known.",
+            "warning",
+        )
+    predicted, measured, left_out = trusted_changes(history)
+    if len(predicted) < 2:
         return None
-    predicted, measured = predicted[both], measured[both]
     text = (
         f"While training, the probe predicted {counted(len(predicted), 'step')}: the predicted changes "
         f"sum to "
@@ -130,6 +135,8 @@ def probe_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence | None:
     )
     if len(predicted) > 2 and predicted.std() > 0 and measured.std() > 0:
         text += f" (correlation {np.corrcoef(predicted, measured)[0, 1]:.2f})"
+    if left_out:
+        text += f"; {counted(left_out, 'further step')} measured on too small an effective sample left out"
     return Sentence(text + ".")
 
 

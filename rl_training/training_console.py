@@ -63,8 +63,16 @@ def _probe_values(logs: dict[str, Any]) -> dict[str, float]:
 def _probe_cells(probe: dict[str, float]) -> str:
     """The cells under `_PROBE_COLUMNS`; what a step was not probed for stands as n/a."""
     predicted = f"{_number(probe.get('predicted'), '>+8.4f')} ± {_number(probe.get('predicted_se'), '>6.4f')}"
-    numbers = (("measured", ">+9.4f"), ("batch", ">+8.4f"), ("momentum", ">+8.4f"))
-    return " ".join([f" {predicted:>18}", *(_number(probe.get(name), form) for name, form in numbers)])
+    measured = _number(probe.get("measured"), ">+9.4f")
+    if probe.get("low_ess"):  # of a logged row's steps one at least
+        measured = f"[dim]{measured}[/dim]"
+    numbers = (("batch", ">+8.4f"), ("momentum", ">+8.4f"))
+    return " ".join([f" {predicted:>18}", measured, *(_number(probe.get(name), form) for name, form in numbers)])
+
+
+def _low_ess(probe: dict[str, float]) -> str:
+    """The words beside a measurement that is not to be trusted."""
+    return "  [dim]measured: low ESS[/dim]" if probe.get("low_ess") else ""
 
 
 class ProbeConsole(TrainerCallback):
@@ -87,7 +95,7 @@ class ProbeConsole(TrainerCallback):
         probe = _probe_values(kwargs.get("logs") or {})
         if state.is_world_process_zero and probe:
             line = f"{state.global_step:>5} {_number(probe.get('entropy'), '>8.3f')}{_probe_cells(probe)}"
-            self._console.print(f"{line} {_number(probe.get('ess'), '>6.1f')}", soft_wrap=True)
+            self._console.print(f"{line} {_number(probe.get('ess'), '>6.1f')}{_low_ess(probe)}", soft_wrap=True)
 
 
 class ConsoleCallback(TrainerCallback):
@@ -132,7 +140,7 @@ class ConsoleCallback(TrainerCallback):
         line = f"{state.global_step:>5} {entropy} {reward} {f'{kept:.0f} of {made:.0f}':>14}"
         if probe:
             line += _probe_cells(probe)
-        self._console.print(line + f" {_number(logs.get('step_time'), '>5.0f')}", soft_wrap=True)
+        self._console.print(line + f" {_number(logs.get('step_time'), '>5.0f')}{_low_ess(probe)}", soft_wrap=True)
         self._progress.update(self._bar, completed=state.global_step)
 
     def on_train_end(

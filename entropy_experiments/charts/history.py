@@ -28,6 +28,7 @@ from entropy_experiments.charts.style import (
     zero_line,
 )
 from entropy_experiments.number_format import as_number, plain, series, signed, value_and_error
+from entropy_experiments.training_history import holds_means, trusted_changes
 
 _HISTORY_TITLE = "Entropy and reward over training, and the change of every step"
 # Longer histories are drawn as lines and bands: markers and bars would hide each other.
@@ -117,7 +118,13 @@ def _first_and_last(steps: np.ndarray, values: np.ndarray, name: str) -> str:
     )
 
 
-def _agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> str:
+    if holds_means(rows):
+        return "Changes are means over the steps of each logged row."
+    return _agreement_of(*trusted_changes(rows)[:2])
+
+
+def _agreement_of(predicted: np.ndarray, measured: np.ndarray) -> str:
     both = np.isfinite(predicted) & np.isfinite(measured)
     if not both.any():
         return "No step has both a predicted and a measured change."
@@ -200,7 +207,7 @@ def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step
         [
             _first_and_last(steps, entropy, "entropy"),
             _first_and_last(steps, series(rows, "reward"), "reward"),
-            _agreement(predicted, measured),
+            _agreement(rows),
             _bars_are_described(errors),
         ]
     )
@@ -266,7 +273,7 @@ def plot_fisher_evolution(evolution: Sequence[Mapping[str, Any]]) -> Figure:
         [
             f"{len(rows)} analysed checkpoint{'' if len(rows) == 1 else 's'}.",
             _first_and_last(steps, entropy, "entropy"),
-            _agreement(predicted[0], measured[0]),
+            _agreement_of(predicted[0], measured[0]),
             _bars_are_described((entropy_error, predicted[1], measured[1])),
         ]
     )

@@ -32,7 +32,8 @@ from rl_training.algs.rollout_sequences import (
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.fresh_prompts import refuse_prompts
-from rl_training.integrations.probe_metrics import metrics_of, running_totals
+from rl_training.integrations.probe_history import RUNNING, ProbeHistory
+from rl_training.integrations.probe_metrics import metrics_of
 from rl_training.integrations.probe_premise import ProbePremise
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.sampling import SamplingLaw, draw, sampling_law
@@ -116,6 +117,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._failed = self._probing = False
         self._probed = 0
         self._seconds = self._cpu_seconds = 0.0
+        self._steps = ProbeHistory()
         self.history: list[EntropyChange] = []
         self.costs: list[tuple[float, float]] = []
         """Wall and CPU seconds of each entry of `history`."""
@@ -133,6 +135,11 @@ class EntropyProbeCallback(TrainerCallback):
         """Say what cannot be told of this optimizer's steps. Raises UserError for settings that it does not suit."""
         self._probe.examine(optimizer)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._steps.begin(state.stateful_callbacks, state.global_step)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -149,7 +156,7 @@ class EntropyProbeCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._guard(self._after_step)
+        self._guard(self._after_step, state.global_step + 1)
 
     def _begin_micro_batch(self, inputs: dict[str, Any]) -> None:
         if self._fused is not None and self._probing:
@@ -218,7 +225,7 @@ class EntropyProbeCallback(TrainerCallback):
             drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
         return gather_object(drawn)
 
-    def _after_step(self) -> None:
+    def _after_step(self, step: int) -> None:
         if not self._probing:
             return
         started, cpu = time.perf_counter(), time.process_time()
@@ -229,9 +236,17 @@ class EntropyProbeCallback(TrainerCallback):
         self.costs.append(
             (self._seconds + time.perf_counter() - started, self._cpu_seconds + time.process_time() - cpu)
         )
-        values = {**metrics_of(change), **running_totals(self.history), "seconds": self.costs[-1][0]}
-        for name, value in values.items():
-            self._trainer._metrics["train"][f"entropy_probe/{name}"].append(value)
+        metrics, logged = metrics_of(change), self._trainer._metrics["train"]
+        self._steps.add(step, metrics)
+        for name, value in {**metrics, "seconds": self.costs[-1][0]}.items():
+            logged[f"entropy_probe/{name}"].append(value)
+        totals = self._steps.totals()
+        for (
+            name
+        ) in RUNNING:  # TRL logs the mean of a list over the steps since its last log: of these, the last value alone
+            logged.pop(f"entropy_probe/{name}", None)
+            if name in totals:
+                logged[f"entropy_probe/{name}"] = [totals[name]]
 
     def _guard(self, action: Callable[..., None], *arguments: Any) -> None:
         if self._failed:
