@@ -60,6 +60,7 @@ def analyze_with_progress(
     overwrite: bool = False,
     resume: bool = False,
     keep_going: bool = False,
+    trust: bool = False,
     quiet: bool = False,
     table: bool = True,
 ) -> FisherAnalysis:
@@ -73,6 +74,7 @@ def analyze_with_progress(
             overwrite=overwrite,
             resume=resume,
             keep_going=keep_going,
+            trust=trust,
             stage=progress.stage,
         )
     if table and not quiet:

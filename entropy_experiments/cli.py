@@ -31,6 +31,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=20")
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="You trust who made the checkpoint: its task may open files, import and evaluate"),
+]
+
 
 @app.command()
 def train(
@@ -60,6 +65,7 @@ def analyze(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: memory, disk, passes and time")] = False,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print verdict, numbers and paths as one JSON object")
@@ -73,12 +79,12 @@ def analyze(
     if resume and overwrite:
         raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
     if dry_run:
-        return _print_forecast(checkpoint, settings, as_json)
+        return _print_forecast(checkpoint, settings, trust, as_json)
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.analysis_console import analyze_with_progress
 
-        options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "quiet": quiet}
+        options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "trust": trust, "quiet": quiet}
         analysis = analyze_with_progress(checkpoint, settings, table=not as_json, **options)
     if as_json:
         from entropy_experiments.outcome import read_outcome
@@ -102,6 +108,7 @@ def sweep(
     shard: Annotated[str | None, typer.Option("--shard", help="i/n: this process's part, e.g. 2/8")] = None,
     assemble: Annotated[bool, typer.Option("--assemble", help="Analyse nothing; put together what is done")] = False,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print verdict, numbers and paths as one JSON object")
@@ -119,7 +126,9 @@ def sweep(
 
         runs = [Path(a) for a in arguments if a not in overrides]
         options = {"folder": folder, "resume": resume, "overwrite": overwrite, "shard": shard, "assemble": assemble}
-        done = sweep_with_progress(runs, settings, table=not as_json, quiet=quiet, keep_going=keep_going, **options)
+        done = sweep_with_progress(
+            runs, settings, table=not as_json, quiet=quiet, keep_going=keep_going, trust=trust, **options
+        )
     if as_json:
         _print_json({"command": "sweep", **sweep_outcome(done)})
     elif done.report is not None:
@@ -174,11 +183,13 @@ def explore(
 
 
 @app.command()
-def doctor(checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or run folder")]) -> None:
+def doctor(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or run folder")], trust: Trust = False
+) -> None:
     """Say what a checkpoint holds, what can be analysed, and what is missing and how to get it."""
     from entropy_experiments.doctor import examine
 
-    lines, healthy = examine(checkpoint)
+    lines, healthy = examine(checkpoint, trust)
     print("\n".join(lines))
     if not healthy:
         raise typer.Exit(1)
@@ -195,12 +206,12 @@ def demo(
     print(run_demo(output))
 
 
-def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, as_json: bool) -> None:
+def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool) -> None:
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.forecast import forecast_analysis
 
-        forecast = forecast_analysis(checkpoint, settings)
+        forecast = forecast_analysis(checkpoint, settings, trust)
     if as_json:
         _print_json({"command": "analyze --dry-run", **forecast.to_json()})
     else:

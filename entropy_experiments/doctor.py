@@ -7,10 +7,12 @@ from pathlib import Path
 from entropy_experiments.checkpoint_loader import missing_parts, read_json, read_trainer_state, resolve_checkpoint
 from rl_training.algs.rollout_record import rollouts_path
 from rl_training.checkpoint_format import read_sidecar
+from rl_training.task_trust import REMEDY, why_trust_is_needed
 
 
-def examine(path: str | Path) -> tuple[list[str], bool]:
-    """Lines for a person, and whether a full analysis can run. Loads no model.
+def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
+    """Lines for a person, and whether a full analysis can run. Loads no model, opens and imports nothing that
+    the record names. trust: as in the analysis.
 
     Raises UserError where the path holds no checkpoint at all, or its sidecar is broken.
     """
@@ -47,6 +49,8 @@ def examine(path: str | Path) -> tuple[list[str], bool]:
         recorded = "recorded" if step.exists() else "not recorded (train_prompts: from_run is not possible)"
         lines.append(f"  sequences of its last step: {recorded}")
     missing = missing_parts(folder)
+    if sidecar is not None and sidecar.task is not None and not trust and (why := why_trust_is_needed(sidecar.task)):
+        missing.append(f"your trust: its record names {why}: {REMEDY}")
     lines.extend(f"  MISSING {line}" for line in missing)
     without_optimizer = [line for line in missing if not line.startswith("optimizer.pt")]
     if not missing:

@@ -7,6 +7,7 @@ own instead (entropy_experiments/custom_sequences.py). See docs/theory/double-sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,20 +199,25 @@ def sample_training_batch(
         max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
         difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
         reject_zero_advantage=rules is None or rules.reject_zero_advantage,
+        trainer_state=plan.trainer_state,
     )
     gains, weights = _dr_grpo(rollouts, plan)
     return TrainingBuffer(rollouts, gains, weights * (len(rollouts) / settings.train_batch_size), counts)
 
 
 def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, weights) of scored rollouts, N their number."""
-    rewards = torch.tensor([float(r if r is not None else 0.0) for r in rollouts.reward], dtype=torch.float64)
+    """(advantages, weights) of scored rollouts, N their number; both 0 for a completion that no function judged, as in TRL."""
+    judged = torch.tensor([r is not None for r in rollouts.reward])
+    rewards = torch.tensor([0.0 if r is None else float(r) for r in rollouts.reward], dtype=torch.float64)
     index = torch.tensor(rollouts.prompt_index)
+    for prompt in index[~judged].unique():  # the mean of the others leaves their advantages as they are
+        group = index == prompt
+        rewards[group & ~judged] = rewards[group & judged].mean() if bool((group & judged).any()) else 0.0
     lengths = torch.tensor([len(c) for c in rollouts.completion_ids])
     weights = sequence_weights(
         rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
     )
-    return advantages(rewards, index, "dr_grpo"), weights
+    return advantages(rewards, index, "dr_grpo") * judged, weights * judged
 
 
 def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> Rollouts:
@@ -251,7 +257,7 @@ def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> None:
     missing = [i for i, r in enumerate(rollouts.reward) if r is None and rollouts.prompt_index[i] in known]
     if missing:
         part = rollouts.select(missing)
-        score(part, plan.task.reward_functions)
+        score(part, plan.task.reward_functions, plan.trainer_state)
         for i, reward in zip(missing, part.reward, strict=True):
             rollouts.reward[i] = reward
 
@@ -288,7 +294,7 @@ def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> TrainingBuffe
         prompt=[prompt_text(known[row["prompt_index"]]["prompt"]) for row in kept],
         completion=[row["completion"] for row in kept],
         prompt_row=[known[row["prompt_index"]] for row in kept],
-        reward=[row["reward"] for row in kept],
+        reward=[None if row["reward"] is None or math.isnan(row["reward"]) else row["reward"] for row in kept],
         status=[row["status"] for row in kept],
     )
     counts = CollectionCounts(

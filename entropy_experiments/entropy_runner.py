@@ -35,6 +35,7 @@ from entropy_experiments.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
 from entropy_experiments.leave_one_out import write_leave_one_out
 from entropy_experiments.policy_record import describe_policy
 from entropy_experiments.processes import Processes
+from entropy_experiments.recorded_task import check_trust
 from entropy_experiments.report import write_report
 from entropy_experiments.results_writer import (
     describe_environment,
@@ -114,19 +115,22 @@ def run_fisher_analysis(
     overwrite: bool = False,
     resume: bool = False,
     keep_going: bool = False,
+    trust: bool = False,
     stage: Stage = lambda name: None,
 ) -> FisherAnalysis:
     """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
 
     folder: where to; by default `results_folder_for`. overwrite: replace a folder that exists, once the new one is whole.
     resume: go on with the finished pieces of a run that was interrupted. keep_going: write the results even where a self-check
-    or one of the analyses fails (it is red in the report either way).
+    or one of the analyses fails (it is red in the report either way). trust: whether the checkpoint's record may name a task that
+    opens a file, imports a function or evaluates completions.
     stage: called with the name of each stage as it begins.
 
     Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis; ShareDone in all but
     the first process of a launch, when their part is done.
     """
     config = config or FisherAnalysisConfig()
+    check_trust(checkpoint_path, config, trust)
     processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
     clock = _Clock(stage)
     settings = config.entropy_analysis
@@ -147,7 +151,7 @@ def run_fisher_analysis(
     with _part_folder(target, processes, resume, overwrite) as part:
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(record.path, config)))
-        plan = plan_sampling(checkpoint, config)
+        plan = plan_sampling(checkpoint, config, trust)
         evaluation, training = processes.from_root(lambda: _buffers(work, checkpoint, plan, config, clock.start))
         inputs = _analyze(checkpoint, plan, config, evaluation, training, clock.start, work, processes)
         numbers = inputs.numbers

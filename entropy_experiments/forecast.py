@@ -20,6 +20,7 @@ from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.forecast_pilot import PassRates, Pilot, given_buffers, run_pilot
 from entropy_experiments.kernel_options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel_plan import KernelPlan, fixed_bytes
+from entropy_experiments.recorded_task import check_trust
 from entropy_experiments.sampling_plan import plan_sampling
 
 _GIB = 2**30
@@ -71,11 +72,12 @@ class Forecast:
         return out
 
 
-def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig) -> Forecast:
-    """Load the checkpoint, time a pilot, and say what the analysis will take. Nothing is written.
+def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig, trust: bool = False) -> Forecast:
+    """Load the checkpoint, time a pilot, and say what the analysis will take. Nothing is written. trust: as in the analysis.
 
     Raises UserError for bad input, as the analysis would.
     """
+    check_trust(checkpoint_path, config, trust)
     begun = time.perf_counter()
     settings = config.entropy_analysis
     checkpoint = load_checkpoint(
@@ -87,7 +89,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig)
         device_map=device_map(config.checkpoint),
     )
     loading = time.perf_counter() - begun
-    sampling_plan = plan_sampling(checkpoint, config)
+    sampling_plan = plan_sampling(checkpoint, config, trust)
     options = kernel_options(settings.fisher_kernel)
     model, token_batch_size = checkpoint.model, settings.fisher_kernel.token_batch_size
     given = given_buffers(checkpoint, sampling_plan, config)

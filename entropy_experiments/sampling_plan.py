@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from rl_training.config import TaskConfig
-from rl_training.configuration import validate_config
+from entropy_experiments.recorded_task import task_of_analysis, trainer_state_of
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw, sampling_law
 from rl_training.tasks import Task, load_task
@@ -24,22 +24,18 @@ class SamplingPlan:
     completions_per_prompt: int
     length_normalizer: str
     system_prompt: str | None = None
+    trainer_state: Any = None
+    """What reward functions of one's own are given as TRL's `trainer_state`."""
 
 
-def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingPlan:
-    """Put together the run's record and the configuration's overrides.
+def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: bool = False) -> SamplingPlan:
+    """Put together the run's record and the configuration's overrides. trust: see `task_of_analysis`.
 
     Raises UserError where neither says what is needed, or where a temperature is given that the run did not train at. No
     task is needed where both buffers are files of one's own.
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
-    task_config = config.checkpoint.task
-    if task_config is None and sidecar is not None and sidecar.task is not None:
-        task_config = validate_config(TaskConfig, sidecar.task, "the checkpoint's task")
-    if task_config is None and not (sampling.eval_sequences_path and sampling.train_sequences_path):
-        raise UserError(
-            "the checkpoint does not say which task it was trained on: give checkpoint.task in the configuration"
-        )
+    task_config = task_of_analysis(sidecar, config, trust)
     law = _law(checkpoint, config)
     size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
     drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"
@@ -50,7 +46,8 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> Sampl
         )
     normalizer = sidecar.algorithm.length_normalizer if sidecar else "constant"
     task = _NO_TASK if task_config is None else load_task(task_config)
-    return SamplingPlan(task, law, size, normalizer, None if task_config is None else task_config.system_prompt)
+    system_prompt = None if task_config is None else task_config.system_prompt
+    return SamplingPlan(task, law, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config))
 
 
 def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.recorded_task import check_trust
 from entropy_experiments.sweep_config import SweepConfig
 from entropy_experiments.sweep_plan import Target, name_runs, plan_sweep, sweep_name
 from entropy_experiments.sweep_results import assemble_sweep
@@ -66,6 +67,7 @@ def run_sweep(
     resume: bool = False,
     overwrite: bool = False,
     keep_going: bool = False,
+    trust: bool = False,
     shard: str | None = None,
     assemble: bool = False,
     stage: Stage = lambda name: None,
@@ -74,9 +76,9 @@ def run_sweep(
     """Analyse this process's share of the checkpoints, and put the results together once everything is done.
 
     folder: where to; by default `sweep_folder_for`. resume: go on with a sweep, keeping what matches; checkpoints that failed
-    are tried again. overwrite: delete a sweep that is there and start anew. keep_going: as in run_fisher_analysis. shard: "2/8",
-    see sweep_shares. assemble: analyse nothing, put together what there is. stage: called with each stage's name as it begins;
-    begin: with each checkpoint that is to be done, its place (from 1) and how many there are for this process.
+    are tried again. overwrite: delete a sweep that is there and start anew. keep_going, trust: as in run_fisher_analysis.
+    shard: "2/8", see sweep_shares. assemble: analyse nothing, put together what there is. stage: called with each stage's name
+    as it begins; begin: with each checkpoint that is to be done, its place (from 1) and how many there are for this process.
 
     A checkpoint that cannot be analysed does not stop the others: see Sweep.failed. Raises UserError for bad input, a folder
     that is in the way, a finished checkpoint that does not match, and a full disk.
@@ -96,7 +98,7 @@ def run_sweep(
         _prepare(place, named, targets, config, share, resume, overwrite)
         with single_process():
             _use_own_device(share)
-            _analyze_share(place, share.of(targets), config, resume, keep_going, stage, begin)
+            _analyze_share(place, share.of(targets), config, resume, keep_going, trust, stage, begin)
         if share.kind == "rank" and share.index == 0:
             _wait_for_the_others(place, targets, started, stage)
     report = None
@@ -163,6 +165,7 @@ def _analyze_share(
     config: SweepConfig,
     resume: bool,
     keep_going: bool,
+    trust: bool,
     stage: Stage,
     begin: Callable[[Target, int, int], None],
 ) -> None:
@@ -174,6 +177,8 @@ def _analyze_share(
         elif resume:
             place.clear_error(target)
     todo = place.open_targets(own)
+    for target in todo:
+        check_trust(target.path, single, trust)
     for number, target in enumerate(todo, start=1):
         begin(target, number, len(todo))
         with place.locked(target.name, wait=False) as ours:
@@ -181,9 +186,8 @@ def _analyze_share(
                 continue  # another process of the same share is at it, or was
             try:
                 place.write_source(target)
-                run_fisher_analysis(
-                    target.path, single, folder=place.results(target), resume=True, keep_going=keep_going, stage=stage
-                )
+                options = {"resume": True, "keep_going": keep_going, "trust": trust, "stage": stage}
+                run_fisher_analysis(target.path, single, folder=place.results(target), **options)
             except Exception as error:  # whatever it is: it is told at the end, and the others are still done
                 if disk_is_full(error):
                     raise

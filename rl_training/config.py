@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    ByteSize,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -72,7 +73,13 @@ class TaskConfig(StrictModel):
     system_prompt: str | None = None
     """System message before every prompt; none by default."""
     reward: str = "default"
-    """`default` (score_answer, jsonl: math_verify), exact, last_number, math_verify, pkg.module:function."""
+    """`default` (score_answer, jsonl: math_verify), exact, last_number, math_verify, file.py:function, module:function."""
+    reward_timeout: PositiveFloat = 10.0
+    """Seconds that a built-in reward may take for one completion; then its process is ended, see on_reward_error."""
+    reward_memory: ByteSize = ByteSize(1 << 30)
+    """Memory that a built-in reward may take for one completion (1GiB), beside what the scorer itself takes."""
+    on_reward_error: Literal["zero", "raise"] | None = None
+    """A reward that fails gives 0 with a warning (`zero`) or stops (`raise`); null: built-in ones zero, your own raise."""
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -86,7 +93,9 @@ class TaskConfig(StrictModel):
             raise ValueError(f"set task.{min(clash)} rather than task.arguments.{min(clash)}")
         if self.reward not in BUILT_IN_REWARDS and ":" not in self.reward:
             known = ", ".join(BUILT_IN_REWARDS)
-            raise ValueError(f"reward {self.reward!r} is none of {known}, pkg.module:function")
+            raise ValueError(
+                f"reward {self.reward!r} is none of {known}, path/to/file.py:function, pkg.module:function"
+            )
         if self.reward == "score_answer" and self.source == "jsonl":
             raise ValueError("reward score_answer is a reasoning-gym data set's own; a jsonl file has none")
         return self

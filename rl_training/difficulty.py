@@ -23,6 +23,12 @@ _MEMORY = 0.7
 _FLOOR = 0.1
 
 
+def mean_reward(rewards: Sequence[float]) -> float:
+    """Their mean, NaN rewards (completions that no function judges) left out; NaN where there is no other."""
+    known = [reward for reward in rewards if not math.isnan(reward)]
+    return float(np.mean(known)) if known else math.nan
+
+
 @dataclass
 class PassRates:
     """Decayed counts of passed and failed completions of each of `size` training prompts.

@@ -22,6 +22,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.forward import evaluation_mode, input_device
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
+from rl_training.reward_calls import total_rewards
 from rl_training.text_tokenizer import text_tokenizer
 
 
@@ -219,26 +220,16 @@ def draw(
     )
 
 
-def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., list[float | None]]]) -> None:
-    """Fill in `reward`: the sum of the reward functions, each called in TRL's signature; None results count as 0."""
+def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., Any]], trainer_state: Any = None) -> None:
+    """Fill in `reward`: the sum of the reward functions that judge a completion, called by TRL's contract; None where none does.
+
+    trainer_state: as the functions are to see it; see rl_training/reward_calls.py.
+    """
     conversational = not isinstance(rollouts.prompt_row[0]["prompt"], str)
     shown = [[{"role": "assistant", "content": c}] if conversational else c for c in rollouts.completion]
     columns = {key: [row.get(key) for row in rollouts.prompt_row] for key in rollouts.prompt_row[0] if key != "prompt"}
-    totals = [0.0] * len(rollouts)
-    for function in reward_functions:
-        values = function(
-            prompts=[row["prompt"] for row in rollouts.prompt_row],
-            completions=shown,
-            completion_ids=rollouts.completion_ids,
-            **columns,
-        )
-        if len(values) != len(rollouts):
-            name = getattr(function, "__name__", "the reward function")
-            raise UserError(
-                f"{name} returned {len(values)} rewards for {len(rollouts)} completions: return one for each"
-            )
-        totals = [total + (0.0 if value is None else float(value)) for total, value in zip(totals, values, strict=True)]
-    rollouts.reward = list(totals)
+    prompts = [row["prompt"] for row in rollouts.prompt_row]
+    rollouts.reward = total_rewards(reward_functions, prompts, shown, rollouts.completion_ids, columns, trainer_state)
 
 
 def has_reward_differences(rewards: Sequence[float]) -> bool:
@@ -254,7 +245,7 @@ def collect_filtered(
     model: nn.Module,
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
-    reward_functions: Sequence[Callable[..., list[float | None]]],
+    reward_functions: Sequence[Callable[..., Any]],
     pass_rates: PassRates,
     prompts: int,
     completions_per_prompt: int,
@@ -264,6 +255,7 @@ def collect_filtered(
     difficulty_weighting: bool = True,
     reject_zero_advantage: bool = True,
     batch_size: int = 64,
+    trainer_state: Any = None,
 ) -> tuple[Rollouts, CollectionCounts]:
     """A training buffer of up to `prompts` groups that give gradient, in up to 1 + max_refill_rounds rounds.
 
@@ -280,12 +272,12 @@ def collect_filtered(
             model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, law, seed + 7919 * (counts.rounds + 1),
             "trained", batch_size,
         )  # fmt: skip
-        score(part, reward_functions)
+        score(part, reward_functions, trainer_state)
         counts.rounds += 1
         counts.generated += len(part)
         for group, row in enumerate(drawn):
             members = range(group * completions_per_prompt, (group + 1) * completions_per_prompt)
-            rewards = [float(part.reward[i] or 0.0) for i in members]
+            rewards = [math.nan if (reward := part.reward[i]) is None else reward for i in members]
             pass_rates.update(row, rewards)
             if reject_zero_advantage and not has_reward_differences(rewards):
                 counts.rejected += len(rewards)

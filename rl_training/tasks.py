@@ -10,12 +10,11 @@ from typing import Any
 from rl_training import rewards
 from rl_training.config import TaskConfig
 from rl_training.errors import UserError
-from rl_training.task_sources import (
-    Problem,
-    create_reasoning_gym_dataset,
-    draw_reasoning_gym_problems,
-    read_jsonl_problems,
-)
+from rl_training.own_rewards import import_reward
+from rl_training.sandbox.client import ScoringServer
+from rl_training.sandbox.scoring import RewardLimits, SandboxedScorer
+from rl_training.task_sources import Problem, make_reasoning_gym_problems, read_jsonl_problems
+from rl_training.task_trust import COMPARING_SCORERS
 
 _REWARD_IN_WORDS = {
     "exact": "1 if the stripped completion is the answer, else 0",
@@ -62,10 +61,9 @@ def load_task(config: TaskConfig) -> Task:
     if reward_name == "default":
         reward_name = "score_answer" if config.source == "reasoning_gym" else "math_verify"
     wanted = config.size + config.heldout_size
-    dataset = None
+    server = None
     if config.source == "reasoning_gym":
-        dataset = create_reasoning_gym_dataset(config.name, config.arguments, config.seed, wanted)
-        problems = draw_reasoning_gym_problems(dataset, wanted)
+        server, problems = make_reasoning_gym_problems(config, wanted)
         name = config.name
         given = ", ".join(f"{key}={value}" for key, value in config.arguments.items())
         origin = f"reasoning-gym {name}({given})"
@@ -82,12 +80,18 @@ def load_task(config: TaskConfig) -> Task:
     own = reward_name not in _REWARD_IN_WORDS
     extra = sorted({key for index in chosen for key in problems[index].columns}) if own else []
     rows = [_row(problems[index], index, config.system_prompt, extra) for index in chosen]
-    entries = {index: problems[index].entry for index in chosen}
+    limits = RewardLimits(
+        seconds=config.reward_timeout, memory=int(config.reward_memory), on_error=config.on_reward_error
+    )
+    if own:
+        reward = import_reward(reward_name, [key for key in rows[0] if key != "prompt"], limits)
+    else:
+        reward = _built_in_reward(reward_name, server, name, set(chosen), limits)
     return Task(
         name=name,
         train=rows[: config.size],
         heldout=rows[config.size :],
-        reward_functions=[_reward_function(reward_name, dataset, entries, name)],
+        reward_functions=[reward],
         origin=origin,
         reward_name=reward_name,
     )
@@ -101,17 +105,16 @@ def _row(problem: Problem, index: int, system_prompt: str | None, extra: Sequenc
     return {"prompt": messages, "prompt_index": index, "answer": problem.answer or "", **columns}
 
 
-def _reward_function(
-    name: str, dataset: Any, entries: dict[int, dict[str, Any]], task_name: str
+def _built_in_reward(
+    name: str, server: ScoringServer | None, data_set: str, problems: set[int], limits: RewardLimits
 ) -> rewards.RewardFunction:
     if name == "score_answer":
-        return rewards.score_answer(dataset, entries, task_name)
-    built_in = {
-        "exact": rewards.exact,
-        "last_number": rewards.last_number,
-        "math_verify": rewards.math_verify,
-    }
-    return built_in[name] if name in built_in else rewards.import_reward(name)
+        assert server is not None
+        scorer = SandboxedScorer(f"{data_set}_score", server, limits, apart=data_set not in COMPARING_SCORERS)
+        return rewards.score_answer(scorer, problems)
+    if name == "math_verify":
+        return rewards.math_verify_within(limits)
+    return {"exact": rewards.exact, "last_number": rewards.last_number}[name]
 
 
 def _check_count(config: TaskConfig, available: int) -> None:
@@ -134,21 +137,25 @@ def _check_answers(problems: Sequence[Problem], chosen: Sequence[int], reward_na
         return
     if reward_name == "math_verify" and importlib.util.find_spec("math_verify") is None:
         raise UserError("task.reward math_verify needs a package: pip install math-verify")
-    for index in chosen:
-        answer = problems[index].answer
-        if answer is None:
-            raise UserError(f"task.reward {reward_name}: {name} names no single answer; take score_answer")
-        if not _is_readable(answer, reward_name):
+    answers = [problems[index].answer for index in chosen]
+    if None in answers:
+        raise UserError(f"task.reward {reward_name}: {name} names no single answer; take score_answer")
+    texts = [str(answer) for answer in answers]
+    readable = (
+        rewards.are_mathematics(texts)
+        if reward_name == "math_verify"
+        else [_is_readable(t, reward_name) for t in texts]
+    )
+    for index, answer, can_be_read in zip(chosen, texts, readable, strict=True):
+        if not can_be_read:
             question = problems[index].messages[-1]["content"][:60]
             raise UserError(
-                f"task.reward {reward_name} cannot read {name}'s answer {answer!r} to {question!r}: "
+                f"task.reward {reward_name} cannot read {name}'s answer {answer[:80]!r} to {question!r}: "
                 "take task.reward=exact, or a function of your own"
             )
 
 
 def _is_readable(answer: str, reward_name: str) -> bool:
-    if reward_name == "math_verify":
-        return bool(rewards.parse_answer(answer))
     if reward_name == "last_number":
         try:
             return Decimal(answer.strip()).is_finite()

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
@@ -40,7 +41,7 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
         args=args,
         processing_class=tokenizer,
         reward_funcs=list(task.reward_functions),
-        train_dataset=Dataset.from_list(task.train),
+        train_dataset=_dataset(task),
         task=config.task.model_dump(mode="json"),
         model_name=config.model.name,
     )
@@ -49,6 +50,15 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
     if config.entropy_probe.enabled:
         attach_entropy_probe(trainer, config.entropy_probe, task.heldout, console=False)
     return trainer, task
+
+
+def _dataset(task: Task) -> Dataset:
+    try:
+        return Dataset.from_list(task.train)
+    except (pa.ArrowException, OverflowError) as error:
+        raise UserError(
+            f"{task.name}: a further key is of another type from line to line ({error}): give it one type throughout"
+        ) from error
 
 
 def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
@@ -127,6 +137,10 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
         trainer.add_callback(console)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except SystemExit as error:  # a run that ends here has saved nothing since its last checkpoint: never status 0
+        raise UserError(
+            f"something called exit() at step {trainer.state.global_step + 1} of training (a reward function, a callback?)"
+        ) from error
     finally:
         console.close()
     _save_last(trainer, folder)

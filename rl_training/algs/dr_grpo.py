@@ -33,7 +33,7 @@ from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
-from rl_training.difficulty import PassRates
+from rl_training.difficulty import PassRates, mean_reward
 from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
 from rl_training.sampling import has_reward_differences
@@ -263,7 +263,7 @@ class DrGRPOTrainer(GRPOTrainer):
         self._record(outputs, kept, groups, plain.tolist(), weights.tolist())
 
     def _log_buffer(self, kept: list[GeneratedGroup], groups: list[GeneratedGroup]) -> None:
-        everything = gather_object([(g.round, g.status, float(np.mean(g.rewards)), len(g.rewards)) for g in groups])
+        everything = gather_object([(g.round, g.status, mean_reward(g.rewards), len(g.rewards)) for g in groups])
         sequences = {
             s: sum(n for _, status, _, n in everything if status == s) for s in ("trained", "filler", "rejected")
         }
@@ -271,8 +271,8 @@ class DrGRPOTrainer(GRPOTrainer):
             "rounds": 1 + max(number for number, *_ in everything),
             "generated": sum(sequences.values()),
             **sequences,
-            "reward_first_round": float(np.mean([reward for number, _, reward, _ in everything if number == 0])),
-            "reward_trained": float(np.mean([reward for _, status, reward, _ in everything if status != "rejected"])),
+            "reward_first_round": mean_reward([reward for number, _, reward, _ in everything if number == 0]),
+            "reward_trained": mean_reward([reward for _, status, reward, _ in everything if status != "rejected"]),
         }
         for name, value in metrics.items():
             self._metrics["train"][f"buffer/{name}"].append(float(value))
@@ -304,7 +304,7 @@ class DrGRPOTrainer(GRPOTrainer):
                         "completion_ids": tokens,
                         "completion_mask": None if drawn is None else list(drawn),
                         "completion": self._tokenizer.decode(tokens, skip_special_tokens=True),
-                        "reward": group.rewards[k],
+                        "reward": None if math.isnan(group.rewards[k]) else group.rewards[k],
                         "advantage": None if in_buffer is None else advantages[in_buffer],
                         "weight": None if in_buffer is None else weights[in_buffer],
                     }

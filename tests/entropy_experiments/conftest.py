@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
+from entropy_experiments import recorded_task
 from entropy_experiments.charts import style
 from entropy_experiments.report import write_report
 from rl_training.train import run_training
@@ -21,6 +22,19 @@ def tiny_run(tmp_path_factory):
     policy = save_tiny_policy(root / "policy")
     config = tiny_train_config(policy, root / "run", training={"steps": 4, "save_every": 2})
     return run_training(config, quiet=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trust_in_rewards_of_the_tests():
+    """The tiny run's reward is a function of the tests: analyses in this process trust it as with `--trust`, and no other."""
+    why = recorded_task.why_trust_is_needed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            recorded_task,
+            "why_trust_is_needed",
+            lambda task: None if str(task.get("reward")).startswith("tests.") else why(task),
+        )
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -280,7 +280,16 @@ def test_on_a_real_terminal(tiny_run, tmp_path):
     master, slave = pty.openpty()
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "COLUMNS": "70", "TERM": "xterm"}
     env.pop("NO_COLOR", None)
-    command = [sys.executable, "-m", "entropy_experiments", "analyze", str(tiny_run), *SMALL, f"output_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "entropy_experiments",
+        "analyze",
+        "--trust",
+        str(tiny_run),
+        *SMALL,
+        f"output_dir={tmp_path}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=env)
     os.close(slave)
     seen = b""

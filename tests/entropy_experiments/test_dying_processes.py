@@ -73,7 +73,7 @@ def said(process: subprocess.Popen, within: float) -> list[str]:
 def test_the_other_ends_and_resuming_gives_the_same_bits(undisturbed, tiny_run, tmp_path, victim, block):
     settings = config(*SIZES, f"output_dir={tmp_path}")
     (tmp_path / "analysis.yaml").write_text(dump_config(settings))
-    arguments = ["analyze", str(tiny_run), "--config", str(tmp_path / "analysis.yaml")]
+    arguments = ["analyze", str(tiny_run), "--trust", "--config", str(tmp_path / "analysis.yaml")]
     dying = ["-m", "tests.entropy_experiments.dying_process", f"evaluation/{block}", *arguments]
     living = [*ANALYZE, *arguments]
     processes = start_two([dying, living] if victim == 0 else [living, dying])
@@ -97,7 +97,7 @@ def test_under_a_launcher(undisturbed, tiny_run, tmp_path):
     (tmp_path / "analysis.yaml").write_text(dump_config(settings))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     dying = ["-m", "tests.entropy_experiments.dying_process", f"evaluation/{block}"]
-    arguments = ["analyze", str(tiny_run), "--config", str(tmp_path / "analysis.yaml")]
+    arguments = ["analyze", str(tiny_run), "--trust", "--config", str(tmp_path / "analysis.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([*start, *dying, *arguments], env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode != 0
@@ -111,7 +111,7 @@ def test_accelerate_launch_on_cpus(undisturbed, tiny_run, tmp_path):
     settings = config(*SIZES, f"output_dir={tmp_path}")
     (tmp_path / "analysis.yaml").write_text(dump_config(settings))
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    arguments = [*ANALYZE, "analyze", str(tiny_run), "--config", str(tmp_path / "analysis.yaml")]
+    arguments = [*ANALYZE, "analyze", str(tiny_run), "--trust", "--config", str(tmp_path / "analysis.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=150

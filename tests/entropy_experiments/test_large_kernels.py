@@ -164,7 +164,7 @@ def _launch(arguments: list[str], processes: int, cwd: Path) -> subprocess.Popen
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         start += ["-m", "entropy_experiments"]
     return subprocess.Popen(
-        [*start, "analyze", *arguments],
+        [*start, "analyze", "--trust", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -54,7 +54,7 @@ def run(tiny_run, tmp_path_factory):
 
 def command(*arguments, **environment):
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    return [sys.executable, "-m", "entropy_experiments", "sweep", *map(str, arguments)], env
+    return [sys.executable, "-m", "entropy_experiments", "sweep", "--trust", *map(str, arguments)], env
 
 
 def sweep(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -130,7 +130,7 @@ def quick(monkeypatch):
     """Analyses that write a synthetic results folder at once; calls are counted, steps in `broken` raise."""
     calls, broken = [], set()
 
-    def analyse(path, config, *, folder, resume, keep_going, stage):
+    def analyse(path, config, *, folder, resume, keep_going, trust, stage):
         step = int(Path(path).name.rpartition("-")[2])
         calls.append(step)
         assert "WORLD_SIZE" not in os.environ, "an analysis would take this for a process group to join"

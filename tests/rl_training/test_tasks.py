@@ -1,11 +1,13 @@
 """Tasks: distinct prompts, disjoint splits, stable numbers, and errors that name the remedy."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rl_training import json_lines
 from rl_training.config import TaskConfig
 from rl_training.errors import UserError
 from rl_training.tasks import load_task
@@ -70,7 +72,7 @@ def test_default_reward_is_the_data_sets_own_scorer() -> None:
     (reward,) = task.reward_functions
     row = task.train[0]
     answer = row["answer"]
-    completions = [answer, f"<answer>{answer}</answer>", f"It is {answer}", "none"]
+    completions = [answer, f"<answer>0</answer> <answer> {answer}\n</answer> .", f"It is {answer}", "none"]
     columns = {key: [row[key]] * 4 for key in ("answer", "prompt_index")}
     scores = reward(prompts=[row["prompt"]] * 4, completions=completions, **columns)
     assert scores[:2] == [1.0, 1.0] and 0 < scores[2] < 1 and scores[3] == 0
@@ -178,10 +180,69 @@ def test_jsonl_columns_reach_a_reward_of_ones_own(tmp_path: Path, monkeypatch: p
         "def by_level(prompts, completions, level, **columns):\n    return [1.0 if a is None else a for a in level]\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     lines = [{"prompt": "a", "answer": "1", "level": 7, "prompt_index": 99}, {"prompt": "b", "answer": "1"}]
-    task = load_task(_jsonl(tmp_path, *lines, size=2, reward="my_rewards:by_level"))
+    task = load_task(_jsonl(tmp_path, *lines, size=2, reward="my_rewards.py:by_level"))
     rows = sorted(task.train, key=lambda row: row["prompt_index"])
     assert [row["level"] for row in rows] == [7, None]
     columns = {key: [row[key] for row in rows] for key in ("level", "answer", "prompt_index")}
     assert task.reward_functions[0](prompts=["a", "b"], completions=["x", "y"], **columns) == [7.0, 1.0]
+
+
+_GOOD = b'{"prompt": "a", "answer": "1"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"prompt": "half \\ud800", "answer": "1"}', "lone surrogate .ud800"),
+        (b'{"prompt": "b", "answer": "1", "note": ["\\udfff"]}', "lone surrogate .udfff"),
+        (b'{"\\ud800": 1, "prompt": "b", "answer": "1"}', "lone surrogate"),
+        (b'{"prompt": "b", "answer": "1", "x": ' + b"[" * 2000 + b"]" * 2000 + b"}", "nested deeper"),
+        (b"[" * 200_000, "nested deeper|not JSON"),
+        (b'{"prompt": "b", "answer": "1", "x": ' + b'{"y":' * 40 + b"1" + b"}" * 41, "nested deeper than 32"),
+        (b'{"prompt": "b", "answer": NaN}', "NaN is no number"),
+        (b'{"prompt": "b", "answer": "1", "x": -Infinity}', "-Infinity is no number"),
+        (b'{"prompt": "b", "answer": 1e999}', "1e999 is too large"),
+        (b'{"prompt": "b", "answer": "1", "x": 1' + b"0" * 30 + b"}", "does not fit 64 bits"),
+        (b'{"prompt": "b", "answer": 1' + b"0" * 6000 + b"}", "4300"),
+        (b'{"prompt": "b", "prompt": "c", "answer": "1"}', "'prompt' stands twice"),
+        (b'{"prompt": "b", "answer": "1", "x": {"y": 1, "y": 2}}', "'y' stands twice"),
+        (b'{"prompt": "b\\u0000", "answer": "1"}', "NUL"),
+        (b'{"prompt": "caf\xe9", "answer": "1"}', "not text in UTF-8"),
+        (b"\0\0\0", "not JSON"),
+    ],
+)
+def test_lines_that_no_data_set_could_hold_are_named(tmp_path: Path, line: bytes, words: str) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(_GOOD + line + b"\n")
+    with pytest.raises(UserError, match=f"line 2: .*({words})") as caught:
+        load_task(TaskConfig(source="jsonl", path=str(path), size=1, heldout_size=0, reward="exact"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    str(caught.value).encode()
+
+
+def test_task_files_that_are_no_plain_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> None:
+        load_task(TaskConfig(source="jsonl", path=str(path), size=1, heldout_size=0, reward="exact"))
+
+    pipe, large = tmp_path / "pipe.jsonl", tmp_path / "large.jsonl"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            load(path)
+    with pytest.raises(UserError, match="is a folder"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load(Path("nul\0byte.jsonl"))
+    large.write_bytes(_GOOD + b" " * (json_lines.LONGEST_LINE + 2))
+    with pytest.raises(UserError, match="line 2 is longer than 16 MiB"):
+        load(large)
+    monkeypatch.setattr(json_lines, "LARGEST_FILE", 10)
+    with pytest.raises(UserError, match="take a part of it"):
+        load(large)
+    monkeypatch.undo()
+    large.write_text('{"prompt": "a", "answer": 1}', encoding="utf-16")
+    with pytest.raises(UserError, match="UTF-16"):
+        load(large)
+    large.write_bytes(b"\xef\xbb\xbf" + _GOOD)
+    load(large)
