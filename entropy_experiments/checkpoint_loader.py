@@ -19,6 +19,7 @@ from torch import nn
 
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.config import CheckpointOverrides
+from entropy_experiments.loaded_policy import check_loaded_policy
 from entropy_experiments.optimizer_mapping import match_names
 from rl_training.checkpoint_format import SIDECAR_NAME, Sidecar, read_sidecar
 from rl_training.errors import UserError
@@ -124,8 +125,8 @@ def load_checkpoint(
     go, in place of `device`; adapters and their moments lie where their layers are computed.
 
     Raises UserError for a missing or partial checkpoint, an adapter whose base model is missing, optimizer state that is
-    absent or not Adam's, or whose entries cannot be matched to parameters beyond doubt; a device map that does not fit, or
-    that would offload what is trained.
+    absent or not Adam's, or whose entries cannot be matched to parameters beyond doubt; a policy that is not the one that was
+    saved (entropy_experiments.loaded_policy); a device map that does not fit, or that would offload what is trained.
     """
     folder = resolve_checkpoint(path)
     missing = missing_parts(folder)
@@ -137,6 +138,7 @@ def load_checkpoint(
     trainer_state = read_trainer_state(folder)
     name = model_name or _base_model_name(folder, sidecar)
     model, tokenizer = _load_policy(folder, name, sidecar, device, dtype, device_map)
+    check_loaded_policy(model, folder, sidecar)
     record = CheckpointRecord(
         path=folder,
         step=int(trainer_state["global_step"]),

@@ -50,6 +50,20 @@ class SidecarWitness(StrictModel):
     """Log-probability of each completion, nats, at the sampling temperature."""
 
 
+class SidecarGradientPremise(StrictModel):
+    """What the run found when it held its own gradient against that of its sequences' weights; see docs/guides/training.md."""
+
+    step: int
+    made: bool
+    """Whether it could be checked; `trouble` says why not."""
+    trouble: str | None
+    """What is wrong; null where the premise held."""
+    relative_error: float | None = None
+    tolerance: float | None = None
+    logprob_difference: float | None = None
+    """Of a token's log-probability between the trainer's forward pass and the policy's, nats."""
+
+
 class SidecarAlgorithm(StrictModel):
     """How sequences were weighted in the loss, and how the training buffer was filled."""
 
@@ -88,6 +102,8 @@ class Sidecar(StrictModel):
     """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
     witness: SidecarWitness | None = None
     """None where none was recorded."""
+    gradient_premise: SidecarGradientPremise | None = None
+    """None where no step had a gradient yet, or the release did not check."""
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:

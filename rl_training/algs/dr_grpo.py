@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
+from rl_training.adapter_initialisation import REMEDY, unrepeatable_initialisation
 from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
 from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.algs.premise_guard import PremiseGuard
@@ -145,12 +146,15 @@ class DrGRPOTrainer(GRPOTrainer):
         self.pass_rates = PassRates(len(self.train_dataset), self.args.pass_threshold)
         self._learning_rates = LearningRateRecorder()
         self.add_callback(self._learning_rates)
+        adapter = next(iter(getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()), None)
+        if adapter is not None and (name := unrepeatable_initialisation(adapter)) is not None:
+            raise UserError(f"init_lora_weights={name!r}: a checkpoint would be another policy at each load; {REMEDY}")
         self._guard = PremiseGuard(self, self.args.on_failed_premise)
         self.add_callback(self._guard)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
-            self._guard.expect(inputs["sequence_weight"])
+            self._guard.expect(inputs["sequence_weight"][:, None] * loss_mask(inputs))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ the training buffer

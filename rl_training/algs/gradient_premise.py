@@ -71,11 +71,10 @@ class GradientPremise:
         self._found: GradientCheck | None = None
         self._fresh = False
         self.reader = LossReader.of(trainer)
-        distributed = getattr(trainer.accelerator.distributed_type, "value", "")
         if self.reader is None:
             self.check = self._not_made("the trainer has no forward pass that gives log-probabilities")
-        elif distributed in _SHARDED:
-            self.check = self._not_made(f"under {distributed} no process holds the gradient")
+        elif is_sharded(trainer):
+            self.check = self._not_made("the model is sharded: no process holds the whole gradient")
         else:
             self.reader.watch_random = True
             self.reader.before_micro_batch.append(self._begin)
@@ -199,6 +198,11 @@ class GradientPremise:
             f"{error:.1%} of the gradient comes from no log-probability of the step's sequences (most of it in {worst!r}): "
             "compute_loss adds a term of its own, or gradients are changed after the backward pass"
         )
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether the trainer's processes each hold a part of the model alone."""
+    return getattr(trainer.accelerator.distributed_type, "value", "") in _SHARDED
 
 
 def _rebuild(

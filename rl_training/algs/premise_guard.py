@@ -32,8 +32,8 @@ class PremiseGuard(TrainerCallback):
         self._said = False
 
     def expect(self, weights: Tensor) -> None:
-        """(n,) recorded weights of the micro-batch whose loss is about to be computed."""
-        self._recorded.append(weights)
+        """(n, L) the recorded weight of each token of the micro-batch whose loss is about to be computed."""
+        self._recorded.append(weights.double())
 
     def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
         check = self.premise.settle()
@@ -57,11 +57,10 @@ class PremiseGuard(TrainerCallback):
         if len(found) != len(self._recorded):
             return None  # a loss of another kind: `settle` says that it cannot be checked
         largest = max((float(w.abs().max()) for w in self._recorded), default=0.0)
-        for micro, weights, recorded in zip(reader.micro_batches if reader else [], found, self._recorded, strict=True):
+        for weights, recorded in zip(found, self._recorded, strict=True):
             if weights is None:
                 continue
-            wanted = recorded.double()[:, None] * micro[0].completion_mask
-            off = float((weights - wanted).abs().max()) if torch.isfinite(weights).all() else 0.0
+            off = float((weights - recorded).abs().max()) if torch.isfinite(weights).all() else 0.0
             if off > _SAME_WEIGHT * largest:
                 named = unequal_weights(self._trainer)
                 why = named[0] if named else "compute_loss weights sequences otherwise, or masks tokens"

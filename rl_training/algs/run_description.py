@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rl_training.checkpoint_format import SIDECAR_FORMAT, Sidecar, SidecarAlgorithm, SidecarSampling
+from rl_training.algs.gradient_premise import GradientPremise, is_sharded
+from rl_training.algs.policy_witness import witness_of
+from rl_training.checkpoint_format import (
+    SIDECAR_FORMAT,
+    Sidecar,
+    SidecarAlgorithm,
+    SidecarGradientPremise,
+    SidecarSampling,
+    SidecarWitness,
+)
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
-from rl_training.sampling import sampling_law
+from rl_training.sampling import SamplingLaw, sampling_law
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -92,4 +101,26 @@ def describe_run(
         pass_rates=pass_rates.state_dict(),
         rank_count=trainer.accelerator.num_processes,
         versions={name: version(name) for name in _VERSIONS},
+        witness=_witness(trainer, model, law),
+        gradient_premise=_gradient_premise(trainer),
+    )
+
+
+def _witness(trainer: Any, model: torch.nn.Module, law: SamplingLaw) -> SidecarWitness | None:
+    """Log-probabilities of a few of this process's newest sequences; None where no process holds the whole model."""
+    if is_sharded(trainer):
+        return None
+    return witness_of(model, trainer.unfiltered_rollouts, law.temperature, law.pad_token_id)
+
+
+def _gradient_premise(trainer: Any) -> SidecarGradientPremise | None:
+    check = GradientPremise.of(trainer).check
+    if check is None:
+        return None
+    numbers = {name: getattr(check, name) for name in ("relative_error", "tolerance", "logprob_difference")}
+    return SidecarGradientPremise(
+        step=check.step,
+        made=check.made,
+        trouble=check.trouble,
+        **{name: value if value == value else None for name, value in numbers.items()},
     )
