@@ -29,13 +29,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, entropy_coefficients, score_coefficients
-from entropy_core.forward import completion_logits, evaluation_mode, true_embedding_gradients
+from entropy_core.forward import completion_logits, evaluation_mode
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.logit_statistics import bounded_logprobs, logit_chunks
 from entropy_core.repeated_tokens import repeated_tokens_once
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
+from entropy_core.stopped_gradients import attached_norms
 
-Method = Literal["forward", "central"]
+Method = Literal["auto", "forward", "central"]
 
 _LARGEST_CHANGE = 0.05  # nats by which a central difference moves the fastest token at most; curvature may ask for less
 _PILOT_SEQUENCES = 8
@@ -53,29 +54,34 @@ def token_derivatives(
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method = "forward",
+    method: Method = "auto",
     hold_padding: bool = False,
 ) -> TokenStatistics:
     """D log pi(a_k) in `logprobs` and D H_k in `entropies`, both (N, L) in the batch's layout, 0 outside completions.
 
     direction: name -> tensor of the parameter's shape, over all trainable parameters; any scale, weights are not stepped.
     method: "forward" needs a forward-mode rule for every operation of the model; "central" none, but is good to some 1e-4
-    of the whole in float32 and moves the weights while it runs (they are restored bit by bit, also on an exception).
-    hold_padding: count no movement of a padding token's input embedding, as torch's gradient of it in training does.
+    of the whole in float32 and moves the weights while it runs (they are restored bit by bit, also on an exception);
+    "auto" takes it where "forward" fails.
+    hold_padding: count no movement of a padding token's input embedding, nor of norms that a module holds fixed, as the
+    gradient in training does (`as_trained` in entropy_core.gradients; "central" moves the norms all the same).
 
-    Raises ValueError where the direction does not fit the parameters or is not finite, for an unknown method, and where an
-    operation has no forward-mode rule (naming the module).
+    Raises ValueError where the direction does not fit the parameters or is not finite, for an unknown method, and with
+    method="forward" where an operation has no forward-mode rule (naming the module).
     """
     parameters = trainable_parameters(model)
     _check_covers("the direction", direction, parameters)
     with ExitStack() as held:
-        if hold_padding:
-            held.enter_context(_padding_embeddings_held(model))
-        if method == "forward":
-            return _forward_mode(model, batch, direction, parameters, token_batch_size)
-        if method == "central":
+        held.enter_context(_padding_embeddings_held(model) if hold_padding else attached_norms(model))
+        if method in ("auto", "forward"):
+            try:
+                return _forward_mode(model, batch, direction, parameters, token_batch_size)
+            except _NoForwardModeError:
+                if method == "forward":
+                    raise
+        if method in ("auto", "central"):
             return _central_difference(model, batch, direction, token_batch_size)
-    raise ValueError(f"unknown method {method!r}: choose 'forward' or 'central'")
+    raise ValueError(f"unknown method {method!r}: choose 'auto', 'forward' or 'central'")
 
 
 def row_sums(
@@ -85,7 +91,7 @@ def row_sums(
     weights: Tensor,
     preconditioner: Mapping[str, Tensor] | None = None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method = "forward",
+    method: Method = "auto",
 ) -> Tensor:
     """(n_eval,) float64: sum_i w_i K1(t, i) for every evaluation sequence, at the price of one backward and one forward pass.
 
@@ -107,10 +113,7 @@ def weighted_direction(
     """P sum_i w_i dS_i, name -> tensor: the direction whose score derivatives are the row sums of K1 with weights (N,) w."""
     if weights.shape != (len(batch),):
         raise ValueError(f"the weights are {tuple(weights.shape)}, but there are {len(batch)} training sequences")
-    with true_embedding_gradients(model):
-        gradient = batch_gradients(
-            model, batch, [score_coefficients(batch, weights.to(batch.device))], token_batch_size
-        )[0]
+    gradient = batch_gradients(model, batch, [score_coefficients(batch, weights.to(batch.device))], token_batch_size)[0]
     if preconditioner is None:
         return gradient
     _check_covers("the preconditioner", preconditioner, gradient)
@@ -122,13 +125,13 @@ def sequence_products(
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method = "forward",
+    method: Method = "auto",
     hold_padding: bool = True,
 ) -> SequenceProducts:
     """<dS_i, direction> of every sequence, and every token's part of it, from one pass.
 
-    With hold_padding the rows dS_i are those of `per_sequence_gradients`, by torch's rule for padding embeddings; without,
-    those of the true derivative, as in `compute_cross_fisher_kernel`. They differ only where such an embedding is trained.
+    With hold_padding the rows dS_i are those of the training step, by torch's rule for padding embeddings (`as_trained`);
+    without, true derivatives, as in kernels. They differ only where such an embedding is trained.
     """
     found = token_derivatives(model, batch, direction, token_batch_size, method, hold_padding)
     return SequenceProducts(found.scores(), found.logprobs)
@@ -165,6 +168,10 @@ def weights_moved(model: nn.Module, direction: Mapping[str, Tensor], scale: floa
                 p.copy_(before[name])
 
 
+class _NoForwardModeError(ValueError):
+    """An operation has no forward-mode rule."""
+
+
 class _CompletionLogits(nn.Module):
     """`completion_logits` as a module, so that its parameters can be replaced by dual numbers for one call."""
 
@@ -198,7 +205,7 @@ def _forward_mode(
                 try:
                     logits = torch.func.functional_call(wrapper, duals, (bucket, batch.temperature))
                 except NotImplementedError as error:
-                    raise ValueError(
+                    raise _NoForwardModeError(
                         f"{_culprit(error.__traceback__, wrapper)} has no forward-mode derivative "
                         f"({str(error).splitlines()[0]}); use method='central'"
                     ) from error
@@ -305,10 +312,12 @@ def _padding_embeddings_held(model: nn.Module) -> Iterator[None]:
     """Input embeddings of padding tokens stay what they are, wherever the parameters move."""
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad:
-            index = module.padding_idx
+        base = getattr(module, "base_layer", module)  # an adapter around an embedding masks as the embedding does
+        trained = any(p.requires_grad for p in module.parameters())
+        if isinstance(base, nn.Embedding) and base.padding_idx is not None and trained:
+            index = base.padding_idx
             with torch.no_grad():
-                row = module(torch.tensor(index, device=module.weight.device))
+                row = module(torch.tensor([index], device=base.weight.device))[0]
 
             def hold(_module: nn.Module, args: tuple, output: Tensor, index: int = index, row: Tensor = row) -> Tensor:
                 return torch.where((args[0] == index)[..., None].to(output.device), row, output)

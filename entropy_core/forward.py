@@ -63,20 +63,42 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def true_embedding_gradients(model: nn.Module) -> Iterator[None]:
-    """Inside, the padding token's embedding has its true gradient.
+    """Inside, gradients of embeddings are the derivatives of what the model computes.
 
-    `nn.Embedding(padding_idx=...)` gives that row none, although a policy reads it wherever the token is drawn, or where it
-    doubles as another special token. Training goes by torch's rule, so gradients of the loss keep to it; how entropy changes
-    when the row moves (through tied output weights, say) does not.
+    `nn.Embedding(padding_idx=...)` gives the padding token's row none, although a policy reads it wherever the token is drawn,
+    or where it doubles as another special token; `scale_grad_by_freq` divides rows by how often a batch holds their token.
+    Training goes by torch's rules, so the step's own gradient keeps to them (`as_trained`); how scores and entropy change
+    when a row moves (through tied output weights, say) does not. Source: docs/theory/fisher-kernel.md, "Padding tokens".
+
+    Raises ValueError for an embedding with max_norm, which rescales its own weights in every pass.
     """
-    masked = [(m, m.padding_idx) for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
-    for module, _ in masked:
-        module.padding_idx = None
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if any(m.max_norm is not None for m in embeddings):
+        raise ValueError(
+            "an embedding with max_norm rescales its weights in every pass, so the policy is not a function of its parameters: "
+            "set max_norm=None"
+        )
+    kept = [(m, m.padding_idx, m.scale_grad_by_freq) for m in embeddings]
+    for module in embeddings:
+        module.padding_idx, module.scale_grad_by_freq = None, False
     try:
         yield
     finally:
-        for module, index in masked:
-            module.padding_idx = index
+        for module, index, scaled in kept:
+            module.padding_idx, module.scale_grad_by_freq = index, scaled
+
+
+def masks_padding(model: nn.Module) -> bool:
+    """Whether torch's rules give some trained embedding another gradient than the true one: none for its padding token.
+
+    Trained: its weight, or the factors of an adapter around it.
+    """
+    return any(
+        any(p.requires_grad for p in owner.parameters())
+        for owner in model.modules()
+        for module in (owner, getattr(owner, "base_layer", None))
+        if isinstance(module, nn.Embedding) and (module.padding_idx is not None or module.scale_grad_by_freq)
+    )
 
 
 @contextmanager

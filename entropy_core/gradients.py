@@ -7,30 +7,28 @@ Rows come out of ordinary batched backward passes. In a module y = f(x; w) that 
 row_t of w needs only x_t and the cotangent dObjective/dy_t; a tap behind every module that owns trainable parameters reads
 both while the backward passes by. For y = x W^T + b that is  row_t(W) = sum_l dy_tl x_tl^T  and  row_t(b) = sum_l dy_tl;
 for any other module (norms, GPT-2's transposed Conv1D, scaled embeddings) it is the module's own vector-Jacobian product,
-sequence by sequence. A parameter used in several places (tied weights) sums its uses.
+sequence by sequence. A parameter used in several places (tied weights) sums its uses. Where taps cannot follow a model, a loop
+over sequences gives the same rows (entropy_core.row_formation).
 
 Source: docs/theory/fisher-kernel.md, "Rows".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.forward import evaluation_mode, true_embedding_gradients
 from entropy_core.passes import CoefficientsOf, GraphPasses
-from entropy_core.row_sums import RowSums
-from entropy_core.row_taps import RowTaps
+from entropy_core.row_formation import Method, RowFormation
+from entropy_core.row_stream import RowSink, RowStream
 from entropy_core.scores import TokenStatistics, token_statistics
-
-RowSink = Callable[[int, str, Tensor, Tensor], None]
-"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows), both tensors on the device
-of the parameter; may be called more than once for the same name and sequences: contributions add up."""
+from entropy_core.stopped_gradients import attached_norms
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,21 +53,34 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
 
 
+@contextmanager
+def gradient_rule(model: nn.Module, as_trained: bool) -> Iterator[None]:
+    """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's rule; and so for gradients
+    that modules stop, in a model that entropy_core.stopped_gradients.true_derivatives holds.
+    """
+    with ExitStack() as rules:
+        if not as_trained:
+            rules.enter_context(true_embedding_gradients(model))
+            rules.enter_context(attached_norms(model))
+        yield
+
+
 def batch_gradients(
     model: nn.Module,
     batch: SequenceBatch,
     coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    as_trained: bool = False,
 ) -> list[dict[str, Tensor]]:
     """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd, from one forward pass.
 
-    coefficients: as in `stream_rows`. A trainable parameter that the model did not use has a gradient of zeros. `p.grad` is
-    not touched.
+    coefficients, as_trained: as in `stream_rows`. A trainable parameter that the model did not use has a gradient of zeros.
+    `p.grad` is not touched.
     """
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
     passes = GraphPasses(model, batch, coefficients, token_batch_size)
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), gradient_rule(model, as_trained), torch.enable_grad():
         for _, objectives in passes.run():
             for number, objective in enumerate(objectives):
                 if number == len(totals):
@@ -100,9 +111,8 @@ def entropy_gradient(
     def coefficients(known: TokenStatistics) -> list[TokenCoefficients]:
         return [entropy_coefficients(known, batch, estimator, per_token).scaled(1.0 / len(batch))]
 
-    with true_embedding_gradients(model):
-        wanted = coefficients if statistics is None else coefficients(statistics)
-        return batch_gradients(model, batch, wanted, token_batch_size)[0]
+    wanted = coefficients if statistics is None else coefficients(statistics)
+    return batch_gradients(model, batch, wanted, token_batch_size)[0]
 
 
 def stream_rows(
@@ -112,41 +122,30 @@ def stream_rows(
     sink: RowSink,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
+    method: Method | RowFormation = "auto",
+    restart: Callable[[], None] | None = None,
+    as_trained: bool = False,
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
     coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these, in whole or
     in part (entropy_core.passes). verify: check in the bucket that passes first (the smallest, where coefficients are no
-    function) that rows add up to autograd's gradient over all trainable parameters (entropy_core.row_sums).
+    function), and in those twice as large, that rows add up to autograd's gradient over all trainable parameters, and once that
+    a row does not depend on the sequences it passes with (entropy_core.row_sums).
+    method: see entropy_core.row_formation; a RowFormation remembers over several calls what was checked and what failed, and
+    says itself whether to verify. restart: empties what the sink has filled; with it "auto" can fall back at any time,
+    without it only until the first rows were sent. as_trained: by torch's rules for padding embeddings
+    (entropy_core.forward.true_embedding_gradients), as the gradient that the trainer's optimizer gets.
 
     Raises
     ------
-    ValueError: a parameter whose rows cannot be formed (its module mixes sequences, takes several tensors, or is used
-        other than by being called), naming the parameter and the module; method="loop" covers such models.
+    RowsNotFormedError (a ValueError): with method="hooks", or too late to fall back, for a parameter whose rows cannot be formed
+        (its module mixes sequences, takes several tensors, or is used other than by being called), naming both.
     """
-    parameters = trainable_parameters(model)
-    passes = GraphPasses(model, batch, coefficients, token_batch_size, smallest_first=verify)
-    with evaluation_mode(model), torch.enable_grad(), RowTaps(model, parameters) as taps:
-        for bucket, objectives in passes.run(taps.begin):
-            for number, objective in enumerate(objectives):
-                sums = RowSums(parameters) if verify else None
-
-                def receive(
-                    name: str,
-                    rows: Tensor,
-                    number: int = number,
-                    bucket: Bucket = bucket,
-                    sums: RowSums | None = sums,
-                ) -> None:
-                    if sums is not None:
-                        sums.add(name, rows)
-                    sink(number, name, bucket.indices.to(rows.device), rows)
-
-                more = number + 1 < len(objectives)
-                found = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
-                if sums is not None:
-                    verify = not sums.errors(found)
-            del objectives, objective, found  # the graph, before the next bucket makes its own
+    formation = method if isinstance(method, RowFormation) else RowFormation(method, verify)
+    with gradient_rule(model, as_trained):
+        stream = RowStream(model, trainable_parameters(model), batch, coefficients, token_batch_size)
+        stream.run(formation, sink, restart)
 
 
 def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> RowSink:
@@ -170,41 +169,49 @@ def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) 
     return keep
 
 
+def emptied(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> None:
+    """Make zeros of rows that a sink of `keeping` filled, of those at `places` only where they are given."""
+    for one in rows:
+        for part in one.values():
+            if places is None:
+                part.zero_()
+            else:
+                part[places.to(part.device)] = 0
+
+
 def gradient_rows(
     model: nn.Module,
     batch: SequenceBatch,
     coefficients: TokenCoefficients,
-    method: Literal["hooks", "loop"] = "hooks",
+    method: Method | RowFormation = "auto",
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
+    as_trained: bool = False,
 ) -> dict[str, Tensor]:
     """All rows at once: name -> (N, *parameter.shape). The memory is N times the trainable parameters.
 
-    method: "hooks" forms rows in batched backward passes; "loop" runs one backward pass a sequence, for any model.
+    method, as_trained: as in `stream_rows`.
     """
     parameters = trainable_parameters(model)
     rows = {name: torch.zeros((len(batch), *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
-    if method == "hooks":
-        stream_rows(model, batch, [coefficients], keeping([rows]), token_batch_size, verify)
-    elif method == "loop":
-        for index in range(len(batch)):
-            one = TokenCoefficients(coefficients.entropy[index : index + 1], coefficients.logprob[index : index + 1])
-            for name, gradient in batch_gradients(model, batch.select([index]), [one])[0].items():
-                rows[name][index] = gradient
-    else:
-        raise ValueError(f"unknown method {method!r}: choose 'hooks' or 'loop'")
+
+    stream_rows(
+        model, batch, [coefficients], keeping([rows]), token_batch_size, verify,
+        method, restart=lambda: emptied([rows]), as_trained=as_trained,
+    )  # fmt: skip
     return rows
 
 
 def per_sequence_gradients(
     model: nn.Module,
     batch: SequenceBatch,
-    method: Literal["hooks", "loop"] = "hooks",
+    method: Method | RowFormation = "auto",
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
+    as_trained: bool = False,
 ) -> dict[str, Tensor]:
     """Rows of the score, dS(t)/dtheta: name -> (N, *parameter.shape). No advantage, no length, no preconditioner inside."""
-    return gradient_rows(model, batch, score_coefficients(batch), method, token_batch_size, verify)
+    return gradient_rows(model, batch, score_coefficients(batch), method, token_batch_size, verify, as_trained)
 
 
 def entropy_rows(
@@ -212,7 +219,7 @@ def entropy_rows(
     batch: SequenceBatch,
     estimator: Estimator = "rao_blackwell",
     per_token: bool = True,
-    method: Literal["hooks", "loop"] = "hooks",
+    method: Method | RowFormation = "auto",
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     verify: bool = True,
 ) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.forward import true_embedding_gradients
 from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
 from entropy_core.passes import CoefficientsOf
+from entropy_core.row_formation import Method, RowFormation
 from entropy_core.scores import TokenStatistics
 
 
@@ -41,17 +41,19 @@ def compute_cross_fisher_kernel(
     train_batch: SequenceBatch,
     preconditioner: Mapping[str, Tensor] | None = None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    method: Method | RowFormation = "auto",
 ) -> Tensor:
     """K1, (n_eval, n_train) float32. preconditioner: name -> P over all trainable parameters; None means P = 1.
 
-    Raises ValueError where P does not cover the trainable parameters, holds values that are not positive and finite, or
-    where rows cannot be formed (entropy_core.gradients).
+    method: how rows are formed, as in `stream_rows`. Raises ValueError where P does not cover the trainable parameters or
+    holds values that are not positive and finite, and as `stream_rows` does.
     """
+    formation = method if isinstance(method, RowFormation) else RowFormation(method)
     turned = len(eval_batch) < len(train_batch)
     stored, streamed = (eval_batch, train_batch) if turned else (train_batch, eval_batch)
-    columns = _columns(model, stored, preconditioner, token_batch_size)
+    columns = _columns(model, stored, preconditioner, token_batch_size, formation)
     objectives = [score_coefficients(streamed)]
-    found = contract_rows(model, streamed, objectives, [columns], token_batch_size, verify=False)[0]
+    found = contract_rows(model, streamed, objectives, [columns], token_batch_size, formation)[0]
     return found.T.contiguous() if turned else found
 
 
@@ -64,25 +66,30 @@ def compute_kernels(
     per_token: bool = True,
     statistics: TokenStatistics | None = None,
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    method: Method | RowFormation = "auto",
 ) -> CrossKernels:
     """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
-    columns = _columns(model, train_batch, preconditioner, token_batch_size)
+    formation = method if isinstance(method, RowFormation) else RowFormation(method)
+    columns = _columns(model, train_batch, preconditioner, token_batch_size, formation)
 
     def objectives(known: TokenStatistics) -> list[TokenCoefficients]:
         return [score_coefficients(eval_batch), entropy_coefficients(known, eval_batch, estimator, per_token)]
 
     wanted = objectives if statistics is None else objectives(statistics)
-    found = contract_rows(model, eval_batch, wanted, [columns], token_batch_size, verify=False, kinds=2)
+    found = contract_rows(model, eval_batch, wanted, [columns], token_batch_size, formation, kinds=2)
     return CrossKernels(*found)
 
 
 def _columns(
-    model: nn.Module, batch: SequenceBatch, preconditioner: Mapping[str, Tensor] | None, token_batch_size: int
+    model: nn.Module,
+    batch: SequenceBatch,
+    preconditioner: Mapping[str, Tensor] | None,
+    token_batch_size: int,
+    formation: RowFormation,
 ) -> dict[str, Tensor]:
     """Score rows of the side that is stored, times P."""
     check_preconditioner(preconditioner, trainable_parameters(model))
-    with true_embedding_gradients(model):
-        columns = per_sequence_gradients(model, batch, token_batch_size=token_batch_size)
+    columns = per_sequence_gradients(model, batch, formation, token_batch_size)
     if preconditioner is not None:
         for name, rows in columns.items():
             rows.mul_(preconditioner[name])
@@ -95,15 +102,15 @@ def contract_rows(
     objectives: Sequence[TokenCoefficients] | CoefficientsOf,
     column_sets: Sequence[Mapping[str, Tensor]],
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    verify: bool = True,
+    method: Method | RowFormation = "auto",
     kinds: int = 1,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T column_i , rows of `batch` streamed.
 
     column_sets: each name -> (n, *shape), stored rows of the other side times P, or any other vectors; the columns of all
-    sets stand side by side in the result, in order. objectives, verify: as in `stream_rows`; verifying once for a model is
-    enough. kinds: how many objectives there are, where a function gives them. Columns lie on their parameters' devices;
-    products are added up on the batch's.
+    sets stand side by side in the result, in order. objectives, method: as in `stream_rows`; one RowFormation for all calls
+    checks what is new to it. kinds: how many objectives there are, where a function gives them. Columns lie on their parameters'
+    devices; products are added up on the batch's.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
@@ -118,8 +125,11 @@ def contract_rows(
             products = rows.flatten(1).to(other.dtype) @ other.T
             out[number][:, start:end].index_add_(0, indices.to(batch.device), products.to(out[number]))
 
-    with true_embedding_gradients(model):
-        stream_rows(model, batch, objectives, contract, token_batch_size, verify)
+    def restart() -> None:
+        for products in out:
+            products.zero_()
+
+    stream_rows(model, batch, objectives, contract, token_batch_size, method=method, restart=restart)
     return out
 
 

@@ -52,6 +52,9 @@ class GraphPasses:
         elif smallest_first:
             self._buckets.sort(key=lambda bucket: bucket.input_ids.numel())
 
+    def __len__(self) -> int:
+        return len(self._buckets)
+
     def run(self, begin: Callable[[Bucket], None] = lambda bucket: None) -> Iterator[tuple[Bucket, list[Tensor]]]:
         """(bucket, its differentiable scalars), a forward pass each; `begin` is called before every such pass.
 

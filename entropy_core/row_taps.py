@@ -7,28 +7,33 @@ gradient of the usual kind is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from entropy_core.batch import Bucket
 from entropy_core.forward import output_layer
+from entropy_core.row_formation import RowsNotFormedError
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None], copies: bool = False
+    ) -> Tensor:
         ctx.receive, ctx.root = receive, root.detach()
-        return output.view_as(output)
+        return output.clone() if copies else output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ctx.receive(cotangents[0])
-        return cotangents[0], torch.zeros_like(ctx.root), None
+        return cotangents[0], torch.zeros_like(ctx.root), None, None
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,15 @@ class _Pass:
 
 class RowTaps:
     """Context in which forward passes are tapped: `begin` before each, and `backward` afterwards, for as many objectives as are
-    wanted. Graphs of several passes may live side by side.
+    wanted. Graphs of several passes may live side by side. copies: a module's output is copied, for models that overwrite it.
+
+    Raises RowsNotFormedError, in passes and on the way back, for parameters whose rows cannot be formed.
     """
 
     _pass: _Pass
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], copies: bool = False) -> None:
+        self._copies = copies
         self._names = {id(p): name for name, p in parameters.items()}
         some = next(iter(parameters.values()))
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
@@ -71,7 +79,8 @@ class RowTaps:
         self._last_walk = self.gradients_wanted = False
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        self._hooks: list[TapHook] = []
         self._modules: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
             own = {
@@ -79,13 +88,27 @@ class RowTaps:
             }
             if own:
                 self._modules[module] = own
-                hook = TapHook(self, module, path, own)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                self._hooks.append(TapHook(self, module, path, own))
         reachable = {name for own in self._modules.values() for name in own.values()}
         missing = [name for name in parameters if name not in reachable]
         if missing:  # only a parameter held outside `_parameters`, e.g. in a plain list, can end here
-            self.__exit__(None, None, None)
-            raise ValueError(f"no module owns the trainable parameter {missing[0]!r}: use method='loop', or freeze it")
+            raise RowsNotFormedError(
+                f"per-sequence gradients of {missing[0]!r} cannot be formed: no module owns this trainable parameter"
+            )
+
+        self._place()
+
+    def _place(self) -> None:
+        self._handles = [h.module.register_forward_hook(h, with_kwargs=True) for h in self._hooks]
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, passes are not tapped."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._place()
 
     def __enter__(self) -> RowTaps:
         return self
@@ -132,14 +155,14 @@ class RowTaps:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         where = f"per-sequence gradients of {name!r} cannot be formed: its module {path!r} ({type(module).__name__})"
         if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
-            raise ValueError(f"{where} does not map one tensor to one tensor; use method='loop', or freeze it")
+            raise RowsNotFormedError(f"{where} does not map one tensor to one tensor")
         current = self._pass
         flat = module in self._flat_modules and args[0].shape[0] == len(current.bucket.targets)
         rows, length = current.bucket.input_ids.shape
         if not flat and (args[0].shape[:2] != (rows, length) or output.shape[:2] != (rows, length)):
-            raise ValueError(
+            raise RowsNotFormedError(
                 f"{where} does not keep sequences apart: it maps {tuple(args[0].shape)} to {tuple(output.shape)} for "
-                f"{rows} sequences of {length} tokens; use method='loop', or freeze it"
+                f"{rows} sequences of {length} tokens"
             )
 
         call = current.calls
@@ -152,17 +175,29 @@ class RowTaps:
             x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
             if flat:
                 x, dy = (_unflatten(tensor, current.bucket) for tensor in (x, dy))
-            self._emit(module, own, x, args[1:], kwargs, dy)
+            try:
+                found = self._rows(module, own, x, args[1:], kwargs, dy)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, TypeError) as error:  # what vmap cannot follow
+                raise RowsNotFormedError(f"{where} fails on one sequence at a time ({_line(error)})") from error
+            for key, rows in found.items():
+                self.send(own[key], rows)
 
-        return _Tap.apply(output, self.root, receive)
+        return _Tap.apply(output, self.root, receive, self._copies)
 
-    def _emit(self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor) -> None:
+    def _rows(
+        self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
+    ) -> dict[str, Tensor]:
         self._forming_rows = True
         try:
-            for key, rows in _module_rows(module, set(own), x, rest, kwargs, dy).items():
-                self.send(own[key], rows)
+            return _module_rows(module, set(own), x, rest, kwargs, dy)
         finally:
             self._forming_rows = False
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _unflatten(tensor: Tensor, bucket: Bucket) -> Tensor:

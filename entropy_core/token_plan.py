@@ -66,7 +66,8 @@ class TokenPlan:
         """(tokens, out) of what `gather` gave -> (n, l, out)."""
         if len(products) != len(self.place):
             products = products.index_select(0, self.place)
-        return products.view(*self.shape, -1)
+        # Not a view: what a custom operation returns may be overwritten by the model (AdaLoRA adds to it in place).
+        return torch.ops.aten._unsafe_view.default(products, [*self.shape, products.shape[-1]])
 
     def worthwhile(self, tokens: Tensor, width: int, out: int) -> bool:
         """Whether a layer of `width` inputs and `out` outputs should multiply `tokens` alone."""

@@ -76,6 +76,8 @@ class FisherKernelConfig(StrictModel):
     """P from Adam's second moments in the `checkpoint`, or from those of the analysed `step`; `none`: P = 1."""
     token_batch_size: PositiveInt = 2048
     """Padded tokens in one forward and backward pass; bounds memory."""
+    method: Literal["auto", "hooks", "loop"] = "auto"
+    """Rows by `hooks` (batched passes) or by a `loop` of one pass per sequence, for any model; `auto`: hooks where they do."""
     strategy: Literal["auto", "memory", "disk", "tiles"] = "auto"
     """Training rows in `memory`, in a store on `disk`, or formed anew in `tiles`; `auto`: the first that fits."""
     memory_budget: ByteSize | None = None

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from entropy_core.forward import input_device
+from entropy_core.stopped_gradients import true_derivatives
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses_runner import failed_analyses, run_analyses
 from entropy_experiments.analysis_inputs import AnalysisInputs
@@ -148,7 +149,7 @@ def run_fisher_analysis(
     target = processes.from_root(lambda: _target(folder, record.path, record.step, config.output_dir, resume))
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
-    with _part_folder(target, processes, resume, overwrite) as part:
+    with _part_folder(target, processes, resume, overwrite) as part, true_derivatives(checkpoint.model):
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(record.path, config)))
         plan = plan_sampling(checkpoint, config, trust)
@@ -288,6 +289,7 @@ def _write(
     summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
     summary["policy"] = describe_policy(checkpoint, inputs.plan)
     summary["kernel_modules"] = _modules(inputs)
+    summary["gradient_rows"] = inputs.side.engine.formation.to_json()
     summary["analyses"] = analyses
     (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     write_sequences(

@@ -8,6 +8,7 @@ groups, and the plan of the kernel.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """memory: the process's peak, bytes; disk: the gradient store and the results' kernels, bytes."""
+    """memory: the process's peak, bytes; disk: the gradient store and the results' kernels, bytes. rows: "hooks" or "loop", and
+    why the latter.
+    """
 
     plan: KernelPlan
     stages: list[StageForecast]
@@ -47,6 +50,7 @@ class Forecast:
     disk: int
     parameters: int
     n_train: int
+    rows: Mapping[str, str | None]
 
     @property
     def seconds(self) -> float:
@@ -56,6 +60,7 @@ class Forecast:
         stages = [{"name": s.name, "passes": s.passes, "seconds": round(s.seconds, 3)} for s in self.stages]
         return {
             "plan": self.plan.to_json(),
+            "rows": dict(self.rows),
             "parameters": self.parameters,
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
@@ -65,7 +70,10 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """A table to print."""
-        out = [describe_plan(self.plan, self.n_train), f"{'stage':<44} {'passes':>9} {'seconds':>9}"]
+        out = [describe_plan(self.plan, self.n_train)]
+        if self.rows["method"] == "loop":
+            out.append(f"gradients by one pass per sequence: {self.rows['reason']}")
+        out.append(f"{'stage':<44} {'passes':>9} {'seconds':>9}")
         out += [f"{s.name:<44} {s.passes or '':>9} {s.seconds:>9.1f}" for s in self.stages]
         out.append(f"{'in all':<44} {sum(s.passes for s in self.stages):>9} {self.seconds:>9.1f}")
         out.append(f"peak memory {self.memory / _GIB:.2f} GiB, on disk {self.disk / _GIB:.3f} GiB")
@@ -115,7 +123,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES
     memory = held + fixed_bytes(size) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
-    return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train)
+    return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train, pilot.rows.to_json())
 
 
 def _training_drawing(config: FisherAnalysisConfig, pilot: Pilot) -> float:

@@ -25,6 +25,7 @@ from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.forward import evaluation_mode, input_device
 from entropy_core.gradients import stream_rows, trainable_parameters
 from entropy_core.output_head import completion_values
+from entropy_core.row_formation import RowFormation
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -100,13 +101,16 @@ class DrawingRates:
 
 @dataclass(frozen=True)
 class Pilot:
-    """kept: share of the completions generated whose groups were kept. pass_bytes: of a token in a pass with its graph."""
+    """kept: share of the completions generated whose groups were kept. pass_bytes: of a token in a pass with its graph.
+    rows: how gradient rows were formed.
+    """
 
     training: PassRates
     evaluation: PassRates
     drawing: DrawingRates
     kept: float
     pass_bytes: float
+    rows: RowFormation
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,9 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
     if len(drawings) == 1:
         drawn(pool, PILOT, 1)
     settings = config.entropy_analysis
+    formation = RowFormation(settings.fisher_kernel.method, announce=lambda line: None)
     timed = [
-        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), min(count, _PASSED), config)
+        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), min(count, _PASSED), config, formation)
         for side, count in ((evaluation, settings.eval_batch_size), (training, settings.train_batch_size))
     ]
     recorded = _recorded_rows(checkpoint)
@@ -173,6 +178,7 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
         _drawing_rates(drawings, rates[0], recorded_lengths or lengths),
         kept / len(recorded) if kept else 1.0,
         max(kept_bytes for _, kept_bytes in timed),
+        formation,
     )
 
 
@@ -242,7 +248,7 @@ def more_of_the_kind(batch: SequenceBatch, count: int) -> SequenceBatch:
 
 
 def _time_passes(
-    model: torch.nn.Module, batch: SequenceBatch, count: int, config: FisherAnalysisConfig
+    model: torch.nn.Module, batch: SequenceBatch, count: int, config: FisherAnalysisConfig, formation: RowFormation
 ) -> tuple[PassRates, float]:
     """Rates of one side of `count` sequences, and bytes of a token of a pass."""
     settings = config.entropy_analysis.fisher_kernel
@@ -256,12 +262,16 @@ def _time_passes(
 
     def rows_of(objectives: list[Any]) -> None:
         with only_trainable(model, names):
-            stream_rows(model, batch, objectives, lambda *_: None, token_batch_size, verify=False)
+            stream_rows(
+                model, batch, objectives, lambda *_: None, token_batch_size,
+                method=formation, restart=lambda: None,
+            )  # fmt: skip
 
     with torch.enable_grad(), evaluation_mode(model), _kept_for_backward(model) as kept:
         bucket = max(length_buckets(batch, token_batch_size, fewest=False), key=lambda b: b.input_ids.numel())
         graph = completion_values(model, bucket, batch.temperature)
         del graph
+    rows_of(one)  # checks rows, or finds out that hooks will not do
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
     direction = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}

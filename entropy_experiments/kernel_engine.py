@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, length_buckets, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
-from entropy_core.forward import true_embedding_gradients
-from entropy_core.gradients import keeping, stream_rows
+from entropy_core.gradients import emptied, keeping, stream_rows
 from entropy_core.kernel import contract_rows
+from entropy_core.row_formation import RowFormation
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.gradient_store import GradientStore
@@ -41,10 +41,11 @@ Progress = Callable[[str, int, int], None]
 class KernelEngine:
     """The training side as columns of kernels. Model and batch stay as they are.
 
-    names: parameters that rows are formed of. workspace: where finished blocks go; None keeps them in memory (one process
-    only). store_folder: where the gradient store lies, for plans that have one.
+    names: parameters that rows are formed of. formation: how (entropy_core.row_formation), by hooks or a loop.
+    workspace: where finished blocks go; None keeps them in memory (one process only). store_folder: where the gradient store
+    lies, for plans that have one.
 
-    Call `prepare` first, then `precondition`, then `contract` for each side; every process makes the same calls.
+    Call `settle` first, then `prepare`, `precondition`, and `contract` for each side; every process makes the same calls.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class KernelEngine:
         store_folder: Path | None = None,
         storage: str = "float32",
         sketch: ModuleSketch | None = None,
+        formation: RowFormation | None = None,
         progress: Progress = lambda matrix, done, total: None,
     ) -> None:
         self._model, self._batch, self.plan, self.names = model, batch, plan, list(names)
@@ -69,7 +71,7 @@ class KernelEngine:
         self._sketched: Tensor | None = None
         self._columns: dict[str, Tensor] | None = None
         self._preconditioner: Mapping[str, Tensor] | None = None
-        self._verified = False
+        self.formation = formation or RowFormation()
         self.store: GradientStore | None = None
         if self._processes.size > 1 and workspace is None:
             raise ValueError("several processes need a workspace to meet in")
@@ -97,6 +99,19 @@ class KernelEngine:
     def tiles(self) -> list[range]:
         n, tile = len(self._batch), self.plan.tile
         return [range(start, min(start + tile, n)) for start in range(0, n, tile)]
+
+    def settle(self, other: SequenceBatch) -> None:
+        """Find out on the shortest and the longest sequences of both sides whether hooks will do, before any row is kept:
+        every process comes to the same answer, and finished blocks are of one method. other: the evaluation side.
+        """
+        for batch in (self._batch, other):
+            lengths = batch.scored_lengths
+            few = batch.select(sorted({int(lengths.argmin()), int(lengths.argmax())}))
+            with only_trainable(self._model, self.names):
+                stream_rows(
+                    self._model, few, [score_coefficients(few)], lambda *_: None, self._token_batch_size,
+                    method=self.formation, restart=lambda: None,
+                )  # fmt: skip
 
     def prepare(self) -> None:
         """Form and keep, or store, the training rows; tiles form theirs when they are needed."""
@@ -223,9 +238,7 @@ class KernelEngine:
     ) -> Tensor:
         """(objectives, rows, columns) of one chunk against column sets, the rows streamed."""
         with only_trainable(self._model, self.names):
-            found = contract_rows(
-                self._model, batch, objectives, sets, self._token_batch_size, verify=self._verify_once()
-            )
+            found = contract_rows(self._model, batch, objectives, sets, self._token_batch_size, self.formation)
         return torch.stack(found)
 
     def _block_past_the_store(
@@ -238,8 +251,11 @@ class KernelEngine:
         rows = [
             {name: torch.zeros((n, *q.shape), device=q.device) for name, q in parameters.items()} for _ in objectives
         ]
-        with only_trainable(self._model, self.names), true_embedding_gradients(self._model):
-            stream_rows(self._model, batch, objectives, keeping(rows), self._token_batch_size, self._verify_once())
+        with only_trainable(self._model, self.names):
+            stream_rows(
+                self._model, batch, objectives, keeping(rows), self._token_batch_size,
+                method=self.formation, restart=lambda: emptied(rows),
+            )  # fmt: skip
         layout = self.store.layout
         spans = [layout.shard_range(k) for k in range(layout.shard_count)]
         width = len(self._batch) + sum(len(next(iter(s.values()))) for s in sets)
@@ -260,7 +276,7 @@ class KernelEngine:
             with only_trainable(self._model, self.names):
                 found, _ = sketch_rows(
                     self._model, part, [score_coefficients(part)], sketch, self._preconditioner, None,
-                    self._token_batch_size, self._verify_once(),
+                    self._token_batch_size, self.formation,
                 )  # fmt: skip
             out[chunks[number]] = found[0]
         return self._processes.sum(out)
@@ -273,7 +289,7 @@ class KernelEngine:
         with only_trainable(self._model, self.names):
             rows, products = sketch_rows(
                 self._model, batch, objectives, self._sketch, self._preconditioner, sets[0] if sets else None,
-                self._token_batch_size, self._verify_once(),
+                self._token_batch_size, self.formation,
             )  # fmt: skip
         return torch.cat([rows @ self._sketched.T, products], 2)
 
@@ -303,8 +319,8 @@ class KernelEngine:
             part = whole.select(places)
             with only_trainable(self._model, self.names):
                 stream_rows(
-                    self._model, part, [score_coefficients(part)], keeping([found], places),
-                    self._token_batch_size, self._verify_once(),
+                    self._model, part, [score_coefficients(part)], keeping([found], places), self._token_batch_size,
+                    method=self.formation, restart=lambda places=places: emptied([found], places),
                 )  # fmt: skip
         return found
 
@@ -313,10 +329,6 @@ class KernelEngine:
             for name, part in rows.items():
                 part.mul_(self._preconditioner[name].to(part.device))
         return rows
-
-    def _verify_once(self) -> bool:
-        first, self._verified = not self._verified, True
-        return first
 
     def _chunks(self, batch: SequenceBatch) -> list[Tensor]:
         return list(pass_order(batch).split(self.plan.chunk))
@@ -348,7 +360,7 @@ class KernelEngine:
                 token_batch_size=self._token_batch_size,
                 processes=self._processes,
                 formed=self._columns if batch is self._batch else None,
-                verify=not self._verified,
+                formation=self.formation,
                 progress=self._progress,
             )
 

@@ -11,7 +11,8 @@ import psutil
 import torch
 from torch import nn
 
-from entropy_core.batch import SequenceBatch
+from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.row_formation import Method, RowFormation
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel_engine import KernelEngine, Progress
@@ -31,10 +32,11 @@ LOGIT_BYTES = 2**27  # logits of a few hundred tokens at a time, and what is mad
 class KernelOptions:
     """memory_budget: bytes the process may take in all, None: most of what is free. disk_budget: bytes of a gradient store.
     modules: shell patterns of parameter names, None: all trainable. projection_dim: numbers that a module's rows are projected
-    to, None: rows as they are. strategy: None lets the plan choose.
+    to, None: rows as they are. strategy: None lets the plan choose. method: how rows are formed.
     """
 
     strategy: Strategy | None = None
+    method: Method = "auto"
     memory_budget: int | None = None
     disk_budget: int = 0
     save_gradients: bool = False
@@ -114,8 +116,19 @@ class KernelOptions:
             store_folder=self.store_folder,
             storage=self.storage,
             sketch=self._sketch(model),
+            formation=self.formation(batch, plan, token_batch_size),
             progress=self.progress,
         )
+
+    def formation(self, batch: SequenceBatch, plan: KernelPlan, token_batch_size: int) -> RowFormation:
+        """How rows are formed; what a loop costs is told in passes of the whole kernel, `batch` being one side."""
+
+        def cost() -> tuple[int, int]:
+            buckets = len(length_buckets(batch, token_batch_size, fewest=False))
+            return plan.passes, max(2, round(plan.passes * buckets / len(batch)))
+
+        root = self.processes.is_root
+        return RowFormation(self.method, announce=self.announce if root else lambda line: None, cost=cost)
 
 
 def kernel_options(
@@ -127,6 +140,7 @@ def kernel_options(
     """What the configuration says; gradients are stored beside the work folder."""
     return KernelOptions(
         strategy=None if settings.strategy == "auto" else settings.strategy,
+        method=settings.method,
         memory_budget=settings.memory_budget,
         disk_budget=settings.disk_budget,
         save_gradients=settings.save_gradients,

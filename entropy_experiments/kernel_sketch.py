@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.forward import true_embedding_gradients
 from entropy_core.gradients import stream_rows
+from entropy_core.row_formation import RowFormation
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.self_checks import SelfCheck
 
@@ -23,7 +23,7 @@ def sketch_rows(
     preconditioner: Mapping[str, Tensor] | None,
     steps: Mapping[str, Tensor] | None,
     token_batch_size: int,
-    verify: bool,
+    formation: RowFormation,
 ) -> tuple[Tensor, Tensor]:
     """(objectives, N, size) sketches of rows times sqrt(P), and (objectives, N, n_steps) exact products of rows and steps."""
     count = 0 if steps is None else len(next(iter(steps.values())))
@@ -40,8 +40,11 @@ def sketch_rows(
         sketch.add(part, name, weighted)
         sketched[number].index_add_(0, indices.to(batch.device), part.to(batch.device))
 
-    with true_embedding_gradients(model):
-        stream_rows(model, batch, objectives, add, token_batch_size, verify)
+    def restart() -> None:
+        sketched.zero_()
+        products.zero_()
+
+    stream_rows(model, batch, objectives, add, token_batch_size, method=formation, restart=restart)
     return sketched, products
 
 

@@ -240,11 +240,21 @@ def provenance_rows(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[
         ("Git commit", run.get("git_sha")),
         ("Versions", _listed(run.get("versions"))),
         ("Hardware", _listed(run.get("hardware"))),
+        ("Gradients per sequence", _rows_formed(lookup(summary, "gradient_rows"))),
         ("Preconditioner P", lookup(summary, "attribution", "preconditioner")),
         ("Stages", _stages(run.get("stages"))),
         ("Seconds in all", run.get("seconds")),
     ]
     return [(label, clip(_text(fact), _FACT_CHARACTERS)) for label, fact in facts]
+
+
+def _rows_formed(found: object) -> str | None:
+    """By hooks or by a loop, and why."""
+    if not isinstance(found, Mapping):
+        return None
+    if found.get("method") == "hooks":
+        return "batched passes (hooks), held against autograd"
+    return f"one pass per sequence (loop): {found.get('reason')}"
 
 
 def _text(fact: object) -> str:

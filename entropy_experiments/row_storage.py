@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.gradients import keeping, stream_rows, trainable_parameters
+from entropy_core.gradients import emptied, keeping, stream_rows, trainable_parameters
+from entropy_core.row_formation import RowFormation
 from entropy_experiments.fingerprint import store_fingerprint
 from entropy_experiments.gradient_store import GradientStore
 from entropy_experiments.gradient_store_layout import RowKind
@@ -45,16 +46,17 @@ def store_rows(
     token_batch_size: int,
     processes: Processes | None = None,
     formed: Mapping[str, Tensor] | None = None,
-    verify: bool = True,
+    formation: RowFormation | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[GradientStore]:
     """Rows of `batch` over the trainable parameters, one store for each of `wanted`; finished shards are kept as they are.
 
     storage: their precision. shard_rows: sequences in a shard. processes: who share the shards, each calling this. formed:
-    name -> (N, *shape), the rows themselves where only one kind is wanted and they are at hand. verify: as in `stream_rows`.
+    name -> (N, *shape), the rows themselves where only one kind is wanted and they are at hand. formation: how rows are formed;
+    a store does not depend on it (the same numbers to rounding).
     Raises UserError as `GradientStore.resume` and `write_shard` do.
     """
-    processes = processes or Processes()
+    processes, formation = processes or Processes(), formation or RowFormation()
     shapes = {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
     stores = []
     for one in wanted:
@@ -68,8 +70,7 @@ def store_rows(
         if formed is not None:
             found = [{name: kept[span.start : span.stop] for name, kept in formed.items()}]
         else:
-            found = _rows(model, batch, list(span), wanted, token_batch_size, verify)
-            verify = False
+            found = _rows(model, batch, list(span), wanted, token_batch_size, formation)
         for one, store, unfinished, rows in zip(wanted, stores, missing, found, strict=True):
             if number in unfinished:
                 store.write_shard(number, {name: part.to(batch.device) for name, part in rows.items()})
@@ -86,7 +87,7 @@ def _rows(
     span: list[int],
     wanted: Sequence[StoredRows],
     token_batch_size: int,
-    verify: bool,
+    formation: RowFormation,
 ) -> list[dict[str, Tensor]]:
     """For every kind name -> (len(span), *shape): all kinds even where one is finished, so that bytes never differ."""
     parameters = trainable_parameters(model)
@@ -94,5 +95,8 @@ def _rows(
         {name: torch.zeros((len(span), *p.shape), device=p.device) for name, p in parameters.items()} for _ in wanted
     ]
     objectives = [TokenCoefficients(w.coefficients.entropy[span], w.coefficients.logprob[span]) for w in wanted]
-    stream_rows(model, batch.select(span), objectives, keeping(rows), token_batch_size, verify)
+    stream_rows(
+        model, batch.select(span), objectives, keeping(rows), token_batch_size,
+        method=formation, restart=lambda: emptied(rows),
+    )  # fmt: skip
     return rows

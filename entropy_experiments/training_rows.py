@@ -60,7 +60,8 @@ class KeptRows:
 class RecomputedRows:
     """Rows that are not kept: every question costs a pass over the training sequences.
 
-    processes: who share the gradients' passes, all calling at once; products are everyone's own.
+    processes: who share the gradients' passes, all calling at once; products are everyone's own. as_trained: by torch's rule
+    for padding embeddings, as in the training step; False: the true derivatives, of which kernels are made.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class RecomputedRows:
         batch: SequenceBatch,
         token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
         processes: Processes | None = None,
+        as_trained: bool = True,
     ) -> None:
         self._model, self._batch, self._token_batch_size = model, batch, token_batch_size
+        self._as_trained = as_trained
         self._processes = processes or Processes()
         self.sequences = len(batch)
 
@@ -79,11 +82,13 @@ class RecomputedRows:
         if mine:
             part = self._batch.select(mine)
             objective = score_coefficients(part, -weights[mine].to(part.device))
-            own = batch_gradients(self._model, part, [objective], self._token_batch_size)[0]
+            own = batch_gradients(self._model, part, [objective], self._token_batch_size, self._as_trained)[0]
         else:  # more processes than sequences
             own = {name: torch.zeros_like(p) for name, p in trainable_parameters(self._model).items()}
         return {name: self._processes.sum(gradient) for name, gradient in own.items()}
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
-        found = sequence_products(self._model, self._batch, direction, self._token_batch_size)
+        found = sequence_products(
+            self._model, self._batch, direction, self._token_batch_size, hold_padding=self._as_trained
+        )
         return found.sequences.double().cpu()

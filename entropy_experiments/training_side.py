@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import preconditioner, read_adamw_state
 from entropy_core.batch import SequenceBatch
+from entropy_core.forward import masks_padding
 from entropy_core.gradients import trainable_parameters
 from entropy_core.scores import TokenStatistics
+from entropy_core.stopped_gradients import stops_gradients
 from entropy_experiments.analysis_numbers import PARTS
 from entropy_experiments.kernel_checks import (
     check_gradient,
@@ -28,6 +30,7 @@ from entropy_experiments.kernel_checks import (
 )
 from entropy_experiments.kernel_engine import KernelEngine
 from entropy_experiments.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
+from entropy_experiments.padding_embeddings import hold_unmoved_padding
 from entropy_experiments.self_checks import SelfCheck
 from entropy_experiments.training_rows import KeptRows, RecomputedRows, TrainingRows
 from rl_training.errors import UserError
@@ -38,15 +41,17 @@ class TrainingSide:
     """Training sequences as columns of the kernel.
 
     engine: the kernel's columns, rows dS_i times `preconditioner` (None: P = 1), over the parameters of filter_modules. rows:
-    the same over all trainable parameters, without P. weights: (n_train,), or None where there is no step; gradient then is
-    that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient step, or None. max_grad_norm,
-    learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
+    the same over all trainable parameters, without P, as the trainer's loss has them; true_rows: as the kernel has them (they
+    differ where the embedding of a padding token is trained, and with DoRA). weights: (n_train,), or None where there is no
+    step; gradient then is that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient step, or None.
+    max_grad_norm, learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
     """
 
     batch: SequenceBatch
     statistics: TokenStatistics
     engine: KernelEngine
     rows: TrainingRows
+    true_rows: TrainingRows
     preconditioner: dict[str, Tensor] | None
     weights: Tensor | None
     gradient: dict[str, Tensor]
@@ -74,6 +79,11 @@ class TrainingSide:
         """(n_train,) weights of `gradient`: the loss's own, or equal ones."""
         n = len(self.batch)
         return torch.full((n,), 1 / n, dtype=torch.float64) if self.weights is None else self.weights
+
+    @property
+    def true_gradient(self) -> dict[str, Tensor]:
+        """`gradient` of the kernel's own rows."""
+        return self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.push)
 
     def step_parts(self) -> dict[str, dict[str, Tensor]]:
         """The step and its parts, by the names in PARTS; empty without a step."""
@@ -132,7 +142,10 @@ def prepare_training_side(
     rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, engine.processes)
     span, sample = engine.sample_rows()
     few = batch.select(list(span))
-    if engine.columns is not None and sample.keys() == parameters.keys():
+    # Kept rows are the kernel's: not the step's own where torch masks a padding token, or a module stops gradients.
+    kept, masked = engine.columns is not None and sample.keys() == parameters.keys(), masks_padding(model)
+    masked = masked or stops_gradients(model)
+    if engine.columns is not None and kept and not masked:
         rows = KeptRows(engine.columns)
     gradient = rows.weighted_gradient(used)
     part = KeptRows(sample).weighted_gradient(used[span.start : span.stop])
@@ -153,17 +166,20 @@ def prepare_training_side(
         p = step.preconditioner if isinstance(step, NextStep) else {}
         if at_checkpoint:
             p = {name: preconditioner(s) for name, s in state.items()}
+        p = hold_unmoved_padding(model, state, p) if masked else p
         if at_checkpoint:
             checks.append(check_unseen_parameters(state, sample, p))
         engine.precondition(p)
-        if engine.columns is not None and isinstance(rows, KeptRows):
-            rows = KeptRows(engine.columns, p)
-    if isinstance(rows, RecomputedRows):  # what is asked later, one process asks alone
-        rows = RecomputedRows(model, batch, token_batch_size)
+    # What is asked later, one process asks alone.
+    true_rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, as_trained=False)
+    if engine.columns is not None and kept:
+        true_rows = KeptRows(engine.columns, p)
+    rows = RecomputedRows(model, batch, token_batch_size) if masked else true_rows
     statistics = engine.statistics(batch)
     return TrainingSide(
-        batch, statistics, engine, rows, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate, checks
-    )
+        batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate,
+        checks,
+    )  # fmt: skip
 
 
 def _take_step(

@@ -232,7 +232,7 @@ def _rebuild(
             parts = [_in_place(t, kept, batch) for t in (reading.to_entropies, reading.to_logprobs)]
             return [TokenCoefficients(*parts)]
 
-        for name, gradient in batch_gradients(model, batch, coefficients)[0].items():
+        for name, gradient in batch_gradients(model, batch, coefficients, as_trained=True)[0].items():
             total[name] = gradient if name not in total else total[name] + gradient
         gap = (seen[0].logprobs[:, -width:].double() - reading.logprobs[kept].double()).abs()
         mask = batch.completion_mask[:, -width:]

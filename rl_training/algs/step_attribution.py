@@ -82,7 +82,7 @@ def step_shares(
         trouble = None
         try:
             if part is not None:
-                stream_rows(model, part, [_of(coefficients, mine)], sink)
+                stream_rows(model, part, [_of(coefficients, mine)], sink, method="hooks", as_trained=True)
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             trouble = str(error)
         if sharing.any(trouble is not None, device):
@@ -91,7 +91,8 @@ def step_shares(
     if rows.failure is not None and part is not None:
         for n in range(len(part)):
             one = part.select([n])
-            for name, gradient in batch_gradients(model, one, [_of(coefficients, mine[n : n + 1])])[0].items():
+            alone = batch_gradients(model, one, [_of(coefficients, mine[n : n + 1])], as_trained=True)[0]
+            for name, gradient in alone.items():
                 sink(0, name, torch.tensor([n]), gradient[None])
     clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()}, tolerance)
     return clip * sharing.sum(products)

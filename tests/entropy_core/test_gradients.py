@@ -20,7 +20,7 @@ from entropy_core.gradients import (
     stream_rows,
     trainable_parameters,
 )
-from entropy_core.row_sums import RowSums
+from entropy_core.row_sums import RowSums, RowSumsDifferError
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_close, assert_named_close
@@ -224,7 +224,7 @@ def test_what_hooks_cannot_cover_is_refused_by_name_and_the_loop_covers_it(kind:
     batch = right_padded(lists)
     hooks = [len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(ValueError, match=UNCOVERED[kind]) as refusal:
-        per_sequence_gradients(model, batch)
+        per_sequence_gradients(model, batch, "hooks")
     assert "loop" in str(refusal.value), "the message does not say how to mend it"
     assert [len(m._forward_hooks) for m in model.modules()] == hooks, "a hook was left behind after the refusal"
     rows = per_sequence_gradients(model, batch, "loop")
@@ -238,9 +238,9 @@ def test_a_use_is_refused_though_the_smallest_bucket_has_no_gradient() -> None:
     shortest = int(batch.attention_mask.sum(1).argmin())
     c.logprob[shortest] = 0.0
     with pytest.raises(ValueError, match="inner"):
-        gradient_rows(model, batch, c, token_batch_size=1)
+        gradient_rows(model, batch, c, "hooks", token_batch_size=1)
     c.logprob.zero_()
-    rows = gradient_rows(model, batch, c, token_batch_size=1)
+    rows = gradient_rows(model, batch, c, "hooks", token_batch_size=1)
     assert not any(row.any() for row in rows.values())
 
 
@@ -252,8 +252,9 @@ def test_rows_are_refused_where_autograd_finds_no_gradient_at_all() -> None:
     sums.add("w", torch.tensor([[1.0, 0.0, 0.0], [-1.0, 1e-6, 0.0]]))
     assert sums.errors([torch.zeros(3)])["w"] == pytest.approx(1e-6)
     sums.add("w", torch.tensor([[0.0, 0.0, 1e-3]]))
-    with pytest.raises(ValueError, match="'w'"):
+    with pytest.raises(RowSumsDifferError) as refusal:
         sums.errors([None])
+    assert refusal.value.parameter == "w"
 
 
 def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
@@ -268,7 +269,8 @@ def test_rows_of_a_broken_model_are_not_blamed_on_its_modules() -> None:
         per_sequence_gradients(model, batch)
 
 
-def test_the_smallest_bucket_is_checked_and_no_other_is_asked_for_gradients(monkeypatch) -> None:
+def test_buckets_are_checked_as_they_double_and_no_other_is_asked_for_gradients(monkeypatch) -> None:
+    """Every objective of the smallest bucket, and of each that is twice as long as any checked before."""
     asked = []
     ordinary = torch.autograd.grad
 
@@ -277,13 +279,19 @@ def test_the_smallest_bucket_is_checked_and_no_other_is_asked_for_gradients(monk
         return ordinary(outputs, inputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    batch, model = right_padded(random_sequences(4)), Odd("module once")
-    stream_rows(model, batch, [score_coefficients(batch)] * 2, lambda *_: None, token_batch_size=1)
-    n, parameters = len(batch), len(trainable_parameters(model))
-    assert asked == [1 + parameters] + [1] * (2 * n - 1)
+    model, lengths = Odd("module once"), (2, 3, 3, 5, 7, 9)
+    batch = SequenceBatch.from_sequences([[1]] * 6, [[2] * n for n in lengths], list(range(6)), 0)
+    objectives, parameters = [score_coefficients(batch)] * 2, len(trainable_parameters(model))
+    stream_rows(model, batch, objectives, lambda *_: None, token_batch_size=1, restart=lambda: None)
+    expected, checked = [], 0
+    for length in lengths:
+        due = length >= 2 * checked
+        checked = length if due else checked
+        expected += [1 + parameters * due] * 2
+    assert asked == expected and asked.count(1 + parameters) == 4
     asked.clear()
     stream_rows(model, batch, [score_coefficients(batch)], lambda *_: None, token_batch_size=1, verify=False)
-    assert asked == [1] * n
+    assert asked == [1] * len(batch)
 
 
 def test_the_smallest_bucket_passes_first_where_rows_are_checked() -> None:

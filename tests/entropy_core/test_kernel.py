@@ -90,9 +90,9 @@ def test_the_smaller_sides_rows_are_stored(taken, monkeypatch) -> None:
     sides = [right_padded(random_sequences(case.vocabulary, seed)).select(list(t)) for seed, t in enumerate(taken)]
     preconditioner, stored = random_preconditioner(model), []
 
-    def note(model, batch, **settings):
+    def note(model, batch, *settings):
         stored.append(len(batch))
-        return per_sequence_gradients(model, batch, **settings)
+        return per_sequence_gradients(model, batch, *settings)
 
     monkeypatch.setattr(kernel_module, "per_sequence_gradients", note)
     kernel = compute_cross_fisher_kernel(model, *sides, preconditioner)

@@ -1,5 +1,6 @@
 """A policy that draws its padding token: torch masks that embedding's gradient, entropy moves with it all the same."""
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -11,7 +12,8 @@ from entropy_core import (
     per_sequence_gradients,
     token_statistics,
 )
-from entropy_core.gradients import dot
+from entropy_core.entropy import score_coefficients
+from entropy_core.gradients import batch_gradients, dot
 
 
 def setting() -> tuple[LlamaForCausalLM, SequenceBatch]:
@@ -44,11 +46,50 @@ def test_entropy_gradient_is_the_true_derivative():
     assert abs(dot(gradient, direction) - slope) < 1e-3 * abs(slope), "the padding row's input gradient is missing"
 
 
-def test_loss_rows_keep_to_torchs_rule_and_the_kernel_stays_symmetric():
+@pytest.mark.parametrize("method", ["hooks", "loop"])
+def test_rows_are_true_derivatives_and_those_of_the_step_keep_to_torchs_rule(method):
+    """The embedding's row of the padding token: what plain autograd gives with padding_idx and without it."""
     model, batch = setting()
-    rows = per_sequence_gradients(model, batch)
-    loop = per_sequence_gradients(model, batch, method="loop")
-    torch.testing.assert_close(rows["model.embed_tokens.weight"], loop["model.embed_tokens.weight"])
+    embedding, name = model.model.embed_tokens, "model.embed_tokens.weight"
+
+    def score(n: int) -> torch.Tensor:
+        row = batch.input_ids[n][batch.attention_mask[n]]
+        logprobs = torch.log_softmax(model(input_ids=row[None]).logits[0], -1)
+        places = batch.completion_mask[n][batch.attention_mask[n]].nonzero()[:, 0]
+        return logprobs[places - 1, row[places]].sum()
+
+    trained = torch.stack([torch.autograd.grad(score(n), embedding.weight)[0] for n in range(2)])
+    embedding.padding_idx = None
+    true = torch.stack([torch.autograd.grad(score(n), embedding.weight)[0] for n in range(2)])
+    embedding.padding_idx = 0
+    assert (true - trained).norm() > 0.01 * true.norm(), "this policy does not read its padding token"
+    torch.testing.assert_close(per_sequence_gradients(model, batch, method)[name], true)
+    torch.testing.assert_close(per_sequence_gradients(model, batch, method, as_trained=True)[name], trained)
+    score = [score_coefficients(batch)]
+    torch.testing.assert_close(batch_gradients(model, batch, score)[0][name], true.sum(0))
+    torch.testing.assert_close(batch_gradients(model, batch, score, as_trained=True)[0][name], trained.sum(0))
+    assert embedding.padding_idx == 0
+
+
+def test_the_kernel_of_equal_sides_is_symmetric():
+    model, batch = setting()
     kernel = compute_cross_fisher_kernel(model, batch, batch)
     torch.testing.assert_close(kernel, kernel.T)
     assert model.model.embed_tokens.padding_idx == 0
+
+
+def test_gradients_that_are_scaled_by_a_tokens_frequency_are_the_true_ones_all_the_same():
+    model, batch = setting()
+    expected = per_sequence_gradients(model, batch, "loop")
+    model.model.embed_tokens.scale_grad_by_freq = True
+    for method in ("hooks", "loop"):
+        found = per_sequence_gradients(model, batch, method)
+        torch.testing.assert_close(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+    assert model.model.embed_tokens.scale_grad_by_freq
+
+
+def test_an_embedding_that_rescales_itself_is_refused():
+    model, batch = setting()
+    model.model.embed_tokens.max_norm = 1.0
+    with pytest.raises(ValueError, match="max_norm"):
+        per_sequence_gradients(model, batch)

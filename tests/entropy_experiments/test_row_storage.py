@@ -14,6 +14,7 @@ import torch
 from entropy_core import output_head
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
+from entropy_core.row_formation import RowFormation
 from entropy_core.scores import token_statistics
 from entropy_experiments import row_storage
 from entropy_experiments.gradient_store import GradientStore
@@ -67,7 +68,8 @@ def test_the_model_is_passed_once_for_both_kinds(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         output_head, "_one_pass", lambda m, b, *rest: (seen.append(len(b.indices)), one_pass(m, b, *rest))[1]
     )
-    arguments = {"storage": "float32", "shard_rows": 4, "token_batch_size": 64, "verify": False}
+    unchecked = RowFormation("hooks", verify=False)
+    arguments = {"storage": "float32", "shard_rows": 4, "token_batch_size": 64, "formation": unchecked}
     store_rows(model, batch, kinds(tmp_path, coefficients), **arguments)
     assert sum(seen) == len(batch)
     seen.clear()

@@ -1,0 +1,44 @@
+"""Entries of padding tokens' embeddings that training never moves: torch gives them no gradient (`nn.Embedding(padding_idx)`).
+
+Rows of a kernel are true derivatives, and these entries are among them where the policy reads the token. An optimizer that
+never saw a gradient of an entry takes 1/eps for it, but the entry stays where it is: its share of any step is 0, and so is P.
+Where the embedding is tied to the output layer, the entry is moved through that, and P is what the moments say.
+
+Source: docs/theory/fisher-kernel.md, "Padding tokens".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.adamw import AdamWParameterState
+
+
+def hold_unmoved_padding(
+    model: nn.Module, state: Mapping[str, AdamWParameterState], p: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """P with (next to) nothing for entries of padding embeddings whose second moment is 0."""
+    held = dict(p)
+    for name, entries in _padding_entries(model):
+        if name in held:
+            unmoved = state[name].exp_avg_sq[entries] == 0
+            held[name] = held[name].clone()
+            # a preconditioner is positive
+            held[name][entries] = torch.where(unmoved, torch.finfo(p[name].dtype).tiny, p[name][entries])
+    return held
+
+
+def _padding_entries(model: nn.Module) -> Iterator[tuple[str, tuple[slice | int, ...]]]:
+    """(parameter's name, index of its entries)."""
+    names = {id(q): name for name, q in model.named_parameters() if q.requires_grad}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in names:
+            yield names[id(module.weight)], (module.padding_idx,)
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Embedding) and base.padding_idx is not None:
+            for factor in getattr(module, "lora_embedding_A", {}).values():  # (r, vocabulary)
+                if id(factor) in names:
+                    yield names[id(factor)], (slice(None), base.padding_idx)
