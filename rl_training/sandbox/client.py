@@ -43,6 +43,10 @@ class ServerGone(Exception):
     """The server ended or did not answer in time; it has been ended for good, and the next question starts another."""
 
 
+class ServerEnded(ServerGone):
+    """It ended of itself, or somebody ended it."""
+
+
 class _Zygote:
     """The first process. Orders go one at a time."""
 
@@ -57,21 +61,30 @@ class _Zygote:
     def serve(self, modules: Sequence[str]) -> tuple[int, socket.socket]:
         """(process number, socket) of a new server with these modules imported. Raises UserError where it cannot be had."""
         with self._lock:
-            ours, theirs = socket.socketpair()
             try:
-                answer = self._order({"serve": list(modules)}, [theirs.fileno()])
-            except (messages.Closed, messages.TooLate, OSError) as error:
-                ours.close()
-                self._stop()
-                raise UserError(f"the process that scores completions could not be started ({error})") from error
-            finally:
-                theirs.close()
+                answer, ours = self._new_server(modules)
+            except (messages.Closed, messages.TooLate, OSError):
+                self._stop()  # it was ended from outside since the last order
+                try:
+                    answer, ours = self._new_server(modules)
+                except (messages.Closed, messages.TooLate, OSError) as error:
+                    self._stop()
+                    raise UserError(f"the process that scores completions could not be started ({error})") from error
             if "missing" in answer:
                 ours.close()
                 raise UserError(
                     f"this task needs a package: pip install {_PACKAGES.get(answer['missing'], answer['missing'])}"
                 )
             return int(answer["pid"]), ours
+
+    def _new_server(self, modules: Sequence[str]) -> tuple[dict[str, Any], socket.socket]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                return self._order({"serve": list(modules)}, [theirs.fileno()]), ours
+            except BaseException:
+                ours.close()
+                raise
 
     def _order(self, order: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         if self._control is None or self._process is None or self._process.poll() is not None:
@@ -205,7 +218,9 @@ class ScoringServer:
             answer = messages.receive(self._socket.fileno(), seconds)
         except (messages.Closed, messages.TooLate) as error:
             self.stop()
-            raise ServerGone("took too long" if isinstance(error, messages.TooLate) else "ended") from error
+            if isinstance(error, messages.TooLate):
+                raise ServerGone("took too long") from error
+            raise ServerEnded("ended") from error
         except BaseException:  # interrupted in the middle: the next answer would be to this question
             self.stop()
             raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rl_training.errors import UserError
-from rl_training.sandbox.client import ScoringServer, ServerGone
+from rl_training.sandbox.client import ScoringServer, ServerEnded, ServerGone
 
 _logger = logging.getLogger(__name__)
 _MOST_CHILDREN = 4
@@ -74,9 +74,13 @@ class SandboxedScorer:
         }
         longest = (len(items) / parallel + 1) * (self._limits.seconds + _GRACE_SECONDS) + _SLACK_SECONDS
         try:
-            results = self._server.ask(order, longest).get("results")
+            try:
+                answer = self._server.ask(order, longest)
+            except ServerEnded:  # a text cannot have done that: somebody ended it, short of memory perhaps
+                answer = self._server.ask(order, longest)
         except ServerGone as error:
             return [(None, f"could not be scored: the sandbox {error}")] * len(items)
+        results = answer.get("results")
         if not isinstance(results, list) or len(results) != len(items):
             return [(None, "could not be scored: the sandbox answered something else")] * len(items)
         return [_checked(result) for result in results]
