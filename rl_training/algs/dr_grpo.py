@@ -29,6 +29,7 @@ from rl_training.adapter_initialisation import REMEDY, unrepeatable_initialisati
 from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
 from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.algs.premise_guard import PremiseGuard
+from rl_training.algs.reward_range import TrainedAtAll, check_rewards, without_weight
 from rl_training.algs.rollout_record import write_rollouts
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
@@ -146,6 +147,8 @@ class DrGRPOTrainer(GRPOTrainer):
         self.pass_rates = PassRates(len(self.train_dataset), self.args.pass_threshold)
         self._learning_rates = LearningRateRecorder()
         self.add_callback(self._learning_rates)
+        self._trained_at_all = TrainedAtAll()
+        self.add_callback(self._trained_at_all)
         adapter = next(iter(getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()), None)
         if adapter is not None and (name := unrepeatable_initialisation(adapter)) is not None:
             raise UserError(f"init_lora_weights={name!r}: a checkpoint would be another policy at each load; {REMEDY}")
@@ -160,6 +163,7 @@ class DrGRPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------ the training buffer
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_rewards(rewards, self.reward_func_names, self.reward_weights)
         local = slice(
             self.accelerator.process_index * len(prompts), (self.accelerator.process_index + 1) * len(prompts)
         )
@@ -260,6 +264,8 @@ class DrGRPOTrainer(GRPOTrainer):
         filler = [group.status == "filler" for group in kept for _ in group.rows]
         plain = output["advantages"].masked_fill(torch.tensor(filler, device=device), 0.0)  # exactly, not to rounding
         weights = plain / (count * divisor)
+        for group, empty in zip(kept, without_weight(weights, len(kept)), strict=True):
+            group.status = "filler" if empty else group.status  # what has no weight was not trained
         # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage, so this makes it L_i.
         output["advantages"] = plain * (constant / divisor)
         output["sequence_weight"] = weights  # beside the loss, to be held against it
@@ -271,6 +277,7 @@ class DrGRPOTrainer(GRPOTrainer):
         sequences = {
             s: sum(n for _, status, _, n in everything if status == s) for s in ("trained", "filler", "rejected")
         }
+        self._trained_at_all.note(sequences["trained"])
         metrics = {
             "rounds": 1 + max(number for number, *_ in everything),
             "generated": sum(sequences.values()),

@@ -219,6 +219,30 @@ def test_a_loss_that_is_computed_in_another_way_is_not_taken_for_checked(tiny_po
     )
 
 
+def test_completions_that_were_masked_out_have_no_weight_and_no_share_and_are_watched_all_the_same(
+    tiny_policy, tmp_path
+):
+    trainer = make_trainer(
+        tiny_policy, tmp_path, mask_truncated_completions=True, max_completion_length=24, max_steps=1
+    )
+    cut: list[bool] = []
+    original = trainer.compute_loss
+
+    def noting(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        cut.extend((~inputs["completion_mask"].bool().any(1)).tolist())
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = noting
+    config = EntropyProbeConfig(preset="accurate", mode="attribution", on_error="raise", eval_sequences=16)
+    callback = attach_entropy_probe(trainer, config, console=False)
+    trainer.train()
+    (change,) = callback.history
+    masked = torch.tensor(cut)
+    assert 0 < int(masked.sum()) < 16, "nothing to tell apart"
+    assert bool((change.shares[masked] == 0).all()) and bool((change.shares[~masked] != 0).any())
+    assert change.sequences == 16, "the policy's long completions belong to its entropy"
+
+
 # ---------------------------------------------------------------------- who does what about it
 @pytest.mark.parametrize(
     "asked", [{}, {"mode": "attribution"}, {"fused": True}], ids=["simple", "attribution", "fused"]
