@@ -47,10 +47,9 @@ class AnalysisInputs:
         return label_sequences(self.training.rollouts, self.numbers.train_statistics)
 
     def truncated(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n_eval,) and (n_train,) bool: which completions were cut before an end of sequence."""
-        ends = self.plan.law.eos_token_ids
+        """(n_eval,) and (n_train,) bool: which completions were cut before an end of sequence (rl_training.endings)."""
         evaluation, training = (
-            np.array([ids[-1] not in ends for ids in rollouts.completion_ids], dtype=bool)
+            np.array([end == "truncated" for end in rollouts.endings(self.plan.law)], dtype=bool)
             for rollouts in (self.evaluation, self.training.rollouts)
         )
         return evaluation, training
@@ -118,7 +117,7 @@ def label_sequences(rollouts: Rollouts, statistics: TokenStatistics) -> Sequence
     return SequenceLabels(
         prompt_index=np.array(rollouts.prompt_index, dtype=np.int64),
         reward=np.array([np.nan if r is None else r for r in rollouts.reward], dtype=np.float64),
-        length=np.array([len(ids) for ids in rollouts.completion_ids], dtype=np.float64),
+        length=np.array(rollouts.lengths, dtype=np.float64),
         entropy_sum=statistics.entropy_sums().cpu().numpy(),
         score=statistics.scores().cpu().numpy(),
         prompt=list(rollouts.prompt),

@@ -60,7 +60,8 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
         for name, parts in numbers.predicted.items()
     }
     measured = {m.scale for m in numbers.measured}
-    wanted = [s for s in settings.analysis.fresh_scales if s in measured] if numbers.rows_drawn else []
+    anew = numbers.rows_drawn and not any(inputs.evaluation.drawn)  # no environment can be run here
+    wanted = [s for s in settings.analysis.fresh_scales if s in measured] if anew else []
     fresh = {}
     for number, scale in enumerate(wanted):
         fresh[scale] = measure_with_fresh_samples(
@@ -119,6 +120,7 @@ def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
         token_shares=inputs.token_shares.numpy(),
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,
+        drawn=inputs.training.rollouts.drawn,
         evaluation=inputs.evaluation_labels(),
         contributions=contributions.cpu().numpy(),
         own_changes=own.cpu().numpy(),

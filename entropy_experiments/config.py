@@ -14,8 +14,9 @@ Scales = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 class SamplingConfig(StrictModel):
     """Double sampling: where the two buffers' prompts come from."""
 
-    eval_prompts: Literal["random", "fixed_set"] = "random"
-    """`random`: uniform by seed; `fixed_set`: the split's first prompts, the same for every checkpoint."""
+    eval_prompts: Literal["random", "fixed_set", "from_run"] = "random"
+    """`random`: uniform by seed; `fixed_set`: the split's first prompts, the same for every checkpoint; `from_run`: nothing is
+    drawn, rows are what the run's next step recorded before rejection (drawn by this checkpoint's policy)."""
     eval_split: Literal["heldout", "train"] = "heldout"
     """Which prompts the evaluation buffer is drawn from; nothing of their rewards is looked at."""
     eval_completions: Literal["sampled", "reference"] = "sampled"
@@ -38,6 +39,9 @@ class SamplingConfig(StrictModel):
     """Sampling temperature; by default the run's. Needed for checkpoints without a sidecar."""
     max_completion_length: PositiveInt | None = None
     """Tokens after which a completion is cut; by default the run's. Needed for checkpoints without a sidecar."""
+    mask_truncated_completions: bool = False
+    """True gives completions that were cut no weight in the step, as TRL's setting of this name does; for checkpoints of plain
+    TRL. A run's recorded weights (from_run) and weights of one's own are taken as they are."""
     max_refill_rounds: NonNegativeInt = 4
     """Times that groups without reward differences are replaced."""
 
@@ -57,6 +61,11 @@ class SamplingConfig(StrictModel):
         if self.train_sequences_path is not None and self.train_completions == "reference":
             raise ValueError(
                 "train_sequences_path and train_completions=reference both say what the columns are: take one of them"
+            )
+        if self.eval_prompts == "from_run" and (not self.rows_are_drawn or self.same_prompts):
+            raise ValueError(
+                "eval_prompts=from_run takes the sequences that the run recorded: leave out eval_sequences_path, "
+                "eval_completions=reference and same_prompts, or eval_prompts"
             )
         own = self.train_sequences_path is not None or self.train_completions == "reference"
         if own and self.train_prompts == "from_run":

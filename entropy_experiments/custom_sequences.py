@@ -2,8 +2,14 @@
 
     {"prompt": text or messages, "completion": text, "prompt_index": number, "reward": number, "weight": number}
 
-The last three are optional. Prompts become what the task's prompts become (a text is the user's message, the task's system
-prompt goes before it), completions are closed by an end-of-sequence token and cut where the sampler would have cut them.
+The last three are optional. A completion in which the policy did not write everything is a list of segments, such as
+
+    [{"text": "I call the tool."}, {"text": "Its result.", "drawn": false}, {"text": "So it is 4."}]
+
+Segments that were not drawn are conditioned on, never scored. They are taken as they are: each becomes tokens by itself, an
+end-of-sequence token may stand between them, and nothing is cut. Prompts become what the task's prompts become (a text is the
+user's message, the task's system prompt goes before it), completions are closed by an end-of-sequence token and cut where the
+sampler would have cut them.
 See docs/guides/analysis.md.
 """
 
@@ -27,11 +33,14 @@ _REASONS_SHOWN, _NUMBERS_SHOWN = 5, 40
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSequence:
-    """One line: chat messages (the last one the user's), the completion's text, and what else the line says."""
+    """One line: chat messages (the last one the user's), the completion's text, and what else the line says. segments: (text,
+    whether the policy drew it) of a completion that was given in several.
+    """
 
     line: int
     messages: list[dict[str, str]]
     completion: str
+    segments: tuple[tuple[str, bool], ...] | None = None
     prompt_index: int | None = None
     reward: float | None = None
     weight: float | None = None
@@ -149,18 +158,34 @@ def _from_line(number: int, line: str, system_prompt: str | None) -> CustomSeque
     for key in ("prompt", "completion"):
         if key not in data:
             raise ValueError(f"no {key!r}")
-    if not isinstance(data["completion"], str):
-        raise ValueError("'completion' must be text")
+    segments = _segments(data["completion"])
     index = data.get("prompt_index")
     if index is not None and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**62):
         raise ValueError(f"'prompt_index' must be a whole number from 0 on, found {json.dumps(index)[:40]}")
     return CustomSequence(
         line=number,
         messages=_messages(data["prompt"], system_prompt),
-        completion=data["completion"],
+        completion=data["completion"] if segments is None else "".join(text for text, _ in segments),
+        segments=segments,
         prompt_index=index,
         **{name: _number(name, data.get(name)) for name in ("reward", "weight")},
     )
+
+
+def _segments(completion: Any) -> tuple[tuple[str, bool], ...] | None:
+    if isinstance(completion, str):
+        return None
+    if not isinstance(completion, list) or not completion:
+        raise ValueError("'completion' must be text, or a list of {'text', 'drawn'} segments")
+    for segment in completion:
+        if not isinstance(segment, dict) or not {"text"} <= set(segment) <= {"text", "drawn"}:
+            raise ValueError("a segment of 'completion' must be {'text'} or {'text', 'drawn'}")
+        if not isinstance(segment["text"], str) or not isinstance(segment.get("drawn", True), bool):
+            raise ValueError("a segment's 'text' must be text, its 'drawn' true or false")
+    found = tuple((segment["text"], segment.get("drawn", True)) for segment in completion)
+    if not any(text and drawn for text, drawn in found):
+        raise ValueError("no segment of 'completion' with text was drawn by the policy: nothing can be scored")
+    return found
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -202,6 +227,21 @@ def as_sampled(tokenizer: Any, completion: str, law: SamplingLaw) -> list[int]:
     return whole[: law.max_completion_length]
 
 
+def segments_as_tokens(
+    tokenizer: Any, segments: Sequence[tuple[str, bool]], law: SamplingLaw
+) -> tuple[list[int], list[bool]]:
+    """(tokens, which of them were drawn): each segment's own, closed by an end-of-sequence token where the last one was drawn."""
+    ids: list[int] = []
+    drawn: list[bool] = []
+    for text, own in segments:
+        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids, drawn = ids + tokens, drawn + [own] * len(tokens)
+    if drawn and drawn[-1] and ids[-1] not in law.eos_token_ids:
+        eos = tokenizer.eos_token_id
+        ids, drawn = [*ids, eos if eos in law.eos_token_ids else law.eos_token_ids[0]], [*drawn, True]
+    return ids, drawn
+
+
 def given_rollouts(
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
@@ -209,9 +249,21 @@ def given_rollouts(
     plan: SamplingPlan,
     status: str,
     rewards: Sequence[float | None] | None = None,
+    segments: Sequence[tuple[tuple[str, bool], ...] | None] | None = None,
 ) -> Rollouts:
-    """Completions that were given, not drawn, in the form of rollouts: one for each task row."""
-    ids = [as_sampled(tokenizer, text, plan.law) for text in completions]
+    """Completions that were given, not drawn, in the form of rollouts: one for each task row.
+
+    segments: of completions that the policy did not write alone; None (of one, or of all) where it did.
+    """
+    ids, drawn = [], []
+    for text, parts in zip(completions, segments or [None] * len(completions), strict=True):
+        tokens, mask = (
+            (as_sampled(tokenizer, text, plan.law), None)
+            if parts is None
+            else segments_as_tokens(tokenizer, parts, plan.law)
+        )
+        ids.append(tokens)
+        drawn.append(None if mask is None or all(mask) else mask)
     decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
     whole = tokenizer.batch_decode(
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions], skip_special_tokens=True
@@ -227,6 +279,7 @@ def given_rollouts(
         prompt_row=list(rows),
         reward=list(rewards) if rewards is not None else [None] * len(rows),
         status=[status] * len(rows),
+        drawn=drawn,
     )
 
 

@@ -7,7 +7,6 @@ own instead (entropy_experiments/custom_sequences.py). See docs/theory/double-sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,24 @@ import torch
 
 from entropy_core.weighting import advantages, sequence_weights
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
 from entropy_experiments.custom_sequences import (
     PromptNumbers,
     given_rollouts,
     read_custom_sequences,
     reference_rollouts,
 )
+from entropy_experiments.recorded_rollouts import (
+    has_drawn,
+    recorded_evaluation,
+    recorded_training,
+    refuse_drawing,
+    refuse_foreign,
+)
 from entropy_experiments.sampling_plan import SamplingPlan
-from rl_training.algs.rollout_record import read_rollouts
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
-from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, prompt_text, score
+from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, score
 
 # Offsets that keep the random streams of the two buffers apart for one seed.
 _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
@@ -62,12 +67,18 @@ def draw_buffers(
     Raises UserError for files with bad lines, prompts that cannot be had, and buffers that share prompts against the wish.
     """
     sampling = config.entropy_analysis.sampling
+    refuse_drawing(checkpoint, sampling)
     numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
     evaluation = training = None
     if sampling.eval_sequences_path is not None:
         evaluation = custom_evaluation(checkpoint, plan, Path(sampling.eval_sequences_path), numbers)
     if sampling.train_sequences_path is not None:
-        training = custom_training(checkpoint, plan, Path(sampling.train_sequences_path), numbers)
+        training = custom_training(checkpoint, plan, config, numbers)
+    if sampling.eval_prompts == "from_run":
+        if sampling.train_prompts == "from_run":
+            training = sample_training_batch(checkpoint, plan, config, [])
+        taken = training.rollouts.prompt_index if training is not None else ()
+        evaluation = recorded_evaluation(checkpoint, plan, config, taken)
     stage("drawing the training buffer")
     if evaluation is not None:
         rows = evaluation.prompt_row
@@ -75,6 +86,7 @@ def draw_buffers(
         rows = choose_evaluation_rows(plan, config, training.rollouts.prompt_index if training else ())
     if training is None:
         training = sample_training_batch(checkpoint, plan, config, [] if sampling.same_prompts else rows)
+    refuse_foreign(training.rollouts, sampling)
     if not sampling.same_prompts:
         _require_apart(rows, training.rollouts, config)
     stage("drawing the evaluation buffer")
@@ -201,22 +213,28 @@ def sample_training_batch(
         reject_zero_advantage=rules is None or rules.reject_zero_advantage,
         trainer_state=plan.trainer_state,
     )
-    gains, weights = _dr_grpo(rollouts, plan)
+    gains, weights = _dr_grpo(rollouts, plan, settings.sampling)
     return TrainingBuffer(rollouts, gains, weights * (len(rollouts) / settings.train_batch_size), counts)
 
 
-def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, weights) of scored rollouts, N their number; both 0 for a completion that no function judged, as in TRL."""
+def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, weights) of scored rollouts, N their number; both 0 for a completion that no function judged, as in TRL, and
+    the weight of one that the run masked out.
+    """
     judged = torch.tensor([r is not None for r in rollouts.reward])
     rewards = torch.tensor([0.0 if r is None else float(r) for r in rollouts.reward], dtype=torch.float64)
     index = torch.tensor(rollouts.prompt_index)
     for prompt in index[~judged].unique():  # the mean of the others leaves their advantages as they are
         group = index == prompt
         rewards[group & ~judged] = rewards[group & judged].mean() if bool((group & judged).any()) else 0.0
-    lengths = torch.tensor([len(c) for c in rollouts.completion_ids])
+    lengths = torch.tensor(rollouts.lengths)
     weights = sequence_weights(
         rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
     )
+    if sampling.mask_truncated_completions:
+        # TRL's own rule: the last token, whoever wrote it, is neither an end of sequence nor padding.
+        ends = {*plan.law.eos_token_ids, plan.law.pad_token_id}
+        weights = weights * torch.tensor([float(ids[-1] in ends) for ids in rollouts.completion_ids])
     return advantages(rewards, index, "dr_grpo") * judged, weights * judged
 
 
@@ -225,21 +243,26 @@ def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, nu
     sequences = read_custom_sequences(path, plan.system_prompt)
     rows = numbers.rows(path, sequences)
     texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
-    return given_rollouts(checkpoint.tokenizer, rows, texts, plan, "evaluation", rewards)
+    segments = [s.segments for s in sequences]
+    return given_rollouts(checkpoint.tokenizer, rows, texts, plan, "evaluation", rewards, segments)
 
 
-def custom_training(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> TrainingBuffer:
+def custom_training(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, numbers: PromptNumbers
+) -> TrainingBuffer:
     """Columns of one's own: with the file's weights, else with Dr. GRPO's from its rewards, else without weights.
 
     Raises UserError for a file with bad lines, or whose weights are all 0.
     """
+    path = Path(config.entropy_analysis.sampling.train_sequences_path or "")
     sequences = read_custom_sequences(path, plan.system_prompt)
     rows = numbers.rows(path, sequences)
     texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
-    rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards)
+    segments = [s.segments for s in sequences]
+    rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards, segments)
     gains = weights = None
     if sequences[0].reward is not None:
-        gains, weights = _dr_grpo(rollouts, plan)
+        gains, weights = _dr_grpo(rollouts, plan, config.entropy_analysis.sampling)
     if sequences[0].weight is not None:
         weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
     if weights is not None and not bool(weights.any()):
@@ -265,9 +288,10 @@ def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> None:
 def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[str, Any]:
     """What draws this evaluation buffer again: its prompts in order, and the seeds of their choice and of the completions."""
     sampling = config.entropy_analysis.sampling
-    drawn = sampling.rows_are_drawn
+    drawn = sampling.rows_are_drawn and sampling.eval_prompts != "from_run"
     return {
         "source": sampling.eval_sequences_path
+        or ("rollouts of the run's next step" if sampling.eval_prompts == "from_run" else None)
         or f"{'training prompts' if sampling.same_prompts else sampling.eval_split}",
         "prompts": None if sampling.eval_sequences_path else sampling.eval_prompts,
         "completions": "given" if sampling.eval_sequences_path else sampling.eval_completions,
@@ -278,25 +302,8 @@ def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[s
     }
 
 
-def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> TrainingBuffer:
-    rows = read_rollouts(run_dir, step)
-    known = {row["prompt_index"]: row for row in [*plan.task.train, *plan.task.heldout]}
-    kept = [row for row in rows if row["status"] != "rejected"]
-    unknown = [row["prompt_index"] for row in kept if row["prompt_index"] not in known]
-    if unknown:
-        raise UserError(
-            f"the rollouts of step {step} name prompt {unknown[0]}, which the task does not have: tasks differ"
-        )
-    rollouts = Rollouts(
-        prompt_ids=[row["prompt_ids"] for row in kept],
-        completion_ids=[row["completion_ids"] for row in kept],
-        prompt_index=[row["prompt_index"] for row in kept],
-        prompt=[prompt_text(known[row["prompt_index"]]["prompt"]) for row in kept],
-        completion=[row["completion"] for row in kept],
-        prompt_row=[known[row["prompt_index"]] for row in kept],
-        reward=[None if row["reward"] is None or math.isnan(row["reward"]) else row["reward"] for row in kept],
-        status=[row["status"] for row in kept],
-    )
+def _buffer_of_run(run_dir: Path, step: int, plan: SamplingPlan) -> TrainingBuffer:
+    rollouts, rows = recorded_training(run_dir, step, plan)
     counts = CollectionCounts(
         rounds=1 + max(row["round"] for row in rows),
         generated=len(rows),
@@ -304,5 +311,6 @@ def _buffer_of_run(run_dir: Any, step: int, plan: SamplingPlan) -> TrainingBuffe
         filler=sum(row["status"] == "filler" for row in rows),
         kept=sum(row["status"] == "trained" for row in rows),
     )
+    kept = [row for row in rows if row["status"] != "rejected" and has_drawn(row)]
     recorded = (torch.tensor([row[name] for row in kept], dtype=torch.float64) for name in ("advantage", "weight"))
     return TrainingBuffer(rollouts, *recorded, counts)

@@ -38,6 +38,7 @@ from entropy_experiments.double_sampling import (
     sample_training_batch,
 )
 from entropy_experiments.module_filter import chosen_parameters, only_trainable
+from entropy_experiments.recorded_rollouts import recorded_evaluation, refuse_drawing, refuse_foreign
 from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.algs.rollout_record import read_rollouts
 from rl_training.errors import UserError
@@ -124,6 +125,7 @@ class GivenBuffers:
 def given_buffers(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig) -> GivenBuffers:
     """As the analysis will have them. Raises UserError as it would."""
     sampling = config.entropy_analysis.sampling
+    refuse_drawing(checkpoint, sampling)
     numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
     evaluation = training = None
     if sampling.eval_sequences_path is not None:
@@ -132,9 +134,13 @@ def given_buffers(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnal
         rows = choose_evaluation_rows(plan, config)
         evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
     if sampling.train_sequences_path is not None:
-        training = custom_training(checkpoint, plan, Path(sampling.train_sequences_path), numbers).rollouts
+        training = custom_training(checkpoint, plan, config, numbers).rollouts
     elif sampling.train_prompts == "from_run" or sampling.train_completions == "reference":
         training = sample_training_batch(checkpoint, plan, config, []).rollouts
+    if sampling.eval_prompts == "from_run":
+        evaluation = recorded_evaluation(checkpoint, plan, config, training.prompt_index if training else ())
+    if training is not None:
+        refuse_foreign(training, sampling)
     return GivenBuffers(evaluation, training)
 
 

@@ -30,7 +30,7 @@ FILE_NAME = "leave_one_out.parquet"
 def leave_one_out_columns(evaluation: Rollouts, numbers: AnalysisNumbers) -> dict[str, Tensor]:
     """Name of the number -> (B,) float64 values, prompts in ascending order of index."""
     statistics, index = numbers.eval_statistics, torch.tensor(evaluation.prompt_index)
-    lengths = torch.tensor([float(len(c)) for c in evaluation.completion_ids], dtype=torch.float64)
+    lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
     columns = {"entropy.per_token": leave_one_prompt_out(statistics.entropy_sums().cpu(), index, lengths)}
     for estimator, parts in numbers.predicted.items():
         for part, estimate in parts.items():

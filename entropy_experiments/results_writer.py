@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def write_sequences(
     if token_shares is not None:
         for i, row in enumerate(trained):
             start = len(row["prompt_ids"])
-            row["token_shares"] = token_shares[i, start : start + row["length"]].tolist()
+            values = token_shares[i, start : start + len(row["completion_ids"])].tolist()
+            row["token_shares"] = _of_drawn(values, row["completion_mask"])
     columns = (
         _floats(training.advantages, len(trained)),
         _floats(training.weights, len(trained)),
@@ -88,9 +90,10 @@ def _rows(
     rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
 ) -> list[dict[str, Any]]:
     scores, sums = statistics.scores(), statistics.entropy_sums()
+    lengths, endings = rollouts.lengths, rollouts.endings(plan.law)
     out = []
     for i in range(len(rollouts)):
-        prompt, tokens = rollouts.prompt_ids[i], rollouts.completion_ids[i]
+        prompt, tokens, drawn = rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.drawn[i]
         span = slice(len(prompt), len(prompt) + len(tokens))  # from_sequences pads on the right
         out.append(
             {
@@ -102,10 +105,12 @@ def _rows(
                 "prompt_ids": prompt,
                 "completion_ids": tokens,
                 "token_texts": token_texts(tokenizer, tokens),
-                "logprobs": statistics.logprobs[i, span].tolist(),
-                "entropies": statistics.entropies[i, span].tolist(),
-                "length": len(tokens),
-                "truncated": tokens[-1] not in plan.law.eos_token_ids,
+                "completion_mask": None if drawn is None else list(drawn),
+                "logprobs": _of_drawn(statistics.logprobs[i, span].tolist(), drawn),
+                "entropies": _of_drawn(statistics.entropies[i, span].tolist(), drawn),
+                "length": lengths[i],
+                "truncated": endings[i] == "truncated",
+                "ending": endings[i],
                 "score": float(scores[i]),
                 "entropy_sum": float(sums[i]),
                 "reward": rollouts.reward[i],
@@ -114,17 +119,24 @@ def _rows(
     return out
 
 
+def _of_drawn(values: list[float], drawn: Sequence[bool] | None) -> list[float | None]:
+    """Null where the policy did not draw the token: it is not scored."""
+    return [value if own else None for value, own in zip(values, drawn or [True] * len(values), strict=True)]
+
+
 def _sequence_schema() -> pa.Schema:
     number, text, whole = pa.float64(), pa.string(), pa.int64()
     return pa.schema(
         [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
         + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole)), ("token_texts", pa.list_(text))]
         + [
+            ("completion_mask", pa.list_(pa.bool_())),
             ("logprobs", pa.list_(number)),
             ("entropies", pa.list_(number)),
             ("token_shares", pa.list_(number)),
             ("length", whole),
             ("truncated", pa.bool_()),
+            ("ending", text),
         ]
         + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
         + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost")]
@@ -170,7 +182,7 @@ def summarize(
     """The content of summary.json but for the analyses."""
     record = checkpoint.record
     index = torch.tensor(evaluation.prompt_index)
-    lengths = torch.tensor([float(len(c)) for c in evaluation.completion_ids], dtype=torch.float64)
+    lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
     sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
     full_step = next((m for m in numbers.measured if m.scale == 1.0), None)
     return {
@@ -262,7 +274,7 @@ def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:
         "prompts": len(set(rollouts.prompt_index)),
         "sequences": len(rollouts),
         "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-        "mean_length": sum(map(len, rollouts.completion_ids)) / len(rollouts),
+        "mean_length": sum(rollouts.lengths) / len(rollouts),
     }
 
 

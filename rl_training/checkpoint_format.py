@@ -37,6 +37,8 @@ class SidecarSampling(StrictModel):
     """Arguments of the chat template beside the messages, e.g. {"enable_thinking": false}."""
     generation: dict[str, Any] = {}
     """Every key of the generator's final configuration that has a value; empty where it was not recorded."""
+    environment: str | None = None
+    """What wrote into completions beside the policy: tools, environment_factory or rollout_func; None for nothing."""
 
 
 class SidecarWitness(StrictModel):

@@ -21,6 +21,7 @@ from torch import nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.forward import evaluation_mode, input_device
 from rl_training.difficulty import PassRates
+from rl_training.endings import Ending, ending
 from rl_training.errors import UserError
 from rl_training.reward_calls import total_rewards
 from rl_training.text_tokenizer import text_tokenizer
@@ -54,7 +55,8 @@ class Rollouts:
     """Sequences as drawn, one entry of each list a sequence; `reward` stays None where none was looked at.
 
     prompt, completion are texts; prompt_row is the task's row the prompt came from. status is "evaluation", or in a
-    training buffer "trained", "filler" (kept without gradient because refilling ran out) or "rejected".
+    training buffer "trained", "filler" (kept without gradient because refilling ran out) or "rejected". drawn: which tokens of
+    a completion the policy drew, None where it drew every one.
     """
 
     prompt_ids: list[list[int]] = field(default_factory=list)
@@ -65,6 +67,21 @@ class Rollouts:
     prompt_row: list[dict[str, Any]] = field(default_factory=list)
     reward: list[float | None] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
+    drawn: list[Sequence[bool] | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drawn = self.drawn or [None] * len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """T of every completion: the tokens in it that the policy drew."""
+        pairs = zip(self.completion_ids, self.drawn, strict=True)
+        return [len(ids) if drawn is None else sum(drawn) for ids, drawn in pairs]
+
+    def endings(self, law: SamplingLaw) -> list[Ending]:
+        """How every completion came to its end (rl_training.endings)."""
+        pairs = zip(self.completion_ids, self.drawn, strict=True)
+        return [ending(ids, drawn, law.eos_token_ids) for ids, drawn in pairs]
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -78,7 +95,7 @@ class Rollouts:
 
     def to_batch(self, law: SamplingLaw) -> SequenceBatch:
         return SequenceBatch.from_sequences(
-            self.prompt_ids, self.completion_ids, self.prompt_index, law.pad_token_id, law.temperature
+            self.prompt_ids, self.completion_ids, self.prompt_index, law.pad_token_id, law.temperature, self.drawn
         )
 
 

@@ -31,6 +31,7 @@ def attribute_step(
     token_shares: np.ndarray | None = None,
     completion_mask: np.ndarray | None = None,
     token_texts: Sequence[Sequence[str]] | None = None,
+    drawn: Sequence[Sequence[bool] | None] | None = None,
     evaluation: SequenceLabels | None = None,
     contributions: np.ndarray | None = None,
     own_changes: np.ndarray | None = None,
@@ -39,7 +40,8 @@ def attribute_step(
     """Shares of the step's batch part by sequence, prompt and token, and the evaluation side's losses.
 
     shares: (n_train,) dh_i. token_shares: (n_train, L) from entropy_experiments.step_measurement.token_shares, with
-    completion_mask (n_train, L) and, for the figure, token_texts: the completion tokens of each sequence as text.
+    completion_mask (n_train, L) and, for the figure, token_texts: the completion tokens of each sequence as text, foreign ones
+    included; drawn: which of these the policy drew, None (of one, or of all) where every one.
     contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted change of sum_k H_k on
     sequence t's own tokens, nats per completion.
 
@@ -51,8 +53,9 @@ def attribute_step(
         concentration           {"all", "lowering", "raising"}, see `concentration`
         top_sequences           up to 2 x top indices: the most costing first, then the most giving from the largest down
         tokens                  {"closure", "sequences"}, None without token_shares. sequences: for top_sequences {"sequence",
-                                "prompt_index", "share", "reward", "tokens", "texts"}, tokens dh_ik and their texts (None
-                                without). closure: largest |sum_k dh_ik - dh_i| over the largest |dh_i|
+                                "prompt_index", "share", "reward", "tokens", "texts", "drawn"}, tokens dh_ik and their texts
+                                (None without), 0 on foreign ones, which drawn tells (None where there are none). closure:
+                                largest |sum_k dh_ik - dh_i| over the largest |dh_i|
         evaluation              {"total", "contribution", "own_change", "lowering", "raising", "concentration", "prompts"}, the
                                 last a list, most lowering first: {"prompt_index", "prompt", "sequences", "contribution"};
                                 None without contributions
@@ -87,7 +90,9 @@ def attribute_step(
         "evaluation": None,
     }
     if token_shares is not None:
-        result["tokens"] = _tokens(training, values, token_shares, completion_mask, token_texts, costing + giving)
+        result["tokens"] = _tokens(
+            training, values, token_shares, completion_mask, token_texts, drawn, costing + giving
+        )
     if evaluation is not None and contributions is not None:
         result["evaluation"] = _evaluation_side(evaluation, contributions, own_changes, top)
     return result | {"sentence": _sentence(result)}
@@ -154,6 +159,7 @@ def _tokens(
     token_shares: np.ndarray,
     completion_mask: np.ndarray | None,
     token_texts: Sequence[Sequence[str]] | None,
+    drawn: Sequence[Sequence[bool] | None] | None,
     chosen: list[int],
 ) -> dict[str, Any]:
     values = np.asarray(token_shares, dtype=np.float64)
@@ -173,7 +179,13 @@ def _tokens(
     rows = []
     for i in chosen:
         texts = None if token_texts is None else [str(text) for text in token_texts[i]]
+        own = None if drawn is None or drawn[i] is None else [bool(d) for d in drawn[i] or ()]
         tokens = values[i][mask[i]].tolist()
+        if own is not None:
+            if sum(own) != len(tokens):
+                raise ValueError(f"sequence {i} has {len(tokens)} drawn tokens, but a mask of {sum(own)}")
+            scored = iter(tokens)
+            tokens = [next(scored) if d else 0.0 for d in own]
         if texts is not None and len(texts) != len(tokens):
             raise ValueError(f"sequence {i} has {len(tokens)} completion tokens, but {len(texts)} texts")
         rows.append(
@@ -184,6 +196,7 @@ def _tokens(
                 "reward": float(training.reward[i]) if np.isfinite(training.reward[i]) else None,
                 "tokens": tokens,
                 "texts": texts,
+                "drawn": own,
             }
         )
     return {"closure": closure, "sequences": rows}

@@ -26,6 +26,7 @@ _TITLE = "Which tokens of the sequences with the largest shares moved entropy"
 _MOST_TOKENS = 60
 # More names than this would overlap.
 _MOST_NAMES = 40
+FOREIGN = "#9a9a9a"
 _LOWERING, _RAISING = (MEASURED, "////"), (PREDICTED, "")
 
 
@@ -85,6 +86,12 @@ def _panel(axes: Axes, row: Mapping[str, Any], unit: float) -> bool:
     upright = len(shown_names) > 25 or max(map(len, shown_names)) > 4
     axes.set_xticks(range(0, len(names), every), shown_names, rotation=90 if upright else 0, fontsize=7.5)
     axes.tick_params(axis="x", length=0)
+    drawn = row.get("drawn")
+    if isinstance(drawn, list) and len(drawn) == len(
+        values
+    ):  # tokens that the policy did not draw have names in grey, no bars
+        for label, own in zip(axes.get_xticklabels(), drawn[start : start + _MOST_TOKENS : every], strict=True):
+            label.set_color("black" if own else FOREIGN)
     axes.set_xlim(-0.8, max(len(shown) - 0.2, 9.8))
     low, high = min(shown.min(), 0.0), max(shown.max(), 0.0)
     axes.set_ylim(low - 0.1 * (high - low or 1.0), high + 0.1 * (high - low or 1.0))
@@ -124,6 +131,8 @@ def _caption(rows: list[Mapping[str, Any]], cut: int) -> str:
     if parts:
         found = "; ".join(parts)
         text += f" {found[0].upper()}{found[1:]}."
+    if any(row.get("drawn") for row in rows):
+        text += " Names in grey: tokens that the policy did not draw, which are not scored."
     if cut:
         text += f" Of completions of more than {_MOST_TOKENS} tokens, the stretch with the largest shares is shown."
     return text

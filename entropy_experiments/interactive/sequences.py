@@ -34,7 +34,8 @@ def sequence_details(
     the "tokens" of analyses/attribution.py, which has the tokens of the largest shares in folders that store no others.
 
     A sequence is {"prompt_index", "prompt": place in prompts, "completion", "facts": [[name, finished text], ...], "tokens":
-    {"texts", "shares", "logprobs", "entropies"} or None}, each of the last three base64 or None.
+    {"texts", "shares", "logprobs", "entropies", "foreign"} or None}, the three numbers base64 or None; foreign: places of tokens
+    that the policy did not draw.
     """
     prompts: dict[str, int] = {}
     older = _analysed_tokens(token_analysis)
@@ -85,7 +86,10 @@ def _facts(row: Mapping[str, Any], buffer: str) -> list[list[str]]:
         ]
     else:
         facts.append(["its term of the predicted change", _with_unit(row.get("delta_h_lost"))])
-    facts.append(["length", f"{plain(length)} tokens" + (", cut" if row.get("truncated") is True else "")])
+    ending = (
+        ", cut" if row.get("truncated") is True else ", ended by the environment" * (row.get("ending") == "environment")
+    )
+    facts.append(["length", f"{plain(length)} tokens{ending}"])
     if length and entropy is not None:
         facts.append(["mean token entropy", f"{plain(entropy / length)} nats"])
     if as_number(row.get("score")) is not None:
@@ -111,7 +115,9 @@ def _tokens(row: Mapping[str, Any], analysed: Mapping[str, Any] | None) -> dict[
         return None
     columns = {"shares": shares, "logprobs": row.get("logprobs"), "entropies": row.get("entropies")}
     shown = {name: _column(values, len(texts)) for name, values in columns.items()}
-    return {"texts": [_token_text(text) for text in texts], **shown}
+    drawn = row.get("completion_mask") or [True] * len(texts)
+    foreign = [place for place, own in enumerate(drawn) if not own]
+    return {"texts": [_token_text(text) for text in texts], **shown, "foreign": foreign}
 
 
 def _column(values: object, count: int) -> str | None:

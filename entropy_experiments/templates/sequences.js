@@ -29,8 +29,13 @@
   function pieces(tokens) {
     var columns = { shares: floats(tokens.shares), logprobs: floats(tokens.logprobs), entropies: floats(tokens.entropies) };
     var out = [], open = null;
+    var foreign = new Set(tokens.foreign || []);
     tokens.texts.forEach(function (text, place) {
-      if (!open) open = { first: place, count: 0, shares: 0, logprobs: 0, entropies: 0 };
+      if (open && open.foreign !== foreign.has(place)) {
+        out.push(Object.assign(open, { text: "" }));
+        open = null;
+      }
+      if (!open) open = { foreign: foreign.has(place), first: place, count: 0, shares: 0, logprobs: 0, entropies: 0 };
       open.count += 1;
       Object.keys(columns).forEach(function (name) {
         open[name] = columns[name] ? open[name] + columns[name][place] : NaN;
@@ -50,6 +55,7 @@
 
   function described(piece) {
     var lines = [(piece.count > 1 ? "tokens " + (piece.first + 1) + "–" + (piece.first + piece.count) : "token " + (piece.first + 1))];
+    if (piece.foreign) return lines.concat("not drawn by the policy: conditioned on, not scored").join("\n");
     if (isFinite(piece.shares)) lines.push("share of Δh " + signed(piece.shares) + " nats per token");
     if (isFinite(piece.logprobs)) lines.push("log-probability " + signed(piece.logprobs) + " nats");
     if (isFinite(piece.entropies)) lines.push("entropy before it " + signed(piece.entropies).slice(1) + " nats");
@@ -62,7 +68,9 @@
     var text = make("div", { class: "tokens", dir: "auto" });
     all.forEach(function (piece) {
       var span = make("span", { title: described(piece) }, legible(piece.text));
-      if (largest > 0) {
+      if (piece.foreign) {
+        span.className = "foreign";
+      } else if (largest > 0) {
         var part = Math.abs(piece.shares) / largest;
         span.className = piece.shares < 0 ? "lowers" : "raises";
         span.style.setProperty("--part", (0.75 * part).toFixed(3));
@@ -71,13 +79,14 @@
       text.appendChild(span);
     });
     if (!(largest > 0)) return [text];
-    var named = all.slice().sort(function (a, b) { return Math.abs(b.shares) - Math.abs(a.shares); }).slice(0, MOST_NAMED);
+    var named = all.filter(function (piece) { return !piece.foreign; }).sort(function (a, b) { return Math.abs(b.shares) - Math.abs(a.shares); }).slice(0, MOST_NAMED);
     var list = make("ol", { class: "largest" });
     named.forEach(function (piece) {
       list.appendChild(make("li", {}, make("code", {}, make("bdi", {}, legible(piece.text).replace(/ /g, "␣"))), " " + signed(piece.shares)));
     });
     var legend = make("p", { class: "soft small" }, make("span", { class: "lowers key" }, "lowers entropy"), " ",
-      make("span", { class: "raises key" }, "raises it"), "; depth: the token's share, against the largest here. Hover a token for its numbers.");
+      make("span", { class: "raises key" }, "raises it"),
+      all.some(function (piece) { return piece.foreign; }) ? make("span", { class: "foreign key" }, "not drawn by the policy") : "", "; depth: the token's share, against the largest here. Hover a token for its numbers.");
     return [text, legend, make("p", { class: "soft small" }, "Largest shares, nats per token:"), list];
   }
 

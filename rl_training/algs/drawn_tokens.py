@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# Attributes of a GRPOTrainer by which something else than the policy writes into completions, and the arguments they come from.
+_ENVIRONMENTS = {"tools": "tools", "environment_factories": "environment_factory", "rollout_func": "rollout_func"}
+
 
 class DrawnCompletion(NamedTuple):
     """A completion's tokens, and which of them the policy drew: None where it drew every one."""
@@ -97,3 +100,8 @@ def _before_padding(ids: Tensor, pad_token_id: int) -> list[int]:
     """A completion that was cut never ends with the padding token: the trainer takes that for an end."""
     kept = (ids != pad_token_id).nonzero()
     return ids[: int(kept.max()) + 1].tolist() if len(kept) else []
+
+
+def environment_of(trainer: Any) -> str | None:
+    """The argument by which the trainer lets tools or an environment write into completions, or None."""
+    return next((argument for name, argument in _ENVIRONMENTS.items() if getattr(trainer, name, None)), None)

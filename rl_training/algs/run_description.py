@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from rl_training.algs.drawn_tokens import environment_of
 from rl_training.algs.gradient_premise import GradientPremise, is_sharded
 from rl_training.algs.policy_witness import witness_of
 from rl_training.checkpoint_format import (
@@ -88,6 +89,7 @@ def describe_run(
             pad_token_id=law.pad_token_id,
             prompts_per_step=int(args.generation_batch_size // args.num_generations),
             completions_per_prompt=int(args.num_generations),
+            environment=environment_of(trainer),
         ),
         algorithm=SidecarAlgorithm(
             scheme="dr_grpo",

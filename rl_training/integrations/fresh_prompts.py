@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rl_training.algs.drawn_tokens import environment_of
 from rl_training.algs.model_inputs import row_beyond_text
 from rl_training.errors import UserError
-
-# Attributes of a GRPOTrainer by which something else than the policy writes into completions, and the arguments they come from.
-_ENVIRONMENTS = {"tools": "tools", "environment_factories": "environment_factory", "rollout_func": "rollout_func"}
-
-
-def environment_of(trainer: Any) -> str | None:
-    """The argument by which the trainer lets tools or an environment write into completions, or None."""
-    return next((argument for name, argument in _ENVIRONMENTS.items() if getattr(trainer, name, None)), None)
 
 
 def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]]) -> None:
