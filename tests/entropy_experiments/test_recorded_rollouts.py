@@ -16,9 +16,11 @@ from entropy_experiments.double_sampling import draw_buffers
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.interactive.sequences import sequence_details
 from entropy_experiments.sampling_plan import plan_sampling
+from entropy_experiments.sweep_config import SweepConfig
 from entropy_experiments.text_display import PromptFrame
 from rl_training.algs.rollout_record import read_rollouts, write_rollouts
 from rl_training.checkpoint_format import read_sidecar
+from rl_training.configuration import load_config
 from rl_training.errors import UserError
 from rl_training.train import build_trainer
 from tests.entropy_experiments.small_analysis import config
@@ -133,6 +135,13 @@ def test_foreign_tokens_of_a_run_that_named_no_environment(run: Path, tmp_path) 
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="tokens that the policy did not draw"):
         run_fisher_analysis(copy / "checkpoint-2", config(FROM_RUN[0]), folder=tmp_path / "no")
+
+
+def test_a_sweep_needs_the_same_prompts_everywhere() -> None:
+    with pytest.raises(UserError, match="same evaluation prompts"):
+        load_config(SweepConfig, None, [FROM_RUN[1]])
+    with pytest.raises(UserError, match="takes the sequences that the run recorded"):
+        config(FROM_RUN[1], f"{SAMPLING}.same_prompts=true")
 
 
 def test_the_last_checkpoint_has_no_next_step(run: Path, tmp_path) -> None:
