@@ -85,11 +85,6 @@ class SweepConfig(StrictModel):
                 "entropy_analysis.sampling.same_prompts=true takes the training buffer's prompts, which change from checkpoint "
                 "to checkpoint: a sweep compares checkpoints on the same evaluation prompts; leave it false"
             )
-        if self.entropy_analysis.sampling.eval_prompts == "from_run":
-            raise ValueError(
-                "entropy_analysis.sampling.eval_prompts=from_run takes the prompts of each checkpoint's next step: a sweep compares "
-                "checkpoints on the same evaluation prompts; take fixed_set or random, or analyse checkpoints one by one"
-            )
         self.of_a_checkpoint()
         return self
 

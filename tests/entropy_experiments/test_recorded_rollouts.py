@@ -138,7 +138,7 @@ def test_foreign_tokens_of_a_run_that_named_no_environment(run: Path, tmp_path) 
 
 
 def test_a_sweep_needs_the_same_prompts_everywhere() -> None:
-    with pytest.raises(UserError, match="same evaluation prompts"):
+    with pytest.raises(UserError, match="should be .random. or .fixed_set."):
         load_config(SweepConfig, None, [FROM_RUN[1]])
     with pytest.raises(UserError, match="takes the sequences that the run recorded"):
         config(FROM_RUN[1], f"{SAMPLING}.same_prompts=true")
