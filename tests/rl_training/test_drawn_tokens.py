@@ -165,10 +165,13 @@ def test_minus_the_weights_times_the_scores_is_the_trainers_own_gradient(
         kinds = {(s.drawn is None, s.drawn is not None and s.drawn[-1]) for s in sequences}
         assert len(kinds) >= 2 and any(s.drawn is not None for s in sequences), "the environment was silent"
         training = to_training_sequences(sequences, LAW, torch.device("cpu"))
-        assert training.weights is not None and bool((training.weights == 0).any()) >= masked
+        formula = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
+        assert training.weights is not None and bool((formula == 0).any()) >= masked
+        read = formula[:, None] * training.batch.completion_mask
+        torch.testing.assert_close(training.weights, read, rtol=1e-5, atol=1e-9)
         model = trainer.accelerator.unwrap_model(trainer.model)
         found["real"] = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
-        objective = score_coefficients(training.batch, -training.weights)
+        objective = score_coefficients(training.batch, -formula)
         found["rebuilt"] = batch_gradients(model, training.batch, [objective])[0]
 
     trainer.add_callback(BeforeTheStep(with_environment(trainer), look))
