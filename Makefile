@@ -3,6 +3,7 @@
 # make check   ruff, format, pyright, floors
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
+# make calibrate   how often intervals cover and tests reject, simulated in an exact world, a minute
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench bench-probe bench-kernel clean distclean
+.PHONY: help venv demo test check format bench bench-probe bench-kernel calibrate clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -72,6 +73,9 @@ bench: $(STAMP)
 	  printf '%-44s %s\n' "$$file" "$$($(BIN)/python -c 'import ast, sys; print((ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or "").split("\n")[0])' $$file)"; \
 	done; \
 	if [ $$found = 1 ]; then echo; echo "run one with: $(BIN)/python benchmarks/NAME.py"; else echo "no benchmarks yet"; fi
+
+calibrate: $(STAMP)
+	PYTHONPATH=. $(BIN)/python benchmarks/calibration.py
 
 bench-probe: $(STAMP)
 	rm -rf runs/bench-probe runs/bench-probe-overhead

@@ -4,9 +4,9 @@
 
 Each repeat draws both buffers anew (64 and 64 sequences, another seed), takes AdamW's step with the training buffer's gradient
 from the checkpoint, predicts its change of entropy on the evaluation buffer (Rao-Blackwell, from the derivatives of the
-tokens' log-probabilities and entropies along the step) and measures it on the same tokens by reweighting. They agree where
-they differ by at most two standard errors, the two errors in quadrature; the stricter line takes the error of the
-difference, a jackknife over prompts of both at once. Results: benchmarks/results/prediction_repeats.md.
+tokens' log-probabilities and entropies along the step) and measures it on the same tokens by reweighting. They agree where 0 lies
+in the 95% interval of the difference, a jackknife over prompts of both at once (entropy_experiments.agreement). Results:
+benchmarks/results/prediction_repeats.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 
 from entropy_core.batch import Bucket, SequenceBatch
-from entropy_core.entropy import TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.directional import entropy_products
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
-from entropy_core.measurement import snis_entropy_change
+from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
 from entropy_core.scores import TokenStatistics
 from entropy_core.shared_prefix import common_prefix_buckets, shared_prefix_buckets
-from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
+from entropy_experiments.agreement import Agreement, paired_agreement
 from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import draw_buffers
@@ -48,20 +49,20 @@ def loss_gradient(checkpoint: Checkpoint, batch: SequenceBatch, weights: torch.T
     return found[0].total()
 
 
-def error_of_difference(
-    before: TokenStatistics, after: TokenStatistics, parts: torch.Tensor, batch: SequenceBatch
-) -> float:
-    """Jackknife over prompts of prediction minus measurement, prompts (one sequence each) left out of both."""
+def without_each_prompt(
+    before: TokenStatistics, after: TokenStatistics, along: TokenStatistics, batch: SequenceBatch
+) -> list[float]:
+    """Prediction minus measurement with each prompt (one sequence each) left out of both."""
     differences = []
     for left in range(len(batch)):
-        keep = [n for n in range(len(batch)) if n != left]
-        part = batch.select(keep)
-        pair = (TokenStatistics(s.logprobs[keep], s.entropies[keep]) for s in (before, after))
-        differences.append(float(parts[keep].mean()) - snis_entropy_change(*pair, part).change)
-    return jackknife_standard_error(torch.tensor(differences, dtype=torch.float64))
+        keep = torch.tensor([n for n in range(len(batch)) if n != left])
+        part, first, last = batch.select(keep), before.select(keep), after.select(keep)
+        predicted = float(entropy_products(first, along.select(keep), part).mean())
+        differences.append(predicted - snis_entropy_change(first, last, part).change)
+    return differences
 
 
-def repeat(checkpoint: Checkpoint, seed: int) -> dict[str, float]:
+def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement, Agreement]:
     config = load_config(FisherAnalysisConfig, None, [f"seed={seed}"])
     plan = plan_sampling(checkpoint, config)
     evaluation, training = draw_buffers(checkpoint, plan, config, lambda stage: None)
@@ -74,21 +75,16 @@ def repeat(checkpoint: Checkpoint, seed: int) -> dict[str, float]:
     for scale in (1 / 16, -1 / 16, 1.0):
         with moved(model, step.taken, scale):
             along[scale] = shared_statistics(model, batch, short_rows)
-    c = entropy_coefficients(before, batch, "rao_blackwell")
     ahead, behind = along[1 / 16], along[-1 / 16]
-    parts = 8 * (
-        c.entropy * (ahead.entropies.double() - behind.entropies.double())
-        + c.logprob * (ahead.logprobs.double() - behind.logprobs.double())
-    ).sum(1)
+    slopes = TokenStatistics(
+        8 * (ahead.logprobs.double() - behind.logprobs.double()),
+        8 * (ahead.entropies.double() - behind.entropies.double()),
+    )
+    predicted = float(entropy_products(before, slopes, batch).mean())
     measured = snis_entropy_change(before, along[1.0], batch)
-    return {
-        "predicted": float(parts.mean()),
-        "predicted_se": jackknife_over_prompts(parts, batch.prompt_index),
-        "measured": measured.change,
-        "measured_se": measured.standard_error,
-        "difference_se": error_of_difference(before, along[1.0], parts, batch),
-        "ess": measured.effective_sample_size,
-    }
+    compared = paired_agreement(predicted - measured.change, without_each_prompt(before, along[1.0], slopes, batch))
+    assert compared is not None
+    return predicted, measured, compared
 
 
 def main(path: str, repeats: int = 10) -> None:
@@ -97,25 +93,23 @@ def main(path: str, repeats: int = 10) -> None:
         "# Predicted against measured, with fresh batches",
         "",
         f"`python benchmarks/prediction_repeats.py <run>/{Path(path).name} {repeats}`; {checkpoint.record.model_name}, step "
-        f"{checkpoint.record.step}, 64 evaluation and 64 training sequences, nats per token. *agree*: within two standard "
-        "errors, in quadrature; *paired*: within two of the difference's own, which shares the tokens and is much smaller.",
+        f"{checkpoint.record.step}, 64 evaluation and 64 training sequences, nats per token. *agree*: 0 lies in the 95% interval "
+        "of the difference, a jackknife over prompts of both sides at once.",
         "",
-        "| seed | predicted | measured | ESS | agree | paired |",
+        "| seed | predicted | measured | ESS | difference, 95% interval | agree |",
         "|---|---|---|---|---|---|",
     ]
-    agreed = paired = 0
+    agreed = 0
     for seed in range(1, repeats + 1):
-        r = repeat(checkpoint, seed)
-        difference = abs(r["predicted"] - r["measured"])
-        within = difference <= 2 * (r["predicted_se"] ** 2 + r["measured_se"] ** 2) ** 0.5
-        strict = difference <= 2 * r["difference_se"]
-        agreed, paired = agreed + within, paired + strict
+        predicted, measured, compared = repeat(checkpoint, seed)
+        agreed += compared.agrees
         lines.append(
-            f"| {seed} | {r['predicted']:+.4f} ± {r['predicted_se']:.4f} | {r['measured']:+.4f} ± {r['measured_se']:.4f} | "
-            f"{r['ess']:.0f} | {'yes' if within else 'no'} | {'yes' if strict else 'no'} ({r['difference_se']:.4f}) |"
+            f"| {seed} | {predicted:+.4f} | {measured.change:+.4f} ± {measured.standard_error:.4f} | "
+            f"{measured.effective_sample_size:.0f} | {compared.difference:+.4f} ({compared.low:+.4f} to {compared.high:+.4f}) | "
+            f"{'yes' if compared.agrees else 'no'} |"
         )
         print(lines[-1], flush=True)
-    lines += ["", f"They agree in {agreed} of {repeats} repeats; by the paired error in {paired}."]
+    lines += ["", f"They agree in {agreed} of {repeats} repeats."]
     RESULT.write_text("\n".join(lines) + "\n")
     print(lines[-1])
 

@@ -39,6 +39,11 @@ class TokenStatistics:
         """(N,) float64: sum_k H_k, nats per completion."""
         return self.entropies.double().sum(1)
 
+    def select(self, rows: Tensor) -> TokenStatistics:
+        """Of the sequences at these (m,) indices, in this order."""
+        variances = None if self.surprisal_variances is None else self.surprisal_variances[rows]
+        return TokenStatistics(self.logprobs[rows], self.entropies[rows], variances)
+
 
 def token_statistics(
     model: nn.Module,

@@ -10,6 +10,8 @@ here are of the *mean*, not the spread of its summands. Source: Efron & Stein 19
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,22 @@ def leave_one_prompt_out(numerators: Tensor, prompt_index: Tensor, denominators:
     """
     a, b = sums_over_prompts(numerators, prompt_index), sums_over_prompts(denominators, prompt_index)
     return (a.sum() - a) / (b.sum() - b)
+
+
+def contributions_without_each_prompt(prompt_index: Tensor, contributions: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, ...) means of `contributions` with each prompt left out, prompts in ascending order of index; float64.
+
+    contributions: from the (m,) rows of some sequences to their (m, ...) contributions *as a batch of their own*: means that they
+    are centred or divided by, and baselines they feed, are those of these rows. What a jackknife of an estimate needs whose
+    summands depend on the whole batch. NaN where fewer than two sequences are left, which say nothing of a spread.
+    """
+    rows = torch.arange(len(prompt_index), device=prompt_index.device)
+    found = []
+    for prompt in prompt_index.unique():
+        kept = rows[prompt_index != prompt]
+        some = contributions(kept if len(kept) > 1 else rows).double().mean(0)
+        found.append(some if len(kept) > 1 else torch.full_like(some, float("nan")))
+    return torch.stack(found)
 
 
 def jackknife_standard_error(leave_one_out: Tensor) -> float:

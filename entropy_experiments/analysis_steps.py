@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.analyses.attribution import attribute_step
@@ -56,7 +56,11 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/entropy_prediction.py, with fresh samples at the scales that the configuration names."""
     numbers, settings = inputs.numbers, inputs.config.entropy_analysis
     predicted = {
-        name: {"value": parts["total"].value, "standard_error": parts["total"].standard_error}
+        name: {
+            "value": parts["total"].value,
+            "standard_error": parts["total"].standard_error,
+            "left_out": None if parts["total"].left_out is None else parts["total"].left_out.cpu().numpy(),
+        }
         for name, parts in numbers.predicted.items()
     }
     measured = {m.scale for m in numbers.measured}
@@ -219,14 +223,10 @@ def baselines(inputs: AnalysisInputs) -> dict[str, Any]:
     entropies = side.statistics.entropies.cpu()
     return baseline_table(
         numbers.predicted,
-        _change(full.snis if full else None),
-        measured_fixed_prefix=_change(full.fixed_prefix if full else None),
+        full.snis if full else None,
+        measured_fixed_prefix=full.fixed_prefix if full else None,
         without_preconditioner=numbers.without_preconditioner,
         covariance=covariance_predictor(*tokens, advantages, rate),
         natural_covariance=covariance_predictor(*tokens, advantages, rate, natural_gradient=True),
         steer=steer_predictor(tokens[0], entropies, tokens[1], advantages, rate),
     )
-
-
-def _change(measurement: EntropyMeasurement | None) -> dict[str, float] | None:
-    return None if measurement is None else {"value": measurement.change, "standard_error": measurement.standard_error}

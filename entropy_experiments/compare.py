@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
+from entropy_experiments.agreement import told_from_zero
 from entropy_experiments.comparison_sides import Side, step_of
 from entropy_experiments.leave_one_out import LeftOut, read_leave_one_out
 from entropy_experiments.number_format import as_number, lookup, value_and_error
@@ -48,8 +49,8 @@ class Difference:
 
     @property
     def told_from_zero(self) -> bool | None:
-        """Whether it is further than 2 standard errors from 0; None without a standard error."""
-        return None if self.standard_error is None else abs(self.value) > 2 * self.standard_error
+        """Whether 0 lies outside its 95% interval (Student's, of the prompts it is paired over); None without an error."""
+        return told_from_zero(self.value, self.standard_error, self.prompts - 1 if self.prompts > 1 else math.inf)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a comparison found, in plain sentences, the most important first.
 
-A difference counts as one where it is further than 2 standard errors from 0; otherwise it is "not distinguishable from 0",
+A difference counts as one where 0 lies outside its 95% interval; otherwise it is "not distinguishable from 0",
 which is not the same as none.
 """
 
@@ -137,7 +137,7 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
     less = sum(bool(d.told_from_zero) and d.value < 0 for d in known)
     return Sentence(
         f"Of {counted(len(known), 'shared checkpoint')}, {letter} has more entropy than A at {more} and less at {less}, "
-        f"each beyond 2 standard errors; at {len(known) - more - less} they cannot be told apart."
+        f"each with 0 outside its 95% interval; at {len(known) - more - less} they cannot be told apart."
     )
 
 

@@ -25,7 +25,7 @@ from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficie
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
+from entropy_core.uncertainty import contributions_without_each_prompt, jackknife_standard_error
 from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.attribution import attribute, horizon_factor
 from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
@@ -196,11 +196,12 @@ def _contract(batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNum
     estimators = get_args(Estimator) if numbers.rows_drawn else ("fixed_prefix",)
     for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
         for estimator in estimators:
-            matrix = products(estimator, per_token)
-            target[estimator] = {
-                part: _mean_with_error(matrix[:, first + k], batch.prompt_index) for k, part in enumerate(PARTS)
-            }
-    numbers.without_preconditioner = _mean_with_error(own[:, first + len(PARTS)], batch.prompt_index)
+            matrix = products(estimator, per_token)[:, first:]
+            left_out = _left_out(rows, statistics, batch, estimator, per_token, first)
+            target[estimator] = {part: _estimate(matrix[:, k].mean(), left_out[:, k]) for k, part in enumerate(PARTS)}
+            if per_token and estimator == _own_estimator(numbers):
+                k = len(PARTS)
+                numbers.without_preconditioner = _estimate(matrix[:, k].mean(), left_out[:, k])
     numbers.contributions, numbers.own_changes = own[:, first] / len(batch), rows[1][:, first]
 
 
@@ -251,12 +252,20 @@ def _predict_by_derivatives(
         def products(estimator: Estimator, per_token: bool, along: TokenStatistics = derivatives) -> Tensor:
             return entropy_products(statistics, along, batch, estimator, per_token)
 
+        def estimate(estimator: Estimator, per_token: bool, along: TokenStatistics = derivatives) -> Estimate:
+            def of_rows(kept: Tensor) -> Tensor:
+                some = batch.select(kept.tolist())
+                return entropy_products(statistics.select(kept), along.select(kept), some, estimator, per_token)
+
+            value = entropy_products(statistics, along, batch, estimator, per_token).mean()
+            return _estimate(value, contributions_without_each_prompt(batch.prompt_index, of_rows))
+
         if part == "plain":
-            numbers.without_preconditioner = _mean_with_error(products(own, True), batch.prompt_index)
+            numbers.without_preconditioner = estimate(own, True)
             continue
         for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
             for estimator in estimators:
-                target[estimator][part] = _mean_with_error(products(estimator, per_token), batch.prompt_index)
+                target[estimator][part] = estimate(estimator, per_token)
         if part == "total":
             whole = numbers.predicted[own]["total"].value
             numbers.left_out = None if whole == 0.0 else 1.0 - restricted / whole
@@ -306,9 +315,41 @@ def _attribute(
     return by_estimator
 
 
-def _mean_with_error(contributions: Tensor, prompt_index: Tensor) -> Estimate:
-    left_out = leave_one_prompt_out(contributions, prompt_index, torch.ones_like(contributions))
-    return Estimate(float(contributions.mean()), jackknife_standard_error(left_out), left_out)
+def _left_out(
+    rows: list[Tensor],
+    statistics: TokenStatistics,
+    batch: SequenceBatch,
+    estimator: Estimator,
+    per_token: bool,
+    first: int,
+) -> Tensor:
+    """(B, columns from `first`) of an estimator's means with each prompt left out of everything: h, lengths, baselines.
+
+    rows: the products of `_contract`. Rao-Blackwell per token is (A_i - h B_i) n / sum T with A_i its terms per completion.
+    """
+    score, plain, per_completion = rows[0][:, first:], rows[1][:, first:], rows[-1][:, first:]
+    sums = statistics.entropy_sums().to(score).unsqueeze(1)
+    lengths = batch.completion_lengths.to(score).unsqueeze(1)
+    if estimator == "rao_blackwell" and per_token:
+        centred = (per_completion - rows[2][:, first:] * lengths.mean()) / (sums.sum() / lengths.sum()).clamp(
+            min=1e-300
+        )
+
+    def of_rows(kept: Tensor) -> Tensor:
+        if estimator == "rao_blackwell":
+            if not per_token:
+                return per_completion[kept]
+            h = sums[kept].sum() / lengths[kept].sum()
+            return (per_completion[kept] - h * centred[kept]) / lengths[kept].mean()
+        c = entropy_coefficients(statistics.select(kept), batch.select(kept.tolist()), estimator, per_token)
+        alpha, gamma = c.entropy.amax(1, keepdim=True), (c.logprob.amax(1) + c.logprob.amin(1))[:, None]
+        return alpha.to(score) * plain[kept] + gamma.to(score) * score[kept]
+
+    return contributions_without_each_prompt(batch.prompt_index, of_rows)
+
+
+def _estimate(value: Tensor, left_out: Tensor) -> Estimate:
+    return Estimate(float(value), jackknife_standard_error(left_out), left_out)
 
 
 def _measure(

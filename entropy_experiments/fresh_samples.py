@@ -33,8 +33,9 @@ def fresh_entropy_change(
         _ratio(statistics, batch) for statistics, batch in ((before, before_batch), (after, after_batch))
     )
     count = len(after_batch)
+    changes = right_out - left_out
     return EntropyMeasurement(
-        left, right, right - left, jackknife_standard_error(right_out - left_out), float(count), count
+        left, right, right - left, jackknife_standard_error(changes), float(count), count, changes
     )
 
 

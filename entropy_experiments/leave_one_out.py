@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.uncertainty import leave_one_prompt_out
+from entropy_experiments.agreement import compare
 from entropy_experiments.analysis_numbers import AnalysisNumbers
 from rl_training.errors import UserError
 from rl_training.sampling import Rollouts
@@ -42,6 +44,20 @@ def leave_one_out_columns(evaluation: Rollouts, numbers: AnalysisNumbers) -> dic
         if measurement is not None and measurement.left_out is not None:
             columns[f"actual.{name}"] = measurement.left_out.cpu()
     return columns
+
+
+def agreements(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
+    """Estimator -> its total against the measurement of the same quantity at the whole step (entropy_experiments.agreement);
+    those without one are left out.
+    """
+    full = next((m for m in numbers.measured if m.scale == 1.0), None)
+    if full is None:
+        return {}
+    found = {
+        name: compare(parts["total"], full.fixed_prefix if name == "fixed_prefix" else full.snis)
+        for name, parts in numbers.predicted.items()
+    }
+    return {name: compared.as_dict() for name, compared in found.items() if compared is not None}
 
 
 def write_leave_one_out(path: Path, evaluation: Rollouts, numbers: AnalysisNumbers) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.agreement import stored_agreement
 from entropy_experiments.number_format import as_number, lookup, value_and_error
 from entropy_experiments.results_folder import ResultsFolder, read_results_folder
-from entropy_experiments.verdict import PARTS, agreement, analysis_errors, primary_estimator, write_verdict
+from entropy_experiments.verdict import PARTS, analysis_errors, primary_estimator, write_verdict
 
 _UNIT = "nats per token"
 
@@ -25,7 +26,7 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
 
     Keys: "folder", "report"; "checkpoint" ("path", "step", "model"); "unit"; "entropy", "predicted", "measured", each
     {"value", "standard_error"}, "measured" also with "effective_sample_size" and "sequences"; "estimator"; "parts" by part of
-    the step; "agreement" ("difference", "standard_error", "z", "within_two") or None; "same_prompt" ("cosine",
+    the step; "agreement" (entropy_experiments.agreement) or None; "same_prompt" ("cosine",
     "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction); "checks" ("passed", "failed":
     their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences, each {"tone", "text"}.
     """
@@ -36,7 +37,7 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     checks = lookup(results.run, "self_checks")
     checks = [check for check in checks if isinstance(check, Mapping)] if isinstance(checks, list) else []
-    compared = agreement(lookup(predicted, "total"), measured)
+    compared = stored_agreement(summary, estimator)
     prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
     verdict = write_verdict(summary, results.history, checks, results.training, prompts)
     return {
@@ -53,14 +54,7 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
             "effective_sample_size": as_number(lookup(measured, "effective_sample_size")),
             "sequences": as_number(lookup(measured, "n")),
         },
-        "agreement": None
-        if compared is None
-        else {
-            "difference": compared.difference,
-            "standard_error": compared.standard_error,
-            "z": compared.z,
-            "within_two": compared.within_two,
-        },
+        "agreement": None if compared is None else compared.as_dict(),
         "same_prompt": same_prompt_effect(summary),
         "checks": {
             "passed": sum(check.get("passed") is True for check in checks),

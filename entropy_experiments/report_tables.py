@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.agreement import stored_agreement
 from entropy_experiments.number_format import (
     as_number,
     lookup,
@@ -19,7 +20,7 @@ from entropy_experiments.number_format import (
     value_and_error,
 )
 from entropy_experiments.text_display import PromptFrame, clip, one_line
-from entropy_experiments.verdict import PARTS, agreement, check_value, primary_estimator
+from entropy_experiments.verdict import PARTS, check_value, primary_estimator
 
 _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
@@ -94,13 +95,13 @@ def estimator_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         if parts is None:
             continue
         measured = lookup(summary, "actual", "fixed_prefix" if name == "fixed_prefix" else "snis")
-        compared = agreement(lookup(parts, "total"), measured)
+        compared = stored_agreement(summary, name)
         row = {part: plus_minus(*value_and_error(lookup(parts, part))) for part in ("total", *PARTS)}
         row |= {
             "label": label,
             "measured": plus_minus(*value_and_error(measured)),
             "z": "not known" if compared is None else f"{compared.z:.1f}",
-            "tone": "bad" if compared is not None and not compared.within_two else "",
+            "tone": "bad" if compared is not None and not compared.agrees else "",
         }
         rows.append(row)
     return rows

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from entropy_experiments.paired_differences import agreements_of_folder
 from rl_training.errors import UserError
 
 _REQUIRED_COLUMNS = (
@@ -160,6 +161,8 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
         raise UserError(f"{path} is incomplete, {', '.join(missing)} is missing: {_REMEDY}")
     summary = _read_json(path / "summary.json", dict)
     _refuse_other_formats(path / "summary.json", summary)
+    if "agreement" not in summary:  # folders written before it was decided by the error of the difference
+        summary["agreement"] = agreements_of_folder(path, summary)
     run = _read_json(path / "run.json", dict)
     history = _read_json(path / "training_history.json", list)
     if not all(isinstance(entry, dict) for entry in history):

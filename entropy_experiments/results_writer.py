@@ -27,6 +27,7 @@ from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.analysis_numbers import AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.leave_one_out import agreements
 from entropy_experiments.results_folder import RESULTS_FORMAT
 from entropy_experiments.sampling_plan import SamplingPlan
 from entropy_experiments.token_texts import token_texts
@@ -207,6 +208,7 @@ def summarize(
             "snis": None if full_step.snis is None else _measurement(full_step.snis),
             "fixed_prefix": _measurement(full_step.fixed_prefix),
         },
+        "agreement": agreements(numbers),
         "scaling": [_scaled(m, numbers) for m in numbers.measured],
         "attribution": {
             "delta_h_batch": numbers.batch_change,

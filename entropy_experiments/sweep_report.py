@@ -131,7 +131,7 @@ def _headline(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole, rows = evolution["whole"], evolution["checkpoints"]
     prediction = whole["prediction"]
     checks = sum(bool(row["failed_checks"]) for row in rows)
-    agree = f"{prediction['within_two']} of {prediction['compared']}" if prediction["compared"] else "not measured"
+    agree = f"{prediction['agreeing']} of {prediction['compared']}" if prediction["compared"] else "not measured"
     moved = plus_minus(*whole["observed"].values()) if len(rows) > 1 else "one checkpoint"
     return [
         {"label": "Entropy over the run", "value": moved, "unit": "nats per token", "tone": ""},
@@ -141,7 +141,12 @@ def _headline(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
             "unit": "nats per token",
             "tone": "",
         },
-        {"label": "Next step predicted", "value": agree, "unit": "checkpoints within 2 standard errors", "tone": ""},
+        {
+            "label": "Next step predicted",
+            "value": agree,
+            "unit": "checkpoints agree with their measurement",
+            "tone": "",
+        },
         {
             "label": "Self-checks",
             "value": "all passed" if not checks else f"FAILED at {checks}",

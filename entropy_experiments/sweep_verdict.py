@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.agreement import told_from_zero
+from entropy_experiments.correlation import Correlation
 from entropy_experiments.number_format import as_number, counted, lookup, plain, plus_minus, signed, value_and_error
 from entropy_experiments.text_display import quoted
 from entropy_experiments.verdict import PARTS, Sentence
@@ -71,7 +73,7 @@ def _entropy(evolution: Mapping[str, Any]) -> Sentence:
         return Sentence(f"{text}; how it moved needs two checkpoints.", "warning")
     observed = evolution["whole"]["observed"]
     change, error = value_and_error(observed)
-    known = change is not None and error is not None and abs(change) > 2 * error
+    known = told_from_zero(change, error, _freedom(evolution))
     word = "did not change beyond its error" if not known else ("fell" if (change or 0) < 0 else "rose")
     text = (
         f"Between steps {first['step']} and {last['step']} entropy {word}: {plain(values[0])} to {plain(values[1])} {_UNIT} "
@@ -84,24 +86,34 @@ def _entropy(evolution: Mapping[str, Any]) -> Sentence:
     return Sentence(text + ".")
 
 
+def _freedom(evolution: Mapping[str, Any]) -> int:
+    """Of errors over the evaluation prompts that all checkpoints share."""
+    return max(1, evolution["comparable"]["prompts"] - 1)
+
+
 def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
     prediction, whole = evolution["whole"]["prediction"], evolution["whole"]
     found = []
     if prediction["compared"]:
-        agree, count = prediction["within_two"], prediction["compared"]
+        agree, count = prediction["agreeing"], prediction["compared"]
+        sums = (plus_minus(prediction[name], prediction[f"{name}_error"]) for name in ("predicted", "actual"))
         text = (
-            f"The next step from each checkpoint was predicted within 2 standard errors of its measurement at {agree} of {count} "
-            f"(sums: predicted {signed(prediction['predicted'])}, measured {signed(prediction['actual'])} {_UNIT}"
+            f"The next step from each checkpoint agrees with its measurement, to the error of their difference, at {agree} of "
+            f"{count} (sums: predicted {next(sums)}, measured {next(sums)} {_UNIT}"
         )
         if prediction["correlation"] is not None:
-            text += f"; correlation {prediction['correlation']:.2f}"
+            low, high = prediction["correlation_interval"]
+            text += f"; correlation {Correlation(prediction['correlation'], low, high, prediction['steps'])}"
         tone = "good" if agree >= 0.8 * count else "bad" if agree < 0.5 * count else "warning"
         found.append(Sentence(text + ").", tone))
     else:
         found.append(Sentence("No checkpoint has both a predicted and a measured change of entropy.", "warning"))
     doubtful = [row["step"] for row in evolution["checkpoints"] if row["trustworthy"] is False]
     if doubtful:
-        text = f"Measurements at {_steps(doubtful)} are not to be trusted: reweighting left less than half of the sequences."
+        text = (
+            f"Measurements at {_steps(doubtful)} are not to be trusted, and are in no sum or correlation: reweighting left less "
+            "than half of the sequences."
+        )
         found.append(Sentence(text, "warning"))
     difference, error = value_and_error(whole["difference"])
     if len(evolution["checkpoints"]) > 1 and whole["expected"]["value"] is not None and difference is not None:
@@ -110,7 +122,7 @@ def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
             f"{plus_minus(*whole['observed'].values())} {_UNIT}"
         )
         if error:
-            agree = abs(difference) <= 2 * error
+            agree = not told_from_zero(difference, error, _freedom(evolution))
             text += f": {'they agree' if agree else 'they do NOT agree'} (difference {plus_minus(difference, error)})"
             text += (
                 ", where predictions are of one fresh batch a checkpoint, first order, and the run took its own batches"

@@ -1,13 +1,8 @@
 """What an analysis found, in plain sentences: the same ones on the console and at the head of the report.
 
 Every sentence is computed from the stored numbers by a pure function, and says when a number is missing or
-is too uncertain to carry a statement. Predicted and measured changes are compared by
-
-    z = |predicted − measured| / sqrt(se_predicted² + se_measured²)      "they agree": z ≤ 2
-
-Both are usually taken on the same evaluation sequences, so their errors move together and z errs on the
-side of agreement; "agree" is therefore only said beside whether the prediction itself is told from zero
-(|predicted| > 2 se).
+is too uncertain to carry a statement. Whether predicted and measured changes agree is decided by
+entropy_experiments.agreement, from the error of their difference.
 """
 
 import math
@@ -17,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from entropy_experiments.agreement import agreement_in_words, stored_agreement, told_from_zero
+from entropy_experiments.correlation import correlation
 from entropy_experiments.number_format import (
     as_number,
     counted,
@@ -40,6 +37,8 @@ PARTS = {
     "weight_decay": "weight decay",
 }
 _UNIT = "nats per token"
+# A gap beyond its error is a departure worth a look; beyond this part of the measured change the prediction has failed.
+_LARGE_GAP = 0.25
 
 
 @dataclass(frozen=True)
@@ -53,31 +52,6 @@ class Sentence:
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """predicted − measured, its standard error, their quotient z ≥ 0 and whether z ≤ 2."""
-
-    difference: float
-    standard_error: float
-    z: float
-
-    @property
-    def within_two(self) -> bool:
-        """Whether the two agree within two standard errors of their difference."""
-        return self.z <= 2.0
-
-
-def agreement(predicted: object, measured: object) -> Agreement | None:
-    """Compare two {"value", "standard_error"}; None where a value or a standard error is not known, or both
-    errors are 0.
-    """
-    (left, left_error), (right, right_error) = value_and_error(predicted), value_and_error(measured)
-    if left is None or right is None or left_error is None or right_error is None:
-        return None
-    error = math.hypot(left_error, right_error)
-    return Agreement(left - right, error, abs(left - right) / error) if error > 0 else None
 
 
 def primary_estimator(summary: Mapping[str, Any]) -> str | None:
@@ -133,8 +107,9 @@ def probe_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence | None:
         f"sum to "
         f"{signed(predicted.sum())}, the measured ones to {signed(measured.sum())} {_UNIT}"
     )
-    if len(predicted) > 2 and predicted.std() > 0 and measured.std() > 0:
-        text += f" (correlation {np.corrcoef(predicted, measured)[0, 1]:.2f})"
+    found = correlation(predicted, measured)
+    if found is not None:
+        text += f" (correlation {found})"
     if left_out:
         text += f"; {counted(left_out, 'further step')} measured on too small an effective sample left out"
     return Sentence(text + ".")
@@ -159,7 +134,7 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
             "The training sequences have neither weights nor rewards, so there is no step: the kernel is all there is."
         )
         return [*found, Sentence(text)]
-    actual, _ = actual_numbers = value_and_error(measured)
+    actual, actual_error = actual_numbers = value_and_error(measured)
     step = as_number(lookup(summary, "checkpoint", "step"))
     where = (
         "The analysed step" if step is None else f"The next step from checkpoint {step:g}, on a fresh training buffer,"
@@ -174,21 +149,24 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
     if actual is None:
         return [*found, Sentence(f"{text}; what it did change was not measured.", "warning")]
     text += f"; measured was {plus_minus(*actual_numbers)}."
-    compared = agreement(total, measured)
+    compared = stored_agreement(summary, estimator)
     if compared is None:
-        found.append(Sentence(f"{text} Without standard errors of both, whether they agree cannot be said.", "warning"))
+        why = (
+            "Without standard errors of both"
+            if error is None or actual_error is None
+            else ("Without the error of their difference, which these results do not hold")
+        )
+        found.append(Sentence(f"{text} {why}, whether they agree cannot be said.", "warning"))
     else:
-        gap = f"(difference {signed(compared.difference, 2)}, {compared.z:.1f} standard errors)"
-        if compared.within_two:
-            found.append(Sentence(f"{text} They agree within 2 standard errors {gap}.", "good"))
-        else:
-            found.append(Sentence(f"{text} They do NOT agree within 2 standard errors {gap}.", "bad"))
-    if error is not None and abs(value) <= 2 * error:
+        far = abs(compared.difference) > _LARGE_GAP * abs(actual)
+        tone: Tone = "good" if compared.agrees else "bad" if far else "warning"
+        found.append(Sentence(f"{text} {agreement_in_words(compared, actual)}", tone))
+    freedom = math.inf if compared is None else compared.degrees_of_freedom
+    if told_from_zero(value, error, freedom) is False:
         found.append(
             Sentence(
-                "The prediction itself is not told from zero (it is within 2 standard errors of it), so "
-                "agreement says "
-                "little: analyse with more evaluation prompts.",
+                "The prediction itself is not told from zero (its 95% interval holds it), so agreement says little: analyse "
+                "with more evaluation prompts.",
                 "warning",
             )
         )

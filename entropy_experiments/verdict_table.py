@@ -103,9 +103,9 @@ def _measured(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
     value, compared = f"{_amount(outcome['measured'])} {outcome['unit']}", outcome.get("agreement")
     if compared is None:
         return "Measured change", value, "plain"
-    agree = "agrees with the prediction" if compared["within_two"] else "does NOT agree with the prediction"
-    text = f"{value}; {agree} ({compared['z']:.1f} standard errors apart)"
-    return "Measured change", text, "good" if compared["within_two"] else "bad"
+    agree = "agrees with the prediction" if compared["agrees"] else "does NOT agree with the prediction"
+    text = f"{value}; {agree} ({compared['z']:.1f} standard errors of the difference apart)"
+    return "Measured change", text, "good" if compared["agrees"] else "bad"
 
 
 def _same_prompt(outcome: Mapping[str, Any]) -> str:

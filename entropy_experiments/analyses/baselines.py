@@ -6,23 +6,24 @@
     without_preconditioner                  <grad h, -lr g>: no P, no momentum, by Rao-Blackwell
     covariance, natural_covariance, steer   from log-probabilities, entropies and advantages alone
 
-    ratio = measured / predicted            z = |predicted - measured| / sqrt(se_predicted^2 + se_measured^2)
+    ratio = measured / predicted            z = |predicted - measured| / (standard error of that difference)
 
 The last four are steps of another length (in logits, or without the optimizer's scale): of them only the sign is held
 against the measurement here, and their correlation over many steps elsewhere. fixed_prefix has another estimand; it is
 compared with the policy's change, which it is often taken for, and in a row of its own with the change on given tokens.
-Predictions and measurement share evaluation sequences: their errors move together, and z errs towards agreement.
+Predictions and measurement share evaluation sequences; the error of their difference leaves prompts out of both at once
+(entropy_experiments.agreement), and a predictor is as good as the measurement where 0 lies in the 95% interval.
 Source: entropy_core/entropy.py, entropy_core/predictors.py; docs/analyses/baselines.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from entropy_experiments.number_format import plus_minus, value_and_error
-from entropy_experiments.verdict import agreement
+from entropy_experiments.agreement import compare, estimate_of, told_from_zero
+from entropy_experiments.number_format import plus_minus
 
 LABELS = {
     "rao_blackwell": "Rao–Blackwell",
@@ -53,11 +54,11 @@ def baseline_table(
 
     predicted: estimator -> part ("total", "batch") -> estimate, nats per token, as in AnalysisNumbers.predicted or
     summary.json. measured: the policy's measured change, nats per token; measured_fixed_prefix: that on given tokens.
-    An estimate is an object or a mapping with value and standard_error, a bare number (no standard error), or None. The last
-    three come from entropy_core.predictors.
+    An estimate is an object or a mapping with value (or change), standard_error and left_out ((B,) with each evaluation prompt
+    left out; without it there is no z), a bare number, or None. The last three come from entropy_core.predictors.
 
     Keys: `rows`, a list of {name, label, predicted, standard_error, actual, actual_standard_error, ratio, z,
-    comparable_in_scale, sign_agrees, reason}; numbers are None where they are not known or not comparable, `reason` says
+    agrees, comparable_in_scale, sign_agrees, reason}; numbers are None where they are not known or not comparable, `reason` says
     why ("" where all is there), and sign_agrees is None where the measured change cannot be told from 0 or the prediction
     is 0. `measured` {value, standard_error}, `sentence`.
     """
@@ -69,12 +70,10 @@ def baseline_table(
         "natural_covariance": natural_covariance,
         "steer": steer,
     }
-    policy = _known(measured)
-    rows = []
+    policy, rows = _known(measured), []
     for name in LABELS:
         given = by_part[name] if name in by_part else _part(predicted, name, "total")
-        actual = _known(measured_fixed_prefix) if name == "fixed_prefix_on_given_tokens" else policy
-        rows.append(_row(name, _known(given), actual))
+        rows.append(_row(name, given, measured_fixed_prefix if name == "fixed_prefix_on_given_tokens" else measured))
     result = {"rows": rows, "measured": policy}
     return result | {"sentence": _sentence(rows, policy)}
 
@@ -85,17 +84,16 @@ def _part(predicted: Mapping[str, Mapping[str, Any]], estimator: str, part: str)
 
 def _known(entry: Any) -> dict[str, float | None]:
     """{value, standard_error} of whatever form of estimate, None for what is missing or not finite."""
-    if is_dataclass(entry) and not isinstance(entry, type):
-        entry = asdict(entry)
-    value, error = value_and_error(entry)
+    value, error = estimate_of(entry)
     return {"value": value, "standard_error": error}
 
 
-def _row(name: str, given: dict[str, float | None], actual: dict[str, float | None]) -> dict[str, Any]:
-    value, truth, error = given["value"], actual["value"], actual["standard_error"]
+def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
+    (value, own_error), (truth, error) = estimate_of(given), estimate_of(actual)
     comparable = name not in ANOTHER_SCALE
-    compared = agreement(given, actual) if comparable else None
-    told = truth is not None and (error is None or abs(truth) > 2 * error)
+    compared = compare(given, actual) if comparable else None
+    freedom = math.inf if compared is None else compared.degrees_of_freedom
+    told = truth is not None and told_from_zero(truth, error, freedom) is not False
     if value is None:
         reason = "not computed"
     elif truth is None:
@@ -105,16 +103,17 @@ def _row(name: str, given: dict[str, float | None], actual: dict[str, float | No
     elif value == 0:
         reason = "the predicted change is 0"
     else:
-        reason = "" if compared else "no standard error on one side, or 0 on both"
+        reason = "" if compared else "not known prompt by prompt on both sides, or no difference"
     return {
         "name": name,
         "label": LABELS[name],
         "predicted": value,
-        "standard_error": given["standard_error"],
+        "standard_error": own_error,
         "actual": truth,
         "actual_standard_error": error,
         "ratio": truth / value if comparable and truth is not None and value else None,
         "z": compared.z if compared else None,
+        "agrees": compared.agrees if compared else None,
         "comparable_in_scale": comparable,
         "sign_agrees": value * truth > 0 if told and value and truth else None,
         "reason": reason,
@@ -126,8 +125,9 @@ def _sentence(rows: list[dict[str, Any]], measured: dict[str, float | None]) -> 
         return "No change of entropy was measured, so no predictor can be held against it."
     text = f"The measured change was {plus_minus(measured['value'], measured['standard_error'])} nats per token"
     judged = [row for row in rows if row["z"] is not None and row["name"] != "fixed_prefix_on_given_tokens"]
-    near, far = ([row["label"] for row in judged if (row["z"] <= 2) is within] for within in (True, False))
-    text += f"; within 2 standard errors of it: {_listed(near)}; further away: {_listed(far)}"
+    near, far = ([row["label"] for row in judged if row["agrees"] is within] for within in (True, False))
+    if judged:
+        text += f"; not told from it: {_listed(near)}; apart beyond the error of the difference: {_listed(far)}"
     signed = [row for row in rows if not row["comparable_in_scale"] and row["predicted"] is not None]
     right, wrong = ([row["label"] for row in signed if row["sign_agrees"] is same] for same in (True, False))
     if right or wrong:

@@ -3,7 +3,8 @@
     predicted(s) = s <grad h, dtheta>            by each estimator of grad h, with its standard error
     measured(s)  = h(theta + s dtheta) - h(theta)            reweighted on the same tokens (SNIS), on fresh samples, or exact
 
-    ratio        = measured / predicted, with its sign; a denominator within two of its standard errors of 0 is marked
+    ratio        = measured / predicted, with its sign; a denominator whose 95% interval holds 0 is marked
+    agrees       whether 0 lies in the 95% interval of predicted - measured (entropy_experiments.agreement)
     departure(s) = |measured - predicted| / max(|measured|, |predicted|)   of the split estimator against SNIS
 
 The split estimator is the derivative of the reweighted measurement on the same tokens: their departure holds no sampling
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
 from entropy_experiments.number_format import as_number, plain, plus_minus, value_and_error
 
 COMPARISONS = {
@@ -36,17 +39,18 @@ def compare_prediction(
 ) -> dict[str, Any]:
     """First order against measurement at every scale of the step.
 
-    predicted: estimator -> {"value", "standard_error"} at s = 1, or a number. measured: one mapping a scale with "scale" and
-    any of "snis", "fresh", "exact", "fixed_prefix": each {"change", "standard_error", "effective_sample_size", "sequences"}
-    (the last two for snis), a number, or None. resolution: the smallest change that the measurement tells from rounding,
-    nats per token.
+    predicted: estimator -> {"value", "standard_error", "left_out"} at s = 1, or a number. measured: one mapping a scale with
+    "scale" and any of "snis", "fresh", "exact", "fixed_prefix": each {"change", "standard_error", "left_out",
+    "effective_sample_size", "sequences"} (the last two for snis), a number, or None. left_out: (B,) with each evaluation prompt
+    left out; without those of both sides nothing is said of their agreement, but against exact numbers. resolution: the smallest
+    change that the measurement tells from rounding, nats per token.
 
     Returns
         unit           "nats per token"
         rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error"}, "measured": kind
                        -> {"value", "standard_error", "effective_sample_size", "trustworthy"}, "comparisons": [{"estimator",
-                       "measure", "ratio", "near_zero", "difference", "standard_error", "z", "within_two_errors", "reason"}]}
-                       difference: measured - predicted; its error adds both in quadrature, as if they were independent
+                       "measure", "ratio", "near_zero", "difference", "standard_error", "degrees_of_freedom", "z", "p_value",
+                       "low", "high", "agrees", "reason"}]}; difference: predicted - measured, with its 95% interval
         first_order    {"estimator", "measure", "tolerance", "departures": [{"scale", "departure", "trustworthy"}], "holds_to",
                        "fails_at", "crossing", "reason"}: the largest scale up to which the departure stays within the
                        tolerance, the next one tested, and the scale between them where it passes it (log-linear)
@@ -59,33 +63,49 @@ def compare_prediction(
     scales = [as_number(row.get("scale")) for row in measured]
     if any(s is None or s <= 0 for s in scales) or len(set(scales)) != len(scales):
         raise ValueError(f"scales must be positive and all different, not {scales}")
-    estimates = {name: value_and_error(entry) for name, entry in predicted.items()}
-    known = {name: pair for name, pair in estimates.items() if pair[0] is not None}
+    known = {name: _estimate(entry) for name, entry in predicted.items() if estimate_of(entry)[0] is not None}
     rows = [_row(row, known) for row in sorted(measured, key=lambda row: row["scale"])]
     first_order = _first_order(rows, resolution)
     result = {"unit": "nats per token", "rows": rows, "first_order": first_order}
     return result | {"sentence": _sentence(rows, first_order)}
 
 
-def _row(given: Mapping[str, Any], estimates: Mapping[str, tuple[float | None, float | None]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Known:
+    value: float
+    standard_error: float | None
+    left_out: np.ndarray | None
+
+    def scaled(self, s: float) -> _Known:
+        error, left_out = self.standard_error, self.left_out
+        return _Known(s * self.value, None if error is None else s * error, None if left_out is None else s * left_out)
+
+
+def _estimate(entry: Any) -> _Known:
+    value, error = estimate_of(entry)
+    left_out = entry.get("left_out") if isinstance(entry, Mapping) else None
+    return _Known(value or 0.0, error, None if left_out is None else np.asarray(left_out, dtype=np.float64))
+
+
+def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> dict[str, Any]:
     scale = float(given["scale"])
+    at_scale = {name: entry.scaled(scale) for name, entry in estimates.items()}
     predicted = {
-        name: {"value": scale * (value or 0.0), "standard_error": None if error is None else scale * error}
-        for name, (value, error) in estimates.items()
+        name: {"value": entry.value, "standard_error": entry.standard_error} for name, entry in at_scale.items()
     }
     measured = {kind: _measurement(given[kind]) for kind in COMPARISONS if given.get(kind) is not None}
     comparisons = [
-        _comparison(name, kind, predicted[name], found)
+        _comparison(name, kind, at_scale[name], given[kind])
         for kind, found in measured.items()
         for name in COMPARISONS[kind]
-        if name in predicted and found["value"] is not None
+        if name in at_scale and found["value"] is not None
     ]
     return {"scale": scale, "predicted": predicted, "measured": measured, "comparisons": comparisons}
 
 
 def _measurement(entry: Any) -> dict[str, Any]:
     if isinstance(entry, Mapping):
-        value, error = value_and_error({**entry, "value": entry.get("change", entry.get("value"))})
+        value, error = estimate_of(entry)
         size, count = as_number(entry.get("effective_sample_size")), as_number(entry.get("sequences"))
     else:
         (value, error), size, count = value_and_error(entry), None, None
@@ -93,20 +113,26 @@ def _measurement(entry: Any) -> dict[str, Any]:
     return {"value": value, "standard_error": error, "effective_sample_size": size, "trustworthy": trust}
 
 
-def _comparison(name: str, kind: str, predicted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    value, error = predicted["value"], predicted["standard_error"]
-    difference = found["value"] - value
-    errors = [e for e in (error, 0.0 if kind == "exact" else found["standard_error"]) if e is not None]
-    both = math.hypot(*errors) if len(errors) == 2 else None
+def _comparison(name: str, kind: str, predicted: _Known, entry: Any) -> dict[str, Any]:
+    found, value, error = _estimate(entry), predicted.value, predicted.standard_error
+    prompts = math.inf if predicted.left_out is None else len(predicted.left_out)
+    if kind == "exact":
+        compared = unpaired_agreement((value, error), (found.value, 0.0), (prompts, math.inf))
+    else:
+        compared = compare(asdict(predicted), asdict(found))
+    told = told_from_zero(value, error, prompts - 1)
+    numbers = dict.fromkeys(("standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees"))
+    if compared is not None:
+        numbers |= {key: number for key, number in compared.as_dict().items() if key in numbers}
+        if math.isinf(compared.degrees_of_freedom):
+            numbers["degrees_of_freedom"] = None
     return {
         "estimator": name,
         "measure": kind,
-        "ratio": found["value"] / value if value != 0 else None,
-        "near_zero": value == 0 or (error is not None and abs(value) < 2 * error),
-        "difference": difference,
-        "standard_error": both,
-        "z": difference / both if both else None,
-        "within_two_errors": abs(difference) <= 2 * both if both else None,
+        "ratio": found.value / value if value != 0 else None,
+        "near_zero": value == 0 or told is False,
+        "difference": value - found.value,
+        **numbers,
         "reason": "the predicted change is exactly 0" if value == 0 else "",
     }
 
@@ -184,7 +210,7 @@ def _sentence(rows: Sequence[Mapping[str, Any]], first_order: Mapping[str, Any])
         text += (
             f"; for the step itself {plus_minus(value['value'], value['standard_error'])} nats per token were predicted and "
             f"{plus_minus(found['value'], found['standard_error'])} measured (ratio {headline['ratio']:.2f}"
-            + (", a prediction within two standard errors of 0)" if headline["near_zero"] else ")")
+            + (", a prediction that is not told from 0)" if headline["near_zero"] else ")")
         )
     return text + "."
 
@@ -202,9 +228,10 @@ def prediction_rows(measured: Sequence[Any], fresh: Mapping[float, Any] | None =
 
 
 def _as_row(measurement: Any) -> dict[str, Any]:
-    error = float(measurement.standard_error)
+    error, left_out = float(measurement.standard_error), getattr(measurement, "left_out", None)
     return {
         "change": float(measurement.change),
+        "left_out": None if left_out is None else left_out.cpu().numpy(),
         "standard_error": error if np.isfinite(error) else None,
         "effective_sample_size": float(measurement.effective_sample_size),
         "sequences": int(measurement.sequences),

@@ -33,7 +33,9 @@ from entropy_experiments.analyses.left_out_prompts import (
     prompt_sums,
 )
 from entropy_experiments.analyses.reward_price import price_between
-from entropy_experiments.number_format import as_number, counted, lookup, plain, plus_minus, signed
+from entropy_experiments.analyses.summed_changes import sums_with_errors
+from entropy_experiments.correlation import correlation
+from entropy_experiments.number_format import as_number, counted, lookup, plain, plus_minus
 from entropy_experiments.results_folder import ResultsFolder
 
 _COSTLIEST = 5
@@ -58,8 +60,8 @@ def describe_evolution(
                       "standard_error"}), alignment (`align_kernels`), cosine (`block_cosine`), losers {"spearman", "prompts",
                       "reason"} (do the same prompts lose entropy?), flow (`cluster_flow`), likeness, price (`price_between`)
         path          {"step", "observed", "expected"} since the first checkpoint
-        whole         observed, expected, difference, parts {batch, momentum, weight_decay}, prediction {"steps", "predicted",
-                      "actual", "within_two", "correlation"}, price, costliest_prompts
+        whole         observed, expected, difference, parts {batch, momentum, weight_decay}, prediction (see `_prediction`),
+                      price, costliest_prompts
         law           {"training", "evaluation"}: `law_over_training` of the run's log, and of the evaluation buffers
         history       the log as given, sentence
 
@@ -202,7 +204,7 @@ def _whole(
         "to": steps[last],
         **_comparison(sums, _observed(0, last), _summed(steps)),
         "parts": _parts(rows, steps),
-        "prediction": _prediction(rows),
+        "prediction": _prediction(folders, rows),
         "price": price_between(sums, 0, last) if last else None,
         "costliest_prompts": _costliest_prompts(folders),
     }
@@ -225,21 +227,29 @@ def _parts(rows: Sequence[Mapping[str, Any]], steps: list[int]) -> dict[str, flo
     return found
 
 
-def _prediction(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Predicted and measured changes of the step after each checkpoint, over the checkpoints that have both."""
-    pairs = [(row["predicted"]["total"], row["actual"]) for row in rows if row["predicted"]["total"] and row["actual"]]
-    values = np.array([[p["value"], a["value"]] for p, a in pairs]).reshape(-1, 2)
-    errors = [(p["standard_error"], a["standard_error"]) for p, a in pairs]
-    known = [(abs(v[0] - v[1]), np.hypot(*e)) for v, e in zip(values, errors, strict=True) if None not in e]
-    varies = len(values) > 2 and bool((values.std(0) > 0).all())
+def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Predicted and measured changes of the step after each checkpoint, over the checkpoints that have both and whose measurement
+    can be trusted; `untrusted` counts the others.
+    """
+    both = [k for k, row in enumerate(rows) if row["predicted"]["total"] and row["actual"]]
+    used = [k for k in both if rows[k]["trustworthy"] is not False]
+    values = np.array([[rows[k]["predicted"]["total"]["value"], rows[k]["actual"]["value"]] for k in used])
+    values = values.reshape(-1, 2)
+    compared = [rows[k]["agreement"] for k in used if rows[k]["agreement"] is not None]
+    found = correlation(*values.T)
+    sums = sums_with_errors([(folders[k], rows[k]) for k in used])
     return {
         "steps": len(values),
-        "predicted": float(values[:, 0].sum()) if len(values) else None,
-        "actual": float(values[:, 1].sum()) if len(values) else None,
-        "compared": len(known),
-        "within_two": sum(bool(gap <= 2 * error) for gap, error in known),
-        "correlation": float(np.corrcoef(values.T)[0, 1]) if varies else None,
-        "reason": None if varies else "fewer than three checkpoints have both, or they do not differ",
+        "untrusted": len(both) - len(used),
+        "predicted": sums["predicted"]["value"],
+        "predicted_error": sums["predicted"]["standard_error"],
+        "actual": sums["actual"]["value"],
+        "actual_error": sums["actual"]["standard_error"],
+        "compared": len(compared),
+        "agreeing": sum(entry["agrees"] for entry in compared),
+        "correlation": None if found is None else found.value,
+        "correlation_interval": None if found is None else [found.low, found.high],
+        "reason": None if found else "fewer than four checkpoints have both, or they do not differ",
     }
 
 
@@ -281,9 +291,9 @@ def _sentence(result: Mapping[str, Any]) -> str:
     prediction = whole["prediction"]
     if prediction["compared"]:
         text += (
-            f"; at {prediction['within_two']} of {prediction['compared']} checkpoints the next step's measured change agrees "
-            f"with its prediction within 2 standard errors (sums {signed(prediction['predicted'])} and "
-            f"{signed(prediction['actual'])})"
+            f"; at {prediction['agreeing']} of {prediction['compared']} checkpoints the next step's measured change agrees with "
+            f"its prediction (sums {plus_minus(prediction['predicted'], prediction['predicted_error'])} and "
+            f"{plus_minus(prediction['actual'], prediction['actual_error'])})"
         )
     return text + "."
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_experiments.agreement import stored_agreement
 from entropy_experiments.analyses.training_kernel import kernel_size, training_structure
 from entropy_experiments.number_format import as_number, lookup, value_and_error
 from entropy_experiments.results_folder import ResultsFolder
@@ -24,15 +25,17 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
     """One checkpoint.
 
     step, folder; entropy, reward (evaluation buffer); estimator; predicted {part: number}; actual, with
-    "effective_sample_size" and "n"; trustworthy (effective sample at least half); kernel_norm, effective_rank (of the
-    evaluation rows), training_rank, same_prompt_share, same_prompt_pairs; by_advantage {"above", "below"}: shares of the
-    change by sequences with a reward above and below their prompt's mean; failed_checks, failed_analyses.
+    "effective_sample_size" and "n"; agreement of the two (entropy_experiments.agreement); trustworthy (effective sample at least
+    half); kernel_norm, effective_rank (of the evaluation rows), training_rank, same_prompt_share, same_prompt_pairs; by_advantage
+    {"above", "below"}: shares of the change by sequences with a reward above and below their prompt's mean; failed_checks,
+    failed_analyses.
     """
     summary = results.summary
     given = lookup(summary, "rows_drawn") is False
     estimator = "fixed_prefix" if given else primary_estimator(summary)
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     effective, n = as_number(lookup(measured, "effective_sample_size")), as_number(lookup(measured, "n"))
+    compared = stored_agreement(summary, estimator)
     row: dict[str, Any] = {
         "step": int(lookup(summary, "checkpoint", "step")),
         "folder": results.path.name,
@@ -43,6 +46,7 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
             part: _number(lookup(summary, "predicted", estimator, part)) if estimator else None for part in PARTS
         },
         "actual": _number(measured),
+        "agreement": None if compared is None else compared.as_dict(),
         "effective_sample_size": effective,
         "trustworthy": None if effective is None or not n else effective >= 0.5 * n,
         "by_advantage": _by_advantage(results.training),

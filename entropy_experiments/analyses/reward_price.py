@@ -3,8 +3,8 @@
     price = -(h_b - h_a) / (R_b - R_a)       nats per token for one more of mean reward; positive: reward was paid in entropy
 
 between two checkpoints, on the evaluation prompts that both have; the standard error is a jackknife over these prompts, of the
-ratio as a whole. A ratio whose denominator cannot be told from 0 says nothing: where |R_b - R_a| <= 2 standard errors the price
-is None. docs/analyses/evolution.md.
+ratio as a whole. A ratio whose denominator cannot be told from 0 says nothing: where the 95% interval of R_b - R_a holds 0 the
+price is None. docs/analyses/evolution.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.agreement import told_from_zero
 from entropy_experiments.analyses.left_out_prompts import entropy_at, jackknifed, reward_at
 from entropy_experiments.number_format import plus_minus
 
@@ -26,7 +27,7 @@ def price_between(sums: np.ndarray, a: int, b: int) -> dict[str, Any]:
     value, error = reward["value"], reward["standard_error"]
     if value is None or entropy["value"] is None:
         return result | {"price": nothing, "reason": "entropy or reward is not known at both checkpoints"}
-    if error is None or abs(value) <= 2 * error:
+    if not told_from_zero(value, error, max(1, sums.shape[-1] - 1)):
         reason = f"the change of mean reward, {plus_minus(value, error)}, cannot be told from 0"
         return result | {"price": nothing, "reason": reason}
 

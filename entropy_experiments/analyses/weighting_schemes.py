@@ -31,10 +31,10 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
+from entropy_experiments.agreement import compare
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
 from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
 from entropy_experiments.number_format import counted, plus_minus, value_and_error
-from entropy_experiments.verdict import agreement
 
 NORMALISATIONS = ("raw", "equal_length", "equal_gain")
 DISTINGUISHABLE = 2.0
@@ -98,8 +98,8 @@ def with_measurements(table: Mapping[str, Any], measured: Mapping[str, Mapping[s
     measured: name -> normalisation ("raw", "equal_length", "equal_gain") -> {value, standard_error} in nats per token, of the
     step that these weights (times the row's `scale`) really make less the step that zero weights make: momentum and decay
     are in both, and no prediction here holds them. Each row gains `actual`: normalisation -> {value, standard_error, ratio
-    (measured over predicted; None where the prediction is 0 or None), z (difference over the two standard errors in
-    quadrature; None where one is not known)}.
+    (measured over predicted; None where the prediction is 0 or None), z (|difference| over its own standard
+    error; None where either side is not known with each prompt left out)}.
 
     Raises ValueError for a name that the table lacks, or an unknown normalisation.
     """
@@ -119,7 +119,7 @@ def with_measurements(table: Mapping[str, Any], measured: Mapping[str, Mapping[s
 
 
 def _against(predicted: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> dict[str, Any]:
-    value, compared = predicted and predicted["value"], agreement(predicted, entry)
+    value, compared = predicted and predicted["value"], compare(predicted, entry)
     return {
         "value": entry["value"],
         "standard_error": entry.get("standard_error"),

@@ -124,7 +124,7 @@ def _caption(rows: Sequence[Mapping[str, Any]], measured: float | None, error: f
     if error is not None or any(row["standard_error"] is not None for row in rows):
         parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")
     if any(row["z"] is not None for row in rows):
-        parts.append("z: difference from the measured change, in standard errors of the two together.")
+        parts.append("z: difference from the measured change, in standard errors of that difference.")
     if any(row["name"].startswith("fixed_prefix") for row in rows):
         parts.append("Diamonds: the change on given tokens, which is not the change of the policy's entropy.")
     if any(not row["comparable_in_scale"] for row in rows):

@@ -27,6 +27,7 @@ from entropy_experiments.charts.style import (
     step_axis,
     zero_line,
 )
+from entropy_experiments.correlation import correlation
 from entropy_experiments.number_format import as_number, plain, series, signed, value_and_error
 from entropy_experiments.training_history import holds_means, trusted_changes
 
@@ -131,8 +132,9 @@ def _agreement_of(predicted: np.ndarray, measured: np.ndarray) -> str:
     where = f"Summed over the {both.sum()} steps with both" if both.sum() > 1 else "At the one step with both"
     sums = signed(predicted[both].sum()), signed(measured[both].sum())
     text = f"{where}: predicted {sums[0]}, measured {sums[1]} nats per token"
-    if both.sum() >= 3 and predicted[both].std() > 0 and measured[both].std() > 0:
-        text += f", correlation {np.corrcoef(predicted[both], measured[both])[0, 1]:.2f}"
+    found = correlation(predicted[both], measured[both])
+    if found is not None:
+        text += f", correlation {found}"
     return text + "."
 
 

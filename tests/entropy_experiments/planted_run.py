@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from entropy_experiments.agreement import paired_agreement
 from entropy_experiments.results_folder import ResultsFolder
 
 PROMPTS, TRAIN_PROMPTS, PER_PROMPT, FEATURES = 24, 6, 4, 10
@@ -63,6 +64,7 @@ def checkpoint(step, h, change, reward, features, rng, *, bias=1.0, clusters=Tru
     kernels = {"fisher": features @ columns.T, "train_fisher": columns @ columns.T}
     total = change * bias
     spent, tokens = (sum(row[key] for row in evaluation) for key in ("entropy_sum", "length"))
+    series = 0.02 * np.tile([1.0, -1.0], PROMPTS // 2) / math.sqrt(PROMPTS - 1)  # a jackknife error of 0.02
     summary = {
         "checkpoint": {"path": f"runs/planted/checkpoint-{step}", "step": step, "model": "planted"},
         "entropy": {"per_token": number(spent / tokens, 0.05), "per_completion": number(6 * h, 0.3)},
@@ -75,6 +77,7 @@ def checkpoint(step, h, change, reward, features, rng, *, bias=1.0, clusters=Tru
             }
         },
         "actual": {"snis": number(change, 0.02) | {"effective_sample_size": 20.0, "n": PROMPTS}},
+        "agreement": {"rao_blackwell": paired_agreement(total - change, total - change + series).as_dict()},
         "rows_drawn": True,
         "sampling": {"training": {"mean_reward": 0.5}},
         "analyses": {"sequence_clustering": {"labels": [1 + i % 2 for i in range(len(training))]}} if clusters else {},

@@ -16,9 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
+from entropy_experiments.agreement import paired_agreement
 from tests.entropy_experiments.analysis_fixture import make_analyses, train_kernel
 
 N_EVALUATION, N_PROMPTS, PER_PROMPT = 32, 8, 8
+# A difference with each of 32 prompts left out, up to its size: jackknife error 1.
+SERIES = np.tile([1.0, -1.0], 16) / np.sqrt(31)
 SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 _TEMPLATE = (
     "<|im_start|>system\nAnswer with only the number.<|im_end|>\n<|im_start|>user\n"
@@ -186,6 +189,15 @@ def make_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "n": N_EVALUATION,
             },
             "fixed_prefix": {"value": -0.029, "standard_error": 0.004},
+        },
+        "agreement": {
+            name: paired_agreement(gap, gap + error * SERIES).as_dict()
+            for name, gap, error in (
+                ("rao_blackwell", 0.006, 0.005),
+                ("split", 0.0015, 0.001),
+                ("score_function", -0.021, 0.03),
+                ("fixed_prefix", -0.002, 0.002),
+            )
         },
         "scaling": scaling,
         "attribution": {

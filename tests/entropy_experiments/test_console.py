@@ -59,7 +59,7 @@ def test_the_outcome_is_json_and_holds_the_numbers(outcome, folder):
     assert again["predicted"] == {"value": -0.074, "standard_error": 0.018} and again["estimator"] == "rao_blackwell"
     assert again["measured"]["value"] == -0.08 and again["measured"]["effective_sample_size"] == 27.5
     assert sum(part["value"] for part in again["parts"].values()) == pytest.approx(-0.074)
-    assert again["agreement"]["within_two"] and again["agreement"]["difference"] == pytest.approx(0.006)
+    assert again["agreement"]["agrees"] and again["agreement"]["difference"] == pytest.approx(0.006)
     assert again["checks"] == {"passed": 7, "failed": []} and again["failed_analyses"] == {}
     assert again["same_prompt"]["cosine"] is not None
     assert any("predicted to change entropy" in sentence["text"] for sentence in again["verdict"])
@@ -100,7 +100,7 @@ def test_what_failed_is_named_and_hostile_names_are_text(outcome):
         "checks": {"passed": 6, "failed": ["[red]rows[/red]\x1b[2J"]},
         "failed_analyses": {"buffers": "ValueError: [bold]"},
         "folder": "/tmp/[link=x]\x07",
-        "agreement": outcome["agreement"] | {"within_two": False, "z": 3.2},
+        "agreement": outcome["agreement"] | {"agrees": False, "z": 3.2},
     }
     for terminal in (True, False):
         print_verdict(shown := console(120, terminal), broken)

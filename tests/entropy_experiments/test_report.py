@@ -121,7 +121,7 @@ def test_verdict_and_headline_carry_the_summary_numbers(written):
         "fell by 89%, from 1.91 to 0.21",
         "−0.074 ± 0.018",
         "−0.080 ± 0.022",
-        "agree within 2 standard errors",
+        "They agree: the difference of",
         "27.5 of 32",
         "7 of 7",
         "0.842 ± 0.071",

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from entropy_experiments.agreement import paired_agreement
 from entropy_experiments.verdict import (
-    agreement,
     check_sentence,
     cost_sentences,
     part_sentence,
@@ -17,7 +17,7 @@ from entropy_experiments.verdict import (
     training_sentence,
     write_verdict,
 )
-from tests.entropy_experiments.results_fixture import make_history, make_run, make_sequences, make_summary
+from tests.entropy_experiments.results_fixture import SERIES, make_history, make_run, make_sequences, make_summary
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +50,36 @@ def test_training_sentence_of_one_step_or_none():
     assert training_sentence([]).tone == "warning" and "not known" in training_sentence([{"step": 1}]).text
 
 
-def test_agreement_is_in_standard_errors_of_the_difference():
-    compared = agreement({"value": 1.0, "standard_error": 0.3}, {"value": 0.0, "standard_error": 0.4})
-    assert compared is not None
-    assert compared.standard_error == pytest.approx(0.5) and compared.z == pytest.approx(2.0) and compared.within_two
-    assert agreement({"value": 1.0}, {"value": 0.0, "standard_error": 0.4}) is None
-    assert agreement({"value": 1.0, "standard_error": 0.0}, {"value": 0.0, "standard_error": 0.0}) is None
-
-
 def test_prediction_that_agrees(summary):
     (sentence,) = prediction_sentences(summary)
-    z = 0.006 / math.hypot(0.018, 0.022)
     assert "−0.074 ± 0.018" in sentence.text and "−0.080 ± 0.022" in sentence.text
-    assert f"agree within 2 standard errors (difference +0.0060, {z:.1f} standard errors)" in sentence.text
+    low, high = (0.006 + sign * 2.0395 * 0.005 for sign in (-1, 1))  # Student's t on 31 degrees of freedom
+    assert f"They agree: the difference of +0.0060 has the 95% interval {low:.4f} to +{high:.3f}".replace("-", "−") in (
+        sentence.text
+    )
     assert sentence.tone == "good"
 
 
+def disagreeing(summary, gap, error=0.002):
+    summary["agreement"]["rao_blackwell"] = paired_agreement(gap, gap + error * SERIES).as_dict()
+    return prediction_sentences(summary)[0]
+
+
 def test_prediction_that_does_not_agree(summary):
-    summary["actual"]["snis"]["value"] = 0.05
-    assert prediction_sentences(summary)[0].tone == "bad"
-    assert "do NOT agree" in prediction_sentences(summary)[0].text
+    """Small beside the change it is a warning, large it is bad; in quadrature neither would count (0.028)."""
+    small, large = disagreeing(summary, 0.012), disagreeing(summary, -0.05)
+    assert "do NOT agree" in small.text and "15% of the measured change" in small.text and small.tone == "warning"
+    assert "do NOT agree" in large.text and large.tone == "bad"
+
+
+def test_results_that_do_not_hold_the_paired_error_say_nothing_of_agreement(summary):
+    del summary["agreement"]
+    (sentence,) = prediction_sentences(summary)
+    assert (
+        "error of their difference" in sentence.text
+        and "cannot be said" in sentence.text
+        and sentence.tone == "warning"
+    )
 
 
 def test_agreement_of_noise_is_called_noise(summary):
@@ -86,7 +96,7 @@ def test_small_effective_sample_is_named(summary):
     ("change", "words"),
     [
         (lambda s: s["actual"].pop("snis"), "not measured"),
-        (lambda s: s["actual"]["snis"].pop("standard_error"), "cannot be said"),
+        (lambda s: (s["actual"]["snis"].pop("standard_error"), s.pop("agreement")), "cannot be said"),
         (lambda s: s["predicted"]["rao_blackwell"]["total"].update(value=0.0), "learning rate 0"),
         (lambda s: s.pop("predicted"), "no predicted change"),
         (

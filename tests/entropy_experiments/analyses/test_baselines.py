@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from entropy_experiments.analyses.baselines import LABELS, baseline_table
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
@@ -18,20 +19,38 @@ from entropy_experiments.charts.weighting import plot_weighting_schemes
 from entropy_experiments.fisher_analyzer import Estimate
 from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
 
+PROMPTS = 20
+COMMON = torch.linspace(-1, 1, PROMPTS, dtype=torch.float64)  # what every estimate shares with the measurement
+
+
+def known(value: float, error: float, own: float, seed: int) -> Estimate:
+    """An estimate of this error whose values without each prompt differ from the common ones by `own` times a series."""
+    alone = torch.randn(PROMPTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Estimate(value, error, value + 0.01 * COMMON + own * (alone - alone.mean()))
+
+
 PREDICTED = {
-    "rao_blackwell": {"total": Estimate(-0.30, 0.03), "batch": Estimate(-0.04, 0.01)},
-    "split": {"total": Estimate(-0.20, 0.04), "batch": Estimate(-0.03, 0.02)},
-    "score_function": {"total": Estimate(0.10, 0.30), "batch": Estimate(0.02, 0.10)},
-    "fixed_prefix": {"total": Estimate(-0.05, 0.01), "batch": Estimate(-0.01, 0.01)},
+    "rao_blackwell": {"total": known(-0.30, 0.03, 0.006, 1), "batch": known(-0.04, 0.01, 0.01, 2)},
+    "split": {"total": known(-0.20, 0.04, 0.006, 3), "batch": known(-0.03, 0.02, 0.01, 4)},
+    "score_function": {"total": known(0.10, 0.30, 0.06, 5), "batch": known(0.02, 0.10, 0.01, 6)},
+    "fixed_prefix": {"total": known(-0.05, 0.01, 0.01, 7), "batch": known(-0.01, 0.01, 0.01, 8)},
 }
-MEASURED = Estimate(-0.25, 0.04)
+MEASURED = known(-0.25, 0.04, 0.006, 9)
+GIVEN = known(-0.06, 0.02, 0.006, 10)
+
+
+def by_hand(predicted: Estimate, measured: Estimate) -> float:
+    """|difference| over the jackknife of the difference."""
+    series = predicted.left_out - measured.left_out
+    error = math.sqrt((PROMPTS - 1) / PROMPTS * float((series - series.mean()).square().sum()))
+    return abs(predicted.value - measured.value) / error
 
 
 def full_table() -> dict[str, Any]:
     return baseline_table(
         PREDICTED,
         MEASURED,
-        measured_fixed_prefix=Estimate(-0.06, 0.02),
+        measured_fixed_prefix=GIVEN,
         without_preconditioner=Estimate(-3e-6, 1e-6),
         covariance=-2e-5,
         natural_covariance=4e-5,
@@ -43,15 +62,16 @@ def test_every_predictor_has_its_row_by_hand() -> None:
     table = full_table()
     assert [row["name"] for row in table["rows"]] == list(LABELS)
     json.dumps(table, allow_nan=False)
-    by_hand = {
-        "rao_blackwell": (-0.30, 0.03, -0.25, 0.25 / 0.30, 0.05 / 0.05),
-        "split": (-0.20, 0.04, -0.25, 1.25, 0.05 / math.hypot(0.04, 0.04)),
-        "score_function": (0.10, 0.30, -0.25, -2.5, 0.35 / math.hypot(0.30, 0.04)),
-        "fixed_prefix": (-0.05, 0.01, -0.25, 5.0, 0.20 / math.hypot(0.01, 0.04)),
-        "fixed_prefix_on_given_tokens": (-0.05, 0.01, -0.06, 1.2, 0.01 / math.hypot(0.01, 0.02)),
-        "without_momentum": (-0.04, 0.01, -0.25, 6.25, 0.21 / math.hypot(0.01, 0.04)),
+    totals = {name: parts["total"] for name, parts in PREDICTED.items()}
+    expected = {
+        "rao_blackwell": (-0.30, 0.03, -0.25, 0.25 / 0.30, by_hand(totals["rao_blackwell"], MEASURED)),
+        "split": (-0.20, 0.04, -0.25, 1.25, by_hand(totals["split"], MEASURED)),
+        "score_function": (0.10, 0.30, -0.25, -2.5, by_hand(totals["score_function"], MEASURED)),
+        "fixed_prefix": (-0.05, 0.01, -0.25, 5.0, by_hand(totals["fixed_prefix"], MEASURED)),
+        "fixed_prefix_on_given_tokens": (-0.05, 0.01, -0.06, 1.2, by_hand(totals["fixed_prefix"], GIVEN)),
+        "without_momentum": (-0.04, 0.01, -0.25, 6.25, by_hand(PREDICTED["rao_blackwell"]["batch"], MEASURED)),
     }
-    for name, (value, error, actual, ratio, z) in by_hand.items():
+    for name, (value, error, actual, ratio, z) in expected.items():
         row = row_of(table, name)
         assert (row["predicted"], row["standard_error"], row["actual"]) == (value, error, actual), name
         assert row["ratio"] == pytest.approx(ratio), "measured over predicted, sign kept"
@@ -74,19 +94,27 @@ def test_predictors_on_another_scale_are_compared_by_sign_alone() -> None:
 
 
 def test_sentence_says_who_is_near() -> None:
-    assert full_table()["sentence"] == (
-        "The measured change was −0.250 ± 0.040 nats per token; within 2 standard errors of it: Rao–Blackwell, split, "
-        "score function; further away: fixed prefix, without momentum. Of those on another scale, with its sign: without P "
+    table = full_table()
+    near = {name: row_of(table, name)["agrees"] for name in ("rao_blackwell", "split", "score_function")}
+    assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
+    assert table["sentence"] == (
+        "The measured change was −0.250 ± 0.040 nats per token; not told from it: Rao–Blackwell, split, score function; apart "
+        "beyond the error of the difference: fixed prefix, without momentum. Of those on another scale, with its sign: without P "
         "(plain gradient), covariance (Cui et al.), STEER; with the other: covariance, natural gradient."
     )
 
 
 def test_estimates_as_stored_in_a_summary_give_the_same_table() -> None:
     stored = {
-        name: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
+        name: {
+            part: {"value": e.value, "standard_error": e.standard_error, "left_out": e.left_out.tolist()}
+            for part, e in parts.items()
+        }
         for name, parts in PREDICTED.items()
     }
-    from_summary = baseline_table(stored, {"value": -0.25, "standard_error": 0.04})
+    from_summary = baseline_table(
+        stored, {"value": -0.25, "standard_error": 0.04, "left_out": MEASURED.left_out.tolist()}
+    )
     assert from_summary == baseline_table(PREDICTED, MEASURED)
 
 
@@ -95,7 +123,7 @@ def test_what_is_missing_is_said() -> None:
     json.dumps(table, allow_nan=False)
     row = row_of(table, "rao_blackwell")
     assert (row["predicted"], row["standard_error"], row["z"]) == (-0.3, None, None)
-    assert "no standard error" in row["reason"]
+    assert "not known prompt by prompt" in row["reason"]
     assert row["ratio"] == pytest.approx(0.25 / 0.3)
     assert row_of(table, "steer")["reason"] == "not computed"
     unmeasured = baseline_table(PREDICTED, None)
@@ -143,7 +171,7 @@ def test_chart_of_baselines_draws_the_table() -> None:
     assert drawn["without momentum"] == pytest.approx((-0.04, 0.02))
     assert "STEER" not in drawn, "a number on another scale was drawn on this one"
     words = [text.get_text() for text in axes.texts]
-    assert words[0] == "z = 1.0"
+    assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell')['z']:.1f}"
     assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
     assert "−0.250 ± 0.040" in caption_of(figure)
 

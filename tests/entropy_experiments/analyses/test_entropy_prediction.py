@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,16 +129,27 @@ def test_ratios_keep_their_sign_and_are_never_clamped():
     assert nothing["ratio"] is None and nothing["near_zero"] and nothing["reason"]
 
 
-def test_errors_scale_with_the_step_and_add_in_quadrature():
-    rows = [{"scale": 0.5, "snis": measurement(1.0, 0.3), "exact": 1.0}]
-    result = compare_prediction({"rao_blackwell": {"value": 1.0, "standard_error": 0.8}}, rows)
+def test_errors_scale_with_the_step_and_are_those_of_the_difference():
+    """Both sides rise and fall with the same prompts: in quadrature their difference would be far inside its error."""
+    values = np.random.default_rng(0).normal(size=12)
+    own = (values.sum() - values) / 11  # the mean with each prompt left out
+    noise = 0.01 * np.random.default_rng(1).normal(size=12)
+    error = float(values.std(ddof=1) / math.sqrt(12))
+    shifted = values.mean() / 2 + 0.1
+    rows = [{"scale": 0.5, "snis": measurement(shifted, error / 2) | {"left_out": own / 2 + 0.1 + noise}, "exact": 1.0}]
+    predicted = {"value": float(values.mean()), "standard_error": error, "left_out": own}
+    result = compare_prediction({"rao_blackwell": predicted}, rows)
     sampled = only(result, 0.5, "rao_blackwell", "snis")
-    assert sampled["standard_error"] == pytest.approx(0.5) and sampled["z"] == pytest.approx(1.0)
-    assert sampled["within_two_errors"]
+    paired = math.sqrt(11 / 12 * float(np.square(noise - noise.mean()).sum()))
+    assert sampled["difference"] == pytest.approx(-0.1)
+    assert sampled["standard_error"] == pytest.approx(paired) and sampled["z"] == pytest.approx(0.1 / paired)
+    assert sampled["degrees_of_freedom"] == 11 and sampled["agrees"] is False
+    assert 0.1 < 2 * math.hypot(error / 2, error / 2), "in quadrature this would be agreement"
     against_exact = only(result, 0.5, "rao_blackwell", "exact")
-    assert against_exact["standard_error"] == pytest.approx(0.4) and against_exact["z"] == pytest.approx(1.25)
-    unknown = compare_prediction({"rao_blackwell": 1.0}, rows)
-    assert only(unknown, 0.5, "rao_blackwell", "snis")["within_two_errors"] is None
+    assert against_exact["standard_error"] == pytest.approx(error / 2)
+    unknown = compare_prediction({"rao_blackwell": {"value": 1.0, "standard_error": 0.8}}, rows)
+    assert only(unknown, 0.5, "rao_blackwell", "snis")["agrees"] is None, "no error of the difference is known"
+    json.dumps(result, allow_nan=False)
 
 
 def test_measurements_not_to_be_trusted_do_not_decide():

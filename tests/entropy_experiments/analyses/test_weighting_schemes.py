@@ -235,8 +235,7 @@ def test_measurements_stand_beside_predictions(world: World, table: dict[str, An
     actual = row_of(merged, "grpo")["actual"]["equal_length"]
     assert actual["value"] == 2 * predicted["value"]
     assert actual["ratio"] == pytest.approx(2.0)
-    z = abs(predicted["value"]) / math.hypot(1e-4, predicted["standard_error"])
-    assert actual["z"] == pytest.approx(z)
+    assert actual["z"] is None, "without prompts left out of both, the error of the difference is not known"
     assert "actual" not in row_of(merged, "run")
     assert "actual" not in row_of(table, "grpo"), "the table given was changed"
     assert_sound(merged)
