@@ -25,7 +25,7 @@ from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficie
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_core.uncertainty import contributions_without_each_prompt, jackknife_standard_error
+from entropy_core.uncertainty import contributions_without_each_prompt
 from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.attribution import attribute, horizon_factor
 from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
@@ -33,6 +33,7 @@ from entropy_experiments.kernel_options import KernelOptions
 from entropy_experiments.kernel_sketch import check_sketch
 from entropy_experiments.optimizer_step import moved
 from entropy_experiments.preconditioner_file import write_preconditioner
+from entropy_experiments.predictions_left_out import estimate_with_error, products_without_each_prompt
 from entropy_experiments.row_storage import StoredRows
 from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
 from entropy_experiments.training_side import TrainingSide, prepare_training_side
@@ -197,11 +198,13 @@ def _contract(batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNum
     for per_token, target in ((True, numbers.predicted), (False, numbers.predicted_per_completion)):
         for estimator in estimators:
             matrix = products(estimator, per_token)[:, first:]
-            left_out = _left_out(rows, statistics, batch, estimator, per_token, first)
-            target[estimator] = {part: _estimate(matrix[:, k].mean(), left_out[:, k]) for k, part in enumerate(PARTS)}
+            left_out = products_without_each_prompt(rows, statistics, batch, estimator, per_token, first)
+            target[estimator] = {
+                part: estimate_with_error(matrix[:, k].mean(), left_out[:, k]) for k, part in enumerate(PARTS)
+            }
             if per_token and estimator == _own_estimator(numbers):
                 k = len(PARTS)
-                numbers.without_preconditioner = _estimate(matrix[:, k].mean(), left_out[:, k])
+                numbers.without_preconditioner = estimate_with_error(matrix[:, k].mean(), left_out[:, k])
     numbers.contributions, numbers.own_changes = own[:, first] / len(batch), rows[1][:, first]
 
 
@@ -258,7 +261,7 @@ def _predict_by_derivatives(
                 return entropy_products(statistics.select(kept), along.select(kept), some, estimator, per_token)
 
             value = entropy_products(statistics, along, batch, estimator, per_token).mean()
-            return _estimate(value, contributions_without_each_prompt(batch.prompt_index, of_rows))
+            return estimate_with_error(value, contributions_without_each_prompt(batch.prompt_index, of_rows))
 
         if part == "plain":
             numbers.without_preconditioner = estimate(own, True)
@@ -313,43 +316,6 @@ def _attribute(
     numbers.batch_change = dot(gradients[0], training.step_parts()["batch"])
     numbers.checks.append(check_attribution(found[0].shares, numbers.batch_change))
     return by_estimator
-
-
-def _left_out(
-    rows: list[Tensor],
-    statistics: TokenStatistics,
-    batch: SequenceBatch,
-    estimator: Estimator,
-    per_token: bool,
-    first: int,
-) -> Tensor:
-    """(B, columns from `first`) of an estimator's means with each prompt left out of everything: h, lengths, baselines.
-
-    rows: the products of `_contract`. Rao-Blackwell per token is (A_i - h B_i) n / sum T with A_i its terms per completion.
-    """
-    score, plain, per_completion = rows[0][:, first:], rows[1][:, first:], rows[-1][:, first:]
-    sums = statistics.entropy_sums().to(score).unsqueeze(1)
-    lengths = batch.completion_lengths.to(score).unsqueeze(1)
-    if estimator == "rao_blackwell" and per_token:
-        centred = (per_completion - rows[2][:, first:] * lengths.mean()) / (sums.sum() / lengths.sum()).clamp(
-            min=1e-300
-        )
-
-    def of_rows(kept: Tensor) -> Tensor:
-        if estimator == "rao_blackwell":
-            if not per_token:
-                return per_completion[kept]
-            h = sums[kept].sum() / lengths[kept].sum()
-            return (per_completion[kept] - h * centred[kept]) / lengths[kept].mean()
-        c = entropy_coefficients(statistics.select(kept), batch.select(kept.tolist()), estimator, per_token)
-        alpha, gamma = c.entropy.amax(1, keepdim=True), (c.logprob.amax(1) + c.logprob.amin(1))[:, None]
-        return alpha.to(score) * plain[kept] + gamma.to(score) * score[kept]
-
-    return contributions_without_each_prompt(batch.prompt_index, of_rows)
-
-
-def _estimate(value: Tensor, left_out: Tensor) -> Estimate:
-    return Estimate(float(value), jackknife_standard_error(left_out), left_out)
 
 
 def _measure(
