@@ -101,6 +101,12 @@ class GradientPremise:
                 self.reader.after_micro_batch.remove(self._examine)
         return self.check
 
+    def fail(self, trouble: str) -> None:
+        """Take in what was found elsewhere of this step's gradient, so that the finding says so from here on."""
+        known = self.check or self._not_made("")
+        if known.trouble is None or not known.made:
+            self.check = replace(known, step=self._trainer.state.global_step + 1, trouble=trouble, made=True)
+
     def further_terms(self) -> list[str]:
         """What else than weighted log-probabilities this step's loss holds, by name and with its remedy; a KL term by the
         trainer's settings (it is a function of log-probabilities itself), the others as measured in this process.

@@ -41,6 +41,7 @@ class PremiseGuard(TrainerCallback):
         self._recorded = []
         trouble = next(filter(None, gather_object([trouble])), None)
         if trouble is not None:
+            self.premise.fail(trouble)
             self._fail(f"the gradient is not the one that the recorded weights say: {trouble}")
         elif check is not None and not check.made and not self._said:
             self._said = True

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.algs.gradient_premise import GradientPremise
+from rl_training.checkpoint_format import read_sidecar
 from rl_training.config import EntropyProbeConfig, LoraConfig
 from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
@@ -166,9 +167,9 @@ def test_a_gradient_hook_is_named_and_stays(tiny_policy, tmp_path, kind):
     assert not check.held and "gradient hook" in check.trouble and name in check.trouble
 
 
-@pytest.mark.parametrize("coefficient", [None, 1e-3, 0.1], ids=["default", "0.001", "0.1"])
-def test_the_routers_auxiliary_loss_is_named_however_small_it_is(tmp_path, coefficient):
-    seen = settled(of_model(model_of("moe"), tmp_path, max_steps=1, router_aux_loss_coef=coefficient))
+@pytest.mark.parametrize("setting", [{}, {"router_aux_loss_coef": 1e-5}, {"router_aux_loss_coef": 0.1}])
+def test_the_routers_auxiliary_loss_is_named_however_small_it_is(tmp_path, setting):
+    seen = settled(of_model(model_of("moe"), tmp_path, max_steps=1, **setting))
     assert "router's auxiliary loss (router_aux_loss_coef=" in seen.troubles[0]
     assert settled(of_model(model_of("moe"), tmp_path, max_steps=1, router_aux_loss_coef=0.0)).troubles == [None]
 
@@ -314,8 +315,20 @@ def test_a_mixture_of_experts_trains_without_its_auxiliary_loss(tmp_path):
 
 
 def test_warn_trains_on_and_says_so_once(tiny_policy, tmp_path):
-    trainer = of_model(lora_llama(tiny_policy), tmp_path, Reweighted, on_failed_premise="warn", max_steps=3)
+    trainer = of_model(
+        lora_llama(tiny_policy),
+        tmp_path,
+        Reweighted,
+        on_failed_premise="warn",
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+    )
     trainer.factor = 2.0
     with pytest.warns(RuntimeWarning, match="differs") as caught:
         trainer.train()
     assert sum("recorded weights" in str(w.message) for w in caught) == 1 and trainer.state.global_step == 3
+    recorded = read_sidecar(tmp_path / "checkpoint-3").gradient_premise
+    assert recorded.made and recorded.step == 1 and "differs" in recorded.trouble, (
+        "an analysis would weigh by other numbers"
+    )

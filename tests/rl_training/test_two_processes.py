@@ -58,6 +58,10 @@ def test_two_processes_fill_one_buffer(tiny_policy, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "run"), "printed once, by the main process"
     sidecar = read_sidecar(tmp_path / "run" / "checkpoint-2")
     assert sidecar is not None and sidecar.rank_count == 2
+    premise = sidecar.gradient_premise
+    assert premise is not None and premise.made and premise.trouble is None
+    assert premise.relative_error < 1e-5, "the gradient is the mean over processes, the weights are of all sequences"
+    assert sidecar.witness is not None
     for step in (1, 2):
         rows = read_rollouts(tmp_path / "run", step)
         buffer = [row for row in rows if row["status"] != "rejected"]
