@@ -32,6 +32,7 @@ from entropy_core.entropy import Estimator, entropy_coefficients, score_coeffici
 from entropy_core.forward import completion_logits, evaluation_mode
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.logit_statistics import bounded_logprobs, logit_chunks
+from entropy_core.position_table import check_length
 from entropy_core.repeated_tokens import repeated_tokens_once
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 from entropy_core.stopped_gradients import attached_norms
@@ -71,6 +72,7 @@ def token_derivatives(
     """
     parameters = trainable_parameters(model)
     _check_covers("the direction", direction, parameters)
+    check_length(model, int(batch.scored_lengths.max()) - 1)
     with ExitStack() as held:
         held.enter_context(_padding_embeddings_held(model) if hold_padding else attached_norms(model))
         if method in ("auto", "forward"):

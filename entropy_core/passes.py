@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.output_head import CompletionValues, completion_values
+from entropy_core.position_table import check_length
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 from entropy_core.token_plan import TokenPlan
 
@@ -40,6 +41,7 @@ class GraphPasses:
     ) -> None:
         self._model, self._batch, self._coefficients = model, batch, coefficients
         self._token_batch_size = token_batch_size
+        check_length(model, int(batch.scored_lengths.max()) - 1)
         self._buckets = length_buckets(batch, token_batch_size, fewest=False)
         if callable(coefficients):
             # Held side by side, small buckets save no memory: one in which many beginnings are alike takes less time.

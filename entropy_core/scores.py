@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch, length_buckets
 from entropy_core.forward import evaluation_mode
 from entropy_core.output_head import completion_values
+from entropy_core.position_table import check_length
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def token_statistics(
     with_variances: fill in `surprisal_variances` as well. all_digits: entropies in float64 where they were found so, for
     what is made of their differences.
     """
+    check_length(model, int(batch.scored_lengths.max()) - 1)
     places, values = [], []
     with torch.no_grad(), evaluation_mode(model):
         for bucket in length_buckets(batch, token_batch_size):

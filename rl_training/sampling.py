@@ -20,6 +20,7 @@ from torch import nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.forward import evaluation_mode, input_device
+from entropy_core.position_table import check_length
 from rl_training.difficulty import PassRates
 from rl_training.endings import Ending, ending
 from rl_training.errors import UserError
@@ -161,6 +162,13 @@ def generate_completions(
         eos_token_id=list(law.eos_token_ids),
         pad_token_id=law.pad_token_id,
     )
+    longest = max(map(len, prompt_ids), default=0)
+    try:
+        check_length(model, longest + law.max_completion_length - 1)
+    except ValueError as error:
+        raise UserError(
+            f"prompts of up to {longest} tokens with completions of {law.max_completion_length}: {error}"
+        ) from error
     device = input_device(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]

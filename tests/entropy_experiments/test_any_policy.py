@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from rl_training.errors import UserError
 from tests.entropy_experiments.made_checkpoint import make_checkpoint
 from tests.entropy_experiments.small_analysis import config
 from tests.tiny_policy import character_tokenizer
@@ -28,8 +29,8 @@ def moe() -> nn.Module:
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**GATED, **experts, tie_word_embeddings=False))
 
 
-def gpt2() -> nn.Module:
-    shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+def gpt2(positions: int = 256) -> nn.Module:
+    shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=1, eos_token_id=1))
 
 
@@ -68,3 +69,10 @@ def test_a_policy_is_analysed_end_to_end(name: str, tiny_run: Path, tmp_path: Pa
         assert "one pass per sequence (loop)" in page
     else:
         assert "batched passes (hooks)" in page
+
+
+def test_prompts_longer_than_the_position_table_are_one_line(tiny_run: Path, tmp_path: Path) -> None:
+    path = make_checkpoint(gpt2(positions=16), None, tmp_path, tiny_run / "checkpoint-4")
+    with pytest.raises(UserError, match=r"prompts of up to \d+ tokens .* table of 16 positions: shorten prompts"):
+        run_fisher_analysis(path, config(), folder=tmp_path / "results")
+    assert not (tmp_path / "results").exists() and not list(tmp_path.glob("*.part"))
