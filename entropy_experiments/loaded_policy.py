@@ -38,7 +38,7 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None)
         if premise is not None and premise.trouble is not None and premise.made:
             raise UserError(
                 f"{folder}: at step {premise.step} the run's gradient was not the one that its recorded weights say: "
-                f"{premise.trouble}. Its sequences cannot be weighed; train without, from checkpoint-0 or anew"
+                f"{premise.trouble}. Its sequences cannot be weighed: train anew without that"
             )
         if premise is None or not premise.made:
             why = "no step had a gradient, or the release was older" if premise is None else premise.trouble
