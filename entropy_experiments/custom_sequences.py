@@ -25,6 +25,7 @@ from typing import Any
 
 from entropy_experiments.sampling_plan import SamplingPlan
 from rl_training.errors import UserError
+from rl_training.json_lines import check_values, regular_file
 from rl_training.sampling import Rollouts, SamplingLaw, prompt_text, tokenize_prompts
 
 _KEYS = ("prompt", "completion", "prompt_index", "reward", "weight")
@@ -103,7 +104,7 @@ def read_custom_sequences(path: str | Path, system_prompt: str | None = None) ->
     Raises UserError for a file that cannot be read or is empty, and for bad lines: all of them by number, the first few with
     what is wrong; also where only some lines have a reward or a weight.
     """
-    file = Path(path).expanduser()
+    file = regular_file(path, str(path))
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -158,6 +159,7 @@ def _from_line(number: int, line: str, system_prompt: str | None) -> CustomSeque
     for key in ("prompt", "completion"):
         if key not in data:
             raise ValueError(f"no {key!r}")
+        check_values(data[key])
     segments = _segments(data["completion"])
     index = data.get("prompt_index")
     if index is not None and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**62):

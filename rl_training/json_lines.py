@@ -19,13 +19,9 @@ _DEEPEST = 32
 _LARGEST_INTEGER = 1 << 63
 
 
-def json_lines(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, object or what is wrong with the line) of every line that is not blank.
-
-    setting: the key that named the file, for errors. Raises UserError where it is no regular file, too large, or cannot be read.
-    """
+def regular_file(path: str | Path, shown: str) -> Path:
+    """The file of a path. Raises UserError, beginning with `shown`, where it has no end, is too large or is not there."""
     file = Path(path).expanduser()
-    shown = f"{setting}: {path}"
     try:
         mode = file.stat()
     except FileNotFoundError:
@@ -39,6 +35,16 @@ def json_lines(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any] | 
         raise UserError(
             f"{shown} has {mode.st_size / 2**30:.1f} GiB, allowed are {LARGEST_FILE >> 30}: take a part of it"
         )
+    return file
+
+
+def json_lines(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line number, object or what is wrong with the line) of every line that is not blank.
+
+    setting: the key that named the file, for errors. Raises UserError where it is no regular file, too large, or cannot be read.
+    """
+    shown = f"{setting}: {path}"
+    file = regular_file(path, shown)
     try:
         with file.open("rb") as handle:
             number = 0
@@ -71,7 +77,7 @@ def parse_line(line: bytes) -> dict[str, Any] | str:
         )
         if not isinstance(data, dict):
             return "not a JSON object"
-        _check(data, 1)
+        check_values(data)
     except UnicodeDecodeError as error:
         return f"not text in UTF-8 (byte {error.start + 1})"
     except RecursionError:
@@ -103,16 +109,17 @@ def _finite(digits: str) -> float:
     return value
 
 
-def _check(value: Any, depth: int) -> None:
+def check_values(value: Any, depth: int = 1) -> None:
+    """Raises ValueError for nesting, integers and texts that no table could hold."""
     if depth > _DEEPEST:
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check(key, depth)
-            _check(item, depth + 1)
+            check_values(key, depth)
+            check_values(item, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _check(item, depth + 1)
+            check_values(item, depth + 1)
     elif isinstance(value, str):
         _check_text(value)
     elif isinstance(value, int) and not -_LARGEST_INTEGER <= value < _LARGEST_INTEGER:

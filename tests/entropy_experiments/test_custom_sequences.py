@@ -89,6 +89,8 @@ def test_every_bad_line_is_named_by_its_number(tmp_path):
         ({"prompt": "a", "completion": "b", "weigth": 1}, "did you mean 'weight'"),
         ({"prompt": [], "completion": "b"}, "messages"),
         ("[" * 100_000, "not JSON|nested too deeply"),
+        ('{"prompt": "half \\ud800", "completion": "b"}', "lone surrogate"),
+        ('{"prompt": "a", "completion": "\\u0000"}', "NUL"),
     ],
 )
 def test_one_bad_line(tmp_path, line, words):
@@ -105,7 +107,7 @@ def test_rewards_and_weights_stand_on_all_lines_or_on_none(tmp_path):
 def test_files_that_hold_nothing(tmp_path):
     for path, words in (
         (tmp_path / "absent.jsonl", "does not exist"),
-        (tmp_path, "cannot read"),
+        (tmp_path, "is a folder"),
         (write(tmp_path / "empty.jsonl", "", ""), "holds no sequences"),
     ):
         with pytest.raises(UserError, match=words):
