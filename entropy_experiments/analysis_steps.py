@@ -125,6 +125,8 @@ def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,
         drawn=inputs.training.rollouts.drawn,
+        endings=(inputs.training.rollouts.endings(inputs.plan.law), inputs.evaluation.endings(inputs.plan.law)),
+        advantages=None if inputs.training.advantages is None else inputs.training.advantages.double().numpy(),
         evaluation=inputs.evaluation_labels(),
         contributions=contributions.cpu().numpy(),
         own_changes=own.cpu().numpy(),

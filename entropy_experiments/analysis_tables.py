@@ -149,6 +149,18 @@ def _attribution(result: Mapping[str, Any]) -> list[Table]:
         "Gini", "Effective number",
     )  # fmt: skip
     found = _table("How far a few sequences make up the step's change.", headings, rows)
+    groups = [
+        [
+            f"{row.get('side')}: {row.get('group')}" + " advantage" * (row.get("by") == "advantage"),
+            plain(row.get("sequences")),
+            _thousandths(row.get("value")),
+            plain(row.get("entropy")),
+        ]
+        for row in _dicts(result, "groups")
+    ]
+    if groups:
+        words = ("Sequences", "Number", "Sum of shares, or of contributions (×10⁻³ nats/token)", "Entropy (nats/token)")
+        found += _table("By how completions ended, and by the sign of the advantage.", words, groups)
     prompts = _dicts(result, "evaluation", "prompts")
     frame = prompt_frame([str(row.get("prompt")) for row in prompts])
     losing = [

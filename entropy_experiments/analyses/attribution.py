@@ -32,6 +32,8 @@ def attribute_step(
     completion_mask: np.ndarray | None = None,
     token_texts: Sequence[Sequence[str]] | None = None,
     drawn: Sequence[Sequence[bool] | None] | None = None,
+    endings: tuple[Sequence[str], Sequence[str]] | None = None,
+    advantages: np.ndarray | None = None,
     evaluation: SequenceLabels | None = None,
     contributions: np.ndarray | None = None,
     own_changes: np.ndarray | None = None,
@@ -42,7 +44,9 @@ def attribute_step(
     shares: (n_train,) dh_i. token_shares: (n_train, L) from entropy_experiments.step_measurement.token_shares, with
     completion_mask (n_train, L) and, for the figure, token_texts: the completion tokens of each sequence as text, foreign ones
     included; drawn: which of these the policy drew, None (of one, or of all) where every one.
-    contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted change of sum_k H_k on
+    endings: how the completions of the training and of the evaluation side came to their ends (rl_training.endings).
+    advantages: (n_train,) A_i. contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted
+    change of sum_k H_k on
     sequence t's own tokens, nats per completion.
 
     Returns
@@ -59,6 +63,8 @@ def attribute_step(
         evaluation              {"total", "contribution", "own_change", "lowering", "raising", "concentration", "prompts"}, the
                                 last a list, most lowering first: {"prompt_index", "prompt", "sequences", "contribution"};
                                 None without contributions
+        groups                  rows {"side", "by", "group", "sequences", "value", "entropy"}: shares by ending and by the sign of
+                                the advantage, contributions by ending; entropy: nats per token of the group's tokens
         sentence
 
     Raises ValueError for shapes that disagree, numbers that are not finite, or token shares that do not add up to the
@@ -88,7 +94,15 @@ def attribute_step(
         "top_sequences": costing + giving,
         "tokens": None,
         "evaluation": None,
+        "groups": [],
     }
+    if endings is not None:
+        result["groups"] += group_rows("training", "ending", endings[0], values, training)
+    if advantages is not None:
+        signs = ["positive" if a > 0 else "negative" if a < 0 else "zero" for a in np.asarray(advantages)]
+        result["groups"] += group_rows("training", "advantage", signs, values, training)
+    if endings is not None and evaluation is not None and contributions is not None:
+        result["groups"] += group_rows("evaluation", "ending", endings[1], np.asarray(contributions), evaluation)
     if token_shares is not None:
         result["tokens"] = _tokens(
             training, values, token_shares, completion_mask, token_texts, drawn, costing + giving
@@ -105,6 +119,19 @@ def extreme_sequences(shares: np.ndarray, top: int = 10) -> tuple[list[int], lis
     costing = [int(i) for i in order[:top] if values[i] < 0]
     giving = [int(i) for i in np.argsort(-values, kind="stable")[:top] if values[i] > 0]
     return costing, giving
+
+
+def group_rows(
+    side: str, by: str, names: Sequence[str], values: np.ndarray, labels: SequenceLabels
+) -> list[dict[str, Any]]:
+    """One row a group that has sequences: how many, the sum of their values, and h over their tokens."""
+    rows = []
+    for name in dict.fromkeys(sorted(names)):
+        members = np.array([n == name for n in names])
+        entropy = float(labels.entropy_sum[members].sum() / labels.length[members].sum())
+        row = {"side": side, "by": by, "group": name, "sequences": int(members.sum())}
+        rows.append(row | {"value": float(values[members].sum()), "entropy": entropy})
+    return rows
 
 
 def concentration(values: np.ndarray, top: int = 10) -> dict[str, Any]:

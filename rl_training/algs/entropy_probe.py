@@ -147,13 +147,14 @@ class SimpleEntropyProbe:
 
     def observe(
         self, batch: SequenceBatch, drawn_scores: Tensor | None = None, prior_log_weights: Tensor | None = None
-    ) -> None:
+    ) -> Observation:
         """Take the gradient of entropy on `batch` under the model as it is now, and watch its tokens across the next step.
 
-        drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's.
-        prior_log_weights: (N,) further log-weights, e.g. minus the log of the probability with which a prompt was drawn.
+        drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's. prior_log_weights: (N,)
+        further ones, e.g. minus the log of the probability with which a prompt was drawn. Returns what is watched.
         """
         self._observation, self._newest = self._gradients(batch, drawn_scores, prior_log_weights, self._objectives())
+        return self._observation
 
     def before_step(
         self,
@@ -196,8 +197,7 @@ class SimpleEntropyProbe:
         same_tokens = math.nan
         if self._newest and score is None:
             same_tokens = float(self._newest[_PER_TOKEN].along(total).sum())
-        # Along the batch's own part of the step only gradients of earlier steps' sequences speak, where there are some:
-        # the batch's sequences would meet themselves in it (t = t').
+        # Along the batch's own part earlier gradients speak, where there are any: its sequences would meet themselves (t = t').
         lagged = self._config.rollouts == "current" and bool(self._averages)
         of_batch: dict[str, Tensor] = {}
         shares = None
@@ -387,8 +387,8 @@ class SimpleEntropyProbe:
         self, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None
     ) -> EntropyChange:
         sequences, ess, entropy = (0, math.nan, math.nan) if seen is None else seen.size_and_entropy()
-        name = self._config.estimator
-        return EntropyChange(per_token, per_completion, name, ESTIMANDS[name], sequences, ess, entropy)
+        how = (self._config.estimator, ESTIMANDS[self._config.estimator])
+        return EntropyChange(per_token, per_completion, *how, sequences, ess, entropy)
 
 
 def _first_line(text: str) -> str:

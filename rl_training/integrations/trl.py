@@ -29,7 +29,9 @@ from rl_training.algs.rollout_sequences import (
     to_batch,
     to_training_sequences,
 )
+from rl_training.algs.splits import entropy_by_ending, shares_by_group
 from rl_training.config import EntropyProbeConfig
+from rl_training.endings import ending
 from rl_training.errors import UserError
 from rl_training.integrations.fresh_prompts import refuse_prompts
 from rl_training.integrations.probe_history import RUNNING, ProbeHistory
@@ -114,6 +116,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._carried: list[RolloutSequence] = []
+        self._splits: dict[str, float] = {}
+        self._trained: list[RolloutSequence] = []
         self._failed = self._probing = False
         self._probed = 0
         self._seconds = self._cpu_seconds = 0.0
@@ -173,11 +177,13 @@ class EntropyProbeCallback(TrainerCallback):
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         wanted = self._probing and self._probed % config.refresh_every == 0
         watched = self._watched(generated, rng) if wanted else []
+        self._trained, self._splits = trained, {}
         if watched:
             batch = to_batch(watched, self._law).to(self._trainer.accelerator.device)
-            self._probe.observe(
+            seen = self._probe.observe(
                 batch, _on(batch.device, drawn_scores(watched)), _on(batch.device, prior_log_weights(watched))
             )
+            self._splits = entropy_by_ending(seen, self._law.eos_token_ids)
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)
         if self._probing:
@@ -232,13 +238,16 @@ class EntropyProbeCallback(TrainerCallback):
         change = self._probe.after_step()
         if change is None:
             return
+        if change.shares is not None:
+            kinds = [ending(s.completion_ids, s.drawn, self._law.eos_token_ids) for s in self._trained]
+            self._splits |= shares_by_group(change.shares, kinds, [s.advantage for s in self._trained])
         self.history.append(change)
         self.costs.append(
             (self._seconds + time.perf_counter() - started, self._cpu_seconds + time.process_time() - cpu)
         )
         metrics, logged = metrics_of(change), self._trainer._metrics["train"]
         self._steps.add(step, metrics)
-        for name, value in {**metrics, "seconds": self.costs[-1][0]}.items():
+        for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
         totals = self._steps.totals()
         for (

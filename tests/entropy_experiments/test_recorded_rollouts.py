@@ -96,6 +96,25 @@ def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: P
     assert not prompts["training"] & prompts["evaluation"]
 
 
+def test_shares_and_contributions_by_group(analysis) -> None:
+    rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
+    groups = analysis.summary["analyses"]["attribution"]["groups"]
+    assert {(g["side"], g["by"]) for g in groups} == {
+        ("training", "ending"), ("training", "advantage"), ("evaluation", "ending"),
+    }  # fmt: skip
+    for group in groups:
+        members = [row for row in rows if row["buffer"] == group["side"]]
+        if group["by"] == "ending":
+            members = [row for row in members if row["ending"] == group["group"]]
+        else:
+            signs = {"positive": 1, "negative": -1, "zero": 0}
+            members = [row for row in members if np.sign(row["advantage"]) == signs[group["group"]]]
+        value = sum(row["delta_h" if group["side"] == "training" else "delta_h_lost"] for row in members)
+        assert group["sequences"] == len(members) > 0 and group["value"] == pytest.approx(value, rel=1e-6, abs=1e-12)
+        tokens = sum(row["length"] for row in members)
+        assert group["entropy"] == pytest.approx(sum(row["entropy_sum"] for row in members) / tokens, rel=1e-6)
+
+
 def test_the_page_shows_foreign_tokens_as_such(analysis) -> None:
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
     training = [row for row in rows if row["buffer"] == "training"]
