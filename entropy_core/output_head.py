@@ -105,8 +105,11 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
         cut.append(hidden[bucket.rows.to(hidden.device), bucket.positions.to(hidden.device)])
         return (cut[0][:_PROBE_TOKENS].detach(), *args[1:])
 
-    def keep(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-        calls.append(output)
+    def keep(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        # What comes after the layer is asked about large numbers too, which a clamp or a soft cap would change.
+        spread = torch.linspace(-1e3, 1e3, output.shape[-1], dtype=output.dtype, device=output.device)
+        calls.append(torch.cat([output[:-1], spread.expand_as(output[-1:])]))
+        return calls[-1]
 
     handles = [layer.register_forward_pre_hook(catch), layer.register_forward_hook(keep)]
     try:

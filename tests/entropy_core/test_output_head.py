@@ -13,6 +13,7 @@ from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.forward import completion_logits
 from entropy_core.logit_statistics import logprobs_and_entropies, surprisal_variances
 from entropy_core.output_head import completion_values
+from entropy_core.scores import token_statistics
 
 
 class Toy(nn.Module):
@@ -138,3 +139,28 @@ def test_entropies_of_a_nearly_uniform_policy_keep_their_differences() -> None:
     assert (expected.float().double() - expected).abs().max() > 4e-4 * spread  # float32 cannot hold it
     of_surprisal = (logprobs.exp() * (logprobs + expected[:, None]).square()).sum(1)
     torch.testing.assert_close(variances.double(), of_surprisal, rtol=1e-5, atol=0.0)
+
+
+def test_a_clamp_that_spares_the_first_tokens_is_seen_all_the_same() -> None:
+    """Logits of the tokens that are looked at lie within its bounds; those of others do not."""
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False).requires_grad_(False)
+            with torch.no_grad():
+                self.embedding.weight[:3].mul_(1e-2)
+                self.embedding.weight[3:].mul_(1e2)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.head(self.embedding(input_ids)).clamp(-1.0, 1.0))
+
+    model = Clamped()
+    batch = SequenceBatch.from_sequences([[0], [1]], [[1, 2, 4], [2, 5, 3]], [0, 1], 0)
+    found = token_statistics(model, batch)
+    logits = model(batch.input_ids).logits.detach()
+    expected = logits.log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(found.logprobs[:, 1:], expected)
