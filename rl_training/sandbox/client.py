@@ -54,7 +54,7 @@ class _Zygote:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._owner = os.getpid()
+        self._owner, self._folder = os.getpid(), ""
         self.ended: list[int] = []
         """Servers that were ended and wait to be reaped: until then nobody else gets their number."""
 
@@ -108,7 +108,7 @@ class _Zygote:
                 "task.reward=exact or last_number with a jsonl task, or run under Linux (on Windows: WSL)"
             )
         ours, theirs = socket.socketpair()
-        folder = tempfile.mkdtemp(prefix="entropy-experiments-sandbox-")
+        folder = self._folder = tempfile.mkdtemp(prefix="entropy-experiments-sandbox-")
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-c", _BOOTSTRAP, str(theirs.fileno()), json.dumps(_search_path())],
@@ -142,6 +142,7 @@ class _Zygote:
                 except subprocess.TimeoutExpired:
                     self._process.kill()
                     self._process.wait()
+                shutil.rmtree(self._folder, ignore_errors=True)  # it does so itself, unless it was killed
         self._control = self._process = None
         self.ended.clear()
 

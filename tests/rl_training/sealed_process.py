@@ -18,6 +18,14 @@ def execute(key: object, text: str) -> float:
     return float(str(names["score"]))
 
 
+def _is_filtered() -> bool:
+    try:
+        os.kill(os.getpid(), 0)
+    except PermissionError:
+        return True
+    return False
+
+
 def main() -> None:
     """The order on standard input: {"items", "seconds", "memory", "parallel", "apart", "hook", "landlock"}; the last
     two: whether these layers are put on.
@@ -32,6 +40,8 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     sealed = server._Server(-1)
+    if "seccomp" not in sealed._layers or not _is_filtered():
+        sys.exit(70)  # these texts would fork without end
     results = sealed._in_children(execute, order["items"], order)
     os.write(out, json.dumps({"layers": sealed._layers, "results": results}).encode())
 
