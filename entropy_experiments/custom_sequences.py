@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from entropy_experiments.sampling_plan import SamplingPlan
+from rl_training.chat_prompts import tokenize_prompts
 from rl_training.errors import UserError
 from rl_training.json_lines import check_values, regular_file
-from rl_training.sampling import Rollouts, SamplingLaw, prompt_text, tokenize_prompts
+from rl_training.sampling import Rollouts, SamplingLaw, prompt_text
 
 _KEYS = ("prompt", "completion", "prompt_index", "reward", "weight")
 _REASONS_SHOWN, _NUMBERS_SHOWN = 5, 40
@@ -273,7 +274,7 @@ def given_rollouts(
     # decoding need not give back a text to the letter; where nothing was cut off, the text itself is shown
     shown = [t if d == w else d for t, d, w in zip(completions, decoded, whole, strict=True)]
     return Rollouts(
-        prompt_ids=tokenize_prompts(tokenizer, [row["prompt"] for row in rows]),
+        prompt_ids=tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.law.rendering),
         completion_ids=ids,
         prompt_index=[int(row["prompt_index"]) for row in rows],
         prompt=[prompt_text(row["prompt"]) for row in rows],

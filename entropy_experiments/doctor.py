@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from entropy_experiments.checkpoint_loader import missing_parts, read_json, read_trainer_state, resolve_checkpoint
+from entropy_experiments.recorded_law import law_of
 from rl_training.algs.rollout_record import rollouts_path
 from rl_training.checkpoint_format import read_sidecar
 from rl_training.task_trust import REMEDY, why_trust_is_needed
@@ -43,7 +44,7 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
             sidecar.dtype if sidecar.mixed_precision == "no" else f"{sidecar.dtype} under {sidecar.mixed_precision}"
         )
         lines.append(f"  sidecar: {sidecar.model_name}, {precision}, {count} optimizer entries named")
-        lines.append(f"  sampling: temperature {s.temperature:g}, at most {s.max_completion_length} tokens")
+        lines += [f"  sampling: {line}" for line in law_of(folder, s)]
         lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in sidecar.learning_rates_used)}")
         step = rollouts_path(folder.parent, sidecar.step)
         recorded = "recorded" if step.exists() else "not recorded (train_prompts: from_run is not possible)"

@@ -7,6 +7,7 @@ from typing import Any
 
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.recorded_law import recorded_rendering, refuse_another_law, refuse_other_prompts
 from entropy_experiments.recorded_task import task_of_analysis, trainer_state_of
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw, sampling_law
@@ -36,6 +37,7 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)
+    refuse_another_law(checkpoint, config)
     law = _law(checkpoint, config)
     size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
     drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"
@@ -46,6 +48,8 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
         )
     normalizer = sidecar.algorithm.length_normalizer if sidecar else "constant"
     task = _NO_TASK if task_config is None else load_task(task_config)
+    if config.checkpoint.task is None:
+        refuse_other_prompts(checkpoint, law, task)
     system_prompt = None if task_config is None else task_config.system_prompt
     return SamplingPlan(task, law, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config))
 
@@ -72,5 +76,11 @@ def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:
                 "another policy; leave it out"
             )
     return SamplingLaw(
-        temperature, longest, tuple(recorded.eos_token_ids), recorded.pad_token_id, recorded.top_k, recorded.top_p
+        temperature,
+        longest,
+        tuple(recorded.eos_token_ids),
+        recorded.pad_token_id,
+        recorded.top_k,
+        recorded.top_p,
+        recorded_rendering(recorded),
     )

@@ -35,8 +35,14 @@ class SidecarSampling(StrictModel):
     """Digest of the tokenizer's chat template; None where it was not recorded."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments of the chat template beside the messages, e.g. {"enable_thinking": false}."""
+    contents_in_parts: bool = False
+    """Whether messages were given to the template in parts, as those of multimodal models are."""
     generation: dict[str, Any] = {}
     """Every key of the generator's final configuration that has a value; empty where it was not recorded."""
+    training_noise: list[str] = []
+    """What made training mode another function than evaluation mode, e.g. "neftune_noise_alpha=5"."""
+    adapters: list[str] = []
+    """Kinds of the adapters that the policy had, e.g. "LORA"."""
     environment: str | None = None
     """What wrote into completions beside the policy: tools, environment_factory or rollout_func; None for nothing."""
 

@@ -10,8 +10,10 @@ See docs/theory/double-sampling.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,23 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.forward import evaluation_mode, input_device
+from entropy_core.forward import evaluation_mode, innermost_model, input_device
 from entropy_core.position_table import check_length
+from rl_training.chat_prompts import PromptRendering, tokenize_prompts
 from rl_training.difficulty import PassRates
 from rl_training.endings import Ending, ending
 from rl_training.errors import UserError
+from rl_training.left_padding import positions_matter
 from rl_training.reward_calls import total_rewards
 from rl_training.text_tokenizer import text_tokenizer
 
 
 @dataclass(frozen=True)
 class SamplingLaw:
-    """The distribution completions come from: softmax(logits / temperature), cut after EOS or `max_completion_length`."""
+    """The distribution completions come from: softmax(logits / temperature), cut after EOS or `max_completion_length`.
+
+    Prompts are rendered as `rendering` says.
+    """
 
     temperature: float
     max_completion_length: int
@@ -38,6 +45,8 @@ class SamplingLaw:
     pad_token_id: int
     top_k: int = 0
     top_p: float = 1.0
+    rendering: PromptRendering = PromptRendering()
+    """How prompts become tokens."""
 
     def __post_init__(self) -> None:
         if self.top_k != 0 or self.top_p != 1.0:
@@ -128,18 +137,6 @@ def sampling_law(
     return SamplingLaw(temperature, max_completion_length, tuple(sorted(eos)), pad, top_k, top_p)
 
 
-def tokenize_prompts(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of prompts: chat messages go through the chat template with its generation prompt, texts as they are."""
-    out = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            out.append(list(tokenizer(prompt)["input_ids"]))
-            continue
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-        out.append(list(encoded["input_ids"]))
-    return out
-
-
 def generate_completions(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
@@ -149,7 +146,8 @@ def generate_completions(
 ) -> list[list[int]]:
     """One completion a prompt, drawn from `law`; the global random streams are left as they were.
 
-    Prompts run in batches of similar length. Deterministic for the same model, prompts, batch size and seed.
+    The model's own generation settings have no say. Prompts run in batches of similar length, and of equal length where
+    padding changes what the model draws. Deterministic for the same model, prompts, batch size and seed.
     """
     from transformers import GenerationConfig
 
@@ -173,11 +171,15 @@ def generate_completions(
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        evaluation_mode(model),
+        _no_settings_of_its_own(model),
+    ):
         torch.manual_seed(seed)
         _check_logits(model, prompt_ids[order[0]])
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
+        for part in _parts(model, prompt_ids, order, batch_size, law.pad_token_id):
             width = max(len(prompt_ids[i]) for i in part)
             ids = torch.full((len(part), width), law.pad_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -190,6 +192,36 @@ def generate_completions(
             for i, tokens in zip(part, drawn, strict=True):
                 completions[i] = _until_eos(tokens, law)
     return completions
+
+
+def _parts(
+    model: nn.Module, prompt_ids: Sequence[Sequence[int]], order: list[int], batch_size: int, pad_token_id: int
+) -> list[list[int]]:
+    """`order`, by length, in batches. `generate` passes positions, so that only a padding that is seen all the same matters."""
+    lengths = [len(prompt_ids[i]) for i in order]
+    padded = lengths[0] != lengths[-1]
+    if padded and positions_matter(model, prompt_ids[order[-1]], pad_token_id).kind == "always":
+        runs = [list(run) for _, run in groupby(order, key=lambda i: len(prompt_ids[i]))]
+    else:
+        runs = [order]
+    return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
+
+
+@contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    # `generate` takes whatever is left open (a repetition penalty, min_p, stop strings) from the model's generation_config.
+    from transformers import GenerationConfig
+
+    base: Any = innermost_model(model)
+    own = getattr(base, "generation_config", None)
+    if own is None:
+        yield
+        return
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:
@@ -229,7 +261,7 @@ def draw(
     repeated = [row for row in rows for _ in range(completions_per_prompt)]
     ids = [
         tokens
-        for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows])
+        for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows], law.rendering)
         for _ in range(completions_per_prompt)
     ]
     completions = generate_completions(model, ids, law, seed, batch_size)

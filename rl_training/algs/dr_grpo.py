@@ -27,12 +27,14 @@ from trl import GRPOConfig, GRPOTrainer
 from entropy_core.weighting import longest_of_prompt
 from rl_training.adapter_initialisation import REMEDY, unrepeatable_initialisation
 from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
+from rl_training.algs.law_check import LawKeeper
 from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.algs.premise_guard import PremiseGuard
 from rl_training.algs.reward_range import TrainedAtAll, check_rewards, without_weight
 from rl_training.algs.rollout_record import write_rollouts
 from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
+from rl_training.algs.trainer_arguments import refuse_arguments
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.checkpoint_format import read_sidecar, write_sidecar
 from rl_training.difficulty import PassRates, mean_reward
@@ -89,16 +91,7 @@ class DrGRPOConfig(GRPOConfig):
             raise UserError(
                 f"optim={self.optim!r}: only the step of {' or '.join(self._ADAMW)} can be split and analysed"
             )
-        if changed := {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} & set(
-            self.generation_kwargs or {}
-        ):
-            raise UserError(
-                f"generation_kwargs sets {min(changed)}: completions must come from the distribution differentiated"
-            )
-        if self.min_p not in (None, 0.0):
-            raise UserError(
-                f"min_p={self.min_p}: a truncated sampler is not the distribution differentiated; leave it unset"
-            )
+        refuse_arguments(self)
         if self.steps_per_generation != self.gradient_accumulation_steps:
             raise UserError(
                 f"steps_per_generation={self.steps_per_generation} but gradient_accumulation_steps="
@@ -154,6 +147,8 @@ class DrGRPOTrainer(GRPOTrainer):
             raise UserError(f"init_lora_weights={name!r}: a checkpoint would be another policy at each load; {REMEDY}")
         self._guard = PremiseGuard(self, self.args.on_failed_premise)
         self.add_callback(self._guard)
+        self._law = LawKeeper(self)
+        self.add_callback(self._law)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -212,6 +207,7 @@ class DrGRPOTrainer(GRPOTrainer):
             ) from error
         if more := beyond_text(output, TEXT_INPUTS):
             raise UserError(refusal(sorted(more), "DrGRPOTrainer"))
+        self._law.check_round(rows, output)
         return output
 
     def _judge_round(

@@ -21,7 +21,8 @@ from rl_training.checkpoint_format import (
 )
 from rl_training.difficulty import PassRates
 from rl_training.errors import UserError
-from rl_training.sampling import SamplingLaw, sampling_law
+from rl_training.sampling import SamplingLaw
+from rl_training.sampling_description import describe_sampling
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -68,7 +69,7 @@ def describe_run(
 ) -> Sidecar:
     """The sidecar of the trainer's present state; `trainer.args` is a DrGRPOConfig."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    law = sampling_law(model, trainer.processing_class, float(args.temperature), int(args.max_completion_length))
+    sampling = describe_sampling(trainer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantization = getattr(base.config, "quantization_config", None)
     return Sidecar(
@@ -81,15 +82,21 @@ def describe_run(
         optimizer_parameter_names=optimizer_parameter_names(trainer.optimizer, model),
         learning_rates_used=learning_rates,
         sampling=SidecarSampling(
-            temperature=float(args.temperature),
+            temperature=sampling.temperature,
             top_p=float(args.top_p),
             top_k=int(args.top_k),
-            max_completion_length=int(args.max_completion_length),
-            eos_token_ids=list(law.eos_token_ids),
-            pad_token_id=law.pad_token_id,
+            max_completion_length=sampling.max_completion_length,
+            eos_token_ids=list(sampling.eos_token_ids),
+            pad_token_id=sampling.pad_token_id,
             prompts_per_step=int(args.generation_batch_size // args.num_generations),
             completions_per_prompt=int(args.num_generations),
             environment=environment_of(trainer),
+            chat_template_sha256=sampling.template_sha256,
+            chat_template_kwargs=dict(sampling.rendering.arguments),
+            contents_in_parts=sampling.rendering.contents_in_parts,
+            generation=dict(sampling.generation),
+            training_noise=list(sampling.training_noise),
+            adapters=list(sampling.adapters),
         ),
         algorithm=SidecarAlgorithm(
             scheme="dr_grpo",
@@ -103,7 +110,7 @@ def describe_run(
         pass_rates=pass_rates.state_dict(),
         rank_count=trainer.accelerator.num_processes,
         versions={name: version(name) for name in _VERSIONS},
-        witness=_witness(trainer, model, law),
+        witness=_witness(trainer, model, sampling.law()),
         gradient_premise=_gradient_premise(trainer),
     )
 

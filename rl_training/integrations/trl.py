@@ -21,6 +21,7 @@ from rl_training.algs.entropy_change import EntropyChange
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.algs.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.algs.fused_score import FusedScoreTerm
+from rl_training.algs.law_check import FirstPrompts, LawWatcher
 from rl_training.algs.rollout_sequences import (
     RolloutSequence,
     choose,
@@ -30,6 +31,7 @@ from rl_training.algs.rollout_sequences import (
     to_training_sequences,
 )
 from rl_training.algs.splits import entropy_by_ending, shares_by_group
+from rl_training.algs.surprisal_check import SamplerWatch
 from rl_training.config import EntropyProbeConfig
 from rl_training.endings import ending
 from rl_training.errors import UserError
@@ -38,7 +40,8 @@ from rl_training.integrations.probe_history import RUNNING, ProbeHistory
 from rl_training.integrations.probe_metrics import metrics_of
 from rl_training.integrations.probe_premise import ProbePremise
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
-from rl_training.sampling import SamplingLaw, draw, sampling_law
+from rl_training.sampling import draw
+from rl_training.sampling_description import SamplingDescription, describe_sampling
 from rl_training.text_tokenizer import text_tokenizer
 from rl_training.training_console import ProbeConsole
 
@@ -66,13 +69,9 @@ def attach_entropy_probe(
     """
     config = config or EntropyProbeConfig()
     prompts = _prompts(trainer, rows) if config.rollouts == "fresh" else []
-    law = sampling_law(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.processing_class,
-        float(trainer.args.temperature),
-        int(trainer.args.max_completion_length),
-    )
-    callback = EntropyProbeCallback(trainer, prompts, law, config)
+    description = describe_sampling(trainer)
+    callback = EntropyProbeCallback(trainer, prompts, description, config)
+    trainer.add_callback(LawWatcher(trainer, description))
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
     trainer.add_callback(callback)
@@ -104,9 +103,13 @@ class EntropyProbeCallback(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: GRPOTrainer, prompts: Sequence[dict[str, Any]], law: SamplingLaw, config: EntropyProbeConfig
+        self,
+        trainer: GRPOTrainer,
+        prompts: Sequence[dict[str, Any]],
+        description: SamplingDescription,
+        config: EntropyProbeConfig,
     ) -> None:
-        self._trainer, self._prompts, self._law, self._config = trainer, prompts, law, config
+        self._trainer, self._prompts, self._law, self._config = trainer, prompts, description.law(), config
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         group = torch.distributed.group.WORLD if trainer.accelerator.num_processes > 1 else None
         self._sharing = WorkSharing(group)
@@ -115,6 +118,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
+        self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
+        self._sampler = SamplerWatch(trainer, self._sharing)
         self._carried: list[RolloutSequence] = []
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
@@ -149,6 +154,7 @@ class EntropyProbeCallback(TrainerCallback):
     ) -> None:
         self._seconds = self._cpu_seconds = 0.0
         self._rollouts.clear()
+        self._sampler.step_begins()
         self._probing = not self._failed and (state.global_step + 1) % self._config.log_every == 0
 
     def on_pre_optimizer_step(
@@ -174,6 +180,7 @@ class EntropyProbeCallback(TrainerCallback):
         # First of all: the hooks must not see the probe's own passes.
         score = self._fused.take() if self._fused is not None and self._probing else None
         generated, trained = self._rollouts.take()
+        self._sampler.look(self._model, generated, self._law)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         wanted = self._probing and self._probed % config.refresh_every == 0
         watched = self._watched(generated, rng) if wanted else []
@@ -193,7 +200,8 @@ class EntropyProbeCallback(TrainerCallback):
             self._probe.before_step(optimizer, training, score)
 
     def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> list[RolloutSequence]:
-        if self._config.rollouts == "fresh":
+        if self._first_prompts is not None:
+            self._first_prompts.require_ours()
             return self._draw(rng)
         if self._config.rollouts == "previous_step":
             return self._carried
