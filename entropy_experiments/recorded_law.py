@@ -71,15 +71,15 @@ def refuse_another_law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> 
     if sidecar is None:
         return
     sampling = sidecar.sampling
-    config = getattr(checkpoint.model, "config", None)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    model = getattr(checkpoint.model, "config", None)
+    vocabulary = getattr(model.get_text_config(), "vocab_size", None) if hasattr(model, "get_text_config") else None
     if drawn and sampling.environment is not None:
         raise UserError(
             f"completions of {folder} came about with {sampling.environment}, which an analysis cannot call: give both buffers "
             "as files of your own (entropy_analysis.sampling.eval_sequences_path and train_sequences_path)"
         )
     found = recorded_departures(sampling, vocabulary)
-    found = [d for d in found if d.name != "suppress_tokens" or d.value != [getattr(config, "image_token_id", None)]]
+    found = [d for d in found if d.name != "suppress_tokens" or d.value != [getattr(model, "image_token_id", None)]]
     if found:
         raise UserError(f"{folder} was sampled with {found[0].sentence()}, and analyse a checkpoint of that")
     if sampling.chat_template_sha256 is None:
