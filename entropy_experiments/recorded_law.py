@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.algs.rollout_record import read_rollouts, rollouts_path
 from rl_training.chat_prompts import PromptRendering, first_difference, template_digest, tokenize_prompts
 from rl_training.checkpoint_format import SidecarSampling
@@ -58,26 +57,17 @@ def recorded_law(sampling: SidecarSampling) -> list[str]:
     )
 
 
-def refuse_another_law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> None:
+def refuse_another_law(checkpoint: Checkpoint) -> None:
     """Raises UserError where the run drew from another distribution, or with another chat template than the checkpoint's.
 
-    What an environment wrote into is refused where the analysis would draw completions itself. (An image token that TRL never
-    drew is let pass: here it is drawn as often as the policy would.)
+    An image token that TRL never drew is let pass: here it is drawn as often as the policy would.
     """
-    buffers = config.entropy_analysis.sampling
-    given = buffers.train_sequences_path is not None or buffers.train_prompts == "from_run"
-    drawn = buffers.eval_sequences_path is None or not given
     sidecar, folder = checkpoint.record.sidecar, checkpoint.record.path
     if sidecar is None:
         return
     sampling = sidecar.sampling
     model = getattr(checkpoint.model, "config", None)
     vocabulary = getattr(model.get_text_config(), "vocab_size", None) if hasattr(model, "get_text_config") else None
-    if drawn and sampling.environment is not None:
-        raise UserError(
-            f"completions of {folder} came about with {sampling.environment}, which an analysis cannot call: give both buffers "
-            "as files of your own (entropy_analysis.sampling.eval_sequences_path and train_sequences_path)"
-        )
     found = recorded_departures(sampling, vocabulary)
     found = [d for d in found if d.name != "suppress_tokens" or d.value != [getattr(model, "image_token_id", None)]]
     if found:

@@ -37,7 +37,7 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)
-    refuse_another_law(checkpoint, config)
+    refuse_another_law(checkpoint)
     law = _law(checkpoint, config)
     size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
     drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"

@@ -59,7 +59,7 @@ def test_a_model_that_sees_padding_whatever_it_is_told_is_refused_on_prompts_of_
     model.backbone.forward = lambda *args, **kwargs: original(*args, **{**kwargs, "attention_mask": None})
     assert positions_matter(model, range(5, 20), 0).kind == "always"
     with pytest.raises(UserError, match=r"positions: .*prompts of one length"):
-        make_trainer(model, tmp_path, DrGRPOTrainer, max_steps=1).train()
+        make_trainer(model, tmp_path, DrGRPOTrainer, prompts=["=" * n for n in range(1, 25)], max_steps=1).train()
 
 
 class FirstGradient(TrainerCallback):
