@@ -91,8 +91,8 @@ class FoldRows:
                 self._unseen.discard(name)
 
     def fail(self, why: str) -> None:
-        """Rows are not to be used for these parameters."""
-        self.failure = why
+        """Rows are not to be used for these parameters; the first line of `why` is kept."""
+        self.failure = why.partition("\n")[0] or "per-sequence gradients cannot be formed"
 
 
 def _norm(tensor: Tensor) -> float:

@@ -255,7 +255,7 @@ class SimpleEntropyProbe:
         )
         if self._rows.failure is not None:
             self._say_once(
-                f"{_first_line(self._rows.failure)}; shares take a backward pass for each of {len(training.batch)} sequences "
+                f"{self._rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
                 "a step: use mode=simple if that is too long"
             )
         return shares
@@ -363,7 +363,7 @@ class SimpleEntropyProbe:
         )
         if self._rows.failure is not None:
             self._say_once(
-                f"{_first_line(self._rows.failure)}; predictions are right all the same, from one plain backward pass over "
+                f"{self._rows.failure}; predictions are right all the same, from one plain backward pass over "
                 "each fold of prompts in place of one over all (as many tokens, in smaller pieces)"
             )
         return Observation(batch, statistics, log_weights), dict(zip(wanted, found, strict=True))
@@ -389,10 +389,6 @@ class SimpleEntropyProbe:
         sequences, ess, entropy = (0, math.nan, math.nan) if seen is None else seen.size_and_entropy()
         how = (self._config.estimator, ESTIMANDS[self._config.estimator])
         return EntropyChange(per_token, per_completion, *how, sequences, ess, entropy)
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else "unknown error"
 
 
 def _value(average: RunningGradient) -> FoldGradients:

@@ -24,7 +24,6 @@ from rl_training.algs.fused_score import FusedScoreTerm
 from rl_training.algs.law_check import FirstPrompts, LawWatcher
 from rl_training.algs.rollout_sequences import (
     RolloutSequence,
-    choose,
     drawn_scores,
     prior_log_weights,
     to_batch,
@@ -40,6 +39,7 @@ from rl_training.integrations.probe_history import RUNNING, ProbeHistory
 from rl_training.integrations.probe_metrics import metrics_of
 from rl_training.integrations.probe_premise import ProbePremise
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
+from rl_training.integrations.watched_sequences import Watched, WatchedSequences
 from rl_training.sampling import draw
 from rl_training.sampling_description import SamplingDescription, describe_sampling
 from rl_training.text_tokenizer import text_tokenizer
@@ -120,6 +120,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
         self._sampler = SamplerWatch(trainer, self._sharing)
+        self._sequences = WatchedSequences(trainer, config, self._law, self._probe)
         self._carried: list[RolloutSequence] = []
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
@@ -174,38 +175,44 @@ class EntropyProbeCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        config = self._config
-        if not self._probing and config.rollouts != "previous_step":
+        config, fresh = self._config, self._config.rollouts == "fresh"
+        if not self._probing and fresh:
             return
         # First of all: the hooks must not see the probe's own passes.
         score = self._fused.take() if self._fused is not None and self._probing else None
         generated, trained = self._rollouts.take()
-        self._sampler.look(self._model, generated, self._law)
+        if self._probing or config.rollouts == "previous_step":
+            self._sampler.look(self._model, generated, self._law)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         wanted = self._probing and self._probed % config.refresh_every == 0
-        watched = self._watched(generated, rng) if wanted else []
         self._trained, self._splits = trained, {}
-        if watched:
-            batch = to_batch(watched, self._law).to(self._trainer.accelerator.device)
-            seen = self._probe.observe(
-                batch, _on(batch.device, drawn_scores(watched)), _on(batch.device, prior_log_weights(watched))
-            )
-            self._splits = entropy_by_ending(seen, self._law.eos_token_ids)
+        nothing = Watched([], None)
+        if not fresh:  # unprobed steps as well: a later step may train on their sequences again
+            self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
+        watched, scores = self._watched(generated, rng) if wanted else nothing, None
+        if watched.sequences:
+            batch = to_batch(watched.sequences, self._law).to(self._trainer.accelerator.device)
+            prior = _on(batch.device, prior_log_weights(watched.sequences))
+            seen = self._probe.observe(batch, _on(batch.device, watched.drawn), prior)
+            scores, self._splits = seen.statistics.scores(), entropy_by_ending(seen, self._law.eos_token_ids)
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)
+        if not fresh:
+            mine = watched if config.rollouts == "current" else nothing
+            self._sequences.end(generated, mine, scores if mine is watched else None)
         if self._probing:
             self._probed += 1
             asked = config.predictors or config.mode == "attribution"
             training = to_training_sequences(trained, self._law, self._trainer.accelerator.device) if asked else None
             self._probe.before_step(optimizer, training, score)
 
-    def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> list[RolloutSequence]:
+    def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:
             self._first_prompts.require_ours()
-            return self._draw(rng)
+            return Watched(self._draw(rng), None)
         if self._config.rollouts == "previous_step":
-            return self._carried
-        return choose(generated, self._config.eval_sequences, self._config.completions_per_prompt, rng)
+            return Watched(self._carried, drawn_scores(self._carried))
+        return self._sequences.choose(generated, rng)
 
     def _carry(self, generated: list[RolloutSequence], rng: np.random.Generator, step: int) -> None:
         """Choose the sequences of the next step's gradient, and note how likely they were for the policy that drew them."""
@@ -213,14 +220,9 @@ class EntropyProbeCallback(TrainerCallback):
         next_is_refreshed = (step + 2) % self._config.log_every == 0 and (
             (self._probed + self._probing) % self._config.refresh_every == 0
         )
-        if not next_is_refreshed:
-            return
-        chosen = choose(generated, self._config.eval_sequences, self._config.completions_per_prompt, rng)
-        if drawn_scores(chosen) is None:
-            batch = to_batch(chosen, self._law).to(self._trainer.accelerator.device)
-            scores = self._probe.statistics(batch).scores().tolist()
-            chosen = [replace(s, drawn_score=score) for s, score in zip(chosen, scores, strict=True)]
-        self._carried = chosen
+        if next_is_refreshed and (chosen := self._sequences.choose(generated, rng)).sequences:
+            drawn = self._sequences.scores_at_drawing(chosen)
+            self._carried = [replace(s, drawn_score=d) for s, d in zip(chosen.sequences, drawn, strict=True)]
 
     def _draw(self, rng: np.random.Generator) -> list[RolloutSequence]:
         """Fresh completions of prompts taken evenly, each process drawing some."""
@@ -258,9 +260,8 @@ class EntropyProbeCallback(TrainerCallback):
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
         totals = self._steps.totals()
-        for (
-            name
-        ) in RUNNING:  # TRL logs the mean of a list over the steps since its last log: of these, the last value alone
+        # TRL logs the mean of a list over the steps since its last log: of these, the last value alone.
+        for name in RUNNING:
             logged.pop(f"entropy_probe/{name}", None)
             if name in totals:
                 logged[f"entropy_probe/{name}"] = [totals[name]]

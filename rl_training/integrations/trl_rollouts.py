@@ -33,6 +33,7 @@ class StepRollouts:
     def __init__(self, trainer: Any, on_micro_batch: Callable[[dict[str, Any]], None] | None = None) -> None:
         self._trainer = trainer
         self._micro_batches: list[dict[str, Any]] = []
+        self._generation: Tensor | None = None
         self._masks, self._beyond_text = GeneratedMasks(trainer), set[str]()
         tokenizer = text_tokenizer(getattr(trainer, "processing_class", None))
         self._pad_token_id: int | None = getattr(tokenizer, "pad_token_id", None)
@@ -79,6 +80,20 @@ class StepRollouts:
         unfiltered = getattr(self._trainer, "unfiltered_rollouts", None)
         generated = trained if unfiltered is None else gather_object(list(unfiltered))
         return generated, trained
+
+    def new_generation(self, read: bool) -> list[list[RolloutSequence]] | None:
+        """All sequences of the trainer's generation, by micro-batch of this process (gathered over processes), where it was
+        made since the last call (none of them if not `read`); None otherwise, and where the trainer keeps none in TRL's place.
+        """
+        kept = getattr(self._trainer, "_buffered_inputs", None)
+        if not isinstance(kept, list) or not kept or not isinstance(kept[0], dict):
+            return None
+        newest = kept[0].get("completion_ids")
+        if newest is None or newest is self._generation:
+            return None
+        self._generation = newest  # held, so that no later one can be taken for it
+        micro_batches = [self._read(inputs) for inputs in kept] if read else []
+        return [gather_object(self._trained([m], sum(m["lengths"]))) for m in micro_batches]
 
     def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
         longest = self._trainer.args.max_completion_length
