@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,7 @@ class Memory:
         self.held = self.peak = 0
 
     def __call__(self, call, *arguments) -> None:
+        gc.collect()  # what earlier tests left behind must not be freed in here
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             call(*arguments)
         events = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
