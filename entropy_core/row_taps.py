@@ -80,7 +80,8 @@ class RowTaps:
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
         self._handles: list[RemovableHandle] = []
-        self._hooks: list[TapHook] = []
+        # What hooks are made of, and not the hooks, which refer back: garbage in a cycle would keep a pass's tensors.
+        self._places: list[tuple[nn.Module, str, dict[str, str]]] = []
         self._modules: dict[nn.Module, dict[str, str]] = {}
         for path, module in model.named_modules():
             own = {
@@ -88,7 +89,7 @@ class RowTaps:
             }
             if own:
                 self._modules[module] = own
-                self._hooks.append(TapHook(self, module, path, own))
+                self._places.append((module, path, own))
         reachable = {name for own in self._modules.values() for name in own.values()}
         missing = [name for name in parameters if name not in reachable]
         if missing:  # only a parameter held outside `_parameters`, e.g. in a plain list, can end here
@@ -99,7 +100,10 @@ class RowTaps:
         self._place()
 
     def _place(self) -> None:
-        self._handles = [h.module.register_forward_hook(h, with_kwargs=True) for h in self._hooks]
+        self._handles = [
+            module.register_forward_hook(TapHook(self, module, path, own), with_kwargs=True)
+            for module, path, own in self._places
+        ]
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
