@@ -27,7 +27,8 @@ from torch import Tensor
 class AdamWParameterState:
     """One parameter's optimizer state and the hyper-parameters of its group.
 
-    exp_avg, exp_avg_sq: m and v, of the parameter's shape; step: how many steps they have seen.
+    exp_avg, exp_avg_sq: m and v, of the parameter's shape; step: how many steps they have seen; max_exp_avg_sq: the largest v
+    so far, which amsgrad divides by in place of v, and None without it.
     """
 
     exp_avg: Tensor
@@ -38,6 +39,7 @@ class AdamWParameterState:
     beta2: float
     eps: float
     weight_decay: float
+    max_exp_avg_sq: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_adamw_state(
     Raises
     ------
     TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
-    ValueError: amsgrad, maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
+    ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
         cover each other.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -105,9 +107,8 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
     relative = isinstance(optimizer, torch.optim.NAdam | torch.optim.RAdam | torch.optim.Adamax)
     if relative or not {"betas", "eps", "lr", "weight_decay"} <= group.keys():
         raise TypeError(f"{kind} is not Adam or AdamW: its step cannot be split into these parts")
-    for flag in ("amsgrad", "maximize"):
-        if group.get(flag):
-            raise ValueError(f"the optimizer runs with {flag}=True, which changes its step: only plain AdamW is known")
+    if group.get("maximize"):
+        raise ValueError("the optimizer runs with maximize=True, which changes its step: only plain AdamW is known")
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     if group["weight_decay"] and not decoupled:
         raise ValueError("the optimizer couples weight decay into the gradient (Adam): use AdamW, or weight_decay=0")
@@ -121,7 +122,11 @@ def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> Ad
             f"the optimizer state of {name!r} is quantised or sharded: only full AdamW moments can be read"
         )
     beta1, beta2 = group["betas"]
+    largest = None
+    if group.get("amsgrad"):
+        largest = state["max_exp_avg_sq"] if state else torch.zeros_like(p)
     return AdamWParameterState(
+        max_exp_avg_sq=largest,
         exp_avg=state["exp_avg"] if state else torch.zeros_like(p),
         exp_avg_sq=state["exp_avg_sq"] if state else torch.zeros_like(p),
         step=int(state["step"]) if state else 0,
@@ -134,10 +139,14 @@ def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> Ad
 
 
 def preconditioner(state: AdamWParameterState) -> Tensor:
-    """P = 1 / (sqrt(v / (1 - beta2^t)) + eps), the parameter's shape. Raises ValueError before the first step (v is 0)."""
+    """P = 1 / (sqrt(v / (1 - beta2^t)) + eps), the parameter's shape; with amsgrad the largest v so far stands for v.
+
+    Raises ValueError before the first step (v is 0).
+    """
     if state.step < 1:
         raise ValueError("Adam's state has seen no step yet, so its preconditioner is not defined: take a step first")
-    return 1.0 / ((state.exp_avg_sq / (1.0 - state.beta2**state.step)).sqrt() + state.eps)
+    v = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
+    return 1.0 / ((v / (1.0 - state.beta2**state.step)).sqrt() + state.eps)
 
 
 def adam_preconditioner(
@@ -158,11 +167,13 @@ def adam_preconditioner(
 
 def after_gradient(state: AdamWParameterState, gradient: Tensor) -> AdamWParameterState:
     """The state once `gradient` has entered both moments: m_t, v_t and t from m_{t-1}, v_{t-1} and t-1."""
+    v = state.beta2 * state.exp_avg_sq + (1 - state.beta2) * gradient.square()
     return replace(
         state,
         exp_avg=state.beta1 * state.exp_avg + (1 - state.beta1) * gradient,
-        exp_avg_sq=state.beta2 * state.exp_avg_sq + (1 - state.beta2) * gradient.square(),
+        exp_avg_sq=v,
         step=state.step + 1,
+        max_exp_avg_sq=None if state.max_exp_avg_sq is None else torch.maximum(state.max_exp_avg_sq, v),
     )
 
 

@@ -184,12 +184,16 @@ def explore(
 
 @app.command()
 def doctor(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or run folder")], trust: Trust = False
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run, or a folder of many of them")],
+    trust: Trust = False,
 ) -> None:
-    """Say what a checkpoint holds, what can be analysed, and what is missing and how to get it."""
-    from entropy_experiments.doctor import examine
+    """Say what a checkpoint holds, what can be analysed, and what is missing and how to get it. A folder of many: a table."""
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.doctor import checkpoints_inside, examine, examine_many
 
-    lines, healthy = examine(checkpoint, trust)
+        many = checkpoints_inside(checkpoint)
+        lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
     print("\n".join(lines))
     if not healthy:
         raise typer.Exit(1)

@@ -31,6 +31,7 @@ from entropy_experiments.interactive.page import PageFigure, render_page
 from entropy_experiments.results_writer import write_json
 from entropy_experiments.verdict import Sentence
 from rl_training.errors import UserError
+from rl_training.whole_files import refuse_link, write_whole, write_whole_by
 
 _REPORT = "comparison.html"
 _FORMAT = 1
@@ -81,14 +82,15 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
     verdict = comparison_verdict(sides, points, caveats(sides, points[-1].analyses) if points else [])
     record = _record(sides, points, verdict)
     part = output.with_name(output.name + ".part")
+    refuse_link(part)
     try:
         if part.exists():
             shutil.rmtree(part)
         (part / "figures").mkdir(parents=True)
         figures = draw_comparison(sides, points)
         for name, figure in figures.items():
-            (part / "figures" / f"{name}.png").write_bytes(figure.png)
-        (part / _REPORT).write_text(_page(sides, points, verdict, figures), encoding="utf-8", newline="\n")
+            write_whole(part / "figures" / f"{name}.png", figure.png)
+        write_whole(part / _REPORT, _page(sides, points, verdict, figures))
         write_tidy(part / "comparison.parquet", sides, points)
         write_json(part / "comparison.json", record)
         if output.exists():
@@ -197,4 +199,4 @@ def write_tidy(path: Path, sides: Sequence[Side], points: Sequence[Point]) -> No
         [("run", text), ("step", whole), ("quantity", text), ("part", text), ("estimator", text), ("value", number)]
         + [("standard_error", number), ("unit", text), ("minus", text), ("paired_prompts", whole)]
     )
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    write_whole_by(path, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))

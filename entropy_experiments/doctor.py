@@ -1,63 +1,205 @@
-"""What is in a checkpoint, what can be analysed from it, and what is missing and how to get it."""
+"""What is in a checkpoint, what can be analysed from it, and what is missing and how to get it.
+
+It opens every file that `analyze` would open, by the same checks (entropy_experiments.checkpoint_validation), and loads no model.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_experiments.checkpoint_loader import missing_parts, read_json, read_trainer_state, resolve_checkpoint
-from entropy_experiments.recorded_law import law_of
+from torch import nn
+
+from entropy_experiments.checkpoint_folder import CheckpointRecord, adapter_folders, read_json, resolve_checkpoint
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.checkpoint_validation import Examined, examine_checkpoint
+from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.foreign_checkpoints import foreign_layout
+from entropy_experiments.recorded_law import law_of, refuse_another_law
+from entropy_experiments.recorded_task import refuse_distrusted
 from rl_training.algs.rollout_record import rollouts_path
-from rl_training.checkpoint_format import read_sidecar
-from rl_training.task_trust import REMEDY, why_trust_is_needed
+from rl_training.checkpoint_format import Sidecar
+from rl_training.errors import UserError
+from rl_training.models import read_tokenizer
+from rl_training.sampling import SamplingLaw
+
+YES = "yes"
+WITHOUT_ADAM = "without Adam"
+NO = "no"
+_TO_GIVE = "checkpoint.task, sampling.temperature and sampling.max_completion_length"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One checkpoint. kind: what it is, in a few words. verdict: YES, WITHOUT_ADAM (preconditioning=none only) or NO.
+    remedies: what to do, one line each; give: settings that an analysis must be given.
+    """
+
+    found: Examined
+    kind: str
+    verdict: str
+    remedies: list[str]
+    give: list[str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is missing."""
+        return self.verdict == YES and not self.remedies
+
+
+def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
+    """Examine a checkpoint, or the latest one of a run. trust: as in the analysis.
+
+    Raises UserError where the path holds no checkpoint at all.
+    """
+    folder = resolve_checkpoint(path)
+    found = examine_checkpoint(folder, local_files_only=True, read_weights=True)
+    if found.sidecar is not None and not found.problems:
+        try:
+            _check_law(found, found.sidecar)
+            refuse_distrusted(found.sidecar, FisherAnalysisConfig(), trust)
+        except UserError as error:
+            found.problems.append(str(error))
+    give = [] if found.sidecar is not None else [_TO_GIVE]
+    remedies = [*found.problems, *found.optimizer_problems]
+    if found.problems:
+        return Diagnosis(found, _kind(found), NO, remedies, [])
+    if found.optimizer_problems:
+        give += [] if found.learning_rates else ["checkpoint.learning_rate"]
+        return Diagnosis(found, _kind(found), WITHOUT_ADAM, remedies, give)
+    if found.rate_problem is not None:
+        give.append("checkpoint.learning_rate")
+        remedies.append(found.rate_problem)
+    return Diagnosis(found, _kind(found), YES, remedies, give)
+
+
+def _check_law(found: Examined, sidecar: Sidecar) -> None:
+    """Raises UserError where an analysis would refuse the recorded law; a template is compared where the folder holds one."""
+    s, folder = sidecar.sampling, found.folder
+    SamplingLaw(s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id, s.top_k, s.top_p)
+    tokenizer = read_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
+    if tokenizer is None or tokenizer.chat_template is None:
+        sidecar = sidecar.model_copy(update={"sampling": s.model_copy(update={"chat_template_sha256": None})})
+    record = CheckpointRecord(folder, found.step, found.model_name, sidecar, found.log_history)
+    refuse_another_law(Checkpoint(found.outline or nn.Module(), None, None, tokenizer, record))
+
+
+def _kind(found: Examined) -> str:
+    """Who wrote it, and what of a policy it holds."""
+    foreign = foreign_layout(found.folder)
+    if foreign is not None:
+        return foreign.name
+    if found.sidecar is not None:
+        maker = "this project"
+    elif (found.folder / "trainer_state.json").exists():
+        maker = "plain TRL"
+    else:
+        maker = "saved model"
+    if found.adapter is None and not adapter_folders(found.folder):
+        return f"{maker}, whole model"
+    try:
+        content = {} if found.adapter is None else read_json(found.adapter.folder / "adapter_config.json")
+    except UserError:
+        return f"{maker}, adapter"
+    kind = "DoRA" if content.get("use_dora") else str(content.get("peft_type", "adapter")).replace("LORA", "LoRA")
+    named = "" if found.adapter is None or found.adapter.name == "default" else f" named {found.adapter.name}"
+    return f"{maker}, {kind}{named}"
 
 
 def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
-    """Lines for a person, and whether a full analysis can run. Loads no model, opens and imports nothing that
-    the record names. trust: as in the analysis.
+    """Lines for a person, and whether a full analysis can run. Loads no model, opens and imports nothing that the record names.
 
-    Raises UserError where the path holds no checkpoint at all, or its sidecar is broken.
+    Raises UserError where the path holds no checkpoint at all.
     """
-    folder = resolve_checkpoint(path)
-    lines = [f"checkpoint {folder}"]
-    state_path = folder / "trainer_state.json"
-    if state_path.exists():
-        state = read_trainer_state(folder)
-        lines.append(f"  step {state['global_step']} of {state.get('max_steps', '?')}")
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
-        content = read_json(adapter)
+    diagnosis = diagnose(path, trust)
+    found = diagnosis.found
+    lines = [f"checkpoint {found.folder}", f"  {diagnosis.kind}"]
+    if found.trainer_state:
+        lines.append(f"  step {found.step} of {found.trainer_state.get('max_steps', '?')}")
+    if found.adapter is not None and found.model_name:
+        lines.append(f"  base model: {found.model_name}")
+    if found.sidecar is None:
         lines.append(
-            f"  adapter: {content.get('peft_type')} r={content.get('r')} on {content.get('base_model_name_or_path')}"
+            "  no sidecar: not written by this project's trainer. Optimizer names are rebuilt and verified; give "
+            f"{_TO_GIVE} in the analysis configuration"
         )
     else:
-        lines.append("  whole model (no adapter)")
-    sidecar = read_sidecar(folder)
-    if sidecar is None:
-        lines.append(
-            "  no sidecar: written by plain TRL. Optimizer names are rebuilt and verified; give checkpoint.task, "
-            "sampling.temperature and sampling.max_completion_length in the analysis configuration"
-        )
-    else:
-        s = sidecar.sampling
-        count = sum(map(len, sidecar.optimizer_parameter_names))
-        precision = (
-            sidecar.dtype if sidecar.mixed_precision == "no" else f"{sidecar.dtype} under {sidecar.mixed_precision}"
-        )
-        lines.append(f"  sidecar: {sidecar.model_name}, {precision}, {count} optimizer entries named")
-        lines += [f"  sampling: {line}" for line in law_of(folder, s)]
-        lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in sidecar.learning_rates_used)}")
-        step = rollouts_path(folder.parent, sidecar.step)
-        recorded = "recorded" if step.exists() else "not recorded (train_prompts: from_run is not possible)"
-        lines.append(f"  sequences of its last step: {recorded}")
-    missing = missing_parts(folder)
-    if sidecar is not None and sidecar.task is not None and not trust and (why := why_trust_is_needed(sidecar.task)):
-        missing.append(f"your trust: its record names {why}: {REMEDY}")
-    lines.extend(f"  MISSING {line}" for line in missing)
-    without_optimizer = [line for line in missing if not line.startswith("optimizer.pt")]
-    if not missing:
-        lines.append("can be analysed: kernel, prediction split into batch, momentum and decay, attribution")
-    elif not without_optimizer:
-        lines.append("can be analysed without Adam's preconditioner only (fisher_kernel.preconditioning=none)")
-    else:
-        lines.append("cannot be analysed as it is")
-    return lines, not missing
+        lines += _recorded(found.sidecar, found.folder)
+    if found.learning_rates:
+        lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in found.learning_rates)}")
+    lines += [f"  {note}" for note in found.notes]
+    lines += [f"  MISSING {_without_folder(line, found.folder)}" for line in diagnosis.remedies]
+    lines.append(_verdict_line(diagnosis))
+    return lines, diagnosis.healthy
+
+
+def _recorded(sidecar: Sidecar, folder: Path) -> list[str]:
+    s = sidecar.sampling
+    count = sum(map(len, sidecar.optimizer_parameter_names))
+    precision = sidecar.dtype if sidecar.mixed_precision == "no" else f"{sidecar.dtype} under {sidecar.mixed_precision}"
+    step = rollouts_path(folder.parent, sidecar.step)
+    recorded = "recorded" if step.exists() else "not recorded (train_prompts: from_run is not possible)"
+    return [
+        f"  sidecar: {sidecar.model_name}, {precision}, {count} optimizer entries named",
+        *(f"  sampling: {line}" for line in law_of(folder, s)),
+        f"  sequences of its last step: {recorded}",
+    ]
+
+
+def _without_folder(line: str, folder: Path) -> str:
+    """A refusal without the folder that the first line names already."""
+    return line.removeprefix(f"{folder} lacks ").removeprefix(f"{folder}/").removeprefix(f"{folder}: ")
+
+
+def _verdict_line(diagnosis: Diagnosis) -> str:
+    if diagnosis.verdict == NO:
+        return "cannot be analysed as it is"
+    if diagnosis.verdict == WITHOUT_ADAM:
+        more = " and checkpoint.learning_rate=..." if "checkpoint.learning_rate" in diagnosis.give else ""
+        return f"can be analysed without Adam's preconditioner only (fisher_kernel.preconditioning=none{more})"
+    given = " with checkpoint.learning_rate=..." if diagnosis.found.rate_problem is not None else ""
+    return f"can be analysed{given}: kernel, prediction split into batch, momentum and decay, attribution"
+
+
+# ---------------------------------------------------------------------- a folder of many
+def checkpoints_inside(folder: Path) -> list[Path]:
+    """Folders directly inside that hold a checkpoint or a run; [] where `folder` is one itself, or there are none."""
+    if not folder.is_dir() or _is_one(folder):
+        return []
+    return sorted(child for child in folder.iterdir() if child.is_dir() and _is_one(child))
+
+
+def _is_one(folder: Path) -> bool:
+    try:
+        resolve_checkpoint(folder)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def examine_many(folder: Path, trust: bool = False) -> tuple[list[str], bool]:
+    """A table of the checkpoints in `folder`, one row each, and whether all of them are whole.
+
+    A run is one row, its latest checkpoint. Folders that hold neither are counted below the table.
+    """
+    inside = checkpoints_inside(folder)
+    rows = [("checkpoint", "what it is", "can be analysed", "what to do")]
+    healthy = True
+    for child in inside:
+        diagnosis = diagnose(child, trust)
+        healthy = healthy and diagnosis.healthy
+        rows.append((child.name, diagnosis.kind, diagnosis.verdict, _what_to_do(diagnosis)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(row[c].ljust(widths[c]) for c in range(3)), row[3]]).rstrip() for row in rows]
+    others = sum(child.is_dir() and child not in inside for child in folder.iterdir())
+    if others:
+        lines.append(f"{others} other folder{'s' if others > 1 else ''} without a checkpoint")
+    return lines, healthy
+
+
+def _what_to_do(diagnosis: Diagnosis) -> str:
+    first = diagnosis.remedies[:1]
+    given = [f"give {' and '.join(diagnosis.give)}"] if diagnosis.give else []
+    text = "; ".join([*(_without_folder(line, diagnosis.found.folder) for line in first), *given])
+    return re.sub(r"\s+", " ", text) or "nothing: run analyze"

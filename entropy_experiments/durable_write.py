@@ -12,29 +12,21 @@ from typing import Any
 
 from rl_training.disk import disk_is_full
 from rl_training.errors import ResumableError, UserError
+from rl_training.whole_files import flush, write_whole
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file under `<path>.part`, flush it to the disk, give it its name, and flush the name.
+    """Write a file under another name, flush it to the disk, give it its name, and flush the name.
 
-    A file of this name is replaced. At most one process may write one path at a time.
+    A file of this name is replaced.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    rename_durably(part, path)
+    write_whole(path, content)
 
 
 def rename_durably(part: Path, path: Path) -> None:
     """Rename within a folder, and flush the folder: after a power cut the file has the new name or the old one."""
     os.replace(part, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def write_json_durably(path: Path, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ kernels; the first of them does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shutil
@@ -27,6 +28,7 @@ from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses_runner import failed_analyses, run_analyses
 from entropy_experiments.analysis_inputs import AnalysisInputs
 from entropy_experiments.analysis_numbers import AnalysisNumbers
+from entropy_experiments.checkpoint_folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
@@ -52,7 +54,9 @@ from entropy_experiments.unfinished_work import FOLDER_NAME, UnfinishedWork, des
 from rl_training.configuration import dump_config
 from rl_training.disk import disk_is_full
 from rl_training.errors import ResumableError, UserError
+from rl_training.folder_lock import LOCK_NAME, locked
 from rl_training.sampling import Rollouts
+from rl_training.whole_files import refuse_link, write_whole
 
 Stage = Callable[[str], None]
 
@@ -134,21 +138,41 @@ def run_fisher_analysis(
     check_trust(checkpoint_path, config, trust)
     processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
     clock = _Clock(stage)
+    path = resolve_checkpoint(checkpoint_path)
+    step = checkpoint_step(path)
+    target = processes.from_root(lambda: _target(folder, path, step, config.output_dir, resume))
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
+    with contextlib.ExitStack() as held:
+        lock = locked(target.with_name(f".{target.name}{LOCK_NAME}"), str(target))
+        processes.from_root(lambda: held.enter_context(lock))
+        return _analyze_into(target, path, config, processes, overwrite, resume, keep_going, trust, clock)
+
+
+def _analyze_into(
+    target: Path,
+    path: Path,
+    config: FisherAnalysisConfig,
+    processes: Processes,
+    overwrite: bool,
+    resume: bool,
+    keep_going: bool,
+    trust: bool,
+    clock: _Clock,
+) -> FisherAnalysis:
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
     clock.start("loading the checkpoint")
     checkpoint = load_checkpoint(
-        checkpoint_path,
+        path,
         config.checkpoint.model,
         config.checkpoint.device,
         config.checkpoint.dtype,
         require_optimizer=with_adam,
         device_map=device_map(config.checkpoint),
+        learning_rate=config.checkpoint.learning_rate,
     )
     record = checkpoint.record
-    target = processes.from_root(lambda: _target(folder, record.path, record.step, config.output_dir, resume))
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
     with _part_folder(target, processes, resume, overwrite) as part, true_derivatives(checkpoint.model):
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(record.path, config)))
@@ -223,9 +247,9 @@ def _analyze(
     settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
     device = input_device(checkpoint.model)
     norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
-    rate = config.checkpoint.learning_rate
-    if rate is None and checkpoint.optimizer is None and sidecar is not None:
-        rate = sidecar.learning_rates_used[0]
+    # With an optimizer its groups hold their rates.
+    rates = checkpoint.record.learning_rates
+    rate = rates[0] if checkpoint.optimizer is None and rates else None
     eval_batch = evaluation.to_batch(plan.law).to(device)
     try:
         found = analyze_batches(
@@ -291,7 +315,7 @@ def _write(
     summary["kernel_modules"] = _modules(inputs)
     summary["gradient_rows"] = inputs.side.engine.formation.to_json()
     summary["analyses"] = analyses
-    (part / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    write_whole(part / "config.yaml", dump_config(config))
     write_sequences(
         part / "sequences.parquet",
         inputs.evaluation,
@@ -327,6 +351,7 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
     failed was not the input; what an earlier run left is never removed.
     """
     part = target.with_name(target.name + ".part")
+    refuse_link(part)
     earlier = processes.from_root(lambda: _begin(part, resume, overwrite))
     try:
         yield part

@@ -95,6 +95,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
         config.checkpoint.dtype,
         require_optimizer=settings.fisher_kernel.preconditioning != "none",
         device_map=device_map(config.checkpoint),
+        learning_rate=config.checkpoint.learning_rate,
     )
     loading = time.perf_counter() - begun
     sampling_plan = plan_sampling(checkpoint, config, trust)

@@ -38,6 +38,7 @@ from entropy_experiments.gradient_store_layout import (
 )
 from entropy_experiments.gradient_store_records import ShardRecord, StorageError
 from rl_training.errors import UserError
+from rl_training.whole_files import PART
 
 _T = TypeVar("_T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -77,16 +78,19 @@ class GradientStore:
         if _has_info(folder):
             raise UserError(f"{folder} holds a gradient store already: resume it, or remove it first")
         with disk_errors_explained(folder, "making room for the gradients"):
-            # A creation that was killed leaves these two at most.
-            ours = {DATA_NAME + ".part", INFO_NAME + ".part", SHARDS_NAME}
-            odd = [path.name for path in folder.iterdir() if path.name not in ours] if folder.exists() else []
+            # A creation that was killed leaves these at most, and a file that got no name yet.
+            ours = {DATA_NAME + ".part", SHARDS_NAME}
+            names = [path.name for path in folder.iterdir()] if folder.exists() else []
+            odd = [name for name in names if name not in ours and not (name.startswith(".") and name.endswith(PART))]
             if odd or any((folder / SHARDS_NAME).glob("*")):
                 raise UserError(
                     f"{folder} is not empty (there is {(odd or [SHARDS_NAME])[0]}), and is no gradient store"
                 )
             (folder / SHARDS_NAME).mkdir(parents=True, exist_ok=True)
             _check_room(folder, layout)
-            with (folder / (DATA_NAME + ".part")).open("wb") as handle:
+            part = folder / (DATA_NAME + ".part")
+            part.unlink(missing_ok=True)  # of a creation that was killed, or a link to somebody's file
+            with part.open("xb") as handle:
                 handle.truncate(layout.total_bytes)
                 os.fsync(handle.fileno())
             write_json_durably(folder / INFO_NAME, layout.to_info())

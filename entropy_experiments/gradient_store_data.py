@@ -96,7 +96,7 @@ def _refuse(layout: StoreLayout, given: Tensor, stored: Tensor, row: int, first:
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
     """A file descriptor that is closed again."""
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
     try:
         yield descriptor
     finally:

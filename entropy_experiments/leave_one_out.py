@@ -25,6 +25,7 @@ from entropy_experiments.agreement import compare
 from entropy_experiments.analysis_numbers import AnalysisNumbers
 from rl_training.errors import UserError
 from rl_training.sampling import Rollouts
+from rl_training.whole_files import write_whole_by
 
 FILE_NAME = "leave_one_out.parquet"
 
@@ -71,7 +72,7 @@ def write_leave_one_out(path: Path, evaluation: Rollouts, numbers: AnalysisNumbe
         known = torch.isfinite(values).tolist()
         entries = [value if finite else None for value, finite in zip(values.tolist(), known, strict=True)]
         table[name] = pa.array(entries, pa.float64())
-    pq.write_table(pa.table(table), path)
+    write_whole_by(path, lambda part: pq.write_table(pa.table(table), part))
 
 
 @dataclass(frozen=True)

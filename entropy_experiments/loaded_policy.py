@@ -34,17 +34,23 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None)
     else:
         _compare(model, folder, sidecar, random)
     if sidecar is not None:
+        refuse_broken_premise(folder, sidecar)
         premise = sidecar.gradient_premise
-        if premise is not None and premise.trouble is not None and premise.made:
-            raise UserError(
-                f"{folder}: at step {premise.step} the run's gradient was not the one that its recorded weights say: "
-                f"{premise.trouble}. Its sequences cannot be weighed: train anew without that"
-            )
         if premise is None or not premise.made:
             why = "no step had a gradient, or the release was older" if premise is None else premise.trouble
             unknown.append(f"that the run's gradient is the one that its recorded weights say ({why})")
     if unknown:
         warnings.warn(f"{folder}: not verified: {'; '.join(unknown)}", stacklevel=3)
+
+
+def refuse_broken_premise(folder: Path, sidecar: Sidecar) -> None:
+    """Raises UserError where the record says that the run's gradient was not that of its weights."""
+    premise = sidecar.gradient_premise
+    if premise is not None and premise.trouble is not None and premise.made:
+        raise UserError(
+            f"{folder}: at step {premise.step} the run's gradient was not the one that its recorded weights say: "
+            f"{premise.trouble}. Its sequences cannot be weighed; train anew without that"
+        )
 
 
 def _compare(model: nn.Module, folder: Path, sidecar: Sidecar, random: str | None) -> None:

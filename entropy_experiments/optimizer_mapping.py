@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -36,45 +37,104 @@ def match_names(
 ) -> list[list[str]]:
     """Names per group for a loaded optimizer state dict.
 
-    recorded: the sidecar's names, if any.
+    recorded: the sidecar's names, if any. Without them the Trainer's groups, one single group and PEFT's LoRA+ are tried.
 
-    Raises UserError where the recorded names, the Trainer's rule, the model and the stored shapes do not all agree.
+    Raises UserError where the recorded names, the model's own order and the stored shapes do not all agree, or where not
+    exactly one way of grouping fits.
     """
     groups = state["param_groups"]
-    rebuilt = rebuild_parameter_names(model)
-    if len(groups) == 1 and len(rebuilt) == 2:  # some trainers put everything into one group
-        rebuilt = [[name for name, p in model.named_parameters() if p.requires_grad]]
-    expected = [len(names) for names in rebuilt]
     found = [len(group["params"]) for group in groups]
-    if expected != found:
+    if recorded is not None:
+        names = _recorded_names(model, recorded, found)
+        _check_shapes(model, state, names)
+        return names
+    candidates = [names for names in _known_groupings(model) if [len(group) for group in names] == found]
+    if not candidates:
+        raise _sizes_differ(model, found)
+    fitting, odd = [], None
+    for names in candidates:
+        try:
+            _check_shapes(model, state, names)
+        except UserError as error:
+            odd = error
+            continue
+        if names not in fitting:
+            fitting.append(names)
+    if not fitting and odd is not None:
+        raise odd
+    if len(fitting) > 1:
         raise UserError(
-            f"the optimizer state holds {found} entries by group, the model has {expected} trainable parameters: the adapter or "
-            "the set of trained modules differs from training; load the checkpoint with the model it was trained with"
+            f"the optimizer's {len(found)} groups of {found} entries fit the model's parameters in more than one way, and "
+            "nothing records which is right; on such doubt nothing is analysed"
         )
-    if recorded is not None and [list(names) for names in recorded] != rebuilt:
-        odd = next(
-            (
-                (a, b)
-                for left, right in zip(recorded, rebuilt, strict=False)
-                for a, b in zip(left, right, strict=False)
-                if a != b
-            ),
-            ("", ""),
-        )
+    return fitting[0]
+
+
+def _recorded_names(model: nn.Module, recorded: Sequence[Sequence[str]], found: list[int]) -> list[list[str]]:
+    """The sidecar's names, where each group holds the model's own parameters in the model's own order."""
+    names = [list(group) for group in recorded]
+    order = {name: place for place, (name, p) in enumerate(model.named_parameters()) if p.requires_grad}
+    listed = [name for group in names for name in group]
+    if [len(group) for group in names] != found:
+        raise _sizes_differ(model, found)
+    unknown = sorted(set(listed) ^ order.keys())
+    if unknown or len(set(listed)) < len(listed):
+        odd = unknown[0] if unknown else next(name for name in listed if listed.count(name) > 1)
         raise UserError(
-            f"the sidecar names optimizer entry {odd[0]!r} where the model's own order has {odd[1]!r}: the sidecar or "
-            "the adapter is of another run; on such doubt nothing is analysed"
+            f"the sidecar and the model do not name the same trained parameters, e.g. {odd!r}: the sidecar or the adapter is of "
+            "another run; on such doubt nothing is analysed"
         )
+    for group in names:
+        for one, next_one in pairwise(group):
+            if order[one] > order[next_one]:
+                raise UserError(
+                    f"the sidecar names optimizer entry {one!r} where the model's own order has {next_one!r}: the sidecar or the "
+                    "adapter is of another run; on such doubt nothing is analysed"
+                )
+    return names
+
+
+def _known_groupings(model: nn.Module) -> list[list[list[str]]]:
+    """Names per group as the usual trainers make them: the Trainer's two, one with everything, PEFT's LoRA+."""
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    return [rebuild_parameter_names(model), [trainable], _lora_plus_names(model)]
+
+
+def _lora_plus_names(model: nn.Module) -> list[list[str]]:
+    """Groups of peft.optimizers.create_loraplus_optimizer, asked of itself; empty where it does not apply."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    if not any("lora_B" in name for name, p in model.named_parameters() if p.requires_grad):
+        return []
+    names = {id(p): name for name, p in model.named_parameters()}
+    made = create_loraplus_optimizer(cast(Any, model), torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=2.0)
+    return [[names[id(p)] for p in group["params"]] for group in made.param_groups]
+
+
+def _sizes_differ(model: nn.Module, found: list[int]) -> UserError:
+    expected = [len(names) for names in rebuild_parameter_names(model)]
+    return UserError(
+        f"the optimizer state holds {found} entries by group, the model has {expected} trainable parameters: the adapter or "
+        "the set of trained modules differs from training; load the checkpoint with the model it was trained with"
+    )
+
+
+def _check_shapes(model: nn.Module, state: Mapping[str, Any], names: list[list[str]]) -> None:
+    """Raises UserError where an entry has another shape than its parameter."""
     parameters = dict(model.named_parameters())
-    for group, names in zip(groups, rebuilt, strict=True):
-        for number, name in zip(group["params"], names, strict=True):
+    for group, group_names in zip(state["param_groups"], names, strict=True):
+        if list(group.get("param_names", group_names)) != group_names:
+            raise UserError(
+                f"the optimizer's own names of its parameters begin with {group['param_names'][0]!r}, the model's with "
+                f"{group_names[0]!r}: the entries are of another model, or in another order"
+            )
+        for number, name in zip(group["params"], group_names, strict=True):
             entry = state["state"].get(number)
             if entry is not None and entry["exp_avg"].shape != parameters[name].shape:
                 raise UserError(
                     f"optimizer entry {number} is {tuple(entry['exp_avg'].shape)} but its parameter {name!r} is "
                     f"{tuple(parameters[name].shape)}: the entries are in another order than the model's parameters"
                 )
-    return rebuilt
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.checkpoint_loader import CheckpointRecord, read_trainer_state, resolve_checkpoint
+from entropy_experiments.checkpoint_folder import CheckpointRecord, read_trainer_state, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.checkpoint_format import Sidecar, read_sidecar
 from rl_training.config import BUILT_IN_REWARDS, TaskConfig

@@ -36,6 +36,7 @@ from entropy_experiments.results_folder import ResultsFolder, read_results_folde
 from entropy_experiments.text_display import one_line, prompt_frame
 from entropy_experiments.verdict import primary_estimator, write_verdict
 from rl_training.errors import UserError
+from rl_training.whole_files import own_folder, write_whole
 
 # file name -> (heading, how to read the figure)
 _FIGURES = {
@@ -226,12 +227,10 @@ def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
     page = render_report(results, images)
     report = results.path / "report.html"
     try:
-        (results.path / "figures").mkdir(exist_ok=True)
+        figures = own_folder(results.path / "figures")
         for name, (png, _) in images.items():
-            (results.path / "figures" / f"{name}.png").write_bytes(png)
-        part = report.with_suffix(".html.part")
-        part.write_text(page, encoding="utf-8", newline="\n")
-        part.replace(report)
+            write_whole(figures / f"{name}.png", png)
+        write_whole(report, page)
     except OSError as error:
         raise UserError(
             f"cannot write the report into {results.path} ({error.strerror}): check its permissions"

@@ -32,13 +32,14 @@ from entropy_experiments.results_folder import RESULTS_FORMAT
 from entropy_experiments.sampling_plan import SamplingPlan
 from entropy_experiments.token_texts import token_texts
 from rl_training.sampling import Rollouts
+from rl_training.whole_files import write_whole, write_whole_by
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
 def write_json(path: Path, content: Any) -> None:
     """JSON without NaN or infinity (they become null), so that any reader takes it."""
-    path.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def _finite(content: Any) -> Any:
@@ -80,7 +81,8 @@ def write_sequences(
         row.update(advantage=advantage, weight=weight, delta_h=share)
         factor = numbers.horizon_factor
         row["delta_h_horizon"] = None if share is None or factor is None else share * factor
-    pq.write_table(pa.Table.from_pylist(rows + trained, schema=_sequence_schema()), path)
+    table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
+    write_whole_by(path, lambda part: pq.write_table(table, part))
 
 
 def _floats(values: torch.Tensor | None, count: int) -> list[float | None]:
@@ -169,7 +171,8 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
         "step": str(checkpoint.record.step),
         "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
     }
-    save_file({k: v.contiguous().cpu().float() for k, v in tensors.items()}, path, metadata)
+    content = {k: v.contiguous().cpu().float() for k, v in tensors.items()}
+    write_whole_by(path, lambda part: save_file(content, part, metadata))
 
 
 def summarize(

@@ -12,6 +12,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from entropy_experiments.sweep_state import SweepFolder, write_json_whole
 from rl_training.configuration import dump_config
 from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
+from rl_training.folder_lock import LOCK_NAME, locked
+from rl_training.whole_files import write_whole
 
 Stage = Callable[[str], None]
 _POLL_SECONDS = 1.0
@@ -93,6 +96,28 @@ def run_sweep(
     place = SweepFolder(target_folder)
     if assemble and not place.plan_file.exists():
         raise UserError(f"there is no sweep at {place.path} to put together: name it with --folder")
+    # Processes that share a sweep hold it together; one that does all of it holds it alone.
+    lock = locked(place.path.with_name(f".{place.path.name}{LOCK_NAME}"), str(place.path), shared=share.count > 1)
+    with nullcontext() if assemble else lock:
+        return _sweep_into(
+            place, named, targets, config, share, resume, overwrite, keep_going, trust, assemble, stage, begin
+        )
+
+
+def _sweep_into(
+    place: SweepFolder,
+    named: dict[str, Path],
+    targets: list[Target],
+    config: SweepConfig,
+    share: Share,
+    resume: bool,
+    overwrite: bool,
+    keep_going: bool,
+    trust: bool,
+    assemble: bool,
+    stage: Stage,
+    begin: Callable[[Target, int, int], None],
+) -> Sweep:
     started = time.time()
     if not assemble:
         _prepare(place, named, targets, config, share, resume, overwrite)
@@ -148,7 +173,7 @@ def _prepare(
                     "sweep alike, or pass --resume to go on with these"
                 )
         write_json_whole(place.plan_file, plan)
-        (place.path / "config.yaml").write_text(plan["configuration"], encoding="utf-8")
+        write_whole(place.path / "config.yaml", plan["configuration"])
 
 
 def _use_own_device(share: Share) -> None:

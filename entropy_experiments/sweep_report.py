@@ -22,6 +22,7 @@ from entropy_experiments.results_folder import ResultsFolder
 from entropy_experiments.sweep_figures import CHARTS
 from entropy_experiments.sweep_verdict import write_sweep_verdict
 from entropy_experiments.text_display import one_line
+from rl_training.whole_files import write_whole
 
 _TEXTS = {
     "evolution": (
@@ -97,9 +98,7 @@ def write_sweep_report(
         provenance=_provenance(sweep),
     )
     report = folder / "report.html"
-    part = report.with_suffix(".html.part")
-    part.write_text(page, encoding="utf-8", newline="\n")
-    part.replace(report)
+    write_whole(report, page)
     return report
 
 

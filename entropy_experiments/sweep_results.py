@@ -24,6 +24,7 @@ from entropy_experiments.sweep_state import SweepFolder, write_json_whole
 from entropy_experiments.sweep_table import write_table
 from entropy_experiments.training_history import training_history
 from rl_training.errors import UserError
+from rl_training.whole_files import own_folder, write_whole
 
 _BAND_SEED = 0
 
@@ -56,9 +57,9 @@ def assemble_sweep(
         write_table(place.path / "results.parquet", evolutions)
         figures = draw_sweep_figures(evolutions)
         pictures = {name: png_bytes(figure) for name, figure in figures.items()}
-        (place.path / "figures").mkdir(exist_ok=True)
+        folder = own_folder(place.path / "figures")
         for name, png in pictures.items():
-            (place.path / "figures" / f"{name}.png").write_bytes(png)
+            write_whole(folder / f"{name}.png", png)
         report = write_sweep_report(place.path, sweep, evolutions, figures, pictures)
     write_json_whole(place.sweep_file, sweep)
     return report

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from entropy_experiments.checkpoint_files import fingerprint
 from entropy_experiments.results_folder import read_results_folder
 from entropy_experiments.sweep_plan import Target
 from rl_training.errors import UserError
+from rl_training.whole_files import own_folder, refuse_link, write_whole
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class SweepFolder:
     @contextmanager
     def locked(self, name: str, wait: bool) -> Iterator[bool]:
         """Whether the lock `name` is ours for the time of the block; not waiting, another live process may have it."""
-        folder = self.path / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.lock", "w", encoding="utf-8") as handle:
+        path = own_folder(self.path / "locks") / f"{name}.lock"
+        refuse_link(path)
+        with open(path, "a", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -133,9 +133,7 @@ class SweepFolder:
 def write_json_whole(path: Path, content: Any) -> None:
     """JSON that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _first_difference(used: str, wanted: str) -> str:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from entropy_experiments.number_format import as_number, lookup, value_and_error
 from entropy_experiments.results_folder import ResultsFolder
+from rl_training.whole_files import write_whole_by
 
 _TOKEN, _COMPLETION = "nats per token", "nats per completion"
 _KERNEL_UNITS = {
@@ -90,6 +91,4 @@ def write_table(path: Path, evolutions: Mapping[str, tuple[Mapping[str, Any], li
             if value is not None:
                 content = (run, step, quantity, part, estimator, value, as_number(error), unit)
                 table.append(dict(zip(SCHEMA.names, content, strict=True)))
-    part_file = path.with_suffix(".parquet.part")
-    pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), part_file)
-    part_file.replace(path)
+    write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), part))

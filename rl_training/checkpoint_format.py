@@ -7,12 +7,12 @@ nothing in a checkpoint says how completions were sampled. The sidecar `entropy_
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
+from rl_training.whole_files import write_whole
 
 SIDECAR_NAME = "entropy_experiments.json"
 SIDECAR_FORMAT = 2
@@ -117,12 +117,7 @@ class Sidecar(StrictModel):
 def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
     """Write it whole or not at all; flushed to disk before it gets its name."""
     path = folder / SIDECAR_NAME
-    part = path.with_suffix(".json.part")
-    with part.open("w", encoding="utf-8") as handle:
-        handle.write(sidecar.model_dump_json(indent=1))
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.rename(path)
+    write_whole(path, sidecar.model_dump_json(indent=1))
     return path
 
 

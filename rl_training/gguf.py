@@ -82,8 +82,10 @@ def converted_folder(gguf: Path, cache_dir: Path | None = None) -> Path:
 def _convert(gguf: Path, part: Path) -> None:
     try:
         folder, file = str(gguf.parent), gguf.name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"reading {gguf} needs a package: pip install gguf ({_first_line(error)})") from None
     except MemoryError:

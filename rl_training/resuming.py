@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rl_training.checkpoint_format import read_sidecar
 from rl_training.errors import UserError
+from rl_training.folder_lock import holds_something
 
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
@@ -40,8 +41,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
     step = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     if step >= steps:
         raise UserError(f"{where}: {checkpoint} has done {step} steps already; raise training.steps above that")
-    empty = not output_dir.exists() or not any(output_dir.iterdir())
-    if not empty and checkpoint.resolve().parent != output_dir.resolve():
+    if holds_something(output_dir) and checkpoint.resolve().parent != output_dir.resolve():
         raise UserError(
             f"training.output_dir {output_dir} holds another run: resume inside {checkpoint.parent}, or name an empty folder"
         )

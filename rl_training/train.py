@@ -20,11 +20,13 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
+from rl_training.folder_lock import holds_something, run_folder_locked
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models import add_lora, load_model_and_tokenizer
 from rl_training.resuming import check_resumable
 from rl_training.tasks import Task, load_task
 from rl_training.training_console import ConsoleCallback, MetricsFile
+from rl_training.whole_files import refuse_links_inside, write_whole
 
 
 def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
@@ -113,13 +115,19 @@ def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
 def run_training(config: TrainConfig, quiet: bool = False) -> Path:
     """Train, and return the run folder.
 
-    Raises UserError where the folder holds a run already (unless resuming from one of its checkpoints), or the checkpoint
-    to resume from is not one.
+    Raises UserError where the folder holds a run already (unless resuming from one of its checkpoints) or another process
+    is training into it, or the checkpoint to resume from is not one.
     """
+    folder = Path(config.training.output_dir)
+    with run_folder_locked(folder):
+        return _train(config, folder, quiet)
+
+
+def _train(config: TrainConfig, folder: Path, quiet: bool) -> Path:
     run = config.training
-    folder = Path(run.output_dir)
     resume = None if run.resume_from_checkpoint is None else Path(run.resume_from_checkpoint)
-    if resume is None and folder.exists() and any(folder.iterdir()):
+    refuse_links_inside(folder)
+    if resume is None and holds_something(folder):
         raise UserError(
             f"{folder} is not empty: choose another training.output_dir, or go on from one of its checkpoints with "
             "training.resume_from_checkpoint"
@@ -129,7 +137,7 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
     trainer, task = build_trainer(config)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_whole(folder / "config.yaml", dump_config(config))
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
     probes = [c for c in trainer.callback_handler.callbacks if isinstance(c, EntropyProbeCallback)]
     console = ConsoleCallback("\n".join([task.describe(), *(p.describe() for p in probes)]), bool(probes))

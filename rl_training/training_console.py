@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rl_training.whole_files import append_line, write_whole
+
 
 class MetricsFile(TrainerCallback):
     """Appends everything that is logged to a JSON-lines file, flushed line by line; a resumed run drops later lines."""
@@ -26,15 +28,12 @@ class MetricsFile(TrainerCallback):
             kept = [
                 line for line in self._path.read_text(encoding="utf-8").splitlines() if _step(line) <= state.global_step
             ]
-            part = self._path.with_suffix(".jsonl.part")
-            part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            part.replace(self._path)
+            write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if state.is_world_process_zero and "loss" in logs:
-            with self._path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_line(self._path, json.dumps({"step": state.global_step, **logs}))
 
 
 def _step(line: str) -> float:

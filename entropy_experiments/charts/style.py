@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rl_training.whole_files import write_whole
+
 PREDICTED = "#0072B2"
 MEASURED = "#D55E00"
 ENTROPY = "#332288"
@@ -152,5 +154,5 @@ def png_bytes(figure: Figure) -> bytes:
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Write ``figure`` to ``path`` as PNG and return the path."""
-    path.write_bytes(png_bytes(figure))
+    write_whole(path, png_bytes(figure))
     return path

@@ -336,7 +336,8 @@ class DrGRPOTrainer(GRPOTrainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                record = describe_run(self, self._learning_rates.used, self._model_name, self._task, self.pass_rates)
+                rates = self._learning_rates.used
+                record = describe_run(folder, self, rates, self._model_name, self._task, self.pass_rates)
                 write_sidecar(folder, record)
         except Exception as error:
             if not disk_is_full(error):

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rl_training.errors import UserError
+from rl_training.whole_files import own_folder, write_whole_by
 
 SCHEMA = pa.schema(
     [
@@ -41,12 +42,10 @@ def rollouts_path(run_dir: Path, step: int) -> Path:
 
 
 def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write one step's rows under another name and rename when whole, so that half a file is never taken for one."""
+    """Write one step's rows, whole or not at all. Raises UserError where the folder of rollouts is a link."""
     path = rollouts_path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".parquet.part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part)
-    part.rename(path)
+    own_folder(path.parent)
+    write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
     return path
 
 

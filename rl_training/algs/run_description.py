@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 from rl_training.algs.drawn_tokens import environment_of
 from rl_training.algs.gradient_premise import GradientPremise, is_sharded
 from rl_training.algs.policy_witness import witness_of
+from rl_training.checkpoint_digests import checkpoint_digests
 from rl_training.checkpoint_format import (
     SIDECAR_FORMAT,
     Sidecar,
@@ -60,14 +62,21 @@ def optimizer_parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.
     return out
 
 
+def optimizer_class(optimizer: Any) -> str:
+    """Full name of the class that takes the step, accelerate's wrapper opened."""
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def describe_run(
+    folder: Path,
     trainer: Any,
     learning_rates: list[float],
     model_name: str | None,
     task: dict[str, Any] | None,
     pass_rates: PassRates,
 ) -> Sidecar:
-    """The sidecar of the trainer's present state; `trainer.args` is a DrGRPOConfig."""
+    """The sidecar of the trainer's present state, whose files lie in `folder`; `trainer.args` is a DrGRPOConfig."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     sampling = describe_sampling(trainer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -110,6 +119,8 @@ def describe_run(
         pass_rates=pass_rates.state_dict(),
         rank_count=trainer.accelerator.num_processes,
         versions={name: version(name) for name in _VERSIONS},
+        optimizer_class=optimizer_class(trainer.optimizer),
+        sha256=checkpoint_digests(folder),
         witness=_witness(trainer, model, sampling.law()),
         gradient_premise=_gradient_premise(trainer),
     )

@@ -118,7 +118,7 @@ def test_a_sampler_that_truncates_is_refused_before_anything_runs(tmp_path):
 def test_a_partial_checkpoint(checkpoint_copy):
     (checkpoint_copy / "optimizer.pt").unlink()
     result = run("doctor", checkpoint_copy)
-    assert result.returncode == 1 and "save_only_model" in result.stdout
+    assert result.returncode == 1 and "preconditioning=none" in result.stdout
     assert_one_clear_line(run("analyze", checkpoint_copy), "optimizer.pt", "preconditioning=none")
 
 

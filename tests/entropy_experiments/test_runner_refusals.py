@@ -12,6 +12,7 @@ from entropy_experiments import kernel_engine, kernel_options
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
+from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.entropy_experiments.small_analysis import config
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -62,6 +63,7 @@ def test_optimizer_entries_permuted_within_a_shape_are_refused(checkpoint_copy, 
         for left, right in zip(numbers, numbers[1:] + numbers[:1], strict=True):
             state["state"][left] = entries[right]
     torch.save(state, path)
+    reseal(checkpoint_copy)
     with pytest.raises(UserError, match="nothing is analysed"):
         run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
     assert not list(tmp_path.glob("no*")), "something half-written was left behind"
@@ -158,7 +160,8 @@ def test_half_an_adapter_is_refused(checkpoint_copy, tmp_path):
     path = checkpoint_copy / "adapter_model.safetensors"
     weights = {name: w for name, w in load_file(path).items() if "layers.1" not in name}
     save_file(weights, path)
-    with pytest.raises(UserError, match="missing adapter keys"):
+    reseal(checkpoint_copy)
+    with pytest.raises(UserError, match="is partial: it has no .*layers.1"):
         run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
 
 

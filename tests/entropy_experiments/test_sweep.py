@@ -21,6 +21,7 @@ from entropy_experiments.sweep_results import read_metrics
 from entropy_experiments.sweep_shares import Share, share_of_process, single_process
 from rl_training.configuration import dump_config, load_config
 from rl_training.errors import UserError
+from tests.entropy_experiments.checkpoint_edits import edit_optimizer
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, SMALL
 
@@ -40,6 +41,7 @@ def make_run(tiny_run: Path, folder: Path, steps=(4, 5, 6)) -> Path:
         for name, key in (("trainer_state.json", "global_step"), ("entropy_experiments.json", "step")):
             content = json.loads((target / name).read_text())
             (target / name).write_text(json.dumps(content | {key: step}))
+        edit_optimizer(target, lambda state: [entry["step"].fill_(step) for entry in state["state"].values()])  # noqa: B023
     shutil.copy(tiny_run / "metrics.jsonl", folder / "metrics.jsonl")
     return folder
 

@@ -119,7 +119,6 @@ OTHER_OPTIMIZERS = {
     "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
     "SignOfMomentum": SignOfMomentum,
     "Cautious": lambda p: Cautious(p, lr=1e-3),
-    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, amsgrad=True),
     "maximize": lambda p: torch.optim.AdamW(p, lr=1e-3, maximize=True),
     "couples weight decay": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.1),
     "cautious": with_setting,

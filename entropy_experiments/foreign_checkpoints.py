@@ -1,0 +1,101 @@
+"""Checkpoints in the layouts of other systems, told by the names of their files, with what to do with each.
+
+None of these is read: their optimizer states are sharded, or in a format of their own. Where the folder holds whole weights in
+the ordinary files as well, these can be analysed with preconditioning=none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Where verl, SkyRL and Megatron put the policy, beside a critic and the state of the data.
+_POLICY_FOLDERS = ("actor", "policy", "model", "dist_ckpt")
+_THEN = "Analyse the result with entropy_analysis.fisher_kernel.preconditioning=none and checkpoint.learning_rate=..."
+
+
+@dataclass(frozen=True)
+class ForeignLayout:
+    """what: in words, for a sentence. weights: how whole weights are had from it."""
+
+    name: str
+    what: str
+    weights: str
+
+
+_Names = set[str]
+
+_VERL = ForeignLayout(
+    "verl or SkyRL",
+    "this is a sharded checkpoint of verl or SkyRL (model_world_size_*_rank_*.pt)",
+    f"Merge it with verl's own `python -m verl.model_merger merge` (for FSDP shards: --backend fsdp). {_THEN}",
+)
+_DEEPSPEED = ForeignLayout(
+    "DeepSpeed",
+    "this is a checkpoint of DeepSpeed (ZeRO shards under global_step*/)",
+    "Merge its shards with deepspeed's own `zero_to_fp32` (deepspeed.utils.zero_to_fp32, not the script that lies in the "
+    f"folder), or train with stage3_gather_16bit_weights_on_model_save. {_THEN}",
+)
+_FSDP_SHARDED = ForeignLayout(
+    "FSDP, sharded",
+    "this is a sharded checkpoint of FSDP (optimizer_0/ and pytorch_model_fsdp_0/)",
+    f"Merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, or train with FULL_STATE_DICT. {_THEN}",
+)
+_FSDP_FULL = ForeignLayout(
+    "FSDP, full",
+    "this is a checkpoint of FSDP (optimizer.bin, its entries keyed by name)",
+    f"Load pytorch_model_fsdp.bin into the model and save it by save_pretrained. {_THEN}",
+)
+_DCP = ForeignLayout(
+    "torch DCP",
+    "this is a distributed checkpoint of torch (.metadata and *.distcp)",
+    "Convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`, load the file into the "
+    f"model and save it by save_pretrained. {_THEN}",
+)
+_MEGATRON = ForeignLayout(
+    "Megatron",
+    "this is a checkpoint of Megatron (mp_rank_*/)",
+    f"Convert it to the format of transformers with Megatron's own tools. {_THEN}",
+)
+
+
+def _any(names: Iterable[str], pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name in names)
+
+
+_TESTS: tuple[tuple[ForeignLayout, Callable[[_Names], bool]], ...] = (
+    (_VERL, lambda names: _any(names, r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")),
+    (_MEGATRON, lambda names: _any(names, r"mp_rank_\d+.*")),
+    (
+        _DEEPSPEED,
+        lambda names: (
+            "zero_to_fp32.py" in names
+            or _any(names, r".*zero_pp_rank_\d+.*|.*_optim_states\.pt")
+            or ("latest" in names and _any(names, r"global_step\d+"))
+        ),
+    ),
+    (
+        _FSDP_SHARDED,
+        lambda names: _any(names, r"optimizer_\d+|pytorch_model_fsdp_\d+|(optimizer|pytorch_model_fsdp)_rank\d+\.bin"),
+    ),
+    (_FSDP_FULL, lambda names: "optimizer.bin" in names or "pytorch_model_fsdp.bin" in names),
+    (_DCP, lambda names: ".metadata" in names or _any(names, r"__\d+_\d+\.distcp")),
+)
+
+
+def foreign_layout(folder: Path) -> ForeignLayout | None:
+    """The system whose layout the folder has, or the folder of its policy directly inside; None for ordinary checkpoints.
+
+    A folder with an `optimizer.pt` is an ordinary one, whatever lies beside it.
+    """
+    inside = [folder, *(folder / name for name in _POLICY_FOLDERS)]
+    for place in (path for path in inside if path.is_dir()):
+        names = {path.name for path in place.iterdir()}
+        if "optimizer.pt" in names:
+            return None
+        found = next((layout for layout, test in _TESTS if test(names)), None)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,153 @@
+"""The learning rate that a checkpoint's last step was taken with, per parameter group, where no sidecar says it.
+
+With base rates b_g and the schedule's factor f, step n is taken with b_g f(n - 1). After it the Trainer
+
+    logs       step n, rate b_0 f(n - 1)     in `trainer_state.json`, at every logging step only
+    saves      b_g f(n)                      in `scheduler.pt` and in the groups of `optimizer.pt`: the *next* step's
+
+so a log row of that very step settles it. Otherwise the schedules of transformers are tried with every warm-up: those that
+agree with all that is recorded must agree on f(n - 1) as well, or nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rl_training.errors import UserError
+
+_SAME = 1e-9
+_MOST_WARMUP = 20_000
+_REMEDY = "give checkpoint.learning_rate=..., the rate of that step"
+
+
+def rates_of_last_step(
+    step: int,
+    log_history: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    scheduler: Mapping[str, Any] | None,
+    most_steps: int | None,
+) -> list[float]:
+    """One rate per group. groups: of the saved optimizer; scheduler: its saved state; most_steps: the run's planned length.
+
+    Raises UserError where the rate is not recorded and cannot be had from the schedule beyond doubt.
+    """
+    after = [float(group["lr"]) for group in groups]
+    base = _base_rates(groups, scheduler)
+    logged = _logged(log_history, step)
+    if step in logged and not _perhaps_of_the_next_step(step, logged, after[0]):
+        return _scaled_to(logged[step], after, base)
+    if base is None or scheduler is None or scheduler.get("last_epoch") != step or not base[0]:
+        raise UserError(
+            f"the learning rate of step {step} is in no row of trainer_state.json and cannot be had from scheduler.pt: {_REMEDY}"
+        )
+    factor = after[0] / base[0]
+    if any(not _equal(b * factor, a) for a, b in zip(after, base, strict=True)):
+        raise UserError(
+            f"the parameter groups follow different schedules, so the rate of step {step} is unknown: {_REMEDY}"
+        )
+    lambdas = scheduler.get("lr_lambdas")
+    if lambdas and all(x is None for x in lambdas) and factor == 1.0 and set(logged.values()) <= {base[0]}:
+        return after  # transformers' constant schedule is the one that is a plain function
+    # Releases of transformers before 4.48 logged the next step's rate.
+    offset = 0 if step in logged else 1
+    known = {s - offset: rate / base[0] for s, rate in logged.items()} | {step: factor}
+    fitting = {
+        round(f(step - 1), 12)
+        for f in _schedules(most_steps, base[0])
+        if all(_equal(f(k), v) for k, v in known.items())
+    }
+    if len(fitting) != 1:
+        raise UserError(
+            f"the learning rate of step {step} is in no row of trainer_state.json (rows: {_some(logged)}) and "
+            f"{'no schedule' if not fitting else 'more than one schedule'} of transformers agrees with scheduler.pt: {_REMEDY}"
+        )
+    before = fitting.pop()
+    return [b * before for b in base]
+
+
+def logged_rate(step: int, log_history: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate in the log row of that very step, of the first group; None without one."""
+    return _logged(log_history, step).get(step)
+
+
+def rates_after(groups: Sequence[Mapping[str, Any]], first: float, scheduler: Mapping[str, Any] | None) -> list[float]:
+    """`first` for the first group, and the others in their ratio to it. Raises UserError where that is not known."""
+    return _scaled_to(first, [float(group["lr"]) for group in groups], _base_rates(groups, scheduler))
+
+
+def _base_rates(groups: Sequence[Mapping[str, Any]], scheduler: Mapping[str, Any] | None) -> list[float] | None:
+    if all("initial_lr" in group for group in groups):
+        return [float(group["initial_lr"]) for group in groups]
+    found = None if scheduler is None else scheduler.get("base_lrs")
+    if isinstance(found, list) and len(found) == len(groups):
+        return [float(rate) for rate in found]
+    return None
+
+
+def _logged(history: Sequence[Mapping[str, Any]], step: int) -> dict[int, float]:
+    """Step -> rate of the rows up to `step`; of several rows of a step the last."""
+    found = {}
+    for row in history:
+        at, rate = row.get("step"), row.get("learning_rate")
+        if isinstance(at, int) and isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 and at <= step:
+            found[at] = float(rate)
+    return found
+
+
+def _perhaps_of_the_next_step(step: int, logged: Mapping[int, float], after: float) -> bool:
+    """Whether the row of `step` may hold the rate of the step that follows: it is that one, and the rate was not constant."""
+    if not _equal(logged[step], after):
+        return False
+    earlier = [s for s in logged if s < step]
+    return bool(earlier) and not _equal(logged[max(earlier)], after)
+
+
+def _scaled_to(first: float, after: Sequence[float], base: Sequence[float] | None) -> list[float]:
+    if len(set(after)) == 1 and (base is None or len(set(base)) == 1):
+        return [first] * len(after)
+    ratios = base if base is not None else after
+    if not ratios[0]:
+        raise UserError(
+            "the parameter groups have rates of their own, and how they relate is not recorded (the first is 0): analyse a "
+            "checkpoint before the end of the schedule"
+        )
+    return [first * ratio / ratios[0] for ratio in ratios]
+
+
+def _schedules(most_steps: int | None, base: float) -> Iterator[Callable[[int], float]]:
+    """transformers' schedules with their default settings: step -> factor, for every number of warm-up steps."""
+    n = most_steps if most_steps and most_steps > 0 else None
+    for warmup in range(min(n or _MOST_WARMUP, _MOST_WARMUP) + 1):
+        shapes: list[Callable[[int, int], float]] = [_constant, _inverse_square_root]
+        if n is not None and warmup < n:
+            shapes += [
+                lambda k, w: max(0.0, (n - k) / max(1, n - w)),
+                lambda k, w: max(0.0, 0.5 * (1 + math.cos(math.pi * (k - w) / max(1, n - w)))),
+                lambda k, w: ((base - 1e-7) * (1 - (k - w) / max(1, n - w)) + 1e-7) / base,
+            ]
+        for shape in shapes:
+            yield _after_warmup(shape, warmup)
+
+
+def _after_warmup(shape: Callable[[int, int], float], warmup: int) -> Callable[[int], float]:
+    return lambda k: k / warmup if k < warmup else shape(k, warmup)
+
+
+def _constant(_step: int, _warmup: int) -> float:
+    return 1.0
+
+
+def _inverse_square_root(step: int, warmup: int) -> float:
+    scale = warmup or 10_000
+    return 1.0 / math.sqrt((step + scale - warmup) / scale)
+
+
+def _equal(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-15)
+
+
+def _some(logged: Mapping[int, float]) -> str:
+    steps = sorted(logged)
+    return "none" if not steps else ", ".join(map(str, steps[-3:]))

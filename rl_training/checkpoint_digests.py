@@ -1,0 +1,52 @@
+"""SHA-256 of the files of a checkpoint that hold numbers: one flipped byte in them makes another policy, or another step.
+
+Taken by the trainer when it saves and compared by whoever loads: reading costs about a second a gigabyte each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from rl_training.errors import UserError
+
+_KINDS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "optimizer.pt", "scheduler.pt")
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """Digest of each file of weights, optimizer and scheduler, by its path in the folder ("policy/adapter_model.safetensors")."""
+    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink())]
+    paths = sorted({path for place in places for kind in _KINDS for path in place.glob(kind)})
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+
+
+def check_digests(folder: Path, recorded: Mapping[str, str]) -> None:
+    """Raises UserError, naming the file, where one is not as it was written, or has gone."""
+    for name, digest in sorted(recorded.items()):
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"the record of {folder} names {name!r}, which lies outside it: it was tampered with")
+        if not path.is_file():
+            raise UserError(f"{path} is gone: the checkpoint's own record names it; copy the checkpoint again")
+        if file_digest(path) != digest:
+            raise UserError(
+                f"{path} is not the file that the trainer wrote (its SHA-256 differs from the record's): it is damaged or was "
+                "changed; copy it again, or delete entropy_experiments.json to analyse it as a checkpoint of unknown making"
+            )
+
+
+def check_nothing_added(folder: Path, recorded: Mapping[str, str]) -> None:
+    """Raises UserError for a file of weights or optimizer state that the record does not know."""
+    strange = sorted(path.name for kind in _KINDS for path in folder.glob(kind) if path.name not in recorded)
+    if recorded and strange:
+        raise UserError(
+            f"{folder / strange[0]} was put there after the checkpoint was written, and might be read in place of another file: "
+            "remove it"
+        )

@@ -1,0 +1,85 @@
+"""Files that appear whole or not at all, and are never written through a link.
+
+Content goes to a new file of a random name in the same folder, created so that nothing that lies there is opened (O_EXCL), is
+flushed to the disk, and then takes the name it is meant for. A symbolic link of that name is replaced, not followed. Folders
+that a user names may be links; what lies inside them may not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rl_training.errors import UserError
+
+PART = ".part"
+"""Ends the name of a file that is being written: whatever is called so is nobody's result."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file beside `path`, to be filled; on leaving it is flushed and becomes `path`, on an error it is removed."""
+    part = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}{PART}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    os.close(os.open(part, flags, 0o666))
+    try:
+        yield part
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file, replacing one of this name. Text is UTF-8 with line ends as they are."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+def write_whole_by(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`, for writers that want a path: `write(part)` fills the file."""
+    with replacing(path) as part:
+        write(part)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line of text. Raises UserError where the file is a link."""
+    refuse_link(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+
+
+def own_folder(path: Path) -> Path:
+    """Make a folder inside a folder of ours. Raises UserError where a link of that name leads elsewhere."""
+    refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def refuse_link(path: Path) -> None:
+    """Raises UserError where `path` is a symbolic link."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to {os.readlink(path)}: nothing is written through it; remove it")
+
+
+def refuse_links_inside(folder: Path) -> None:
+    """Raises UserError where anything directly inside a folder that is about to be written to is a symbolic link."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        refuse_link(path)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
