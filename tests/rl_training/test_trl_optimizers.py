@@ -45,7 +45,7 @@ def test_any_optimizer_is_predicted_along_the_step_it_takes(tiny_policy, tmp_pat
         rows = entropy_rows(model, batch, "split", method="loop")
         kept["gradient"] = {n: r.double().mean(0) for n, r in rows.items()}
         kept["before"] = {n: p.detach().double() for n, p in model.named_parameters()}
-        observe(batch, *rest)
+        return observe(batch, *rest)
 
     def comparing():
         taken = {n: p.detach().double() - kept["before"][n] for n, p in model.named_parameters()}
