@@ -42,9 +42,17 @@ class PlainAdapter(NamedTuple):
     scaling: float
 
 
+def owns_weight(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight and bias are parameters of its own, not computed from others at each use (weight or
+    spectral normalisation, any of torch.nn.utils.parametrize): those may be trained although the layer holds none.
+    """
+    own = layer._parameters
+    return own.get("weight") is not None and ("bias" in own or getattr(layer, "bias", None) is None)
+
+
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether the module is a frozen y = x W^T + b and nothing else, with its whole W at hand."""
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or not owns_weight(module):
         return False
     tensors = [t for t in module._parameters.values() if t is not None]
     return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)

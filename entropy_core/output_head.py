@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from entropy_core.adapter_layers import owns_weight
 from entropy_core.batch import Bucket
 from entropy_core.forward import call_model, completion_logits, output_layer, raise_if_broken
 from entropy_core.logit_statistics import (
@@ -86,6 +87,8 @@ def _may_be_fused(layer: nn.Module | None) -> bool:
     if layer is None or layer in _not_plain or not isinstance(layer, nn.Linear):
         return False
     if type(layer).forward is not nn.Linear.forward or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if not owns_weight(layer):
         return False
     # A trained head goes the ordinary way without gradients too, so that one token has one log-probability, bit by bit.
     trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
