@@ -150,11 +150,16 @@ class GradientPremise:
             return
         group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
         averaged = WorkSharing(group) if accelerator.sync_gradients else WorkSharing()
+        rebuilt, difference, by_padding, failure = {}, math.nan, (0.0, 0.0), None
         try:
             with without_autocast(self._model), _without_gradient_hooks(parameters.values()):
                 rebuilt, difference, by_padding = _rebuild(self._model, readings, float(self._trainer.temperature))
         except torch.OutOfMemoryError:
-            self._found = self._not_made("there is no memory left for a second backward pass")
+            failure = "there is no memory left for a second backward pass"
+        except Exception as error:  # a check that cannot be made says so, and stops no training
+            failure = f"a second pass over the same sequences fails ({type(error).__name__}: {_first_line(error)})"
+        if averaged.any(failure is not None, accelerator.device):  # all leave together: sums are taken over processes next
+            self._found = self._not_made(failure or "a second pass over the same sequences fails in another process")
             return
         left = {
             name: _minus(gradients.get(name), averaged.sum(rebuilt[name]) / averaged.size, p)
@@ -197,6 +202,13 @@ class GradientPremise:
         if any(r.to_auxiliary for r in readings):
             term = next((t for t in further_terms(self._trainer) if t.startswith(ROUTER)), ROUTER)
             return f"the loss holds {term}, which makes {error:.1%} of its gradient; {remedy(ROUTER)}"
+        if any(r.drew_random for r in readings):
+            # An adapter that starts at zero leaves log-probabilities alone whatever is dropped of its input.
+            noise = ", ".join(train_mode_noise(self._model)) or "noise"
+            return (
+                f"{error:.1%} of the gradient is not the policy's: the trainer's forward pass draws random numbers in training "
+                f"mode ({noise})"
+            )
         worst = max(left, key=lambda name: _norm([left[name]]))
         if _has_hooks(trainable_parameters(self._model)[worst]):
             return f"a gradient hook changes the gradient of {worst!r} ({error:.1%} of all); remove it"
@@ -292,6 +304,10 @@ def _without_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None
 
 def _has_hooks(p: nn.Parameter) -> bool:
     return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
 
 
 def _number(value: float) -> float:

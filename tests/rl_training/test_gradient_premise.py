@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -200,6 +201,30 @@ def test_noise_of_the_training_mode_is_named(tmp_path, kind):
         of_model(model, tmp_path, max_steps=1, uneven=False, router_aux_loss_coef=0.0, **settings)
     ).premise.check
     assert not check.held and "random numbers in training mode" in check.trouble, check
+
+
+def test_dropout_on_an_adapter_that_starts_at_zero_is_named(tiny_policy, tmp_path):
+    """Log-probabilities are those without dropout, for B = 0; the gradient is not."""
+    model = load_model_and_tokenizer(str(tiny_policy), device="cpu")[0]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.3))
+    check = settled(of_model(model, tmp_path, max_steps=1, uneven=False)).premise.check
+    assert not check.held and check.logprob_difference < check.logprob_tolerance
+    assert "random numbers in training mode (dropout (p=0.3" in check.trouble, check.trouble
+
+
+def test_a_second_pass_that_fails_stops_no_training(tiny_policy, tmp_path):
+    """Prompt tuning adds positions, so that no pass of ours can be made: the check and the probe say so and step aside."""
+    model = load_model_and_tokenizer(str(tiny_policy), device="cpu")[0]
+    model = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    trainer = of_model(model, tmp_path)
+    attach_entropy_probe(trainer, console=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert trainer.state.global_step == 2
+    texts = [str(w.message) for w in said if "entropy probe" in str(w.message)]
+    assert any("was not checked" in t and "inserts or drops positions" in t for t in texts), texts
+    assert any("failed and is off" in t and "inserts or drops positions" in t for t in texts), texts
 
 
 def test_an_entropy_bonus_that_sets_in_later_is_named_from_then_on(tiny_policy, tmp_path):
