@@ -158,7 +158,9 @@ class GradientPremise:
             failure = "there is no memory left for a second backward pass"
         except Exception as error:  # a check that cannot be made says so, and stops no training
             failure = f"a second pass over the same sequences fails ({type(error).__name__}: {_first_line(error)})"
-        if averaged.any(failure is not None, accelerator.device):  # all leave together: sums are taken over processes next
+        if averaged.any(
+            failure is not None, accelerator.device
+        ):  # all leave together: sums are taken over processes next
             self._found = self._not_made(failure or "a second pass over the same sequences fails in another process")
             return
         left = {

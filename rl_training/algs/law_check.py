@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rl_training.algs.full_precision import without_autocast
+from rl_training.algs.loss_reading import LossReader
 from rl_training.chat_prompts import first_difference, tokenize_prompts
 from rl_training.errors import UserError
 from rl_training.left_padding import PaddingEffect, pass_positions, positions_matter
@@ -130,6 +131,8 @@ class LawWatcher(TrainerCallback):
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
         self._trainer, self._told = trainer, set()
+        self._of_padding: str | None = None
+        self._reader = LossReader.of(trainer)
         self._tell([departure.sentence() for departure in description.departures])
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
@@ -153,12 +156,19 @@ class LawWatcher(TrainerCallback):
         effect = padding_effect(self._trainer)
         sentence = effect.sentence(type(_base(self._trainer.accelerator.unwrap_model(self._trainer.model))).__name__)
         if sentence is not None:
-            remedy = "pass position_ids" if effect.kind == "positions" else "another model"
-            found.append(
+            positions = "pass positions (rl_training.left_padding.pass_positions(trainer.model) before training)"
+            remedy = positions if effect.kind == "positions" else "train another model"
+            self._of_padding = (
                 f"{sentence}; predicted and measured changes are those of the step taken, but log-probabilities and shares that "
-                f"come from the trainer are wrong; train on prompts of one length in tokens, or with {remedy}"
+                f"come from the trainer are wrong; train on prompts of one length in tokens, or {remedy}"
             )
         return found
+
+    def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+        """What padding would change is said once there is some: prompts of one length have none."""
+        if self._of_padding is not None and (self._reader is None or self._reader.pads_prompts()):
+            self._tell([self._of_padding])
+            self._of_padding = None
 
     def _tell(self, found: Sequence[str]) -> None:
         for sentence in found:

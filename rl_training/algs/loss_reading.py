@@ -98,6 +98,11 @@ class LossReader:
             out.append(weights.double())
         return out
 
+    def pads_prompts(self) -> bool:
+        """Whether a prompt of the step so far has padding before it; True for a step whose loss was not read."""
+        readings = [reading for micro in self.micro_batches for reading in micro]
+        return not readings or any(bool((r.attention_mask[:, 0] == 0).any()) for r in readings)
+
     def _scale(self) -> float:
         """What the gradients of this process are multiplied by, against the mean over processes that the optimizer takes."""
         accelerator = self._trainer.accelerator

@@ -54,8 +54,10 @@ class ProbePremise:
                 f"{check.trouble}. Entropies here are those of the policy as it is analysed, not of that forward pass"
             )
         else:
+            # What is predicted needs no remedy: that of a term of the loss is for who wants shares.
+            what, _, remedy = trouble.partition("; set ") if trouble.startswith("the loss holds") else (trouble, "", "")
             said = (
-                f"{trouble}. Predicted and measured changes stay right, for they need the step alone; mode=attribution and "
-                "fused=true are refused for such a loss"
+                f"{what}. Predicted and measured changes stay right, for they need the step alone; mode=attribution and "
+                f"fused=true are refused for such a loss{f' (for them set {remedy})' if remedy else ''}"
             )
         warnings.warn(f"entropy probe: {said}", RuntimeWarning, stacklevel=2)

@@ -14,7 +14,7 @@ from rl_training.algs.rollout_record import read_rollouts
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
-from rl_training.left_padding import positions_matter
+from rl_training.left_padding import pass_positions, positions_matter
 from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
 
 IDS = {"vocab_size": vocabulary(), "bos_token_id": 1, "eos_token_id": 1}
@@ -102,3 +102,18 @@ def test_the_probe_names_positions_in_plain_grpo(tmp_path):
         trainer.train()
     told = [str(w.message) for w in caught if "left padding" in str(w.message)]
     assert len(told) == 1 and "GPT2LMHeadModel" in told[0] and "position_ids" in told[0]
+    assert "pass_positions(trainer.model)" in told[0]
+
+
+@pytest.mark.parametrize("way", ["prompts of one length", "passed positions"])
+def test_the_probe_says_nothing_of_positions_where_padding_changes_nothing(tmp_path, way):
+    """Both remedies of its warning."""
+    prompts = ["1+1=", "2+2=", "3+4=", "5+6="] if way == "prompts of one length" else None
+    trainer = make_trainer(gpt2(), tmp_path, prompts=prompts, max_steps=1)
+    if way == "passed positions":
+        pass_positions(trainer.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise"), console=False)
+        trainer.train()
+    assert [str(w.message) for w in caught if "entropy probe" in str(w.message)] == []
