@@ -35,6 +35,7 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.endings import ending
 from rl_training.errors import UserError
 from rl_training.integrations.fresh_prompts import refuse_prompts
+from rl_training.integrations.generated_sequences import GeneratedSequences
 from rl_training.integrations.probe_history import RUNNING, ProbeHistory
 from rl_training.integrations.probe_metrics import metrics_of
 from rl_training.integrations.probe_premise import ProbePremise
@@ -121,6 +122,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
         self._sampler = SamplerWatch(trainer, self._sharing)
         self._sequences = WatchedSequences(trainer, config, self._law, self._probe)
+        self._generated = GeneratedSequences(trainer)
         self._carried: list[RolloutSequence] = []
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
@@ -199,7 +201,8 @@ class EntropyProbeCallback(TrainerCallback):
             self._carry(generated, rng, step)
         if not fresh:
             mine = watched if config.rollouts == "current" else nothing
-            self._sequences.end(generated, mine, scores if mine is watched else None)
+            drawn = self._generated.take()
+            self._sequences.end(generated, mine, scores if mine is watched else None, drawn)
         if self._probing:
             self._probed += 1
             asked = config.predictors or config.mode == "attribution"

@@ -86,8 +86,15 @@ class WatchedSequences:
         self._policies.remember(watched.sequences, scores, self._step)
         return scores.tolist()
 
-    def end(self, generated: Sequence[RolloutSequence], watched: Watched, scores: Tensor | None) -> None:
+    def end(
+        self,
+        generated: Sequence[RolloutSequence],
+        watched: Watched,
+        scores: Tensor | None,
+        drawn: Sequence[RolloutSequence] = (),
+    ) -> None:
         """The optimizer is about to move. scores: (N,) of `watched` under today's policy, None where nothing was observed.
+        drawn: what the trainer generated in this step, trained on in it or not.
 
         Takes scores of sequences that a later step will train on, while the policy is the one that drew them.
         """
@@ -96,12 +103,12 @@ class WatchedSequences:
         self._policies.note(generated, self._step)
         later = [self._new(part) for part in self._generation] if self.reused else []
         if not self.reused and self._replays:
-            later = [self._new(generated)]
+            later = [self._new(drawn or generated)]
         each = -(-self._config.eval_sequences // (self._micro_batches if self.reused else 1))
         wanted = [s for part in later for s in part[:each]]
         if wanted:
             self._policies.remember(wanted, self._scores(wanted), self._step)
-        for part in self._generation:
+        for part in (*self._generation, drawn):
             self._policies.note(part, self._step)
 
     def _new(self, sequences: Sequence[RolloutSequence]) -> list[RolloutSequence]:

@@ -142,6 +142,44 @@ def _wide(values: Tensor, width: int, left: bool) -> Tensor:
     return torch.nn.functional.pad(values, (missing, 0) if left else (0, missing))
 
 
+class Delaying(GRPOTrainer):
+    """Each step trains on what was generated two steps before, so that most batches are new when they are trained on."""
+
+    def _generate_and_score_completions(self, inputs):
+        kept = self.__dict__.setdefault("kept", [])
+        kept.append(super()._generate_and_score_completions(inputs))
+        return dict(kept[max(0, len(kept) - 3)])
+
+
+def test_batches_that_wait_before_they_are_trained_on_are_weighted_too(tiny_policy, tmp_path):
+    trainer = make_trainer(tiny_policy, tmp_path, max_steps=6, learning_rate=RATE, lr_scheduler_type="constant")
+    trainer.__class__ = Delaying
+    sizes, said = run(trainer, eval_sequences=16)
+    assert not said, said
+    check(sizes, [1, 2, 3, 4, 5], 16)
+
+
+class Skipping(Delaying):
+    """The third step trains on a batch of the second that was never passed through the model."""
+
+    def _generate_and_score_completions(self, inputs):
+        kept = self.__dict__.setdefault("kept", [])
+        if len(kept) == 3:
+            return dict(kept[2])
+        kept.append(GRPOTrainer._generate_and_score_completions(self, inputs))
+        if len(kept) == 2:
+            kept.append(GRPOTrainer._generate_and_score_completions(self, inputs))
+        return dict(kept[min(1, len(kept) - 1)])
+
+
+def test_a_batch_that_was_generated_and_set_aside_unscored_is_not_taken_for_todays(tiny_policy, tmp_path):
+    trainer = make_trainer(tiny_policy, tmp_path, max_steps=3, learning_rate=RATE, lr_scheduler_type="constant")
+    trainer.__class__ = Skipping
+    sizes, said = run(trainer, eval_sequences=16)
+    assert len(sizes) == 2 and all(found == pytest.approx(16) for _, found in sizes), sizes
+    assert len(said) == 1 and "made no pass over" in said[0], said
+
+
 @pytest.mark.parametrize("kind", [Replaying, HalfReplaying])
 def test_a_trainer_that_trains_on_an_earlier_steps_batch_is_found_out(tiny_policy, tmp_path, kind):
     trainer = make_trainer(tiny_policy, tmp_path, max_steps=6, learning_rate=RATE, lr_scheduler_type="constant")
