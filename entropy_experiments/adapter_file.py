@@ -94,11 +94,13 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def saved_embeddings(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Those of an adapter's weights that are whole embedding tables or output heads, saved because tokens were added."""
-    return {
-        name: shape
-        for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight") and name.split(".")[-2] in _EMBEDDINGS
-    }
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and _is_embedding(name)}
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a weight is a whole table; PEFT also saves the frozen one beneath an adapter that sits on it."""
+    module, _, last = name.removesuffix(".base_layer.weight").removesuffix(".weight").rpartition(".")
+    return name.endswith(".weight") and bool(module) and last in _EMBEDDINGS
 
 
 def adapter_weights(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_experiments.foreign_checkpoints import foreign_layout
-from rl_training.checkpoint_format import SIDECAR_NAME, Sidecar, read_sidecar
+from rl_training.checkpoint_format import SIDECAR_NAME, Sidecar, read_sidecar, refuse_special_file
 from rl_training.errors import UserError
 
 _WEIGHT_FILES = (
@@ -187,6 +187,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """A JSON file of a checkpoint. Raises UserError where it cannot be read."""
+    refuse_special_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -72,7 +72,7 @@ def load_checkpoint(
     found = examine_checkpoint(folder, model_name, learning_rate, with_optimizer=require_optimizer)
     found.refuse(require_optimizer)
     model, tokenizer = _load_policy(found, device, dtype, device_map)
-    check_loaded_policy(model, folder, found.sidecar)
+    check_loaded_policy(model, folder, found.sidecar, require_optimizer)
     record = CheckpointRecord(
         path=folder,
         step=found.step,

@@ -16,6 +16,7 @@ from torch import nn
 
 from entropy_experiments.checkpoint_folder import (
     Adapter,
+    adapter_folders,
     checkpoint_step,
     find_adapter,
     missing_parts,
@@ -28,7 +29,7 @@ from entropy_experiments.optimizer_file import check_optimizer_state, read_tenso
 from entropy_experiments.optimizer_mapping import match_names
 from entropy_experiments.policy_outline import outline_policy
 from rl_training.checkpoint_digests import check_digests, check_nothing_added
-from rl_training.checkpoint_format import Sidecar, read_sidecar
+from rl_training.checkpoint_format import Sidecar, read_sidecar, refuse_special_file
 from rl_training.errors import UserError
 from rl_training.model_source import is_on_the_hub
 
@@ -127,6 +128,9 @@ def examine_checkpoint(
 def _read_records(found: Examined) -> None:
     """The sidecar, the Trainer's state, the step, which adapter, which base model."""
     folder = found.folder
+    for place in (folder, *adapter_folders(folder)):
+        for path in sorted(place.iterdir()):
+            refuse_special_file(path)
     found.sidecar = read_sidecar(folder)
     found.trainer_state = read_trainer_state(folder)
     found.step = checkpoint_step(folder)

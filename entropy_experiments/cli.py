@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_experiments.launch_end import ending_the_launch
+from entropy_experiments.text_display import visible
 from rl_training.errors import UserError
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def doctor(
 
         many = checkpoints_inside(checkpoint)
         lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
-    print("\n".join(lines))
+    print(visible("\n".join(lines)))  # a stranger's record may hold terminal escapes
     if not healthy:
         raise typer.Exit(1)
 
@@ -219,7 +220,7 @@ def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, trust: boo
     if as_json:
         _print_json({"command": "analyze --dry-run", **forecast.to_json()})
     else:
-        print("\n".join(forecast.lines()))
+        print(visible("\n".join(forecast.lines())))
 
 
 @contextmanager
@@ -260,7 +261,7 @@ def main() -> None:
         with ending_the_launch():
             app()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
             os._exit(2)  # others of the launch may be gone: a process group would wait for them
         sys.exit(2)

@@ -17,7 +17,7 @@ from entropy_experiments.checkpoint_validation import Examined, examine_checkpoi
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.foreign_checkpoints import foreign_layout
 from entropy_experiments.recorded_law import law_of, refuse_another_law
-from entropy_experiments.recorded_task import refuse_distrusted
+from entropy_experiments.recorded_task import task_of_analysis
 from rl_training.algs.rollout_record import rollouts_path
 from rl_training.checkpoint_format import Sidecar
 from rl_training.errors import UserError
@@ -58,10 +58,11 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
     if found.sidecar is not None and not found.problems:
         try:
             _check_law(found, found.sidecar)
-            refuse_distrusted(found.sidecar, FisherAnalysisConfig(), trust)
+            if found.sidecar.task is not None:
+                task_of_analysis(found.sidecar, FisherAnalysisConfig(), trust)
         except UserError as error:
             found.problems.append(str(error))
-    give = [] if found.sidecar is not None else [_TO_GIVE]
+    give = [_TO_GIVE] if found.sidecar is None else ["checkpoint.task"] if found.sidecar.task is None else []
     remedies = [*found.problems, *found.optimizer_problems]
     if found.problems:
         return Diagnosis(found, _kind(found), NO, remedies, [])
@@ -102,6 +103,7 @@ def _kind(found: Examined) -> str:
         content = {} if found.adapter is None else read_json(found.adapter.folder / "adapter_config.json")
     except UserError:
         return f"{maker}, adapter"
+    content = content if isinstance(content, dict) else {}
     kind = "DoRA" if content.get("use_dora") else str(content.get("peft_type", "adapter")).replace("LORA", "LoRA")
     named = "" if found.adapter is None or found.adapter.name == "default" else f" named {found.adapter.name}"
     return f"{maker}, {kind}{named}"
@@ -126,6 +128,8 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
         )
     else:
         lines += _recorded(found.sidecar, found.folder)
+        if found.sidecar.task is None:
+            lines.append("  task: not recorded; give checkpoint.task in the analysis configuration")
     if found.learning_rates:
         lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in found.learning_rates)}")
     lines += [f"  {note}" for note in found.notes]

@@ -48,8 +48,13 @@ def rates_of_last_step(
             f"the parameter groups follow different schedules, so the rate of step {step} is unknown: {_REMEDY}"
         )
     lambdas = scheduler.get("lr_lambdas")
-    if lambdas and all(x is None for x in lambdas) and factor == 1.0 and set(logged.values()) <= {base[0]}:
+    if lambdas and all(x is None for x in lambdas) and factor == 1.0 and set(logged.values()) == {base[0]}:
         return after  # transformers' constant schedule is the one that is a plain function
+    if not isinstance(lambdas, list) or any(x is None for x in lambdas):
+        raise UserError(
+            f"the learning rate of step {step} is in no row of trainer_state.json, and scheduler.pt is of no schedule of "
+            f"transformers: {_REMEDY}"
+        )
     # Releases of transformers before 4.48 logged the next step's rate.
     offset = 0 if step in logged else 1
     known = {s - offset: rate / base[0] for s, rate in logged.items()} | {step: factor}

@@ -18,7 +18,7 @@ from rl_training.checkpoint_format import Sidecar
 from rl_training.errors import UserError
 
 
-def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None) -> None:
+def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None, with_optimizer: bool = False) -> None:
     """Raises UserError where the loaded policy is another one than the saved one, or the record says that the run's gradient was
     not that of its weights. What the record does not tell is said once, as a warning.
     """
@@ -39,6 +39,10 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None)
         if premise is None or not premise.made:
             why = "no step had a gradient, or the release was older" if premise is None else premise.trouble
             unknown.append(f"that the run's gradient is the one that its recorded weights say ({why})")
+    if with_optimizer and (sidecar is None or sidecar.optimizer_class is None):
+        unknown.append(
+            "that torch's AdamW took its steps (no class is recorded, and a subclass may keep the same state)"
+        )
     if unknown:
         warnings.warn(f"{folder}: not verified: {'; '.join(unknown)}", stacklevel=3)
 

@@ -97,11 +97,15 @@ def _structure(path: Path, state: Any) -> tuple[Mapping[Any, Mapping[str, Any]],
         isinstance(entries, dict)
         and all(isinstance(entry, dict) for entry in entries.values())
         and isinstance(groups, list)
-        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and all(isinstance(group, dict) and _are_numbers(group.get("params")) for group in groups)
     )
     if not whole or not groups:
         raise UserError(f"{path} is not an optimizer state of torch (its groups or entries are no dicts): {WITHOUT_IT}")
     return entries, groups
+
+
+def _are_numbers(params: Any) -> bool:
+    return isinstance(params, list) and all(type(number) is int for number in params)
 
 
 def _check_group(path: Path, number: int, group: Mapping[str, Any], recorded_class: str | None) -> None:
@@ -115,6 +119,9 @@ def _check_group(path: Path, number: int, group: Mapping[str, Any], recorded_cla
             f"{where}: lr {lr:g}, betas ({beta1:g}, {beta2:g}), eps {eps:g}, weight_decay {decay:g} are no settings of AdamW: "
             "it is damaged; copy it again"
         )
+    flags = [name for name in ("maximize", "amsgrad") if type(group[name]) is not bool]
+    if flags:
+        raise UserError(f"{where}: {flags[0]} is neither true nor false: it is damaged; copy it again")
     if group["maximize"]:
         raise UserError(
             f"{where} was trained with maximize=True, a step up the loss, which is not known here: {WITHOUT_IT}"
@@ -133,7 +140,7 @@ def _pair(where: str, betas: Any) -> Sequence[Any]:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):  # capturable optimizers keep the rate in a tensor
-        return value.numel() == 1 and value.is_floating_point() and bool(torch.isfinite(value))
+        return value.numel() == 1 and not value.is_meta and value.is_floating_point() and bool(torch.isfinite(value))
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -148,7 +155,7 @@ def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mappi
         raise UserError(f"{where} has step {step!r}, which is no count: it is damaged; copy it again")
     moments = [entry[name] for name in _MOMENTS if name in entry]
     for name, moment in zip(_MOMENTS, moments, strict=False):
-        if type(moment) is not Tensor or moment.layout != torch.strided:
+        if type(moment) is not Tensor or moment.layout != torch.strided or moment.is_meta:
             raise UserError(f"{where}: {name} is no plain tensor ({type(moment).__name__}): {WITHOUT_IT}")
         if moment.dtype not in _FLOATS:
             kind = str(moment.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ with a model, a quantised or missing base model, weights of another shape or nam
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ def outline_policy(
         return model.requires_grad_(True)
     shapes = weight_shapes(adapter_weights(adapter.folder))
     resize_vocabulary(model, shapes, folder)
-    return _attach(model, adapter, shapes)
+    try:
+        return _attach(model, adapter, shapes, "meta")
+    except (NotImplementedError, RuntimeError):
+        # A few kinds of adapter look at values as they are made (BOFT, SHiRA): any values will do.
+        model = outline_model(base, local_files_only).to_empty(device="cpu")
+        resize_vocabulary(model, shapes, folder)
+        return _attach(model, adapter, shapes, "cpu")
 
 
 def resize_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
@@ -65,7 +72,7 @@ def _tokens(folder: Path) -> int:
     return len(read_tokenizer(folder)) if (folder / "tokenizer_config.json").exists() else 0
 
 
-def _attach(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+def _attach(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]], device: str) -> nn.Module:
     from peft import PeftConfig, get_peft_model
     from peft.utils.save_and_load import get_peft_model_state_dict
 
@@ -74,12 +81,12 @@ def _attach(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) ->
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # there is nothing to decompose
-    with warnings.catch_warnings(), torch.device("meta"):
+    with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         try:
-            adapted = get_peft_model(model, config, adapter_name=adapter.name, low_cpu_mem_usage=True)
+            adapted = get_peft_model(model, config, adapter_name=adapter.name, low_cpu_mem_usage=device == "meta")
             wanted = get_peft_model_state_dict(adapted, adapter_name=adapter.name, save_embedding_layers=False)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, re.error) as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{where} does not fit its base model: {line}; name the right one with checkpoint.model=..."

@@ -51,8 +51,10 @@ def tokenize_prompts(
             encoded = tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
             )
-        except TypeError as error:
-            raise UserError(f"the chat template cannot be rendered with {sorted(arguments)}: {error}") from error
+        except Exception as error:  # a template raises whatever it likes
+            given = f" with {sorted(arguments)}" if arguments else ""
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the chat template cannot be rendered{given}: {line[:300]}") from error
         out.append(list(encoded["input_ids"]))
     return out
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rl_training.errors import UserError
 
+_LONGEST_NAME = 500
 _KINDS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "optimizer.pt", "scheduler.pt")
 
 
@@ -31,8 +32,8 @@ def check_digests(folder: Path, recorded: Mapping[str, str]) -> None:
     """Raises UserError, naming the file, where one is not as it was written, or has gone."""
     for name, digest in sorted(recorded.items()):
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"the record of {folder} names {name!r}, which lies outside it: it was tampered with")
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or len(name) > _LONGEST_NAME:
+            raise UserError(f"the record of {folder} names {name[:80]!r}, which is no file in it: it was tampered with")
         if not path.is_file():
             raise UserError(f"{path} is gone: the checkpoint's own record names it; copy the checkpoint again")
         if file_digest(path) != digest:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
@@ -18,19 +20,20 @@ SIDECAR_NAME = "entropy_experiments.json"
 SIDECAR_FORMAT = 2
 # What this release reads: a checkpoint of format 1 lacks the fields that have a default below.
 _READABLE_FORMATS = (1, 2)
+_LARGEST_COUNT = 10**7
 
 
 class SidecarSampling(StrictModel):
     """How completions were drawn in the run."""
 
-    temperature: float
+    temperature: PositiveFloat
     top_p: float
     top_k: int
-    max_completion_length: int
+    max_completion_length: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
     eos_token_ids: list[int]
-    pad_token_id: int
-    prompts_per_step: int
-    completions_per_prompt: int
+    pad_token_id: NonNegativeInt
+    prompts_per_step: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
+    completions_per_prompt: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
     chat_template_sha256: str | None = None
     """Digest of the tokenizer's chat template; None where it was not recorded."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -87,9 +90,9 @@ class Sidecar(StrictModel):
     """What a checkpoint must carry to be analysed; see the fields of the same name in docs/guides/checkpoints.md."""
 
     format: int
-    step: int
+    step: NonNegativeInt
     model_name: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
     mixed_precision: str
     """Autocast of the training forwards ("no" for none); an analysis runs without."""
     quantization: str | None
@@ -102,7 +105,7 @@ class Sidecar(StrictModel):
     task: dict[str, Any] | None
     """The task's configuration, where it came from one."""
     pass_rates: dict[str, list[float]]
-    rank_count: int
+    rank_count: PositiveInt
     versions: dict[str, str]
     optimizer_class: str | None = None
     """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
@@ -121,14 +124,21 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
     return path
 
 
+def refuse_special_file(path: Path) -> None:
+    """Raises UserError for a pipe, a device or a socket: reading one may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, no file: the checkpoint was tampered with; copy it again")
+
+
 def read_sidecar(folder: Path) -> Sidecar | None:
     """The checkpoint's sidecar, or None where it has none. Raises UserError for one that is broken or too new."""
     path = folder / SIDECAR_NAME
     if not path.exists():
         return None
+    refuse_special_file(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
     if not isinstance(data, dict) or data.get("format") not in _READABLE_FORMATS:
         found = data.get("format") if isinstance(data, dict) else None

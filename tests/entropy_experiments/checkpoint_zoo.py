@@ -4,9 +4,11 @@
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def plain_checkpoint(
     if config is not None:
         model = peft.get_peft_model(model, config, adapter_name=adapter_name)
     optimizer = (make or (lambda m: adamw(trainer_groups(m))))(model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(schedule))  # as transformers makes its own
     generator = torch.Generator().manual_seed(0)
     history = []
     for step in range(1, steps + 1):
@@ -77,7 +79,7 @@ def plain_checkpoint(
     model.save_pretrained(folder, **({} if config is None else {"save_embedding_layers": keep_embeddings}))
     tokenizer.save_pretrained(folder)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save({k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}, folder / "scheduler.pt")
+    torch.save(scheduler.state_dict(), folder / "scheduler.pt")
     (folder / "training_args.bin").write_bytes(b"a pickle that nobody opens")
     state = {"global_step": steps, "max_steps": 10, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -215,6 +217,27 @@ def _all_entries(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, 
     return _state(lambda state: [change(entry) for entry in state["state"].values()])
 
 
+def _pickled_weights(folder: Path, zoo: Zoo) -> None:
+    plain_checkpoint(folder, zoo.policy)
+    (folder / "model.safetensors").unlink()
+    torch.save(Hostile(), folder / "pytorch_model.bin")
+
+
+def _kernel(folder: Path, zoo: Zoo) -> None:
+    plain_checkpoint(folder, zoo.policy)
+    edit(folder / "config.json", lambda c: c.update(attn_implementation="someone/kernel"))
+
+
+def _pipe(folder: Path, zoo: Zoo) -> None:
+    path = zoo.without_sidecar(folder) / "optimizer.pt"
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _deep_record(folder: Path, zoo: Zoo) -> None:
+    (zoo.copy(folder) / "entropy_experiments.json").write_text('{"format": 2, "a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+
+
 _O = torch.optim
 ZOO: dict[str, Kind] = {
     "ours": Kind(lambda f, z: z.copy(f), "yes", ("this project", "nothing")),
@@ -282,6 +305,31 @@ ZOO: dict[str, Kind] = {
     "new-option": Kind(_configured(use_newest=True), "no", ("use_newest",)),
     "imports-modules": Kind(_configured(megatron_config={"a": 1}, megatron_core="x"), "no", ("megatron_config",)),
     "random-start": Kind(_configured(init_lora_weights="pissa_niter_4"), "no", ("pissa_niter_4",)),
+    "boft": Kind(
+        _adapter(lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM")), "yes", ("BOFT",)
+    ),
+    "shira": Kind(
+        _adapter(lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")), "yes", ("SHIRA",)
+    ),
+    "lora-on-head": Kind(_adapter(lambda: lora(target_modules=["lm_head", "q_proj"])), "yes", ("LoRA",)),
+    "lora-on-embeddings": Kind(_adapter(lambda: lora(target_modules=["embed_tokens", "q_proj"])), "yes", ("LoRA",)),
+    "bad-pattern": Kind(_configured(target_modules="((("), "no", ("unterminated",)),
+    "odd-config": Kind(
+        lambda f, z: (z.without_sidecar(f) / "adapter_config.json").write_text('"x"'), "no", ("names no base model",)
+    ),
+    "nested-ids": Kind(
+        _state(lambda s: s["param_groups"][0]["params"].__setitem__(1, [1])), "without Adam", ("not an optimizer state of torch",)
+    ),
+    "odd-flag": Kind(_all_groups(maximize=torch.tensor([1, 2])), "without Adam", ("neither true nor false",)),
+    "no-values": Kind(_all_entries(lambda e: e.update(exp_avg=e["exp_avg"].to("meta"))), "without Adam", ("no plain tensor",)),
+    "pickled-weights": Kind(_pickled_weights, "no", ("Weights only load failed",)),
+    "kernel": Kind(_kernel, "no", ("someone/kernel", "never run")),
+    "pipe": Kind(_pipe, "no", ("a pipe or a device",)),
+    "deep-record": Kind(_deep_record, "no", ("cannot be read",)),
+    "long-name": Kind(_recorded(lambda c: c["sha256"].update({"a" * 5000: "0"})), "no", ("tampered",)),
+    "odd-dtype": Kind(_recorded(lambda c: c.update(dtype="int8")), "no", ("dtype should be",)),
+    "no-prompts": Kind(_recorded(lambda c: c["sampling"].update(prompts_per_step=-3)), "no", ("prompts_per_step",)),
+    "odd-task": Kind(_recorded(lambda c: c["task"].update(zzz=1)), "no", ("zzz",)),
     "remote-code": Kind(_remote_code, "no", ("auto_map",)),
     "unknown-format": Kind(_recorded(lambda c: c.update(format=9)), "no", ("format 9",)),
     "top-p": Kind(_recorded(lambda c: c["sampling"].update(top_p=0.9)), "no", ("top_p",)),

@@ -22,6 +22,7 @@ from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.checkpoint_format import read_sidecar
 from rl_training.errors import UserError
 from rl_training.models import load_model_and_tokenizer
+from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.tiny_policy import even_start_reward, save_tiny_policy
 
 MEMO = "entropy_experiments.json"
@@ -81,6 +82,7 @@ def another_scale(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [another_adapter, one_flipped_byte, another_scale])
 def test_another_policy_is_refused(checkpoint_copy, damage):
     damage(checkpoint_copy)
+    reseal(checkpoint_copy)
     with pytest.raises(UserError, match="not the one that was saved.*nats.*checkpoint.model="):
         load_checkpoint(checkpoint_copy)
 
