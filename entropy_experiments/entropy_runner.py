@@ -56,7 +56,7 @@ from rl_training.disk import disk_is_full
 from rl_training.errors import ResumableError, UserError
 from rl_training.folder_lock import LOCK_NAME, locked
 from rl_training.sampling import Rollouts
-from rl_training.whole_files import refuse_link, write_whole
+from rl_training.whole_files import refuse_link, remove_leftovers, write_whole
 
 Stage = Callable[[str], None]
 
@@ -356,6 +356,7 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
     try:
         yield part
         shutil.rmtree(part / FOLDER_NAME, ignore_errors=True)
+        remove_leftovers(part)
         if target.exists():
             shutil.rmtree(target)
         os.replace(part, target)

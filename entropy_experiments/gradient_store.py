@@ -38,7 +38,7 @@ from entropy_experiments.gradient_store_layout import (
 )
 from entropy_experiments.gradient_store_records import ShardRecord, StorageError
 from rl_training.errors import UserError
-from rl_training.whole_files import PART
+from rl_training.whole_files import PART, remove_leftovers
 
 _T = TypeVar("_T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -87,6 +87,7 @@ class GradientStore:
                     f"{folder} is not empty (there is {(odd or [SHARDS_NAME])[0]}), and is no gradient store"
                 )
             (folder / SHARDS_NAME).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
             _check_room(folder, layout)
             part = folder / (DATA_NAME + ".part")
             part.unlink(missing_ok=True)  # of a creation that was killed, or a link to somebody's file
@@ -325,7 +326,10 @@ class GradientStore:
 
     def _name_when_whole(self) -> None:
         part, whole = self.folder / (DATA_NAME + ".part"), self.folder / DATA_NAME
-        if part.exists() and self.is_complete():
+        if not self.is_complete():
+            return
+        remove_leftovers(self.folder)  # every record has its name, so nobody writes here any more
+        if part.exists():
             try:
                 rename_durably(part, whole)
             except FileNotFoundError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+_LEFT = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PART))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder and below, once nobody writes there any more."""
+    for path in folder.rglob(f".*{PART}"):
+        if _LEFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

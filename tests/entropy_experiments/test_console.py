@@ -251,16 +251,16 @@ def run(*arguments, **environment):
 
 
 def test_json_is_one_object_on_stdout_and_progress_stays_on_stderr(tiny_run, tmp_path):
-    found = run("analyze", tiny_run, "--json", *SMALL, f"output_dir={tmp_path}/out")
+    found = run("analyze", tiny_run, "--trust", "--json", *SMALL, f"output_dir={tmp_path}/out")
     assert found.returncode == 0, found.stderr
     content = json.loads(found.stdout)
     assert content["command"] == "analyze" and os.path.isfile(content["report"])
     assert content["measured"]["value"] is not None and content["checks"]["passed"] >= 8
     assert "analysis: writing the results" in found.stderr and "Predicted change" not in found.stderr
     assert "analysis: analysis:" not in found.stderr
-    quiet = run("analyze", tiny_run, "--json", "--quiet", *SMALL, f"output_dir={tmp_path}/out2")
+    quiet = run("analyze", tiny_run, "--trust", "--json", "--quiet", *SMALL, f"output_dir={tmp_path}/out2")
     assert json.loads(quiet.stdout)["predicted"] == content["predicted"] and quiet.stderr == ""
-    refused = run("analyze", tiny_run, "--json", *SMALL, f"output_dir={tmp_path}/out")
+    refused = run("analyze", tiny_run, "--trust", "--json", *SMALL, f"output_dir={tmp_path}/out")
     assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.splitlines()[-1].startswith("error: ")
 
 

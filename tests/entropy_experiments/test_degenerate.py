@@ -7,6 +7,7 @@ import pytest
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
+from tests.entropy_experiments.checkpoint_edits import SIDECAR, edit_json
 from tests.entropy_experiments.small_analysis import whole_config
 from tests.tiny_policy import character_tokenizer
 
@@ -46,7 +47,7 @@ def test_one_completion_each(tiny_run, tmp_path):
     lines = [{"prompt": f"{k} + 1 =", "completion": f"{k}"} for k in range(8)]
     weights = [{**line, "weight": 0.01 * (k - 3.5)} for k, line in enumerate(lines)]
     found = analyse(tiny_run, tmp_path / "weights", columns(tmp_path / "w.jsonl", *weights))
-    assert "no prompt has two sequences" in found["prompt_structure"]["sentence"]
+    assert "no prompt has two distinct sequences" in found["prompt_structure"]["sentence"]
     assert "rewards" in next(row for row in found["weighting_schemes"]["rows"] if row["name"] == "grpo")["reason"]
     rewards = [{**line, "reward": k % 2} for k, line in enumerate(lines)]
     with pytest.raises(UserError, match="rewards of each prompt are all equal"):
@@ -70,6 +71,8 @@ def test_all_entropies_equal(checkpoint_copy, tmp_path):
     model.model.embed_tokens.weight.data.zero_()
     model.save_pretrained(tmp_path / "uniform")
     character_tokenizer().save_pretrained(tmp_path / "uniform")
+    # The record's witness is of the run's own policy, which this one is not.
+    edit_json(checkpoint_copy / SIDECAR, lambda record: record.update(witness=None))
     found = analyse(checkpoint_copy, tmp_path / "equal", f"checkpoint.model={tmp_path / 'uniform'}")
     assert found["buffers"]["quantities"]["entropy"]["p_value"] is None
     assert "every product is 0" in found["attribution"]["sentence"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from pathlib import Path
 
@@ -65,8 +67,13 @@ def test_files_that_are_no_preconditioner(tmp_path: Path) -> None:
         read_preconditioner(tmp_path)
 
 
-def test_a_full_disk_leaves_nothing_behind_that_counts(tmp_path: Path) -> None:
-    (tmp_path / (PRECONDITIONER_NAME + ".part")).symlink_to("/dev/full")
+def test_a_full_disk_leaves_nothing_behind_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_written(path: Path, content: bytes) -> None:
+        with path.open("wb") as handle:
+            handle.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", half_written)
     with pytest.raises(UserError, match="no space left"):
         write_preconditioner(tmp_path, preconditioner(), METADATA)
-    assert not (tmp_path / PRECONDITIONER_NAME).exists()
+    assert not list(tmp_path.iterdir())
