@@ -190,7 +190,7 @@ class RowStream:
                         for name, gradient in zip(self._parameters, found, strict=True):
                             if gradient is not None:
                                 dense = gradient.to_dense() if gradient.is_sparse else gradient
-                                sink(number, name, torch.tensor([index], device=dense.device), dense[None])
+                                sink(number, name, torch.tensor([index]).to(dense.device), dense[None])
                     del objectives, objective
 
 

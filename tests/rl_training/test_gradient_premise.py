@@ -315,9 +315,10 @@ def test_the_trainer_refuses_a_loss_with_other_weights_than_are_recorded(tiny_po
     assert all(torch.equal(before[name], w) for name, w in weights_of(trainer).items()), "before the first step"
 
 
-def test_the_trainer_refuses_what_it_finds_by_name(tmp_path):
-    with pytest.raises(UserError, match="counts positions through the padding"):
-        of_model(model_of("gpt2"), tmp_path, DrGRPOTrainer).train()
+def test_the_trainer_passes_positions_so_that_the_premise_holds(tmp_path):
+    trainer = of_model(model_of("gpt2"), tmp_path, DrGRPOTrainer)
+    trainer.train()
+    assert trainer._guard.premise.check.held
 
 
 @pytest.mark.parametrize(
