@@ -7,6 +7,10 @@ import os
 import re
 from pathlib import Path
 
+import torch
+from transformers.trainer_pt_utils import safe_globals
+
+from rl_training.checkpoint_digests import check_digests, check_nothing_added
 from rl_training.checkpoint_format import read_sidecar
 from rl_training.errors import UserError
 from rl_training.folder_lock import holds_something
@@ -38,7 +42,11 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
         raise UserError(
             f"{where}: {checkpoint} has no random states (rng_state*.pth); the run would go on as another one"
         )
-    step = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    check_digests(checkpoint, sidecar.sha256)
+    check_nothing_added(checkpoint, sidecar.sha256)
+    for path in [checkpoint / name for name in _NEEDED[1:]] + sorted(checkpoint.glob("rng_state*.pth")):
+        _check_tensors(path)
+    step = _step_of(checkpoint / "trainer_state.json")
     if step >= steps:
         raise UserError(f"{where}: {checkpoint} has done {step} steps already; raise training.steps above that")
     if holds_something(output_dir) and checkpoint.resolve().parent != output_dir.resolve():
@@ -52,6 +60,30 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
         )
     for path in _later(output_dir / "rollouts", r"step-(\d+)\.parquet", step):
         path.unlink(missing_ok=True)  # another process of the same run may have been here
+
+
+def _step_of(path: Path) -> int:
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged; copy it again") from error
+    if type(step) is not int:
+        raise UserError(f"{path} names no global_step: it is damaged; copy it again")
+    return step
+
+
+def _check_tensors(path: Path) -> None:
+    """Raises UserError for a file that the Trainer would end on in the middle of its own loading; nothing in it is run."""
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file: copy the checkpoint again")
+    try:
+        with safe_globals():  # numpy's random state, and nothing else beside tensors, as the Trainer reads it
+            torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file; each is the same news
+        raise UserError(
+            f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds objects that would have "
+            "to be executed; copy it again, or resume from another checkpoint"
+        ) from error
 
 
 def _later(folder: Path, pattern: str, step: int) -> list[Path]:

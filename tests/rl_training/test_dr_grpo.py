@@ -1,5 +1,6 @@
 """The trainer: exact gradients, the filtered buffer, checkpoints that resume bit by bit, a probe that changes nothing."""
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -303,12 +304,17 @@ def test_resuming_never_mixes_two_runs(tiny_policy, tmp_path):
         handle.write('{"step": 3, "lo')  # the run was killed while it wrote this line
     resume(second / "checkpoint-2", second)
     assert len((second / "metrics.jsonl").read_text().splitlines()) == 4
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "entropy_experiments.json"):
-        (second / "checkpoint-4" / name).unlink()
-        with pytest.raises(UserError, match=name.split(".")[0]):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "entropy_experiments.json"):
+        path = second / "checkpoint-4" / name
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.raises(UserError, match=path.stem):
             resume(second / "checkpoint-4", second, steps=5)
-        if name != "entropy_experiments.json":
-            (second / "checkpoint-4" / name).write_bytes((first / "checkpoint-4" / name).read_bytes())
+        for damaged in (whole[:-9], pickle.dumps(print)):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=path.stem):
+                resume(second / "checkpoint-4", second, steps=5)
+        path.write_bytes(whole)
 
 
 def test_diverging_training_ends_in_one_clear_line(tiny_policy, tmp_path):
