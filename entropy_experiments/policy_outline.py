@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from entropy_experiments.adapter_file import adapter_weights, read_adapter_config, saved_embeddings, weight_shapes
-from entropy_experiments.checkpoint_folder import Adapter
+from entropy_experiments.adapter_patterns import refuse_endless_patterns
+from entropy_experiments.checkpoint_folder import ADAPTER_CONFIG, Adapter
 from rl_training.errors import UserError
 from rl_training.models import outline_model
 
@@ -32,6 +33,7 @@ def outline_policy(
     model: Any = outline_model(base, local_files_only)
     if adapter is None or content is None:
         return model.requires_grad_(True)
+    refuse_endless_patterns(str(adapter.folder / ADAPTER_CONFIG), content, [name for name, _ in model.named_modules()])
     shapes = weight_shapes(adapter_weights(adapter.folder))
     resize_vocabulary(model, shapes, folder)
     try:

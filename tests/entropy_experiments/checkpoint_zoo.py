@@ -314,6 +314,7 @@ ZOO: dict[str, Kind] = {
     "lora-on-head": Kind(_adapter(lambda: lora(target_modules=["lm_head", "q_proj"])), "yes", ("LoRA",)),
     "lora-on-embeddings": Kind(_adapter(lambda: lora(target_modules=["embed_tokens", "q_proj"])), "yes", ("LoRA",)),
     "bad-pattern": Kind(_configured(target_modules="((("), "no", ("unterminated",)),
+    "endless-pattern": Kind(_configured(target_modules="([a-z_.0-9]+)+$%"), "no", ("as a list of names",)),
     "odd-config": Kind(
         lambda f, z: (z.without_sidecar(f) / "adapter_config.json").write_text('"x"'), "no", ("names no base model",)
     ),
