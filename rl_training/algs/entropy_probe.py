@@ -42,6 +42,7 @@ from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics
 from entropy_core.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
+from entropy_core.stopped_gradients import attached_norms, true_derivatives
 from entropy_core.work_sharing import WorkSharing
 from rl_training.algs.entropy_change import ESTIMANDS, EntropyChange, StepParts
 from rl_training.algs.fused_score import FusedScore
@@ -358,9 +359,10 @@ class SimpleEntropyProbe:
             weights = None if log_weights is None else normalized_weights(log_weights)
             return [entropy_coefficients(statistics, batch, e, per_token, weights) for e, per_token in wanted.values()]
 
-        found, statistics = fold_gradients(
-            self._model, batch, objectives, self._buckets(batch), self.folds, self._sharing, self._rows
-        )
+        with true_derivatives(self._model), attached_norms(self._model):
+            found, statistics = fold_gradients(
+                self._model, batch, objectives, self._buckets(batch), self.folds, self._sharing, self._rows
+            )
         if self._rows.failure is not None:
             self._say_once(
                 f"{self._rows.failure}; predictions are right all the same, from one plain backward pass over "
