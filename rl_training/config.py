@@ -78,6 +78,8 @@ class TaskConfig(StrictModel):
     """Seconds that a built-in reward may take for one completion; then its process is ended, see on_reward_error."""
     reward_memory: ByteSize = ByteSize(1 << 30)
     """Memory that a built-in reward may take for one completion (1GiB), beside what the scorer itself takes."""
+    reward_process: bool = False
+    """Run a reward function of your own in a child process; reward_timeout and reward_memory are then limits of one call."""
     on_reward_error: Literal["zero", "raise"] | None = None
     """A reward that fails gives 0 with a warning (`zero`) or stops (`raise`); null: built-in ones zero, your own raise."""
 

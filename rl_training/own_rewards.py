@@ -1,7 +1,8 @@
 """A reward function of one's own: `path/to/file.py:name`, or `pkg.module:name` of an installed module.
 
 TRL's contract: called with keywords alone, sync or async, one number or None for each completion. It runs in this process, where
-it may hold models and state. The working directory is never put on Python's path: a file is named by its path.
+it may hold models and state, or under limits in a child process (rl_training.reward_process). The working directory is never put
+on Python's path: a file is named by its path.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rl_training.errors import UserError
+from rl_training.reward_process import RewardProcess
 from rl_training.rewards import RewardFunction, completion_text
 from rl_training.sandbox.scoring import RewardLimits
 
@@ -45,13 +47,15 @@ def import_reward(
         If it cannot be imported, is no function, or cannot be called with these keywords. Later, if it raises, calls exit(), or
         returns anything but one finite number or None a completion (a failure gives 0 under task.on_reward_error=zero).
     """
-    function = _find(path)
+    function = find_reward(path)
     if not callable(function):
         raise UserError(f"task.reward: {path} is not a function")
     _check_signature(function, path, [*_GIVEN, *columns])
-    watch = _Watch(path, limits or RewardLimits())
-    if _is_async(function):
-        call = cast(Callable[..., Awaitable[Any]], function)
+    limits = limits or RewardLimits()
+    watch = _Watch(path, limits)
+    called = RewardProcess(path, limits) if limits.own_process else function
+    if _is_async(called):
+        call = cast(Callable[..., Awaitable[Any]], called)
 
         async def asynchronous(prompts: Sequence[Any], completions: Sequence[Any], **rest: Any) -> list[float | None]:
             found: list[list[float | None]] = []
@@ -64,7 +68,7 @@ def import_reward(
     def synchronous(prompts: Sequence[Any], completions: Sequence[Any], **rest: Any) -> list[float | None]:
         found: list[list[float | None]] = []
         with watch.call(completions, found):
-            found.append(_checked(function(prompts=prompts, completions=completions, **rest), path, completions))
+            found.append(_checked(called(prompts=prompts, completions=completions, **rest), path, completions))
         return found[0]
 
     return _named(synchronous, function)
@@ -179,7 +183,8 @@ def _check_signature(function: Callable[..., Any], path: str, given: list[str]) 
         )
 
 
-def _find(path: str) -> Any:
+def find_reward(path: str) -> Any:
+    """The function that a path names. Raises UserError where it cannot be imported."""
     module_name, _, attribute = path.rpartition(":")
     try:
         module = _load_file(module_name) if _is_file(module_name) else importlib.import_module(module_name)

@@ -81,7 +81,10 @@ def load_task(config: TaskConfig) -> Task:
     extra = sorted({key for index in chosen for key in problems[index].columns}) if own else []
     rows = [_row(problems[index], index, config.system_prompt, extra) for index in chosen]
     limits = RewardLimits(
-        seconds=config.reward_timeout, memory=int(config.reward_memory), on_error=config.on_reward_error
+        seconds=config.reward_timeout,
+        memory=int(config.reward_memory),
+        on_error=config.on_reward_error,
+        own_process=config.reward_process,
     )
     if own:
         reward = import_reward(reward_name, [key for key in rows[0] if key != "prompt"], limits)

@@ -26,11 +26,14 @@ _SETUP_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLimits:
-    """What scoring one completion may take. on_error: what a failure does; None: 0 for built-in rewards, stop for one's own."""
+    """What scoring one completion may take. on_error: what a failure does; None: 0 for built-in rewards, stop for one's own.
+    own_process: one's own function runs in a child process, and the limits are those of a call.
+    """
 
     seconds: float = 10.0
     memory: int = 1 << 30
     on_error: Literal["zero", "raise"] | None = None
+    own_process: bool = False
 
 
 class SandboxedScorer:

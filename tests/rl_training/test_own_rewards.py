@@ -1,10 +1,12 @@
 """Rewards of one's own: TRL's contract in full, found by path, and no way to end a run without a word."""
 
 import asyncio
+import dataclasses
 import logging
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +45,13 @@ def forgets_async(prompts, completions, **columns): return later(prompts, comple
 class Judge:
     async def __call__(self, prompts, completions, **columns): return [0.5] * len(completions)
 judge = Judge()
+def hangs(prompts, completions, **columns):
+    while "ab" in completions: pass
+    return [1.0] * len(completions)
+def swallows(prompts, completions, **columns): return [float(len(bytes(1 << 34)))] * len(completions)
+def kills_itself(prompts, completions, **columns):
+    import os
+    os._exit(0)
 bound = functools.partial(good, extra=1)
 """
 
@@ -179,3 +188,39 @@ def test_a_slow_function_is_named(here: str, monkeypatch: pytest.MonkeyPatch, ca
         assert _call(import_reward("slow.py:f")) == [1.0, 1.0]
     time.sleep(0.05)
     assert "slow.py:f has been running" in caplog.text and len(caplog.records) == 1
+
+
+@pytest.fixture
+def in_a_process(here: str) -> Any:
+    limits = RewardLimits(seconds=1.0, memory=1 << 28, on_error="zero", own_process=True)
+    return lambda name, **changes: import_reward(f"{here}:{name}", limits=dataclasses.replace(limits, **changes))
+
+
+def test_a_function_in_a_child_process_keeps_the_contract(in_a_process: Any) -> None:
+    assert _call(in_a_process("good")) == [2.0, 1.0]
+    assert _call(in_a_process("later")) == [1.0, None]
+    said: list[Any] = []
+    given = {"trainer_state": SimpleNamespace(global_step=7), "log_extra": lambda *a: said.append(a)}
+    reward, columns = in_a_process("whole"), {"answer": ["1"], "prompt_index": [0], "completion_ids": [[1]]}
+    found = reward(prompts=["?"], completions=["a"], **columns, **given, log_metric=lambda *a: said.append(a))
+    assert found == [7.0] and said == [("mean", 1.0), ("seen", ["a"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hangs", "took longer than 1 s"),
+        ("swallows", "beside what it takes when loaded"),
+        ("kills_itself", "ended its process"),
+        ("fails", "ZeroDivisionError"),
+        ("leaves", "ended its process"),
+    ],
+)
+def test_a_function_in_a_child_process_is_ended_at_its_limit(in_a_process: Any, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _call(in_a_process(name, on_error="raise"))
+    reward = in_a_process(name)
+    assert _call(reward) == [0.0, 0.0]
+    if name == "hangs":  # another child answers what does not hang
+        columns = {"answer": ["1"], "prompt_index": [0], "completion_ids": [[1]]}
+        assert reward(prompts=["?"], completions=["c"], **columns) == [1.0]
