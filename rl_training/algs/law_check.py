@@ -23,6 +23,7 @@ from rl_training.training_noise import silence_training_noise, train_mode_change
 
 _TEXT = "One and two are three; 4 + 5 = 9, and 12 - 7 is 5."
 _PROMPTS_COMPARED = 8
+_SHARDED = "the model is sharded over processes: whether training mode or left padding changes it was not checked"
 
 
 def padding_effect(trainer: Any) -> PaddingEffect:
@@ -88,6 +89,7 @@ class LawKeeper(TrainerCallback):
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         self.description = self._held()
         if _is_sharded(self._trainer):  # no forward pass outside the trainer's own
+            warnings.warn(_SHARDED, RuntimeWarning, stacklevel=2)
             return
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         if (noise := train_mode_finding(self._trainer)) is not None:
@@ -138,8 +140,7 @@ class LawWatcher(TrainerCallback):
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         try:
             found = [departure.sentence() for departure in describe_sampling(self._trainer).departures]
-            if not _is_sharded(self._trainer):
-                found += self._of_the_model()
+            found += [_SHARDED] if _is_sharded(self._trainer) else self._of_the_model()
         except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
             found = [
                 f"whether completions follow the sampling law could not be checked ({type(error).__name__}: {error})"

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Mixtra
 from trl import GRPOTrainer
 
 from rl_training.algs.dr_grpo import DrGRPOTrainer
+from rl_training.algs.law_check import LawKeeper, LawWatcher
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
@@ -181,6 +182,15 @@ def test_noise_on_the_embeddings_is_found_when_training_begins(model, tmp_path):
     attached(trainer)
     _, told = warnings_of(trainer.train)
     assert any("neftune_noise_alpha=5" in line and "standard deviation" in line for line in told), told
+
+
+@pytest.mark.parametrize("kind", [GRPOTrainer, DrGRPOTrainer])
+def test_what_a_sharded_model_leaves_unchecked_is_said(model, tmp_path, kind):
+    trainer = make_trainer(model, tmp_path, kind)
+    watcher = LawKeeper(trainer) if kind is DrGRPOTrainer else LawWatcher(trainer, describe_sampling(trainer))
+    trainer.is_fsdp_enabled = True
+    with pytest.warns(match="the model is sharded .* was not checked"):
+        watcher.on_train_begin()
 
 
 def test_noise_without_a_name_stops_the_trainer(model, tmp_path):
