@@ -16,13 +16,17 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.checkpoint_validation import Examined, examine_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.foreign_checkpoints import foreign_layout
-from entropy_experiments.recorded_law import law_of, refuse_another_law
+from entropy_experiments.loaded_policy import check_witness
+from entropy_experiments.recorded_law import law_of, recorded_rendering, refuse_another_law, refuse_other_prompts
 from entropy_experiments.recorded_task import task_of_analysis
 from rl_training.algs.rollout_record import rollouts_path
+from rl_training.chat_prompts import tokenize_prompts
 from rl_training.checkpoint_format import Sidecar
+from rl_training.config import BUILT_IN_REWARDS, TaskConfig
 from rl_training.errors import UserError
 from rl_training.models import read_tokenizer
 from rl_training.sampling import SamplingLaw
+from rl_training.tasks import load_task
 
 YES = "yes"
 WITHOUT_ADAM = "without Adam"
@@ -57,9 +61,11 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
     found = examine_checkpoint(folder, local_files_only=True, read_weights=True)
     if found.sidecar is not None and not found.problems:
         try:
-            _check_law(found, found.sidecar)
+            checkpoint = _check_law(found, found.sidecar)
+            check_witness(found.folder, found.sidecar, _vocabulary(found))
             if found.sidecar.task is not None:
-                task_of_analysis(found.sidecar, FisherAnalysisConfig(), trust)
+                task = task_of_analysis(found.sidecar, FisherAnalysisConfig(), trust)
+                _check_task(checkpoint, task)
         except UserError as error:
             found.problems.append(str(error))
     give = [_TO_GIVE] if found.sidecar is None else ["checkpoint.task"] if found.sidecar.task is None else []
@@ -75,15 +81,44 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
     return Diagnosis(found, _kind(found), YES, remedies, give)
 
 
-def _check_law(found: Examined, sidecar: Sidecar) -> None:
-    """Raises UserError where an analysis would refuse the recorded law; a template is compared where the folder holds one."""
+def _vocabulary(found: Examined) -> int | None:
+    """Rows of the policy's embeddings, None where its base model was not looked at."""
+    get = getattr(found.outline, "get_input_embeddings", None)
+    return None if get is None else int(get().weight.shape[0])
+
+
+def _check_task(checkpoint: Checkpoint, config: TaskConfig | None) -> None:
+    """Raises UserError where a built-in task cannot be made, or its prompts are not those that the run recorded.
+
+    A file or a function of one's own is left alone: it would be opened or imported.
+    """
+    if config is None or config.source != "reasoning_gym" or config.reward not in BUILT_IN_REWARDS:
+        return
+    task, sidecar = load_task(config), checkpoint.record.sidecar
+    if checkpoint.tokenizer is None or sidecar is None:
+        return
+    s = sidecar.sampling
+    law = SamplingLaw(
+        s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id,
+        rendering=recorded_rendering(s),
+    )  # fmt: skip
+    tokenize_prompts(checkpoint.tokenizer, [task.train[0]["prompt"]], law.rendering)
+    refuse_other_prompts(checkpoint, law, task)
+
+
+def _check_law(found: Examined, sidecar: Sidecar) -> Checkpoint:
+    """The checkpoint without its weights. Raises UserError where an analysis would refuse the recorded law; a template is
+    compared where the folder holds one.
+    """
     s, folder = sidecar.sampling, found.folder
     SamplingLaw(s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id, s.top_k, s.top_p)
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     if tokenizer is None or tokenizer.chat_template is None:
         sidecar = sidecar.model_copy(update={"sampling": s.model_copy(update={"chat_template_sha256": None})})
     record = CheckpointRecord(folder, found.step, found.model_name, sidecar, found.log_history)
-    refuse_another_law(Checkpoint(found.outline or nn.Module(), None, None, tokenizer, record))
+    checkpoint = Checkpoint(found.outline or nn.Module(), None, None, tokenizer, record)
+    refuse_another_law(checkpoint)
+    return checkpoint
 
 
 def _kind(found: Examined) -> str:

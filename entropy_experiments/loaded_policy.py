@@ -7,6 +7,7 @@ Held against what the checkpoint's record says: log-probabilities of a few seque
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def refuse_broken_premise(folder: Path, sidecar: Sidecar) -> None:
         raise UserError(
             f"{folder}: at step {premise.step} the run's gradient was not the one that its recorded weights say: "
             f"{premise.trouble}. Its sequences cannot be weighed; train anew without that"
+        )
+
+
+def check_witness(folder: Path, sidecar: Sidecar, vocabulary: int | None) -> None:
+    """Raises UserError for recorded sequences that no policy of this vocabulary can score; None: it is not known."""
+    witness = sidecar.witness
+    if witness is None:
+        return
+    count = len(witness.scores)
+    tokens = [t for ids in (*witness.prompt_ids, *witness.completion_ids) for t in ids]
+    whole = len(witness.prompt_ids) == len(witness.completion_ids) == count and all(map(math.isfinite, witness.scores))
+    if not whole or not all(witness.completion_ids) or not all(0 <= t < (vocabulary or t + 1) for t in tokens):
+        raise UserError(
+            f"{folder}: the sequences that its record compares by are damaged, or of another vocabulary than its base model's: "
+            "copy entropy_experiments.json again, or name the run's base model with checkpoint.model=..."
         )
 
 

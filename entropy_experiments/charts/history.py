@@ -183,7 +183,7 @@ def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 0.8, 1.3))
     entropies = [
         (series(rows, "entropy"), "training buffer", "o-"),
-        (series(rows, "probe/entropy"), "probe's held-out prompts", "^--"),
+        (series(rows, "probe/entropy"), "sequences that the probe watched", "^--"),
     ]
     _entropy_and_reward(panels, steps, entropies, series(rows, "reward"))
     errors = series(rows, "probe/predicted_se"), series(rows, "probe/measured_se")
