@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rl_training.algs.full_precision import without_autocast
+from rl_training.algs.gradient_premise import is_sharded
 from rl_training.algs.loss_reading import LossReader
 from rl_training.chat_prompts import first_difference, tokenize_prompts
 from rl_training.errors import UserError
@@ -88,7 +89,7 @@ class LawKeeper(TrainerCallback):
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         self.description = self._held()
-        if _is_sharded(self._trainer):  # no forward pass outside the trainer's own
+        if is_sharded(self._trainer):  # no forward pass outside the trainer's own
             warnings.warn(_SHARDED, RuntimeWarning, stacklevel=2)
             return
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
@@ -140,7 +141,7 @@ class LawWatcher(TrainerCallback):
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         try:
             found = [departure.sentence() for departure in describe_sampling(self._trainer).departures]
-            found += [_SHARDED] if _is_sharded(self._trainer) else self._of_the_model()
+            found += [_SHARDED] if is_sharded(self._trainer) else self._of_the_model()
         except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
             found = [
                 f"whether completions follow the sampling law could not be checked ({type(error).__name__}: {error})"
@@ -211,10 +212,6 @@ class FirstPrompts:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _is_sharded(trainer: Any) -> bool:
-    return bool(getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False))
 
 
 def _some_tokens(trainer: Any) -> list[int]:

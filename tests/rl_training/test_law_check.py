@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 from trl import GRPOTrainer
 
@@ -185,10 +186,10 @@ def test_noise_on_the_embeddings_is_found_when_training_begins(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [GRPOTrainer, DrGRPOTrainer])
-def test_what_a_sharded_model_leaves_unchecked_is_said(model, tmp_path, kind):
+def test_what_a_sharded_model_leaves_unchecked_is_said(model, tmp_path, kind, monkeypatch):
     trainer = make_trainer(model, tmp_path, kind)
     watcher = LawKeeper(trainer) if kind is DrGRPOTrainer else LawWatcher(trainer, describe_sampling(trainer))
-    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
     with pytest.warns(match="the model is sharded .* was not checked"):
         watcher.on_train_begin()
 
