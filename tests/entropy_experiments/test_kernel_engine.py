@@ -43,7 +43,7 @@ def world():
 
 
 def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = None, pause: float = 0.0):
-    """K1 and two extra columns, through the engine."""
+    """K1 and two extra columns, through the engine, which rests for `pause` seconds after each block."""
     model, train, evaluation, p = world()
     names = list(p)
     engine = KernelEngine(
@@ -98,9 +98,13 @@ def test_several_processes_give_the_same_bits(size: int, tmp_path: Path, monkeyp
 
 
 def _killed_at_random(plan: KernelPlan, folder: Path, size: int, kills: int, seed: int) -> int:
-    """Start `size` processes, kill them all at a random moment, `kills` times over; how often they were really killed."""
+    """Start `size` processes, kill them all at a random moment, `kills` times over; how often they were really killed.
+
+    The first time they rest for ever after their first block, so that at least one kill falls inside the work on a
+    machine of any speed.
+    """
     moments, killed = random.Random(seed), 0
-    for _ in range(kills):
+    for kill in range(kills):
         meeting = tempfile.mkdtemp()
         children = []
         for rank in range(size):
@@ -113,7 +117,7 @@ def _killed_at_random(plan: KernelPlan, folder: Path, size: int, kills: int, see
                         torch.distributed.init_process_group(
                             "gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=size
                         )
-                    kernel(plan, folder, Processes(rank, size), pause=0.01)
+                    kernel(plan, folder, Processes(rank, size), pause=0.01 if kill else 3600.0)
                     code = 0
                 finally:
                     os._exit(code)
