@@ -1,6 +1,7 @@
 # make demo    train a small model until its entropy collapses, analyse its checkpoints, write the report
 # make test    the test suite                 (PYTEST_ARGS="-k kernel -x" is passed on)
 # make check   ruff, format, pyright, floors
+# make architecture   draw the import graph into docs/architecture.md
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, a minute
@@ -24,7 +25,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench bench-probe bench-kernel calibrate clean distclean
+.PHONY: help venv demo test check architecture format bench bench-probe bench-kernel calibrate clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -62,6 +63,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+architecture: $(STAMP)
+	$(BIN)/python docs/draw_architecture.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -33,8 +33,8 @@ from transformers import TrainerCallback
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.fold_gradients import shared_statistics
 from entropy_core.measurement import snis_entropy_change
-from entropy_core.shared_prefix import common_prefix_buckets
-from entropy_experiments.results_writer import describe_environment
+from entropy_core.passes.shared_prefix import common_prefix_buckets
+from entropy_experiments.records.writer import describe_environment
 from rl_training.config import EntropyProbeConfig, TrainConfig
 from rl_training.configuration import load_config, validate_config
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe

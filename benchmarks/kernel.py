@@ -143,7 +143,7 @@ def _told(line: dict[str, Any]) -> str:
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    from entropy_experiments.results_writer import describe_environment
+    from entropy_experiments.records.writer import describe_environment
 
     found: dict[str, Any] = {"threads": options.threads, "device": options.device, **describe_environment()}
     for name in PEERS:

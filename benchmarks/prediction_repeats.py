@@ -5,8 +5,8 @@
 Each repeat draws both buffers anew (64 and 64 sequences, another seed), takes AdamW's step with the training buffer's gradient
 from the checkpoint, predicts its change of entropy on the evaluation buffer (Rao-Blackwell, from the derivatives of the
 tokens' log-probabilities and entropies along the step) and measures it on the same tokens by reweighting. They agree where 0 lies
-in the 95% interval of the difference, a jackknife over prompts of both at once (entropy_experiments.agreement). Results:
-benchmarks/results/prediction_repeats.md.
+in the 95% interval of the difference, a jackknife over prompts of both at once
+(entropy_experiments.statistics.agreement). Results: benchmarks/results/prediction_repeats.md.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from entropy_core.directional import entropy_products
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
+from entropy_core.passes.shared_prefix import common_prefix_buckets, shared_prefix_buckets
 from entropy_core.scores import TokenStatistics
-from entropy_core.shared_prefix import common_prefix_buckets, shared_prefix_buckets
-from entropy_experiments.agreement import Agreement, paired_agreement
+from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import draw_buffers
-from entropy_experiments.optimizer_step import moved, take_next_step
-from entropy_experiments.sampling_plan import plan_sampling
+from entropy_experiments.statistics.agreement import Agreement, paired_agreement
+from entropy_experiments.step.optimizer_step import moved, take_next_step
 from rl_training.configuration import load_config
 
 RESULT = Path("benchmarks/results/prediction_repeats.md")

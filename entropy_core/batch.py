@@ -169,7 +169,7 @@ class Bucket:
     """One piece of a batch as the model sees it: right-padded rows, with the place of every completion token.
 
     A row holds one sequence up to its last drawn token (the longest ones without that, which predicts nothing); or, where a
-    prefix is shared (entropy_core.shared_prefix), a prompt with several completions.
+    prefix is shared (entropy_core.passes.shared_prefix), a prompt with several completions.
 
     Attributes
     ----------
@@ -198,7 +198,7 @@ def pass_order(batch: SequenceBatch) -> Tensor:
     """(N,) indices in the order in which sequences pass through a model: by length, so that rows of a bucket are alike.
 
     Where several completions share a prompt that is longer than they are, they stay together: a prompt passes once with all
-    of them (entropy_core.repeated_tokens), which saves more than their padding costs.
+    of them (entropy_core.passes.shared_tokens), which saves more than their padding costs.
     """
     lengths = batch.scored_lengths
     order = torch.argsort(lengths, stable=True)
@@ -282,6 +282,7 @@ def _bucket(batch: SequenceBatch, indices: Tensor, lengths: Tensor) -> Bucket:
     # Padding must hold a legal token id; token 0 always is one, and causality keeps it unseen.
     ids = torch.where(within, ids, torch.zeros_like(ids))
     rows, places = completion.nonzero(as_tuple=True)
-    # Never as many sequences as tokens: a module that puts time first is known by its shapes (entropy_core.row_taps).
+    # Never as many sequences as tokens: a module that puts time first is known by its shapes
+    # (entropy_core.passes.gradient_hooks).
     width = longest if len(indices) == longest - 1 else longest - 1
     return Bucket(indices, ids[:, :width], rows, places - 1, ids[rows, places], indices[rows], columns[rows, places])

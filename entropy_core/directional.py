@@ -29,13 +29,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, entropy_coefficients, score_coefficients
-from entropy_core.forward import completion_logits, evaluation_mode
 from entropy_core.gradients import batch_gradients, trainable_parameters
-from entropy_core.logit_statistics import bounded_logprobs, logit_chunks
-from entropy_core.position_table import check_length
-from entropy_core.repeated_tokens import repeated_tokens_once
+from entropy_core.passes.forward import completion_logits, evaluation_mode
+from entropy_core.passes.logits import bounded_logprobs, logit_chunks
+from entropy_core.passes.position_table import check_length
+from entropy_core.passes.shared_tokens import repeated_tokens_once
+from entropy_core.passes.stopped_gradients import attached_norms
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
-from entropy_core.stopped_gradients import attached_norms
 
 Method = Literal["auto", "forward", "central"]
 

@@ -7,7 +7,7 @@ for any direction d, a step or a part of one. n_f of the n sequences are in fold
 equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
 over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
 
-g_f comes from per-sequence rows in one pass over all folds (which is held against autograd, entropy_core.fold_rows), or,
+g_f comes from per-sequence rows in one pass over all folds (which is held against autograd, entropy_core.passes.fold_rows), or,
 where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
 
 Source: docs/theory/measurement-and-uncertainty.md.
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
+from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.fold_rows import FoldRows
-from entropy_core.forward import evaluation_mode, true_embedding_gradients
 from entropy_core.gradients import trainable_parameters
-from entropy_core.output_head import completion_values
-from entropy_core.passes import weighted_sum
-from entropy_core.row_taps import RowTaps
+from entropy_core.graph_passes import weighted_sum
+from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.forward import evaluation_mode, true_embedding_gradients
+from entropy_core.passes.frozen_head import completion_values
+from entropy_core.passes.gradient_hooks import RowTaps
 from entropy_core.scores import TokenStatistics
-from entropy_core.work_sharing import WorkSharing
 
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
 _STRETCH = 2**15

@@ -8,7 +8,7 @@ row_t of w needs only x_t and the cotangent dObjective/dy_t; a tap behind every 
 both while the backward passes by. For y = x W^T + b that is  row_t(W) = sum_l dy_tl x_tl^T  and  row_t(b) = sum_l dy_tl;
 for any other module (norms, GPT-2's transposed Conv1D, scaled embeddings) it is the module's own vector-Jacobian product,
 sequence by sequence. A parameter used in several places (tied weights) sums its uses. Where taps cannot follow a model, a loop
-over sequences gives the same rows (entropy_core.row_formation).
+over sequences gives the same rows (entropy_core.passes.row_formation).
 
 Source: docs/theory/fisher-kernel.md, "Rows".
 """
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
-from entropy_core.forward import evaluation_mode, true_embedding_gradients
-from entropy_core.passes import CoefficientsOf, GraphPasses
-from entropy_core.row_formation import Method, RowFormation
+from entropy_core.graph_passes import CoefficientsOf, GraphPasses
+from entropy_core.passes.forward import evaluation_mode, true_embedding_gradients
+from entropy_core.passes.row_formation import Method, RowFormation
+from entropy_core.passes.stopped_gradients import attached_norms
 from entropy_core.row_stream import RowSink, RowStream
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_core.stopped_gradients import attached_norms
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,7 +56,7 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 @contextmanager
 def gradient_rule(model: nn.Module, as_trained: bool) -> Iterator[None]:
     """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's rule; and so for gradients
-    that modules stop, in a model that entropy_core.stopped_gradients.true_derivatives holds.
+    that modules stop, in a model that entropy_core.passes.stopped_gradients.true_derivatives holds.
     """
     with ExitStack() as rules:
         if not as_trained:
@@ -129,13 +129,14 @@ def stream_rows(
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
     coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these, in whole or
-    in part (entropy_core.passes). verify: check in the bucket that passes first (the smallest, where coefficients are no
+    in part (entropy_core.graph_passes). verify: check in the bucket that passes first (the smallest, where coefficients are no
     function), and in those twice as large, that rows add up to autograd's gradient over all trainable parameters, and once that
-    a row does not depend on the sequences it passes with (entropy_core.row_sums).
-    method: see entropy_core.row_formation; a RowFormation remembers over several calls what was checked and what failed, and
-    says itself whether to verify. restart: empties what the sink has filled; with it "auto" can fall back at any time,
+    a row does not depend on the sequences it passes with (entropy_core.passes.row_check).
+    method: see entropy_core.passes.row_formation; a RowFormation remembers over several calls what was checked and
+    what failed, and says itself whether to verify. restart: empties what the sink has filled; with it "auto" can
+    fall back at any time,
     without it only until the first rows were sent. as_trained: by torch's rules for padding embeddings
-    (entropy_core.forward.true_embedding_gradients), as the gradient that the trainer's optimizer gets.
+    (entropy_core.passes.forward.true_embedding_gradients), as the gradient that the trainer's optimizer gets.
 
     Raises
     ------

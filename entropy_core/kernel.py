@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
-from entropy_core.passes import CoefficientsOf
-from entropy_core.row_formation import Method, RowFormation
+from entropy_core.graph_passes import CoefficientsOf
+from entropy_core.passes.row_formation import Method, RowFormation
 from entropy_core.scores import TokenStatistics
 
 

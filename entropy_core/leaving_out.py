@@ -3,7 +3,7 @@
     r_i = c w_i <d, dS_i>,      d = q - [clipped] gh <q, gh> / |gh|^2
     q   = lr/(1 - beta1^t)  dh P_t [ (1 - beta1) - (1 - beta2)/(1 - beta2^t)  P_t gh m_t / sqrt(vh_t) ]        elementwise
 
-r_i is the change of entropy with sequence i less the change without it. Its accounting share (entropy_experiments.attribution)
+r_i is the change of entropy with sequence i less the change without it. Its accounting share (entropy_experiments.step.shares)
 holds P_t fixed and adds up to the step; but P_t holds this gradient's square, and so does the clip coefficient its norm: early in
 training leaving i out makes P_t larger and the rest of the step longer. r_i counts that, and does not add up.
 

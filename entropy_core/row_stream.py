@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
-from entropy_core.forward import evaluation_mode
-from entropy_core.passes import CoefficientsOf, GraphPasses
-from entropy_core.row_formation import RowFormation, RowsNotFormedError
-from entropy_core.row_sums import RowCheck, RowSums, RowSumsDifferError
-from entropy_core.row_taps import RowTaps
+from entropy_core.graph_passes import CoefficientsOf, GraphPasses
+from entropy_core.passes.forward import evaluation_mode
+from entropy_core.passes.gradient_hooks import RowTaps
+from entropy_core.passes.row_check import RowCheck, RowSums, RowSumsDifferError
+from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError
 from entropy_core.scores import token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch, length_buckets
-from entropy_core.forward import evaluation_mode
-from entropy_core.output_head import completion_values
-from entropy_core.position_table import check_length
+from entropy_core.passes.forward import evaluation_mode
+from entropy_core.passes.frozen_head import completion_values
+from entropy_core.passes.position_table import check_length
 
 
 @dataclass(frozen=True)

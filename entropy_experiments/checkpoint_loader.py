@@ -3,7 +3,7 @@
 Reads what the Hugging Face Trainer wrote (`adapter_model.safetensors` or a whole model, `optimizer.pt`, `scheduler.pt`,
 `trainer_state.json`), and the sidecar of checkpoints of ours. Tensors are read with `weights_only=True`: no pickle of a
 stranger is ever run, which is also why `training_args.bin` is not opened. Everything that can be checked before loading is
-(entropy_experiments.checkpoint_validation), and `doctor` makes the same checks.
+(entropy_experiments.checkpoints.validation), and `doctor` makes the same checks.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from entropy_core.gradients import trainable_parameters
-from entropy_experiments.adapter_file import adapter_weights, saved_embeddings, weight_shapes
-from entropy_experiments.checkpoint_folder import Adapter, CheckpointRecord, resolve_checkpoint
-from entropy_experiments.checkpoint_validation import Examined, examine_checkpoint
+from entropy_experiments.checkpoints.adapter_file import adapter_weights, saved_embeddings, weight_shapes
+from entropy_experiments.checkpoints.folder import Adapter, CheckpointRecord, resolve_checkpoint
+from entropy_experiments.checkpoints.loaded_policy import check_loaded_policy
+from entropy_experiments.checkpoints.optimizer_names import match_names
+from entropy_experiments.checkpoints.policy_outline import resize_vocabulary
+from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint
 from entropy_experiments.config import CheckpointOverrides
-from entropy_experiments.loaded_policy import check_loaded_policy
-from entropy_experiments.optimizer_mapping import match_names
-from entropy_experiments.policy_outline import resize_vocabulary
 from rl_training.errors import UserError
 
 if TYPE_CHECKING:
-    from rl_training.device_map import DeviceMap
+    from rl_training.models.device_map import DeviceMap
 
 # How torch computes the step, not which one: what suits the training machine need not suit this one.
 _HOW = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
@@ -65,8 +65,8 @@ def load_checkpoint(
 
     Raises UserError for a missing, partial or changed checkpoint, an adapter whose base model is missing, optimizer state that
     is absent or not AdamW's, or whose entries cannot be matched to parameters beyond doubt, a learning rate that is not
-    recorded; a policy that is not the one that was saved (entropy_experiments.loaded_policy); a device map that does not fit,
-    or that would offload what is trained.
+    recorded; a policy that is not the one that was saved (entropy_experiments.checkpoints.loaded_policy); a device
+    map that does not fit, or that would offload what is trained.
     """
     folder = resolve_checkpoint(path)
     found = examine_checkpoint(folder, model_name, learning_rate, with_optimizer=require_optimizer)
@@ -89,7 +89,7 @@ def device_map(settings: CheckpointOverrides) -> DeviceMap | None:
     """Where an analysis' configuration places the parts of the base model; None for one device."""
     if settings.device_map is None:
         return None
-    from rl_training.device_map import DeviceMap
+    from rl_training.models.device_map import DeviceMap
 
     return DeviceMap(settings.device_map, settings.max_memory, settings.offload_folder)
 
@@ -97,9 +97,9 @@ def device_map(settings: CheckpointOverrides) -> DeviceMap | None:
 def _load_policy(
     found: Examined, device: str, dtype: str | None, device_map: DeviceMap | None
 ) -> tuple[nn.Module, Any]:
-    from entropy_experiments.offloaded_layers import read_again_in_backward
-    from rl_training.device_map import PlacementError
-    from rl_training.models import load_model_and_tokenizer, read_tokenizer
+    from entropy_experiments.checkpoints.offloading import read_again_in_backward
+    from rl_training.models.device_map import PlacementError
+    from rl_training.models.load import load_model_and_tokenizer, read_tokenizer
 
     folder, sidecar = found.folder, found.sidecar
     try:
@@ -149,8 +149,8 @@ def _attach_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    from entropy_experiments.offloaded_layers import place_adapters, placement_hidden
-    from rl_training.models import disable_dropout
+    from entropy_experiments.checkpoints.offloading import place_adapters, placement_hidden
+    from rl_training.models.load import disable_dropout
 
     where = str(folder)
     try:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entropy_experiments.launch_end import ending_the_launch
-from entropy_experiments.text_display import visible
+from entropy_experiments.run.launch_end import ending_the_launch
+from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,12 +83,12 @@ def analyze(
         return _print_forecast(checkpoint, settings, trust, as_json)
     with _stdout_kept_for_results():
         _quiet_libraries()
-        from entropy_experiments.analysis_console import analyze_with_progress
+        from entropy_experiments.console.analyze import analyze_with_progress
 
         options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "trust": trust, "quiet": quiet}
         analysis = analyze_with_progress(checkpoint, settings, table=not as_json, **options)
     if as_json:
-        from entropy_experiments.outcome import read_outcome
+        from entropy_experiments.report.outcome import read_outcome
 
         _print_json({"command": "analyze", **read_outcome(analysis.folder)})
     else:
@@ -116,14 +116,14 @@ def sweep(
     ] = False,
 ) -> None:
     """Analyse every checkpoint of one or several runs alike, and report how it evolved. Prints the report's path last."""
-    from entropy_experiments.sweep_config import SweepConfig
+    from entropy_experiments.sweep.config import SweepConfig
     from rl_training.configuration import load_config
 
     overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
     settings = load_config(SweepConfig, config, overrides)
     with _stdout_kept_for_results():
         _quiet_libraries()
-        from entropy_experiments.sweep_console import refuse_failures, sweep_outcome, sweep_with_progress
+        from entropy_experiments.console.sweep import refuse_failures, sweep_outcome, sweep_with_progress
 
         runs = [Path(a) for a in arguments if a not in overrides]
         options = {"folder": folder, "resume": resume, "overwrite": overwrite, "shard": shard, "assemble": assemble}
@@ -140,7 +140,7 @@ def sweep(
 @app.command()
 def report(results: Annotated[Path, typer.Argument(help="Results folder of an analysis")]) -> None:
     """Write the figures and report.html of a results folder anew. Prints the report's path."""
-    from entropy_experiments.report import write_report
+    from entropy_experiments.report.page import write_report
 
     print(write_report(results))
 
@@ -157,15 +157,15 @@ def compare(
 ) -> None:
     """Compare analyses, or sweeps, with the first of them: differences and their standard errors. Prints the page's path last."""
     with _stdout_kept_for_results():
-        from entropy_experiments.compare_report import write_comparison
+        from entropy_experiments.compare.page import write_comparison
 
         found = write_comparison(folders, output, overwrite)
     if as_json:
         _print_json({"command": "compare", **found})
         return
     if not quiet:
-        from entropy_experiments.stage_progress import progress_console
-        from entropy_experiments.verdict_table import print_comparison
+        from entropy_experiments.console.progress import progress_console
+        from entropy_experiments.console.tables import print_comparison
 
         print_comparison(progress_console(quiet), found)
     print(found["report"])
@@ -178,7 +178,7 @@ def explore(
     headless: Annotated[bool, typer.Option("--headless", help="Open no browser window; print the address")] = False,
 ) -> None:
     """Open a results folder in a notebook to look around in. Ctrl-C ends it."""
-    from entropy_experiments.explore import open_notebook
+    from entropy_experiments.console.explore import open_notebook
 
     raise typer.Exit(open_notebook(results, port, headless))
 
@@ -191,7 +191,7 @@ def doctor(
     """Say what a checkpoint holds, what can be analysed, and what is missing and how to get it. A folder of many: a table."""
     with _stdout_kept_for_results():
         _quiet_libraries()
-        from entropy_experiments.doctor import checkpoints_inside, examine, examine_many
+        from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
 
         many = checkpoints_inside(checkpoint)
         lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
@@ -206,7 +206,7 @@ def demo(
 ) -> None:
     """Train a small model until its entropy falls, analyse the checkpoint, write the report. Ten minutes on two cores."""
     _quiet_libraries()
-    from entropy_experiments.demo import run_demo
+    from entropy_experiments.console.demo import run_demo
 
     print(run_demo(output))
 
@@ -214,7 +214,7 @@ def demo(
 def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool) -> None:
     with _stdout_kept_for_results():
         _quiet_libraries()
-        from entropy_experiments.forecast import forecast_analysis
+        from entropy_experiments.forecast.forecast import forecast_analysis
 
         forecast = forecast_analysis(checkpoint, settings, trust)
     if as_json:

@@ -2,7 +2,7 @@
 
 One batch in both roles would add the t = t' terms (K(t, t) > 0) and bias every delta H. The evaluation buffer is drawn
 without looking at any reward; rewards are filled in afterwards, for the report alone. Either side may be sequences of one's
-own instead (entropy_experiments/custom_sequences.py). See docs/theory/double-sampling.md.
+own instead (entropy_experiments/buffers/custom.py). See docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import numpy as np
 import torch
 
 from entropy_core.weighting import advantages, sequence_weights
-from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
-from entropy_experiments.custom_sequences import (
+from entropy_experiments.buffers.custom import (
     PromptNumbers,
     given_rollouts,
     read_custom_sequences,
     reference_rollouts,
 )
-from entropy_experiments.recorded_rollouts import (
+from entropy_experiments.buffers.sampling_plan import SamplingPlan
+from entropy_experiments.buffers.saved import (
     has_drawn,
     recorded_evaluation,
     recorded_training,
     refuse_drawing,
     refuse_foreign,
 )
-from entropy_experiments.sampling_plan import SamplingPlan
-from rl_training.difficulty import PassRates
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
 from rl_training.errors import UserError
 from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, score
+from rl_training.tasks.difficulty import PassRates
 
 # Offsets that keep the random streams of the two buffers apart for one seed.
 _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003

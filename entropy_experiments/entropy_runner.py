@@ -22,41 +22,41 @@ from typing import Any
 
 import numpy as np
 
-from entropy_core.forward import input_device
-from entropy_core.stopped_gradients import true_derivatives
+from entropy_core.passes.forward import input_device
+from entropy_core.passes.stopped_gradients import true_derivatives
+from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
-from entropy_experiments.analyses_runner import failed_analyses, run_analyses
-from entropy_experiments.analysis_inputs import AnalysisInputs
-from entropy_experiments.analysis_numbers import AnalysisNumbers
-from entropy_experiments.checkpoint_folder import checkpoint_step, resolve_checkpoint
+from entropy_experiments.analyses.registry import failed_analyses, run_analyses
+from entropy_experiments.buffers.recorded_task import check_trust
+from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
+from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
 from entropy_experiments.fisher_analyzer import analyze_batches
-from entropy_experiments.kernel_options import kernel_options
-from entropy_experiments.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
-from entropy_experiments.leave_one_out import write_leave_one_out
-from entropy_experiments.policy_record import describe_policy
-from entropy_experiments.processes import Processes
-from entropy_experiments.recorded_task import check_trust
-from entropy_experiments.report import write_report
-from entropy_experiments.results_writer import (
+from entropy_experiments.kernel.options import kernel_options
+from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
+from entropy_experiments.records.history import stored_state, training_history
+from entropy_experiments.records.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
+from entropy_experiments.records.leave_one_out import write_leave_one_out
+from entropy_experiments.records.policy import describe_policy
+from entropy_experiments.records.writer import (
     describe_environment,
     summarize,
     write_json,
     write_kernels,
     write_sequences,
 )
-from entropy_experiments.sampling_plan import SamplingPlan, plan_sampling
-from entropy_experiments.self_checks import SelfCheck
-from entropy_experiments.training_history import stored_state, training_history
-from entropy_experiments.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
+from entropy_experiments.report.page import write_report
+from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.self_checks import SelfCheck
+from entropy_experiments.step.numbers import AnalysisNumbers
 from rl_training.configuration import dump_config
-from rl_training.disk import disk_is_full
 from rl_training.errors import ResumableError, UserError
-from rl_training.folder_lock import LOCK_NAME, locked
+from rl_training.files import refuse_link, remove_leftovers, write_whole
+from rl_training.run.disk import disk_is_full
+from rl_training.run.folder_lock import LOCK_NAME, locked
 from rl_training.sampling import Rollouts
-from rl_training.whole_files import refuse_link, remove_leftovers, write_whole
 
 Stage = Callable[[str], None]
 

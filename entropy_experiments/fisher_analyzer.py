@@ -2,7 +2,7 @@
 
 Training rows dS_i times P (one side only) are the kernel's columns; the parts of the next AdamW step stand beside them as five
 more. One forward pass over the evaluation buffer contracts every estimator's rows E_t with all columns at once (block by
-block: entropy_experiments.kernel_engine): kernels from the first, each sequence's contribution to every prediction from the
+block: entropy_experiments.kernel.engine): kernels from the first, each sequence's contribution to every prediction from the
 last. Means over evaluation sequences are predictions, a jackknife over their prompts gives the standard errors. Where rows
 cover some modules only, contributions to predictions come from forward-mode derivatives along the whole step instead.
 
@@ -26,17 +26,17 @@ from entropy_core.gradients import batch_gradients, dot
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import contributions_without_each_prompt
-from entropy_experiments.analysis_numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
-from entropy_experiments.attribution import attribute, horizon_factor
-from entropy_experiments.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
-from entropy_experiments.kernel_options import KernelOptions
-from entropy_experiments.kernel_sketch import check_sketch
-from entropy_experiments.optimizer_step import moved
-from entropy_experiments.preconditioner_file import write_preconditioner
-from entropy_experiments.predictions_left_out import estimate_with_error, products_without_each_prompt
-from entropy_experiments.row_storage import StoredRows
-from entropy_experiments.self_checks import SelfCheck, surprisal_z_score
-from entropy_experiments.training_side import TrainingSide, prepare_training_side
+from entropy_experiments.kernel.options import KernelOptions
+from entropy_experiments.kernel.sketch import check_sketch
+from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
+from entropy_experiments.kernel.store.row_storage import StoredRows
+from entropy_experiments.run.self_checks import SelfCheck, surprisal_z_score
+from entropy_experiments.step.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
+from entropy_experiments.step.numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
+from entropy_experiments.step.optimizer_step import moved
+from entropy_experiments.step.predictions_left_out import estimate_with_error, products_without_each_prompt
+from entropy_experiments.step.shares import attribute, horizon_factor
+from entropy_experiments.step.training_side import TrainingSide, prepare_training_side
 from rl_training.errors import ShareDone, UserError
 
 Stage = Callable[[str], None]

@@ -21,15 +21,15 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.forward import evaluation_mode, innermost_model, input_device
-from entropy_core.position_table import check_length
-from rl_training.chat_prompts import PromptRendering, tokenize_prompts
-from rl_training.difficulty import PassRates
-from rl_training.endings import Ending, ending
+from entropy_core.passes.forward import evaluation_mode, innermost_model, input_device
+from entropy_core.passes.position_table import check_length
 from rl_training.errors import UserError
-from rl_training.left_padding import positions_matter
-from rl_training.reward_calls import total_rewards
-from rl_training.text_tokenizer import text_tokenizer
+from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
+from rl_training.prompts.endings import Ending, ending
+from rl_training.prompts.left_padding import positions_matter
+from rl_training.prompts.text_tokenizer import text_tokenizer
+from rl_training.tasks.difficulty import PassRates
+from rl_training.tasks.reward_calls import total_rewards
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Rollouts:
         return [len(ids) if drawn is None else sum(drawn) for ids, drawn in pairs]
 
     def endings(self, law: SamplingLaw) -> list[Ending]:
-        """How every completion came to its end (rl_training.endings)."""
+        """How every completion came to its end (rl_training.prompts.endings)."""
         pairs = zip(self.completion_ids, self.drawn, strict=True)
         return [ending(ids, drawn, law.eos_token_ids) for ids, drawn in pairs]
 
@@ -280,7 +280,7 @@ def draw(
 def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., Any]], trainer_state: Any = None) -> None:
     """Fill in `reward`: the sum of the reward functions that judge a completion, called by TRL's contract; None where none does.
 
-    trainer_state: as the functions are to see it; see rl_training/reward_calls.py.
+    trainer_state: as the functions are to see it; see rl_training/tasks/reward_calls.py.
     """
     conversational = not isinstance(rollouts.prompt_row[0]["prompt"], str)
     shown = [[{"role": "assistant", "content": c}] if conversational else c for c in rollouts.completion]

@@ -20,13 +20,13 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.folder_lock import holds_something, run_folder_locked
+from rl_training.files import refuse_links_inside, write_whole
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
-from rl_training.models import add_lora, load_model_and_tokenizer
-from rl_training.resuming import check_resumable
-from rl_training.tasks import Task, load_task
-from rl_training.training_console import ConsoleCallback, MetricsFile
-from rl_training.whole_files import refuse_links_inside, write_whole
+from rl_training.models.load import add_lora, load_model_and_tokenizer
+from rl_training.run.console import ConsoleCallback, MetricsFile
+from rl_training.run.folder_lock import holds_something, run_folder_locked
+from rl_training.run.resume import check_resumable
+from rl_training.tasks.task import Task, load_task
 
 
 def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:

@@ -24,7 +24,7 @@ CONFIG_MODULES = (
     "rl_training.config",
     "rl_training.configuration",
     "entropy_experiments.config",
-    "entropy_experiments.sweep_config",
+    "entropy_experiments.sweep.config",
 )
 
 SKIPPED_FOLDERS = {"__pycache__", "runs", "results", "build", "dist", "node_modules"}
@@ -94,6 +94,12 @@ def test_floors() -> None:
     lint = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_the_drawn_import_graph_is_of_these_imports() -> None:
+    command = [sys.executable, "docs/draw_architecture.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_core_needs_torch_alone() -> None:

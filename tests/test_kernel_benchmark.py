@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from entropy_core.output_head import _PROBE_TOKENS
+from entropy_core.passes.frozen_head import _PROBE_TOKENS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

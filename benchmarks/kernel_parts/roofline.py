@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.token_plan import pays
+from entropy_core.passes.token_plan import pays
 from kernel_parts.cases import Case, random_adapters, random_batch
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.number_format import counted, signed
+from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.text.numbers import counted, signed
 
 CLOSURE_TOLERANCE = 1e-4
 
@@ -41,10 +41,10 @@ def attribute_step(
 ) -> dict[str, Any]:
     """Shares of the step's batch part by sequence, prompt and token, and the evaluation side's losses.
 
-    shares: (n_train,) dh_i. token_shares: (n_train, L) from entropy_experiments.step_measurement.token_shares, with
+    shares: (n_train,) dh_i. token_shares: (n_train, L) from entropy_experiments.step.real_steps.token_shares, with
     completion_mask (n_train, L) and, for the figure, token_texts: the completion tokens of each sequence as text, foreign ones
     included; drawn: which of these the policy drew, None (of one, or of all) where every one.
-    endings: how the completions of the training and of the evaluation side came to their ends (rl_training.endings).
+    endings: how the completions of the training and of the evaluation side came to their ends (rl_training.prompts.endings).
     advantages: (n_train,) A_i. contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted
     change of sum_k H_k on
     sequence t's own tokens, nats per completion.

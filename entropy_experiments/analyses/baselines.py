@@ -12,7 +12,7 @@ The last four are steps of another length (in logits, or without the optimizer's
 against the measurement here, and their correlation over many steps elsewhere. fixed_prefix has another estimand; it is
 compared with the policy's change, which it is often taken for, and in a row of its own with the change on given tokens.
 Predictions and measurement share evaluation sequences; the error of their difference leaves prompts out of both at once
-(entropy_experiments.agreement), and a predictor is as good as the measurement where 0 lies in the 95% interval.
+(entropy_experiments.statistics.agreement), and a predictor is as good as the measurement where 0 lies in the 95% interval.
 Source: entropy_core/entropy.py, entropy_core/predictors.py; docs/analyses/baselines.md.
 """
 
@@ -22,8 +22,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from entropy_experiments.agreement import compare, estimate_of, told_from_zero
-from entropy_experiments.number_format import plus_minus
+from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero
+from entropy_experiments.text.numbers import plus_minus
 
 LABELS = {
     "rao_blackwell": "Rao–Blackwell",

@@ -22,8 +22,8 @@ import torch
 from scipy import stats
 
 from entropy_core.uncertainty import jackknife_over_prompts
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.number_format import counted, plain
+from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.text.numbers import counted, plain
 
 QUANTITIES = {
     "length": ("completion length", "tokens", "longer", "shorter"),

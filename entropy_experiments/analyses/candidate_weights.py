@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from entropy_core.weighting import LengthNormalizer, WeightingScheme, sequence_weights
-from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
-from entropy_experiments.number_format import counted
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.text.numbers import counted
 
 MASKED_FRACTION, BAND_FRACTION = 0.1, 0.25
 """Of all sequences, how many KL-Cov masks (those of highest covariance), and from how many of the highest Clip-Cov draws as

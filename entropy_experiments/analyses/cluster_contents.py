@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score
 
-from entropy_experiments.analyses.labelled import SequenceLabels
+from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.prompt_structure import shuffling_within
 
 Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], float]

@@ -6,7 +6,7 @@ from typing import Any
 
 from entropy_experiments.analyses.cluster_contents import deciding_p_value
 from entropy_experiments.analyses.distinct_sequences import duplicates_in_words
-from entropy_experiments.number_format import plain
+from entropy_experiments.text.numbers import plain
 
 _SIZES_SHOWN = 8
 _WEAK_AGREEMENT = 0.5

@@ -34,13 +34,13 @@ from scipy.spatial.distance import squareform
 from sklearn.cluster import SpectralClustering
 from sklearn.metrics import adjusted_rand_score
 
+from entropy_experiments.analyses.arrays import KernelArrays
 from entropy_experiments.analyses.cluster_contents import describe_clusters, shared_by_clusters
 from entropy_experiments.analyses.cluster_words import clustering_sentence
 from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
 from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
-from entropy_experiments.analyses.labelled import KernelArrays
 from entropy_experiments.analyses.prompt_structure import agreeing, correctness
-from entropy_experiments.number_format import plain
+from entropy_experiments.text.numbers import plain
 
 _FEWEST_SEQUENCES = 4
 _FEWEST_IN_COMMON = 4

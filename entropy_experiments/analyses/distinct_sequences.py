@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.number_format import counted
+from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.text.numbers import counted
 
 # |g_i - g_j|^2 of equal sequences, in parts of |g|^2: rounding of two float32 passes stays far below, other tokens far above.
 _SAME_GRADIENT = 1e-3

@@ -4,7 +4,7 @@
     measured(s)  = h(theta + s dtheta) - h(theta)            reweighted on the same tokens (SNIS), on fresh samples, or exact
 
     ratio        = measured / predicted, with its sign; a denominator whose 95% interval holds 0 is marked
-    agrees       whether 0 lies in the 95% interval of predicted - measured (entropy_experiments.agreement)
+    agrees       whether 0 lies in the 95% interval of predicted - measured (entropy_experiments.statistics.agreement)
     departure(s) = |measured - predicted| / max(|measured|, |predicted|)   of the split estimator against SNIS
 
 The split estimator is the derivative of the reweighted measurement on the same tokens: their departure holds no sampling
@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
-from entropy_experiments.number_format import as_number, plain, plus_minus, value_and_error
+from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
+from entropy_experiments.text.numbers import as_number, plain, plus_minus, value_and_error
 
 COMPARISONS = {
     "snis": ("rao_blackwell", "split", "score_function"),

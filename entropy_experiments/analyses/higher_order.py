@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.number_format import plain, plus_minus, value_and_error
+from entropy_experiments.text.numbers import plain, plus_minus, value_and_error
 
 DEFAULT_SCALES = tuple(sign * 2.0**-k for k in (0, 1, 2, 3, 4) for sign in (1, -1))
 """What to measure at where nothing else is wanted: +-1 to +-1/16 of the step."""

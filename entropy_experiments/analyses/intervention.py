@@ -25,7 +25,7 @@ from scipy import stats
 from torch import Tensor
 
 from entropy_experiments.analyses.attribution import extreme_sequences
-from entropy_experiments.number_format import counted, signed
+from entropy_experiments.text.numbers import counted, signed
 from rl_training.errors import UserError
 
 Measure = Callable[[Tensor], float]
@@ -171,7 +171,7 @@ def prove_by_intervention(
 ) -> dict[str, Any]:
     """Take real steps with half of the sequences and without the extreme ones, and hold them against the shares.
 
-    measure, clip: `change` and `clip` of entropy_experiments.step_measurement.StepMeasurement, or their like. weights:
+    measure, clip: `change` and `clip` of entropy_experiments.step.real_steps.StepMeasurement, or their like. weights:
     (n_train,) of the loss. predictions: name -> prediction, the first of them the headline, whose shares choose what is
     removed. prompt_index: (n_train,), halve prompts in place of sequences. Sequences of weight 0 are in no subset.
 

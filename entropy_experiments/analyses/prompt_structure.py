@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.analyses.arrays import KernelArrays
 from entropy_experiments.analyses.distinct_sequences import (
     DistinctSequences,
     distinct_sequences,
     equal_across,
 )
 from entropy_experiments.analyses.kernel_geometry import check_finite, checked_gram, cosine_kernel
-from entropy_experiments.analyses.labelled import KernelArrays
 from entropy_experiments.analyses.structure_words import structure_sentence
 
 CORRECTNESS_RULE = (

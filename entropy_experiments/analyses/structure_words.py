@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from entropy_experiments.analyses.distinct_sequences import duplicates_in_words
-from entropy_experiments.number_format import plain, plus_minus, signed
+from entropy_experiments.text.numbers import plain, plus_minus, signed
 
 _LEVEL = 0.05
 

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
-from entropy_experiments.agreement import compare
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
-from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
-from entropy_experiments.number_format import counted, plus_minus, value_and_error
+from entropy_experiments.statistics.agreement import compare
+from entropy_experiments.text.numbers import counted, plus_minus, value_and_error
 
 NORMALISATIONS = ("raw", "equal_length", "equal_gain")
 DISTINGUISHABLE = 2.0

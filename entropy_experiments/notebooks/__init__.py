@@ -1,1 +1,4 @@
-"""Notebooks that come with the package; `entropy-experiments explore FOLDER` opens them."""
+"""The marimo notebook over a results folder, and the views that it shows.
+
+Imports report and records.
+"""

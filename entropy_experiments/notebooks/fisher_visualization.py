@@ -14,8 +14,8 @@ def _():
 
     import marimo as mo
 
-    from entropy_experiments import notebook_views as views
-    from entropy_experiments.results_folder import read_results_folder
+    from entropy_experiments.notebooks import views
+    from entropy_experiments.records.reader import read_results_folder
     from rl_training.errors import UserError
 
     return UserError, mo, read_results_folder, sys, views

@@ -25,22 +25,22 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
-from rl_training.adapter_initialisation import REMEDY, unrepeatable_initialisation
-from rl_training.algs.drawn_tokens import completion_of_row, loss_mask
-from rl_training.algs.law_check import LawKeeper
-from rl_training.algs.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
-from rl_training.algs.premise_guard import PremiseGuard
-from rl_training.algs.reward_range import TrainedAtAll, check_rewards, without_weight
-from rl_training.algs.rollout_record import write_rollouts
-from rl_training.algs.rollout_sequences import RolloutSequence
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.trainer_arguments import refuse_arguments
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
-from rl_training.checkpoint_format import read_sidecar, write_sidecar
-from rl_training.difficulty import PassRates, mean_reward
-from rl_training.disk import disk_is_full
 from rl_training.errors import UserError
+from rl_training.generation.drawn_tokens import completion_of_row, loss_mask
+from rl_training.generation.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
+from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
+from rl_training.premises.law_check import LawKeeper
+from rl_training.premises.premise_guard import PremiseGuard
+from rl_training.premises.reward_range import TrainedAtAll, check_rewards, without_weight
+from rl_training.run.disk import disk_is_full
+from rl_training.run.rollouts import write_rollouts
+from rl_training.run.sidecar import read_sidecar, write_sidecar
 from rl_training.sampling import has_reward_differences
+from rl_training.tasks.difficulty import PassRates, mean_reward
 
 
 @dataclass

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import (
     Estimator,
     TokenCoefficients,
@@ -37,19 +38,20 @@ from entropy_core.entropy import (
     normalized_weights,
 )
 from entropy_core.fold_gradients import Buckets, FoldGradients, fold_gradients, shared_statistics
-from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
+from entropy_core.passes.stopped_gradients import attached_norms, true_derivatives
 from entropy_core.scores import TokenStatistics
-from entropy_core.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
-from entropy_core.stopped_gradients import attached_norms, true_derivatives
-from entropy_core.work_sharing import WorkSharing
-from rl_training.algs.entropy_change import ESTIMANDS, EntropyChange, StepParts
-from rl_training.algs.fused_score import FusedScore
-from rl_training.algs.observation import Observation
-from rl_training.algs.running_gradient import RunningGradient
-from rl_training.algs.step_attribution import SAME_GRADIENT, TrainingSequences, clip_coefficient, step_shares
-from rl_training.algs.step_parts import (
+from rl_training.config import EntropyProbeConfig
+from rl_training.errors import UserError
+from rl_training.probe.change import ESTIMANDS, EntropyChange, StepParts
+from rl_training.probe.observation import Observation
+from rl_training.probe.running_gradient import RunningGradient
+from rl_training.probe.score_term import FusedScore
+from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, clip_coefficient, step_shares
+from rl_training.probe.step_parts import (
     copies,
     counterfactual,
     has_stepped,
@@ -60,9 +62,7 @@ from rl_training.algs.step_parts import (
     upcoming_step,
     why_not_split,
 )
-from rl_training.algs.step_prediction import NO_CHANGE, StepPrediction, predicted_parts, token_predictors
-from rl_training.config import EntropyProbeConfig
-from rl_training.errors import UserError
+from rl_training.probe.step_prediction import NO_CHANGE, StepPrediction, predicted_parts, token_predictors
 
 _PER_TOKEN, _PER_COMPLETION, _SCORE_FUNCTION, _SCORE_TERM = "token", "completion", "score function", "score term"
 
@@ -166,7 +166,7 @@ class SimpleEntropyProbe:
         """Predict the step that `optimizer` is about to take; its gradients must be final (clipped, not yet stepped).
 
         training: the sequences of the step, for `mode: attribution` and `predictors`. score: under `fused`, the step's score
-        term (rl_training.algs.fused_score); the observed sequences then give the fixed-prefix term alone.
+        term (rl_training.probe.score_term); the observed sequences then give the fixed-prefix term alone.
 
         Raises UserError where no trained parameter has a gradient here (the optimizer steps elsewhere), or where `fused` or
         `preconditioning` ask for what this optimizer's step does not have; ValueError for a loss that cannot be attributed.

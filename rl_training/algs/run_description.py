@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rl_training.algs.drawn_tokens import environment_of
-from rl_training.algs.gradient_premise import GradientPremise, is_sharded
-from rl_training.algs.policy_witness import witness_of
-from rl_training.checkpoint_digests import checkpoint_digests
-from rl_training.checkpoint_format import (
+from rl_training.errors import UserError
+from rl_training.generation.description import describe_sampling
+from rl_training.generation.drawn_tokens import environment_of
+from rl_training.premises.gradient_premise import GradientPremise, is_sharded
+from rl_training.premises.policy_witness import witness_of
+from rl_training.run.checkpoint_digests import checkpoint_digests
+from rl_training.run.sidecar import (
     SIDECAR_FORMAT,
     Sidecar,
     SidecarAlgorithm,
@@ -21,10 +23,8 @@ from rl_training.checkpoint_format import (
     SidecarSampling,
     SidecarWitness,
 )
-from rl_training.difficulty import PassRates
-from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw
-from rl_training.sampling_description import describe_sampling
+from rl_training.tasks.difficulty import PassRates
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 

@@ -1,7 +1,7 @@
 """Arguments of TRL's GRPOConfig under which completions, or the loss, are not those that are analysed.
 
 What a setting of the sampler does is known from the generator's final configuration, once there is a trainer
-(rl_training.sampling_description); this is the part that can be seen before. An argument that is in no list here came with a
+(rl_training.generation.description); this is the part that can be seen before. An argument that is in no list here came with a
 release of TRL that was never looked at: at its default it does nothing new, otherwise it is refused.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 from rl_training.errors import UserError
-from rl_training.generation_settings import departures, plain
+from rl_training.generation.settings import departures, plain
 
 # What TRL 1.12 to 1.16 know, whatever it does: what matters of it is checked by name here, in DrGRPOConfig, or on the trainer.
 _KNOWN = frozenset(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rl_training.algs.drawn_tokens import environment_of
-from rl_training.algs.model_inputs import row_beyond_text
 from rl_training.errors import UserError
+from rl_training.generation.drawn_tokens import environment_of
+from rl_training.generation.model_inputs import row_beyond_text
 
 
 def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -15,36 +15,36 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from entropy_core.work_sharing import WorkSharing
-from rl_training.algs.drawn_tokens import loss_mask
-from rl_training.algs.entropy_change import EntropyChange
+from entropy_core.collectives import WorkSharing
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
-from rl_training.algs.full_precision import agreement, coarsest_dtype, without_autocast
-from rl_training.algs.fused_score import FusedScoreTerm
-from rl_training.algs.law_check import FirstPrompts, LawWatcher
-from rl_training.algs.rollout_sequences import (
+from rl_training.config import EntropyProbeConfig
+from rl_training.errors import UserError
+from rl_training.generation.description import SamplingDescription, describe_sampling
+from rl_training.generation.drawn_tokens import loss_mask
+from rl_training.generation.rollout_sequences import (
     RolloutSequence,
     drawn_scores,
     prior_log_weights,
     to_batch,
     to_training_sequences,
 )
-from rl_training.algs.splits import entropy_by_ending, shares_by_group
-from rl_training.algs.surprisal_check import SamplerWatch
-from rl_training.config import EntropyProbeConfig
-from rl_training.endings import ending
-from rl_training.errors import UserError
 from rl_training.integrations.fresh_prompts import refuse_prompts
 from rl_training.integrations.generated_sequences import GeneratedSequences
-from rl_training.integrations.probe_history import RUNNING, ProbeHistory
-from rl_training.integrations.probe_metrics import metrics_of
-from rl_training.integrations.probe_premise import ProbePremise
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
+from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
+from rl_training.premises.law_check import FirstPrompts, LawWatcher
+from rl_training.premises.probe_premise import ProbePremise
+from rl_training.premises.surprisal_check import SamplerWatch
+from rl_training.probe.change import EntropyChange
+from rl_training.probe.history import RUNNING, ProbeHistory
+from rl_training.probe.metrics import metrics_of
+from rl_training.probe.score_term import FusedScoreTerm
+from rl_training.probe.splits import entropy_by_ending, shares_by_group
+from rl_training.prompts.endings import ending
+from rl_training.prompts.text_tokenizer import text_tokenizer
+from rl_training.run.console import ProbeConsole
 from rl_training.sampling import draw
-from rl_training.sampling_description import SamplingDescription, describe_sampling
-from rl_training.text_tokenizer import text_tokenizer
-from rl_training.training_console import ProbeConsole
 
 # Of an endless stream of prompts the probe keeps so many to draw from.
 _PROMPTS_TAKEN = 1024

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import ESTIMATORS, TokenCoefficients, entropy_coefficients
 from entropy_core.fold_gradients import Objectives, fold_gradients, shared_statistics
 from entropy_core.gradients import dot, trainable_parameters
+from entropy_core.passes.shared_prefix import shared_prefix_buckets
 from entropy_core.scores import TokenStatistics
-from entropy_core.shared_prefix import shared_prefix_buckets
-from entropy_core.work_sharing import WorkSharing
 from tests.entropy_core.attention_policy import DistanceAttention
 
 VOCABULARY = 11

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import length_buckets
+from entropy_core.collectives import WorkSharing
 from entropy_core.fold_gradients import (
     Estimate,
     FoldGradients,
@@ -20,11 +21,10 @@ from entropy_core.fold_gradients import (
     fold_shares,
     shared_statistics,
 )
-from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import dot, entropy_gradient, entropy_rows
+from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.shared_prefix import shared_prefix_buckets
 from entropy_core.scores import token_statistics
-from entropy_core.shared_prefix import shared_prefix_buckets
-from entropy_core.work_sharing import WorkSharing
 from tests.entropy_core.shared_work import OBJECTIVES, numbers_of_every_setting, objectives_of, random_direction
 from tests.entropy_core.support import left_padded, right_padded
 from tests.oracle.comparison import assert_close, assert_named_close

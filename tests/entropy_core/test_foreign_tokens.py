@@ -17,8 +17,8 @@ from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.gradients import batch_gradients, per_sequence_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.measurement import snis_entropy_change
+from entropy_core.passes.shared_prefix import common_prefix_buckets, shared_prefix_buckets, shares_prefixes
 from entropy_core.scores import token_statistics
-from entropy_core.shared_prefix import common_prefix_buckets, shared_prefix_buckets, shares_prefixes
 from tests.oracle.comparison import assert_close, assert_named_close
 from tests.oracle.enumeration import fisher_kernel, flatten, flatten_rows, unflatten
 from tests.oracle.environment import drawn_terms, solve_episodes, talkative, trajectories

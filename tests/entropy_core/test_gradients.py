@@ -20,7 +20,7 @@ from entropy_core.gradients import (
     stream_rows,
     trainable_parameters,
 )
-from entropy_core.row_sums import RowSums, RowSumsDifferError
+from entropy_core.passes.row_check import RowSums, RowSumsDifferError
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_close, assert_named_close

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import entropy_core.batch
-from entropy_core import passes, scores
+from entropy_core import graph_passes as passes
+from entropy_core import scores
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients
 from entropy_core.gradients import batch_gradients, gradient_rows, keeping, stream_rows

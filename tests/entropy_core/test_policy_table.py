@@ -16,11 +16,11 @@ from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.directional import entropy_products, token_derivatives
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients
-from entropy_core.fold_rows import FoldRows
 from entropy_core.gradients import entropy_gradient, gradient_rows
-from entropy_core.row_formation import RowFormation
+from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes
 from entropy_core.scores import token_statistics
-from entropy_core.shared_prefix import shared_prefix_buckets, shares_prefixes
 from tests.entropy_core.policy_table import CASES, INSERT_POSITIONS, VOCABULARY, PolicyCase
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "models-and-adapters.md"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_core.logit_statistics import logprobs_and_entropies
+from entropy_core.passes.logits import logprobs_and_entropies
 from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force

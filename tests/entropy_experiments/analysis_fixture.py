@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.attribution import attribute_step
 from entropy_experiments.analyses.baselines import baseline_table
 from entropy_experiments.analyses.buffers import compare_buffers
@@ -10,7 +11,6 @@ from entropy_experiments.analyses.clustering import sequence_clusters
 from entropy_experiments.analyses.entropy_prediction import compare_prediction
 from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_orders
 from entropy_experiments.analyses.intervention import SharePrediction, prove_by_intervention
-from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.prompt_structure import prompt_structure
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
 

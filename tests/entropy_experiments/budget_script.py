@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core.batch import SequenceBatch
 from entropy_experiments.fisher_analyzer import analyze_batches
-from entropy_experiments.kernel_options import KernelOptions
-from entropy_experiments.unfinished_work import UnfinishedWork
+from entropy_experiments.kernel.options import KernelOptions
+from entropy_experiments.kernel.unfinished_work import UnfinishedWork
 
 TOKEN_BATCH_SIZE, EVALUATION = 256, 8
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rl_training.checkpoint_digests import checkpoint_digests
+from rl_training.run.checkpoint_digests import checkpoint_digests
 
 SIDECAR = "entropy_experiments.json"
 

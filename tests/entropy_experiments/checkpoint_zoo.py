@@ -18,7 +18,7 @@ from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_experiments.optimizer_mapping import rebuild_parameter_names
+from entropy_experiments.checkpoints.optimizer_names import rebuild_parameter_names
 from tests.entropy_experiments.checkpoint_edits import edit_json, edit_optimizer, flip_byte, reseal
 
 RATE = 1e-3

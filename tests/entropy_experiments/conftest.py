@@ -6,9 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
-from entropy_experiments import recorded_task
-from entropy_experiments.charts import style
-from entropy_experiments.report import write_report
+from entropy_experiments.buffers import recorded_task
+from entropy_experiments.report.figures import style
+from entropy_experiments.report.page import write_report
 from rl_training.train import run_training
 from tests.entropy_experiments.browser_visit import launch
 from tests.entropy_experiments.results_fixture import build_results
@@ -42,7 +42,7 @@ def unpainted():
     """Reports draw their figures and do not paint them, half of an analysis' time here: for tests that look at numbers."""
     picture = style.png_bytes(Figure(figsize=(0.1, 0.1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_experiments.report.png_bytes", lambda figure: picture)
+        patch.setattr("entropy_experiments.report.page.png_bytes", lambda figure: picture)
         yield
 
 

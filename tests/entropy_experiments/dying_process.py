@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from entropy_experiments import kernel_workspace
 from entropy_experiments.cli import main
+from entropy_experiments.kernel import workspace as kernel_workspace
 
 
 def main_until(block: str) -> None:

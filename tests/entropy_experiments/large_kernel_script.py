@@ -15,8 +15,8 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
-from entropy_experiments.kernel_engine import KernelEngine
-from entropy_experiments.kernel_options import KernelOptions
+from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.kernel.options import KernelOptions
 
 SEQUENCES, BUDGET, EVALUATION = 10_000, 8 * 2**30, 24
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from entropy_experiments.agreement import paired_agreement
-from entropy_experiments.results_folder import ResultsFolder
+from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.statistics.agreement import paired_agreement
 
 PROMPTS, TRAIN_PROMPTS, PER_PROMPT, FEATURES = 24, 6, 4, 10
 A, B = 0.12, 1.0

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from entropy_experiments.agreement import paired_agreement
+from entropy_experiments.statistics.agreement import paired_agreement
 from tests.entropy_experiments.analysis_fixture import make_analyses, train_kernel
 
 N_EVALUATION, N_PROMPTS, PER_PROMPT = 32, 8, 8

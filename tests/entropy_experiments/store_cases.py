@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_experiments.fingerprint import Fingerprint
-from entropy_experiments.gradient_store import GradientStore
+from entropy_experiments.kernel.store.fingerprint import Fingerprint
+from entropy_experiments.kernel.store.store import GradientStore
 from rl_training.errors import UserError
 
 SHAPES = {"embed.weight": (7, 3), "layer.0.weight": (4, 5), "scale": (), "layer.0.bias": (6,)}

@@ -8,7 +8,7 @@ from entropy_core.gradients import per_sequence_gradients, trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.kernel_options import LOGIT_BYTES, pass_bytes
+from entropy_experiments.kernel.options import LOGIT_BYTES, pass_bytes
 from tests.entropy_experiments.small_analysis import config, whole_config
 
 pytestmark = pytest.mark.usefixtures("unpainted")

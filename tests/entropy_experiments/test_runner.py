@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from entropy_experiments import entropy_runner
+from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import (
@@ -18,7 +19,6 @@ from entropy_experiments.double_sampling import (
     sample_training_batch,
 )
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.sampling_plan import plan_sampling
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
@@ -126,7 +126,7 @@ def test_the_model_is_left_as_it_was(tiny_run):
 
 def test_another_learning_rate_scales_the_step_and_leaves_the_optimizer_alone(tiny_run):
     from entropy_core.gradients import trainable_parameters
-    from entropy_experiments.optimizer_step import take_next_step
+    from entropy_experiments.step.optimizer_step import take_next_step
 
     checkpoint = load_checkpoint(tiny_run)
     parameters = trainable_parameters(checkpoint.model)
@@ -223,7 +223,7 @@ def test_the_buffer_of_the_run_itself(tiny_run, tmp_path):
     result = run_fisher_analysis(
         tiny_run, config("entropy_analysis.sampling.train_prompts=from_run"), folder=tmp_path / "from_run"
     )
-    from rl_training.algs.rollout_record import read_rollouts
+    from rl_training.run.rollouts import read_rollouts
 
     kept = [row for row in read_rollouts(tiny_run, 4) if row["status"] != "rejected"]
     assert result.training.rollouts.completion_ids == [row["completion_ids"] for row in kept]

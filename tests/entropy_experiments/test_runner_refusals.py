@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entropy_experiments import kernel_engine, kernel_options
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.kernel import engine as kernel_engine
+from entropy_experiments.kernel import options as kernel_options
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.entropy_experiments.small_analysis import config
@@ -72,7 +73,7 @@ def test_optimizer_entries_permuted_within_a_shape_are_refused(checkpoint_copy, 
 def test_no_prompt_with_mixed_rewards(checkpoint_copy, tmp_path):
     path = checkpoint_copy / "entropy_experiments.json"
     content = json.loads(path.read_text())
-    content["task"]["reward"] = "tests.rl_training.test_dr_grpo:always_right"
+    content["task"]["reward"] = "tests.rl_training.algs.test_dr_grpo:always_right"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match="no prompt with mixed rewards"):
         run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
@@ -201,7 +202,7 @@ def test_parameters_adam_never_saw_are_not_let_rule_the_kernel(tmp_path):
 def test_a_collapsed_policy_is_no_broken_sampler():
     """At 0.02 nats the rare tokens are absent from 64 sequences; the policy's own variance knows of them."""
     from entropy_core.scores import TokenStatistics
-    from entropy_experiments.self_checks import surprisal_z_score
+    from entropy_experiments.run.self_checks import surprisal_z_score
 
     p = 0.002
     entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
@@ -268,8 +269,8 @@ def test_a_checkpoint_of_trls_own_trainer_is_analysed(tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     from rl_training.config import LoraConfig, TaskConfig
-    from rl_training.models import add_lora, load_model_and_tokenizer
-    from rl_training.tasks import load_task
+    from rl_training.models.load import add_lora, load_model_and_tokenizer
+    from rl_training.tasks.task import load_task
     from tests.tiny_policy import save_tiny_policy
 
     settings = {

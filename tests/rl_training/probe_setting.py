@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from entropy_core.batch import SequenceBatch
-from rl_training.algs.entropy_change import EntropyChange
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
-from rl_training.algs.step_attribution import TrainingSequences
 from rl_training.config import EntropyProbeConfig
+from rl_training.probe.change import EntropyChange
+from rl_training.probe.shares import TrainingSequences
 from tests.oracle.enumeration import (
     CompletionSpace,
     ExactPolicy,

@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.work_sharing import WorkSharing
+from entropy_core.collectives import WorkSharing
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
-from rl_training.algs.step_attribution import TrainingSequences
 from rl_training.config import EntropyProbeConfig
-from rl_training.integrations.probe_metrics import metrics_of
+from rl_training.probe.metrics import metrics_of
+from rl_training.probe.shares import TrainingSequences
 from tests.entropy_core.attention_policy import DistanceAttention
 from tests.entropy_core.shared_work import VOCABULARY, five_prompts
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from entropy_core.directional import entropy_products, token_derivatives
 from entropy_core.gradients import dot
 from entropy_core.scores import token_statistics
+from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.attribution import attribute_step, concentration, extreme_sequences
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.charts.style import caption_of, png_bytes
-from entropy_experiments.charts.token_shares import plot_token_shares
-from entropy_experiments.step_measurement import share_direction, token_shares
+from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.figures.token_shares import plot_token_shares
+from entropy_experiments.step.real_steps import share_direction, token_shares
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import labels, make_step
 

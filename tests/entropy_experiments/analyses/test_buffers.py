@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.buffers import compare_buffers
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.charts.buffers import plot_buffers
-from entropy_experiments.charts.style import caption_of, png_bytes
+from entropy_experiments.report.figures.buffers import plot_buffers
+from entropy_experiments.report.figures.style import caption_of, png_bytes
 
 
 def labels(prompts, length, entropy=None, reward=None):

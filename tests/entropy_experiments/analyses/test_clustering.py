@@ -25,8 +25,8 @@ from entropy_experiments.analyses.clustering import (
     spectral_clusters,
 )
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel, spectrum
-from entropy_experiments.charts.clustering import plot_sequence_clusters
-from entropy_experiments.charts.style import caption_of, png_bytes
+from entropy_experiments.report.figures.clustering import plot_sequence_clusters
+from entropy_experiments.report.figures.style import caption_of, png_bytes
 from tests.entropy_experiments.analyses.planted_kernels import labels, two_families, unstructured
 
 

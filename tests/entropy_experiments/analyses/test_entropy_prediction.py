@@ -15,7 +15,7 @@ from entropy_core.gradients import dot, entropy_gradient
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.entropy_prediction import TOLERANCE, compare_prediction, prediction_rows
-from entropy_experiments.optimizer_step import moved
+from entropy_experiments.step.optimizer_step import moved
 from tests.entropy_core.support import distribution_as_batch
 from tests.oracle.enumeration import entropies_along, enumerate_completions, solve, unflatten
 from tests.oracle.policy import DYADIC_TASK, RECURRENT_TASK, DyadicPolicy, RecurrentPolicy

@@ -14,10 +14,10 @@ from entropy_core.gradients import dot, entropy_gradient
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_orders
-from entropy_experiments.charts.higher_order import plot_higher_order
-from entropy_experiments.charts.style import caption_of, png_bytes
-from entropy_experiments.optimizer_step import moved
-from entropy_experiments.step_measurement import measure_curve
+from entropy_experiments.report.figures.higher_order import plot_higher_order
+from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.step.optimizer_step import moved
+from entropy_experiments.step.real_steps import measure_curve
 from tests.entropy_core.support import distribution_as_batch
 from tests.entropy_experiments.analyses.tiny_step import make_step
 from tests.oracle.enumeration import (

@@ -20,11 +20,11 @@ from entropy_experiments.analyses.intervention import (
     linear_datamodelling_score,
     prove_by_intervention,
 )
-from entropy_experiments.charts.intervention import plot_intervention
-from entropy_experiments.charts.style import caption_of, png_bytes
-from entropy_experiments.optimizer_step import moved, take_next_step
-from entropy_experiments.step_measurement import StepMeasurement
-from entropy_experiments.training_rows import KeptRows, RecomputedRows
+from entropy_experiments.report.figures.intervention import plot_intervention
+from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
+from entropy_experiments.step.optimizer_step import moved, take_next_step
+from entropy_experiments.step.real_steps import StepMeasurement
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import TinyStep, make_step
 from tests.oracle.comparison import assert_close

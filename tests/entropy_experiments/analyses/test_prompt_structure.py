@@ -18,8 +18,8 @@ from entropy_experiments.analyses.prompt_structure import (
     single_batch_estimate,
     u_statistic_of_products,
 )
-from entropy_experiments.charts.structure import plot_prompt_structure
-from entropy_experiments.charts.style import caption_of, png_bytes
+from entropy_experiments.report.figures.structure import plot_prompt_structure
+from entropy_experiments.report.figures.style import caption_of, png_bytes
 from tests.entropy_experiments.analyses.planted_kernels import two_families, unstructured
 
 

@@ -11,12 +11,12 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator
 from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients, trainable_parameters
 from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.intervention import SharePrediction
-from entropy_experiments.analyses.labelled import SequenceLabels
-from entropy_experiments.attribution import attribute
-from entropy_experiments.optimizer_step import NextStep, take_next_step
-from entropy_experiments.step_measurement import StepMeasurement
-from entropy_experiments.training_rows import KeptRows
+from entropy_experiments.step.gradient_rows import KeptRows
+from entropy_experiments.step.optimizer_step import NextStep, take_next_step
+from entropy_experiments.step.real_steps import StepMeasurement
+from entropy_experiments.step.shares import attribute
 from tests.oracle.model_cases import CASES
 
 END, VOCABULARY, LONGEST = 2, 37, 6

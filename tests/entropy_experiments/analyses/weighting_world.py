@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entropy_experiments.analyses.labelled import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 
 LONGEST = 9
 FACTOR = 3e-3

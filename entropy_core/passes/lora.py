@@ -1,0 +1,204 @@
+"""LoRA layers as one operation, forward and backward, with the rows of both factors.
+
+    h = s x A^T            y  = x W^T + b + h B^T             s the adapter's scaling, W and b frozen
+    u = s dy B             dx = dy W + u A
+    row_t(A) = sum_l u_tl x_tl^T                row_t(B) = sum_l dy_tl h_tl^T
+
+peft makes y from three products, one scaling and one sum, each with a tensor as large as y, and autograd walks back through
+all of them. Here products are added where the first one lies, and rows come from the u and h that dx and y need anyway. Equal
+tokens are multiplied once, as in entropy_core.passes.shared_tokens, factors included.
+
+Taken for peft's own linear layer with one plain active adapter (no dropout at work, no variant such as DoRA, no bias, nothing
+merged or disabled, no hooks of others inside, one dtype), and only if it gives what the layer itself gives on two tokens of
+the first pass; all others go the ordinary way. Source: docs/theory/fisher-kernel.md, "What a row costs".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.passes.gradient_hooks import RowTaps, TapHook
+from entropy_core.passes.token_plan import Cotangents, TokenPlan, disagreement
+
+_PROBE_TOKENS = 2
+
+# Layers that gave what the operation here gives, and layers that did not.
+_agreed: WeakSet[nn.Module] = WeakSet()
+_differ: WeakSet[nn.Module] = WeakSet()
+
+
+class PlainAdapter(NamedTuple):
+    """W, b, the modules of A and B, s."""
+
+    base: nn.Linear
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+
+
+def owns_weight(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight and bias are parameters of its own, not computed from others at each use (weight or
+    spectral normalisation, any of torch.nn.utils.parametrize): those may be trained although the layer holds none.
+    """
+    own = layer._parameters
+    return own.get("weight") is not None and ("bias" in own or getattr(layer, "bias", None) is None)
+
+
+def is_frozen_linear(module: nn.Module) -> bool:
+    """Whether the module is a frozen y = x W^T + b and nothing else, with its whole W at hand."""
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or not owns_weight(module):
+        return False
+    tensors = [t for t in module._parameters.values() if t is not None]
+    return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)
+
+
+def plain_adapter(layer: Any) -> PlainAdapter | None:
+    """What `adapter_forward` needs to stand for the module's own forward; None where it may not."""
+    peft = sys.modules.get("peft.tuners.lora.layer")  # a model has its layers only where it is loaded
+    if peft is None or type(layer) is not peft.Linear or "forward" in vars(layer) or layer in _differ:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged:
+        return None
+    (name,) = names
+    if name in getattr(layer, "lora_variant", {}):
+        return None
+    base, dropout, a, b = layer.base_layer, layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
+    off = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not dropout.training)
+    plain = all(type(m).forward is nn.Linear.forward and "forward" not in vars(m) and m.bias is None for m in (a, b))
+    if not off or not plain or not is_frozen_linear(base) or any(_watched(m) for m in (base, dropout, a, b)):
+        return None
+    tensors = [t for t in (base.weight, base.bias, a.weight, b.weight) if t is not None]
+    if len({(t.dtype, t.device) for t in tensors}) != 1 or base.weight.device.type == "meta":
+        return None
+    return PlainAdapter(base, a, b, layer.scaling[name])
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module being called; taps take rows where they find them."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(not isinstance(hook, TapHook) for hook in module._forward_hooks.values())
+
+
+def adapter_forward(layer: nn.Module, found: PlainAdapter, plan: TokenPlan, differences: list[Tensor]) -> Callable:
+    """What may stand in for `layer.forward` in a pass over the plan's bucket; found: `plain_adapter(layer)`.
+
+    differences: is given, at every call, a number above 0 where tokens that the plan takes for equal are not.
+    """
+    ordinary = layer.forward
+    taps = [hook for m in (found.a, found.b) for hook in m._forward_hooks.values() if isinstance(hook, TapHook)]
+    names = {id(hook.module): hook.own["weight"] for hook in taps}
+    sends = _Sends(taps[0].taps, names.get(id(found.a)), names.get(id(found.b))) if taps else None
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = found.base.weight
+        fits = x.shape[:-1] == plan.shape and x.device == plan.place.device == weight.device
+        if args or kwargs or not fits:
+            return ordinary(x, *args, **kwargs)
+        differences.extend(disagreement(x.detach(), plan))
+        root = None if sends is None else sends.taps.root
+        y = _AdaptedLinear.apply(x, found.a.weight, found.b.weight, root, layer, found, plan, sends)
+        if layer not in _agreed and not _agrees(layer, ordinary, x, y):
+            return ordinary(x)
+        return y
+
+    return forward
+
+
+def _agrees(layer: nn.Module, ordinary: Callable, x: Tensor, y: Tensor) -> bool:
+    """Whether the layer itself gives the same on the first tokens; remembered."""
+    with torch.no_grad():
+        expected = ordinary(x[:1, :_PROBE_TOKENS].detach())
+        found = y[:1, :_PROBE_TOKENS].detach()
+        allowed = torch.finfo(y.dtype).eps ** 0.6 * expected.abs().amax()
+        same = found.dtype == expected.dtype and not bool((found - expected).abs().amax() > allowed)
+    (_agreed if same else _differ).add(layer)
+    return same
+
+
+class _Sends(NamedTuple):
+    """Where rows go, and under which names; None for a factor whose rows nobody wants."""
+
+    taps: RowTaps
+    a: str | None
+    b: str | None
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x (n, l, d), A (r, d), B (out, r), and the root that taps hang on -> y (n, l, out)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        root: Tensor | None,
+        layer: nn.Module,
+        factors: PlainAdapter,
+        plan: TokenPlan,
+        sends: _Sends | None,
+    ) -> Tensor:
+        weight, bias = factors.base.weight, factors.base.bias
+        tokens = plan.gather(x, *weight.shape[::-1])
+        h = torch.mm(tokens, a.T).mul_(factors.scaling)
+        y = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
+        y.addmm_(h, b.T)
+        h = plan.spread(h)
+        ctx.save_for_backward(x, h, weight, a, b)
+        ctx.save_for_forward(x, h, weight, a, b)
+        ctx.set_materialize_grads(False)  # inputs of the first block do not move
+        ctx.layer, ctx.scaling, ctx.plan, ctx.sends = layer, factors.scaling, plan, sends
+        return plan.spread(y)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
+        """Along one direction of x, A and B; tokens with equal beginnings move alike."""
+        x, h, weight, a, b = ctx.saved_tensors
+        plan, s, widths = ctx.plan, ctx.scaling, weight.shape[::-1]
+        tokens, h = (plan.gather(value, *widths) for value in (x, h))
+        dh = h.new_zeros(h.shape) if da is None else torch.mm(tokens, da.T)
+        if dx is not None:
+            moved = plan.gather(dx, *widths)
+            dh.addmm_(moved, a.T)
+            dy = torch.mm(moved, weight.T).addmm_(dh, b.T, alpha=s)
+        else:
+            dy = torch.mm(dh.mul_(s), b.T)
+        if db is not None:
+            dy.addmm_(h, db.T)
+        return plan.spread(dy)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,) * 8
+        x, h, weight, a, b = ctx.saved_tensors
+        sends = ctx.sends
+        dy = Cotangents(ctx.layer, ctx.plan, cotangent, weight.shape[1])
+        u, own = dy.room(len(a))
+        torch.mm(dy.part, b, out=own).mul_(ctx.scaling)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            products, filled = dy.room(weight.shape[1])
+            torch.mm(dy.part, weight, out=filled).addmm_(own, a)
+            dx = dy.spread(products)
+        u = dy.spread(u)
+        if sends is not None:
+            if sends.a is not None:
+                sends.taps.send(sends.a, torch.bmm(u.transpose(1, 2), x))
+            if sends.b is not None:
+                sends.taps.send(sends.b, torch.bmm(cotangent.transpose(1, 2), h))
+        da = db = None
+        if sends is None or sends.taps.gradients_wanted:
+            da = u.flatten(0, 1).T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+            db = cotangent.flatten(0, 1).T @ h.flatten(0, 1) if ctx.needs_input_grad[2] else None
+        visited = None if sends is None else torch.zeros_like(sends.taps.root)
+        return dx, da, db, visited, None, None, None, None

@@ -1,0 +1,234 @@
+"""What each analysis is given: its arrays, and for those that need real steps the model and its rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.predictors import covariance_predictor, steer_predictor
+from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.analyses.attribution import attribute_step
+from entropy_experiments.analyses.baselines import baseline_table
+from entropy_experiments.analyses.buffers import compare_buffers
+from entropy_experiments.analyses.clustering import sequence_clusters
+from entropy_experiments.analyses.entropy_prediction import compare_prediction, prediction_rows
+from entropy_experiments.analyses.higher_order import measure_orders
+from entropy_experiments.analyses.inputs import AnalysisInputs
+from entropy_experiments.analyses.intervention import SharePrediction, half_subsets, prove_by_intervention
+from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
+from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
+from entropy_experiments.analyses.weighting_schemes import with_measurements
+from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
+from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
+from entropy_experiments.text.tokens import token_texts
+
+_FRESH_STREAM = 3_000_003  # apart from the streams of both buffers
+_RESPONSE_SUBSETS = 16  # halves over which response shares are averaged; their standard error falls slowly beyond
+
+
+_FEWEST_SUBSETS = 3
+
+
+class NotApplicable(Exception):
+    """The question does not arise for this checkpoint and these buffers; the message says why."""
+
+
+def buffers(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/buffers.py."""
+    return compare_buffers(inputs.evaluation_labels(), inputs.training_labels(), inputs.truncated())
+
+
+def prompt_structure(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/prompt_structure.py."""
+    return structure_of_prompts(inputs.kernel_arrays(), seed=inputs.config.seed)
+
+
+def sequence_clustering(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/clustering.py."""
+    return sequence_clusters(inputs.kernel_arrays(step_needed=False), seed=inputs.config.seed)
+
+
+def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/entropy_prediction.py, with fresh samples at the scales that the configuration names."""
+    numbers, settings = inputs.numbers, inputs.config.entropy_analysis
+    predicted = {
+        name: {
+            "value": parts["total"].value,
+            "standard_error": parts["total"].standard_error,
+            "left_out": None if parts["total"].left_out is None else parts["total"].left_out.cpu().numpy(),
+        }
+        for name, parts in numbers.predicted.items()
+    }
+    measured = {m.scale for m in numbers.measured}
+    anew = numbers.rows_drawn and not any(inputs.evaluation.drawn)  # no environment can be run here
+    wanted = [s for s in settings.analysis.fresh_scales if s in measured] if anew else []
+    fresh = {}
+    for number, scale in enumerate(wanted):
+        fresh[scale] = measure_with_fresh_samples(
+            inputs.model,
+            inputs.tokenizer,
+            inputs.side.taken,
+            scale,
+            inputs.evaluation,
+            inputs.eval_batch,
+            numbers.eval_statistics,
+            inputs.plan.law,
+            inputs.config.seed + _FRESH_STREAM + number,
+            settings.fisher_kernel.token_batch_size,
+        )
+    return compare_prediction(predicted, prediction_rows(numbers.measured, fresh), _resolution(inputs))
+
+
+def _resolution(inputs: AnalysisInputs) -> float:
+    """A float32 forward knows entropies to a few units in the last place."""
+    return 32 * torch.finfo(torch.float32).eps * inputs.numbers.measured[0].fixed_prefix.before
+
+
+def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/higher_order.py, along the step and back, at the configured scales up to 1."""
+    settings = inputs.config.entropy_analysis
+    forward = sorted(s for s in {*settings.analysis.step_scales, 1.0} if s <= 1)
+    curve = measure_curve(
+        inputs.model,
+        inputs.side.taken,
+        [sign * s for s in forward for sign in (1, -1)],
+        inputs.eval_batch,
+        inputs.numbers.eval_statistics,
+        token_batch_size=settings.fisher_kernel.token_batch_size,
+    )
+    split = inputs.numbers.predicted["split"]["total"]
+    return measure_orders(
+        curve.scales.numpy(),
+        curve.changes.numpy(),
+        None if curve.left_out is None else curve.left_out.numpy(),
+        effective_sample_sizes=curve.effective_sample_sizes.numpy(),
+        sequences=curve.sequences,
+        slope={"value": split.value, "standard_error": split.standard_error},
+    )
+
+
+def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/attribution.py, down to the tokens of the sequences that moved entropy most."""
+    numbers, side = inputs.numbers, inputs.side
+    shares, contributions, own = numbers.shares, numbers.contributions, numbers.own_changes
+    assert shares is not None and contributions is not None and own is not None
+    texts = [token_texts(inputs.tokenizer, ids) for ids in inputs.training.rollouts.completion_ids]
+    return attribute_step(
+        inputs.training_labels(),
+        shares.numpy(),
+        numbers.horizon_factor or 1.0,
+        token_shares=inputs.token_shares.numpy(),
+        completion_mask=side.batch.completion_mask.cpu().numpy(),
+        token_texts=texts,
+        drawn=inputs.training.rollouts.drawn,
+        endings=(inputs.training.rollouts.endings(inputs.plan.law), inputs.evaluation.endings(inputs.plan.law)),
+        advantages=None if inputs.training.advantages is None else inputs.training.advantages.double().numpy(),
+        evaluation=inputs.evaluation_labels(),
+        contributions=contributions.cpu().numpy(),
+        own_changes=own.cpu().numpy(),
+    )
+
+
+def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
+    """Real steps with other weights from this checkpoint."""
+    numbers, side = inputs.numbers, inputs.side
+    return StepMeasurement(
+        inputs.model,
+        inputs.optimizer if side.adam_step is not None else None,
+        side.rows,
+        inputs.eval_batch,
+        numbers.eval_statistics,
+        max_grad_norm=side.max_grad_norm,
+        learning_rate=side.learning_rate,
+        measure=snis_entropy_change if numbers.rows_drawn else fixed_prefix_entropy_change,
+        token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
+    )
+
+
+def intervention(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/intervention.py: shares of the measurement's own derivative first, then those of the report."""
+    numbers, side, settings = inputs.numbers, inputs.side, inputs.config.entropy_analysis
+    assert side.weights is not None and numbers.shares is not None
+    weights, seed = side.weights.double().cpu(), inputs.config.seed
+    active = int((weights != 0).sum())
+    possible = math.comb(active, active // 2) if active > 1 else 0
+    count = min(settings.analysis.intervention_subsets, possible)
+    if count < _FEWEST_SUBSETS:
+        raise NotApplicable(f"the {active} training sequences with a weight can be halved in {possible} ways only")
+    steps = step_measurement(inputs)
+    own = "split" if numbers.rows_drawn else "fixed_prefix"
+    own_shares = numbers.split_shares if numbers.rows_drawn else numbers.shares
+    assert own_shares is not None
+    predictions = {own: SharePrediction(own_shares.numpy(), _rest(inputs, own))}
+    if side.adam_step is not None:
+        others = torch.zeros(min(_RESPONSE_SUBSETS, count), len(weights), dtype=torch.float64)
+        others[:, weights != 0] = torch.from_numpy(half_subsets(active, len(others), seed + 1)).double()
+        response = steps.response_shares(inputs.gradients[own], weights, others)
+        predictions["response"] = SharePrediction(response.shares.numpy(), response.rest, with_clipping=False)
+    if numbers.rows_drawn:
+        predictions["rao_blackwell"] = SharePrediction(numbers.shares.numpy(), _rest(inputs, "rao_blackwell"))
+    return prove_by_intervention(steps.change, weights.numpy(), predictions, clip=steps.clip, count=count, seed=seed)
+
+
+def _rest(inputs: AnalysisInputs, estimator: str) -> float:
+    """What momentum and decay are predicted to do."""
+    parts = inputs.numbers.predicted[estimator]
+    return parts["momentum"].value + parts["weight_decay"].value
+
+
+def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/weighting_schemes.py; with `weighting_steps` each weighting's real step at equal length is measured."""
+    arrays = inputs.kernel_arrays()
+    table = table_of_weightings(arrays, inputs.plan.law.max_completion_length)
+    if not np.isfinite(arrays.training.reward).all():
+        for row in table["rows"]:
+            if row["kind"] == "scheme":
+                row["reason"] = "not all training sequences have rewards"
+    if not inputs.config.entropy_analysis.analysis.weighting_steps:
+        return table
+    steps = step_measurement(inputs)
+
+    def changes(weights: np.ndarray) -> torch.Tensor:
+        """The change, then the change with each group of prompts left out."""
+        curve = measure_curve(
+            inputs.model,
+            steps.step(torch.from_numpy(weights)),
+            (1.0,),
+            inputs.eval_batch,
+            inputs.numbers.eval_statistics,
+            token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
+        )
+        return curve.changes if curve.left_out is None else torch.cat([curve.changes, curve.left_out[:, 0]])
+
+    rest = changes(np.zeros(len(inputs.training.rollouts)))
+    measured = {}
+    for row in table["rows"]:
+        scale = row.get("scale", {}).get("equal_length")
+        if scale is None:
+            continue
+        difference = changes(scale * np.array(table["weights"][row["name"]])) - rest
+        error = jackknife_standard_error(difference[1:]) if len(difference) > 2 else None
+        measured[row["name"]] = {"equal_length": {"value": float(difference[0]), "standard_error": error}}
+    return with_measurements(table, measured)
+
+
+def baselines(inputs: AnalysisInputs) -> dict[str, Any]:
+    """analyses/baselines.py; the predictors from the literature see the training buffer's tokens, as their papers do."""
+    numbers, side = inputs.numbers, inputs.side
+    full = next((m for m in numbers.measured if m.scale == 1.0), None)
+    tokens = (side.statistics.logprobs.cpu(), side.batch.completion_mask.cpu())
+    advantages, rate = torch.from_numpy(inputs.advantages()), next(iter(side.rates().values()))
+    entropies = side.statistics.entropies.cpu()
+    return baseline_table(
+        numbers.predicted,
+        full.snis if full else None,
+        measured_fixed_prefix=full.fixed_prefix if full else None,
+        without_preconditioner=numbers.without_preconditioner,
+        covariance=covariance_predictor(*tokens, advantages, rate),
+        natural_covariance=covariance_predictor(*tokens, advantages, rate, natural_gradient=True),
+        steer=steer_predictor(tokens[0], entropies, tokens[1], advantages, rate),
+    )

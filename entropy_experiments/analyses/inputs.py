@@ -1,0 +1,125 @@
+"""Everything that an analysis may ask for at one checkpoint: labelled arrays, and the model with its rows for real steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.scores import TokenStatistics
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.buffers.sampling_plan import SamplingPlan
+from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.step.numbers import AnalysisNumbers
+from entropy_experiments.step.real_steps import share_direction, token_shares
+from entropy_experiments.step.training_side import TrainingSide
+from rl_training.sampling import Rollouts
+
+
+@dataclass(frozen=True)
+class AnalysisInputs:
+    """One analysed checkpoint, while its model and rows are at hand. gradients: as in FisherComputation."""
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW | None
+    tokenizer: Any
+    config: FisherAnalysisConfig
+    plan: SamplingPlan
+    evaluation: Rollouts
+    training: TrainingBuffer
+    eval_batch: SequenceBatch
+    numbers: AnalysisNumbers
+    side: TrainingSide
+    gradients: dict[str, dict[str, Tensor]]
+
+    def evaluation_labels(self) -> SequenceLabels:
+        """Of the rows."""
+        return label_sequences(self.evaluation, self.numbers.eval_statistics)
+
+    def training_labels(self) -> SequenceLabels:
+        """Of the columns."""
+        return label_sequences(self.training.rollouts, self.numbers.train_statistics)
+
+    def truncated(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n_eval,) and (n_train,) bool: which completions were cut before an end of sequence."""
+        evaluation, training = (
+            np.array([end == "truncated" for end in rollouts.endings(self.plan.law)], dtype=bool)
+            for rollouts in (self.evaluation, self.training.rollouts)
+        )
+        return evaluation, training
+
+    @cached_property
+    def token_shares(self) -> Tensor:
+        """(n_train, L) float64 on the CPU: the shares of completion tokens, nats per token; a row adds up to its sequence's.
+
+        One pass over the training sequences, made once. There must be a step.
+        """
+        side = self.side
+        assert side.weights is not None
+        gradient = self.gradients["rao_blackwell" if self.numbers.rows_drawn else "fixed_prefix"]
+        return token_shares(
+            self.model,
+            side.batch,
+            share_direction(gradient, side.adam_step, side.learning_rate),
+            side.weights,
+            side.clip or 1.0,
+            self.config.entropy_analysis.fisher_kernel.token_batch_size,
+        ).cpu()
+
+    def kernel_arrays(self, step_needed: bool = True) -> KernelArrays:
+        """step_needed=False puts zeros where there is no step, for analyses that look at kernels alone.
+
+        Raises ValueError where kernels, or the step, are missing.
+        """
+        n, count = self.numbers, len(self.training.rollouts)
+        kernels = (n.fisher, n.entropy_fisher, n.train_fisher, n.train_entropy_fisher)
+        step = (self.side.weights, n.shares, n.products)
+        arrays = [None if values is None else values.double().cpu().numpy() for values in (*kernels, *step)]
+        if n.step_factor is None and not step_needed:
+            arrays[len(kernels) :] = [np.zeros(count)] * len(step)
+        if any(values is None for values in arrays):
+            raise ValueError("this analysis has no kernels, or no step")
+        fisher, entropy_fisher, train_fisher, train_entropy_fisher, weights, shares, products = arrays
+        return KernelArrays(
+            evaluation=self.evaluation_labels(),
+            training=self.training_labels(),
+            fisher=fisher,
+            entropy_fisher=entropy_fisher,
+            train_fisher=train_fisher,
+            train_entropy_fisher=train_entropy_fisher,
+            weights=weights,
+            advantages=np.zeros(count) if n.step_factor is None else self.advantages(),
+            shares=shares,
+            products=products,
+            step_factor=n.step_factor or 0.0,
+        )
+
+    def advantages(self) -> np.ndarray:
+        """(n_train,) A_i; of sequences that came with weights alone, those that Dr. GRPO would have given these weights for.
+
+        Raises ValueError where there are neither.
+        """
+        if self.training.advantages is not None:
+            return self.training.advantages.double().numpy()
+        if self.training.weights is None:
+            raise ValueError("this analysis has no weights")
+        return (self.training.weights * len(self.training.rollouts) * self.plan.law.max_completion_length).numpy()
+
+
+def label_sequences(rollouts: Rollouts, statistics: TokenStatistics) -> SequenceLabels:
+    """The labels of one buffer."""
+    return SequenceLabels(
+        prompt_index=np.array(rollouts.prompt_index, dtype=np.int64),
+        reward=np.array([np.nan if r is None else r for r in rollouts.reward], dtype=np.float64),
+        length=np.array(rollouts.lengths, dtype=np.float64),
+        entropy_sum=statistics.entropy_sums().cpu().numpy(),
+        score=statistics.scores().cpu().numpy(),
+        prompt=list(rollouts.prompt),
+        completion=list(rollouts.completion),
+    )

@@ -1,0 +1,86 @@
+"""The task, the law and the group size that both buffers of an analysis are drawn with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from entropy_experiments.buffers.recorded_law import recorded_rendering, refuse_another_law, refuse_other_prompts
+from entropy_experiments.buffers.recorded_task import task_of_analysis, trainer_state_of
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.config import FisherAnalysisConfig
+from rl_training.errors import UserError
+from rl_training.sampling import SamplingLaw, sampling_law
+from rl_training.tasks.task import Task, load_task
+
+_NO_TASK = Task(name="none", train=[], heldout=[], reward_functions=[], origin="no task", reward_name="none")
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What the run's record and the configuration say together. system_prompt: the task's, before every prompt."""
+
+    task: Task
+    law: SamplingLaw
+    completions_per_prompt: int
+    length_normalizer: str
+    system_prompt: str | None = None
+    trainer_state: Any = None
+    """What reward functions of one's own are given as TRL's `trainer_state`."""
+
+
+def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: bool = False) -> SamplingPlan:
+    """Put together the run's record and the configuration's overrides. trust: see `task_of_analysis`.
+
+    Raises UserError where neither says what is needed, or where a temperature is given that the run did not train at. No
+    task is needed where both buffers are files of one's own.
+    """
+    sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
+    task_config = task_of_analysis(sidecar, config, trust)
+    refuse_another_law(checkpoint)
+    law = _law(checkpoint, config)
+    size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
+    drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"
+    if drawn and config.entropy_analysis.train_batch_size % size:
+        raise UserError(
+            f"entropy_analysis.train_batch_size {config.entropy_analysis.train_batch_size} is not a multiple of the {size} "
+            "completions of a prompt"
+        )
+    normalizer = sidecar.algorithm.length_normalizer if sidecar else "constant"
+    task = _NO_TASK if task_config is None else load_task(task_config)
+    if config.checkpoint.task is None:
+        refuse_other_prompts(checkpoint, law, task)
+    system_prompt = None if task_config is None else task_config.system_prompt
+    return SamplingPlan(task, law, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config))
+
+
+def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:
+    sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
+    temperature = sampling.temperature or (sidecar.sampling.temperature if sidecar else None)
+    longest = sampling.max_completion_length or (sidecar.sampling.max_completion_length if sidecar else None)
+    if temperature is None or longest is None:
+        raise UserError(
+            "the checkpoint does not say how completions were sampled: give entropy_analysis.sampling.temperature and "
+            "max_completion_length"
+        )
+    if sidecar is None:
+        return sampling_law(checkpoint.model, checkpoint.tokenizer, temperature, longest)
+    recorded = sidecar.sampling
+    for name, found, wanted in (
+        ("temperature", temperature, recorded.temperature),
+        ("max_completion_length", longest, recorded.max_completion_length),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: under another law it is "
+                "another policy; leave it out"
+            )
+    return SamplingLaw(
+        temperature,
+        longest,
+        tuple(recorded.eos_token_ids),
+        recorded.pad_token_id,
+        recorded.top_k,
+        recorded.top_p,
+        recorded_rendering(recorded),
+    )

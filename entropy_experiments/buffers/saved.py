@@ -1,0 +1,123 @@
+"""Buffers out of what a run recorded of its own steps, nothing drawn anew: `train_prompts=from_run`, `eval_prompts=from_run`.
+
+    training      what the checkpoint's step s trained on, with the run's own weights
+    evaluation    what step s + 1 drew before any group was rejected: those sequences come from the checkpoint's own policy
+
+The only buffers there are for a run whose completions were written by more than the policy (tools, an environment): an analysis
+cannot run these. Evaluation prompts are those of the run, which draws them by difficulty; see docs/guides/analysis.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.buffers.sampling_plan import SamplingPlan
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
+from rl_training.errors import UserError
+from rl_training.run.rollouts import read_rollouts, rollouts_path
+from rl_training.sampling import Rollouts, prompt_text
+
+_REMEDY = (
+    "take what it recorded (sampling.train_prompts=from_run, sampling.eval_prompts=from_run), or sequences of your own "
+    "(train_sequences_path, eval_sequences_path)"
+)
+
+
+def refuse_drawing(checkpoint: Checkpoint, sampling: SamplingConfig) -> None:
+    """Raises UserError where a buffer is to be drawn and the run's completions were not the policy's alone."""
+    sidecar = checkpoint.record.sidecar
+    if sidecar is None or sidecar.sampling.environment is None:
+        return
+    drawn = []
+    if sampling.rows_are_drawn and sampling.eval_prompts != "from_run":
+        drawn.append("evaluation")
+    train_given = sampling.train_sequences_path is not None or sampling.train_completions == "reference"
+    if not train_given and sampling.train_prompts != "from_run":
+        drawn.append("training")
+    if drawn:
+        raise UserError(
+            f"the run's completions were written with {sidecar.sampling.environment}, which an analysis cannot run: no "
+            f"{' or '.join(drawn)} buffer like the run's can be drawn; {_REMEDY}"
+        )
+
+
+def refuse_foreign(training: Rollouts, sampling: SamplingConfig) -> None:
+    """The same for runs that did not record an environment but foreign tokens."""
+    if any(training.drawn) and sampling.rows_are_drawn and sampling.eval_prompts != "from_run":
+        raise UserError(
+            "the training buffer holds tokens that the policy did not draw (tools, an environment), and an evaluation buffer "
+            f"that is drawn anew would have none: {_REMEDY}"
+        )
+
+
+def recorded_training(run_dir: Path, step: int, plan: SamplingPlan) -> tuple[Rollouts, list[dict[str, Any]]]:
+    """(the sequences that step trained on, fillers included; all of its recorded rows). Raises UserError where it has none."""
+    rows = read_rollouts(run_dir, step)
+    kept = [row for row in rows if row["status"] != "rejected" and has_drawn(row)]
+    return _rollouts(kept, plan, step, [row["status"] for row in kept]), rows
+
+
+def recorded_evaluation(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, keep_out: Collection[int]
+) -> Rollouts:
+    """Up to eval_batch_size sequences of the next step's first round: of prompts at random, none of `keep_out`.
+
+    Raises UserError where the next step was not recorded, or has other prompts' sequences alone.
+    """
+    record, settings = checkpoint.record, config.entropy_analysis
+    step = record.step + 1
+    path = rollouts_path(record.run_dir, step)
+    if not path.exists():
+        raise UserError(
+            f"eval_prompts=from_run needs what the step after the checkpoint drew, and {path} does not exist: analyse an earlier "
+            "checkpoint of this run, or give sequences of your own (eval_sequences_path)"
+        )
+    rows = [row for row in read_rollouts(record.run_dir, step) if row["round"] == 0 and has_drawn(row)]
+    prompts = sorted({row["prompt_index"] for row in rows} - set(keep_out))
+    if not prompts:
+        raise UserError(
+            f"every prompt of {path} is in the training buffer as well: analyse another checkpoint, or give sequences of your "
+            "own (eval_sequences_path)"
+        )
+    order = prompts
+    if settings.eval_batch_size < sum(row["prompt_index"] in set(prompts) for row in rows):
+        rng = np.random.default_rng(config.seed + 2_000_003)
+        order = [prompts[i] for i in rng.permutation(len(prompts))]
+    members = {p: [row for row in rows if row["prompt_index"] == p] for p in order}
+    # Distinct prompts first: completions of one prompt are added in turns until the buffer is full.
+    turns = max(len(m) for m in members.values())
+    chosen = [members[p][turn] for turn in range(turns) for p in order if turn < len(members[p])]
+    chosen = chosen[: settings.eval_batch_size]
+    return _rollouts(chosen, plan, step, ["evaluation"] * len(chosen))
+
+
+def has_drawn(row: dict[str, Any]) -> bool:
+    """Whether the policy drew any token of a recorded sequence: one without has no entropy and no gradient."""
+    mask = row.get("completion_mask")
+    return bool(row["completion_ids"]) and (mask is None or any(mask))
+
+
+def _rollouts(rows: Sequence[dict[str, Any]], plan: SamplingPlan, step: int, status: list[str]) -> Rollouts:
+    known = {row["prompt_index"]: row for row in [*plan.task.train, *plan.task.heldout]}
+    unknown = [row["prompt_index"] for row in rows if row["prompt_index"] not in known]
+    if unknown:
+        raise UserError(
+            f"the rollouts of step {step} name prompt {unknown[0]}, which the task does not have: tasks differ"
+        )
+    return Rollouts(
+        prompt_ids=[row["prompt_ids"] for row in rows],
+        completion_ids=[row["completion_ids"] for row in rows],
+        prompt_index=[row["prompt_index"] for row in rows],
+        prompt=[prompt_text(known[row["prompt_index"]]["prompt"]) for row in rows],
+        completion=[row["completion"] for row in rows],
+        prompt_row=[known[row["prompt_index"]] for row in rows],
+        reward=[None if row["reward"] is None or math.isnan(row["reward"]) else row["reward"] for row in rows],
+        status=status,
+        drawn=[row.get("completion_mask") for row in rows],
+    )

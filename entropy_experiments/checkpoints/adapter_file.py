@@ -1,0 +1,108 @@
+"""The files of a PEFT adapter, checked before anything is built of them: its configuration, its weights' names and shapes.
+
+An option that is not known is refused, for PEFT would leave it out with a warning; so is one that makes PEFT import modules by
+name, and every kind of adapter that is no function of the model's weights alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from entropy_experiments.checkpoints.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from rl_training.errors import UserError
+from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
+
+# Options that say where the adapter came from, and none that change what it computes.
+_IGNORED = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "task_type"}
+)
+# Options under which the adapter is more than weights beside weights; each must be off.
+_MUST_BE_OFF = {
+    "megatron_config": "it imports modules by name",
+    "alora_invocation_tokens": "it acts from some token on only",
+    "arrow_config": "it routes between adapters",
+    "use_qalora": "it needs a quantised base model",
+    "monteclora_config": "its forward pass is random",
+    "velora_config": "its gradients are projected",
+}
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
+
+
+def read_adapter_config(folder: Path, reproducible: bool) -> dict[str, Any]:
+    """The content of adapter_config.json. reproducible: a record of the run shows whether the loaded policy is the trained one.
+
+    Raises UserError for kinds and options that are refused, naming them.
+    """
+    path = folder / ADAPTER_CONFIG
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no object: the checkpoint is damaged; copy it again")
+    known = _fields_of(path, content.get("peft_type"))
+    for key, value in content.items():
+        if key not in known and key not in _IGNORED and value not in (None, False, [], {}, 0):
+            raise UserError(
+                f"{path} has the option {key}={value!r}, which the installed PEFT does not know and would leave out: install the "
+                f"PEFT that wrote it ({content.get('peft_version', 'a newer one')})"
+            )
+    for key, why in _MUST_BE_OFF.items():
+        if content.get(key) not in (None, False, [], {}):
+            raise UserError(f"{path} has {key} set: {why}, so its policy cannot be analysed; train without it")
+    start = unrepeatable_initialisation(content)
+    if start is not None and not reproducible:
+        raise UserError(
+            f"{path} has init_lora_weights={start!r}, which changes the base model at every load, and no record tells whether it "
+            f"is the trained one: {REMEDY}"
+        )
+    return content
+
+
+def _fields_of(path: Path, kind: Any) -> set[str]:
+    """The options of an adapter of this kind."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    configuration = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if configuration is None:
+        raise UserError(
+            f"{path}: peft_type {kind!r} is no adapter that the installed PEFT knows: install the one that wrote it"
+        )
+    fields = {field.name for field in dataclasses.fields(configuration)}
+    if "num_virtual_tokens" in fields or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
+        raise UserError(
+            f"{path} is of kind {kind}: it puts trained vectors before the prompt, and log-probabilities of such a policy are "
+            "not computed here; train LoRA, or the whole model"
+        )
+    if kind in ("XLORA", "POLY", "SHADOW"):
+        raise UserError(
+            f"{path} is of kind {kind}, several adapters mixed by input, which is not supported: train LoRA"
+        )
+    return fields
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file; only its header is read. Raises UserError where that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({line}): the checkpoint is partial; copy it again") from error
+
+
+def saved_embeddings(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Those of an adapter's weights that are whole embedding tables or output heads, saved because tokens were added."""
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and _is_embedding(name)}
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a weight is a whole table; PEFT also saves the frozen one beneath an adapter that sits on it."""
+    module, _, last = name.removesuffix(".base_layer.weight").removesuffix(".weight").rpartition(".")
+    return name.endswith(".weight") and bool(module) and last in _EMBEDDINGS
+
+
+def adapter_weights(folder: Path) -> Path:
+    """The file of an adapter's weights."""
+    return folder / ADAPTER_WEIGHTS

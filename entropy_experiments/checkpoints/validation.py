@@ -1,0 +1,259 @@
+"""Everything that can be known of a checkpoint before its weights are loaded: what `doctor` prints, and what `analyze` goes by.
+
+Both call `examine_checkpoint`, so that they say the same. Each check raises a UserError of its own; here they are collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from entropy_experiments.checkpoints.folder import (
+    Adapter,
+    adapter_folders,
+    checkpoint_step,
+    find_adapter,
+    missing_parts,
+    read_json,
+    read_trainer_state,
+)
+from entropy_experiments.checkpoints.learning_rates import logged_rate, rates_after, rates_of_last_step
+from entropy_experiments.checkpoints.loaded_policy import refuse_broken_premise
+from entropy_experiments.checkpoints.optimizer_file import check_optimizer_state, read_tensor_file
+from entropy_experiments.checkpoints.optimizer_names import match_names
+from entropy_experiments.checkpoints.policy_outline import outline_policy
+from rl_training.errors import UserError
+from rl_training.models.source import is_on_the_hub
+from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
+from rl_training.run.sidecar import Sidecar, read_sidecar, refuse_special_file
+
+_OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
+
+
+@dataclass
+class Examined:
+    """What was found. problems: what stops every analysis; optimizer_problems: what stops those that use Adam's moments;
+    rate_problem: why these want checkpoint.learning_rate.
+
+    outline: the policy on the meta device, None where it could not be built. names: per parameter group, in the order of the
+    optimizer's ids. learning_rates: of the last step, by group; empty where unknown.
+    """
+
+    folder: Path
+    sidecar: Sidecar | None = None
+    trainer_state: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    adapter: Adapter | None = None
+    model_name: str = ""
+    outline: nn.Module | None = None
+    optimizer_state: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    names: list[list[str]] = field(default_factory=list)
+    learning_rates: tuple[float, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    optimizer_problems: list[str] = field(default_factory=list)
+    rate_problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        return list(self.trainer_state.get("log_history", []))
+
+    def refuse(self, require_optimizer: bool) -> None:
+        """Raises UserError with the first problem that stops an analysis."""
+        stopping = list(self.problems)
+        if require_optimizer:
+            stopping += [*self.optimizer_problems, *([self.rate_problem] if self.rate_problem else [])]
+        if stopping:
+            raise UserError(stopping[0])
+
+
+def examine_checkpoint(
+    folder: Path,
+    model_name: str | None = None,
+    learning_rate: float | None = None,
+    with_optimizer: bool = True,
+    local_files_only: bool = False,
+    read_weights: bool = False,
+) -> Examined:
+    """Look at every file that an analysis would open. Nothing is raised for a bad checkpoint: see `Examined`.
+
+    model_name, learning_rate: what the user gives in place of the record's. with_optimizer: whether to open optimizer.pt.
+    local_files_only: fetch no base model from the hub. read_weights: look for NaN in the checkpoint's weights, as loading does.
+    """
+    found = Examined(folder)
+    fatal = found.problems
+
+    def attempt(into: list[str], check: Callable[[], Any]) -> bool:
+        try:
+            check()
+        except UserError as error:
+            if str(error) not in into:
+                into.append(str(error))
+            return False
+        return True
+
+    if not attempt(fatal, lambda: _read_records(found)):
+        return found
+    for line in missing_parts(folder):
+        (found.optimizer_problems if line.startswith("optimizer.pt") else fatal).append(f"{folder} lacks {line}")
+    if fatal:
+        return found
+    recorded = {} if found.sidecar is None else found.sidecar.sha256
+    weights = {name: digest for name, digest in recorded.items() if name not in _OPTIMIZER_FILES}
+    attempt(fatal, lambda: check_nothing_added(folder, recorded))
+    if attempt(fatal, lambda: check_digests(folder, weights)):
+        attempt(fatal, lambda: _check_policy(found, model_name, local_files_only))
+        if read_weights and not fatal:
+            attempt(fatal, lambda: _check_finite(found))
+    if with_optimizer and (folder / "optimizer.pt").exists():
+        states = {name: recorded[name] for name in recorded.keys() & set(_OPTIMIZER_FILES)}
+        if attempt(found.optimizer_problems, lambda: check_digests(folder, states)):
+            attempt(found.optimizer_problems, lambda: _check_optimizer(found))
+    if found.sidecar is not None:
+        attempt(fatal, lambda: _take_recorded_rates(found))
+    if learning_rate is not None or found.sidecar is None:
+        unknown: list[str] = []
+        attempt(unknown, lambda: _find_rates(found, learning_rate))
+        found.rate_problem = unknown[0] if unknown and found.optimizer_state is not None else None
+    return found
+
+
+def _read_records(found: Examined) -> None:
+    """The sidecar, the Trainer's state, the step, which adapter, which base model."""
+    folder = found.folder
+    for place in (folder, *adapter_folders(folder)):
+        for path in sorted(place.iterdir()):
+            refuse_special_file(path)
+    found.sidecar = read_sidecar(folder)
+    found.trainer_state = read_trainer_state(folder)
+    found.step = checkpoint_step(folder)
+    found.adapter = find_adapter(folder, found.sidecar)
+    if found.sidecar is not None:
+        refuse_broken_premise(folder, found.sidecar)
+    if found.sidecar is not None and found.sidecar.quantization is not None:
+        raise UserError(
+            f"{folder} was trained quantised ({found.sidecar.quantization}); loaded without, it is another policy. Quantised "
+            "checkpoints cannot be analysed: train on a base model that is not quantised (dequantize() of transformers makes one)"
+        )
+
+
+def _check_policy(found: Examined, model_name: str | None, local_files_only: bool) -> None:
+    folder, adapter, sidecar = found.folder, found.adapter, found.sidecar
+    if adapter is None:
+        found.model_name = model_name or str(folder)
+    else:
+        recorded = sidecar.model_name if sidecar is not None else None
+        found.model_name = model_name or recorded or _named_in(adapter)
+    reproducible = sidecar is not None and sidecar.witness is not None
+    try:
+        found.outline = outline_policy(folder, found.model_name, adapter, reproducible, local_files_only)
+    except UserError as error:
+        if local_files_only and adapter is not None and is_on_the_hub(found.model_name):
+            found.notes.append(f"{found.model_name} is not on this machine: it was not looked at, and will be fetched")
+            return
+        if adapter is None or str(folder) in str(error):
+            raise
+        raise UserError(
+            f"the base model of {folder} does not load: {error}; name another with checkpoint.model=..."
+        ) from error
+    if (folder / "tokenizer_config.json").exists():
+        from rl_training.models.load import read_tokenizer
+
+        read_tokenizer(folder)
+    elif adapter is None:
+        _tokenizer_of(found.model_name)
+
+
+def _tokenizer_of(name: str) -> None:
+    """Raises UserError where a whole model has no tokenizer beside it."""
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")):
+        raise UserError(
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer_config.json): copy the base model's into it, or save it by "
+            "tokenizer.save_pretrained"
+        )
+
+
+def _named_in(adapter: Adapter) -> str:
+    content = read_json(adapter.folder / "adapter_config.json")
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter.folder}/adapter_config.json names no base model: give checkpoint.model=...")
+    return name
+
+
+def _check_finite(found: Examined) -> None:
+    """Raises UserError where a weight of the checkpoint is not finite."""
+    place = found.folder if found.adapter is None else found.adapter.folder
+    for path in sorted(place.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if not bool(torch.isfinite(file.get_tensor(name)).all()):
+                        raise UserError(
+                            f"{path}: parameter {name!r} holds NaN or infinite values; the run diverged before this step"
+                        )
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): copy it again") from error
+
+
+def _check_optimizer(found: Examined) -> None:
+    path, sidecar = found.folder / "optimizer.pt", found.sidecar
+    state = read_tensor_file(path)
+    scheduler = found.folder / "scheduler.pt"
+    found.scheduler = read_tensor_file(scheduler) if scheduler.exists() else None
+    steps = _steps_seen(found)
+    trusted = sidecar is not None and "optimizer.pt" in sidecar.sha256
+    check_optimizer_state(path, state, steps, None if sidecar is None else sidecar.optimizer_class, trusted)
+    if found.outline is not None:
+        found.names = match_names(found.outline, state, None if sidecar is None else sidecar.optimizer_parameter_names)
+    found.optimizer_state = state
+
+
+def _steps_seen(found: Examined) -> Sequence[int]:
+    """Counts that the optimizer may hold: a loss scaler skips steps of the optimizer and of the scheduler alike."""
+    if not found.trainer_state and found.sidecar is None:
+        return ()
+    steps = [found.step]
+    if (found.folder / "scaler.pt").exists() and isinstance(found.scheduler, dict):
+        steps.append(int(found.scheduler.get("last_epoch", found.step)))
+    return steps
+
+
+def _take_recorded_rates(found: Examined) -> None:
+    assert found.sidecar is not None
+    rates = found.sidecar.learning_rates_used
+    groups = len(found.sidecar.optimizer_parameter_names)
+    if len(rates) != groups or not all(0 <= rate < float("inf") for rate in rates):
+        raise UserError(
+            f"the record of {found.folder} has learning rates {rates} for {groups} parameter groups: it is damaged; copy the "
+            "checkpoint again"
+        )
+    found.learning_rates = tuple(rates)
+
+
+def _find_rates(found: Examined, learning_rate: float | None) -> None:
+    """The rates of the step that is analysed: the user's, or those of the last step."""
+    state = found.optimizer_state
+    groups = [] if state is None else state["param_groups"]
+    if learning_rate is not None:
+        if found.learning_rates and found.learning_rates[0]:
+            factor = learning_rate / found.learning_rates[0]
+            found.learning_rates = tuple(rate * factor for rate in found.learning_rates)
+        else:
+            found.learning_rates = tuple(rates_after(groups, learning_rate, found.scheduler)) or (learning_rate,)
+        return
+    if not groups:
+        logged = logged_rate(found.step, found.log_history)
+        found.learning_rates = () if logged is None else (logged,)
+        return
+    longest = found.trainer_state.get("max_steps")
+    longest = longest if isinstance(longest, int) else None
+    found.learning_rates = tuple(rates_of_last_step(found.step, found.log_history, groups, found.scheduler, longest))

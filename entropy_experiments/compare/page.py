@@ -1,0 +1,202 @@
+"""The folder that `compare` writes: the page, its pictures, and the numbers for other programs.
+
+comparison.html      verdict, figures, tables; needs no network     figures/*.png
+comparison.parquet   a row a number: run, step, quantity, part, estimator, value, standard_error, unit, minus, paired_prompts
+comparison.json      verdict, folders and the numbers of the last shared step
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropy_experiments.compare import tables
+from entropy_experiments.compare.differences import Point, compare_sides
+from entropy_experiments.compare.sides import Side, caveats, open_sides
+from entropy_experiments.compare.verdict import comparison_verdict
+from entropy_experiments.records.writer import write_json
+from entropy_experiments.report.figures.comparison import (
+    plot_compared_changes,
+    plot_compared_checkpoints,
+    plot_compared_histories,
+)
+from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.interactive.comparison import compared_changes, compared_checkpoints, compared_histories
+from entropy_experiments.report.interactive.page import PageFigure, render_page
+from entropy_experiments.report.verdict import Sentence
+from rl_training.errors import UserError
+from rl_training.files import refuse_link, write_whole, write_whole_by
+
+_REPORT = "comparison.html"
+_FORMAT = 1
+_CHANGES = {
+    "measured": "measured",
+    "predicted": "predicted",
+    "batch": "this batch",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+}
+_READING = {
+    "changes": (
+        "Changes of entropy in the analysed step",
+        "Left, each side; right, each side minus A. Bars reach two standard errors: a difference whose bar crosses 0 cannot be "
+        "told from none.",
+    ),
+    "checkpoints": (
+        "The analysed checkpoints",
+        "Left, what was found at each checkpoint; right, the difference from A at the steps that both sides have.",
+    ),
+    "courses": (
+        "Entropy and reward in training",
+        "One line a run, on its own training buffers. There are no error bars: another seed would give another line.",
+    ),
+}
+
+
+def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite: bool = False) -> dict[str, Any]:
+    """Compare the folders and write `output`; return what comparison.json holds, and "folder" and "report".
+
+    Raises UserError where the folders cannot be compared (see comparison_sides), where `output` exists and is not to be
+    overwritten, or cannot be written to.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists already: pass --overwrite to replace it, or choose another --output")
+    if output.exists() and not (output / "comparison.json").is_file():
+        raise UserError(
+            f"{output} is not a folder that compare wrote, so it is not overwritten: choose another --output"
+        )
+    sides = open_sides(paths)
+    inside = next(
+        (s for s in sides if output.resolve() == s.path.resolve() or output.resolve() in s.path.resolve().parents), None
+    )
+    if inside is not None:
+        raise UserError(f"--output {output} holds {inside.path}, which is compared: choose another --output")
+    points = compare_sides(sides)
+    verdict = comparison_verdict(sides, points, caveats(sides, points[-1].analyses) if points else [])
+    record = _record(sides, points, verdict)
+    part = output.with_name(output.name + ".part")
+    refuse_link(part)
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        (part / "figures").mkdir(parents=True)
+        figures = draw_comparison(sides, points)
+        for name, figure in figures.items():
+            write_whole(part / "figures" / f"{name}.png", figure.png)
+        write_whole(part / _REPORT, _page(sides, points, verdict, figures))
+        write_tidy(part / "comparison.parquet", sides, points)
+        write_json(part / "comparison.json", record)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(part, output)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {output} ({error.strerror}): free some space, or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {"folder": str(output), "report": str(output / _REPORT), **record}
+
+
+def _record(sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence]) -> dict[str, Any]:
+    return {
+        "format_version": _FORMAT,
+        "kind": sides[0].kind,
+        "sides": [{"letter": side.letter, "name": side.name, "folder": str(side.path)} for side in sides],
+        "shared_steps": [point.step for point in points] if sides[0].kind == "sweep" else None,
+        "verdict": [{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
+        "quantities": tables.quantity_records(sides, points[-1]) if points else [],
+    }
+
+
+def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str, PageFigure]:
+    """The figures by name, those without anything to show left out."""
+    labels = [side.label for side in sides]
+    found: dict[str, PageFigure] = {}
+
+    def add(name: str, picture: Any, plot: Any) -> None:
+        heading, reading = _READING[name]
+        found[name] = PageFigure(
+            name, heading, reading, caption_of(picture), png_bytes(picture), plot, f"figures/{name}.png"
+        )
+
+    if sides[0].kind == "sweep":
+        arguments = tables.checkpoint_panels(sides, points)
+        add("checkpoints", plot_compared_checkpoints(*arguments, labels), compared_checkpoints(*arguments, labels))
+    if points:
+        rows = [(name, row) for key, name in _CHANGES.items() if (row := points[-1].row(key)) is not None]
+        if rows:
+            values = [[row.values[k] for _, row in rows] for k in range(len(sides))]
+            gaps = [
+                [(None, None) if (d := row.differences[k]) is None else (d.value, d.standard_error) for _, row in rows]
+                for k in range(1, len(sides))
+            ]
+            names = [name for name, _ in rows]
+            add(
+                "changes",
+                plot_compared_changes(names, values, gaps, labels),
+                compared_changes(names, values, gaps, labels),
+            )
+    histories = [side.points[-1].history for side in sides]
+    courses = compared_histories(histories, labels)
+    if courses is not None:
+        add("courses", plot_compared_histories(histories, labels), courses)
+    return found
+
+
+def _page(
+    sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence], figures: dict[str, PageFigure]
+) -> str:
+    heading = f"Comparison of {len(sides)} {'sweeps' if sides[0].kind == 'sweep' else 'analyses'}"
+    last = points[-1] if points else None
+    return render_page(
+        "compare_report.html.j2",
+        title=heading,
+        figures=figures,
+        shown=list(figures),
+        heading=heading,
+        labels=[side.label for side in sides],
+        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
+        headline=tables.headline(sides, last),
+        sides=tables.side_table(sides, last),
+        tables=tables.comparison_tables(sides, points),
+    )
+
+
+def write_tidy(path: Path, sides: Sequence[Side], points: Sequence[Point]) -> None:
+    """One row a number: values with `minus` null, differences with `minus` "A" and the prompts they are paired over."""
+    rows = []
+    for point in points:
+        for row in point.rows:
+            name, part, estimator = tables.tidy_names(row.quantity.key)
+            for k, (side, results) in enumerate(zip(sides, point.analyses, strict=True)):
+                common = {
+                    "run": side.label,
+                    "step": tables.whole_step(results),
+                    "quantity": name,
+                    "part": part,
+                    "estimator": estimator,
+                    "unit": row.quantity.unit,
+                }
+                value, error = row.values[k]
+                if value is not None:
+                    rows.append(
+                        common | {"value": value, "standard_error": error, "minus": None, "paired_prompts": None}
+                    )
+                gap = row.differences[k]
+                if gap is not None:
+                    numbers = {"value": gap.value, "standard_error": gap.standard_error}
+                    rows.append(common | numbers | {"minus": "A", "paired_prompts": gap.prompts})
+    text, number, whole = pa.string(), pa.float64(), pa.int64()
+    schema = pa.schema(
+        [("run", text), ("step", whole), ("quantity", text), ("part", text), ("estimator", text), ("value", number)]
+        + [("standard_error", number), ("unit", text), ("minus", text), ("paired_prompts", whole)]
+    )
+    write_whole_by(path, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))

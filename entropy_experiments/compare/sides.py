@@ -1,0 +1,225 @@
+"""What is compared: folders of analyses, or of sweeps, checked for whether their numbers are of the same quantity.
+
+Refused, because a difference would be of two different things: another tokenizer (entropy per token depends on what a token
+is), given texts against texts drawn from the policy, a sweep against a single analysis. Compared with a caveat that the
+report repeats: another sampling law, another model with the same tokenizer, another training step, another evaluation set,
+another results format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from entropy_experiments.records.reader import ResultsFolder, read_results_folder
+from entropy_experiments.text.display import one_line
+from entropy_experiments.text.numbers import as_number, lookup, plain
+from rl_training.errors import UserError
+
+LETTERS = "ABCDEFGH"
+SWEEP_RECORD = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run that is compared: an analysis folder, or one run of a sweep.
+
+    points: its analyses in order of training step, a single one for an analysis folder. missing: sentences on the checkpoints
+    that a sweep has no analysis of.
+    """
+
+    letter: str
+    name: str
+    path: Path
+    kind: Literal["analysis", "sweep"]
+    points: tuple[ResultsFolder, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def first(self) -> ResultsFolder:
+        """The earliest of its analyses."""
+        return self.points[0]
+
+    @property
+    def label(self) -> str:
+        """Letter and name, fit for a legend."""
+        return f"{self.letter}: {self.name}"
+
+
+def step_of(results: ResultsFolder) -> float | None:
+    """The training step of the checkpoint that was analysed."""
+    return as_number(lookup(results.summary, "checkpoint", "step"))
+
+
+def open_sides(paths: Sequence[Path | str]) -> list[Side]:
+    """Read the folders, the first as A, the next as B, …; a sweep over several runs is a side for each of them.
+
+    Raises UserError for fewer than two or more than eight sides, one folder twice, a folder that is none of ours, a sweep
+    against an analysis, and for numbers that are not of the same quantity.
+    """
+    seen: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        real = path.resolve()
+        if real in seen:
+            raise UserError(f"{path} is given twice{'' if path == seen[real] else f', the other time as {seen[real]}'}")
+        seen[real] = path
+    kinds = {path: "sweep" if _is_sweep(path) else "analysis" for path in seen.values()}
+    if len(set(kinds.values())) > 1:
+        one, other = (next(path for path, kind in kinds.items() if kind == wanted) for wanted in ("sweep", "analysis"))
+        raise UserError(
+            f"{one} is a sweep and {other} a single analysis: compare two sweeps, or the analysis with one of those under "
+            f"{one / 'checkpoints'}"
+        )
+    names = _names(list(seen))
+    sides: list[Side] = []
+    for name, path in zip(names, seen.values(), strict=True):
+        for found in _open_sweep(path) if kinds[path] == "sweep" else [_open_analysis(path)]:
+            own = f"{name}: {found.name}" if found.name and found.name != name else name
+            sides.append(replace(found, name=own))
+    if len(sides) < 2:
+        raise UserError("a comparison needs two folders or more: entropy-experiments compare A B --output FOLDER")
+    if len(sides) > len(LETTERS):
+        raise UserError(f"{len(sides)} sides are too many to read beside each other: compare at most {len(LETTERS)}")
+    sides = [replace(side, letter=letter) for side, letter in zip(sides, LETTERS, strict=False)]
+    _refuse_other_quantities(sides)
+    return sides
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    names = [str(path) for path in paths]
+    for length in range(max((len(path.parts) for path in paths), default=0), 0, -1):
+        shorter = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(shorter)) < len(shorter):
+            break
+        names = shorter
+    return [one_line(name, 60, "end") for name in names]
+
+
+def _is_sweep(path: Path) -> bool:
+    return (path / SWEEP_RECORD).is_file() or (path / "sweep_plan.json").is_file()
+
+
+def _open_analysis(path: Path) -> Side:
+    if path.is_dir() and not (path / "summary.json").exists():
+        if (path / "trainer_state.json").is_file() or any(path.glob("checkpoint-*/trainer_state.json")):
+            raise UserError(
+                f"{path} holds checkpoints, not results: analyse it first with `entropy-experiments analyze`"
+            )
+    return Side("", "", path, "analysis", (read_results_folder(path),))
+
+
+def _open_sweep(path: Path) -> list[Side]:
+    """The sweep's runs, each with its finished analyses by step."""
+    record = path / SWEEP_RECORD
+    if not record.is_file():
+        raise UserError(f"{path} is an unfinished sweep: finish it with `entropy-experiments sweep --resume`")
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        entries = [
+            (str(entry["run"]), str(entry["name"]), str(entry["folder"]), entry["status"])
+            for entry in content["checkpoints"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{record} is not the record of a sweep ({type(error).__name__}: {error}): run the sweep again"
+        ) from error
+    sides = []
+    for run in dict.fromkeys(run for run, *_ in entries):
+        own = [(name, folder, status) for other, name, folder, status in entries if other == run]
+        points = [read_results_folder(_inside(path, folder)) for _, folder, status in own if status == "done"]
+        if not points:
+            raise UserError(
+                f"{path} has no finished analysis of {one_line(run, 80)}: mend what failed, see {record}, and resume it"
+            )
+        failed = [one_line(name, 80) for name, _, status in own if status != "done"]
+        told = (
+            (f"Not in the comparison, because the sweep has no results of it: {', '.join(failed)}.",) if failed else ()
+        )
+        points.sort(key=lambda results: step_of(results) or 0.0)
+        sides.append(Side("", one_line(run, 60), path, "sweep", tuple(points), told))
+    if len(sides) == 1:
+        sides = [replace(sides[0], name="")]
+    return sides
+
+
+def _inside(path: Path, folder: str) -> Path:
+    """`path`/`folder`. Raises UserError for a record that points elsewhere."""
+    target = path / folder
+    if path.resolve() not in target.resolve().parents:
+        raise UserError(f"{path / SWEEP_RECORD} names {one_line(folder, 80)}, which is not inside the sweep")
+    return target
+
+
+def _refuse_other_quantities(sides: list[Side]) -> None:
+    first = sides[0]
+    for other in sides[1:]:
+        drawn = [lookup(side.first.summary, "rows_drawn") is not False for side in (first, other)]
+        if drawn[0] != drawn[1]:
+            given = other if drawn[0] else first
+            raise UserError(
+                f"{given.path} was analysed on given texts and the other folder on texts drawn from the policy: changes of "
+                "entropy on given texts are another quantity and cannot be compared"
+            )
+        tokenizers = [lookup(side.first.summary, "policy", "tokenizer") for side in (first, other)]
+        models = [lookup(side.first.summary, "checkpoint", "model") for side in (first, other)]
+        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+            raise UserError(
+                f"{first.path} and {other.path} have different tokenizers (models {_said(models)}): entropies per token are "
+                "then different quantities and cannot be compared"
+            )
+        if None in tokenizers and models[0] != models[1]:
+            raise UserError(
+                f"{first.path} and {other.path} have different base models ({_said(models)}), and at least one does not say "
+                "which tokenizer it has: analyse both again with this version to compare them"
+            )
+
+
+def _said(values: Sequence[object]) -> str:
+    return " and ".join(one_line(str(value), 80) for value in values)
+
+
+_LAW = {"temperature": "temperature", "max_completion_length": "longest completion"}
+
+
+def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]:
+    """What the reader must know besides the numbers; `points`: the analysis of each side that is compared."""
+    found: list[str] = []
+
+    def differing(values: list[Any]) -> str | None:
+        if len({str(value) for value in values}) < 2:
+            return None
+        return ", ".join(f"{side.letter} {_shown(value)}" for side, value in zip(sides, values, strict=True))
+
+    models = differing([lookup(point.summary, "checkpoint", "model") for point in points])
+    if models:
+        found.append(f"Different models with the same tokenizer: {models}.")
+    for key, name in _LAW.items():
+        values = [lookup(point.summary, "policy", "law", key) for point in points]
+        if None in values and any(value is not None for value in values):
+            unknown = ", ".join(s.letter for s, value in zip(sides, values, strict=True) if value is None)
+            found.append(
+                f"Not recorded for {unknown}: {name}. If it differs, the policies follow different sampling laws."
+            )
+        elif None not in values and (law := differing(values)):
+            found.append(
+                f"Another sampling law, {name}: {law}. Each entropy is of its own law, so part of a difference may be the law's."
+            )
+    steps = differing([step_of(point) for point in points])
+    if steps:
+        found.append(f"Checkpoints of different training steps: {steps}.")
+    tasks = differing([lookup(point.summary, "policy", "task") for point in points])
+    if tasks and None not in [lookup(point.summary, "policy", "task") for point in points]:
+        found.append(f"Different tasks: {tasks}.")
+    clean = [lookup(point.summary, "attribution", "preconditioner") == "none" for point in points]
+    if any(clean) and not all(clean):
+        plain_steps = ", ".join(side.letter for side, is_plain in zip(sides, clean, strict=True) if is_plain)
+        found.append(f"The analysed step of {plain_steps} is a plain gradient step, that of the others AdamW's.")
+    return found
+
+
+def _shown(value: object) -> str:
+    return plain(value) if as_number(value) is not None else one_line(str(value), 80)

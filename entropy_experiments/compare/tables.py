@@ -1,0 +1,236 @@
+"""The tables of a comparison, as rows of finished text, and its numbers as records for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from entropy_experiments.compare.differences import Compared, Difference, Point, compare_analyses, settings_that_differ
+from entropy_experiments.compare.sides import Side, step_of
+from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.report.analysis_tables import Table
+from entropy_experiments.report.outcome import same_prompt_effect
+from entropy_experiments.text.display import clip, one_line
+from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+
+_UNIT = "nats per token"
+_PANELS = {"entropy": "entropy h", "measured": "measured Δh", "predicted": "predicted Δh"}
+Pair = tuple[float | None, float | None]
+
+
+def headline(sides: Sequence[Side], point: Point | None) -> list[dict[str, str]]:
+    """The tiles at the head of the page: the measured (or predicted) change of each side minus A's."""
+    row = None if point is None else point.row("measured") or point.row("predicted")
+    if row is None:
+        return []
+    tiles = []
+    for side, gap in zip(sides, row.differences, strict=True):
+        if gap is not None:
+            label = f"{row.quantity.label}, {side.letter} minus A"
+            tiles.append({"label": label, "value": _gap(gap), "unit": row.quantity.unit})
+    return tiles
+
+
+def side_table(sides: Sequence[Side], point: Point | None) -> Table:
+    """Who is who."""
+    columns = (
+        ("", False),
+        ("Folder", False),
+        ("Model", False),
+        ("Step", True),
+        ("Evaluation", True),
+        ("Training", True),
+    )
+    rows = []
+    for place, side in enumerate(sides):
+        results = side.points[-1] if point is None else point.analyses[place]
+        if side.kind == "analysis":
+            step = plain(step_of(results))
+        else:
+            step = ", ".join(plain(step_of(results)) for results in side.points)
+        model = one_line(str(lookup(results.summary, "checkpoint", "model") or "not recorded"), 60)
+        counts = [f"{len(rows_)} sequences" for rows_ in (results.evaluation, results.training)]
+        rows.append([side.letter, clip(str(side.path), 200, "end"), model, step, *counts])
+    return Table("What is compared", columns, rows)
+
+
+def comparison_tables(sides: Sequence[Side], points: Sequence[Point]) -> list[Table]:
+    """Differences at every shared step, the last first; then what has no standard error, weightings, and settings."""
+    found = [_differences(sides, point) for point in reversed(points)]
+    if points:
+        found += [_plain_numbers(sides, points[-1]), _weightings(sides, points[-1]), _settings(sides, points[-1])]
+    return [table for table in found if table.rows]
+
+
+def _differences(sides: Sequence[Side], point: Point) -> Table:
+    step = "" if sides[0].kind == "analysis" else f" at step {plain(point.step)}"
+    columns = [("Quantity", False), ("Unit", False)]
+    columns += [(side.letter, True) for side in sides]
+    for side in sides[1:]:
+        columns += [(f"{side.letter} minus A", True), (f"Standard errors from 0, {side.letter}", True), ("How", False)]
+    rows = []
+    for row in point.rows:
+        cells = [row.quantity.label, row.quantity.unit, *(plus_minus(*pair, plus=False) for pair in row.values)]
+        for gap in row.differences[1:]:
+            cells += ["not known", "–", "–"] if gap is None else [_gap(gap), _distance(gap), _how(gap)]
+        rows.append(cells)
+    return Table(f"Values ± standard errors and differences{step}", tuple(columns), rows)
+
+
+def _gap(gap: Difference) -> str:
+    return plus_minus(gap.value, gap.standard_error)
+
+
+def _distance(gap: Difference) -> str:
+    if not gap.standard_error:
+        return "–"
+    return f"{abs(gap.value) / gap.standard_error:.1f}"
+
+
+def _how(gap: Difference) -> str:
+    if gap.prompts:
+        return f"paired over {gap.prompts} prompts"
+    return f"unpaired: {gap.reason}" if gap.reason else "unpaired"
+
+
+def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
+    entries: list[tuple[str, list[str]]] = []
+    for label, path in (
+        ("Effective sample of the measurement, sequences", ("actual", "snis", "effective_sample_size")),
+        ("Gradient norm of the training buffer", ("attribution", "gradient_norm")),
+        ("Clip coefficient", ("attribution", "clip_coefficient")),
+        ("Change over the life of the momentum buffer, multiple of the step's", ("attribution", "horizon_factor")),
+        ("Mean reward of the training buffer", ("sampling", "training", "mean_reward")),
+        ("Mean length in the training buffer, tokens", ("sampling", "training", "mean_length")),
+        ("Mean of |K₁|", ("kernel", "mean_abs")),
+    ):
+        values = [as_number(lookup(results.summary, *path)) for results in point.analyses]
+        if any(value is not None for value in values):
+            entries.append((label, [plain(value) for value in values]))
+    same = [same_prompt_effect(results.summary) for results in point.analyses]
+    for label, key in (("one prompt", "cosine"), ("two prompts", "cosine_other_prompts")):
+        if any(effect[key] is not None for effect in same):
+            entries.append((f"Mean cosine of gradients, {label}", [signed(effect[key]) for effect in same]))
+    columns = (("Quantity", False), *((side.letter, True) for side in sides))
+    return Table(
+        "Numbers without a standard error, side by side", columns, [[label, *cells] for label, cells in entries]
+    )
+
+
+def _weightings(sides: Sequence[Side], point: Point) -> Table:
+    """Predicted changes of the weightings that every analysis tries on its own buffer."""
+    by_side = []
+    for results in point.analyses:
+        rows = lookup(results.summary, "analyses", "weighting_schemes", "rows")
+        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        by_side.append({str(row.get("label")): lookup(row, "delta_h", "equal_length") for row in rows})
+    labels = list(dict.fromkeys(label for rows in by_side for label in rows))
+    table = [
+        [one_line(label, 80), *(plus_minus(*value_and_error(rows.get(label))) for rows in by_side)]
+        for label in labels
+        if sum(value_and_error(rows.get(label))[0] is not None for rows in by_side) > 1
+    ]
+    columns = (("Weighting", False), *((side.letter, True) for side in sides))
+    return Table(f"Predicted change by weighting, each in a step as long as the run's, {_UNIT}", columns, table)
+
+
+_NAMES = {
+    "policy.tokenizer": "Tokenizer (fingerprint)",
+    "policy.law.temperature": "Sampling temperature",
+    "policy.law.max_completion_length": "Longest completion, tokens",
+    "policy.task": "Task",
+}
+
+
+def _settings(sides: Sequence[Side], point: Point) -> Table:
+    rows = []
+    for name, values in settings_that_differ(point.analyses):
+        label = _NAMES.get(
+            name, name.removeprefix("policy.").removeprefix("attribution.").replace("_", " ").replace(".", ": ")
+        )
+        rows.append([one_line(label, 80), *(_setting(value) for value in values)])
+    columns = (("Setting", False), *((side.letter, False) for side in sides))
+    return Table("Recorded settings that differ", columns, rows)
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "not recorded"
+    return plain(value) if as_number(value) is not None else one_line(str(value), 120)
+
+
+def quantity_records(sides: Sequence[Side], point: Point) -> list[dict[str, Any]]:
+    """Every quantity as JSON: its values by letter, and each difference from A."""
+    return [_quantity_record(sides, row) for row in point.rows]
+
+
+def _quantity_record(sides: Sequence[Side], row: Compared) -> dict[str, Any]:
+    name, part, estimator = tidy_names(row.quantity.key)
+    return {
+        "quantity": name,
+        "part": part,
+        "estimator": estimator,
+        "label": row.quantity.label,
+        "unit": row.quantity.unit,
+        "values": {
+            side.letter: {"value": value, "standard_error": error}
+            for side, (value, error) in zip(sides, row.values, strict=True)
+        },
+        "minus_a": {
+            side.letter: {
+                "value": gap.value,
+                "standard_error": gap.standard_error,
+                "paired_prompts": gap.prompts,
+                "why_unpaired": gap.reason or None,
+                "told_from_zero": gap.told_from_zero,
+            }
+            for side, gap in zip(sides, row.differences, strict=True)
+            if gap is not None
+        },
+    }
+
+
+def tidy_names(key: str) -> tuple[str, str | None, str | None]:
+    """(quantity, part, estimator) of a column of leave_one_out.parquet."""
+    kind, *rest = key.split(".")
+    if kind == "predicted":
+        return "predicted_change", rest[1], rest[0]
+    if kind == "actual":
+        return "measured_change", "total", rest[0]
+    return (
+        {"entropy.per_token": "entropy", "entropy.per_completion": "entropy_per_completion"}.get(key, key),
+        None,
+        None,
+    )
+
+
+def whole_step(results: ResultsFolder) -> int | None:
+    """The training step as a whole number."""
+    step = step_of(results)
+    return None if step is None else int(step)
+
+
+def checkpoint_panels(
+    sides: Sequence[Side], points: Sequence[Point]
+) -> tuple[list[list[float]], dict[str, list[list[Pair]]], dict[str, tuple[list[float], list[list[Pair]]]]]:
+    """The arguments of plot_compared_checkpoints: steps, values of every side, differences at the shared steps."""
+    alone = [[compare_analyses([results]) for results in side.points] for side in sides]
+    steps = [[point.step or 0.0 for point in own] for own in alone]
+    panels: dict[str, list[list[Pair]]] = {}
+    differences: dict[str, tuple[list[float], list[list[Pair]]]] = {}
+    for name, title in _PANELS.items():
+        panels[title] = [[_value(point, name) for point in own] for own in alone]
+        gaps = [[_difference(point, name, k) for point in points] for k in range(1, len(sides))]
+        differences[title] = ([point.step or 0.0 for point in points], gaps)
+    return steps, panels, differences
+
+
+def _value(point: Point, name: str) -> Pair:
+    row = point.row(name)
+    return (None, None) if row is None else row.values[0]
+
+
+def _difference(point: Point, name: str, place: int) -> Pair:
+    row = point.row(name)
+    gap = None if row is None else row.differences[place]
+    return (None, None) if gap is None else (gap.value, gap.standard_error)

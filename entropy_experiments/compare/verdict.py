@@ -1,0 +1,209 @@
+"""What a comparison found, in plain sentences, the most important first.
+
+A difference counts as one where 0 lies outside its 95% interval; otherwise it is "not distinguishable from 0",
+which is not the same as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from entropy_experiments.compare.differences import Compared, Difference, Point
+from entropy_experiments.compare.sides import Side
+from entropy_experiments.report.verdict import PARTS, Sentence
+from entropy_experiments.text.display import one_line
+from entropy_experiments.text.numbers import counted, lookup, plain, plus_minus, series
+
+_UNIT = "nats per token"
+
+
+def comparison_verdict(sides: Sequence[Side], points: Sequence[Point], caveats: Sequence[str]) -> list[Sentence]:
+    """The sentences; `points` as `compare_sides` gives them, the last of which is the one that is told in detail."""
+    checks = _failed_checks(sides)
+    warnings = [Sentence(text, "warning") for text in [*(text for side in sides for text in side.missing), *caveats]]
+    if not points:
+        alone = "The sweeps share no training step, so only their courses can be compared."
+        return [*checks, Sentence(alone, "warning"), *warnings]
+    point, found = points[-1], []
+    alone = sides[0].kind == "analysis"
+    first = "" if alone else f"At step {plain(point.step)}, the last that all have: "
+    at = "" if alone else f"At step {plain(point.step)}: "
+    for place, side in enumerate(sides[1:], start=1):
+        found += [
+            _step_sentence(point, place, side.letter, first),
+            _level_sentence(point, place, side.letter, at),
+            _part_sentence(point, place, side.letter, at),
+            _reward_sentence(point, place, side.letter, at),
+            _course_sentence(points, place, side.letter),
+        ]
+    found.append(_training_sentence(sides, point))
+    found.append(_error_sentence(point, sides))
+    return [*checks, *filter(None, found), *warnings]
+
+
+def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:
+    """Who loses more entropy in the analysed step, as measured, or as predicted where nothing was measured."""
+    for name, word in (("measured", "measured"), ("predicted", "predicted")):
+        row = point.row(name)
+        difference = row.differences[place] if row else None
+        if row is None or difference is None:
+            continue
+        a, b = row.values[0][0], row.values[place][0]
+        assert a is not None and b is not None
+        beside = (
+            f"({word}: {letter} {plus_minus(*row.values[place])}, A {plus_minus(*row.values[0])}; {_how(difference)})"
+        )
+        size = plus_minus(abs(difference.value), difference.standard_error, plus=False)
+        if difference.value == 0.0 and not difference.standard_error:
+            return Sentence(f"{at}In the analysed step {letter} and A change entropy by the same amount {beside}.")
+        if difference.told_from_zero is None:
+            text = f"In the analysed step {letter}'s change of entropy differs from A's by {size} {_UNIT}"
+            return Sentence(f"{at}{text}; whether that is more than chance cannot be said {beside}.", "warning")
+        if not difference.told_from_zero:
+            gap = plus_minus(difference.value, difference.standard_error)
+            text = f"In the analysed step {letter}'s change of entropy minus A's is {gap} {_UNIT}, not distinguishable from 0"
+            return Sentence(f"{at}{text} {beside}.")
+        return Sentence(f"{at}{_in_words(letter, a, b, size)} in the analysed step {beside}.")
+    return Sentence(
+        f"{at}Changes of entropy cannot be compared: not both A and {letter} have an analysed step.", "warning"
+    )
+
+
+def _in_words(letter: str, a: float, b: float, size: str) -> str:
+    if a <= 0 and b <= 0:
+        return f"{letter} loses {size} {_UNIT} {'less' if b > a else 'more'} than A"
+    if a >= 0 and b >= 0:
+        return f"{letter} gains {size} {_UNIT} {'more' if b > a else 'less'} than A"
+    one, other = ("gains", "loses") if b > a else ("loses", "gains")
+    return f"{letter} {one} entropy and A {other} it, {size} {_UNIT} apart,"
+
+
+def _level_sentence(point: Point, place: int, letter: str, at: str) -> Sentence | None:
+    row = point.row("entropy")
+    difference = row.differences[place] if row else None
+    if row is None or difference is None:
+        return None
+    levels = f"({letter} {plus_minus(*row.values[place], plus=False)}, A {plus_minus(*row.values[0], plus=False)})"
+    if difference.value == 0.0 and not difference.standard_error:
+        return Sentence(f"{at}Before the step the policies of {letter} and A have the same entropy {levels}.")
+    if difference.told_from_zero is False:
+        gap = plus_minus(difference.value, difference.standard_error)
+        text = f"Before the step the entropies of {letter}'s and A's policies are not distinguishable, {letter} minus A is {gap}"
+        return Sentence(f"{at}{text} {_UNIT} {levels}.")
+    size = plus_minus(abs(difference.value), difference.standard_error, plus=False)
+    more = "more" if difference.value > 0 else "less"
+    return Sentence(f"{at}Before the step {letter}'s policy has {size} {_UNIT} {more} entropy than A's {levels}.")
+
+
+def _part_sentence(point: Point, place: int, letter: str, at: str) -> Sentence | None:
+    """How much of the difference was predicted, and by which part of the step."""
+    row = point.row("predicted")
+    difference = row.differences[place] if row else None
+    if row is None or difference is None:
+        return None
+    gap = plus_minus(difference.value, difference.standard_error)
+    text = f"The first-order prediction puts the difference {letter} minus A at {gap} {_UNIT}"
+    parts = [(name, _difference(point.row(part), place)) for part, name in PARTS.items()]
+    listed = [f"{name} {plus_minus(d.value, d.standard_error)}" for name, d in parts if d is not None and d.value]
+    return Sentence(f"{at}{text}{': ' if listed else ''}{', '.join(listed)}.")
+
+
+def _difference(row: Compared | None, place: int) -> Difference | None:
+    return None if row is None else row.differences[place]
+
+
+def _reward_sentence(point: Point, place: int, letter: str, at: str) -> Sentence | None:
+    row = point.row("reward")
+    difference = row.differences[place] if row else None
+    if row is None or difference is None:
+        return None
+    if not difference.value and not difference.standard_error:
+        return Sentence(f"{at}Mean reward on the evaluation prompts is the same for {letter} and A.")
+    gap = plus_minus(difference.value, difference.standard_error)
+    known = "" if difference.told_from_zero is not False else ", not distinguishable from 0"
+    rewards = f"({letter} {plain(row.values[place][0])}, A {plain(row.values[0][0])})"
+    return Sentence(f"{at}Mean reward on the evaluation prompts, {letter} minus A: {gap}{known} {rewards}.")
+
+
+def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Sentence | None:
+    """Over several steps: where entropy differs beyond chance."""
+    known = [_difference(point.row("entropy"), place) for point in points]
+    known = [difference for difference in known if difference is not None and difference.standard_error is not None]
+    if len(points) < 2 or not known:
+        return None
+    more = sum(bool(d.told_from_zero) and d.value > 0 for d in known)
+    less = sum(bool(d.told_from_zero) and d.value < 0 for d in known)
+    return Sentence(
+        f"Of {counted(len(known), 'shared checkpoint')}, {letter} has more entropy than A at {more} and less at {less}, "
+        f"each with 0 outside its 95% interval; at {len(known) - more - less} they cannot be told apart."
+    )
+
+
+def _training_sentence(sides: Sequence[Side], point: Point) -> Sentence | None:
+    """What entropy did in training on each side, up to the analysed checkpoint."""
+    told = []
+    for side, analysis in zip(sides, point.analyses, strict=True):
+        rows = sorted(analysis.history, key=lambda row: row.get("step") or 0)
+        steps, entropy = series(rows, "step"), series(rows, "entropy")
+        known = np.flatnonzero(np.isfinite(steps) & np.isfinite(entropy))
+        if len(known) > 1:
+            first, last = known[0], known[-1]
+            span = f"(steps {steps[first]:g} to {steps[last]:g})"
+            told.append(f"{side.letter} from {plain(entropy[first])} to {plain(entropy[last])} {span}")
+    if not told:
+        return None
+    text = f"In training, entropy on the training buffers went, in {_UNIT}: {', '.join(told)}"
+    return Sentence(f"{text}. These are single runs: how much another seed would change them is not known.")
+
+
+def _failed_checks(sides: Sequence[Side]) -> list[Sentence]:
+    found = []
+    for side in sides:
+        for results in side.points:
+            checks = results.run.get("self_checks")
+            checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
+            failed = [
+                one_line(str(check.get("name", "unnamed")), 80) for check in checks if check.get("passed") is not True
+            ]
+            step = lookup(results.summary, "checkpoint", "step")
+            where = side.letter if side.kind == "analysis" else f"{side.letter} at step {plain(step)}"
+            if failed:
+                found.append(
+                    Sentence(
+                        f"{where}: {len(failed)} of {counted(len(checks), 'self-check')} FAILED ({', '.join(failed)}): do not "
+                        "rely on its numbers until this is explained.",
+                        "bad",
+                    )
+                )
+            elif not checks:
+                found.append(
+                    Sentence(f"{where}: no self-checks were recorded, nothing vouches for its numbers.", "warning")
+                )
+    return found
+
+
+def _error_sentence(point: Point, sides: Sequence[Side]) -> Sentence:
+    """How the standard errors were made, and what they leave out."""
+    ways = []
+    for place, side in enumerate(sides[1:], start=1):
+        known = [row.differences[place] for row in point.rows]
+        paired = [d.prompts for d in known if d is not None and d.prompts]
+        reasons = dict.fromkeys(d.reason for d in known if d is not None and not d.prompts)
+        if paired:
+            ways.append(f"{side.letter} is paired with A over {counted(max(paired), 'shared evaluation prompt')}")
+        if reasons:
+            some = "some numbers of " if paired else ""
+            ways.append(f"{some}{side.letter} compared as if independent of A ({'; '.join(reasons)})")
+    text = f"Standard errors: {', '.join(ways)}. " if ways else ""
+    return Sentence(
+        f"{text}They cover the choice of evaluation prompts and completions, not that of the training buffer, nor a seed of "
+        "training."
+    )
+
+
+def _how(difference: Difference) -> str:
+    if difference.prompts:
+        return f"paired over {counted(difference.prompts, 'shared evaluation prompt')}"
+    return f"unpaired, {difference.reason}" if difference.reason else "unpaired"

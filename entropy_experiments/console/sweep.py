@@ -1,0 +1,118 @@
+"""What a person sees while a sweep runs: a bar over all its stages, then the verdict and a row for every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from entropy_experiments.console.analyze import expected_shares
+from entropy_experiments.console.progress import StageProgress, progress_console
+from entropy_experiments.console.tables import print_outcomes
+from entropy_experiments.report.outcome import read_outcome
+from entropy_experiments.sweep.config import SweepConfig
+from entropy_experiments.sweep.run import Sweep, run_sweep
+from entropy_experiments.sweep.targets import Target
+from entropy_experiments.sweep.verdict import read_sweep_verdict
+from entropy_experiments.text.numbers import counted
+from rl_training.errors import UserError
+
+
+def sweep_with_progress(
+    runs: Sequence[Path], config: SweepConfig, *, quiet: bool = False, table: bool = True, **options: Any
+) -> Sweep:
+    """run_sweep with progress on stderr and, where `table` is set, the closing verdict and table there as well."""
+    console = progress_console(quiet)
+    with ExitStack() as stack:
+        progress: StageProgress | None = None
+
+        def begin(target: Target, place: int, count: int) -> None:
+            nonlocal progress
+            if progress is None:
+                shares = expected_shares(config.of_a_checkpoint())
+                progress = stack.enter_context(StageProgress(console, shares, runs=count, label="sweep"))
+            progress.begin_run(target.name)
+            if not console.is_interactive:
+                console.print(f"sweep: {target.name} ({place} of {count})", markup=False, soft_wrap=True)
+
+        def stage(name: str) -> None:
+            if progress is not None:
+                progress.stage(name)
+            elif not console.is_interactive:
+                console.print(f"sweep: {name}", markup=False, soft_wrap=True)
+
+        sweep = run_sweep(runs, config, stage=stage, begin=begin, **options)
+    if table and not quiet:
+        _close(console, sweep)
+    return sweep
+
+
+def sweep_outcome(sweep: Sweep) -> dict[str, Any]:
+    """What `--json` prints: folder, report, share, failed, open, and where the sweep is put together its verdict and checkpoints.
+
+    A checkpoint is `outcome.analysis_outcome`, or {"checkpoint", "error"}.
+    """
+    found: dict[str, Any] = {
+        "folder": str(sweep.folder),
+        "report": None if sweep.report is None else str(sweep.report),
+        "process": {"number": sweep.share.index + 1, "of": sweep.share.count},
+        "failed": sweep.failed,
+        "open": list(sweep.open),
+        "verdict": [],
+        "checkpoints": [],
+    }
+    if sweep.report is None:
+        return found
+    found["verdict"] = [{"tone": s.tone, "text": s.text} for s in read_sweep_verdict(sweep.folder)]
+    entries = json.loads((sweep.folder / "sweep.json").read_text(encoding="utf-8"))["checkpoints"]
+    for entry in entries:
+        if entry["status"] == "done":
+            found["checkpoints"].append({"run": entry["run"], **read_outcome(sweep.folder / entry["folder"])})
+        else:
+            checkpoint = {"path": entry["checkpoint"], "step": entry["step"], "model": None}
+            error = entry["error"] or "not analysed yet"
+            found["checkpoints"].append({"run": entry["run"], "checkpoint": checkpoint, "error": error})
+    return found
+
+
+def _close(console: Console, sweep: Sweep) -> None:
+    if sweep.share.count > 1:
+        console.print(f"{sweep.share.describe()} is done.", markup=False)
+    if sweep.report is None:
+        if sweep.open:
+            who = "the first process waits for them and" if sweep.share.kind == "rank" else "the last of them"
+            text = f"{counted(len(sweep.open), 'checkpoint')} of other processes not done yet: {who} puts the results together"
+            console.print(
+                f"{text}{'' if sweep.share.kind == 'rank' else ', or --assemble does'}.", markup=False, soft_wrap=True
+            )
+        return
+    outcome = sweep_outcome(sweep)
+    for run in dict.fromkeys(checkpoint["run"] for checkpoint in outcome["checkpoints"]):
+        rows = [checkpoint for checkpoint in outcome["checkpoints"] if checkpoint["run"] == run]
+        console.print(f"\n{run}", markup=False, style="bold")
+        print_outcomes(console, rows)
+    console.print()
+    for sentence in outcome["verdict"]:
+        console.print(f"- {sentence['text']}", markup=False, soft_wrap=True)
+
+
+def refuse_failures(sweep: Sweep) -> None:
+    """Raises UserError where checkpoints failed and this process is the one to say so, once everything else is done.
+
+    A launched process other than the first stays silent: its launcher would stop the others.
+    """
+    own = {target.name for target in sweep.share.of(sweep.targets)}
+    told = sweep.failed.keys() if sweep.report is not None or sweep.share.count == 1 else own & sweep.failed.keys()
+    if not told or (sweep.share.kind == "rank" and sweep.share.index > 0):
+        return
+    first = sorted(told)[0]
+    more = f" (and {len(told) - 1} more, see sweep.json)" if len(told) > 1 else ""
+    done = len(sweep.targets) - len(sweep.failed) - len(sweep.open)
+    raise UserError(
+        f"{len(told)} of {counted(len(sweep.targets), 'checkpoint')} could not be analysed, {done} are done in "
+        f"{sweep.folder}; {first}: {sweep.failed[first]}{more}. Mend and pass --resume"
+    )

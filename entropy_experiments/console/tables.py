@@ -1,0 +1,190 @@
+"""The table that `analyze` and `sweep` end in: an outcome (see outcome.py) in a dozen lines, many in a row each.
+
+On a terminal it is a rich table, cut to its width; elsewhere plain lines ``name: value``, one fact a line, which
+a log can be searched for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from entropy_experiments.text.display import one_line
+from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+
+_PARTS = {"batch": "this step's batch", "momentum": "momentum", "weight_decay": "weight decay"}
+_STYLES = {"good": "green", "bad": "bold red", "warning": "yellow", "plain": ""}
+_COLUMNS = ("entropy", "predicted", "measured", "apart", "batch", "momentum")
+_TEXT_CHARACTERS = 200
+
+
+def print_verdict(console: Console, outcome: Mapping[str, Any]) -> None:
+    """Print what one analysis found: a table on a terminal, lines elsewhere."""
+    facts = outcome_facts(outcome)
+    console.print()
+    if not console.is_terminal:
+        for name, value, _ in facts:
+            console.print(f"{name}: {value}", markup=False, soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=_title(outcome), title_justify="left", pad_edge=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value, tone in facts:
+        table.add_row(Text(name), Text(value, style=_STYLES[tone]))
+    console.print(table)
+
+
+def print_outcomes(console: Console, outcomes: Sequence[Mapping[str, Any]]) -> None:
+    """Print one row an analysis: the checkpoints of a sweep, in the order given.
+
+    An analysis that failed has {"checkpoint": …, "error": what went wrong} in place of an outcome.
+    """
+    rows = [(outcome, _row(outcome)) for outcome in outcomes]
+    columns = _columns_that_fit([row for _, row in rows], console.width if console.is_terminal else 0)
+    console.print()
+    if not columns:
+        for outcome, row in rows:
+            named = [f"{name} {value}" for name, value in row.items() if name not in ("step", "error")]
+            named = [f"failed: {row['error']}"] if "error" in row else named
+            console.print(f"step {row['step']}: {'; '.join(named)}", markup=False, soft_wrap=True)
+            if "error" not in row:
+                console.print(f"  {one_line(str(outcome['folder']), 1000)}", markup=False, soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, title="Changes of entropy in nats per token, ± standard error", pad_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
+    for name in columns:
+        table.add_column(name, justify="left" if name == "checks" else "right", no_wrap=True)
+    for outcome, row in rows:
+        failed = "error" in row or lookup(outcome, "checks", "failed")
+        cells = row | ({"checks": "failed"} if "error" in row else {})
+        table.add_row(*(cells.get(name, "") for name in columns), style=_STYLES["bad"] if failed else "")
+    console.print(table)
+    for _, row in rows:
+        if "error" in row:
+            console.print(Text(f"step {row['step']} failed: {row['error']}", style=_STYLES["bad"]))
+
+
+def _columns_that_fit(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """The columns of a table at most `width` wide, the least important left out first; none where too few fit."""
+    columns = ["step", *_COLUMNS, "checks"]
+    needed = {name: max([len(name), *(len(row.get(name, "")) for row in rows)]) + 3 for name in columns}
+    for dropped in ("momentum", "batch", "apart", "entropy"):
+        if sum(needed[name] for name in columns) <= width:
+            return columns
+        columns.remove(dropped)
+    return columns if sum(needed[name] for name in columns) <= width else []
+
+
+def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, tone) of every line of the closing table; units are in the values."""
+    unit = outcome["unit"]
+    facts = [("Entropy before the step", f"{_amount(outcome['entropy'], plus=False)} {unit}", "plain")]
+    if as_number(lookup(outcome, "predicted", "value")) is not None:
+        facts.append(("Predicted change", f"{_amount(outcome['predicted'])} {unit}", "plain"))
+        for part, name in _PARTS.items():
+            if as_number(lookup(outcome, "parts", part, "value")) is not None:
+                facts.append((f"  from {name}", _amount(outcome["parts"][part]), "plain"))
+    if as_number(lookup(outcome, "measured", "value")) is not None:
+        facts.append(_measured(outcome))
+    same = _same_prompt(outcome)
+    if same:
+        facts.append(("Same-prompt effect", same, "plain"))
+    facts.append(_checks(outcome))
+    for name, what in (outcome.get("failed_analyses") or {}).items():
+        facts.append((f"FAILED: {one_line(name, 60).replace('_', ' ')}", one_line(what, _TEXT_CHARACTERS), "bad"))
+    facts.append(("Folder", one_line(outcome["folder"], 1000), "plain"))
+    return facts
+
+
+def _measured(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
+    value, compared = f"{_amount(outcome['measured'])} {outcome['unit']}", outcome.get("agreement")
+    if compared is None:
+        return "Measured change", value, "plain"
+    agree = "agrees with the prediction" if compared["agrees"] else "does NOT agree with the prediction"
+    text = f"{value}; {agree} ({compared['z']:.1f} standard errors of the difference apart)"
+    return "Measured change", text, "good" if compared["agrees"] else "bad"
+
+
+def _same_prompt(outcome: Mapping[str, Any]) -> str:
+    same = outcome["same_prompt"]
+    if as_number(same["cosine"]) is None or as_number(same["cosine_other_prompts"]) is None:
+        return ""
+    text = f"mean cosine of gradients {signed(same['cosine'], 2)} with one prompt, "
+    text += f"{signed(same['cosine_other_prompts'], 2)} with two"
+    text = text if same["p_value"] is None else f"{text} (p = {plain(same['p_value'], 2)})"
+    return f"{text}; raw K₁ differs the other way, so nothing follows" if same.get("signs_agree") is False else text
+
+
+def _checks(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
+    passed, failed = outcome["checks"]["passed"], outcome["checks"]["failed"]
+    text = f"{passed} of {passed + len(failed)} passed"
+    if not passed + len(failed):
+        return "Self-checks", "none recorded", "warning"
+    if failed:
+        text += f"; FAILED: {', '.join(one_line(name, 80) for name in failed)}"
+    return "Self-checks", text, "bad" if failed else "good"
+
+
+def _title(outcome: Mapping[str, Any]) -> Text:
+    step, model = lookup(outcome, "checkpoint", "step"), lookup(outcome, "checkpoint", "model")
+    where = "the analysis" if as_number(step) is None else f"checkpoint {step:g}"
+    return Text(f"Verdict on {where} of {one_line(str(model or 'an unnamed model'), 60)}", style="bold")
+
+
+def _row(outcome: Mapping[str, Any]) -> dict[str, str]:
+    step = as_number(lookup(outcome, "checkpoint", "step"))
+    row = {"step": "–" if step is None else f"{step:g}"}
+    if outcome.get("error") is not None:
+        return row | {"error": one_line(str(outcome["error"]), _TEXT_CHARACTERS)}
+    failed = len(outcome["checks"]["failed"]) + len(outcome.get("failed_analyses") or {})
+    compared = outcome.get("agreement")
+    return row | {
+        "entropy": _amount(outcome["entropy"], plus=False),
+        "predicted": _amount(outcome["predicted"]),
+        "measured": _amount(outcome["measured"]),
+        "apart": "–" if compared is None else f"{compared['z']:.1f} SE",
+        "batch": _amount(lookup(outcome, "parts", "batch")),
+        "momentum": _amount(lookup(outcome, "parts", "momentum")),
+        "checks": f"{outcome['checks']['passed']} passed" + (f", {failed} FAILED" if failed else ""),
+    }
+
+
+def _amount(entry: object, plus: bool = True) -> str:
+    return plus_minus(*value_and_error(entry), plus=plus)
+
+
+def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
+    """Print what `compare` found (comparison.json): its first sentence, warnings, then each difference from A."""
+    console.print()
+    for side in comparison["sides"]:
+        console.print(f"{side['letter']}: {one_line(side['folder'], 1000)}", markup=False, soft_wrap=True)
+    told = [sentence for sentence in comparison["verdict"] if sentence["tone"] in ("bad", "warning")]
+    for sentence in [
+        *comparison["verdict"][:1],
+        *(sentence for sentence in told if sentence is not comparison["verdict"][0]),
+    ]:
+        console.print(Text(f"- {sentence['text']}", style=_STYLES[sentence["tone"]]), soft_wrap=not console.is_terminal)
+    rows = [
+        (row["label"], letter, plus_minus(*value_and_error(gap)), row["unit"], _certainty(gap))
+        for row in comparison["quantities"]
+        for letter, gap in row["minus_a"].items()
+    ]
+    if not console.is_terminal:
+        for label, letter, gap, unit, how in rows:
+            console.print(f"{label}, {letter} minus A: {gap} {unit} ({how})", markup=False, soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("Quantity", "left"), ("minus A", "right"), ("Unit", "left"), ("", "left")):
+        table.add_column(name, justify=justify, overflow="fold")
+    for label, letter, gap, unit, how in rows:
+        table.add_row(Text(label), Text(f"{letter} {gap}"), Text(unit), Text(how))
+    console.print(table)
+
+
+def _certainty(gap: Mapping[str, Any]) -> str:
+    how = f"paired over {gap['paired_prompts']} prompts" if gap["paired_prompts"] else "unpaired"
+    told = {True: "told from 0", False: "not told from 0", None: "no standard error"}[gap["told_from_zero"]]
+    return f"{told}, {how}"

@@ -1,0 +1,91 @@
+"""A run's log as reports know it: one row a training step, and of the probe's numbers each step's own.
+
+A trainer that logs once in several steps logs means over them. What the probe predicted and measured of every step stands in the
+checkpoint's `trainer_state.json` (rl_training.probe.history), which is taken in place of what was logged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.text.numbers import as_number, series
+from rl_training.probe.history import KEPT, STATE_KEY
+
+_LOGGED = {"entropy": "entropy", "reward": "buffer/reward_first_round"}
+_PROBE = {f"probe/{name}": f"entropy_probe/{name}" for name in KEPT}
+MEAN_OF = "probe/mean_of"
+"""Key of a row whose probe values are the means of so many steps, where each step's own are not known."""
+
+
+def training_history(
+    log_history: Sequence[Mapping[str, Any]], trainer_state: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """One entry a logged or probed step, ascending, with the keys that reports know; plain TRL logs have fewer.
+
+    trainer_state: the checkpoint's, for each step's own probe values; without them rows of several steps say so (`MEAN_OF`).
+    """
+    own = _probed_steps(trainer_state or {})
+    rows: dict[int, dict[str, Any]] = {}
+    before = steps_before = 0
+    for entry in log_history:
+        if "loss" not in entry:
+            continue
+        step = entry["step"]
+        row = rows[step] = {"step": step}
+        row.update({new: entry[old] for new, old in _LOGGED.items() if entry.get(old) is not None})
+        if "reward" not in row and entry.get("reward") is not None:
+            row["reward"] = entry["reward"]
+        probe = {new: entry[old] for new, old in _PROBE.items() if entry.get(old) is not None}
+        if probe and not own:
+            # The probe counts its steps; logs of before it did are only known to be of single steps if none was left out.
+            count = as_number(entry.get("entropy_probe/steps"))
+            between = step - before if count is None else count - steps_before
+            steps_before = steps_before if count is None else int(count)
+            row |= probe | ({MEAN_OF: int(between)} if between > 1 else {})
+        before = step
+    for step, values in own.items():
+        rows.setdefault(step, {"step": step}).update(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def stored_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's `trainer_state.json`; empty where there is none."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return state if isinstance(state, dict) else {}
+
+
+def _probed_steps(trainer_state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Step -> its probe values; empty where the state holds none, or not as it should (it is a stranger's file)."""
+    callbacks = trainer_state.get("stateful_callbacks")
+    columns = callbacks.get(STATE_KEY) if isinstance(callbacks, Mapping) else None
+    steps = columns.get("step") if isinstance(columns, Mapping) else None
+    if not isinstance(columns, Mapping) or not isinstance(steps, list):
+        return {}
+    out: dict[int, dict[str, Any]] = {step: {} for step in steps if isinstance(step, int)}
+    for name in KEPT:
+        values = columns.get(name)
+        if isinstance(values, list) and len(values) == len(steps):
+            for step, value in zip(steps, values, strict=True):
+                if step in out and as_number(value) is not None:
+                    out[step][f"probe/{name}"] = value
+    return out
+
+
+def trusted_changes(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """(predicted, measured) of the steps that have both, nats per token, and how many more were measured on an effective
+    sample of less than half the sequences, which are left out.
+    """
+    predicted, measured = series(rows, "probe/predicted"), series(rows, "probe/measured")
+    both, low = np.isfinite(predicted) & np.isfinite(measured), series(rows, "probe/low_ess") == 1.0
+    return predicted[both & ~low], measured[both & ~low], int((both & low).sum())
+
+
+def holds_means(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some probe values are means over several steps, so that they have no sums."""
+    return any(MEAN_OF in row for row in rows)

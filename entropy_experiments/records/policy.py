@@ -1,0 +1,39 @@
+"""What is needed to say whether two analyses may be compared: the policy's law, its tokenizer, and how the run was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from entropy_experiments.buffers.sampling_plan import SamplingPlan
+from entropy_experiments.checkpoint_loader import Checkpoint
+
+
+def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> dict[str, Any]:
+    """summary.json's "policy": "tokenizer" (a fingerprint of the vocabulary), "law" and, where recorded, "training"."""
+    law, sidecar = plan.law, checkpoint.record.sidecar
+    training = None
+    if sidecar is not None:
+        training = {
+            "scheme": sidecar.algorithm.scheme,
+            "length_normalizer": sidecar.algorithm.length_normalizer,
+            "difficulty_weighting": sidecar.algorithm.difficulty_weighting,
+            "reject_zero_advantage": sidecar.algorithm.reject_zero_advantage,
+            "max_grad_norm": sidecar.algorithm.max_grad_norm,
+            "learning_rate": sidecar.learning_rates_used[0] if sidecar.learning_rates_used else None,
+            "prompts_per_step": sidecar.sampling.prompts_per_step,
+            "completions_per_prompt": sidecar.sampling.completions_per_prompt,
+        }
+    return {
+        "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
+        "law": {"temperature": law.temperature, "max_completion_length": law.max_completion_length},
+        "task": plan.task.origin,
+        "training": training,
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """The first 16 digits of the SHA-256 of the vocabulary, token -> id: equal tokens make equal entropies per token."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.sha256(vocabulary.encode("ascii")).hexdigest()[:16]

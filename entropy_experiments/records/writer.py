@@ -1,0 +1,308 @@
+"""Writing the results folder of one analysis; entropy_experiments.records.reader reads it back.
+
+config.yaml             resolved, replayable          sequences.parquet     both buffers, one row a sequence
+run.json                versions, timings, checks     kernel.safetensors    kernels [eval, train] and [train, train]
+summary.json            the numbers, the analyses     training_history.json the run's log up to the checkpoint
+evaluation_set.json     what draws the evaluation buffer again
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from entropy_core.measurement import EntropyMeasurement
+from entropy_core.scores import TokenStatistics
+from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_experiments.buffers.sampling_plan import SamplingPlan
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.records.leave_one_out import agreements
+from entropy_experiments.records.reader import RESULTS_FORMAT
+from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale
+from entropy_experiments.text.tokens import token_texts
+from rl_training.files import write_whole, write_whole_by
+from rl_training.sampling import Rollouts
+
+_VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON without NaN or infinity (they become null), so that any reader takes it."""
+    write_whole(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_sequences(
+    path: Path,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    numbers: AnalysisNumbers,
+    plan: SamplingPlan,
+    tokenizer: Any,
+    token_shares: torch.Tensor | None = None,
+) -> None:
+    """Both buffers; row is the index on that kernel axis.
+
+    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed.
+    """
+    rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
+    for row, lost in zip(rows, _floats(numbers.contributions, len(rows)), strict=True):
+        row["delta_h_lost"] = lost
+    trained = _rows(training.rollouts, numbers.train_statistics, plan, "training", tokenizer)
+    if token_shares is not None:
+        for i, row in enumerate(trained):
+            start = len(row["prompt_ids"])
+            values = token_shares[i, start : start + len(row["completion_ids"])].tolist()
+            row["token_shares"] = _of_drawn(values, row["completion_mask"])
+    columns = (
+        _floats(training.advantages, len(trained)),
+        _floats(training.weights, len(trained)),
+        _floats(numbers.shares, len(trained)),
+    )
+    for row, advantage, weight, share in zip(trained, *columns, strict=True):
+        row.update(advantage=advantage, weight=weight, delta_h=share)
+        factor = numbers.horizon_factor
+        row["delta_h_horizon"] = None if share is None or factor is None else share * factor
+    table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
+    write_whole_by(path, lambda part: pq.write_table(table, part))
+
+
+def _floats(values: torch.Tensor | None, count: int) -> list[float | None]:
+    return [None] * count if values is None else [float(v) for v in values]
+
+
+def _rows(
+    rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
+) -> list[dict[str, Any]]:
+    scores, sums = statistics.scores(), statistics.entropy_sums()
+    lengths, endings = rollouts.lengths, rollouts.endings(plan.law)
+    out = []
+    for i in range(len(rollouts)):
+        prompt, tokens, drawn = rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.drawn[i]
+        span = slice(len(prompt), len(prompt) + len(tokens))  # from_sequences pads on the right
+        out.append(
+            {
+                "buffer": buffer,
+                "row": i,
+                "prompt_index": rollouts.prompt_index[i],
+                "prompt": rollouts.prompt[i],
+                "completion": rollouts.completion[i],
+                "prompt_ids": prompt,
+                "completion_ids": tokens,
+                "token_texts": token_texts(tokenizer, tokens),
+                "completion_mask": None if drawn is None else list(drawn),
+                "logprobs": _of_drawn(statistics.logprobs[i, span].tolist(), drawn),
+                "entropies": _of_drawn(statistics.entropies[i, span].tolist(), drawn),
+                "length": lengths[i],
+                "truncated": endings[i] == "truncated",
+                "ending": endings[i],
+                "score": float(scores[i]),
+                "entropy_sum": float(sums[i]),
+                "reward": rollouts.reward[i],
+            }
+        )
+    return out
+
+
+def _of_drawn(values: list[float], drawn: Sequence[bool] | None) -> list[float | None]:
+    """Null where the policy did not draw the token: it is not scored."""
+    return [value if own else None for value, own in zip(values, drawn or [True] * len(values), strict=True)]
+
+
+def _sequence_schema() -> pa.Schema:
+    number, text, whole = pa.float64(), pa.string(), pa.int64()
+    return pa.schema(
+        [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
+        + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole)), ("token_texts", pa.list_(text))]
+        + [
+            ("completion_mask", pa.list_(pa.bool_())),
+            ("logprobs", pa.list_(number)),
+            ("entropies", pa.list_(number)),
+            ("token_shares", pa.list_(number)),
+            ("length", whole),
+            ("truncated", pa.bool_()),
+            ("ending", text),
+        ]
+        + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
+        + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost")]
+    )
+
+
+def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, preconditioning: str) -> None:
+    """The matrices that were computed, with what one must know to use them."""
+    from safetensors.torch import save_file
+
+    names = ("fisher", "entropy_fisher", "train_fisher", "train_entropy_fisher")
+    tensors = {name: getattr(numbers, name) for name in names if getattr(numbers, name) is not None}
+    if not tensors:
+        return
+    rows = "Rao-Blackwell terms whose mean is the gradient of entropy per token"
+    if not numbers.rows_drawn:
+        rows = "fixed-prefix terms whose mean is the gradient of entropy per token on the given tokens"
+    optimizer = checkpoint.optimizer
+    metadata = {
+        "axes": "[eval, train]; of train_fisher and train_entropy_fisher [train, train]",
+        "fisher": "dS_eval^T diag(P) dS_train",
+        "entropy_fisher": f"E_eval^T diag(P) dS_train; E: {rows}",
+        "train_fisher": "dS_train^T diag(P) dS_train",
+        "train_entropy_fisher": "E_train^T diag(P) dS_train; E: Rao-Blackwell terms",
+        "preconditioner": "1"
+        if preconditioning == "none"
+        else f"1/(sqrt(v/(1-beta2^t))+eps), v of the {preconditioning}",
+        "eps": "" if optimizer is None else str(optimizer.param_groups[0]["eps"]),
+        "step": str(checkpoint.record.step),
+        "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
+    }
+    content = {k: v.contiguous().cpu().float() for k, v in tensors.items()}
+    write_whole_by(path, lambda part: save_file(content, part, metadata))
+
+
+def summarize(
+    checkpoint: Checkpoint,
+    evaluation: Rollouts,
+    training: TrainingBuffer,
+    numbers: AnalysisNumbers,
+    structure: dict[str, Any] | None,
+    preconditioning: str,
+) -> dict[str, Any]:
+    """The content of summary.json but for the analyses."""
+    record = checkpoint.record
+    index = torch.tensor(evaluation.prompt_index)
+    lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
+    sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
+    full_step = next((m for m in numbers.measured if m.scale == 1.0), None)
+    return {
+        "format_version": RESULTS_FORMAT,
+        "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
+        "entropy": {
+            "per_token": {
+                "value": float(sums.sum() / lengths.sum()),
+                "standard_error": jackknife_over_prompts(sums, index, lengths),
+            },
+            "per_completion": {"value": float(sums.mean()), "standard_error": jackknife_over_prompts(sums, index)},
+            "surprisal_per_completion": {
+                "value": float(surprisal.mean()),
+                "standard_error": jackknife_over_prompts(surprisal, index),
+            },
+        },
+        "predicted": _estimates(numbers.predicted),
+        "predicted_per_completion": _estimates(numbers.predicted_per_completion),
+        "actual": {}
+        if full_step is None
+        else {
+            "snis": None if full_step.snis is None else _measurement(full_step.snis),
+            "fixed_prefix": _measurement(full_step.fixed_prefix),
+        },
+        "agreement": agreements(numbers),
+        "scaling": [_scaled(m, numbers) for m in numbers.measured],
+        "attribution": {
+            "delta_h_batch": numbers.batch_change,
+            "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
+            "horizon_factor": numbers.horizon_factor,
+            "preconditioner": preconditioning,
+            "gradient_norm": numbers.gradient_norm,
+            "clip_coefficient": numbers.clip,
+            "step_factor": numbers.step_factor,
+        },
+        "rows_drawn": numbers.rows_drawn,
+        "step_analysed": numbers.shares is not None,
+        "kernel": structure,
+        "sampling": {
+            "evaluation": _buffer_summary(evaluation),
+            "training": {
+                **_buffer_summary(training.rollouts),
+                "rounds": training.counts.rounds,
+                "generated": training.counts.generated,
+                "rejected": training.counts.rejected,
+                "kept": training.counts.kept,
+                "filler": training.counts.filler,
+            },
+        },
+    }
+
+
+def _estimates(predicted: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
+    return {
+        estimator: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
+        for estimator, parts in predicted.items()
+    }
+
+
+def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
+    totals = {name: parts["total"] for name, parts in numbers.predicted.items()}
+    row = {"scale": m.scale, "actual_fixed_prefix": m.fixed_prefix.change}
+    row["predicted_fixed_prefix"] = m.scale * totals["fixed_prefix"].value
+    if m.snis is not None:
+        row |= {
+            "predicted": m.scale * totals["rao_blackwell"].value,
+            "predicted_standard_error": m.scale * totals["rao_blackwell"].standard_error,
+            "predicted_split": m.scale * totals["split"].value,
+            "actual_snis": m.snis.change,
+            "actual_snis_standard_error": m.snis.standard_error,
+            "ess": m.snis.effective_sample_size,
+        }
+    return row
+
+
+def _measurement(m: EntropyMeasurement) -> dict[str, Any]:
+    return {
+        "value": m.change,
+        "standard_error": m.standard_error,
+        "before": m.before,
+        "after": m.after,
+        "effective_sample_size": m.effective_sample_size,
+        "n": m.sequences,
+    }
+
+
+def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:
+    rewards = [float(r) for r in rollouts.reward if r is not None]
+    return {
+        "prompts": len(set(rollouts.prompt_index)),
+        "sequences": len(rollouts),
+        "mean_reward": sum(rewards) / len(rewards) if rewards else None,
+        "mean_length": sum(rollouts.lengths) / len(rollouts),
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, git SHA of the working directory's checkout where there is one, and hardware."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+        sha = found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        sha = None
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+        "git_sha": sha,
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }

@@ -1,0 +1,132 @@
+"""How near does each predictor of this step's entropy change come to the measured one?
+
+Rows are predictors; the band is the measured change. See docs/analyses/baselines.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from entropy_experiments.report.figures.style import (
+    DELTA_H_LABEL,
+    ERROR_BAR_WIDTH,
+    FIXED_PREFIX,
+    FIXED_PREFIX_MEASURED,
+    MEASURED,
+    NEUTRAL,
+    PREDICTED,
+    finish,
+    in_house_style,
+    new_figure,
+    no_data_figure,
+)
+from entropy_experiments.text.numbers import as_number, lookup, plus_minus, signed, value_and_error
+
+_TITLE = "How near each predictor comes to the measured change of entropy"
+_SIGN_WORDS = {True: "same sign as measured", False: "other sign than measured"}
+
+
+@in_house_style
+def plot_baselines(table: Mapping[str, Any]) -> Figure:
+    """Predicted Δh of every predictor beside the measured one.
+
+    Parameters
+    ----------
+    table: what `entropy_experiments.analyses.baselines.baseline_table` returns.
+    """
+    rows = [row for row in table.get("rows", ()) if as_number(row.get("predicted")) is not None]
+    if not rows:
+        return no_data_figure(_TITLE, "no predictor of the change of entropy was computed for this step.")
+    measured, error = value_and_error(lookup(table, "measured"))
+    figure = new_figure(8.6, 0.9 + 0.34 * len(rows))
+    axes = figure.add_subplot()
+    axes.axvline(0.0, color="#444444", linewidth=0.9, zorder=1.5)
+    axes.grid(False, axis="y")
+    comparable = any(row["comparable_in_scale"] for row in rows)
+    handles: list[Any] = [Line2D([], [], color=PREDICTED, marker="o", label="predicted")] if comparable else []
+    if measured is not None:
+        spread = ERROR_BAR_WIDTH * (error or 0.0)
+        axes.axvspan(measured - spread, measured + spread, color=MEASURED, alpha=0.16, linewidth=0)
+        axes.axvline(measured, color=MEASURED, linestyle="--", linewidth=1.4)
+        handles.append(Patch(color=MEASURED, alpha=0.4, label="measured (reweighted)"))
+    for place, row in enumerate(rows):
+        if row["comparable_in_scale"]:
+            _estimate(axes, place, row)
+    if any(row["name"] == "fixed_prefix_on_given_tokens" and row["actual"] is not None for row in rows):
+        handles.append(
+            Line2D(
+                [], [], color=FIXED_PREFIX_MEASURED, marker="s", markerfacecolor="white", label="measured, given tokens"
+            )
+        )
+    if not comparable and measured is None:
+        axes.set_xticks([])
+    _words(axes, rows)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0.06)
+    axes.set_xlabel(DELTA_H_LABEL.replace("\n", " "))
+    if handles:
+        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), frameon=False)
+    return finish(figure, _TITLE, _caption(rows, measured, error))
+
+
+def _estimate(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+    own = row["name"].startswith("fixed_prefix")
+    spread = ERROR_BAR_WIDTH * (row["standard_error"] or 0.0)
+    colour, marker = (FIXED_PREFIX, "D") if own else (PREDICTED, "o")
+    axes.errorbar(row["predicted"], place, xerr=spread or None, fmt=marker, color=colour, capsize=3.5)
+    if row["name"] == "fixed_prefix_on_given_tokens" and row["actual"] is not None:
+        error = ERROR_BAR_WIDTH * (row["actual_standard_error"] or 0.0)
+        axes.errorbar(
+            row["actual"],
+            place + 0.26,
+            xerr=error or None,
+            fmt="s",
+            color=FIXED_PREFIX_MEASURED,
+            markerfacecolor="white",
+            capsize=3.5,
+        )
+
+
+def _words(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """At the right of each row how far off it is; for another scale, in the row, its sign."""
+    for place, row in enumerate(rows):
+        if row["comparable_in_scale"]:
+            words = "" if row["z"] is None else f"z = {row['z']:.1f}"
+            axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+            continue
+        words = f"{signed(row['predicted'])} on another scale"
+        if row["sign_agrees"] is not None:
+            words += f": {_SIGN_WORDS[row['sign_agrees']]}"
+        axes.annotate(
+            words,
+            (0.99, place),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="center",
+            color=NEUTRAL,
+            fontsize=8.8,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+        )
+
+
+def _caption(rows: Sequence[Mapping[str, Any]], measured: float | None, error: float | None) -> str:
+    parts = []
+    if measured is None:
+        parts.append("No change was measured for this step.")
+    else:
+        parts.append(f"Dashed line and band: the measured change, {plus_minus(measured, error)} nats per token.")
+    if error is not None or any(row["standard_error"] is not None for row in rows):
+        parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")
+    if any(row["z"] is not None for row in rows):
+        parts.append("z: difference from the measured change, in standard errors of that difference.")
+    if any(row["name"].startswith("fixed_prefix") for row in rows):
+        parts.append("Diamonds: the change on given tokens, which is not the change of the policy's entropy.")
+    if any(not row["comparable_in_scale"] for row in rows):
+        parts.append("Predictors on another scale are steps of another length: only their signs can be compared here.")
+    return " ".join(parts)

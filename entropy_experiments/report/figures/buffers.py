@@ -1,0 +1,155 @@
+"""How do the sequences that the step learns from differ from those that entropy is measured on? Both distributions, side by side.
+
+Shares of each buffer's sequences, and means with ±2 standard errors over prompts. See docs/analyses/buffers.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from entropy_experiments.report.figures.style import (
+    ERROR_BAR_WIDTH,
+    MEASURED,
+    PREDICTED,
+    finish,
+    in_house_style,
+    new_figure,
+    no_data,
+    no_data_figure,
+)
+from entropy_experiments.text.numbers import as_number, counted, lookup, plain, value_and_error
+
+_TITLE = "What the step learns from, and what entropy is measured on"
+_PANELS = {
+    "length": "completion length (tokens)",
+    "entropy": "mean token entropy of a completion\n(nats per token)",
+    "reward": "reward of a completion",
+    "truncated": "completions cut at the maximum length (%)",
+}
+_OPACITY = 0.75
+# buffer -> (colour, hatch, word)
+_BUFFERS = {
+    "evaluation": (PREDICTED, "", "evaluation buffer"),
+    "training": (MEASURED, "////", "training buffer"),
+}
+
+
+@in_house_style
+def plot_buffers(result: Mapping[str, Any]) -> Figure:
+    """Four panels, one a quantity, of what `analyses.buffers.compare_buffers` returned."""
+    quantities = lookup(result, "quantities")
+    if not isinstance(quantities, Mapping) or not any(lookup(quantities, n, "histogram", "edges") for n in _PANELS):
+        return no_data_figure(_TITLE, "no numbers of the two buffers were stored.")
+    figure = new_figure(8.6, 5.7)
+    grid = figure.add_gridspec(3, 2, height_ratios=(0.12, 1, 1))
+    _legend(figure.add_subplot(grid[0, :]))
+    for place, (name, label) in enumerate(_PANELS.items()):
+        axes = figure.add_subplot(grid[1 + place // 2, place % 2])
+        quantity = lookup(quantities, name)
+        axes.set_xlabel(label)
+        if not lookup(quantity, "histogram", "edges"):
+            no_data(axes, f"{name}: {lookup(quantity, 'reason') or 'not recorded'}")
+            continue
+        axes.set_title(_finding(quantity), fontsize=9)
+        if name == "truncated":
+            _share_panel(axes, quantity)
+        else:
+            _histogram_panel(axes, quantity)
+    return finish(figure, _TITLE, _caption(quantities))
+
+
+def _legend(axes: Axes) -> None:
+    axes.set_axis_off()
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", alpha=_OPACITY, label=word)
+        for colour, hatch, word in _BUFFERS.values()
+    ]
+    axes.legend(handles=patches, loc="center left", ncols=2, borderaxespad=0.0)
+
+
+def _finding(quantity: Any) -> str:
+    p, probability = as_number(lookup(quantity, "p_value")), as_number(lookup(quantity, "probability_larger", "value"))
+    if p is None or probability is None:
+        return str(lookup(quantity, "reason") or "not compared")
+    verdict = "they differ" if lookup(quantity, "differs") else "may be chance"
+    return f"training larger in {probability:.0%} of pairs, p = {plain(p, 2)}: {verdict}"
+
+
+def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
+    histogram = quantity["histogram"]
+    edges = np.asarray(histogram["edges"], dtype=float)
+    centres = (edges[:-1] + edges[1:]) / 2
+    if (centres == np.round(centres)).all():  # one bin a number
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    top = 0.0
+    for place, (name, (colour, hatch, _)) in enumerate(_BUFFERS.items()):
+        shares = 100 * np.asarray(histogram[name], dtype=float)
+        half = 0.46 * np.diff(edges)  # the two buffers share a bin, half each
+        left = centres + (place - 1) * half
+        axes.bar(
+            left,
+            shares,
+            half,
+            align="edge",
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.4,
+            alpha=_OPACITY,
+        )
+        top = max(top, float(shares.max(initial=0.0)))
+    top = top or 1.0
+    for place, (name, (colour, _, _)) in enumerate(_BUFFERS.items()):
+        mean, error = value_and_error({"value": quantity[name]["mean"], **quantity[name]})
+        if mean is not None:
+            bar = [[ERROR_BAR_WIDTH * (error or 0.0)]] * 2
+            axes.errorbar(
+                [mean], [top * (1.1 + 0.1 * place)], xerr=bar, fmt="D", markersize=5, color=colour, capsize=3,
+                markeredgecolor="white",
+            )  # fmt: skip
+    axes.set_ylim(0, 1.3 * top)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100.0, 1.3 * top)])
+    axes.set_ylabel("% of its sequences")
+    axes.grid(False, axis="x")
+
+
+def _share_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
+    reach = 5.0
+    for place, (name, (colour, hatch, _)) in enumerate(_BUFFERS.items()):
+        mean, error = as_number(quantity[name]["mean"]), as_number(quantity[name]["standard_error"])
+        if mean is None:
+            continue
+        whisker = 100 * ERROR_BAR_WIDTH * (error or 0.0)
+        axes.barh(
+            place, 100 * mean, 0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, alpha=_OPACITY
+        )  # fmt: skip
+        axes.errorbar([100 * mean], [place], xerr=[[min(whisker, 100 * mean)], [whisker]], color="#222222", capsize=4)
+        reach = max(reach, 1.15 * (100 * mean + whisker))
+    means = [as_number(quantity[name]["mean"]) for name in _BUFFERS]
+    axes.set_yticks(
+        range(len(_BUFFERS)),
+        [name if m is None else f"{name}\n{m:.0%}" for name, m in zip(_BUFFERS, means, strict=True)],
+    )
+    axes.set_ylim(len(_BUFFERS) - 0.5, -0.5)
+    axes.set_xlim(0, min(100.0, reach))
+    axes.grid(False, axis="y")
+
+
+def _caption(quantities: Mapping[str, Any]) -> str:
+    counts = [
+        " of ".join(
+            counted(int(as_number(lookup(quantities, "length", name, f"{w}s")) or 0), w) for w in ("sequence", "prompt")
+        )
+        for name in _BUFFERS
+    ]
+    return (
+        f"Evaluation: {counts[0]}; training: {counts[1]}. Bars: share of each buffer's sequences with such a value. Diamonds "
+        "and whiskers: mean ± 2 standard errors over prompts. “Training larger in x% of pairs”: 50% is no difference; p is the "
+        "chance of a departure at least as large between buffers of one kind, with prompts as the independent units; “they "
+        "differ” allows for four quantities looked at. Drawn buffers differ by design: training keeps what still has a gradient."
+    )

@@ -1,0 +1,139 @@
+"""How far does the first order carry, and how much does the second add? The measured curve along the step, both ways.
+
+    h(θ + sδθ) − h(θ) = D s + Q s² + …        s* = |D / Q|: where the second order is as large as the first
+
+See docs/analyses/higher-order.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from entropy_experiments.report.figures.style import (
+    DELTA_H_LABEL,
+    ERROR_BAR_WIDTH,
+    MEASURED,
+    NEUTRAL,
+    PREDICTED,
+    finish,
+    in_house_style,
+    new_figure,
+    no_data,
+    no_data_figure,
+    zero_line,
+)
+from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, series
+
+_TITLE = "How far the first order carries, and what the second adds"
+_SECOND = "#117733"
+
+
+@in_house_style
+def plot_higher_order(result: Mapping[str, Any]) -> Figure:
+    """The measured change along the step with its first- and second-order approximations; the even part by itself.
+
+    result: what `analyses.higher_order.measure_orders` returned.
+    """
+    points = lookup(result, "points")
+    if not isinstance(points, list) or not points:
+        return no_data_figure(_TITLE, "no change was measured along the step.")
+    first = as_number(lookup(result, "first_order", "value"))
+    second = as_number(lookup(result, "second_order", "value"))
+    scales, changes = series(points, "scale"), series(points, "change")
+    errors = ERROR_BAR_WIDTH * np.nan_to_num(series(points, "standard_error"))
+    used = np.array([bool(point.get("used")) for point in points])
+    figure = new_figure(8.6, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
+    _curve(left, scales, changes, errors, used, first, second, as_number(lookup(result, "equal_at", "value")))
+    _even_part(right, scales, changes, used, second, as_number(lookup(result, "fourth")))
+    return finish(figure, _TITLE, _caption(result, errors))
+
+
+def _curve(
+    axes: Axes,
+    scales: np.ndarray,
+    changes: np.ndarray,
+    errors: np.ndarray,
+    used: np.ndarray,
+    first: float | None,
+    second: float | None,
+    equal_at: float | None,
+) -> None:
+    zero_line(axes)
+    axes.axvline(0.0, color="#444444", linewidth=0.9)
+    s = np.linspace(scales.min(), scales.max(), 201)
+    if first is not None:
+        axes.plot(s, first * s, "-", color=PREDICTED, label="first order")
+        if second is not None:
+            axes.plot(s, first * s + second * s * s, "--", color=_SECOND, label="first and second order")
+    for mask, face, label in (
+        (used, "white", "measured (reweighted)"),
+        (~used, MEASURED, "measured, not used in the fit"),
+    ):
+        if mask.any():
+            axes.errorbar(
+                scales[mask], changes[mask], yerr=errors[mask], fmt="s", color=MEASURED, markerfacecolor=face,
+                markeredgewidth=1.5, capsize=3, elinewidth=1.1, label=label,
+            )  # fmt: skip
+    span = scales.max() - scales.min()
+    if equal_at is not None and first is not None:
+        # On the side where the second order works against the first, the curve is back at 0 there.
+        side = -equal_at if second is not None and first * second > 0 else equal_at
+        if scales.min() <= side <= scales.max():
+            axes.axvline(side, color=NEUTRAL, linestyle=":", linewidth=1.6)
+            axes.annotate(
+                f"{'−' if side < 0 else ''}s* = {'−' if side < 0 else ''}{plain(equal_at, 2)}",
+                (side, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
+                color=NEUTRAL, fontsize=8.8,
+            )  # fmt: skip
+    axes.set_xlim(scales.min() - 0.04 * span - 0.01, scales.max() + 0.04 * span + 0.01)
+    axes.set_xlabel("step scale s  (1: the step as it was taken; below 0: backwards)")
+    axes.set_ylabel(DELTA_H_LABEL)
+    axes.legend(loc="best", fontsize=8)
+
+
+def _even_part(
+    axes: Axes, scales: np.ndarray, changes: np.ndarray, used: np.ndarray, second: float | None, fourth: float | None
+) -> None:
+    place = {float(s): k for k, s in enumerate(scales)}
+    pairs = sorted((s, k, place[-s]) for s, k in place.items() if s > 0 and -s in place)
+    if second is None or not pairs:
+        no_data(axes, "no pair of scales ±s\nto tell orders apart")
+        return
+    zero_line(axes)
+    s = np.array([pair[0] for pair in pairs])
+    even = np.array([0.5 * (changes[k] + changes[m]) for _, k, m in pairs])
+    in_fit = np.array([used[k] and used[m] for _, k, m in pairs])
+    fine = np.linspace(0.0, s.max(), 101)
+    axes.plot(fine, second * fine**2, "--", color=_SECOND, label="second order Q s²")
+    if fourth is not None:
+        axes.plot(fine, second * fine**2 + fourth * fine**4, ":", color=NEUTRAL, label="and fourth")
+    for mask, face in ((in_fit, "white"), (~in_fit, MEASURED)):
+        axes.plot(s[mask], even[mask], "s", color=MEASURED, markerfacecolor=face, markeredgewidth=1.5, linestyle="none")
+    axes.set_xlabel("step scale s")
+    axes.set_ylabel("even part [Δh(s) + Δh(−s)] / 2\n(nats per token)")
+    axes.legend(loc="best", fontsize=8)
+
+
+def _caption(result: Mapping[str, Any], errors: np.ndarray) -> str:
+    first, second = lookup(result, "first_order") or {}, lookup(result, "second_order") or {}
+    if as_number(second.get("value")) is None:
+        return f"Left: the measured change along the step. The second order is not known: {lookup(result, 'reason')}."
+    text = (
+        f"Left: the change measured on the same tokens along the step, forwards and backwards. At s = 1 the first order makes "
+        f"{plus_minus(first.get('value'), first.get('standard_error'))} and the second "
+        f"{plus_minus(second.get('value'), second.get('total_error'))} nats per token"
+    )
+    equal = lookup(result, "equal_at") or {}
+    if as_number(equal.get("value")) is not None:
+        text += f"; they are equal in size at s* = {plain(equal['value'], 2)}"
+        if as_number(equal.get("low")) is not None and second.get("total_error") is not None:
+            high = plain(equal["high"], 2) if as_number(equal.get("high")) is not None else "unbounded"
+            text += f" (from {plain(equal['low'], 2)} to {high})"
+    text += ". Right: the part of the change that does not turn around with the step, in which the first order cancels."
+    if errors.any():
+        text += f" Bars: ±{ERROR_BAR_WIDTH:g} standard errors over prompts, common to all points of the curve for the most part."
+    return text

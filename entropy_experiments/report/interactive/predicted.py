@@ -1,0 +1,203 @@
+"""Was the step's change of entropy predicted, and by which part of the update? The data of two plots.
+
+The same numbers as charts/step.py: predicted dh(s) = s <grad h, dtheta>, measured h(theta + s dtheta) - h(theta), nats per token,
+over the step scale s; error bars and the band reach two standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.report.interactive.page import numbers
+from entropy_experiments.text.numbers import lookup, plus_minus, series, value_and_error
+
+_SPREAD = 2.0  # standard errors to each side, as in the pictures
+_UNIT = "change of entropy Δh (nats per token)"
+_CHANGES = (
+    ("predicted", "predicted (first order)", "$predicted", "lines+markers", "circle", "solid"),
+    ("actual_snis", "measured (reweighted)", "$measured", "markers", "square-open", "solid"),
+    ("predicted_fixed_prefix", "predicted, given tokens only", "$fixed", "lines", "circle", "dash"),
+    ("actual_fixed_prefix", "measured, given tokens only", "$fixed-measured", "markers", "x", "solid"),
+)
+_RATIOS = (
+    ("actual_snis", "predicted", "measured / predicted", "$measured", "circle", "solid"),
+    ("actual_snis", "predicted_split", "same sample on both sides", "$neutral", "triangle-up", "dash"),
+    ("actual_fixed_prefix", "predicted_fixed_prefix", "ratio, given tokens only", "$fixed-measured", "x", "dot"),
+)
+_RATIO_RANGE = (-1.0, 3.0)
+_PARTS = (
+    ("batch", "this batch"),
+    ("momentum", "momentum (earlier batches)"),
+    ("weight_decay", "weight decay"),
+    ("total", "total predicted"),
+)
+
+
+def predicted_vs_actual(
+    rows: Sequence[Mapping[str, Any]],
+    predicted_standard_error: float | None = None,
+    actual_standard_error: float | None = None,
+) -> dict[str, Any] | None:
+    """Plotly's data and layout: changes over the step scale, and measured over predicted; None without a scale.
+
+    rows, predicted_standard_error, actual_standard_error: as in plots.plot_predicted_vs_actual.
+    """
+    rows = sorted((row for row in rows if (series([row], "scale") > 0).all()), key=lambda row: row["scale"])
+    scales = series(rows, "scale")
+    known = [entry for entry in _CHANGES if np.isfinite(series(rows, entry[0])).any()]
+    if not known:
+        return None
+    errors = {
+        "predicted": scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
+        "actual_snis": series(rows, "actual_snis_standard_error"),
+    }
+    if actual_standard_error is not None:
+        own = errors["actual_snis"]
+        errors["actual_snis"] = np.where((scales == 1) & np.isnan(own), actual_standard_error, own)
+    traces = [_band(scales, series(rows, "predicted"), errors["predicted"])]
+    traces = [trace for trace in traces if trace is not None]
+    traces += [_change(rows, scales, entry, errors.get(entry[0])) for entry in known]
+    traces += [trace for entry in _RATIOS if (trace := _ratio(rows, scales, entry)) is not None]
+    ticks = {"tickvals": numbers(scales), "ticktext": [f"1/{1 / s:g}" if s < 1 else f"{s:g}" for s in scales]}
+    layout = {
+        "height": 470,
+        "xaxis": {"domain": [0, 0.53], "title": {"text": "step scale s (1: the step as it was taken)"}},
+        "yaxis": {"title": {"text": _UNIT}, "zeroline": True},
+        "xaxis2": {"domain": [0.64, 1], "anchor": "y2", "type": "log", "title": {"text": "step scale s"}, **ticks},
+        "yaxis2": {
+            "anchor": "x2",
+            "title": {"text": "measured / predicted (1: as predicted)"},
+            "range": _range(traces),
+        },
+        "shapes": [
+            {
+                "type": "line",
+                "xref": "x2 domain",
+                "yref": "y2",
+                "x0": 0,
+                "x1": 1,
+                "y0": 1,
+                "y1": 1,
+                "line": {"color": "$soft", "width": 1},
+            }
+        ],
+    }
+    narrow = {
+        "height": 860,
+        "xaxis": {"domain": [0, 1]},
+        "yaxis": {"domain": [0.56, 1]},
+        "xaxis2": {"domain": [0, 1]},
+        "yaxis2": {"domain": [0, 0.42]},
+    }
+    return {"data": traces, "layout": layout, "narrow": narrow}
+
+
+def _change(
+    rows: Sequence[Mapping[str, Any]], scales: np.ndarray, entry: tuple[str, ...], errors: np.ndarray | None
+) -> dict[str, Any]:
+    key, name, colour, mode, symbol, dash = entry
+    values = series(rows, key)
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "name": name,
+        "mode": mode,
+        "x": numbers(scales),
+        "y": numbers(values),
+        "line": {"color": colour, "dash": dash},
+        "marker": {"color": colour, "symbol": symbol, "size": 9},
+        "customdata": [plus_minus(value, None if errors is None else error) for value, error in _pairs(values, errors)],
+        "hovertemplate": f"{name}<br>s = %{{x}}: %{{customdata}} nats per token<extra></extra>",
+    }
+    if key == "actual_snis" and errors is not None and np.isfinite(errors).any():
+        trace["error_y"] = {
+            "type": "data",
+            "array": numbers(_SPREAD * errors),
+            "color": colour,
+            "thickness": 1.2,
+            "width": 4,
+        }
+    return trace
+
+
+def _band(scales: np.ndarray, values: np.ndarray, errors: np.ndarray) -> dict[str, Any] | None:
+    """Two standard errors around the prediction, as a closed line: there and back."""
+    known = np.isfinite(values) & np.isfinite(errors)
+    if not known.any():
+        return None
+    x, low, high = scales[known], (values - _SPREAD * errors)[known], (values + _SPREAD * errors)[known]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "fill": "toself",
+        "opacity": 0.35,
+        "line": {"width": 0, "color": "$predicted"},
+        "x": numbers(np.concatenate([x, x[::-1]])),
+        "y": numbers(np.concatenate([low, high[::-1]])),
+        "name": "±2 standard errors of the prediction",
+        "hoverinfo": "skip",
+    }
+
+
+def _pairs(values: np.ndarray, errors: np.ndarray | None) -> list[tuple[float, float | None]]:
+    spread = [None] * len(values) if errors is None else errors.tolist()
+    return list(zip(values.tolist(), spread, strict=True))
+
+
+def _ratio(rows: Sequence[Mapping[str, Any]], scales: np.ndarray, entry: tuple[str, ...]) -> dict[str, Any] | None:
+    above, below, name, colour, symbol, dash = entry
+    numerator, denominator = series(rows, above), series(rows, below)
+    ratio = np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator != 0)
+    if not np.isfinite(ratio).any():
+        return None
+    return {
+        "type": "scatter",
+        "name": name,
+        "mode": "lines+markers",
+        "xaxis": "x2",
+        "yaxis": "y2",
+        "x": numbers(scales),
+        "y": numbers(ratio),
+        "line": {"color": colour, "dash": dash},
+        "marker": {"color": colour, "symbol": symbol, "size": 8},
+        "hovertemplate": f"{name}<br>s = %{{x}}: %{{y:.3f}}<extra></extra>",
+    }
+
+
+def _range(traces: Sequence[Mapping[str, Any]]) -> list[float]:
+    """All ratios, but no further than a prediction that is wrong many times over."""
+    ratios = [y for trace in traces if trace.get("yaxis") == "y2" for y in trace["y"] if y is not None] + [1.0]
+    low, high = max(min(ratios), _RATIO_RANGE[0]), min(max(ratios), _RATIO_RANGE[1])
+    margin = max(0.1, 0.12 * (high - low))
+    return [min(low, 1.0) - margin, max(high, 1.0) + margin]
+
+
+def entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Plotly's data and layout: bars of the parts of the predicted change, their total and the measured one; None without any.
+
+    predicted, actual: as in plots.plot_entropy_split.
+    """
+    entries = [(label, lookup(predicted, key), "$predicted") for key, label in _PARTS]
+    entries.append(("measured", actual, "$measured"))
+    found = [(label, *value_and_error(entry), colour) for label, entry, colour in entries]
+    if all(value is None for _, value, _, _ in found):
+        return None
+    values = np.array([np.nan if value is None else value for _, value, _, _ in found])
+    errors = np.array([0.0 if error is None else error for _, _, error, _ in found])
+    trace = {
+        "type": "bar",
+        "x": [label for label, *_ in found],
+        "y": numbers(values),
+        "error_y": {"type": "data", "array": numbers(_SPREAD * errors), "color": "$ink", "thickness": 1.2, "width": 5},
+        "marker": {
+            "color": [colour for *_, colour in found],
+            "opacity": [1.0 if label.startswith(("total", "measured")) else 0.55 for label, *_ in found],
+            "pattern": {"shape": ["/" if label == "measured" else "" for label, *_ in found]},
+        },
+        "customdata": [plus_minus(value, error) for _, value, error, _ in found],
+        "hovertemplate": "%{x}<br>%{customdata} nats per token<extra></extra>",
+    }
+    layout = {"height": 400, "yaxis": {"title": {"text": _UNIT}, "zeroline": True}, "xaxis": {"showgrid": False}}
+    return {"data": [trace], "layout": layout}

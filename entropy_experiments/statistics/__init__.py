@@ -1,0 +1,4 @@
+"""Statistics that several rooms share: agreement by the paired error, correlations with intervals, paired differences.
+
+Imports text and numpy alone.
+"""

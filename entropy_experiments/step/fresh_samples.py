@@ -1,0 +1,71 @@
+"""The change of entropy along a step on completions drawn anew there: unbiased at any size of step, and noisy.
+
+    h(theta + s dtheta) - h(theta),   each side on completions of its own policy, of the same prompts
+
+Standard error: a jackknife that leaves a prompt out of both sides at once. Source: docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.measurement import EntropyMeasurement
+from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
+from entropy_experiments.step.optimizer_step import moved
+from rl_training.sampling import Rollouts, SamplingLaw, draw
+
+
+def fresh_entropy_change(
+    before: TokenStatistics, before_batch: SequenceBatch, after: TokenStatistics, after_batch: SequenceBatch
+) -> EntropyMeasurement:
+    """Change of h, nats per token, between two batches of the same prompts, each drawn under its own statistics' policy.
+
+    Raises ValueError where the prompts differ.
+    """
+    if not torch.equal(before_batch.prompt_index.unique(), after_batch.prompt_index.unique()):
+        raise ValueError("the fresh completions are of other prompts than the evaluation buffer")
+    (left, left_out), (right, right_out) = (
+        _ratio(statistics, batch) for statistics, batch in ((before, before_batch), (after, after_batch))
+    )
+    count = len(after_batch)
+    changes = right_out - left_out
+    return EntropyMeasurement(
+        left, right, right - left, jackknife_standard_error(changes), float(count), count, changes
+    )
+
+
+def _ratio(statistics: TokenStatistics, batch: SequenceBatch) -> tuple[float, Tensor]:
+    """h and its (B,) values with each prompt left out."""
+    columns = torch.stack([statistics.entropy_sums(), batch.completion_lengths.double()], 1)
+    by_prompt = sums_over_prompts(columns, batch.prompt_index)
+    total = by_prompt.sum(0)
+    left_out = total - by_prompt
+    return float(total[0] / total[1]), left_out[:, 0] / left_out[:, 1]
+
+
+def measure_with_fresh_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    direction: dict[str, Tensor],
+    scale: float,
+    evaluation: Rollouts,
+    eval_batch: SequenceBatch,
+    eval_statistics: TokenStatistics,
+    law: SamplingLaw,
+    seed: int,
+    token_batch_size: int,
+) -> EntropyMeasurement:
+    """Draw one completion for each evaluation sequence's prompt at theta + scale * direction, and compare entropies.
+
+    The model is restored bit by bit.
+    """
+    with moved(model, direction, scale):
+        fresh = draw(model, tokenizer, evaluation.prompt_row, 1, law, seed, "evaluation")
+        batch = fresh.to_batch(law).to(eval_batch.device)
+        after = token_statistics(model, batch, token_batch_size)
+    return fresh_entropy_change(eval_statistics, eval_batch, after, batch)

@@ -1,0 +1,94 @@
+"""The training side's rows dS_i, for what is asked of them beside the kernel: other weights' gradients, and products.
+
+    weighted gradient   g(w) = -sum_i w_i dS_i            products   <dS_i, u>
+
+Kept rows answer by a matrix product, stored ones shard by shard; where rows were not kept, the first is a backward pass with
+these weights and the second one pass in forward mode (entropy_core.directional).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
+from entropy_core.directional import sequence_products
+from entropy_core.entropy import score_coefficients
+from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_experiments.run.processes import Processes
+
+
+class TrainingRows(Protocol):
+    """Rows of n_train sequences over all trainable parameters."""
+
+    sequences: int
+
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        """g(w) for (n_train,) weights, name -> tensor."""
+        ...
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """(n_train,) float64 <dS_i, direction> on the CPU."""
+        ...
+
+
+class KeptRows:
+    """name -> (n_train, *shape) rows in memory, which hold `preconditioner` as a factor already (None: raw rows)."""
+
+    def __init__(self, columns: Mapping[str, Tensor], preconditioner: Mapping[str, Tensor] | None = None) -> None:
+        self._columns, self._preconditioner = columns, preconditioner
+        self.sequences = len(next(iter(columns.values())))
+
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        out = {}
+        for name, rows in self._columns.items():
+            total = -torch.einsum("n,n...->...", weights.to(rows), rows)
+            out[name] = total if self._preconditioner is None else total / self._preconditioner[name]
+        return out
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros(self.sequences, dtype=torch.float64)
+        for name, rows in self._columns.items():
+            towards = direction[name] if self._preconditioner is None else direction[name] / self._preconditioner[name]
+            total += (rows.flatten(1) @ towards.flatten().to(rows)).double().cpu()
+        return total
+
+
+class RecomputedRows:
+    """Rows that are not kept: every question costs a pass over the training sequences.
+
+    processes: who share the gradients' passes, all calling at once; products are everyone's own. as_trained: by torch's rule
+    for padding embeddings, as in the training step; False: the true derivatives, of which kernels are made.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: SequenceBatch,
+        token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+        processes: Processes | None = None,
+        as_trained: bool = True,
+    ) -> None:
+        self._model, self._batch, self._token_batch_size = model, batch, token_batch_size
+        self._as_trained = as_trained
+        self._processes = processes or Processes()
+        self.sequences = len(batch)
+
+    def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        mine = self._processes.mine(range(self.sequences))
+        if mine:
+            part = self._batch.select(mine)
+            objective = score_coefficients(part, -weights[mine].to(part.device))
+            own = batch_gradients(self._model, part, [objective], self._token_batch_size, self._as_trained)[0]
+        else:  # more processes than sequences
+            own = {name: torch.zeros_like(p) for name, p in trainable_parameters(self._model).items()}
+        return {name: self._processes.sum(gradient) for name, gradient in own.items()}
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        found = sequence_products(
+            self._model, self._batch, direction, self._token_batch_size, hold_padding=self._as_trained
+        )
+        return found.sequences.double().cpu()

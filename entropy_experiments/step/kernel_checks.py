@@ -1,0 +1,187 @@
+"""Self-checks of gradients, optimizer state and kernel; each compares two ways of computing one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.adamw import AdamWParameterState
+from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import score_coefficients
+from entropy_core.gradients import batch_gradients
+from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.scores import token_statistics
+from entropy_experiments.checkpoints.optimizer_names import mapping_evidence
+from entropy_experiments.kernel.store.records import StorageError
+from entropy_experiments.run.self_checks import SelfCheck, relative_error, relative_error_of_dicts
+from entropy_experiments.step.optimizer_step import NextStep, moved
+from rl_training.errors import UserError
+
+_ROWS_AT_A_TIME = 4
+_FINITE_DIFFERENCE_TOLERANCE = 0.02
+
+
+def check_gradient(
+    model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
+) -> SelfCheck:
+    """The weighted sum of (n_train,) weights times rows, `gradient`, against autograd's gradient of -sum_i w_i S_i."""
+    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
+        0
+    ]
+    autograd = {name: autograd[name] for name in gradient}
+    return SelfCheck(
+        "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
+        "the weighted sum of per-sequence gradients against autograd's gradient of the loss, over all parameters of the kernel, "
+        "relative. A failure means that some parameter's rows are missing or wrong.",
+    )  # fmt: skip
+
+
+def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded: bool) -> list[SelfCheck]:
+    """The split against the optimizer's own step, and moments against gradients (`check_optimizer_entries`)."""
+    entries = check_optimizer_entries(step.state, gradient, names_recorded)
+    return [
+        SelfCheck(
+            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
+            "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
+            "step that is taken.",
+        ),
+        entries,
+    ]  # fmt: skip
+
+
+def check_optimizer_entries(
+    state: Mapping[str, AdamWParameterState], gradient: Mapping[str, Tensor], names_recorded: bool
+) -> SelfCheck:
+    """Moments against fresh gradients, parameter by parameter.
+
+    Raises UserError where the moments look like those of other parameters.
+    """
+    evidence = mapping_evidence(state, gradient)
+    worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
+    if not evidence.convincing(names_recorded):
+        raise UserError(
+            f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more "
+            f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
+            "in another order than the model's parameters, so P would be wrong; nothing is analysed"
+        )
+    return SelfCheck(
+        "optimizer entries recognised", 1.0 - evidence.share, 1.0 - evidence.required(names_recorded),
+        f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
+        f"more than their own.{worst}",
+    )  # fmt: skip
+
+
+def check_unseen_parameters(
+    state: Mapping[str, AdamWParameterState], rows: dict[str, Tensor], p: dict[str, Tensor]
+) -> SelfCheck:
+    """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps).
+
+    state: the moments at the checkpoint. rows: raw training rows, name -> (n, *shape); p: P at the checkpoint.
+    """
+    unseen = total = 0.0
+    for name, part in rows.items():
+        weight = mean_squares(part) * len(part) * p[name].double()
+        total += float(weight.sum())
+        unseen += float(weight[state[name].exp_avg_sq == 0].sum())
+    return SelfCheck(
+        "kernel not ruled by unseen parameters", unseen / total if total > 0 else 0.0, 0.5,
+        "share of the training sequences' own kernel values, sum_i K1(i, i), that comes from parameters whose second moment is "
+        "exactly 0, so that P is 1/eps: common after the first step, or for rare tokens' embeddings. Take "
+        "entropy_analysis.fisher_kernel.preconditioning=step, which includes this step's gradient.",
+    )  # fmt: skip
+
+
+def mean_squares(rows: Tensor) -> Tensor:
+    """Float64 mean over (n, *shape) rows of their squares, a few rows at a time: all squares would be as large as the rows."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    for some in rows.split(_ROWS_AT_A_TIME):
+        total += some.double().square().sum(0)
+    return total / len(rows)
+
+
+def check_kernel(
+    model: nn.Module,
+    eval_batch: SequenceBatch,
+    train_batch: SequenceBatch,
+    gradient: dict[str, Tensor],
+    weights: Tensor,
+    p: dict[str, Tensor] | None,
+    fisher: Tensor | None,
+    train_fisher: Tensor | None,
+    token_batch_size: int,
+) -> list[SelfCheck]:
+    """`fisher` times the weights against finite differences along P g, and a kernel of equal batches against its laws.
+
+    train_fisher: that kernel, where it is known; else one of six training sequences is made.
+    """
+    if fisher is None:
+        return []
+    direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
+    sample = torch.arange(min(16, len(eval_batch)))
+    eval_batch = eval_batch.select(sample)
+    product = fisher[sample].double() @ weights.double().to(fisher.device)
+    size = float(product.abs().max())
+    if size == 0.0:
+        return []
+    # The fastest score moves by 0.02 nats: well above rounding, well below curvature. A router of experts may choose others on
+    # the way, which is a jump; a shorter way crosses fewer of them, and what is wrong with K is wrong on all.
+    errors = []
+    for epsilon in (0.02 / size, 0.005 / size, 0.00125 / size):
+        scores = []
+        for sign in (1, -1):
+            with moved(model, direction, sign * epsilon):
+                scores.append(token_statistics(model, eval_batch, token_batch_size).scores())
+        errors.append(relative_error((scores[0] - scores[1]) / (2 * epsilon), product))
+        if errors[-1] <= _FINITE_DIFFERENCE_TOLERANCE:
+            break
+    if train_fisher is None:
+        few = train_batch.select(range(min(6, len(train_batch))))
+        train_fisher = compute_cross_fisher_kernel(model, few, few, p, token_batch_size)
+    return [
+        SelfCheck(
+            "K w = finite difference", min(errors), _FINITE_DIFFERENCE_TOLERANCE,
+            "K1 times the weights against a central difference of 16 sequences' scores along P g, relative. A failure means "
+            "that P is missing, doubled, or on both sides, or that the model's gradient is not its derivative (a module stops "
+            "or approximates it).",
+        ),
+        SelfCheck(
+            "K symmetric and PSD on equal batches",
+            _lawlessness(train_fisher.double()), 1e-4,
+            "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of training sequences with "
+            "themselves.",
+        ),
+    ]  # fmt: skip
+
+
+def check_attribution(shares: Tensor, batch_change: float) -> SelfCheck:
+    """Shares against <grad h, batch part of the step>."""
+    scale = max(abs(batch_change), float(shares.abs().max()), 1e-12)
+    return SelfCheck(
+        "attribution: shares add up", abs(float(shares.sum()) - batch_change) / scale, 1e-4,
+        "sum of all dH_i against <grad h, batch part of the step>, relative. A failure means that weights, clipping or "
+        "normalisers differ between rows and loss.",
+    )  # fmt: skip
+
+
+def check_entropy_kernel(entropy_fisher: Tensor, products: Tensor) -> SelfCheck:
+    """(n_eval, n_train) K_H against (n_train,) <grad h, P dS_i> from autograd's gradient of h."""
+    mean = entropy_fisher.double().mean(0).cpu()
+    return SelfCheck(
+        "entropy kernel = autograd", relative_error(mean, products), 1e-4,
+        "mean over evaluation sequences of K_H against <grad h, P dS_i> from autograd's gradient of h, relative.",
+    )  # fmt: skip
+
+
+def _lawlessness(square: Tensor) -> float:
+    eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
+    return max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30)))
+
+
+def check_storage(error: StorageError) -> SelfCheck:
+    """What keeping gradients in fewer bits did to them."""
+    return SelfCheck(
+        "gradient store: rounding", error.relative, 0.02,
+        f"{error}. Kernels that are read from the store carry this error.",
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""What a training batch with other weights does to entropy: measured by real AdamW steps, and the shares that predict it.
+
+    g(a) = -sum_i a_i w_i dS_i  ->  dtheta(a) by torch's own optimizer  ->  measured  h(theta + dtheta(a)) - h(theta)
+
+a_i = 0 leaves sequence i out; N and lengths in w_i stay what they were. Momentum and decay act in full; clip coefficient
+and second moments are those of g(a). Held against this are, for F(a) = <grad h, dtheta(a)>,
+
+    shares      sum_i a_i dh_i + <grad h, momentum + decay>           P_t and c frozen at the whole batch's, a = 1
+    response    const + sum_i a_i r_i,  r_i = mean of dF/da_i         P_t and c move along; linear over random halves
+
+With grad h by the split estimator on the evaluation tokens, F is the exact first order of the measurement: prediction and
+measurement then share estimand and tokens. Symbols: w loss weights, c clip coefficient, P_t the step's preconditioner.
+Source: docs/analyses/intervention.md, docs/theory/adamw-step.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.adamw import AdamWParameterState, after_gradient, batch_step_factor, preconditioner, read_adamw_state
+from entropy_core.batch import SequenceBatch
+from entropy_core.directional import sequence_products
+from entropy_core.gradients import dot, trainable_parameters
+from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
+from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_experiments.step.gradient_rows import TrainingRows
+from entropy_experiments.step.optimizer_step import (
+    NextStep,
+    clip_coefficient,
+    moved,
+    plain_gradient_step,
+    take_next_step,
+)
+from rl_training.errors import UserError
+
+_JACKKNIFE_GROUPS = 40
+
+
+@dataclass(frozen=True)
+class ResponseShares:
+    """shares: (n_train,) float64 r_i, nats per token; rest: the constant beside them. They predict a half-subset's change."""
+
+    shares: Tensor
+    rest: float
+
+
+class StepMeasurement:
+    """Real steps with other weights, from one checkpoint; model and optimizer are bit by bit as before after each.
+
+    rows: of the training sequences, over all trainable parameters. optimizer: None for plain
+    gradient steps of `learning_rate`; otherwise learning_rate, where given, is taken in place of every group's own.
+    eval_statistics: of eval_batch under the model as it stands. log_weights: as in `snis_entropy_change`; measure: that
+    function, or `fixed_prefix_entropy_change` where evaluation sequences were not drawn from the policy.
+    lowest_effective_sample_size: the smallest of all measurements so far, None before the first.
+
+    Raises UserError without an optimizer and a learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW | None,
+        rows: TrainingRows,
+        eval_batch: SequenceBatch,
+        eval_statistics: TokenStatistics,
+        *,
+        max_grad_norm: float | None = 1.0,
+        learning_rate: float | None = None,
+        log_weights: Tensor | None = None,
+        measure: Callable[..., EntropyMeasurement] = snis_entropy_change,
+        token_batch_size: int = 2048,
+    ) -> None:
+        if optimizer is None and not learning_rate:
+            raise UserError("without optimizer state the step's size is unknown: give a learning rate")
+        self._model, self._optimizer, self._rows = model, optimizer, rows
+        self._eval_batch, self._before = eval_batch, eval_statistics
+        self._max_grad_norm, self._learning_rate = max_grad_norm, learning_rate
+        self._log_weights, self._measure, self._token_batch_size = log_weights, measure, token_batch_size
+        self.sequences = rows.sequences
+        self.lowest_effective_sample_size: float | None = None
+
+    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        """-sum_i w_i dS_i for (n_train,) weights, name -> tensor. Raises ValueError for another number of weights."""
+        if weights.shape != (self.sequences,):
+            raise ValueError(f"the weights are {tuple(weights.shape)}, but there are {self.sequences} rows")
+        return self._rows.weighted_gradient(weights)
+
+    def clip(self, weights: Tensor) -> float:
+        """The clip coefficient c of a step with these weights; no step is taken."""
+        return clip_coefficient(self.gradient(weights), self._max_grad_norm)[0]
+
+    def step(self, weights: Tensor) -> dict[str, Tensor]:
+        """theta_after - theta_before of the step that these weights cause."""
+        gradient = self.gradient(weights)
+        if self._optimizer is not None:
+            return take_next_step(
+                self._model, self._optimizer, gradient, self._max_grad_norm, self._learning_rate
+            ).taken
+        clip, _ = clip_coefficient(gradient, self._max_grad_norm)
+        return plain_gradient_step(gradient, self._learning_rate or 0.0, clip)
+
+    def measure(self, weights: Tensor) -> EntropyMeasurement:
+        """Entropy on the evaluation tokens before and after the step that these (n_train,) weights cause, nats per token."""
+        with moved(self._model, self.step(weights), 1.0):
+            after = token_statistics(self._model, self._eval_batch, self._token_batch_size)
+        found = self._measure(self._before, after, self._eval_batch, log_weights=self._log_weights)
+        lowest = self.lowest_effective_sample_size
+        self.lowest_effective_sample_size = min(found.effective_sample_size, lowest or found.effective_sample_size)
+        return found
+
+    def change(self, weights: Tensor) -> float:
+        """The measured change alone, nats per token."""
+        return self.measure(weights).change
+
+    def first_order(self, gradient_of_h: Mapping[str, Tensor], weights: Tensor) -> float:
+        """<grad h, dtheta> of the step that these weights cause, with its own clip coefficient and second moments."""
+        return dot(dict(gradient_of_h), self.step(weights))
+
+    def response_shares(self, gradient_of_h: Mapping[str, Tensor], weights: Tensor, subsets: Tensor) -> ResponseShares:
+        """r_i = mean of dF/da_i over (draws, n_train) 0/1 `subsets`: the best linear prediction of F over such subsets.
+
+        F is not linear in a, since second moments and clipping follow the gradient; over random subsets its mean slope is
+        what a linear regression on a would find (Stein's lemma, for a Gaussian gradient), here without measuring anything.
+        subsets: some 16 random halves (analyses.intervention.half_subsets), other ones than those to be predicted.
+
+        Raises UserError without an optimizer: a plain step has no moments, and its shares are linear but for clipping.
+        """
+        if self._optimizer is None:
+            raise UserError("response shares follow AdamW's second moments: there are none without an optimizer")
+        parameters = trainable_parameters(self._model)
+        state = read_adamw_state(self._optimizer, parameters)
+        if self._learning_rate is not None:
+            state = {name: replace(s, lr=self._learning_rate) for name, s in state.items()}
+        direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        members, predicted = subsets.double().cpu(), []
+        for row in members:
+            gradient = self.gradient(row * weights.double().cpu())
+            value, slope = _change_and_derivative(gradient_of_h, gradient, parameters, state, self._max_grad_norm)
+            predicted.append(value)
+            for name, part in slope.items():
+                direction[name] += part / len(members)
+        shares = -weights.double().cpu() * self._rows.products(direction)
+        return ResponseShares(shares, float((torch.tensor(predicted, dtype=torch.float64) - members @ shares).mean()))
+
+
+def _change_and_derivative(
+    gradient_of_h: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, AdamWParameterState],
+    max_norm: float | None,
+) -> tuple[float, dict[str, Tensor]]:
+    """F = <grad h, dtheta>, and dF/dg at the unclipped loss gradient g, through clipping and both moments."""
+    with torch.enable_grad():
+        leaves = {name: g.detach().clone().requires_grad_(True) for name, g in gradient.items()}
+        clip = torch.ones(())
+        if max_norm is not None and max_norm > 0:
+            norm = torch.stack([g.norm().cpu() for g in leaves.values()]).norm()
+            clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        total = torch.zeros((), dtype=torch.float64)
+        for name, g in leaves.items():
+            s = after_gradient(state[name], clip.to(g) * g)
+            moved_by = -s.lr / (1 - s.beta1**s.step) * preconditioner(s) * s.exp_avg
+            moved_by = moved_by - s.lr * s.weight_decay * parameters[name].detach()
+            total = total + (gradient_of_h[name] * moved_by).sum().double().cpu()
+        found = torch.autograd.grad(total, list(leaves.values()))
+    # Where neither this batch nor an earlier one had a gradient, sqrt(v) has no derivative, and no row has an entry.
+    return float(total.detach()), {name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in zip(leaves, found, strict=True)}
+
+
+def share_direction(
+    gradient_of_h: Mapping[str, Tensor], step: NextStep | None, learning_rate: float | None
+) -> dict[str, Tensor]:
+    """u with dh_i = c w_i <dS_i, u>: the step's rates and P_t times grad h. step None: the plain step of `learning_rate`."""
+    if step is None:
+        if not learning_rate:
+            raise UserError("without optimizer state the step's size is unknown: give a learning rate")
+        return {name: learning_rate * g for name, g in gradient_of_h.items()}
+    return {
+        name: batch_step_factor(step.state[name]) * step.preconditioner[name] * g for name, g in gradient_of_h.items()
+    }
+
+
+def token_shares(
+    model: nn.Module,
+    train_batch: SequenceBatch,
+    direction: Mapping[str, Tensor],
+    weights: Tensor,
+    clip: float,
+    token_batch_size: int = 2048,
+) -> Tensor:
+    """(n_train, L) float64 share of every completion token, nats per token of h, 0 elsewhere; a row adds up to dh_i.
+
+    direction: of `share_direction`. One pass over the training sequences (entropy_core.directional).
+    """
+    tokens = sequence_products(model, train_batch, direction, token_batch_size).tokens.double()
+    return clip * weights.double().to(tokens.device)[:, None] * tokens
+
+
+@dataclass(frozen=True)
+class MeasuredCurve:
+    """h(theta + s d) - h(theta) at (S,) scales, nats per token, float64.
+
+    left_out: (G, S) the same with a group of prompts left out; None with one prompt. Groups hold equally many prompts but
+    for one. standard_errors, effective_sample_sizes: (S,), of `sequences`.
+    """
+
+    scales: Tensor
+    changes: Tensor
+    standard_errors: Tensor
+    effective_sample_sizes: Tensor
+    left_out: Tensor | None
+    sequences: int
+
+
+def measure_curve(
+    model: nn.Module,
+    direction: Mapping[str, Tensor],
+    scales: Sequence[float],
+    eval_batch: SequenceBatch,
+    eval_statistics: TokenStatistics,
+    log_weights: Tensor | None = None,
+    token_batch_size: int = 2048,
+) -> MeasuredCurve:
+    """The reweighted change of entropy on the same tokens along a direction, forwards and backwards (negative scales).
+
+    log_weights: as in `snis_entropy_change`. The model is restored bit by bit.
+    """
+    prompts, index = eval_batch.prompt_index.unique(return_inverse=True)
+    groups = min(len(prompts), _JACKKNIFE_GROUPS)
+    kept = [(index % groups != group).nonzero().flatten() for group in range(groups)] if groups > 1 else []
+    everything = torch.arange(len(eval_batch), device=eval_batch.device)
+    before = _totals(eval_statistics)
+    measured: list[EntropyMeasurement] = []
+    left_out = torch.zeros((groups, len(scales)), dtype=torch.float64)
+    for column, scale in enumerate(scales):
+        with moved(model, direction, scale):
+            after = _totals(token_statistics(model, eval_batch, token_batch_size))
+        for row, rows in enumerate([everything, *kept]):
+            found = snis_entropy_change(
+                _select(before, rows),
+                _select(after, rows),
+                eval_batch.select(rows),
+                log_weights=None if log_weights is None else log_weights[rows],
+            )
+            if row == 0:
+                measured.append(found)
+            else:
+                left_out[row - 1, column] = found.change
+    return MeasuredCurve(
+        scales=torch.tensor(list(scales), dtype=torch.float64),
+        changes=torch.tensor([m.change for m in measured], dtype=torch.float64),
+        standard_errors=torch.tensor([m.standard_error for m in measured], dtype=torch.float64),
+        effective_sample_sizes=torch.tensor([m.effective_sample_size for m in measured], dtype=torch.float64),
+        left_out=left_out if kept else None,
+        sequences=len(eval_batch),
+    )
+
+
+def _totals(statistics: TokenStatistics) -> TokenStatistics:
+    """Sequence totals in place of tokens, float64: all that the reweighted entropy needs."""
+    return TokenStatistics(statistics.scores()[:, None], statistics.entropy_sums()[:, None])
+
+
+def _select(statistics: TokenStatistics, rows: Tensor) -> TokenStatistics:
+    return TokenStatistics(statistics.logprobs[rows], statistics.entropies[rows])

@@ -1,0 +1,65 @@
+"""Which training sequence moved entropy by how much in the analysed step.
+
+    dH_i = sum over parameters of  lr (1 - beta1)/(1 - beta1^t) c w_i <grad h, P_t dS_i>
+
+P_t is the step's own preconditioner (its second moments hold this batch's gradient already), so that the shares add up to
+the batch part of the step exactly. Over the life of the momentum buffer the same sequence contributes the horizon factor
+times as much,  sum_j beta1^j (1 - beta1^t)/(1 - beta1^(t+j)),  which is 1/(1 - beta1) late in training.
+Source: docs/theory/fisher-kernel.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from entropy_core.adamw import AdamWParameterState, batch_step_factor
+from entropy_experiments.step.gradient_rows import TrainingRows
+from entropy_experiments.step.optimizer_step import NextStep
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Shares (n_train,) float64 dH_i = step_factor * w_i * products, nats per token, products = <grad h, P_t dS_i>.
+
+    Where groups of parameters have different rates, step_factor is the first group's, and the others' ratios to it are in
+    the products.
+    """
+
+    shares: Tensor
+    products: Tensor
+    step_factor: float
+
+
+def attribute(
+    gradient: Mapping[str, Tensor],
+    rows: TrainingRows,
+    weights: Tensor,
+    step: NextStep | None,
+    clip: float,
+    learning_rate: float,
+) -> Attribution:
+    """Shares of all training sequences.
+
+    gradient: name -> gradient of entropy per token. rows: the training sequences' dS_i. step: the AdamW step, or None for
+    the plain gradient step of `learning_rate`.
+    """
+    factors = {
+        name: learning_rate if step is None else batch_step_factor(step.state[name]) for name in gradient
+    }  # of which at least one is not 0: such a step is refused
+    first = next(f for f in factors.values() if f)
+    direction = {
+        name: factors[name] / first * (towards if step is None else towards * step.preconditioner[name])
+        for name, towards in gradient.items()
+    }
+    products = rows.products(direction)
+    factor = first * clip
+    return Attribution(factor * weights.double().cpu() * products, products, factor)
+
+
+def horizon_factor(state_before: AdamWParameterState) -> float:
+    """A batch's change over the life of the momentum buffer, relative to its change in its own step."""
+    t, beta = state_before.step + 1, state_before.beta1
+    return sum(beta**j * (1 - beta**t) / (1 - beta ** (t + j)) for j in range(2000))

@@ -1,0 +1,198 @@
+"""The training side of an analysis: its rows, P, and the step that these sequences cause.
+
+    columns_i = P dS_i            g(w) = -sum_i w_i dS_i
+
+Where all rows are kept they are formed once: the evaluation side streams past them, and the step of any other weights follows
+from them. Otherwise (entropy_experiments.kernel.plan) gradients of weighted sums come from a backward pass.
+Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.adamw import preconditioner, read_adamw_state
+from entropy_core.batch import SequenceBatch
+from entropy_core.gradients import trainable_parameters
+from entropy_core.passes.forward import masks_padding
+from entropy_core.passes.stopped_gradients import stops_gradients
+from entropy_core.scores import TokenStatistics
+from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.run.self_checks import SelfCheck
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
+from entropy_experiments.step.kernel_checks import (
+    check_gradient,
+    check_optimizer,
+    check_optimizer_entries,
+    check_unseen_parameters,
+    mean_squares,
+)
+from entropy_experiments.step.numbers import PARTS
+from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
+from entropy_experiments.step.padding_embeddings import hold_unmoved_padding
+from rl_training.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingSide:
+    """Training sequences as columns of the kernel.
+
+    engine: the kernel's columns, rows dS_i times `preconditioner` (None: P = 1), over the parameters of filter_modules. rows:
+    the same over all trainable parameters, without P, as the trainer's loss has them; true_rows: as the kernel has them (they
+    differ where the embedding of a padding token is trained, and with DoRA). weights: (n_train,), or None where there is no
+    step; gradient then is that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient step, or None.
+    max_grad_norm, learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
+    """
+
+    batch: SequenceBatch
+    statistics: TokenStatistics
+    engine: KernelEngine
+    rows: TrainingRows
+    true_rows: TrainingRows
+    preconditioner: dict[str, Tensor] | None
+    weights: Tensor | None
+    gradient: dict[str, Tensor]
+    step: NextStep | dict[str, Tensor] | None
+    clip: float | None
+    gradient_norm: float | None
+    max_grad_norm: float | None
+    learning_rate: float | None
+    checks: list[SelfCheck]
+
+    @property
+    def adam_step(self) -> NextStep | None:
+        """The step, where AdamW took it."""
+        return self.step if isinstance(self.step, NextStep) else None
+
+    @property
+    def taken(self) -> dict[str, Tensor]:
+        """theta_after - theta_before."""
+        if self.step is None:
+            raise ValueError("columns without weights make no step")
+        return self.step.taken if isinstance(self.step, NextStep) else self.step
+
+    @property
+    def push(self) -> Tensor:
+        """(n_train,) weights of `gradient`: the loss's own, or equal ones."""
+        n = len(self.batch)
+        return torch.full((n,), 1 / n, dtype=torch.float64) if self.weights is None else self.weights
+
+    @property
+    def true_gradient(self) -> dict[str, Tensor]:
+        """`gradient` of the kernel's own rows."""
+        return self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.push)
+
+    def step_parts(self) -> dict[str, dict[str, Tensor]]:
+        """The step and its parts, by the names in PARTS; empty without a step."""
+        if self.step is None:
+            return {}
+        if isinstance(self.step, NextStep):
+            u = self.step.update
+            return dict(zip(PARTS, (self.step.taken, u.batch, u.momentum, u.weight_decay), strict=True))
+        nothing = {name: torch.zeros_like(d) for name, d in self.step.items()}
+        return dict(zip(PARTS, (self.step, self.step, nothing, nothing), strict=True))
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter in the step."""
+        if self.adam_step is not None:
+            return {name: state.lr for name, state in self.adam_step.state.items()}
+        return dict.fromkeys(self.gradient, self.learning_rate or 0.0)
+
+    def plain_step(self) -> dict[str, Tensor]:
+        """-lr c g: what the step would be without P and momentum."""
+        clip, rates = self.clip or 0.0, self.rates()
+        return {name: -rates[name] * clip * g for name, g in self.gradient.items()}
+
+
+def prepare_training_side(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW | None,
+    batch: SequenceBatch,
+    weights: Tensor | None,
+    *,
+    preconditioning: str,
+    max_grad_norm: float | None,
+    learning_rate: float | None,
+    names_recorded: bool,
+    token_batch_size: int,
+    engine: KernelEngine,
+) -> TrainingSide:
+    """Rows, P and the step; model and optimizer are as before when it returns. Arguments as in `analyze_batches`.
+
+    engine: of this model and batch, not prepared yet. Raises UserError for a missing optimizer or learning rate and for a P
+    that needs a step where there are no weights; ValueError where rows cannot be formed.
+    """
+    if preconditioning == "none":
+        optimizer = None
+    elif optimizer is None:
+        raise UserError(
+            "the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none"
+        )
+    if weights is None and preconditioning == "step":
+        raise UserError(
+            "fisher_kernel.preconditioning=step takes P from a step, but the training sequences have neither weights nor "
+            "rewards: give them, or set preconditioning=checkpoint"
+        )
+    parameters = trainable_parameters(model)
+    engine.prepare()
+    used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
+    rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, engine.processes)
+    span, sample = engine.sample_rows()
+    few = batch.select(list(span))
+    # Kept rows are the kernel's: not the step's own where torch masks a padding token, or a module stops gradients.
+    kept, masked = engine.columns is not None and sample.keys() == parameters.keys(), masks_padding(model)
+    masked = masked or stops_gradients(model)
+    if engine.columns is not None and kept and not masked:
+        rows = KeptRows(engine.columns)
+    gradient = rows.weighted_gradient(used)
+    part = KeptRows(sample).weighted_gradient(used[span.start : span.stop])
+    checks = [check_gradient(model, few, used[span.start : span.stop], part, token_batch_size)]
+    step, clip, norm = None, None, None
+    if weights is not None:
+        step, clip, norm = _take_step(model, optimizer, gradient, max_grad_norm, learning_rate)
+    p = None
+    if optimizer is not None:
+        state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
+        if isinstance(step, NextStep):
+            checks.extend(check_optimizer(step, gradient, names_recorded))
+        else:  # the squares of rows have the profile of second moments too
+            root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
+            some = {name: state[name] for name in sample}
+            checks.append(check_optimizer_entries(some, root_mean_square, names_recorded))
+        at_checkpoint = preconditioning == "checkpoint"
+        p = step.preconditioner if isinstance(step, NextStep) else {}
+        if at_checkpoint:
+            p = {name: preconditioner(s) for name, s in state.items()}
+        p = hold_unmoved_padding(model, state, p) if masked else p
+        if at_checkpoint:
+            checks.append(check_unseen_parameters(state, sample, p))
+        engine.precondition(p)
+    # What is asked later, one process asks alone.
+    true_rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, as_trained=False)
+    if engine.columns is not None and kept:
+        true_rows = KeptRows(engine.columns, p)
+    rows = RecomputedRows(model, batch, token_batch_size) if masked else true_rows
+    statistics = engine.statistics(batch)
+    return TrainingSide(
+        batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate,
+        checks,
+    )  # fmt: skip
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW | None,
+    gradient: dict[str, Tensor],
+    max_grad_norm: float | None,
+    learning_rate: float | None,
+) -> tuple[NextStep | dict[str, Tensor], float, float]:
+    if optimizer is not None:
+        step = take_next_step(model, optimizer, gradient, max_grad_norm, learning_rate)
+        return step, step.clip, step.gradient_norm
+    if not learning_rate:
+        raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
+    clip, norm = clip_coefficient(gradient, max_grad_norm)
+    return plain_gradient_step(gradient, learning_rate, clip), clip, norm

@@ -1,0 +1,117 @@
+"""Putting a sweep together: evolution, table, figures, report, and sweep.json last.
+
+Written anew each time from the finished analyses; a sweep whose checkpoints are not all done says which are missing, and why.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from entropy_experiments.records.history import training_history
+from entropy_experiments.records.reader import ResultsFolder, read_results_folder
+from entropy_experiments.records.writer import describe_environment
+from entropy_experiments.report.figures.plots import png_bytes
+from entropy_experiments.sweep.config import SweepConfig
+from entropy_experiments.sweep.evolution.evolution import describe_evolution
+from entropy_experiments.sweep.figures import draw_sweep_figures
+from entropy_experiments.sweep.folder import SweepFolder, write_json_whole
+from entropy_experiments.sweep.page import write_sweep_report
+from entropy_experiments.sweep.targets import Target
+from entropy_experiments.sweep.tidy_table import write_table
+from rl_training.errors import UserError
+from rl_training.files import own_folder, write_whole
+
+_BAND_SEED = 0
+
+
+def assemble_sweep(
+    place: SweepFolder, runs: dict[str, Path], targets: Sequence[Target], config: SweepConfig
+) -> Path | None:
+    """Write evolution.json, results.parquet, figures/, report.html and sweep.json; the report's path, None without any result.
+
+    Raises UserError for a log of a run that cannot be read.
+    """
+    entries, by_run = _read_all(place, targets)
+    evolutions: dict[str, tuple[dict[str, Any], list[ResultsFolder]]] = {}
+    for run, folders in by_run.items():
+        log = read_metrics(runs[run] / "metrics.jsonl")
+        history = max([training_history(log), *(results.history for results in folders)], key=len)
+        evolutions[run] = (describe_evolution(folders, history, seed=_BAND_SEED), folders)
+    sweep = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        **describe_environment(),
+        "runs": {name: str(path) for name, path in runs.items()},
+        "complete": all(entry["status"] == "done" for entry in entries),
+        "checkpoints": entries,
+        "config": config.model_dump(mode="json"),
+    }
+    report = None
+    if evolutions:
+        write_json_whole(place.path / "evolution.json", {run: evolution for run, (evolution, _) in evolutions.items()})
+        write_table(place.path / "results.parquet", evolutions)
+        figures = draw_sweep_figures(evolutions)
+        pictures = {name: png_bytes(figure) for name, figure in figures.items()}
+        folder = own_folder(place.path / "figures")
+        for name, png in pictures.items():
+            write_whole(folder / f"{name}.png", png)
+        report = write_sweep_report(place.path, sweep, evolutions, figures, pictures)
+    write_json_whole(place.sweep_file, sweep)
+    return report
+
+
+def _read_all(
+    place: SweepFolder, targets: Sequence[Target]
+) -> tuple[list[dict[str, Any]], dict[str, list[ResultsFolder]]]:
+    """An entry of sweep.json for every target, and what could be read, by run and step."""
+    entries, by_run = [], {}
+    for target in sorted(targets, key=lambda t: (t.run, t.step)):
+        status, error, seconds = place.outcome(target), None, None
+        if status == "done":
+            try:
+                results = read_results_folder(place.results(target))
+                by_run.setdefault(target.run, []).append(results)
+                seconds = results.run.get("seconds")
+            except UserError as broken:
+                status, error = "unreadable", str(broken)
+        else:
+            error = (place.error_of(target) or {}).get("error")
+        entries.append(
+            {
+                "name": target.name,
+                "run": target.run,
+                "step": target.step,
+                "checkpoint": str(target.path),
+                "folder": f"checkpoints/{target.name}",
+                "status": status,
+                "error": error,
+                "seconds": seconds,
+            }
+        )
+    return entries, by_run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl, one mapping a step, the last line of a step that was trained twice; [] where there is none.
+
+    A last line that was cut short, by a kill, is left out. Raises UserError for any other line that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    by_step: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}, is not JSON ({error}): repair or remove the line") from error
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            by_step[entry["step"]] = {**by_step.get(entry["step"], {}), **entry}
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,96 @@
+"""What a sweep will analyse: its runs by name, and of each run the checkpoints that were chosen."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_experiments.sweep.config import CheckpointSelection, SweepConfig
+from rl_training.errors import UserError
+
+_MOST_RUNS_IN_A_NAME = 3
+
+
+@dataclass(frozen=True)
+class Target:
+    """One checkpoint to analyse; run: the run's name within the sweep."""
+
+    run: str
+    step: int
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its results folder's name."""
+        return f"{self.run}_checkpoint-{self.step}"
+
+
+def name_runs(runs: Sequence[str | Path]) -> dict[str, Path]:
+    """Run name -> folder, in the order given; runs of one name are told apart by the folder above them.
+
+    Raises UserError for no run, a path that is no run folder, a run given twice, or names that stay the same.
+    """
+    if not runs:
+        raise UserError("name at least one run folder to sweep over")
+    folders = []
+    for run in map(Path, runs):
+        if not run.exists():
+            raise UserError(f"{run} does not exist: name a run folder, the one that holds checkpoint-* folders")
+        if not run.is_dir():
+            raise UserError(f"{run} is a file: name the run folder, the one that holds checkpoint-* folders")
+        if (run / "trainer_state.json").exists():
+            raise UserError(f"{run} is a single checkpoint: name its run folder, or use `entropy-experiments analyze`")
+        folders.append(run.resolve())
+    twice = next((folder for folder, count in Counter(folders).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is named twice: name each run once")
+    counts = Counter(folder.name for folder in folders)
+    names = [f.name if counts[f.name] == 1 else f"{f.parent.name}-{f.name}" for f in folders]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two runs would both be called {Counter(names).most_common(1)[0][0]}: rename one of their folders"
+        )
+    return dict(zip(names, folders, strict=True))
+
+
+def choose_checkpoints(run: Path, selection: CheckpointSelection) -> list[tuple[int, Path]]:
+    """(step, folder) of the chosen checkpoints by step. Raises UserError where there are none, or one asked for is missing."""
+    found = {
+        int(match[1]): child
+        for child in run.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", child.name)) and child.is_dir()
+    }
+    steps = sorted(found)
+    if not steps:
+        raise UserError(f"{run} has no checkpoint-* folders: is it a run folder, and did the run save any?")
+    if selection.steps is not None:
+        missing = sorted(set(selection.steps) - found.keys())
+        if missing:
+            listed = ", ".join(map(str, steps))
+            raise UserError(f"{run} has no checkpoint of step {missing[0]} (checkpoints.steps); it has {listed}")
+        steps = sorted(set(selection.steps))
+    elif selection.stride is not None:
+        steps = sorted({*steps[:: selection.stride], steps[-1]})
+    elif selection.last is not None:
+        steps = steps[-selection.last :]
+    return [(step, found[step]) for step in steps]
+
+
+def plan_sweep(runs: dict[str, Path], config: SweepConfig) -> list[Target]:
+    """Every checkpoint to analyse, run by run. Raises UserError as `choose_checkpoints` does."""
+    return [
+        Target(name, step, path)
+        for name, run in runs.items()
+        for step, path in choose_checkpoints(run, config.checkpoints)
+    ]
+
+
+def sweep_name(runs: dict[str, Path]) -> str:
+    """What the sweep's folder is called: its runs' names."""
+    names = list(runs)
+    if len(names) > _MOST_RUNS_IN_A_NAME:
+        names = [*names[: _MOST_RUNS_IN_A_NAME - 1], f"{len(names) - _MOST_RUNS_IN_A_NAME + 1}-more"]
+    return "+".join(names)

@@ -1,0 +1,151 @@
+"""Which policy drew the sequences that a trainer passes in a step: today's, or one of an earlier step.
+
+Trainers train on sequences more than once (several iterations, more micro-batches in a generation than in a step, a buffer of
+old ones). What is estimated of today's policy on them needs the log-probability S that each had when it was drawn,
+
+    log weight = S_today - S_drawn ,
+
+and both must come from the same arithmetic: a trainer's own record, in bfloat16 over hundreds of tokens, is off by nats. So
+scores are taken by the probe's pass while the policy is still the one that drew, and remembered by the sequence.
+
+A sequence that was seen before is a replay where drawing it once more would be a coincidence: with n draws of its prompt
+remembered, n exp(S) is how often that is expected. Likely completions (of a collapsed policy, say) are drawn again and again, and
+are taken for replays only if most of the unlikely ones beside them are.
+Source: docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rl_training.generation.rollout_sequences import RolloutSequence
+
+_COINCIDENCE = 1e-3
+# Log-probabilities of whole sequences, root mean square: recorded ones that are as near to the probe's own are as good.
+_AGREES = 0.05
+_MOST_REMEMBERED = 200_000
+
+
+@dataclass
+class _Seen:
+    """step: when it was first seen. score: S then, NaN where no pass was made over it."""
+
+    step: int
+    score: float = math.nan
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """places: of the sequences whose policy is known. scores: theirs when they were drawn, None where today's policy drew all.
+    replayed, unknown: how many were drawn earlier, and how many of those cannot be weighted. doubtful: recorded
+    log-probabilities say that another policy drew them, and are too coarse to say which.
+    """
+
+    places: list[int]
+    scores: Tensor | None
+    replayed: int = 0
+    unknown: int = 0
+    doubtful: bool = False
+
+
+class DrawnPolicies:
+    """Remembers sequences by their tokens, those of the latest steps; every process holds the same."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Seen] = {}
+        self._draws: Counter[int] = Counter()
+        self._recorded_off: float | None = None
+
+    def note(self, sequences: Sequence[RolloutSequence], step: int) -> None:
+        """These passed, or were generated, in `step`."""
+        for s in sequences:
+            if (key := _key(s)) not in self._seen:
+                self._seen[key] = _Seen(step)
+                self._draws[hash(s.prompt_ids)] += 1
+        while len(self._seen) > _MOST_REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+
+    def remember(self, sequences: Sequence[RolloutSequence], scores: Tensor, step: int) -> None:
+        """scores: (N,) of these under the policy of `step`, kept for those that were first seen in it."""
+        self.note(sequences, step)
+        for s, score in zip(sequences, scores.tolist(), strict=True):
+            seen = self._seen[_key(s)]
+            if seen.step == step and math.isnan(seen.score):
+                seen.score = score
+
+    def known(self, sequences: Sequence[RolloutSequence], step: int) -> list[RolloutSequence]:
+        """Those of them that were seen before `step` with a score."""
+        return [s for s in sequences if (seen := self._before(s, step)) is not None and not math.isnan(seen.score)]
+
+    def seen_before(self, sequences: Sequence[RolloutSequence], step: int) -> bool:
+        """Whether some of them were, so that they may be replays."""
+        return any(self._before(s, step) is not None for s in sequences)
+
+    def wants_score(self, sequence: RolloutSequence, step: int) -> bool:
+        """Whether it was first seen in `step` and has no score yet."""
+        seen = self._seen.get(_key(sequence))
+        return seen is None or (seen.step == step and math.isnan(seen.score))
+
+    def _before(self, sequence: RolloutSequence, step: int) -> _Seen | None:
+        seen = self._seen.get(_key(sequence))
+        return seen if seen is not None and seen.step < step else None
+
+    def drawn(self, sequences: Sequence[RolloutSequence], today: Tensor, step: int, replayed: bool = False) -> Drawn:
+        """today: (N,) scores under today's policy. replayed: it is known that those seen before are replays."""
+        scores, before = today.double().tolist(), [self._before(s, step) for s in sequences]
+        unlikely = [self._is_unlikely(*found) for found in zip(sequences, scores, before, strict=True)]
+        told = [seen is not None for seen, sure in zip(before, unlikely, strict=True) if sure]
+        most = replayed or (len(told) > 0 and 2 * sum(told) > len(told))
+        places, out, count = [], [], 0
+        new: list[int] = []
+        for i, (seen, sure) in enumerate(zip(before, unlikely, strict=True)):
+            if seen is not None and (sure or most):
+                count += 1
+                if not math.isnan(seen.score):
+                    places.append(i)
+                    out.append(seen.score)
+                continue
+            places.append(i)
+            out.append(scores[i])
+            new.append(len(out) - 1)
+        doubtful = self._use_records(sequences, places, out, new)
+        unknown = len(sequences) - len(places)
+        same = all(value == scores[i] for i, value in zip(places, out, strict=True))
+        found = None if same else torch.tensor(out, dtype=torch.float64, device=today.device)
+        return Drawn(places, found, count, unknown, doubtful)
+
+    def _is_unlikely(self, sequence: RolloutSequence, score: float, seen: _Seen | None) -> bool:
+        likeliest = score if seen is None or math.isnan(seen.score) else max(score, seen.score)
+        return max(1, self._draws[hash(sequence.prompt_ids)]) * math.exp(min(likeliest, 0.0)) < _COINCIDENCE
+
+    def _use_records(
+        self, sequences: Sequence[RolloutSequence], places: list[int], out: list[float], new: list[int]
+    ) -> bool:
+        """Of sequences that were never seen before, take the trainer's recorded scores where these are known to agree with the
+        probe's own; whether they say that another policy drew them, and do not agree well enough to be taken.
+        """
+        records = {j: sequences[places[j]].drawn_score for j in new}
+        off = {j: record - out[j] for j, record in records.items() if record is not None}
+        if not off:
+            return False
+        size = math.sqrt(sum(value**2 for value in off.values()) / len(off))
+        if self._recorded_off is None:  # the first there are: nobody has trained since they were drawn
+            self._recorded_off = size
+            return False
+        if size <= max(_AGREES, 3 * self._recorded_off):
+            return False
+        if self._recorded_off > _AGREES:
+            return True
+        for j, value in off.items():
+            out[j] += value
+        return False
+
+
+def _key(sequence: RolloutSequence) -> int:
+    return hash((sequence.prompt_ids, sequence.completion_ids))

@@ -1,0 +1,222 @@
+"""A trainer held to the account of its sampling: by name when it is made, by a few forward passes when training begins, and
+on the first prompts that it renders.
+
+`DrGRPOTrainer` refuses what is found (LawKeeper), the entropy probe in a trainer of others warns of it, once (LawWatcher).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rl_training.errors import UserError
+from rl_training.generation.description import SamplingDescription, describe_sampling
+from rl_training.generation.training_noise import silence_training_noise, train_mode_change, training_noise
+from rl_training.premises.full_precision import without_autocast
+from rl_training.premises.gradient_premise import is_sharded
+from rl_training.premises.loss_reading import LossReader
+from rl_training.prompts.chat_prompts import first_difference, tokenize_prompts
+from rl_training.prompts.left_padding import PaddingEffect, pass_positions, positions_matter
+from rl_training.prompts.text_tokenizer import text_tokenizer
+
+_TEXT = "One and two are three; 4 + 5 = 9, and 12 - 7 is 5."
+_PROMPTS_COMPARED = 8
+_SHARDED = "the model is sharded over processes: whether training mode or left padding changes it was not checked"
+
+
+def padding_effect(trainer: Any) -> PaddingEffect:
+    """What left padding does to the trainer's model; see rl_training.prompts.left_padding."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with without_autocast(model):
+        return positions_matter(
+            model, _some_tokens(trainer), text_tokenizer(trainer.processing_class).pad_token_id or 0
+        )
+
+
+def train_mode_finding(trainer: Any) -> str | None:
+    """What training mode changes, by name where it is known, or None: two passes in training mode against one without."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with without_autocast(model):
+        change = train_mode_change(model, [_some_tokens(trainer)] * 4)
+    named = training_noise(model)
+    if alpha := getattr(trainer, "neftune_noise_alpha", None):
+        named.insert(0, f"neftune_noise_alpha={alpha:g}")
+    if not change and not named:
+        return None
+    size = f"; logits change by {change:.2g} of their standard deviation" if change else ""
+    return f"training mode is another function than evaluation mode ({', '.join(named) or 'for no known reason'}{size})"
+
+
+def prompt_finding(
+    trainer: Any, description: SamplingDescription, prompts: Sequence[Any], token_ids: Sequence[Sequence[int]]
+) -> str | None:
+    """Where the trainer's prompts, as tokens, are not what its template and arguments make of the same prompts."""
+    compared: list[Any] = []
+    tokenizer = text_tokenizer(trainer.processing_class)
+    for prompt, theirs in zip(prompts, token_ids, strict=False):
+        if len(compared) == _PROMPTS_COMPARED:
+            break
+        if prompt in compared:
+            continue
+        compared.append(prompt)
+        ours = tokenize_prompts(tokenizer, [prompt], description.rendering)[0]
+        if ours != list(theirs):
+            where = first_difference(ours, theirs, tokenizer)
+            return (
+                "the trainer's prompts are not what the chat template makes of the same rows with "
+                f"{dict(description.rendering.arguments) or 'no arguments'}: {where}"
+            )
+    return None
+
+
+class LawKeeper(TrainerCallback):
+    """Holds a DrGRPOTrainer to its account: made at the end of its construction, it refuses by name and takes noise away.
+
+    Raises UserError for whatever takes completions or the loss away from the distribution that is recorded.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._unpaddable: str | None = None
+        self._positions: Any = None
+        self._prompts_seen = False
+        self._told: set[str] = set()
+        silence_training_noise(trainer.accelerator.unwrap_model(trainer.model))
+        self.description = self._held()
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        self.description = self._held()
+        if is_sharded(self._trainer):  # no forward pass outside the trainer's own
+            warnings.warn(_SHARDED, RuntimeWarning, stacklevel=2)
+            return
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        if (noise := train_mode_finding(self._trainer)) is not None:
+            raise UserError(f"{noise}: the loss would be that of another policy than the one that draws; take that out")
+        effect = padding_effect(self._trainer)
+        if effect.kind == "positions" and self._positions is None:
+            self._positions = pass_positions(model)
+        name = type(_base(model)).__name__
+        self._unpaddable = effect.sentence(name) if effect.kind == "always" else None
+
+    def check_round(self, rows: Sequence[dict[str, Any]], output: dict[str, Any]) -> None:
+        """Of a round of generation: its prompts' tokens (the first time), and whether padding can be borne."""
+        if self._unpaddable is not None and not bool(output["prompt_mask"].bool().all()):
+            raise UserError(
+                f"{self._unpaddable}; passing positions does not help: train on prompts of one length in tokens, or another model"
+            )
+        if self._prompts_seen or getattr(self._trainer, "rollout_func", None) is not None:
+            return
+        self._prompts_seen = True
+        ids = [row[mask.bool()].tolist() for row, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+        prompts = [row["prompt"] for row in rows]
+        if (found := prompt_finding(self._trainer, self.description, prompts, ids)) is not None:
+            raise UserError(
+                f"{found}; an analysis could not draw from the same prompts: render them in the dataset (prompts as text), or "
+                "leave images and tools of each row's own out"
+            )
+
+    def _held(self) -> SamplingDescription:
+        description = describe_sampling(self._trainer)
+        for departure in description.departures:
+            if not departure.tolerable:
+                raise UserError(departure.sentence())
+            if departure.name not in self._told:
+                self._told.add(departure.name)
+                warnings.warn(departure.sentence(), UserWarning, stacklevel=3)
+        return description
+
+
+class LawWatcher(TrainerCallback):
+    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's. Stops nothing."""
+
+    def __init__(self, trainer: Any, description: SamplingDescription) -> None:
+        self._trainer, self._told = trainer, set()
+        self._of_padding: str | None = None
+        self._reader = LossReader.of(trainer)
+        self._tell([departure.sentence() for departure in description.departures])
+
+    def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        try:
+            found = [departure.sentence() for departure in describe_sampling(self._trainer).departures]
+            found += [_SHARDED] if is_sharded(self._trainer) else self._of_the_model()
+        except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
+            found = [
+                f"whether completions follow the sampling law could not be checked ({type(error).__name__}: {error})"
+            ]
+        self._tell(found)
+
+    def _of_the_model(self) -> list[str]:
+        if any(isinstance(callback, LawKeeper) for callback in self._trainer.callback_handler.callbacks):
+            return []  # the trainer looks itself, and refuses
+        found = []
+        if (noise := train_mode_finding(self._trainer)) is not None:
+            found.append(
+                f"{noise}: TRL draws completions and takes the loss with that noise, while predicted and measured changes are "
+                "those of the model without; shares of the step and `fused` do not hold; set it to 0"
+            )
+        effect = padding_effect(self._trainer)
+        sentence = effect.sentence(type(_base(self._trainer.accelerator.unwrap_model(self._trainer.model))).__name__)
+        if sentence is not None:
+            positions = (
+                "pass positions (rl_training.prompts.left_padding.pass_positions(trainer.model) before training)"
+            )
+            remedy = positions if effect.kind == "positions" else "train another model"
+            self._of_padding = (
+                f"{sentence}; predicted and measured changes are those of the step taken, but log-probabilities and shares that "
+                f"come from the trainer are wrong; train on prompts of one length in tokens, or {remedy}"
+            )
+        return found
+
+    def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+        """What padding would change is said once there is some: prompts of one length have none."""
+        if self._of_padding is not None and (self._reader is None or self._reader.pads_prompts()):
+            self._tell([self._of_padding])
+            self._of_padding = None
+
+    def _tell(self, found: Sequence[str]) -> None:
+        for sentence in found:
+            if sentence not in self._told:
+                self._told.add(sentence)
+                warnings.warn(f"entropy probe: {sentence}", UserWarning, stacklevel=3)
+
+
+class FirstPrompts:
+    """Listens to the first prompts that the trainer renders, and to no others: `finding` is what `prompt_finding` found.
+
+    TRL renders prompts in `_tokenize_prompts`; of a trainer that has none, nothing is known and nothing found.
+    """
+
+    def __init__(self, trainer: Any, description: SamplingDescription) -> None:
+        self.finding: str | None = None
+        original = getattr(trainer, "_tokenize_prompts", None)
+        if original is None:
+            return
+
+        def once(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+            rendered = original(prompts, *args, **kwargs)
+            trainer.__dict__.pop("_tokenize_prompts", None)
+            self.finding = prompt_finding(trainer, description, prompts, rendered[0])
+            return rendered
+
+        trainer._tokenize_prompts = once
+
+    def require_ours(self) -> None:
+        """Raises UserError where the first prompts were rendered otherwise."""
+        if self.finding is not None:
+            raise UserError(
+                f"{self.finding}; fresh completions would be those of other prompts: use rollouts=current, or give prompts as "
+                "text"
+            )
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _some_tokens(trainer: Any) -> list[int]:
+    size = _base(trainer.accelerator.unwrap_model(trainer.model)).config.get_text_config().vocab_size
+    ids = [int(i) % size for i in text_tokenizer(trainer.processing_class)(text=_TEXT)["input_ids"]]
+    return ids[:24] or [0]

@@ -1,0 +1,137 @@
+"""Each training sequence's share of the change of entropy that the step's own batch makes, while training.
+
+    dh_i = c <sum_k w_ik grad log pi_ik, s g> ,    dtheta_batch = -s g_loss ,    g_loss = -c sum_ik w_ik grad log pi_ik
+
+g the gradient of entropy, s what the optimizer multiplies the loss gradient by in its batch part
+(rl_training.probe.step_parts),
+c the coefficient of gradient clipping, w_ik the weight in the loss of token k of sequence i: one w_i for all of them while the
+policy is the one that drew the sequences (entropy_core.weighting), times the ratio of the two policies, and 0 where it is
+clipped, once it has moved. The shares add up to the batch part. The loss gradient is rebuilt from the weights, and where it is
+not the one that the optimizer got (other terms in the loss, other weights) there is an error instead of shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.collectives import WorkSharing
+from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
+from entropy_core.passes.fold_rows import FoldRows
+
+# What of the real gradient may be left over, relative to its size, before the weights are not the loss's.
+SAME_GRADIENT = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainingSequences:
+    """The sequences that the step trains on.
+
+    advantages: (N,) A_i. weights: (N,) w_i, or (N, L) w_ik in the batch's layout, 0 off completions; None where they are not
+    known.
+    """
+
+    batch: SequenceBatch
+    advantages: Tensor
+    weights: Tensor | None = None
+
+
+def step_shares(
+    model: nn.Module,
+    training: TrainingSequences,
+    entropy_gradient: Mapping[str, Tensor],
+    step_per_gradient: Mapping[str, Tensor],
+    sharing: WorkSharing,
+    rows: FoldRows | None = None,
+    tolerance: float = SAME_GRADIENT,
+) -> Tensor:
+    """(N,) float64 dh_i, nats per token, from one forward and backward pass over the training sequences.
+
+    rows: where `rows.failure` says that this model has no per-sequence rows, or becomes so here, one pass a sequence. `p.grad`
+    must hold the loss gradient as the optimizer gets it. Raises ValueError where the weights do not give it, to a relative
+    error of `tolerance`.
+    """
+    if training.weights is None:
+        raise ValueError("shares need each sequence's weight in the loss, which is not known for this loss")
+    parameters, rows = trainable_parameters(model), rows or FoldRows()
+    mine = sharing.mine(training.batch.prompt_index)
+    coefficients, device = _coefficients(training.batch, training.weights), training.batch.device
+    towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
+
+    def nothing() -> tuple[Tensor, dict[str, Tensor]]:
+        zeros = {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()
+        }
+        return torch.zeros(len(training.batch), dtype=torch.float64, device=device), zeros
+
+    products, rebuilt = nothing()
+
+    def sink(_number: int, name: str, indices: Tensor, some: Tensor) -> None:
+        which = mine[indices.to(mine.device)]
+        products.index_add_(0, which, (some.flatten(1) @ towards[name].to(some)).double().to(device))
+        rebuilt[name] -= some.sum(0)
+
+    part = training.batch.select(mine) if len(mine) else None
+    rows.begin(parameters)
+    if rows.failure is None:
+        trouble = None
+        try:
+            if part is not None:
+                stream_rows(model, part, [_of(coefficients, mine)], sink, method="hooks", as_trained=True)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            trouble = str(error)
+        if sharing.any(trouble is not None, device):
+            rows.fail(trouble or "another process could not form per-sequence gradients")
+            products, rebuilt = nothing()
+    if rows.failure is not None and part is not None:
+        for n in range(len(part)):
+            one = part.select([n])
+            alone = batch_gradients(model, one, [_of(coefficients, mine[n : n + 1])], as_trained=True)[0]
+            for name, gradient in alone.items():
+                sink(0, name, torch.tensor([n]), gradient[None])
+    clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()}, tolerance)
+    return clip * sharing.sum(products)
+
+
+def _of(coefficients: TokenCoefficients, sequences: Tensor) -> TokenCoefficients:
+    return TokenCoefficients(coefficients.entropy[sequences], coefficients.logprob[sequences])
+
+
+def _coefficients(batch: SequenceBatch, weights: Tensor) -> TokenCoefficients:
+    if weights.dim() == 1:
+        return score_coefficients(batch, weights)
+    return TokenCoefficients(torch.zeros_like(weights, dtype=torch.float64), weights.double() * batch.completion_mask)
+
+
+def clip_coefficient(
+    parameters: Mapping[str, nn.Parameter], rebuilt: Mapping[str, Tensor], tolerance: float = SAME_GRADIENT
+) -> float:
+    """c with p.grad = c * rebuilt over all parameters. Raises ValueError where more than `tolerance` of p.grad is left over."""
+    both = own = real = 0.0
+    for name, p in parameters.items():
+        if p.grad is None:
+            continue
+        g, r = p.grad.detach().double().flatten(), rebuilt[name].double().flatten()
+        both, own, real = both + float(g @ r), own + float(r @ r), real + float(g @ g)
+    if real == 0.0:
+        return 0.0
+    coefficient = both / own if own > 0 else 0.0
+    left = sum(_left_over(p, rebuilt[name], coefficient) for name, p in parameters.items()) ** 0.5 / real**0.5
+    if not (left <= tolerance and coefficient > 0):
+        raise ValueError(
+            f"the loss gradient is not the weighted sum of scores that it was rebuilt as ({left:.2%} of it is left over): the "
+            "loss holds another term, weights sequences otherwise, or was computed on another forward pass; use mode=simple"
+        )
+    return coefficient
+
+
+def _left_over(p: nn.Parameter, rebuilt: Tensor, coefficient: float) -> float:
+    """|p.grad - coefficient * rebuilt|^2; not from inner products, in which a small remainder would drown."""
+    if p.grad is None:
+        return 0.0
+    return float((p.grad.detach().double() - coefficient * rebuilt.to(p.grad.device).double()).square().sum())

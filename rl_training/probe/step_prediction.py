@@ -1,0 +1,57 @@
+"""What a step is predicted to do, part by part, from a gradient of entropy in folds and from token statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from entropy_core.adamw import AdamWUpdate
+from entropy_core.batch import SequenceBatch
+from entropy_core.fold_gradients import Estimate, FoldGradients, fold_estimate
+from entropy_core.predictors import covariance_predictor, steer_predictor
+from entropy_core.scores import TokenStatistics
+from rl_training.probe.change import StepParts
+
+NO_CHANGE = StepParts(*[Estimate(0.0, 0.0)] * 4)
+"""Of a step that was not taken."""
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """What was predicted before a step, and what the step is checked against.
+
+    before: weights, name -> tensor. parts: by objective; step: their sum, name -> tensor; both empty where the step has no
+    known parts, and the prediction is made afterwards.
+    """
+
+    before: dict[str, Tensor]
+    predictors: dict[str, float]
+    parts: dict[str, StepParts] = field(default_factory=dict)
+    step: dict[str, Tensor] = field(default_factory=dict)
+    same_tokens: float = math.nan
+    shares: Tensor | None = None
+
+
+def token_predictors(
+    statistics: TokenStatistics, batch: SequenceBatch, advantages: Tensor, learning_rate: float
+) -> dict[str, float]:
+    """Rivals that need token statistics of the training sequences alone (entropy_core.predictors)."""
+    mask = batch.completion_mask
+    return {
+        "covariance": covariance_predictor(statistics.logprobs, mask, advantages, learning_rate),
+        "steer": steer_predictor(statistics.logprobs, statistics.entropies, mask, advantages, learning_rate),
+    }
+
+
+def predicted_parts(gradient: FoldGradients, update: AdamWUpdate, of_batch: Tensor | None = None) -> StepParts:
+    """Each part of the step along the gradient, with its error; of_batch: (F,) that of the batch part from elsewhere."""
+    batch = gradient.along(update.batch) if of_batch is None else of_batch
+    momentum, decay = gradient.along(update.momentum), gradient.along(update.weight_decay)
+    shares = gradient.shares
+    of_sum = shares if len(batch) == len(momentum) else None
+    estimates = [fold_estimate(batch, of_sum), fold_estimate(momentum, shares), fold_estimate(decay, shares)]
+    if len(batch) == len(momentum):
+        return StepParts(fold_estimate(batch + momentum + decay, shares), *estimates)
+    return StepParts(estimates[0] + fold_estimate(momentum + decay, shares), *estimates)

@@ -1,0 +1,95 @@
+"""Prompts as tokens: chat messages through the chat template with the run's arguments, texts as they are.
+
+TRL's trainer renders prompts with `chat_template_kwargs`, with the schemas of its tools, and under tools with a template of
+its own. Prompts that are to be those of the run must be rendered with all of that, and by the same template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_training.errors import UserError
+from rl_training.prompts.text_tokenizer import text_tokenizer
+
+# What rendering itself decides; a record that says otherwise is not one of a run.
+_DECIDED = frozenset({"conversation", "add_generation_prompt", "tokenize", "return_dict", "return_tensors"})
+
+
+@dataclass(frozen=True)
+class PromptRendering:
+    """How chat messages become text. arguments: of the template beside the messages. contents_in_parts: a message's text is
+    handed over as [{"type": "text", "text": ...}], as TRL does for processors.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    contents_in_parts: bool = False
+
+
+def tokenize_prompts(
+    tokenizer: Any, prompts: Sequence[Any], rendering: PromptRendering | None = None
+) -> list[list[int]]:
+    """Token ids of prompts: chat messages go through the chat template with its generation prompt, texts as they are.
+
+    rendering: as `rendering_of` finds it. Raises UserError for arguments that the template does not take.
+    """
+    rendering = rendering or PromptRendering()
+    arguments = dict(rendering.arguments)
+    if wrong := sorted(_DECIDED & arguments.keys()):
+        raise UserError(f"chat_template_kwargs sets {wrong[0]!r}, which is not for the template to say: leave it out")
+    out = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            out.append(list(tokenizer(prompt)["input_ids"]))
+            continue
+        if rendering.contents_in_parts:
+            prompt = [_in_parts(message) for message in prompt]
+        try:
+            encoded = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
+            )
+        except Exception as error:  # a template raises whatever it likes
+            given = f" with {sorted(arguments)}" if arguments else ""
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the chat template cannot be rendered{given}: {line[:300]}") from error
+        out.append(list(encoded["input_ids"]))
+    return out
+
+
+def rendering_of(trainer: Any) -> PromptRendering:
+    """What a GRPOTrainer gives the chat template beside the messages: its kwargs, its tools as schemas, a template of its own.
+
+    All of it plain data, so that it can be recorded.
+    """
+    arguments = dict(getattr(trainer, "chat_template_kwargs", None) or {})
+    if tools := getattr(trainer, "tools", None):
+        from transformers.utils import get_json_schema
+
+        arguments["tools"] = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+    if getattr(trainer, "chat_template", None):
+        arguments["chat_template"] = trainer.chat_template
+    return PromptRendering(arguments, text_tokenizer(trainer.processing_class) is not trainer.processing_class)
+
+
+def template_digest(tokenizer: Any, rendering: PromptRendering) -> str | None:
+    """SHA-256 of the chat template that prompts are rendered with, as hexadecimal digits; None where there is none."""
+    template = rendering.arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any) -> str:
+    """For a message: where two renderings of one prompt part, in words."""
+    place = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = [repr(tokenizer.decode(list(ids[place : place + 8]))) for ids in (theirs, ours)]
+    return f"{len(theirs)} against {len(ours)} tokens, from token {place} on {shown[0]} against {shown[1]}"
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}

@@ -1,0 +1,62 @@
+"""The parquet record of one step's sequences: `<run>/rollouts/step-000040.parquet`, one row a generated sequence.
+
+Neither TRL nor a checkpoint keeps what a step trained on. status is "trained", "filler" (kept without gradient, because
+refilling ran out) or "rejected"; advantage and weight are null where rejected. completion_mask: which tokens of
+completion_ids the policy drew (the others came from tools or an environment), null where it drew all; older files lack it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rl_training.errors import UserError
+from rl_training.files import own_folder, write_whole_by
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("round", pa.int64()),
+        ("rank", pa.int64()),
+        ("status", pa.string()),
+        ("prompt_index", pa.int64()),
+        ("draw_probability", pa.float64()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("completion_ids", pa.list_(pa.int64())),
+        ("completion_mask", pa.list_(pa.bool_())),
+        ("completion", pa.string()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
+
+
+def rollouts_path(run_dir: Path, step: int) -> Path:
+    """Where the sequences of optimizer step `step` (counted from 1) stand."""
+    return Path(run_dir) / "rollouts" / f"step-{step:06d}.parquet"
+
+
+def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write one step's rows, whole or not at all. Raises UserError where the folder of rollouts is a link."""
+    path = rollouts_path(run_dir, step)
+    own_folder(path.parent)
+    write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
+    return path
+
+
+def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of one step. Raises UserError where they were not recorded or cannot be read."""
+    path = rollouts_path(run_dir, step)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random"
+        )
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read ({error}): it is damaged") from error

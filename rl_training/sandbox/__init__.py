@@ -1,1 +1,0 @@
-"""Where texts that a policy wrote are scored: child processes without network, files, environment or a way out."""

@@ -1,0 +1,69 @@
+"""`doctor` over a folder of every kind of checkpoint, held against what loading does: it promises nothing that is not so, and
+refuses nothing that can be analysed.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from entropy_experiments.buffers.sampling_plan import plan_sampling
+from entropy_experiments.checkpoint_loader import load_checkpoint
+from entropy_experiments.config import FisherAnalysisConfig
+from rl_training.configuration import validate_config
+from rl_training.errors import UserError
+from tests.entropy_experiments.checkpoint_zoo import ZOO, Zoo, build_zoo
+
+TOLD = {
+    "checkpoint": {"task": {"name": "chain_sum", "size": 8, "heldout_size": 8}, "device": "cpu"},
+    "entropy_analysis": {"sampling": {"temperature": 1.0, "max_completion_length": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny_run, tmp_path_factory):
+    root = tmp_path_factory.mktemp("zoo")
+    return build_zoo(root, Zoo(tiny_run.parent / "policy", tiny_run / "checkpoint-4"))
+
+
+@pytest.fixture(scope="module")
+def table(zoo):
+    """Name -> its row, as the command prints it."""
+    command = [sys.executable, "-m", "entropy_experiments", "doctor", str(zoo)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    print(done.stdout)
+    lines = done.stdout.splitlines()
+    assert lines[0].split("  ")[0] == "checkpoint"
+    return {line.split()[0]: line for line in lines[1:]}
+
+
+def verdict_of(path) -> tuple[str, str]:
+    """(verdict, first refusal) by loading and planning, as an analysis does."""
+    first = ""
+    for verdict, with_adam in (("yes", True), ("without Adam", False)):
+        try:
+            checkpoint = load_checkpoint(path, device="cpu", require_optimizer=with_adam)
+            told = FisherAnalysisConfig() if checkpoint.record.sidecar else validate_config(FisherAnalysisConfig, TOLD)
+            plan_sampling(checkpoint, told)
+            return verdict, first
+        except UserError as error:
+            first = first or str(error)
+    return "no", first
+
+
+def test_every_kind_has_its_row(table):
+    assert table.keys() == ZOO.keys() and len(ZOO) >= 25
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_row_says_what_loading_does(zoo, table, name):
+    kind, row = ZOO[name], " ".join(table[name].split())
+    loaded, refusal = verdict_of(zoo / name)
+    assert loaded == kind.verdict, refusal
+    printed = next(v for v in ("without Adam", "yes", "no") if f" {v} " in row)
+    assert printed == loaded, f"doctor says {printed}, loading {loaded}: {refusal}"
+    for word in kind.words:
+        assert word in row, row
+    for word in kind.words[-1:] if loaded == "no" or refusal else ():
+        assert word in refusal or word in row

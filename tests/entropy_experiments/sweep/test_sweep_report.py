@@ -1,0 +1,258 @@
+"""The sweep's figures show the planted numbers, its verdict says them, and its page works in a real browser."""
+
+import base64
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from entropy_experiments.report.figures.plots import (
+    caption_of,
+    plot_checkpoint_kernels,
+    plot_cluster_flow,
+    plot_entropy_changes,
+    plot_entropy_law,
+    plot_fisher_evolution,
+    plot_kernel_evolution,
+    png_bytes,
+)
+from entropy_experiments.report.interactive import checkpoint_slider as slider_module
+from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
+from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
+from entropy_experiments.sweep.config import SweepConfig
+from entropy_experiments.sweep.evolution.evolution import describe_evolution
+from entropy_experiments.sweep.figures import CHARTS, draw_sweep_figures, evolution_rows
+from entropy_experiments.sweep.page import write_sweep_report
+from entropy_experiments.sweep.verdict import write_sweep_verdict
+from tests.entropy_experiments.browser_visit import Visit
+from tests.entropy_experiments.planted_run import planted_run
+
+HOSTILE = (
+    "<script>window.pwned=1</script>",
+    "<img src=x onerror=window.pwned=2>",
+    "</script><script>window.pwned=3</script><!--",
+    "\u202egnihton \u2066 \u2028 \u2029",
+    "null\x00byte \x1b[31m",
+    "L" * 10_000,
+    "%{y}<br><b>bold</b>",
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    folders, history = planted_run(8)
+    return folders, describe_evolution(folders, history, permutations=19)
+
+
+def entry(results, **changes):
+    step = results.summary["checkpoint"]["step"]
+    known = {
+        "name": results.path.name,
+        "run": "planted",
+        "step": step,
+        "checkpoint": "x",
+        "status": "done",
+        "error": None,
+    }
+    return known | {"folder": f"checkpoints/{results.path.name}", "seconds": 60.0} | changes
+
+
+def write_page(target, evolutions, entries):
+    sweep = {
+        "created": "2026-01-31T12:00:00+00:00",
+        "command": "entropy-experiments sweep",
+        "versions": {"torch": "2"},
+        "git_sha": None,
+        "runs": {run: f"/runs/{run}" for run in evolutions},
+        "checkpoints": entries,
+        "config": SweepConfig().model_dump(mode="json"),
+    }
+    figures = draw_sweep_figures(evolutions)
+    pictures = {name: png_bytes(figure) for name, figure in figures.items()}
+    return write_sweep_report(target, sweep, evolutions, figures, pictures)
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    folders, evolution = run
+    broken = entry(folders[0], name="planted_checkpoint-99", step=99, status="failed", error=HOSTILE[0])
+    entries = [*(entry(folder) for folder in folders), broken]
+    target = tmp_path_factory.mktemp("sweep_page")
+    for folder in folders:
+        (target / "checkpoints" / folder.path.name).mkdir(parents=True)
+        (target / "checkpoints" / folder.path.name / "report.html").write_text("<title>its own</title>")
+    return write_page(target, {"planted": (evolution, folders)}, entries)
+
+
+def values(axes, label):
+    """The y data of the line or error bar of this label."""
+    for container in axes.containers:
+        if container.get_label() == label:
+            return container.lines[0].get_ydata()
+    raise AssertionError(f"no {label!r} among {[c.get_label() for c in axes.containers]}")
+
+
+def test_figures_hold_the_numbers(run):
+    _, evolution = run
+    rows = evolution["checkpoints"]
+    left, right = plot_entropy_changes(evolution).axes
+    expected = [row["predicted"]["momentum"]["value"] for row in rows]
+    assert values(left, "momentum (earlier batches)") == pytest.approx(expected)
+    assert values(left, "measured") == pytest.approx([row["actual"]["value"] for row in rows])
+    observed = [number["value"] for number in evolution["path"]["observed"]]
+    assert values(right, "what entropy did") == pytest.approx(observed)
+    assert "nats per token" in left.get_ylabel() and right.get_xlabel() == "training step"
+    kernel = plot_kernel_evolution(evolution)
+    aligned = [change["alignment"]["value"] for change in evolution["changes"]]
+    assert values(kernel.axes[3], "of evaluation prompts (debiased CKA)") == pytest.approx(aligned)
+    assert values(kernel.axes[1], "training gradients") == pytest.approx([r["training_rank"]["value"] for r in rows])
+    overview = plot_fisher_evolution(evolution_rows(evolution))
+    assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row["entropy"]["value"] for row in rows])
+
+
+def test_law_figure_separates_what_was_known_from_what_came(run):
+    law = run[1]["law"]["training"]
+    left, right = plot_entropy_law(law).axes
+    first = law["forecast"]["n"]
+    lines = {line.get_label(): line for line in right.lines}
+    assert len(lines[f"first {first} steps"].get_xdata()) == first
+    assert lines[f"the {8 - first} steps that came"].get_ydata() == pytest.approx(law["points"]["reward"][first:])
+    assert left.get_ylabel() == "mean reward R" and "nats per token" in left.get_xlabel()
+
+
+def test_cluster_and_kernel_figures(run):
+    folders, evolution = run
+    panel = plot_cluster_flow(evolution).axes[0]
+    np.testing.assert_allclose(panel.images[0].get_array(), np.array(evolution["changes"][0]["likeness"], float))
+    kernel = folders[0].kernels["fisher"]
+    columns = np.array([row["prompt_index"] for row in folders[0].training])
+    figure = plot_checkpoint_kernels([(0, kernel, np.arange(len(kernel))[::-1], columns)])
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert np.corrcoef(shown.ravel(), kernel[::-1].ravel())[0, 1] == pytest.approx(1.0), "rows by prompt"
+
+
+def test_nothing_to_draw_is_said():
+    empty = {"checkpoints": [], "changes": [], "path": {"expected": [], "observed": []}}
+    for figure in (
+        plot_entropy_changes(empty), plot_kernel_evolution(empty), plot_cluster_flow(empty), plot_checkpoint_kernels([]),
+        plot_entropy_law({"points": {"step": []}}),
+    ):  # fmt: skip
+        assert caption_of(figure).startswith("No data")
+    folders, history = planted_run(1)
+    one = describe_evolution(folders, history)
+    assert "one checkpoint" not in caption_of(plot_entropy_changes(one)) and kernel_plot(one) and evolution_plot(one)
+    assert law_plot(one["law"]["training"]) is None
+
+
+def test_plots_hold_the_numbers(run):
+    _, evolution = run
+    traces = {trace["name"]: trace for trace in evolution_plot(evolution)["data"]}
+    rows = evolution["checkpoints"]
+    assert traces["predicted"]["y"] == pytest.approx([row["predicted"]["total"]["value"] for row in rows], rel=1e-5)
+    assert traces["measured"]["error_y"]["array"] == pytest.approx([0.04] * 8), "bars of two standard errors"
+    aligned = {trace["name"]: trace for trace in kernel_plot(evolution)["data"]}["alignment (debiased CKA)"]
+    assert aligned["x"] == [change["to"] for change in evolution["changes"]]
+    points = {trace["name"]: trace for trace in law_plot(evolution["law"]["training"])["data"] if "name" in trace}
+    assert points["steps after them"]["customdata"] == [4, 5, 6, 7]
+
+
+def test_slider_has_a_step_a_checkpoint(run, monkeypatch):
+    folders, evolution = run
+    plot = checkpoint_slider(folders, evolution["checkpoints"])
+    assert [step["label"] for step in plot["steps"]] == [f"step {k}" for k in range(8)]
+    heat, bars = plot["steps"][3]["data"]
+    rows, columns = map(int, heat["z"]["shape"].split(","))
+    shown = np.frombuffer(base64.b64decode(heat["z"]["bdata"]), "<f4").reshape(rows, columns)
+    order = np.argsort([row["prompt_index"] for row in folders[3].training], kind="stable")
+    np.testing.assert_allclose(shown, folders[3].kernels["fisher"][:, order], rtol=1e-6)
+    assert bars["y"] == pytest.approx([1e3 * folders[3].training[i]["delta_h"] for i in order], rel=1e-5)
+    monkeypatch.setattr(slider_module, "MOST_CELLS", 3 * shown.size)
+    fewer = checkpoint_slider(folders, evolution["checkpoints"])
+    assert [step["label"] for step in fewer["steps"]] == ["step 0", "step 4", "step 7"]
+    without = [replace(folder, kernels={}) for folder in folders]
+    assert checkpoint_slider(without, evolution["checkpoints"]) is None
+
+
+def test_verdict_tells_the_planted_story(run):
+    folders, evolution = run
+    entries = [entry(folder) for folder in folders]
+    sentences = write_sweep_verdict({"checkpoints": entries}, {"planted": evolution})
+    text = " ".join(sentence.text for sentence in sentences)
+    for words in (
+        "entropy fell", "at 8 of 8", "they agree", "most came from momentum", "R = −a·e^H + b", "8 checkpoints",
+    ):  # fmt: skip
+        assert words in text, words
+    folders, history = planted_run(12, bias=3.0)
+    biased = describe_evolution(folders, history, permutations=19)
+    assert "do NOT agree" in " ".join(s.text for s in write_sweep_verdict({"checkpoints": []}, {"x": biased}))
+    failing = json.loads(json.dumps(evolution))
+    failing["checkpoints"][2]["failed_checks"] = ["rows = autograd"]
+    broken = entry(folders[0], status="failed", error="no optimizer.pt")
+    worst = write_sweep_verdict({"checkpoints": [*entries, broken]}, {"planted": failing})
+    assert "1 of 9 checkpoints MISSING" in worst[0].text and "no optimizer.pt" in worst[0].text
+    assert worst[1].tone == "bad" and "step 2" in worst[1].text, "what failed comes first"
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser, page):
+    """Figures are drawn, the slider moves by key, the table sorts and leads on, it is dark on demand."""
+    visit = Visit(browser, page)
+    tab = visit.page
+    assert tab.locator(".verdict li").count() >= 8 and tab.locator(".verdict .bad").count() == 1
+    visit.draw("evolution-1", "law-1", "kernel-1", "kernels-1")
+    slider = tab.locator("#figure-kernels-1 input[type=range]")
+    title = (
+        "document.querySelector('#figure-kernels-1 .js-plotly-plot, #figure-kernels-1 .plot')._fullLayout.title.text"
+    )
+    assert tab.locator("#figure-kernels-1 output").inner_text() == "step 7"
+    assert tab.evaluate(title).startswith("Step 7:")
+    slider.focus()
+    tab.keyboard.press("Home")
+    tab.keyboard.press("ArrowRight")
+    assert tab.locator("#figure-kernels-1 output").inner_text() == "step 1"
+    assert slider.get_attribute("aria-valuetext") == "step 1"
+    tab.wait_for_function(f"{title}.startsWith('Step 1:')")
+    heat = "document.querySelector('#figure-kernels-1 .plot')._fullData[0]"
+    assert tab.evaluate(f"[{heat}.z.length, {heat}.z[0].length]") == [24, 24]
+    assert tab.locator("#checkpoints ~ div tbody tr").count() == 9
+    tab.locator("th", has_text="Predicted").locator("button").click()
+    steps = tab.locator("#checkpoints ~ div tbody tr td:nth-child(2)").all_inner_texts()
+    assert steps[:8] != [str(k) for k in range(8)], "sorted by the predicted change"
+    assert HOSTILE[0] in tab.locator("#checkpoints ~ div tbody").inner_text(), "shown as text"
+    ground = "window.getComputedStyle(document.body).backgroundColor"
+    light = tab.evaluate(ground)
+    tab.click("#theme")
+    assert tab.evaluate(ground) != light
+    link = tab.locator("a", has_text="report").first.get_attribute("href")
+    assert (page.parent / link).is_file()
+    visit.close()
+
+
+@pytest.mark.slow
+def test_without_javascript_the_pictures_remain(browser, page):
+    visit = Visit(browser, page, java_script_enabled=False)
+    for chart in CHARTS:
+        picture = visit.page.locator(f"#figure-{chart}-1 img")
+        assert picture.is_visible() and len(picture.get_attribute("alt")) > 40
+    visit.context.close()
+
+
+@pytest.mark.slow
+def test_hostile_text_runs_nothing(browser, run, tmp_path):
+    folders, _ = run
+    hostile = []
+    for folder in folders[:2]:
+        training = [
+            r | {"prompt": HOSTILE[i % len(HOSTILE)], "completion": HOSTILE[-i % len(HOSTILE)]}
+            for i, r in enumerate(folder.training)
+        ]
+        hostile.append(replace(folder, training=training))
+    evolution = describe_evolution(hostile, [], permutations=19)
+    name = "<img src=x onerror=window.pwned=9>"
+    entries = [entry(folder, run=name, name=name, folder=f"checkpoints/{name}") for folder in hostile]
+    visit = Visit(browser, write_page(tmp_path, {name: (evolution, hostile)}, entries))
+    visit.draw("evolution-1", "kernels-1")
+    visit.page.wait_for_timeout(300)
+    assert name in visit.page.locator("h1").inner_text()
+    visit.close()

@@ -1,0 +1,131 @@
+"""The running check of the sampler: exact sums, its rate of false alarms, and samplers that no name gives away."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from entropy_core.scores import token_statistics
+from rl_training.config import EntropyProbeConfig
+from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
+from rl_training.integrations.trl import attach_entropy_probe
+from rl_training.premises.surprisal_check import FALSE_ALARMS, SurprisalCheck, surprisal_sums
+from rl_training.sampling import SamplingLaw, generate_completions
+from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+
+LAW = SamplingLaw(1.0, 6, (1,), 0)
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=vocabulary(), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return tiny_model(config).requires_grad_(True)
+
+
+def test_the_inequality_behind_the_bound_holds():
+    """exp(x - x^2/6) <= 1 + x + x^2/3 for every real x: with it the product over tokens is a supermartingale."""
+    x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    assert bool((torch.exp(x - x.square() / 6) <= (1 + x + x.square() / 3) * (1 + 1e-12) + 1e-12).all())
+
+
+def test_sums_are_those_of_the_distribution(model):
+    prompts = [[4, 5, 6], [7, 8, 9, 10]] * 20
+    drawn = generate_completions(model, prompts, LAW, seed=1)
+    batch = to_batch([RolloutSequence(tuple(p), tuple(c)) for p, c in zip(prompts, drawn, strict=True)], LAW)
+    difference, variance, tokens = surprisal_sums(token_statistics(model, batch, with_variances=True), batch).tolist()
+    wanted = [0.0, 0.0]
+    with torch.no_grad():
+        for prompt, completion in zip(prompts, drawn, strict=True):
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+            logp = logits.log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            x = -logp[range(len(completion)), completion] - entropy
+            spread = (logp.exp() * logp.square()).sum(-1) - entropy.square()
+            wanted[0] += float(x.sum())
+            wanted[1] += float((x.square() / 3 + 2 * spread / 3).sum())
+    assert tokens == sum(map(len, drawn))
+    assert difference == pytest.approx(wanted[0], abs=1e-3) and variance == pytest.approx(wanted[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("peak", [0.3, 0.9, 0.999])
+def test_a_run_of_any_length_is_rarely_alarmed_without_reason(peak):
+    """4,000 runs of 400 looks at a policy with that much mass on one token: skewed, where a normal limit would fail."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.full((10,), (1 - peak) / 9, dtype=torch.float64)
+    p[0] = peak
+    entropy = -(p * p.log()).sum()
+    spread = (p * p.log().square()).sum() - entropy**2
+    tokens = p.multinomial(4000 * 400, replacement=True, generator=generator).view(4000, 400)
+    x = -p.log()[tokens] - entropy
+    total, variance = x.cumsum(1), (x.square() / 3 + 2 * spread / 3).cumsum(1)
+    alarmed = 0
+    for run in range(4000):
+        # `limit` grows with the variance: looking where |M| is largest against it suffices.
+        worst = int((total[run].square() / (variance[run] + 30)).argmax())
+        alarmed += SurprisalCheck(float(total[run, worst]), float(variance[run, worst]), worst + 1).alarmed
+    assert alarmed <= 4000 * FALSE_ALARMS + 4 * math.sqrt(4000 * FALSE_ALARMS)
+
+
+@pytest.mark.parametrize("sampler", ["top 5", "colder", "hotter", "greedy", "two tokens forbidden"])
+def test_another_sampler_is_found_without_a_name(model, sampler):
+    """Tokens of single steps drawn by hand; 24 draws of 40 tokens each."""
+    generator = torch.Generator().manual_seed(3)
+    contexts = torch.randint(3, vocabulary(), (40, 4), generator=generator)
+    with torch.no_grad():
+        logits = model(contexts).logits[:, -1].double()
+    logp = logits.log_softmax(-1)
+    other = {
+        "top 5": logits.masked_fill(logits < logits.topk(5).values[:, -1:], -math.inf),
+        "colder": logits / 0.5,
+        "hotter": logits / 1.5,
+        "greedy": logits * 1e4,
+        "two tokens forbidden": logits.scatter(1, logits.topk(2).indices, -math.inf),
+    }[sampler]
+    check, honest = SurprisalCheck(), SurprisalCheck()
+    entropy = -(logp.exp() * logp).sum(-1)
+    spread = (logp.exp() * logp.square()).sum(-1) - entropy.square()
+    for _ in range(24):
+        for which, distribution in ((check, other), (honest, logits)):
+            drawn = distribution.softmax(-1).multinomial(1, generator=generator)
+            x = -logp.gather(1, drawn)[:, 0] - entropy
+            which.add(float(x.sum()), float((x.square() / 3 + 2 * spread / 3).sum()), 40)
+    assert check.alarmed and not honest.alarmed
+    assert ("less likely" if sampler in ("hotter", "two tokens forbidden") else "likelier") in check.sentence()
+
+
+def run(model, folder, **settings):
+    trainer = make_trainer(model, folder, max_steps=4, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise"), console=False)
+        trainer.train()
+    return [str(w.message) for w in caught if "(z = " in str(w.message)]
+
+
+def test_a_patched_sampler_is_found_by_what_it_draws(model, tmp_path, monkeypatch):
+    """No setting tells of it: the logits are halved in temperature on their way to the draw."""
+    assert run(model, tmp_path) == []
+    original = type(model)._get_logits_processor
+
+    def colder(self, *args, **kwargs):
+        from transformers import TemperatureLogitsWarper
+
+        return [*original(self, *args, **kwargs), TemperatureLogitsWarper(0.4)]
+
+    from transformers import LogitsProcessorList
+
+    monkeypatch.setattr(
+        type(model), "_get_logits_processor", lambda self, *a, **k: LogitsProcessorList(colder(self, *a, **k))
+    )
+    told = run(model, tmp_path)
+    assert len(told) == 1 and "likelier" in told[0]
+
+
+def test_reused_rollouts_are_no_other_sampler(model, tmp_path):
+    """With a large step the second iteration's policy is another than the one that drew."""
+    assert run(model, tmp_path, num_iterations=2, learning_rate=0.05) == []
