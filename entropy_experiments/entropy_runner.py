@@ -265,7 +265,7 @@ def _analyze(
             step_scales=settings.analysis.step_scales,
             compute_full=settings.fisher_kernel.compute_full,
             measure=settings.analysis.entropy_prediction,
-            names_recorded=sidecar is not None,
+            optimizer_record=checkpoint.record.optimizer_record,
             token_batch_size=settings.fisher_kernel.token_batch_size,
             kernel=kernel_options(settings.fisher_kernel, work, processes, stage),
             stage=stage,

@@ -26,6 +26,7 @@ from entropy_core.gradients import batch_gradients, dot
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import contributions_without_each_prompt
+from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
 from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.kernel.sketch import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
@@ -68,7 +69,7 @@ def analyze_batches(
     step_scales: tuple[float, ...] = (1.0,),
     compute_full: bool = True,
     measure: bool = True,
-    names_recorded: bool = True,
+    optimizer_record: OptimizerRecord = "names",
     token_batch_size: int = 2048,
     kernel: KernelOptions | None = None,
     stage: Stage = lambda name: None,
@@ -78,8 +79,8 @@ def analyze_batches(
     weights: (n_train,) w_i of the loss, g = -sum_i w_i dS_i; None: kernels alone, there is no step. rows_drawn: whether the
     policy drew the evaluation sequences (see AnalysisNumbers). preconditioning: the kernel's P, "checkpoint" (from the
     moments in `optimizer`), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and
-    the step is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. names_recorded: whether
-    the optimizer's names come from the checkpoint's own record rather than from rebuilding. kernel: budgets, modules, where
+    the step is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. optimizer_record: what the
+    checkpoint's own record says of the optimizer's entries. kernel: budgets, modules, where
     finished blocks go, and the processes that share the work, of which the first returns the numbers.
 
     Raises UserError for a missing optimizer or learning rate, or where nothing is left to compute; ValueError where rows
@@ -101,7 +102,7 @@ def analyze_batches(
         preconditioning=preconditioning,
         max_grad_norm=max_grad_norm,
         learning_rate=learning_rate,
-        names_recorded=names_recorded,
+        optimizer_record=optimizer_record,
         token_batch_size=token_batch_size,
         engine=engine,
     )

@@ -7,10 +7,12 @@ name, and every kind of adapter that is no function of the model's weights alone
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from entropy_experiments.checkpoints.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from rl_training.errors import UserError
@@ -30,6 +32,14 @@ _MUST_BE_OFF = {
     "velora_config": "its gradients are projected",
 }
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFactor:
+    """A parameter of the model by its name, and the value that the checkpoint saved."""
+
+    name: str
+    weight: Tensor
 
 
 def read_adapter_config(folder: Path, reproducible: bool) -> dict[str, Any]:
@@ -90,6 +100,21 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (SafetensorError, OSError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged ({line}): the checkpoint is partial; copy it again") from error
+
+
+def saved_factors(folder: Path, adapter: str, trained: Iterable[str]) -> list[tuple[LoraFactor, LoraFactor]]:
+    """(A, B) of every linear layer with LoRA both of whose factors are among the parameters `trained`."""
+    known, found = set(trained), []
+    with safe_open(adapter_weights(folder), framework="pt") as file:
+        keys = set(file.keys())
+        for name in sorted(known):
+            start, middle, _ = name.rpartition(f".lora_A.{adapter}.weight")
+            names = [name, f"{start}.lora_B.{adapter}.weight"]
+            saved = [f"{start}.lora_{side}.weight" for side in "AB"]
+            if middle and known.issuperset(names) and keys.issuperset(saved):
+                a, b = (LoraFactor(n, file.get_tensor(key)) for n, key in zip(names, saved, strict=True))
+                found.append((a, b))
+    return found
 
 
 def saved_embeddings(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

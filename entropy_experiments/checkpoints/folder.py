@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from entropy_experiments.checkpoints.foreign import foreign_layout
 from rl_training.errors import UserError
@@ -39,6 +39,13 @@ class CheckpointRecord:
     sidecar: Sidecar | None
     log_history: list[dict[str, Any]]
     learning_rates: tuple[float, ...] = ()
+
+    @property
+    def optimizer_record(self) -> Literal["none", "names", "digest"]:
+        """What the sidecar says of the optimizer's entries: their names, and the digest of the very file as well."""
+        if self.sidecar is None:
+            return "none"
+        return "digest" if "optimizer.pt" in self.sidecar.sha256 else "names"
 
     @property
     def run_dir(self) -> Path:

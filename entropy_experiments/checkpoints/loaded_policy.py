@@ -44,6 +44,11 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None,
         unknown.append(
             "that torch's AdamW took its steps (no class is recorded, and a subclass may keep the same state)"
         )
+    if with_optimizer and (sidecar is None or "optimizer.pt" not in sidecar.sha256):
+        unknown.append(
+            "that no two entries of optimizer.pt changed places (no digest is recorded; an analysis compares them with "
+            "gradients, and its self-checks say how many pairs these tell apart)"
+        )
     if unknown:
         warnings.warn(f"{folder}: not verified: {'; '.join(unknown)}", stacklevel=3)
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -137,6 +137,10 @@ def _check_shapes(model: nn.Module, state: Mapping[str, Any], names: list[list[s
                 )
 
 
+OptimizerRecord = Literal["none", "names", "digest"]
+"""What a checkpoint's record says of its optimizer's entries: nothing, their names, or the digest of the very file as well."""
+
+
 @dataclass(frozen=True)
 class MappingEvidence:
     """`share` of the `compared` matrices with same-shaped siblings whose v fits their own gradient best; `by_chance` would."""
@@ -146,18 +150,18 @@ class MappingEvidence:
     worst: str | None
     by_chance: float
 
-    def required(self, names_recorded: bool) -> float:
+    def required(self, record: OptimizerRecord) -> float:
         """The share below which the mapping is not believed.
 
         A permuted mapping matches as often as chance or less (7% measured on a policy of two layers). Names that were recorded
         with the checkpoint are believed from a fifth on, for early in a run and with few layers even a true mapping may show
         no more than a third. Names that were rebuilt need more.
         """
-        return 0.2 if names_recorded else max(self.by_chance, 0.3)
+        return 0.2 if record != "none" else max(self.by_chance, 0.3)
 
-    def convincing(self, names_recorded: bool) -> bool:
+    def convincing(self, record: OptimizerRecord) -> bool:
         """Whether the mapping may be used."""
-        return self.compared == 0 or self.share >= self.required(names_recorded)
+        return self.compared == 0 or self.share >= self.required(record)
 
 
 def mapping_evidence(state: Mapping[str, AdamWParameterState], gradients: Mapping[str, Tensor]) -> MappingEvidence:

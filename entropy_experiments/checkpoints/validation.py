@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from entropy_experiments.checkpoints.adapter_file import saved_factors
+from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_factors
 from entropy_experiments.checkpoints.folder import (
     Adapter,
     adapter_folders,
@@ -25,6 +27,7 @@ from entropy_experiments.checkpoints.folder import (
 )
 from entropy_experiments.checkpoints.learning_rates import logged_rate, rates_after, rates_of_last_step
 from entropy_experiments.checkpoints.loaded_policy import refuse_broken_premise
+from entropy_experiments.checkpoints.missing_entries import missing_note, without_entry
 from entropy_experiments.checkpoints.optimizer_file import check_optimizer_state, read_tensor_file
 from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import outline_policy
@@ -214,7 +217,27 @@ def _check_optimizer(found: Examined) -> None:
     check_optimizer_state(path, state, steps, None if sidecar is None else sidecar.optimizer_class, trusted)
     if found.outline is not None:
         found.names = match_names(found.outline, state, None if sidecar is None else sidecar.optimizer_parameter_names)
+        _check_entries(found, state, trusted)
     found.optimizer_state = state
+
+
+def _check_entries(found: Examined, state: dict[str, Any], trusted: bool) -> None:
+    """Entries that are missing are noted; those of LoRA's factors that changed places are refused, unless the digest fits."""
+    missing = without_entry(state["state"], found.names, [group["params"] for group in state["param_groups"]])
+    if missing and not trusted:
+        found.notes.append(missing_note(missing))
+    if found.adapter is None or trusted:
+        return
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    entries = dict(zip([name for group in found.names for name in group], numbers, strict=True))
+    factors = saved_factors(found.adapter.folder, found.adapter.name, entries.keys() - set(missing))
+    pair = exchanged_factors(factors, lambda name: _moments(state["state"][entries[name]]))
+    if pair is not None:
+        raise exchange_refused(str(found.folder / "optimizer.pt"), pair)
+
+
+def _moments(entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return entry["exp_avg"], entry["exp_avg_sq"]
 
 
 def _steps_seen(found: Examined) -> Sequence[int]:

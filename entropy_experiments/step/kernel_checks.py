@@ -13,7 +13,9 @@ from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.scores import token_statistics
-from entropy_experiments.checkpoints.optimizer_names import mapping_evidence
+from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_by_gradients
+from entropy_experiments.checkpoints.missing_entries import refuse_missing_entries
+from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord, mapping_evidence
 from entropy_experiments.kernel.store.records import StorageError
 from entropy_experiments.run.self_checks import SelfCheck, relative_error, relative_error_of_dicts
 from entropy_experiments.step.optimizer_step import NextStep, moved
@@ -38,9 +40,9 @@ def check_gradient(
     )  # fmt: skip
 
 
-def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded: bool) -> list[SelfCheck]:
+def check_optimizer(step: NextStep, gradient: dict[str, Tensor], record: OptimizerRecord) -> list[SelfCheck]:
     """The split against the optimizer's own step, and moments against gradients (`check_optimizer_entries`)."""
-    entries = check_optimizer_entries(step.state, gradient, names_recorded)
+    entries = check_optimizer_entries(step.state, gradient, record)
     return [
         SelfCheck(
             "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
@@ -52,24 +54,30 @@ def check_optimizer(step: NextStep, gradient: dict[str, Tensor], names_recorded:
 
 
 def check_optimizer_entries(
-    state: Mapping[str, AdamWParameterState], gradient: Mapping[str, Tensor], names_recorded: bool
+    state: Mapping[str, AdamWParameterState], gradient: Mapping[str, Tensor], record: OptimizerRecord
 ) -> SelfCheck:
     """Moments against fresh gradients, parameter by parameter.
 
-    Raises UserError where the moments look like those of other parameters.
+    Raises UserError where the moments look like those of other parameters, or entries are missing.
     """
-    evidence = mapping_evidence(state, gradient)
+    refuse_missing_entries(state, gradient, record)
+    seen = {name: g for name, g in gradient.items() if state[name].step}
+    evidence = mapping_evidence(state, seen)
     worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
-    if not evidence.convincing(names_recorded):
+    if not evidence.convincing(record):
         raise UserError(
             f"only {evidence.share:.0%} of {evidence.compared} parameters resemble their optimizer state more "
             f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
             "in another order than the model's parameters, so P would be wrong; nothing is analysed"
         )
+    exchanged, straight, pairs = exchanged_by_gradients({name: state[name].exp_avg_sq for name in seen}, seen)
+    if exchanged is not None:
+        raise exchange_refused("optimizer.pt", exchanged)
     return SelfCheck(
-        "optimizer entries recognised", 1.0 - evidence.share, 1.0 - evidence.required(names_recorded),
+        "optimizer entries recognised", 1.0 - evidence.share, 1.0 - evidence.required(record),
         f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
-        f"more than their own.{worst}",
+        f"more than their own.{worst} Of {pairs} pairs of parameters of one shape {straight} have "
+        "certainly not changed places with each other, and none has by the looks of it.",
     )  # fmt: skip
 
 

@@ -60,7 +60,6 @@ def take_next_step(
     """
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)
-    clipped: dict[str, Tensor | None] = {name: (g * clip).to(parameters[name].dtype) for name, g in gradient.items()}
     saved = copy.deepcopy(optimizer.state_dict())
     state = {
         name: s if learning_rate is None else replace(s, lr=learning_rate)
@@ -71,6 +70,11 @@ def take_next_step(
             "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
             "give checkpoint.learning_rate=..."
         )
+    # What never had a gradient and has none now is passed over, as torch does: no moments, no weight decay.
+    idle = {name for name, s in state.items() if not s.step and not bool(gradient[name].any())}
+    clipped: dict[str, Tensor | None] = {
+        name: None if name in idle else (g * clip).to(parameters[name].dtype) for name, g in gradient.items()
+    }
     update = split_adamw_update(state, clipped, parameters)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for name, p in parameters.items():
@@ -89,7 +93,12 @@ def take_next_step(
     # The step has changed the moments in place; those from before it are the ones that were put back.
     restored = read_adamw_state(optimizer, parameters)
     state = {name: replace(restored[name], lr=s.lr) for name, s in state.items()}
-    own_p = {name: preconditioner(after_gradient(s, clip * gradient[name])) for name, s in state.items()}
+    own_p = {
+        name: torch.full_like(gradient[name], torch.finfo(gradient[name].dtype).tiny)
+        if name in idle
+        else preconditioner(after_gradient(s, clip * gradient[name]))
+        for name, s in state.items()
+    }
     return NextStep(update, taken, clip, norm, state, own_p)
 
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import preconditioner, read_adamw_state
+from entropy_core.adamw import read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import masks_padding
 from entropy_core.passes.stopped_gradients import stops_gradients
 from entropy_core.scores import TokenStatistics
+from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
+from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
@@ -116,7 +118,7 @@ def prepare_training_side(
     preconditioning: str,
     max_grad_norm: float | None,
     learning_rate: float | None,
-    names_recorded: bool,
+    optimizer_record: OptimizerRecord,
     token_batch_size: int,
     engine: KernelEngine,
 ) -> TrainingSide:
@@ -157,15 +159,15 @@ def prepare_training_side(
     if optimizer is not None:
         state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
         if isinstance(step, NextStep):
-            checks.extend(check_optimizer(step, gradient, names_recorded))
+            checks.extend(check_optimizer(step, gradient, optimizer_record))
         else:  # the squares of rows have the profile of second moments too
             root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
             some = {name: state[name] for name in sample}
-            checks.append(check_optimizer_entries(some, root_mean_square, names_recorded))
+            checks.append(check_optimizer_entries(some, root_mean_square, optimizer_record))
         at_checkpoint = preconditioning == "checkpoint"
         p = step.preconditioner if isinstance(step, NextStep) else {}
         if at_checkpoint:
-            p = {name: preconditioner(s) for name, s in state.items()}
+            p = checkpoint_preconditioner(state, gradient)
         p = hold_unmoved_padding(model, state, p) if masked else p
         if at_checkpoint:
             checks.append(check_unseen_parameters(state, sample, p))

@@ -26,7 +26,7 @@ RATE = 1e-3
 
 def lora(**options: Any) -> peft.LoraConfig:
     return peft.LoraConfig(
-        r=4, lora_alpha=8, task_type="CAUSAL_LM", **{"target_modules": ["q_proj", "up_proj"], **options}
+        lora_alpha=8, task_type="CAUSAL_LM", **{"r": 4, "target_modules": ["q_proj", "up_proj"], **options}
     )
 
 

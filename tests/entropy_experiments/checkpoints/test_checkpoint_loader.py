@@ -102,7 +102,7 @@ def test_gradients_recognise_their_own_moments_and_not_shuffled_ones(tiny_run):
     gradient = batch_gradients(checkpoint.model, batch, [score_coefficients(batch, -weights)])[0]
     state = read_adamw_state(checkpoint.optimizer, parameters)
     true = mapping_evidence(state, gradient)
-    assert true.convincing(names_recorded=False) and true.share > 0.7, true
+    assert true.convincing("none") and true.share > 0.7, true
     shuffled = dict(state)
     by_shape: dict = {}
     for name, p in parameters.items():
@@ -112,7 +112,7 @@ def test_gradients_recognise_their_own_moments_and_not_shuffled_ones(tiny_run):
         order = names[1:] + names[:1] if len(names) < 4 else rng.sample(names, len(names))
         shuffled.update({name: state[other] for name, other in zip(names, order, strict=True)})
     wrong = mapping_evidence(shuffled, gradient)
-    assert not wrong.convincing(names_recorded=False) and not wrong.convincing(names_recorded=True), wrong
+    assert not wrong.convincing("none") and not wrong.convincing("names"), wrong
 
 
 @pytest.mark.parametrize(
