@@ -32,8 +32,9 @@ from entropy_core.fold_gradients import fold_estimate, fold_of_sequences, fold_s
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import contributions_without_each_prompt, jackknife_standard_error, leave_one_prompt_out
-from entropy_experiments.statistics.agreement import interval, paired_agreement, unpaired_agreement
+from entropy_experiments.statistics.agreement import paired_agreement, unpaired_agreement
 from entropy_experiments.step.optimizer_step import moved
+from rl_training.intervals import interval
 from tests.entropy_core.support import whole_space
 from tests.oracle.enumeration import entropies_along, enumerate_completions, solve
 from tests.oracle.policy import RecurrentPolicy, Task

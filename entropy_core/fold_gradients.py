@@ -15,7 +15,6 @@ Source: docs/theory/measurement-and-uncertainty.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +31,7 @@ from entropy_core.passes.forward import evaluation_mode, true_embedding_gradient
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowTaps
 from entropy_core.scores import TokenStatistics
+from entropy_core.uncertainty import Estimate
 
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
 _STRETCH = 2**15
@@ -41,18 +41,6 @@ _ROWS_FAIL = (ValueError, RuntimeError, TypeError, NotImplementedError)
 
 Buckets = Callable[[SequenceBatch], list[Bucket]]
 Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and the standard error of it (NaN where nothing is known of its spread), in the same unit."""
-
-    value: float
-    standard_error: float = math.nan
-
-    def __add__(self, other: Estimate) -> Estimate:
-        """Sum of two independent estimates."""
-        return Estimate(self.value + other.value, math.hypot(self.standard_error, other.standard_error))
 
 
 @dataclass(frozen=True)
@@ -105,7 +93,10 @@ class FoldGradients:
 
 
 def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estimate:
-    """Sum of (F,) independent contributions with the standard error of the sum; shares as in FoldGradients."""
+    """Sum of (F,) independent contributions with the standard error of the sum; shares as in FoldGradients.
+
+    Degrees of freedom: 1 / sum_f p_f^2 - 1, for equal folds F - 1.
+    """
     count, total = len(contributions), float(contributions.sum())
     if shares is None:
         shares = torch.full((count,), 1.0 / count, dtype=torch.float64)
@@ -113,7 +104,8 @@ def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estima
     apart = 1.0 - float(shares.square().sum())
     if apart <= 1e-12:
         return Estimate(total)
-    return Estimate(total, float(((contributions - shares * total).square().sum() / apart).sqrt()))
+    deviations = (contributions - shares * total) / apart**0.5
+    return Estimate(total, float(deviations.norm()), 1 / (1 - apart) - 1, tuple(deviations.tolist()))
 
 
 def fold_shares(fold_of: Tensor, folds: int) -> Tensor:

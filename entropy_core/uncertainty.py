@@ -3,17 +3,42 @@
     ratio statistic      r = sum_p a_p / sum_p b_p                         (b_p = 1: a mean over prompts)
     jackknife            se^2 = (B - 1)/B  sum_p (r_{-p} - mean_p r_{-p})^2,        r_{-p} with prompt p left out
     U-statistic          U = B/(B-1) Xbar.Ybar - 1/(B(B-1)) sum_p X_p.Y_p           E[U] = E[X].E[Y]
+    sum of two           se^2 = se_1^2 + se_2^2,      df = se^4 / (se_1^4/df_1 + se_2^4/df_2)
 
-Symbols: B prompts, a_p and b_p sums over prompt p's sequences, X_p and Y_p vectors of the two sides. All standard errors
-here are of the *mean*, not the spread of its summands. Source: Efron & Stein 1981; docs/theory/measurement-and-uncertainty.md.
+Symbols: B prompts, a_p and b_p sums over prompt p's sequences, X_p and Y_p vectors of the two sides, df degrees of freedom. All
+standard errors here are of the *mean*, not the spread of its summands; intervals are made of them in rl_training.intervals.
+Source: Efron & Stein 1981; Welch 1947; docs/theory/measurement-and-uncertainty.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, the standard error of it (NaN where nothing is known of its spread) in the same unit, and the degrees of freedom
+    behind that error: one less than there are prompts or folds; infinite where the error is known.
+
+    deviations: (F,) whose Euclidean norm is the standard error, one for each fold of prompts. Those of estimates on the same
+    folds add up, and so give the error of their sum whatever noise they share. Empty where that is not known.
+    """
+
+    value: float
+    standard_error: float = math.nan
+    degrees_of_freedom: float = math.inf
+    deviations: tuple[float, ...] = field(default=(), compare=False, repr=False)
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Sum of two independent estimates, with Welch's degrees of freedom."""
+        error = math.hypot(self.standard_error, other.standard_error)
+        parts = [(e.standard_error / error) ** 4 / e.degrees_of_freedom for e in (self, other)] if error > 0 else []
+        return Estimate(self.value + other.value, error, 1 / sum(parts) if sum(parts) > 0 else math.inf)
 
 
 def sums_over_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:

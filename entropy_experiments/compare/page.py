@@ -29,7 +29,7 @@ from entropy_experiments.report.figures.comparison import (
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.interactive.comparison import compared_changes, compared_checkpoints, compared_histories
 from entropy_experiments.report.interactive.page import PageFigure, render_page
-from entropy_experiments.report.verdict import Sentence
+from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
 from rl_training.files import refuse_link, write_whole, write_whole_by
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from entropy_experiments.compare.differences import Compared, Difference, Point
 from entropy_experiments.compare.sides import Side
-from entropy_experiments.report.verdict import PARTS, Sentence
+from entropy_experiments.records.training_course import entropy_column, entropy_course_words
+from entropy_experiments.report.verdict import PARTS
+from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import counted, lookup, plain, plus_minus, series
+from entropy_experiments.text.numbers import counted, lookup, plain, plus_minus
 
 _UNIT = "nats per token"
 
@@ -143,18 +143,14 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
 
 def _training_sentence(sides: Sequence[Side], point: Point) -> Sentence | None:
     """What entropy did in training on each side, up to the analysed checkpoint."""
-    told = []
-    for side, analysis in zip(sides, point.analyses, strict=True):
-        rows = sorted(analysis.history, key=lambda row: row.get("step") or 0)
-        steps, entropy = series(rows, "step"), series(rows, "entropy")
-        known = np.flatnonzero(np.isfinite(steps) & np.isfinite(entropy))
-        if len(known) > 1:
-            first, last = known[0], known[-1]
-            span = f"(steps {steps[first]:g} to {steps[last]:g})"
-            told.append(f"{side.letter} from {plain(entropy[first])} to {plain(entropy[last])} {span}")
+    told = [
+        f"of {side.letter} {entropy_course_words(analysis.history)[0]}"
+        for side, analysis in zip(sides, point.analyses, strict=True)
+        if len(entropy_column(analysis.history).steps)
+    ]
     if not told:
         return None
-    text = f"In training, entropy on the training buffers went, in {_UNIT}: {', '.join(told)}"
+    text = f"In training entropy {'; '.join(told)}"
     return Sentence(f"{text}. These are single runs: how much another seed would change them is not known.")
 
 

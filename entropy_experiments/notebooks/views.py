@@ -15,7 +15,8 @@ from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.plots import caption_of, no_data_figure, plot_kernel_heatmap, png_bytes
 from entropy_experiments.report.page import figure_makers
 from entropy_experiments.report.tables import buffer_rows, check_rows, entropy_rows, estimator_rows
-from entropy_experiments.report.verdict import Sentence, write_verdict
+from entropy_experiments.report.verdict import write_verdict
+from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import one_line, prompt_frame, visible
 from entropy_experiments.text.numbers import as_number, lookup, plain, series, signed
 

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.statistics.confidence import Known
+from entropy_experiments.statistics.correlation import Correlation, correlation
 from entropy_experiments.text.numbers import as_number, series
-from rl_training.probe.history import KEPT, STATE_KEY
+from rl_training.intervals import interval, welch_freedom
+from rl_training.probe.history import DEVIATIONS, KEPT, STATE_KEY, error_of_sum
 
-_LOGGED = {"entropy": "entropy", "reward": "buffer/reward_first_round"}
+# The first of several names that was logged counts; each with its error and the degrees of freedom behind that.
+_LOGGED = {
+    "entropy": ("entropy",),
+    "reward": ("buffer/reward_all_prompts", "buffer/reward_first_round", "reward"),
+}
 _PROBE = {f"probe/{name}": f"entropy_probe/{name}" for name in KEPT}
 MEAN_OF = "probe/mean_of"
 """Key of a row whose probe values are the means of so many steps, where each step's own are not known."""
@@ -37,9 +45,7 @@ def training_history(
             continue
         step = entry["step"]
         row = rows[step] = {"step": step}
-        row.update({new: entry[old] for new, old in _LOGGED.items() if entry.get(old) is not None})
-        if "reward" not in row and entry.get("reward") is not None:
-            row["reward"] = entry["reward"]
+        row |= _logged(entry)
         probe = {new: entry[old] for new, old in _PROBE.items() if entry.get(old) is not None}
         if probe and not own:
             # The probe counts its steps; logs of before it did are only known to be of single steps if none was left out.
@@ -51,6 +57,19 @@ def training_history(
     for step, values in own.items():
         rows.setdefault(step, {"step": step}).update(values)
     return [rows[step] for step in sorted(rows)]
+
+
+def _logged(entry: Mapping[str, Any]) -> dict[str, Any]:
+    row = {}
+    for name, candidates in _LOGGED.items():
+        old = next((candidate for candidate in candidates if entry.get(candidate) is not None), None)
+        if old is not None:
+            row |= {
+                f"{name}{end}": entry[f"{old}{end}"]
+                for end in ("", "_se", "_df")
+                if entry.get(f"{old}{end}") is not None
+            }
+    return row
 
 
 def stored_state(checkpoint: Path) -> dict[str, Any]:
@@ -74,7 +93,51 @@ def _probed_steps(trainer_state: Mapping[str, Any]) -> dict[int, dict[str, Any]]
             for step, value in zip(steps, values, strict=True):
                 if step in out and as_number(value) is not None:
                     out[step][f"probe/{name}"] = value
+    folds = columns.get(DEVIATIONS)
+    if isinstance(folds, list) and len(folds) == len(steps):
+        for step, values in zip(steps, folds, strict=True):
+            if step in out and isinstance(values, list) and all(as_number(value) is not None for value in values):
+                out[step][f"probe/{DEVIATIONS}"] = values
     return out
+
+
+@dataclass(frozen=True)
+class ProbedSums:
+    """Sums over the steps that were predicted and measured on a sample to be trusted, nats per token, with 95% intervals; the
+    correlation over them; and how many further steps were measured on an effective sample of less than half the sequences.
+    """
+
+    steps: int
+    predicted: Known
+    measured: Known
+    correlation: Correlation | None
+    left_out: int
+
+
+def probed_sums(rows: Sequence[Mapping[str, Any]]) -> ProbedSums | None:
+    """None where no step has both and can be trusted.
+
+    Measured changes of different steps are of different sequences: their errors add in quadrature. Predictions share a running
+    average: their errors add fold by fold (rl_training.probe.history.error_of_sum).
+    """
+    predicted, measured = series(rows, "probe/predicted"), series(rows, "probe/measured")
+    both, low = np.isfinite(predicted) & np.isfinite(measured), series(rows, "probe/low_ess") == 1.0
+    used = np.flatnonzero(both & ~low)
+    if not len(used):
+        return None
+    chosen = [rows[k] for k in used]
+    errors, freedoms = (
+        [series(chosen, f"probe/{name}_{end}") for name in ("predicted", "measured")] for end in ("se", "df")
+    )
+    error = error_of_sum(errors[0], [row.get(f"probe/{DEVIATIONS}") for row in chosen])
+    sums = [Known(float(predicted[used].sum())), Known(float(measured[used].sum()))]
+    if error is not None and np.isfinite(freedoms[0]).all():
+        sums[0] = Known(sums[0].value, *interval(sums[0].value, error, float(freedoms[0].min())))
+    if np.isfinite(errors[1]).all() and np.isfinite(freedoms[1]).all():
+        freedom = welch_freedom(zip(errors[1].tolist(), freedoms[1].tolist(), strict=True))
+        sums[1] = Known(sums[1].value, *interval(sums[1].value, float(np.linalg.norm(errors[1])), freedom))
+    found = correlation(predicted[used], measured[used])
+    return ProbedSums(len(used), sums[0], sums[1], found, int((both & low).sum()))
 
 
 def trusted_changes(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.report.verdict import PARTS, check_value, primary_estimator
+from entropy_experiments.report.check_words import check_value
+from entropy_experiments.report.verdict import PARTS, primary_estimator
 from entropy_experiments.statistics.agreement import stored_agreement
 from entropy_experiments.text.display import PromptFrame, clip, one_line
 from entropy_experiments.text.numbers import (

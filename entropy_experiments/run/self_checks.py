@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ from entropy_core.scores import TokenStatistics
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """`passed` is value <= tolerance (a NaN value fails); `explanation` says what was compared and what a failure means."""
+    """`passed` is value <= tolerance (a NaN value fails); `explanation` says what was compared and what a failure means, and
+    `allows` what would pass, where the tolerance alone does not say it or is wide.
+    """
 
     name: str
     value: float
     tolerance: float
     explanation: str
+    allows: str = ""
 
     @property
     def passed(self) -> bool:
@@ -51,11 +55,22 @@ def surprisal_z_score(statistics: TokenStatistics) -> float:
     tokens that carry the variance are usually absent from a sample, whose spread then is far too small. Below a few units in
     the last place of H a gap is rounding: a policy that is exactly uniform has no variance at all.
     """
+    gap, error = _surprisal_gap(statistics)
+    return gap / error if error > 0 else 0.0
+
+
+def smallest_seen_gap(statistics: TokenStatistics, z: float) -> float:
+    """The part of H by which surprisal must be off before `surprisal_z_score` reaches z: what the check lets through."""
+    entropy = float(statistics.entropy_sums().double().mean())
+    return z * _surprisal_gap(statistics)[1] / entropy if entropy > 0 else math.inf
+
+
+def _surprisal_gap(statistics: TokenStatistics) -> tuple[float, float]:
+    """|mean(-S - sum H)| and its standard error, nats per completion."""
     gaps = -statistics.scores() - statistics.entropy_sums()
     if statistics.surprisal_variances is None:
         raise ValueError("token statistics were computed without surprisal variances")
     own = float(statistics.surprisal_variances.double().sum()) / len(gaps) ** 2
     sampled = float(gaps.var(correction=1)) / len(gaps) if len(gaps) > 1 else 0.0
     rounding = 32 * torch.finfo(statistics.logprobs.dtype).eps * float(statistics.entropy_sums().mean())
-    variance = max(own, sampled, rounding**2)
-    return abs(float(gaps.mean())) / variance**0.5 if variance > 0 else 0.0
+    return abs(float(gaps.mean())), max(own, sampled, rounding**2) ** 0.5

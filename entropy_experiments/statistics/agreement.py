@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
-from entropy_experiments.text.numbers import as_number, lookup, plain, signed, value_and_error
-
-LEVEL = 0.95
+from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from rl_training.intervals import interval, t_quantile, welch_freedom
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,11 @@ class Agreement:
         return asdict(self) | {"agrees": self.agrees}
 
 
-def t_quantile(degrees_of_freedom: float, level: float = LEVEL) -> float:
-    """How many standard errors a two-sided interval of this level reaches: 12.7, 4.3, 3.2, ... 1.96."""
-    if math.isinf(degrees_of_freedom):
-        degrees_of_freedom = 1e9
-    return float(stdtrit(degrees_of_freedom, 0.5 + level / 2))
-
-
 def told_from_zero(value: float | None, error: float | None, degrees_of_freedom: float = math.inf) -> bool | None:
     """Whether 0 lies outside the 95% interval of an estimate; None where value or error are not known."""
     if value is None or error is None:
         return None
     return abs(value) > t_quantile(degrees_of_freedom) * error
-
-
-def interval(value: float, error: float, degrees_of_freedom: float) -> tuple[float, float]:
-    """The 95% interval of an estimate."""
-    reach = t_quantile(degrees_of_freedom) * error
-    return value - reach, value + reach
 
 
 def paired_agreement(difference: float, left_out: Sequence[float] | np.ndarray) -> Agreement | None:
@@ -97,10 +83,7 @@ def unpaired_agreement(
     if left is None or right is None or left_error is None or right_error is None:
         return None
     error = math.hypot(left_error, right_error)
-    parts = [
-        (e / error) ** 4 / (n - 1) for e, n in ((left_error, prompts[0]), (right_error, prompts[1])) if e > 0 and error
-    ]
-    freedom = 1 / sum(parts) if sum(parts) > 0 else math.inf
+    freedom = welch_freedom([(left_error, prompts[0] - 1), (right_error, prompts[1] - 1)])
     return _agreement(left - right, error, freedom, paired=False)
 
 
@@ -127,16 +110,6 @@ def stored_agreement(summary: Mapping[str, Any], estimator: str | None) -> Agree
     numbers = [as_number(entry.get(name)) for name in names]
     known = [number for number in numbers if number is not None]
     return Agreement(*known, paired=entry.get("paired") is True) if len(known) == len(names) else None
-
-
-def agreement_in_words(compared: Agreement, measured: float) -> str:
-    """ "They agree: …" or "They do NOT agree: …", with the interval of the difference and, where it counts, its size."""
-    low, high = signed(compared.low, 2), signed(compared.high, 2)
-    gap = f"the difference of {signed(compared.difference, 2)} has the 95% interval {low} to {high}"
-    if compared.agrees:
-        return f"They agree: {gap}."
-    size = f", {abs(compared.difference / measured):.0%} of the measured change" if measured else ""
-    return f"They do NOT agree: {gap}{size} (p = {plain(compared.p_value, 2)})."
 
 
 def _agreement(difference: float, error: float, freedom: float, paired: bool) -> Agreement | None:

@@ -8,12 +8,11 @@ Source: Fisher 1921; docs/theory/measurement-and-uncertainty.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from entropy_experiments.statistics.agreement import LEVEL, t_quantile
+from rl_training.intervals import correlation_interval
 
 _FEWEST = 4
 
@@ -38,8 +37,4 @@ def correlation(left: np.ndarray, right: np.ndarray) -> Correlation | None:
     if len(left) < _FEWEST or min(np.ptp(left), np.ptp(right)) == 0:
         return None
     value = float(np.clip(np.corrcoef(left, right)[0, 1], -1.0, 1.0))
-    if abs(value) >= 1 - 1e-12:
-        return Correlation(value, value, value, len(left))
-    reach = t_quantile(math.inf, LEVEL) / math.sqrt(len(left) - 3)
-    low, high = (math.tanh(math.atanh(value) + sign * reach) for sign in (-1, 1))
-    return Correlation(value, low, high, len(left))
+    return Correlation(value, *correlation_interval(value, len(left)), len(left))

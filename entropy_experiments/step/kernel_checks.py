@@ -78,6 +78,8 @@ def check_optimizer_entries(
         f"share of {evidence.compared} parameters whose second moments resemble the gradients of a sibling of the same shape "
         f"more than their own.{worst} Of {pairs} pairs of parameters of one shape {straight} have "
         "certainly not changed places with each other, and none has by the looks of it.",
+        f"so that entries in a random order would have been seen ({evidence.by_chance:.0%} of {evidence.compared} matrices match "
+        f"by chance), and of two that changed places {straight} of {pairs} pairs of one shape",
     )  # fmt: skip
 
 
@@ -98,6 +100,7 @@ def check_unseen_parameters(
         "share of the training sequences' own kernel values, sum_i K1(i, i), that comes from parameters whose second moment is "
         "exactly 0, so that P is 1/eps: common after the first step, or for rare tokens' embeddings. Take "
         "entropy_analysis.fisher_kernel.preconditioning=step, which includes this step's gradient.",
+        "so that parameters which Adam has not seen may make up to half of the kernel's scale",
     )  # fmt: skip
 
 

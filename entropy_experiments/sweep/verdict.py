@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.report.verdict import PARTS, Sentence
+from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.agreement import told_from_zero
+from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, signed, value_and_error

@@ -107,6 +107,20 @@ def plus_minus(value: object, error: object, plus: bool = True) -> str:
     return f"{_format(number, decimals, plus)} ± {_format(spread, decimals, False)}"
 
 
+def with_interval(value: object, low: object, high: object, plus: bool = True) -> str:
+    """``value [low, high]``, all cut after the second significant digit of half the interval's width."""
+    number, start, end = as_number(value), as_number(low), as_number(high)
+    if number is None:
+        return NOT_KNOWN
+    if start is None or end is None:
+        return f"{signed(number) if plus else plain(number)} (no interval)"
+    reach = (end - start) / 2
+    if not reach > 0:
+        return f"{signed(number) if plus else plain(number)} (exact)"
+    decimals = _decimals_for(reach, 2)
+    return f"{_format(number, decimals, plus)} [{_format(start, decimals, plus)}, {_format(end, decimals, plus)}]"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 step``, ``3 steps``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

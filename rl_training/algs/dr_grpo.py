@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
+from rl_training.algs.buffer_reward import reward_of_all_prompts
 from rl_training.algs.run_description import LearningRateRecorder, describe_run
 from rl_training.algs.trainer_arguments import refuse_arguments
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
@@ -270,6 +271,7 @@ class DrGRPOTrainer(GRPOTrainer):
 
     def _log_buffer(self, kept: list[GeneratedGroup], groups: list[GeneratedGroup]) -> None:
         everything = gather_object([(g.round, g.status, mean_reward(g.rewards), len(g.rewards)) for g in groups])
+        first = gather_object([(mean_reward(g.rewards), g.draw_probability) for g in groups if g.round == 0])
         sequences = {
             s: sum(n for _, status, _, n in everything if status == s) for s in ("trained", "filler", "rejected")
         }
@@ -280,6 +282,7 @@ class DrGRPOTrainer(GRPOTrainer):
             **sequences,
             "reward_first_round": mean_reward([reward for number, _, reward, _ in everything if number == 0]),
             "reward_trained": mean_reward([reward for _, status, reward, _ in everything if status != "rejected"]),
+            **reward_of_all_prompts(*zip(*first, strict=True)),
         }
         for name, value in metrics.items():
             self._metrics["train"][f"buffer/{name}"].append(float(value))

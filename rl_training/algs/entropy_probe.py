@@ -388,9 +388,11 @@ class SimpleEntropyProbe:
     def _change(
         self, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None
     ) -> EntropyChange:
-        sequences, ess, entropy = (0, math.nan, math.nan) if seen is None else seen.size_and_entropy()
         how = (self._config.estimator, ESTIMANDS[self._config.estimator])
-        return EntropyChange(per_token, per_completion, *how, sequences, ess, entropy)
+        if seen is None:
+            return EntropyChange(per_token, per_completion, *how, 0, math.nan, math.nan)
+        h, size = seen.entropy(), (len(seen.batch), seen.effective_size())
+        return EntropyChange(per_token, per_completion, *how, *size, h.value, h.standard_error, h.degrees_of_freedom)
 
 
 def _value(average: RunningGradient) -> FoldGradients:

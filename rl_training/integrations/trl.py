@@ -259,7 +259,7 @@ class EntropyProbeCallback(TrainerCallback):
             (self._seconds + time.perf_counter() - started, self._cpu_seconds + time.process_time() - cpu)
         )
         metrics, logged = metrics_of(change), self._trainer._metrics["train"]
-        self._steps.add(step, metrics)
+        self._steps.add(step, metrics, change.total.deviations)
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
         totals = self._steps.totals()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from entropy_core.fold_gradients import Estimate
 from entropy_core.measurement import EntropyMeasurement
+from entropy_core.uncertainty import Estimate
 
 ESTIMANDS = {
     "rao_blackwell": "entropy of the policy",
@@ -52,7 +52,8 @@ class EntropyChange:
 
     per_token, per_completion: predicted, in nats per token and nats per completion (None where not asked for).
     estimator, estimand: how, and of what. sequences: behind the newest gradient; effective_sample_size: after importance
-    weights. entropy: before the step, nats per token (NaN where nothing was observed at it).
+    weights. entropy: before the step, nats per token (NaN where nothing was observed at it); entropy_error: over prompts;
+    degrees_of_freedom: behind that error and the measurement's, one less than there are prompts.
     same_tokens: the newest gradient alone along the step, nats per token; with the split estimator it is the derivative of
     `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
     predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's part of `batch`.
@@ -65,6 +66,8 @@ class EntropyChange:
     sequences: int
     effective_sample_size: float
     entropy: float
+    entropy_error: float = math.nan
+    degrees_of_freedom: float = math.nan
     same_tokens: float = math.nan
     measured: EntropyMeasurement | None = None
     measured_fixed_prefix: EntropyMeasurement | None = None

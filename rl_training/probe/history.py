@@ -7,21 +7,30 @@ counts and correlations cannot be found again from that. `trainer_state.json` ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rl_training.intervals import correlation_interval
+
 STATE_KEY = "entropy_probe"
 
 KEPT = (
-    "entropy", "predicted", "predicted_se", "batch", "momentum", "decay", "measured", "measured_se", "ess", "low_ess",
+    "entropy", "entropy_se", "predicted", "predicted_se", "predicted_df", "batch", "momentum", "decay",
+    "measured", "measured_se", "measured_df", "ess", "low_ess",
 )  # fmt: skip
 """Names of `metrics_of` that are kept of every step."""
 
+DEVIATIONS = "predicted_deviations"
+"""One list a step: the deviations of its prediction by fold (entropy_core.uncertainty.Estimate), from which sums have errors."""
+
+FEWEST_CORRELATED = 8
+"""Measured steps below which no correlation is logged: of fewer its 95% interval spans most of -1 to 1."""
+
 RUNNING = (
-    "steps", "measured_steps", "low_ess_steps", "cumulative_predicted", "cumulative_measured",
-    "cumulative_predicted_where_measured", "correlation",
+    "steps", "measured_steps", "low_ess_steps", "cumulative_predicted", "cumulative_predicted_se", "cumulative_measured",
+    "cumulative_measured_se", "cumulative_predicted_where_measured", "correlation", "correlation_low", "correlation_high",
 )  # fmt: skip
 """Names of `ProbeHistory.totals`: values at a step, of which a window's last one counts and no mean."""
 
@@ -43,14 +52,16 @@ class ProbeHistory:
                 columns[name] = [values[i] if i < len(values) else None for i in places]
         self._columns = callbacks[STATE_KEY] = columns
 
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """metrics: of `metrics_of`, of step `step` (counted from 1)."""
+    def add(self, step: int, metrics: Mapping[str, float], deviations: Sequence[float] = ()) -> None:
+        """metrics: of `metrics_of`, of step `step` (counted from 1). deviations: of `predicted`, by fold, where known."""
         self._columns["step"].append(step)
+        self._columns[DEVIATIONS].append(list(deviations) or None)
         for name in KEPT:
             self._columns[name].append(metrics.get(name))
 
     def totals(self) -> dict[str, float]:
-        """Sums so far, nats per token, and from the third measured step on the correlation of predicted and measured.
+        """Sums so far, nats per token, with standard errors; from the eighth measured step on the correlation of predicted and
+        measured with its 95% interval.
 
         steps: all predicted ones, and cumulative_predicted over them. measured_steps: those that were measured as well
         (refresh_every) on an effective sample of at least half the sequences; cumulative_measured and
@@ -58,23 +69,45 @@ class ProbeHistory:
         cumulative_predicted. Steps that were not probed (log_every) are in none.
         """
         predicted, measured = (_floats(self._columns[name]) for name in ("predicted", "measured"))
+        errors = _floats(self._columns["measured_se"])
         low = _floats(self._columns["low_ess"]) == 1.0
         both = np.isfinite(measured) & ~low
         totals = {"steps": float(len(predicted)), "cumulative_predicted": float(predicted.sum())}
+        error = error_of_sum(_floats(self._columns["predicted_se"]), self._columns[DEVIATIONS])
+        if error is not None:
+            totals["cumulative_predicted_se"] = error
         totals["measured_steps"] = float(both.sum())
         if low.any():
             totals["low_ess_steps"] = float(low.sum())
         if both.any():
             totals["cumulative_measured"] = float(measured[both].sum())
+            if np.isfinite(errors[both]).all():  # every step has sequences of its own
+                totals["cumulative_measured_se"] = float(np.sqrt(np.square(errors[both]).sum()))
             if not both.all():
                 totals["cumulative_predicted_where_measured"] = float(predicted[both].sum())
-        if both.sum() > 2 and predicted[both].std() > 0 and measured[both].std() > 0:
-            totals["correlation"] = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+        if both.sum() >= FEWEST_CORRELATED and predicted[both].std() > 0 and measured[both].std() > 0:
+            found = float(np.corrcoef(predicted[both], measured[both])[0, 1])
+            low_end, high_end = correlation_interval(found, int(both.sum()))
+            totals |= {"correlation": found, "correlation_low": low_end, "correlation_high": high_end}
         return totals
 
 
+def error_of_sum(errors: np.ndarray, deviations: Sequence[Any]) -> float | None:
+    """Standard error of a sum of predictions that share a running average of gradients; None where one has no error.
+
+    errors: (T,) of each; deviations: (T,) lists by fold, which add up fold by fold and so hold what the predictions share.
+    Where they are not known, or differ in number, the sum of the errors: the most that it can be.
+    """
+    if not len(errors) or not np.isfinite(errors).all():
+        return None
+    known = [d for d in deviations if isinstance(d, list) and d and all(isinstance(x, int | float) for x in d)]
+    if len(known) == len(errors) and len({len(d) for d in known}) == 1:
+        return float(np.linalg.norm(np.sum(np.asarray(known, dtype=np.float64), axis=0)))
+    return float(errors.sum())
+
+
 def _no_columns() -> dict[str, list[Any]]:
-    return {name: [] for name in ("step", *KEPT)}
+    return {name: [] for name in ("step", DEVIATIONS, *KEPT)}
 
 
 def _floats(values: list[Any]) -> np.ndarray:

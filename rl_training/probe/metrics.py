@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rl_training.probe.change import EntropyChange, StepParts
 
 _PARTS = {"total": "predicted", "batch": "batch", "momentum": "momentum", "decay": "decay"}
@@ -10,7 +12,8 @@ _PARTS = {"total": "predicted", "batch": "batch", "momentum": "momentum", "decay
 def metrics_of(change: EntropyChange) -> dict[str, float]:
     """Name -> value, nats per token unless the name says `_per_completion`; what is unknown is left out.
 
-    predicted, batch, momentum, decay and their `_se`; entropy; same_tokens; measured, measured_se, measured_fixed_prefix;
+    predicted, batch, momentum, decay and their `_se`; entropy, entropy_se; same_tokens; measured, measured_se,
+    measured_fixed_prefix; predicted_df and measured_df (of entropy_se as well): degrees of freedom behind these errors;
     ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0);
     weights_ess; predictor_<name>.
     """
@@ -19,6 +22,9 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
         values |= _parts(change.per_completion, "_per_completion")
     values |= {
         "entropy": change.entropy,
+        "entropy_se": change.entropy_error,
+        "predicted_df": change.total.degrees_of_freedom,
+        "measured_df": change.degrees_of_freedom,
         "same_tokens": change.same_tokens,
         "weights_ess": change.effective_sample_size,
         **{f"predictor_{name}": value for name, value in change.predictors.items()},
@@ -32,7 +38,8 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
         values["measured_fixed_prefix"] = change.measured_fixed_prefix.change
     if change.shares is not None:
         values["largest_share"] = float(change.shares[change.shares.abs().argmax()])
-    return {name: value for name, value in values.items() if value == value}
+    known = {name: value for name, value in values.items() if not math.isnan(value)}
+    return {name: value for name, value in known.items() if not (name.endswith("_df") and math.isinf(value))}
 
 
 def _parts(parts: StepParts, suffix: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import effective_sample_size, normalized_weights
 from entropy_core.scores import TokenStatistics
+from entropy_core.uncertainty import Estimate, jackknife_standard_error, leave_one_prompt_out
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,19 @@ class Observation:
     statistics: TokenStatistics
     log_weights: Tensor | None
 
-    def size_and_entropy(self) -> tuple[int, float, float]:
-        """Sequences, their effective number after weighting, and h in nats per token."""
-        weights = torch.ones(len(self.batch), dtype=torch.float64)
-        if self.log_weights is not None:
-            weights = normalized_weights(self.log_weights).cpu()
-        sums, lengths = self.statistics.entropy_sums().cpu(), self.batch.completion_lengths.cpu()
-        entropy = float((weights * sums).sum() / (weights * lengths).sum())
-        return len(self.batch), effective_sample_size(weights), entropy
+    def effective_size(self) -> float:
+        """How many sequences count after weighting."""
+        return effective_sample_size(self._weights())
+
+    def entropy(self) -> Estimate:
+        """h in nats per token, with its jackknife over the prompts of the sequences; no error for a single prompt."""
+        weights = self._weights()
+        sums, lengths = weights * self.statistics.entropy_sums().cpu(), weights * self.batch.completion_lengths.cpu()
+        left_out = leave_one_prompt_out(sums, self.batch.prompt_index.cpu(), lengths)
+        error = jackknife_standard_error(left_out)
+        return Estimate(float(sums.sum() / lengths.sum()), error, max(1, len(left_out) - 1))
+
+    def _weights(self) -> Tensor:
+        if self.log_weights is None:
+            return torch.ones(len(self.batch), dtype=torch.float64)
+        return normalized_weights(self.log_weights).cpu()

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
-from entropy_core.fold_gradients import Estimate, FoldGradients, fold_estimate
+from entropy_core.fold_gradients import FoldGradients, fold_estimate
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
+from entropy_core.uncertainty import Estimate
 from rl_training.probe.change import StepParts
 
 NO_CHANGE = StepParts(*[Estimate(0.0, 0.0)] * 4)

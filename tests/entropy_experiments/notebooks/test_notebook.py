@@ -63,7 +63,7 @@ def run(*command):
 def test_it_runs_as_a_script(folder):
     found = run(NOTEBOOK, "--", "--results", folder)
     assert found.returncode == 0, found.stderr
-    assert "was predicted to change entropy by −0.074 ± 0.018" in found.stdout
+    assert "was predicted to change entropy by −0.074 [−0.111, −0.037]" in found.stdout
 
 
 def test_as_a_script_bad_input_is_one_line(tmp_path):

@@ -118,10 +118,10 @@ def test_page_needs_no_network_and_runs_only_its_own_scripts(written):
 def test_verdict_and_headline_carry_the_summary_numbers(written):
     _, _, page = written
     for words in (
-        "fell by 89%, from 1.91 to 0.21",
-        "−0.074 ± 0.018",
-        "−0.080 ± 0.022",
-        "They agree: the difference of",
+        "In training entropy fell: 1.73 on average over steps 0 to 3, 0.284 over steps 9 to 12, a change of −1.45 [−1.60, −1.29]",
+        "−0.074 [−0.111, −0.037]",
+        "−0.080 [−0.125, −0.035]",
+        "They agree: they differ by",
         "27.5 of 32",
         "7 of 7",
         "0.842 ± 0.071",

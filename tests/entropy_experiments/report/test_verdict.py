@@ -6,14 +6,12 @@ import math
 import numpy as np
 import pytest
 
+from entropy_experiments.report.check_words import check_sentences
 from entropy_experiments.report.verdict import (
-    check_sentence,
     cost_sentences,
     part_sentence,
     prediction_sentences,
     primary_estimator,
-    probe_sentence,
-    training_sentence,
     write_verdict,
 )
 from entropy_experiments.statistics.agreement import paired_agreement
@@ -30,33 +28,14 @@ def summary(rows):
     return copy.deepcopy(make_summary(rows))
 
 
-def test_training_sentence_names_both_ends():
-    sentence = training_sentence(make_history())
-    assert str(sentence) == (
-        "In training (steps 0 to 12) entropy fell by 89%, from 1.91 to 0.21 nats per token, "
-        "while mean reward went from 0.11 to 0.87."
-    )
-
-
-@pytest.mark.parametrize(
-    ("end", "words"), [(1.98, "hardly changed, from 2 to 1.98"), (3.0, "rose by 50%"), (0.5, "fell by 75%")]
-)
-def test_training_sentence_directions(end, words):
-    assert words in training_sentence([{"step": 2, "entropy": end}, {"step": 1, "entropy": 2.0}]).text
-
-
-def test_training_sentence_of_one_step_or_none():
-    assert "the only one recorded" in training_sentence([{"step": 3, "entropy": 1.5}]).text
-    assert training_sentence([]).tone == "warning" and "not known" in training_sentence([{"step": 1}]).text
-
-
 def test_prediction_that_agrees(summary):
     (sentence,) = prediction_sentences(summary)
-    assert "−0.074 ± 0.018" in sentence.text and "−0.080 ± 0.022" in sentence.text
-    low, high = (0.006 + sign * 2.0395 * 0.005 for sign in (-1, 1))  # Student's t on 31 degrees of freedom
-    assert f"They agree: the difference of +0.0060 has the 95% interval {low:.4f} to +{high:.3f}".replace("-", "−") in (
-        sentence.text
-    )
+    t = 2.0395  # Student's, on 31 degrees of freedom
+    for value, error in ((-0.074, 0.018), (-0.08, 0.022)):
+        assert f"{value:.3f} [{value - t * error:.3f}, {value + t * error:.3f}]".replace("-", "−") in sentence.text
+    low, high = (0.006 + sign * t * 0.005 for sign in (-1, 1))
+    assert f"They agree: they differ by +0.006 [{low:.3f}, +{high:.3f}]".replace("-", "−") in sentence.text
+    assert f"a gap of up to {high / 0.08:.0%}" in sentence.text
     assert sentence.tone == "good"
 
 
@@ -82,9 +61,17 @@ def test_results_that_do_not_hold_the_paired_error_say_nothing_of_agreement(summ
     )
 
 
+def test_a_wide_interval_of_the_difference_is_not_agreement(summary):
+    """A gap of 0 ± 40% of the change holds 0 and says nothing; it was called agreement, in green."""
+    summary["agreement"]["rao_blackwell"] = paired_agreement(0.0, 0.016 * SERIES).as_dict()
+    sentence = prediction_sentences(summary)[0]
+    assert "They cannot be told apart" in sentence.text and "a gap of up to 41%" in sentence.text
+    assert "agree" not in sentence.text and sentence.tone == "plain"
+
+
 def test_agreement_of_noise_is_called_noise(summary):
     summary["predicted"]["rao_blackwell"]["total"]["standard_error"] = 0.05
-    assert any("not told from zero" in sentence.text for sentence in prediction_sentences(summary))
+    assert any("cannot be told from 0" in sentence.text for sentence in prediction_sentences(summary))
 
 
 def test_small_effective_sample_is_named(summary):
@@ -119,13 +106,18 @@ def test_fixed_prefix_never_stands_in_for_delta_h(summary):
 
 
 def test_part_sentence_names_the_largest_and_what_opposes_it(summary):
-    assert "came from momentum (earlier batches): −0.061 ± 0.016" in part_sentence(summary).text
+    assert "came from momentum (earlier batches): −0.061 [−0.094, −0.028]" in part_sentence(summary).text
     summary["predicted"]["rao_blackwell"]["batch"]["value"] = 0.2
     text = part_sentence(summary).text
-    assert (
-        "came from this step's batch: +0.2000" in text
-        and "momentum (earlier batches) and weight decay worked against it" in text
-    )
+    assert "came from this step's batch: +0.200 [+0.189, +0.211]" in text
+    assert "momentum (earlier batches) and weight decay worked against it" in text
+
+
+def test_no_part_is_called_the_largest_where_intervals_overlap(summary):
+    """−0.061 against −0.055 ± 0.02 is no order; it was said as if it were."""
+    summary["predicted"]["rao_blackwell"]["batch"] = {"value": -0.055, "standard_error": 0.02}
+    text = part_sentence(summary).text
+    assert "cannot be said" in text and "came from" not in text and "−0.055 [−0.096, −0.014]" in text
 
 
 def test_cost_sentences_name_sequence_and_prompt(rows):
@@ -160,33 +152,37 @@ def test_text_in_sentences_cannot_act_on_a_terminal():
     assert "9,940 characters left out" in text and len(text) < 500
 
 
-def test_checks():
+def test_checks_say_what_they_let_through():
+    """ "optimizer entries recognised: passed" beside a tolerance of 80% said more than it knew."""
     checks = make_run()["self_checks"]
-    assert check_sentence(checks).text.startswith("All 7 self-checks passed: rows_sum_to_autograd, ")
+    narrow, wide = check_sentences(checks)
+    assert narrow.text.startswith("All 7 self-checks passed: rows_sum_to_autograd (3.1e−7, tolerance 1e−5), ")
+    assert wide.text.startswith(
+        "Passed within wide tolerances, which let much through: surprisal_equals_entropy (0.31, tolerance 3); "
+    )
+    entries = {"name": "optimizer entries recognised", "value": 0.7, "tolerance": 0.8, "passed": True}
+    entries |= {"allows": "so that a few that are exchanged would have passed"}
+    text = check_sentences([*checks, entries])[1].text
+    assert (
+        "optimizer entries recognised (0.7, tolerance 0.8), so that a few that are exchanged would have passed" in text
+    )
+    for check in [*checks, entries]:
+        assert f"tolerance {check['tolerance']:g}".replace("-0", "-").replace("-", "−") in narrow.text + text, check[
+            "name"
+        ]
     checks[1] |= {"passed": False, "value": 0.25}
-    failed = check_sentence(checks)
+    (failed,) = check_sentences(checks)
     assert failed.tone == "bad" and "1 of 7 self-checks FAILED: kernel_row_sums (0.25, tolerance 0.001)" in failed.text
     checks[1]["value"] = math.nan
-    assert "kernel_row_sums (not a finite number, tolerance 0.001)" in check_sentence(checks).text
-    assert check_sentence([]).tone == "warning"
-    assert check_sentence([{"name": "odd", "passed": "yes"}]).tone == "bad", "only true counts as passed"
-
-
-def test_probe_sentence_sums_steps_with_both_numbers():
-    history = [{"step": s, "probe/predicted": -0.1, "probe/measured": -0.2} for s in range(3)] + [
-        {"step": 9, "probe/predicted": 5.0}
-    ]
-    assert (
-        "predicted 3 steps: the predicted changes sum to −0.300, the measured ones to −0.600"
-        in probe_sentence(history).text
-    )
-    assert probe_sentence(history[:1]) is None
+    assert "kernel_row_sums (not a finite number, tolerance 0.001)" in check_sentences(checks)[0].text
+    assert check_sentences([])[0].tone == "warning"
+    assert check_sentences([{"name": "odd", "passed": "yes"}])[0].tone == "bad", "only true counts as passed"
 
 
 def test_failed_check_comes_first_and_passed_checks_last(rows, summary):
     checks = make_run()["self_checks"]
     training = [row for row in rows if row["buffer"] == "training"]
-    assert write_verdict(summary, make_history(), checks, training)[-1].text.startswith("All 7")
+    assert write_verdict(summary, make_history(), checks, training)[-2].text.startswith("All 7")
     checks[0]["passed"] = False
     assert "FAILED" in write_verdict(summary, make_history(), checks, training)[0].text
 

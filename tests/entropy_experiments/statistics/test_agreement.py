@@ -20,11 +20,11 @@ from entropy_experiments.statistics.agreement import (
     compare,
     paired_agreement,
     stored_agreement,
-    t_quantile,
     told_from_zero,
     unpaired_agreement,
 )
 from entropy_experiments.statistics.correlation import correlation
+from rl_training.intervals import t_quantile
 from tests.entropy_core.support import right_padded
 from tests.entropy_experiments.results_fixture import build_results
 from tests.oracle.comparison import assert_close

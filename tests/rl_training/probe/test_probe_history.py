@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from entropy_core.fold_gradients import Estimate
 from entropy_core.measurement import EntropyMeasurement
+from entropy_core.uncertainty import Estimate
 from entropy_experiments.records.history import stored_state, training_history, trusted_changes
 from entropy_experiments.report.figures.history import plot_training_history
-from entropy_experiments.report.verdict import probe_sentence
+from entropy_experiments.report.training_verdict import probe_sentence
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.probe.change import EntropyChange, StepParts
@@ -23,7 +23,8 @@ from rl_training.run.console import ConsoleCallback, ProbeConsole
 from tests.rl_training.integrations.test_trl_integration import logged, make_trainer
 
 STEPS = 6
-RUNNING = ("steps", "measured_steps", "cumulative_predicted", "cumulative_measured", "correlation")
+RUNNING = ("steps", "measured_steps", "cumulative_predicted", "cumulative_measured")
+RUNNING += ("cumulative_predicted_se", "cumulative_measured_se")
 
 
 def train(tiny_policy, folder, probe=None, resume=None, **settings):
@@ -174,8 +175,11 @@ def test_measurements_on_a_small_effective_sample_are_in_no_sum_and_no_correlati
     assert totals["cumulative_measured"] == pytest.approx(-0.032)
     assert totals["cumulative_predicted_where_measured"] == pytest.approx(-0.01)
     assert totals["cumulative_predicted"] == pytest.approx(-0.031)
-    pairs = np.array([[-0.01, -0.02, 0.02], [-0.012, -0.03, 0.01]])
-    assert totals["correlation"] == pytest.approx(np.corrcoef(pairs)[0, 1])
+    assert totals["cumulative_measured_se"] == pytest.approx(0.01 * 3**0.5)
+    assert totals["cumulative_predicted_se"] == pytest.approx(0.05), (
+        "nothing known of what they share: the most it can be"
+    )
+    assert "correlation" not in totals, "three pairs determine none"
     rows = training_history([], {"stateful_callbacks": json.loads(json.dumps(callbacks))})
     assert trusted_changes(rows)[2] == 1
     sentence = probe_sentence(rows).text
@@ -187,6 +191,21 @@ def test_measurements_on_a_small_effective_sample_are_in_no_sum_and_no_correlati
         ]
     )
     assert probe_sentence(logs).text == sentence, "a log of single steps says the same"
+
+
+def test_a_correlation_is_logged_from_eight_steps_on_with_its_interval_and_sums_know_what_predictions_share():
+    history = ProbeHistory()
+    pairs = np.random.default_rng(0).normal(size=(8, 2))
+    for k, (predicted, measured) in enumerate(pairs, 1):
+        told = metrics_of(change(predicted, measured, 16.0))
+        history.add(k, told, (0.6, -0.8))
+        totals = history.totals()
+        assert ("correlation" in totals) == (k == 8)
+    r = np.corrcoef(pairs.T)[0, 1]
+    assert totals["correlation"] == pytest.approx(r)
+    for name, sign in (("correlation_low", -1), ("correlation_high", 1)):
+        assert totals[name] == pytest.approx(np.tanh(np.arctanh(r) + sign * 1.959964 / 5**0.5), abs=1e-6)
+    assert totals["cumulative_predicted_se"] == pytest.approx(8.0), "equal deviations add up, they do not average out"
 
 
 @pytest.mark.parametrize(

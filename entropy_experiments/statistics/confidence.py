@@ -1,0 +1,163 @@
+"""Which words for which evidence: every claim that a command prints takes its words from here.
+
+    evidence                                                     words
+    a change whose 95% interval lies below 0, above it           fell, rose
+    ... holds 0                                                  no change seen
+    a difference whose interval holds 0                          cannot be told apart
+    ... and lies within CLOSE of what was measured               agree
+    ... does not hold 0                                          do NOT agree
+    an estimate whose interval holds 0                           cannot be told from 0
+    a correlation whose interval holds 0                         undetermined
+    an order of numbers whose intervals overlap                  cannot be said
+    a number without an error                                    no claim, the number alone
+
+Numbers stand as ``value [low, high]``: the 95% interval, by Student's t on the degrees of freedom behind the error
+(rl_training.intervals). docs/guides/reading-a-verdict.md is the same list for readers; a test holds both against each other, and
+every other module against using these words by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from entropy_experiments.statistics.agreement import Agreement
+from entropy_experiments.statistics.correlation import Correlation
+from entropy_experiments.text.numbers import as_number, counted, lookup, plain, value_and_error, with_interval
+from rl_training.intervals import interval
+
+FELL, ROSE, NO_CHANGE = "fell", "rose", "no change seen"
+AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be told apart"
+NOT_FROM_ZERO = "cannot be told from 0"
+UNTOLD = "cannot be said"
+UNDETERMINED = "undetermined"
+BRACKETS = "brackets: 95% intervals"
+
+CLOSE = 0.25
+"""Part of the measured change that the whole interval of a difference may span to either side where two numbers "agree"; a gap
+beyond it that is told from 0 is a failure of the prediction, one within it a departure worth a look.
+"""
+
+
+Tone = Literal["plain", "good", "warning", "bad"]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One statement and how it is to be taken. The text is free of control characters, but is not escaped for markup."""
+
+    text: str
+    tone: Tone = "plain"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Known:
+    """A number as sentences have it: its value and the ends of its 95% interval, None where it has no error."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def holds_zero(self) -> bool | None:
+        """Whether the interval holds 0; None without one."""
+        return None if self.low is None or self.high is None else self.low <= 0.0 <= self.high
+
+    @property
+    def smallest(self) -> float:
+        """The least that |value| may be: 0 where the interval holds 0, and where there is none."""
+        if self.low is None or self.high is None or self.low <= 0.0 <= self.high:
+            return 0.0
+        return min(abs(self.low), abs(self.high))
+
+    @property
+    def largest(self) -> float:
+        """The most that |value| may be; without an interval nothing bounds it."""
+        if self.low is None or self.high is None:
+            return math.inf
+        return max(abs(self.low), abs(self.high))
+
+    def text(self, plus: bool = True) -> str:
+        """``−0.27 [−0.39, −0.14]``."""
+        return with_interval(self.value, self.low, self.high, plus)
+
+
+def known(entry: object, degrees_of_freedom: float | None = None) -> Known | None:
+    """Of {"value", "standard_error", "degrees_of_freedom"} or a bare number; None where there is no value.
+
+    degrees_of_freedom: where the entry does not say, as those of older folders; None: as many as it takes.
+    """
+    value, error = value_and_error(entry)
+    if value is None:
+        return None
+    if error is None:
+        return Known(value)
+    return Known(value, *interval(value, error, freedom_of(entry, degrees_of_freedom)))
+
+
+def freedom_of(entry: object, otherwise: float | None = None) -> float:
+    """The degrees of freedom that the entry names, else those given, else infinitely many."""
+    own = as_number(entry.get("degrees_of_freedom")) if isinstance(entry, Mapping) else None
+    return own if own is not None else math.inf if otherwise is None else otherwise
+
+
+def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
+    """Of every error in summary.json that is a jackknife over its evaluation prompts; None where their number is not stored."""
+    prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
+    return None if prompts is None else max(1.0, prompts - 1)
+
+
+def change_word(change: Known) -> str:
+    """What a quantity did: fell, rose, or no change seen. A change without an error is no evidence of either."""
+    if change.holds_zero is not False:
+        return NO_CHANGE
+    return FELL if change.value < 0 else ROSE
+
+
+def told_from_zero_words(found: Known) -> str:
+    """Empty where 0 lies outside the interval, else the warning to add."""
+    return "" if found.holds_zero is False else NOT_FROM_ZERO
+
+
+def agreement_word(compared: Agreement, measured: float | None) -> str:
+    """Of prediction and measurement: agree, cannot be told apart, do NOT agree."""
+    if not compared.agrees:
+        return DISAGREE
+    return AGREE if measured and room_for_a_gap(compared, measured) <= CLOSE else ALIKE
+
+
+def room_for_a_gap(compared: Agreement, measured: float) -> float:
+    """The largest gap in the interval of the difference, as a part of what was measured."""
+    return max(abs(compared.low), abs(compared.high)) / abs(measured)
+
+
+def agreement_sentence(compared: Agreement, measured: float) -> str:
+    """With the interval of the difference, and how large a gap it leaves room for."""
+    gap = Known(compared.difference, compared.low, compared.high).text()
+    word = agreement_word(compared, measured)
+    if word == DISAGREE:
+        size = f", {abs(compared.difference / measured):.0%} of the measured change" if measured else ""
+        return f"They {word}: they differ by {gap}{size} (p = {plain(compared.p_value, 2)})."
+    room = f", which leaves room for a gap of up to {room_for_a_gap(compared, measured):.0%}" if measured else ""
+    return f"They {word}: they differ by {gap}{room}."
+
+
+def agreement_tone(compared: Agreement, measured: float) -> Tone:
+    """Good where they agree, bad for a gap beyond CLOSE, a warning for a smaller one; plain where they cannot be told apart."""
+    word = agreement_word(compared, measured)
+    if word == DISAGREE:
+        return "bad" if abs(compared.difference) > CLOSE * abs(measured) else "warning"
+    return "good" if word == AGREE else "plain"
+
+
+def correlation_words(found: Correlation | None, pairs: int) -> str:
+    """A correlation with its interval, undetermined where that holds 0; below four pairs there is none."""
+    if found is None:
+        return f"no correlation of {counted(pairs, 'step')}"
+    text = with_interval(found.value, found.low, found.high, plus=False)
+    return f"correlation {UNDETERMINED}, {text}" if found.low <= 0.0 <= found.high else f"correlation {text}"
