@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from entropy_experiments.statistics.confidence import BRACKETS, NO_CHANGE, Known, change_word
+from entropy_experiments.statistics.confidence import BRACKETS, Known, change_word
 from entropy_experiments.text.numbers import as_number, counted, plain, series
 from rl_training.intervals import interval, welch_freedom
 
@@ -120,8 +120,7 @@ def _moved(found: Course, unit: str) -> str:
     word, size = change_word(found.change), f"{found.change.text()} {unit}".rstrip()
     means = f"{plain(found.start)} on average over {_steps(found.first)}, {plain(found.end)} over {_steps(found.last)}"
     by = "" if found.source == "sequences" else ", from the scatter of the steps"
-    seen = f"showed {word}" if word == NO_CHANGE else word
-    return f"{seen}: {means}, a change of {size} ({BRACKETS}{by})"
+    return f"{word}: {means}, a change of {size} ({BRACKETS}{by})"
 
 
 def _too_few(column: Column, unit: str) -> str:

@@ -2,7 +2,7 @@
 
     evidence                                                     words
     a change whose 95% interval lies below 0, above it           fell, rose
-    ... holds 0                                                  no change seen
+    ... holds 0                                                  showed no clear change
     a difference whose interval holds 0                          cannot be told apart
     ... and lies within CLOSE of what was measured               agree
     ... does not hold 0                                          do NOT agree
@@ -28,7 +28,7 @@ from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain, value_and_error, with_interval
 from rl_training.intervals import interval
 
-FELL, ROSE, NO_CHANGE = "fell", "rose", "no change seen"
+FELL, ROSE, NO_CHANGE = "fell", "rose", "showed no clear change"
 AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be told apart"
 NOT_FROM_ZERO = "cannot be told from 0"
 UNTOLD = "cannot be said"
@@ -113,7 +113,7 @@ def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
 
 
 def change_word(change: Known) -> str:
-    """What a quantity did: fell, rose, or no change seen. A change without an error is no evidence of either."""
+    """What a quantity did: fell, rose, or showed no clear change. A change without an error is no evidence of either."""
     if change.holds_zero is not False:
         return NO_CHANGE
     return FELL if change.value < 0 else ROSE

@@ -35,7 +35,7 @@ def words(history):
 def test_entropy_is_that_of_unfiltered_sequences_and_a_noisy_pair_of_ends_is_no_fall():
     """The log of the filtered buffer falls from 2.0 to 0.5, by 75%; what the probe watched does not move beyond its error."""
     (text,) = words(probed([1.9, 1.6, 1.8, 1.7, 1.9, 1.6], error=0.2))
-    assert "showed no change seen" in text
+    assert "showed no clear change" in text
     assert "fell" not in text and "75%" not in text and "2 " not in text.split("nats")[0]
     assert "drawn before any was left out" in text
 
@@ -66,7 +66,11 @@ def test_nothing_is_said_of_fewer_than_six_steps(count):
 def test_logs_without_errors_take_the_scatter_of_the_steps():
     history = [{"step": k, "entropy": h} for k, h in enumerate([2.0, 1.0, 1.5, 1.4, 1.6, 1.2, 1.0, 1.9, 1.1])]
     (text,) = words(history)
-    assert "no change seen" in text and "from the scatter of the steps" in text and "as the trainer logged it" in text
+    assert (
+        "showed no clear change" in text
+        and "from the scatter of the steps" in text
+        and "as the trainer logged it" in text
+    )
     first, last = [2.0, 1.0, 1.5], [1.0, 1.9, 1.1]
     expected = stats.ttest_ind(last, first, equal_var=False).confidence_interval()
     found = course(entropy_column(history)).change
@@ -84,7 +88,7 @@ def test_reward_has_an_error_and_the_name_of_all_prompts_before_that_of_the_firs
     assert column.values.tolist() == [0.2, 0.2, 0.3, 0.2, 0.3, 0.33] and column.errors.tolist() == [0.13] * 6
     history = [row | {"entropy": 1.0} for row in history]
     text = words(history)[1]
-    assert "mean reward" in text and "no change seen" in text and "a change of +0.12 [−0.1" in text
+    assert "mean reward" in text and "showed no clear change" in text and "a change of +0.11 [−0.1" in text
 
 
 def changes(predicted, measured, deviations=None, low_ess=(), error=0.1):

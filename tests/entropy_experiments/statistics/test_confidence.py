@@ -1,0 +1,77 @@
+"""One module keeps the words of claims: the guide has the same list, and no other module uses them by itself."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entropy_experiments.statistics.agreement import paired_agreement
+from entropy_experiments.statistics.confidence import (
+    AGREE,
+    ALIKE,
+    DISAGREE,
+    FELL,
+    NO_CHANGE,
+    NOT_FROM_ZERO,
+    ROSE,
+    UNDETERMINED,
+    UNTOLD,
+    Known,
+    agreement_sentence,
+    change_word,
+    correlation_words,
+    known,
+)
+from entropy_experiments.statistics.correlation import correlation
+
+ROOT = Path(__file__).resolve().parents[3]
+WORDS = (FELL, ROSE, NO_CHANGE, AGREE, DISAGREE, ALIKE, NOT_FROM_ZERO, UNDETERMINED, UNTOLD)
+DIFFERENCES = np.tile([1.0, -1.0], 16) / np.sqrt(31)  # left-out values of a jackknife error of 1
+
+
+def test_the_guide_has_every_word():
+    table = (ROOT / "docs/guides/reading-a-verdict.md").read_text(encoding="utf-8")
+    for word in WORDS:
+        assert f"**{word}**" in table, word
+
+
+@pytest.mark.parametrize(
+    ("entry", "word"),
+    [
+        ({"value": -0.5, "standard_error": 0.2, "degrees_of_freedom": 60}, FELL),
+        ({"value": 0.5, "standard_error": 0.2, "degrees_of_freedom": 60}, ROSE),
+        (
+            {"value": -0.5, "standard_error": 0.2, "degrees_of_freedom": 3},
+            NO_CHANGE,
+        ),  # 3.18 errors reach further than 2
+        ({"value": -0.5, "standard_error": 0.4, "degrees_of_freedom": 60}, NO_CHANGE),
+        ({"value": -0.5}, NO_CHANGE),
+    ],
+)
+def test_a_change_is_one_where_its_interval_says_so(entry, word):
+    assert change_word(known(entry)) == word
+
+
+def test_a_prompt_count_stands_in_where_a_number_has_no_degrees_of_freedom():
+    entry = {"value": 1.0, "standard_error": 0.4}
+    assert known(entry, 3).holds_zero and not known(entry, math.inf).holds_zero
+
+
+@pytest.mark.parametrize(("gap", "error", "word"), [(0.01, 0.03, AGREE), (0.01, 0.3, ALIKE), (0.2, 0.03, DISAGREE)])
+def test_agreement_needs_a_narrow_interval(gap, error, word):
+    text = agreement_sentence(paired_agreement(gap, error * DIFFERENCES), -1.0)
+    assert text.startswith(f"They {word}: they differ by +0.") and "[" in text
+
+
+def test_correlations():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=40)
+    assert correlation_words(correlation(x, x + 0.1 * rng.normal(size=40)), 40).startswith("correlation 0.99")
+    assert correlation_words(correlation(x, rng.normal(size=40)), 40).startswith("correlation undetermined, ")
+    assert correlation_words(None, 2) == "no correlation of 2 steps"
+
+
+def test_intervals_are_cut_at_what_they_know():
+    assert Known(-0.26512, -0.38999, -0.14011).text() == "−0.27 [−0.39, −0.14]"
+    assert Known(1.0).text() == "+1.00 (no interval)" and Known(0.0, 0.0, 0.0).text() == "0 (exact)"
