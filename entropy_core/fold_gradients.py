@@ -127,17 +127,19 @@ def fold_gradients(
     folds: int = 8,
     sharing: WorkSharing | None = None,
     rows: FoldRows | None = None,
+    with_variances: bool = False,
 ) -> tuple[list[FoldGradients], TokenStatistics]:
     """One FoldGradients for each objective and the batch's token statistics, from one forward pass and a backward pass each.
 
     objectives: from the statistics of the whole batch to coefficients whose *mean over sequences* is meant
     (entropy_core.entropy). buckets: how rows are laid out (length_buckets, or shared_prefix_buckets). folds: at most as many
     as there are prompts are used; below 2 there is no error. rows: what is known of this model's rows, for several calls;
-    afterwards `rows.failure` says why plain passes over each fold were made, if they were.
+    afterwards `rows.failure` says why plain passes over each fold were made, if they were. with_variances: the statistics hold
+    `surprisal_variances` as well.
     (Coefficients need the whole batch's statistics, so several buckets take a forward pass for them first.)
     """
     sharing, rows = sharing or WorkSharing(), rows or FoldRows()
-    work = _Work(model, trainable_parameters(model), batch, objectives, sharing)
+    work = _Work(model, trainable_parameters(model), batch, objectives, sharing, with_variances)
     count = max(1, min(folds, len(batch.prompt_index.unique())))
     fold_of = fold_of_sequences(batch.prompt_index, count)
     whole = _own_buckets(batch, buckets, sharing)
@@ -165,14 +167,16 @@ class _Work:
     batch: SequenceBatch
     objectives: Objectives
     sharing: WorkSharing
+    with_variances: bool
 
     def forward(self, bucket: Bucket, rows: bool) -> _Forward:
-        return _Forward(self.model, self.parameters, self.batch, bucket, rows)
+        return _Forward(self.model, self.parameters, self.batch, bucket, rows, self.with_variances)
 
     def statistics(self, kept: Sequence[_Forward], pieces: Sequence[Bucket]) -> TokenStatistics:
         """Of the whole batch, out of passes that were made already where there are some."""
-        own = _together([f.statistics() for f in kept]) if kept else _statistics(self.model, self.batch, pieces)
-        return _summed(own, self.sharing)
+        if kept:
+            return _summed(_together([f.statistics() for f in kept]), self.sharing)
+        return _summed(_statistics(self.model, self.batch, pieces, self.with_variances), self.sharing)
 
     def coefficients(self, statistics: TokenStatistics) -> list[TokenCoefficients]:
         return [c.scaled(1.0 / len(self.batch)) for c in self.objectives(statistics)]
@@ -242,11 +246,15 @@ def _pieces_of_folds(
 
 
 def shared_statistics(
-    model: nn.Module, batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing | None = None
+    model: nn.Module,
+    batch: SequenceBatch,
+    buckets: Buckets,
+    sharing: WorkSharing | None = None,
+    with_variances: bool = False,
 ) -> TokenStatistics:
     """Token statistics of the whole batch, without gradients, each process computing some of its prompts."""
     sharing = sharing or WorkSharing()
-    return _summed(_statistics(model, batch, _own_buckets(batch, buckets, sharing)), sharing)
+    return _summed(_statistics(model, batch, _own_buckets(batch, buckets, sharing), with_variances), sharing)
 
 
 def _own_buckets(batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing) -> list[Bucket]:
@@ -262,56 +270,66 @@ def _placed(pieces: Sequence[Bucket], chosen: Tensor) -> list[Bucket]:
     return [replace(piece, indices=chosen[piece.indices], sequences=chosen[piece.sequences]) for piece in pieces]
 
 
-def _statistics(model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket]) -> TokenStatistics:
+def _statistics(
+    model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket], with_variances: bool
+) -> TokenStatistics:
     """Statistics of the tokens in these buckets, zero elsewhere."""
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    logprobs = torch.zeros(batch.input_ids.shape, dtype=dtype, device=batch.device)
-    entropies = torch.zeros_like(logprobs, dtype=torch.float64)
+    types = (dtype, torch.float64, dtype)[: 2 + with_variances]
+    full = [torch.zeros(batch.input_ids.shape, dtype=t, device=batch.device) for t in types]
     with evaluation_mode(model), torch.no_grad():
         for bucket in pieces:
-            found = completion_values(model, bucket, batch.temperature)
-            assert found.entropies is not None
-            logprobs[bucket.sequences, bucket.columns] = found.logprobs
-            entropies[bucket.sequences, bucket.columns] = found.entropies.to(entropies)
-    return TokenStatistics(logprobs, entropies)
+            found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
+            for tensor, values in zip(full, found, strict=False):
+                assert values is not None
+                tensor[bucket.sequences, bucket.columns] = values.to(tensor)
+    return TokenStatistics(*full)
 
 
 def _summed(own: TokenStatistics, sharing: WorkSharing) -> TokenStatistics:
-    return TokenStatistics(sharing.sum(own.logprobs), sharing.sum(own.entropies))
+    return TokenStatistics(*(sharing.sum(values) for values in _filled(own)))
 
 
 def _together(parts: Sequence[TokenStatistics]) -> TokenStatistics:
     """Statistics of pieces that have no sequence in common, each zero outside its own."""
-    logprobs, entropies = (torch.stack([getattr(p, n) for p in parts]).sum(0) for n in ("logprobs", "entropies"))
-    return TokenStatistics(logprobs, entropies)
+    return TokenStatistics(*(torch.stack(same).sum(0) for same in zip(*map(_filled, parts), strict=True)))
+
+
+def _filled(statistics: TokenStatistics) -> list[Tensor]:
+    found = (statistics.logprobs, statistics.entropies, statistics.surprisal_variances)
+    return [values for values in found if values is not None]
 
 
 class _Forward:
     """One bucket's forward pass with its graph, ready for backward passes into folds."""
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], batch: SequenceBatch, bucket: Bucket, rows: bool
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        batch: SequenceBatch,
+        bucket: Bucket,
+        rows: bool,
+        with_variances: bool,
     ) -> None:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
         self._taps = RowTaps(model, parameters) if rows else None
         try:
             if self._taps is not None:
                 self._taps.begin(bucket)
-            found = completion_values(model, bucket, batch.temperature)
+            found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
         finally:
             if self._taps is not None:
                 self._taps.__exit__(None, None, None)
         assert found.entropies is not None
         self._logprobs, self._entropies = found.logprobs, found.entropies
+        self._values = [v.detach() for v in found if v is not None]
 
     def statistics(self) -> TokenStatistics:
-        full = [torch.zeros(self._batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in self._values()]
-        for tensor, values in zip(full, self._values(), strict=True):
-            tensor[self._bucket.sequences, self._bucket.columns] = values.detach()
+        full = [torch.zeros(self._batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in self._values]
+        for tensor, values in zip(full, self._values, strict=True):
+            tensor[self._bucket.sequences, self._bucket.columns] = values
         return TokenStatistics(*full)
-
-    def _values(self) -> tuple[Tensor, Tensor]:
-        return self._logprobs, self._entropies
 
     def backward(
         self,

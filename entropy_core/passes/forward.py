@@ -8,6 +8,7 @@ its logits afterwards (scaling, soft-capping) still happens, on an (m, V) tensor
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -49,14 +50,21 @@ def input_device(model: nn.Module) -> torch.device:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off and gradient checkpointing idle inside; every module's training flag is restored afterwards.
 
-    Dropout would make every log-probability a random number, and the gradient that of another function.
+    Dropout would make every log-probability a random number, and the gradient that of another function. What modules keep of
+    one evaluation pass for the next is not used either: weights move in between (peft's DoRA keeps norms, where it is told to).
     """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
+    dora = sys.modules.get("peft.tuners.lora.dora")  # a model has its modules only where it is loaded
+    cached = getattr(dora, "ENABLE_DORA_CACHING", False)
+    if cached:
+        dora.__dict__["ENABLE_DORA_CACHING"] = False
     try:
         yield
     finally:
+        if cached:
+            dora.__dict__["ENABLE_DORA_CACHING"] = True
         for module in training:
             module.training = True
 

@@ -25,6 +25,7 @@ from entropy_core.passes.forward import call_model, completion_logits, output_la
 from entropy_core.passes.logits import (
     LEAST_LOGPROB,
     logprobs_and_entropies,
+    mean_square,
     precise_dot,
     precise_sum,
     surprisal_variances,
@@ -183,7 +184,7 @@ class _FrozenHead(torch.autograd.Function):
                 entropies[part] = sums.log() - mean
                 z -= mean.to(precise)[:, None]
             if with_variances:
-                variances[part] = torch.linalg.vecdot(p, z.square()) / total
+                variances[part] = mean_square(p, z) / total
             if score_rows is not None:
                 expected = (p.to(weight.dtype) @ weight) / total[:, None].to(weight.dtype)
                 score_rows[part] = (weight[chosen] - expected).div_(temperature)

@@ -70,8 +70,13 @@ def surprisal_variances(logits: Tensor, entropies: Tensor) -> Tensor:
     out = torch.empty_like(entropies)
     for part in logit_chunks(logits):
         logprobs = bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
-        out[part] = (logprobs.exp() * (logprobs + entropies[part, None]).square()).sum(1)
+        out[part] = mean_square(logprobs.exp(), logprobs + entropies[part, None])
     return out
+
+
+def mean_square(p: Tensor, values: Tensor) -> Tensor:
+    """(m,) sum_a p_a values_a^2 of (m, V)."""
+    return torch.linalg.vecdot(p, values.square())
 
 
 def precise_dot(left: Tensor, right: Tensor) -> Tensor:

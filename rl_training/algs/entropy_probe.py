@@ -29,25 +29,20 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWUpdate
-from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.batch import SequenceBatch
 from entropy_core.collectives import WorkSharing
-from entropy_core.entropy import (
-    Estimator,
-    TokenCoefficients,
-    entropy_coefficients,
-    normalized_weights,
-)
-from entropy_core.fold_gradients import Buckets, FoldGradients, fold_gradients, shared_statistics
+from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, normalized_weights
+from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_statistics
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.passes.fold_rows import FoldRows
-from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
 from entropy_core.passes.stopped_gradients import attached_norms, true_derivatives
 from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.probe.change import ESTIMANDS, EntropyChange, StepParts
 from rl_training.probe.observation import Observation
+from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.running_gradient import RunningGradient
 from rl_training.probe.score_term import FusedScore
 from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, clip_coefficient, step_shares
@@ -89,8 +84,7 @@ class SimpleEntropyProbe:
         self._gradient_tolerance = gradient_tolerance
         self._model = model
         self._sharing = sharing or WorkSharing()
-        self._share_prefixes: bool | None = None
-        self._longest_tried = 0
+        self._prefixes = PrefixSharing(model, self._sharing)
         self._rows = FoldRows()
         self._said: set[str] = set()
         self.folds = self._config.standard_error_folds
@@ -142,19 +136,26 @@ class SimpleEntropyProbe:
         return replace(change, predictors=token_predictors(seen.statistics, rollouts, advantages, 1.0))
 
     # ------------------------------------------------------------------ around a step
-    def statistics(self, batch: SequenceBatch) -> TokenStatistics:
+    def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """Token statistics under the model as it is now, e.g. to remember `scores()` of sequences it has just drawn."""
-        return shared_statistics(self._model, batch, self._buckets(batch), self._sharing)
+        return shared_statistics(self._model, batch, self._prefixes.buckets(batch), self._sharing, with_variances)
 
     def observe(
-        self, batch: SequenceBatch, drawn_scores: Tensor | None = None, prior_log_weights: Tensor | None = None
+        self,
+        batch: SequenceBatch,
+        drawn_scores: Tensor | None = None,
+        prior_log_weights: Tensor | None = None,
+        with_variances: bool = False,
     ) -> Observation:
         """Take the gradient of entropy on `batch` under the model as it is now, and watch its tokens across the next step.
 
         drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's. prior_log_weights: (N,)
-        further ones, e.g. minus the log of the probability with which a prompt was drawn. Returns what is watched.
+        further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
+        `surprisal_variances`. Returns what is watched.
         """
-        self._observation, self._newest = self._gradients(batch, drawn_scores, prior_log_weights, self._objectives())
+        self._observation, self._newest = self._gradients(
+            batch, drawn_scores, prior_log_weights, self._objectives(), with_variances
+        )
         return self._observation
 
     def before_step(
@@ -347,6 +348,7 @@ class SimpleEntropyProbe:
         drawn_scores: Tensor | None,
         prior_log_weights: Tensor | None,
         wanted: Mapping[str, tuple[Estimator, bool]],
+        with_variances: bool = False,
     ) -> tuple[Observation, dict[str, FoldGradients]]:
         log_weights: Tensor | None = None
 
@@ -361,7 +363,14 @@ class SimpleEntropyProbe:
 
         with true_derivatives(self._model), attached_norms(self._model):
             found, statistics = fold_gradients(
-                self._model, batch, objectives, self._buckets(batch), self.folds, self._sharing, self._rows
+                self._model,
+                batch,
+                objectives,
+                self._prefixes.buckets(batch),
+                self.folds,
+                self._sharing,
+                self._rows,
+                with_variances,
             )
         if self._rows.failure is not None:
             self._say_once(
@@ -374,16 +383,6 @@ class SimpleEntropyProbe:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=4)
-
-    def _buckets(self, batch: SequenceBatch) -> Buckets:
-        longest = int(batch.scored_lengths.max())
-        untried = self._share_prefixes is not False and longest > self._longest_tried
-        if untried and tells_of_sharing(batch):
-            self._longest_tried = longest
-            ours = shares_prefixes(self._model, batch)
-            self._share_prefixes = not self._sharing.any(not ours, batch.device)
-        known = self._share_prefixes and longest <= self._longest_tried
-        return shared_prefix_buckets if known else length_buckets
 
     def _change(
         self, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None

@@ -164,7 +164,8 @@ def _of_engine(trainer: Any, drawn_here: bool) -> list[Departure]:
     args, found = trainer.args, []
     if getattr(trainer, "rollout_func", None) is not None:
         name = getattr(trainer.rollout_func, "__name__", type(trainer.rollout_func).__name__)
-        found.append(Departure("rollout_func", name, _ENVIRONMENT, "mark what it adds in env_mask", tolerable=True))
+        remedy = "none is needed where it draws from that softmax, and marks what it adds with 0 in env_mask"
+        found.append(Departure("rollout_func", name, _ENVIRONMENT, remedy, tolerable=True))
     if getattr(trainer, "environment_factories", None):
         names = [str(name) for name in trainer.environment_factories if name]
         found.append(Departure("environment_factory", names, _ENVIRONMENT, "none is needed", tolerable=True))

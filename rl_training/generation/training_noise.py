@@ -25,23 +25,28 @@ _NOISE = re.compile(
 # Mean change of a logit, in standard deviations of the logits, that is taken for rounding.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_PRECISION = 3e-2
+_COPIES = 4  # layers that are left out at random are left out of a sequence each
 
 
 def training_noise(model: nn.Module) -> list[str]:
-    """What is known to make `model` another function in training mode than in evaluation mode, e.g. `router_jitter_noise=0.1`.
+    """What is known to make `model` another function in training mode than in evaluation mode.
 
-    One entry for each kind, in words; empty where nothing known is there (see `train_mode_change` for the rest).
+    One entry for each kind, in words, e.g. `dropout=0.1 (28 modules, e.g. model.layers.0.mlp.down_proj.lora_dropout.default)`;
+    empty where nothing known is there (see `train_mode_change` for the rest).
     """
-    found: dict[str, None] = {}
+    places: dict[str, list[str]] = {}
     for name, module in model.named_modules():
+        where = name or type(module).__name__
         if isinstance(module, nn.RReLU):
-            found[f"a randomised ReLU ({_short(name)})"] = None
+            places.setdefault("a randomised ReLU", []).append(where)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            found[f"{type(module).__name__}, which normalises by the batch ({_short(name)})"] = None
+            places.setdefault(f"{type(module).__name__}, which normalises by the batch", []).append(where)
         for key, value in _noisy_attributes(module):
-            shown = "dropout" if key == "p" else key
-            found[f"{shown}={value:g} ({_short(name) or type(module).__name__})"] = None
-    return list(found)
+            places.setdefault(f"{'dropout' if key == 'p' else key}={value:g}", []).append(where)
+    return [
+        f"{kind} ({found[0] if len(found) == 1 else f'{len(found)} modules, e.g. {found[0]}'})"
+        for kind, found in places.items()
+    ]
 
 
 def silence_training_noise(model: nn.Module) -> list[str]:
@@ -55,22 +60,23 @@ def silence_training_noise(model: nn.Module) -> list[str]:
     return [entry for entry in before if entry not in left]
 
 
-def train_mode_change(model: nn.Module, token_ids: Sequence[Sequence[int]]) -> float:
+def train_mode_change(model: nn.Module, token_ids: Sequence[int]) -> float:
     """How far logits in training mode lie from those in evaluation mode and from one another, at most; 0 within rounding.
 
-    Mean absolute change of a logit in standard deviations of the logits. token_ids: a few sequences of one length. Random
-    streams, buffers (running statistics) and every module's mode are left as they were.
+    Mean absolute change of a logit in standard deviations of the logits. token_ids: one sequence, which passes once in
+    evaluation mode and in a batch of `_COPIES` equal ones, twice, in training mode. Random streams, buffers (running
+    statistics) and every module's mode are left as they were.
     """
-    ids = torch.tensor([list(row) for row in token_ids], device=input_device(model))
+    alone = torch.tensor([list(token_ids)], device=input_device(model))
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         try:
             with evaluation_mode(model):
-                expected = _logits(model, ids)
+                expected = _logits(model, alone)
             model.train()
-            passes = [_logits(model, ids) for _ in range(2)]
+            passes = [_logits(model, alone.repeat(_COPIES, 1)) for _ in range(2)]
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -97,11 +103,6 @@ def _noisy_attributes(module: nn.Module) -> list[tuple[str, float]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(name: str) -> str:
-    """A module's name with its layers' numbers left out, so that equal layers are one entry."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
-        self._sampler = SamplerWatch(trainer, self._sharing)
+        self._sampler = SamplerWatch(trainer)
         self._sequences = WatchedSequences(trainer, config, self._law, self._probe)
         self._generated = GeneratedSequences(trainer)
         self._carried: list[RolloutSequence] = []
@@ -183,8 +183,8 @@ class EntropyProbeCallback(TrainerCallback):
         # First of all: the hooks must not see the probe's own passes.
         score = self._fused.take() if self._fused is not None and self._probing else None
         generated, trained = self._rollouts.take()
-        if self._probing or config.rollouts == "previous_step":
-            self._sampler.look(self._model, generated, self._law)
+        if config.rollouts != "current":  # what the probe watches says nothing of how this step's were drawn
+            self._sampler.look(generated, self._law, self._probe.statistics)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         wanted = self._probing and self._probed % config.refresh_every == 0
         self._trained, self._splits = trained, {}
@@ -195,7 +195,10 @@ class EntropyProbeCallback(TrainerCallback):
         if watched.sequences:
             batch = to_batch(watched.sequences, self._law).to(self._trainer.accelerator.device)
             prior = _on(batch.device, prior_log_weights(watched.sequences))
-            seen = self._probe.observe(batch, _on(batch.device, watched.drawn), prior)
+            drawn_now = config.rollouts == "current" and watched.drawn is None and self._sampler.wanted
+            seen = self._probe.observe(batch, _on(batch.device, watched.drawn), prior, drawn_now)
+            if drawn_now:
+                self._sampler.take(seen.statistics, seen.batch)
             scores, self._splits = seen.statistics.scores(), entropy_by_ending(seen, self._law.eos_token_ids)
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)

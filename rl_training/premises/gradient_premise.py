@@ -34,6 +34,9 @@ from rl_training.premises.loss_terms import ENTROPY, KL, ROUTER, further_terms, 
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
+NOISE, PADDING = "noise", "padding"
+"""Causes that are looked for when training begins as well (rl_training.premises.law_check)."""
+
 
 @dataclass(frozen=True)
 class GradientCheck:
@@ -42,7 +45,8 @@ class GradientCheck:
     step: the optimizer step, counted from 1. relative_error: |g - rebuilt| / |g| over all trainable parameters.
     logprob_difference: |difference| of a token's log-probability between the trainer's forward pass and ours, nats, the mean
     over a sequence's tokens, the largest of all sequences.
-    trouble: what is wrong, None where the premise holds. made: whether the check could be made.
+    trouble: what is wrong, None where the premise holds. made: whether the check could be made. cause: NOISE or PADDING where
+    that is it.
     """
 
     step: int
@@ -52,6 +56,7 @@ class GradientCheck:
     logprob_tolerance: float
     trouble: str | None = None
     made: bool = True
+    cause: str | None = None
 
     @property
     def held(self) -> bool:
@@ -66,6 +71,8 @@ class GradientPremise:
 
     def __init__(self, trainer: Any) -> None:
         self.check: GradientCheck | None = None
+        self.told: set[str] = set()
+        """Causes that somebody has warned of already."""
         self._trainer = trainer
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._found: GradientCheck | None = None
@@ -171,23 +178,30 @@ class GradientPremise:
         step, error = self._trainer.state.global_step + 1, _norm(left.values()) / size
         found = GradientCheck(step, error, allowed.gradient, difference, allowed.logprob)
         if not difference <= allowed.logprob:
-            found = replace(found, trouble=self._forward_trouble(readings, difference, by_padding, allowed.precision))
+            trouble, cause = self._forward_trouble(readings, difference, by_padding, allowed.precision)
+            found = replace(found, trouble=trouble, cause=cause)
         elif not found.relative_error <= allowed.gradient:
-            found = replace(found, trouble=self._loss_trouble(readings, left, found.relative_error))
+            trouble, cause = self._loss_trouble(readings, left, found.relative_error)
+            found = replace(found, trouble=trouble, cause=cause)
         self._found = found
 
     # ------------------------------------------------------------------ what it may be
     def _forward_trouble(
         self, readings: Sequence[LossReading], difference: float, by_padding: tuple[float, float], precision: str
-    ) -> str:
+    ) -> tuple[str, str | None]:
         padded, unpadded = by_padding
+        cause = None
         extra = sorted({name for r in readings for name in r.inputs})
         noise = train_mode_noise(self._model)
         if extra:
             why = f"the model is given more than tokens ({', '.join(extra)}), which is not passed on here"
         elif noise or any(r.drew_random for r in readings):
-            why = f"its forward pass draws random numbers in training mode ({', '.join(noise) or 'noise'})"
+            why, cause = (
+                f"its forward pass draws random numbers in training mode ({', '.join(noise) or 'noise'})",
+                NOISE,
+            )
         elif padded > 10 * unpadded:
+            cause = PADDING
             why = (
                 "only prompts with padding before them differ: the model counts positions through the padding, for the trainer "
                 "passes it no position_ids; use prompts of one length, per_device_train_batch_size=1, or a model with rotary "
@@ -198,26 +212,28 @@ class GradientPremise:
         return (
             f"the trainer's forward pass is not the policy's: log-probabilities of its own sequences differ by "
             f"{difference:.2g} nats a token; {why}"
-        )
+        ), cause
 
-    def _loss_trouble(self, readings: Sequence[LossReading], left: Mapping[str, Tensor], error: float) -> str:
+    def _loss_trouble(
+        self, readings: Sequence[LossReading], left: Mapping[str, Tensor], error: float
+    ) -> tuple[str, str | None]:
         if any(r.to_auxiliary for r in readings):
             term = next((t for t in further_terms(self._trainer) if t.startswith(ROUTER)), ROUTER)
-            return f"the loss holds {term}, which makes {error:.1%} of its gradient; {remedy(ROUTER)}"
+            return f"the loss holds {term}, which makes {error:.1%} of its gradient; {remedy(ROUTER)}", None
         if any(r.drew_random for r in readings):
             # An adapter that starts at zero leaves log-probabilities alone whatever is dropped of its input.
             noise = ", ".join(train_mode_noise(self._model)) or "noise"
             return (
                 f"{error:.1%} of the gradient is not the policy's: the trainer's forward pass draws random numbers in training "
                 f"mode ({noise})"
-            )
+            ), NOISE
         worst = max(left, key=lambda name: _norm([left[name]]))
         if _has_hooks(trainable_parameters(self._model)[worst]):
-            return f"a gradient hook changes the gradient of {worst!r} ({error:.1%} of all); remove it"
+            return f"a gradient hook changes the gradient of {worst!r} ({error:.1%} of all); remove it", None
         return (
             f"{error:.1%} of the gradient comes from no log-probability of the step's sequences (most of it in {worst!r}): "
             "compute_loss adds a term of its own, or gradients are changed after the backward pass"
-        )
+        ), None
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -234,8 +250,8 @@ def _rebuild(
     total: dict[str, Tensor] = {}
     gaps, paddings = [], []
     for reading in readings:
-        # Sequences whose completion the trainer masks out are not in its forward pass.
-        kept = reading.completion_mask.any(1)
+        # Sequences whose completion the trainer masks out are not in its forward pass; those without weight add nothing.
+        kept = reading.completion_mask.any(1) & _weighted(reading)
         if not bool(kept.any()):
             continue
         batch, width = _batch(reading, kept, temperature), reading.logprobs.shape[1]
@@ -264,6 +280,13 @@ def _rebuild(
     gap, padding = torch.cat(gaps), torch.cat(paddings)
     ends = (float(gap[padding == padding.max()].max()), float(gap[padding == padding.min()].max()))
     return total, float(gap.max()), ends if int(padding.max()) > int(padding.min()) else (0.0, 0.0)
+
+
+def _weighted(reading: LossReading) -> Tensor:
+    """(n,) bool: sequences to whose tokens the loss sent anything; all where it sent nothing to any."""
+    sent = [t for t in (reading.to_logprobs, reading.to_entropies) if t is not None]
+    some = torch.stack([(t != 0).any(1) for t in sent]).any(0) if sent else torch.zeros(len(reading.input_ids)).bool()
+    return some.to(reading.input_ids.device) | ~some.any().to(reading.input_ids.device)
 
 
 def _batch(reading: LossReading, kept: Tensor, temperature: float) -> SequenceBatch:

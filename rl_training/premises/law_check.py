@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from rl_training.errors import UserError
 from rl_training.generation.description import SamplingDescription, describe_sampling
 from rl_training.generation.training_noise import silence_training_noise, train_mode_change, training_noise
+from rl_training.premises.batch_dependence import LongestSequence
 from rl_training.premises.full_precision import without_autocast
-from rl_training.premises.gradient_premise import is_sharded
+from rl_training.premises.gradient_premise import NOISE, PADDING, GradientPremise, is_sharded
 from rl_training.premises.loss_reading import LossReader
 from rl_training.prompts.chat_prompts import first_difference, tokenize_prompts
 from rl_training.prompts.left_padding import PaddingEffect, pass_positions, positions_matter
@@ -24,6 +25,15 @@ from rl_training.prompts.text_tokenizer import text_tokenizer
 
 _TEXT = "One and two are three; 4 + 5 = 9, and 12 - 7 is 5."
 _PROMPTS_COMPARED = 8
+_TOKENS = 10
+_SHORTER = (
+    "keep prompts and completions within the context that is not extended (max_position_embeddings, or rope_parameters' "
+    "original_max_position_embeddings), or take a scaling that does not depend on length (linear, yarn, llama3)"
+)
+_UNMARKED = (
+    "rollout_func returned no env_mask: every token of its completions is taken for drawn by the policy; where it writes some "
+    "itself, return env_mask, a list of 0 and 1 for each completion, with 0 on these"
+)
 _SHARDED = "the model is sharded over processes: whether training mode or left padding changes it was not checked"
 
 
@@ -36,11 +46,26 @@ def padding_effect(trainer: Any) -> PaddingEffect:
         )
 
 
+def longest_sequence(trainer: Any) -> LongestSequence:
+    """Begins to watch whether the longest sequence of a batch changes the others; see rl_training.premises.batch_dependence."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with without_autocast(model):
+        return LongestSequence(model, _some_tokens(trainer))
+
+
+def longest_finding(trainer: Any, watch: LongestSequence | None, length: int) -> str | None:
+    """Of batches of `length` tokens, padding included; None where there is nothing to watch."""
+    if watch is None:
+        return None
+    with without_autocast(trainer.accelerator.unwrap_model(trainer.model)):
+        return watch.finding(length)
+
+
 def train_mode_finding(trainer: Any) -> str | None:
     """What training mode changes, by name where it is known, or None: two passes in training mode against one without."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     with without_autocast(model):
-        change = train_mode_change(model, [_some_tokens(trainer)] * 4)
+        change = train_mode_change(model, _some_tokens(trainer))
     named = training_noise(model)
     if alpha := getattr(trainer, "neftune_noise_alpha", None):
         named.insert(0, f"neftune_noise_alpha={alpha:g}")
@@ -82,7 +107,8 @@ class LawKeeper(TrainerCallback):
         self._trainer = trainer
         self._unpaddable: str | None = None
         self._positions: Any = None
-        self._prompts_seen = False
+        self._longest: LongestSequence | None = None
+        self._prompts_seen = self._masks_seen = False
         self._told: set[str] = set()
         silence_training_noise(trainer.accelerator.unwrap_model(trainer.model))
         self.description = self._held()
@@ -100,6 +126,7 @@ class LawKeeper(TrainerCallback):
             self._positions = pass_positions(model)
         name = type(_base(model)).__name__
         self._unpaddable = effect.sentence(name) if effect.kind == "always" else None
+        self._longest = longest_sequence(self._trainer)
 
     def check_round(self, rows: Sequence[dict[str, Any]], output: dict[str, Any]) -> None:
         """Of a round of generation: its prompts' tokens (the first time), and whether padding can be borne."""
@@ -107,7 +134,15 @@ class LawKeeper(TrainerCallback):
             raise UserError(
                 f"{self._unpaddable}; passing positions does not help: train on prompts of one length in tokens, or another model"
             )
-        if self._prompts_seen or getattr(self._trainer, "rollout_func", None) is not None:
+        length = output["prompt_ids"].shape[1] + output["completion_ids"].shape[1]
+        if (found := longest_finding(self._trainer, self._longest, length)) is not None:
+            raise UserError(f"{found}; {_SHORTER}")
+        if getattr(self._trainer, "rollout_func", None) is not None:
+            if not self._masks_seen and "tool_mask" not in output:
+                warnings.warn(_UNMARKED, UserWarning, stacklevel=3)
+            self._masks_seen = True
+            return
+        if self._prompts_seen:
             return
         self._prompts_seen = True
         ids = [row[mask.bool()].tolist() for row, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
@@ -130,15 +165,23 @@ class LawKeeper(TrainerCallback):
 
 
 class LawWatcher(TrainerCallback):
-    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's. Stops nothing."""
+    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's. Stops nothing.
+
+    In a trainer of ours, whose LawKeeper warns and refuses by itself, it is silent.
+    """
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
         self._trainer, self._told = trainer, set()
         self._of_padding: str | None = None
+        self._longest: LongestSequence | None = None
+        self._masks_seen = False
         self._reader = LossReader.of(trainer)
+        self._kept = any(isinstance(callback, LawKeeper) for callback in trainer.callback_handler.callbacks)
         self._tell([departure.sentence() for departure in description.departures])
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
+        if self._kept:
+            return
         try:
             found = [departure.sentence() for departure in describe_sampling(self._trainer).departures]
             found += [_SHARDED] if is_sharded(self._trainer) else self._of_the_model()
@@ -149,10 +192,10 @@ class LawWatcher(TrainerCallback):
         self._tell(found)
 
     def _of_the_model(self) -> list[str]:
-        if any(isinstance(callback, LawKeeper) for callback in self._trainer.callback_handler.callbacks):
-            return []  # the trainer looks itself, and refuses
         found = []
+        self._longest = longest_sequence(self._trainer)
         if (noise := train_mode_finding(self._trainer)) is not None:
+            GradientPremise.of(self._trainer).told.add(NOISE)
             found.append(
                 f"{noise}: TRL draws completions and takes the loss with that noise, while predicted and measured changes are "
                 "those of the model without; shares of the step and `fused` do not hold; set it to 0"
@@ -171,14 +214,24 @@ class LawWatcher(TrainerCallback):
         return found
 
     def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
-        """What padding would change is said once there is some: prompts of one length have none."""
+        """What only a step's own sequences show: padding is said once there is some, prompts of one length have none."""
         if self._of_padding is not None and (self._reader is None or self._reader.pads_prompts()):
+            GradientPremise.of(self._trainer).told.add(PADDING)
             self._tell([self._of_padding])
             self._of_padding = None
+        length = 0 if self._reader is None else self._reader.longest()
+        if (found := longest_finding(self._trainer, self._longest, length)) is not None:
+            self._longest = None
+            self._tell([f"{found}; numbers of such steps are those of neither; {_SHORTER}"])
+        kept = getattr(self._trainer, "_buffered_inputs", None)
+        if not self._masks_seen and kept and isinstance(kept[0], dict):
+            self._masks_seen = True
+            if getattr(self._trainer, "rollout_func", None) is not None and "tool_mask" not in kept[0]:
+                self._tell([_UNMARKED])
 
     def _tell(self, found: Sequence[str]) -> None:
         for sentence in found:
-            if sentence not in self._told:
+            if sentence not in self._told and not self._kept:
                 self._told.add(sentence)
                 warnings.warn(f"entropy probe: {sentence}", UserWarning, stacklevel=3)
 
@@ -219,4 +272,4 @@ def _base(model: Any) -> Any:
 def _some_tokens(trainer: Any) -> list[int]:
     size = _base(trainer.accelerator.unwrap_model(trainer.model)).config.get_text_config().vocab_size
     ids = [int(i) % size for i in text_tokenizer(trainer.processing_class)(text=_TEXT)["input_ids"]]
-    return ids[:24] or [0]
+    return ids[:_TOKENS] or [0]

@@ -103,6 +103,10 @@ class LossReader:
         readings = [reading for micro in self.micro_batches for reading in micro]
         return not readings or any(bool((r.attention_mask[:, 0] == 0).any()) for r in readings)
 
+    def longest(self) -> int:
+        """Tokens of the step's longest sequence so far, padding included; 0 where no loss was read."""
+        return max((r.input_ids.shape[1] for micro in self.micro_batches for r in micro), default=0)
+
     def _scale(self) -> float:
         """What the gradients of this process are multiplied by, against the mean over processes that the optimizer takes."""
         accelerator = self._trainer.accelerator

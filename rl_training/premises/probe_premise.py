@@ -47,6 +47,8 @@ class ProbePremise:
         if self._said or check is None or (check.made and trouble is None):
             return
         self._said = True
+        if check.cause in self._premise.told:
+            return
         if not check.made:
             said = f"it was not checked that the step's gradient is what the sequences' weights say: {check.trouble}"
         elif check.trouble is not None and check.logprob_difference > check.logprob_tolerance:

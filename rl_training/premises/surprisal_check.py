@@ -18,23 +18,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
-from entropy_core.passes.forward import input_device
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.scores import TokenStatistics
 from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
 from rl_training.sampling import SamplingLaw
 
 FALSE_ALARMS = 5e-4
 _TIGHTEST = 30.0
-_SEQUENCES = 16
+_SEQUENCES, _PER_PROMPT = 16, 4
+# Between one pass of its own and the next the number of steps grows by this factor.
+_LOOK_EVERY = 4
 
 
 @dataclass
@@ -93,14 +92,16 @@ def surprisal_sums(statistics: TokenStatistics, batch: SequenceBatch) -> torch.T
 class SamplerWatch:
     """Runs the check on a trainer's own rollouts, and warns once.
 
-    A forward pass over at most `_SEQUENCES` sequences at the first, second, fourth, eighth ... step at which today's policy
-    drew what is trained on: what a sampler does it does from the start, and a step in 20 costs little.
+    Where the probe computes statistics of sequences that today's policy has just drawn, `take` uses these: every such step is
+    looked at, for one more sum over the vocabulary. Where it watches other sequences (held-out ones, those of the step
+    before), `look` makes a forward pass of its own at the first, fourth, sixteenth ... step: what a sampler does it does from
+    the start.
     """
 
-    def __init__(self, trainer: Any, sharing: WorkSharing) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.check = SurprisalCheck()
-        self._trainer, self._sharing = trainer, sharing
-        self._steps = 0
+        self._trainer = trainer
+        self._steps, self._next = 0, 1
         self._drawn_now = self._warned = False
 
     def step_begins(self) -> None:
@@ -109,22 +110,45 @@ class SamplerWatch:
         every = int(getattr(args, "steps_per_generation", 1) or 1) * int(getattr(args, "num_iterations", 1) or 1)
         self._drawn_now = getattr(self._trainer, "_step", 0) % every == 0
 
-    def look(self, model: nn.Module, generated: Sequence[RolloutSequence], law: SamplingLaw) -> None:
-        """generated: the step's sequences before any was rejected, of all processes, the same list in each."""
-        if self._warned or not self._drawn_now or not generated:
+    @property
+    def wanted(self) -> bool:
+        """Whether statistics of what this step drew, with their variances, would be looked at."""
+        return self._drawn_now and not self._warned
+
+    def take(self, statistics: TokenStatistics, batch: SequenceBatch) -> None:
+        """statistics: of sequences that today's policy drew in this step, chosen without a look at them; the same in every
+        process.
+        """
+        if not self.wanted:
             return
-        self._steps += 1
-        if self._steps & (self._steps - 1):
-            return
-        # Every k-th, so that several prompts are among them; which ones has nothing to do with what was drawn.
-        chosen = list(generated[:: max(1, len(generated) // _SEQUENCES)][:_SEQUENCES])
-        mine = chosen[self._sharing.rank :: self._sharing.size]
-        sums = torch.zeros(3, dtype=torch.float64, device=input_device(model))
-        if mine:
-            batch = to_batch(mine, law).to(sums.device)
-            sums = surprisal_sums(token_statistics(model, batch, with_variances=True), batch)
-        difference, variance, tokens = self._sharing.sum(sums).tolist()
+        difference, variance, tokens = surprisal_sums(statistics, batch).tolist()
         self.check.add(difference, variance, int(tokens))
         if self.check.alarmed:
             self._warned = True
             warnings.warn(f"entropy probe: {self.check.sentence()}", UserWarning, stacklevel=2)
+
+    def look(
+        self, generated: Sequence[RolloutSequence], law: SamplingLaw, statistics: Callable[..., TokenStatistics]
+    ) -> None:
+        """generated: the step's sequences before any was rejected, of all processes, the same list in each.
+        statistics: `SimpleEntropyProbe.statistics`.
+        """
+        if not (self.wanted and generated):
+            return
+        self._steps += 1
+        if self._steps < self._next:
+            return
+        self._next *= _LOOK_EVERY
+        batch = to_batch(_some(generated), law).to(self._trainer.accelerator.device)
+        self.take(statistics(batch, with_variances=True), batch)
+
+
+def _some(generated: Sequence[RolloutSequence]) -> list[RolloutSequence]:
+    """At most `_SEQUENCES`, up to `_PER_PROMPT` of a prompt, whose tokens pass through the model once. Which ones has nothing
+    to do with what was drawn.
+    """
+    by_prompt: dict[tuple[int, ...], list[RolloutSequence]] = {}
+    for sequence in generated:
+        by_prompt.setdefault(sequence.prompt_ids, []).append(sequence)
+    each = max(_PER_PROMPT, -(-_SEQUENCES // len(by_prompt)))
+    return [s for members in by_prompt.values() for s in members[:each]][:_SEQUENCES]

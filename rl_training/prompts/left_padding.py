@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from entropy_core.passes.forward import evaluation_mode, innermost_model, input_device
 
-_LONGEST, _PADDING = 24, 8
+_LONGEST, _PADDING = 12, 8
 
 # Mean change of a logit, in standard deviations of the logits, that is taken for rounding. Wrong positions make 0.05 to 1.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -49,7 +49,7 @@ class PaddingEffect:
 def positions_matter(model: nn.Module, token_ids: Sequence[int], pad_token_id: int) -> PaddingEffect:
     """Two or three small forward passes in evaluation mode; random streams and the model are left as they were.
 
-    token_ids: any text of a few tokens, of which at most 24 are used.
+    token_ids: any text of a few tokens, of which at most 12 are used.
     """
     table = getattr(getattr(innermost_model(model), "config", None), "max_position_embeddings", None)
     room = table if isinstance(table, int) and table > 2 else _LONGEST + _PADDING

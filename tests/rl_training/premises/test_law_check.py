@@ -219,10 +219,10 @@ def test_a_routers_jitter_is_taken_away_by_the_trainer_and_warned_of_by_the_prob
     model = tiny_model(config, 2.0).requires_grad_(True)
     from rl_training.generation.training_noise import train_mode_change, training_noise
 
-    rows = [list(range(3, 23))] * 4
-    assert train_mode_change(model, rows) > 1e-2
+    row = list(range(3, 23))
+    assert train_mode_change(model, row) > 1e-2
     make_trainer(model, tmp_path, DrGRPOTrainer)
-    assert training_noise(model) == [] and train_mode_change(model, rows) == 0
+    assert training_noise(model) == [] and train_mode_change(model, row) == 0
 
 
 # ---------------------------------------------------------------------- prompts

@@ -11,7 +11,7 @@ from entropy_core.scores import token_statistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
 from rl_training.integrations.trl import attach_entropy_probe
-from rl_training.premises.surprisal_check import FALSE_ALARMS, SurprisalCheck, surprisal_sums
+from rl_training.premises.surprisal_check import FALSE_ALARMS, SamplerWatch, SurprisalCheck, surprisal_sums
 from rl_training.sampling import SamplingLaw, generate_completions
 from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
 
@@ -96,6 +96,58 @@ def test_another_sampler_is_found_without_a_name(model, sampler):
             which.add(float(x.sum()), float((x.square() / 3 + 2 * spread / 3).sum()), 40)
     assert check.alarmed and not honest.alarmed
     assert ("less likely" if sampler in ("hotter", "two tokens forbidden") else "likelier") in check.sentence()
+
+
+def attached(model, folder, steps, probe, **settings):
+    trainer = make_trainer(model, folder, max_steps=steps, **settings)
+    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **probe})
+    return trainer, attach_entropy_probe(trainer, config, console=False)
+
+
+def test_what_the_probe_watches_is_looked_at_without_a_pass_more(model, tmp_path, monkeypatch):
+    passes, watched = [], []
+    original = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: passes.append(1) or original(self, *a, **k))
+    counts = []
+    for looking in (True, False):
+        passes.clear()
+        trainer, callback = attached(model, tmp_path, 3, {"eval_sequences": 8}, learning_rate=0.0)
+        if not looking:
+            monkeypatch.setattr(SamplerWatch, "wanted", property(lambda self: False))
+        observe = callback._probe.observe
+
+        def noting(batch, *rest, observe=observe, looking=looking):
+            watched.extend([batch] if looking else [])
+            return observe(batch, *rest)
+
+        callback._probe.observe = noting
+        trainer.train()
+        counts.append(len(passes))
+        if looking:
+            found = callback._sampler.check
+    assert counts[0] == counts[1], "forward passes with the check and without"
+    sums = [surprisal_sums(token_statistics(model, batch, with_variances=True), batch) for batch in watched]
+    difference, variance, tokens = torch.stack(sums).sum(0).tolist()
+    assert len(watched) == 3 and found.tokens == tokens > 0
+    assert found.difference == pytest.approx(difference, abs=1e-3) and found.variance == pytest.approx(
+        variance, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("rollouts", ["fresh", "previous_step"])
+def test_where_the_probe_watches_other_sequences_passes_of_its_own_become_rarer(model, tmp_path, monkeypatch, rollouts):
+    looked = []
+    original = SamplerWatch.take
+    monkeypatch.setattr(
+        SamplerWatch,
+        "take",
+        lambda self, statistics, batch: (
+            looked.append((self._trainer.state.global_step + 1, len(batch))) or original(self, statistics, batch)
+        ),
+    )
+    trainer, callback = attached(model, tmp_path, 5, {"rollouts": rollouts, "eval_sequences": 4})
+    trainer.train()
+    assert looked == [(1, 16), (4, 16)] and callback._sampler.check.tokens > 0
 
 
 def run(model, folder, **settings):

@@ -1,0 +1,30 @@
+"""Whether a model's prompts pass through it once for all their completions: found out on the batches that it is given."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.collectives import WorkSharing
+from entropy_core.fold_gradients import Buckets
+from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
+
+
+class PrefixSharing:
+    """One model's answer, kept from batch to batch; asked anew for longer sequences. All processes come to the same one."""
+
+    def __init__(self, model: nn.Module, sharing: WorkSharing) -> None:
+        self._model, self._sharing = model, sharing
+        self._shares: bool | None = None
+        self._longest_tried = 0
+
+    def buckets(self, batch: SequenceBatch) -> Buckets:
+        """How the rows of a batch are to be laid out."""
+        longest = int(batch.scored_lengths.max())
+        untried = self._shares is not False and longest > self._longest_tried
+        if untried and tells_of_sharing(batch):
+            self._longest_tried = longest
+            ours = shares_prefixes(self._model, batch)
+            self._shares = not self._sharing.any(not ours, batch.device)
+        known = self._shares and longest <= self._longest_tried
+        return shared_prefix_buckets if known else length_buckets
