@@ -250,8 +250,8 @@ def _rebuild(
     total: dict[str, Tensor] = {}
     gaps, paddings = [], []
     for reading in readings:
-        # Sequences whose completion the trainer masks out are not in its forward pass; those without weight add nothing.
-        kept = reading.completion_mask.any(1) & _weighted(reading)
+        # Sequences whose completion the trainer masks out are not in its forward pass.
+        kept = reading.completion_mask.any(1)
         if not bool(kept.any()):
             continue
         batch, width = _batch(reading, kept, temperature), reading.logprobs.shape[1]
@@ -280,13 +280,6 @@ def _rebuild(
     gap, padding = torch.cat(gaps), torch.cat(paddings)
     ends = (float(gap[padding == padding.max()].max()), float(gap[padding == padding.min()].max()))
     return total, float(gap.max()), ends if int(padding.max()) > int(padding.min()) else (0.0, 0.0)
-
-
-def _weighted(reading: LossReading) -> Tensor:
-    """(n,) bool: sequences to whose tokens the loss sent anything; all where it sent nothing to any."""
-    sent = [t for t in (reading.to_logprobs, reading.to_entropies) if t is not None]
-    some = torch.stack([(t != 0).any(1) for t in sent]).any(0) if sent else torch.zeros(len(reading.input_ids)).bool()
-    return some.to(reading.input_ids.device) | ~some.any().to(reading.input_ids.device)
 
 
 def _batch(reading: LossReading, kept: Tensor, temperature: float) -> SequenceBatch:
