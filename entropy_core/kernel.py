@@ -28,6 +28,16 @@ from entropy_core.scores import TokenStatistics
 
 
 @dataclass(frozen=True)
+class OtherMetric:
+    """A further block against the first column set, with rows times `factor` (name -> tensor of the parameter's shape), for these
+    objectives by number; 0 for the others.
+    """
+
+    factor: Mapping[str, Tensor]
+    objectives: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CrossKernels:
     """`fisher` K1 and `entropy_fisher` KH, both (n_eval, n_train) float32."""
 
@@ -104,26 +114,32 @@ def contract_rows(
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
     method: Method | RowFormation = "auto",
     kinds: int = 1,
+    other_metric: OtherMetric | None = None,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T column_i , rows of `batch` streamed.
 
     column_sets: each name -> (n, *shape), stored rows of the other side times P, or any other vectors; the columns of all
     sets stand side by side in the result, in order. objectives, method: as in `stream_rows`; one RowFormation for all calls
-    checks what is new to it. kinds: how many objectives there are, where a function gives them. Columns lie on their parameters'
-    devices; products are added up on the batch's.
+    checks what is new to it. kinds: how many objectives there are, where a function gives them. other_metric: a last block
+    of columns, as many as the first set has. Columns lie on their parameters' devices; products are added up on the batch's.
     """
     parameters = trainable_parameters(model)
     if any(columns.keys() != parameters.keys() for columns in column_sets):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
     count = kinds if callable(objectives) else len(objectives)
     ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
-    out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in range(count)]
+    width = ends[-1] + (ends[0] if other_metric is not None else 0)
+    out = [torch.zeros((len(batch), width), dtype=torch.float32, device=batch.device) for _ in range(count)]
 
     def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
         for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
             other = columns[name].flatten(1)
             products = rows.flatten(1).to(other.dtype) @ other.T
             out[number][:, start:end].index_add_(0, indices.to(batch.device), products.to(out[number]))
+        if other_metric is not None and number in other_metric.objectives:
+            other = column_sets[0][name].flatten(1)
+            products = (rows.flatten(1).to(other.dtype) * other_metric.factor[name].flatten().to(other)) @ other.T
+            out[number][:, ends[-1] :].index_add_(0, indices.to(batch.device), products.to(out[number]))
 
     def restart() -> None:
         for products in out:

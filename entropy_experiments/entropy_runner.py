@@ -24,6 +24,7 @@ import numpy as np
 
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.stopped_gradients import true_derivatives
+from entropy_experiments.analyses.headline_units import add_training_noise, leaving_out_summary
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import failed_analyses, run_analyses
@@ -183,6 +184,7 @@ def _analyze_into(
         if not keep_going:
             _refuse_failed_checks(numbers.checks)
         score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
+        add_training_noise(inputs, clock.start)
         analyses = run_analyses(inputs, clock.start, work)
         if not keep_going:
             _refuse_failed_analyses(analyses)
@@ -311,6 +313,7 @@ def _write(
         structure = kernel_structure(numbers.fisher.cpu().numpy(), *labels)
         structure["same_prompts"] = settings.sampling.same_prompts
     summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
+    summary["leaving_out"] = leaving_out_summary(inputs)
     summary["policy"] = describe_policy(checkpoint, inputs.plan)
     summary["kernel_modules"] = _modules(inputs)
     summary["gradient_rows"] = inputs.side.engine.formation.to_json()

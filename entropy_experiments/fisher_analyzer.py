@@ -23,6 +23,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.directional import entropy_products, token_derivatives
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot
+from entropy_core.kernel import OtherMetric
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import contributions_without_each_prompt
@@ -32,6 +33,13 @@ from entropy_experiments.kernel.sketch import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
 from entropy_experiments.kernel.store.row_storage import StoredRows
 from entropy_experiments.run.self_checks import SelfCheck, smallest_seen_gap, surprisal_z_score
+from entropy_experiments.step.effects_of_leaving_out import (
+    effects_of_leaving_out,
+    headline_metric,
+    headline_products,
+    own_part_of_second_moment,
+)
+from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
 from entropy_experiments.step.numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.step.optimizer_step import moved
@@ -177,11 +185,18 @@ def _contract(batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNum
     ]
     if numbers.rows_drawn:
         objectives += [entropy_coefficients(statistics, batch, "rao_blackwell", unit) for unit in (True, False)]
-    found = engine.contract("evaluation", batch, objectives, steps, with_columns=compute_full)
+    first = len(training.batch) if compute_full else 0
+    other = _headline_metric(training, numbers.rows_drawn) if first else None
+    found = engine.contract("evaluation", batch, objectives, steps, compute_full, other)
     if found is None:
         return
+    if other is not None and training.weights is not None:
+        again = [found[number][:, -first:] for number in other.objectives]
+        numbers.headline = headline_products(
+            again, training.gradient, training.rows, training.weights, training.adam_step, training.clip or 0.0
+        )
+        found = [m[:, :-first] for m in found]
     rows = [m.double() for m in found]
-    first = len(training.batch) if compute_full else 0
 
     def products(estimator: Estimator, per_token: bool) -> Tensor:
         if estimator == "rao_blackwell":
@@ -208,6 +223,16 @@ def _contract(batch: SequenceBatch, training: TrainingSide, numbers: AnalysisNum
                 k = len(PARTS)
                 numbers.without_preconditioner = estimate_with_error(matrix[:, k].mean(), left_out[:, k])
     numbers.contributions, numbers.own_changes = own[:, first] / len(batch), rows[1][:, first]
+
+
+def _headline_metric(training: TrainingSide, rows_drawn: bool) -> OtherMetric | None:
+    """headline_metric over P; None without a step, and where the step's own rows are not kept."""
+    if training.step is None or not isinstance(training.rows, KeptRows):
+        return None
+    metric = headline_metric(training.gradient, training.adam_step, training.clip or 0.0, training.learning_rate)
+    if (p := training.preconditioner) is not None:
+        metric = {name: a / p[name] for name, a in metric.items()}
+    return OtherMetric(metric, (2, 3) if rows_drawn else (1,))
 
 
 def _contract_training(training: TrainingSide, numbers: AnalysisNumbers) -> None:
@@ -312,6 +337,11 @@ def _attribute(
         for gradient in gradients
     ]
     numbers.shares, numbers.products, numbers.step_factor = found[0].shares, found[0].products, found[0].step_factor
+    numbers.effects = effects_of_leaving_out(
+        gradients[0], training.gradient, training.rows, training.weights, training.adam_step, training.clip,
+        training.learning_rate,
+    )  # fmt: skip
+    numbers.own_part_of_second_moment = own_part_of_second_moment(training.adam_step)
     numbers.split_shares = found[1].shares if numbers.rows_drawn else None
     step = training.adam_step
     numbers.horizon_factor = 1.0 if step is None else horizon_factor(next(iter(step.state.values())))

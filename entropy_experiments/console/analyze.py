@@ -46,6 +46,7 @@ def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
         del stages["the training buffer's own kernel"]
     if settings.entropy_prediction:
         stages |= {f"measuring at {s:g} x the step": _FORWARD for s in scales} | {"checking the slope": 2.1}
+    stages["noise of the training side"] = 2.0
     stages |= {
         f"analysis: {name.replace('_', ' ')}": _FORWARD * n for name, n in passes.items() if getattr(settings, name)
     }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch, length_buckets, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import emptied, keeping, stream_rows
-from entropy_core.kernel import contract_rows
+from entropy_core.kernel import OtherMetric, contract_rows
 from entropy_core.passes.row_formation import RowFormation
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.sketch import ModuleSketch
@@ -161,13 +161,15 @@ class KernelEngine:
         objectives: Sequence[TokenCoefficients],
         steps: Mapping[str, Tensor] | None = None,
         with_columns: bool = True,
+        other_metric: OtherMetric | None = None,
     ) -> list[Tensor] | None:
         """For each objective (N, n_train + n_steps) float32, rows of `batch` against the columns, then against `steps`.
 
         matrix: the name its blocks are kept under. steps: name -> (n_steps, *shape), not multiplied by P. with_columns=False
-        leaves the columns out. The root process gets the result, the others None.
+        leaves the columns out. other_metric: the columns once more at the end, only where they are kept in memory. The root
+        process gets the result, the others None.
         """
-        pieces = self._pieces(steps, with_columns)
+        pieces = self._pieces(steps, with_columns, other_metric)
         width = max((piece.place.stop for piece in pieces), default=0)
         out = [torch.zeros((len(batch), width), device=batch.device) for _ in objectives]
         chunks = self._chunks(batch)
@@ -210,13 +212,16 @@ class KernelEngine:
             compute = self._block_past_the_store if piece.stored else self._block
             if self._sketched is not None and piece.sketched:
                 compute = self._sketched_block
-            block = compute(batch.select(rows), chosen, sets)
+            more = {} if piece.other_metric is None else {"other_metric": piece.other_metric}
+            block = compute(batch.select(rows), chosen, sets, **more)
             if self._workspace is not None:
                 self._workspace.write(matrix, name, block)
             _place(out, rows, piece.place, block)
             self._progress(matrix, done, pieces * len(chunks))
 
-    def _pieces(self, steps: Mapping[str, Tensor] | None, with_columns: bool) -> list[_Piece]:
+    def _pieces(
+        self, steps: Mapping[str, Tensor] | None, with_columns: bool, other_metric: OtherMetric | None = None
+    ) -> list[_Piece]:
         n = len(self._batch) if with_columns else 0
         sets = [] if steps is None else [{name: steps[name] for name in self.names}]
         n_steps = len(next(iter(sets[0].values()))) if sets else 0
@@ -231,14 +236,17 @@ class KernelEngine:
         if with_columns and self.plan.strategy == "disk":
             return [_Piece(0, slice(0, n + n_steps), lambda: sets, stored=True)]
         kept = [self._columns] if with_columns and self._columns is not None else []
-        return [_Piece(0, slice(0, n + n_steps), lambda: [*kept, *sets])] if n + n_steps else []
+        other_metric, width = (other_metric, 2 * n + n_steps) if other_metric and kept else (None, n + n_steps)
+        return [_Piece(0, slice(0, width), lambda: [*kept, *sets], other_metric=other_metric)] if width else []
 
     def _block(
-        self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], sets: Sequence[Mapping[str, Tensor]]
-    ) -> Tensor:
+        self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], sets: Sequence[Mapping[str, Tensor]],
+        other_metric: OtherMetric | None = None,
+    ) -> Tensor:  # fmt: skip
         """(objectives, rows, columns) of one chunk against column sets, the rows streamed."""
+        size, how = self._token_batch_size, self.formation
         with only_trainable(self._model, self.names):
-            found = contract_rows(self._model, batch, objectives, sets, self._token_batch_size, self.formation)
+            found = contract_rows(self._model, batch, objectives, sets, size, how, other_metric=other_metric)
         return torch.stack(found)
 
     def _block_past_the_store(
@@ -376,6 +384,7 @@ class _Piece(NamedTuple):
     whole: bool = False
     stored: bool = False
     sketched: bool = False
+    other_metric: OtherMetric | None = None
 
     def name(self, chunk: int) -> str:
         return f"tile-{self.number:05d}-rows-{chunk:05d}"

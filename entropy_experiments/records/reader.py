@@ -31,7 +31,15 @@ _REQUIRED_COLUMNS = (
     "advantage",
     "delta_h",
 )
-_OPTIONAL_COLUMNS = ("truncated", "score", "entropy_sum", "weight", "delta_h_horizon", "delta_h_lost")
+_OPTIONAL_COLUMNS = (
+    "truncated",
+    "score",
+    "entropy_sum",
+    "weight",
+    "delta_h_horizon",
+    "delta_h_lost",
+    "effect_of_leaving_out",
+)
 # One entry a completion token. Folders of format 1 have neither token_texts nor token_shares.
 _TOKEN_COLUMNS = ("token_texts", "token_shares", "logprobs", "entropies")
 RESULTS_FORMAT = 2

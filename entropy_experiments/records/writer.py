@@ -76,9 +76,10 @@ def write_sequences(
         _floats(training.advantages, len(trained)),
         _floats(training.weights, len(trained)),
         _floats(numbers.shares, len(trained)),
+        _floats(numbers.effects, len(trained)),
     )
-    for row, advantage, weight, share in zip(trained, *columns, strict=True):
-        row.update(advantage=advantage, weight=weight, delta_h=share)
+    for row, advantage, weight, share, effect in zip(trained, *columns, strict=True):
+        row.update(advantage=advantage, weight=weight, delta_h=share, effect_of_leaving_out=effect)
         factor = numbers.horizon_factor
         row["delta_h_horizon"] = None if share is None or factor is None else share * factor
     table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
@@ -142,7 +143,7 @@ def _sequence_schema() -> pa.Schema:
             ("ending", text),
         ]
         + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
-        + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost")]
+        + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost", "effect_of_leaving_out")]
     )
 
 
@@ -222,6 +223,7 @@ def summarize(
             "clip_coefficient": numbers.clip,
             "step_factor": numbers.step_factor,
         },
+        "training_noise": None if numbers.training_noise is None else numbers.training_noise.to_json(),
         "rows_drawn": numbers.rows_drawn,
         "step_analysed": numbers.shares is not None,
         "kernel": structure,

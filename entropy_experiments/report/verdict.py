@@ -10,6 +10,7 @@ from typing import Any
 
 from entropy_experiments.report.check_words import check_sentences
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
+from entropy_experiments.report.verdict_attribution import cost_sentences, training_noise_sentence
 from entropy_experiments.statistics.agreement import stored_agreement
 from entropy_experiments.statistics.confidence import (
     AGREE,
@@ -23,8 +24,8 @@ from entropy_experiments.statistics.confidence import (
     freedom_of_analysis,
     known,
 )
-from entropy_experiments.text.display import prompt_frame, quoted
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, signed, value_and_error
+from entropy_experiments.text.display import quoted
+from entropy_experiments.text.numbers import as_number, lookup, plain, value_and_error
 
 # All three estimate the same gradient ∇h; the fixed-prefix estimator has another estimand and is never
 # taken for it.
@@ -143,47 +144,6 @@ def parts_sentence(parts: Mapping[str, Known], what: str) -> Sentence | None:
     return Sentence(text + ".")
 
 
-def cost_sentences(training: Sequence[Mapping[str, Any]], all_prompts: Sequence[str] = ()) -> list[Sentence]:
-    """Which training sequence and which prompt cost most entropy in this step.
-
-    ``training``: rows with "row", "prompt_index", "prompt", "completion", "reward", "delta_h".
-    ``all_prompts`` (default: those of ``training``) serves to leave out what all prompts have in common.
-    """
-    rows = [row for row in training if as_number(row.get("delta_h")) is not None]
-    if not rows:
-        return [Sentence("What single sequences cost is not known: no shares of the change were stored.", "warning")]
-    frame = prompt_frame(list(all_prompts) or [row["prompt"] for row in rows])
-    lowering = sum(row["delta_h"] < 0 for row in rows)
-    raising = sum(row["delta_h"] > 0 for row in rows)
-    sequences = counted(len(rows), "training sequence")
-    text = f"Of {sequences}, {lowering} lowered entropy in this step and {raising} raised it"
-    if not lowering:
-        return [Sentence(f"{text}; none cost entropy.")]
-    worst = min(rows, key=lambda row: row["delta_h"])
-    found = [
-        Sentence(
-            f"{text}; the one that cost most is sequence {worst['row']} of prompt {worst['prompt_index']} "
-            f"(reward {plain(worst.get('reward'))}): {signed(worst['delta_h'] * 1e3)} ×10⁻³ {_UNIT}, "
-            f"{quoted(frame.own_part(worst['prompt']), keep='end')} answered by "
-            f"{quoted(worst['completion'])}."
-        )
-    ]
-    sums: dict[int, float] = {}
-    for row in rows:
-        sums[row["prompt_index"]] = sums.get(row["prompt_index"], 0.0) + row["delta_h"]
-    if len(sums) > 1 and min(sums.values()) < 0:
-        prompt = min(sums, key=lambda index: sums[index])
-        example = next(row for row in rows if row["prompt_index"] == prompt)
-        found.append(
-            Sentence(
-                f"Of {len(sums)} prompts, prompt {prompt} cost most, with all its sequences "
-                f"{signed(sums[prompt] * 1e3)} ×10⁻³ {_UNIT}: "
-                f"{quoted(frame.own_part(example['prompt']), keep='end')}."
-            )
-        )
-    return found
-
-
 def analysis_errors(summary: Mapping[str, Any]) -> dict[str, str]:
     """Name of each analysis that failed -> what went wrong, as the summary says."""
     analyses = lookup(summary, "analyses")
@@ -217,12 +177,15 @@ def write_verdict(
     """The verdict on an analysis, most important first; what failed comes before everything else.
 
     Parameters are the content of summary.json and training_history.json, run.json's "self_checks", and the
-    training rows of sequences.parquet (see ``cost_sentences``).
+    training rows of sequences.parquet (see ``verdict_attribution``).
     """
     checks = check_sentences(self_checks)
     found = [*training_sentences(history), *prediction_sentences(summary), part_sentence(summary)]
     if lookup(summary, "step_analysed") is not False:
-        found += cost_sentences(training, all_prompts)
+        found += [
+            training_noise_sentence(summary),
+            *cost_sentences(training, all_prompts, lookup(summary, "leaving_out")),
+        ]
     found.append(probe_sentence(history))
     sentences = [sentence for sentence in found if sentence is not None]
     failure = failure_sentence(summary)

@@ -30,6 +30,10 @@ class TrainingRows(Protocol):
         """g(w) for (n_train,) weights, name -> tensor."""
         ...
 
+    def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The part of g(w) that these (m,) sequences make, of (n_train,) weights; one process asks alone."""
+        ...
+
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         """(n_train,) float64 <dS_i, direction> on the CPU."""
         ...
@@ -48,6 +52,10 @@ class KeptRows:
             total = -torch.einsum("n,n...->...", weights.to(rows), rows)
             out[name] = total if self._preconditioner is None else total / self._preconditioner[name]
         return out
+
+    def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        some = {name: rows[sequences.to(rows.device)] for name, rows in self._columns.items()}
+        return KeptRows(some, self._preconditioner).weighted_gradient(weights[sequences.to(weights.device)])
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(self.sequences, dtype=torch.float64)
@@ -86,6 +94,11 @@ class RecomputedRows:
         else:  # more processes than sequences
             own = {name: torch.zeros_like(p) for name, p in trainable_parameters(self._model).items()}
         return {name: self._processes.sum(gradient) for name, gradient in own.items()}
+
+    def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        part = self._batch.select(sequences.tolist())
+        objective = score_coefficients(part, -weights[sequences.to(weights.device)].to(part.device))
+        return batch_gradients(self._model, part, [objective], self._token_batch_size, self._as_trained)[0]
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         found = sequence_products(

@@ -9,6 +9,8 @@ from torch import Tensor
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.run.self_checks import SelfCheck
+from entropy_experiments.step.effects_of_leaving_out import HeadlineProducts
+from entropy_experiments.step.training_noise import TrainingNoise
 
 PARTS = ("total", "batch", "momentum", "weight_decay")
 
@@ -48,6 +50,11 @@ class AnalysisNumbers:
     the kernel's own estimator, nats per token; own_changes: (n_eval,) the predicted change of sum_k H_k on its own tokens, nats
     per completion. left_out: the share of the predicted total that comes from parameters which the kernel leaves out
     (filter_modules), None where it leaves out none.
+
+    effects: (n_train,) r_i, what leaving each sequence out of the step does, nats per token
+    (entropy_experiments.step.effects_of_leaving_out); own_part_of_second_moment: (1 - beta2)/(1 - beta2^t), by which effects or
+    shares decide who is named first; headline: that number by evaluation sequence, None where training rows are not kept.
+    training_noise: what another training buffer would change.
     """
 
     eval_statistics: TokenStatistics
@@ -69,6 +76,10 @@ class AnalysisNumbers:
     horizon_factor: float | None = None
     batch_change: float | None = None
     left_out: float | None = None
+    effects: Tensor | None = None
+    own_part_of_second_moment: float | None = None
+    headline: HeadlineProducts | None = None
+    training_noise: TrainingNoise | None = None
     measured: list[MeasuredScale] = field(default_factory=list)
     gradient_norm: float | None = None
     clip: float | None = None

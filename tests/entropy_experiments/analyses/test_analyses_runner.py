@@ -47,6 +47,28 @@ def test_every_token_of_the_training_buffer_has_its_share(whole):
     assert json.loads((whole.folder / "summary.json").read_text())["format_version"] == RESULTS_FORMAT == 2
 
 
+def test_effects_of_leaving_out_and_the_training_sides_noise_stand_beside_the_shares(whole):
+    summary = json.loads((whole.folder / "summary.json").read_text())
+    found, noise = summary["leaving_out"], summary["training_noise"]
+    training = [r for r in pq.read_table(whole.folder / "sequences.parquet").to_pylist() if r["buffer"] == "training"]
+    effects = np.array([row["effect_of_leaving_out"] for row in training])
+    assert effects.sum() == pytest.approx(found["sum_of_effects"], rel=1e-9)
+    assert found["headline"] == "effect" and found["own_part_of_second_moment"] == pytest.approx(0.001 / (1 - 0.999**5))
+    assert found["sum_of_effects"] != pytest.approx(summary["attribution"]["sum_of_shares"], rel=0.02), (
+        "they do not add up"
+    )
+    for row in found["by_prompt"]:
+        own = [r for r in training if r["prompt_index"] == row["prompt_index"]]
+        assert row["effect"] == pytest.approx(sum(r["effect_of_leaving_out"] for r in own), rel=1e-9)
+        assert row["share"] == pytest.approx(sum(r["delta_h"] for r in own), rel=1e-9) and row["real"] is not None
+    first = found["first"]["sequences"]["lowering"]
+    assert first["value"] == pytest.approx(effects[first["rows"]].sum(), rel=1e-9) and 0 <= first["first_in"] <= 1
+    assert noise["value"] == pytest.approx(summary["predicted"]["rao_blackwell"]["total"]["value"], rel=1e-4)
+    assert noise["low"] < noise["value"] < noise["high"] and noise["groups"] == len(found["by_prompt"])
+    page = (whole.folder / "report.html").read_text()
+    assert "Another draw of this training buffer" in page and "bootstraps over evaluation prompts" in page
+
+
 def test_every_analysis_has_a_switch_a_place_in_the_report_and_a_result(whole, analyses):
     assert set(NAMES) <= set(AnalysisConfig.model_fields) and list(PRESENTATIONS) == NAMES
     assert list(analyses) == NAMES and not whole.failed_analyses and not whole.failed_checks

@@ -8,12 +8,12 @@ import pytest
 
 from entropy_experiments.report.check_words import check_sentences
 from entropy_experiments.report.verdict import (
-    cost_sentences,
     part_sentence,
     prediction_sentences,
     primary_estimator,
     write_verdict,
 )
+from entropy_experiments.report.verdict_attribution import cost_sentences
 from entropy_experiments.statistics.agreement import paired_agreement
 from tests.entropy_experiments.results_fixture import SERIES, make_history, make_run, make_sequences, make_summary
 
@@ -129,6 +129,7 @@ def test_cost_sentences_name_sequence_and_prompt(rows):
     assert f"{sum(row['delta_h'] < 0 for row in training)} lowered entropy" in first
     sums = {p: sum(row["delta_h"] for row in training if row["prompt_index"] == p) for p in range(8)}
     assert f"prompt {min(sums, key=sums.get)} cost most" in second
+    assert "how surely is not known" in first and "accounting share" in first, "folders of earlier versions"
     assert "im_start" not in first + second, "what all prompts share should be left out"
 
 

@@ -1,0 +1,120 @@
+"""Who moved entropy most in an analysed step, for summary.json: by the effect of leaving out or by the accounting share, with how
+often another draw of evaluation prompts would have named the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from entropy_core.gradients import trainable_parameters
+from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
+from entropy_experiments.analyses.inputs import AnalysisInputs
+from entropy_experiments.analyses.who_was_first import (
+    bootstrap_counts,
+    numbers_of_draws,
+    who_was_first,
+    why_not_these,
+)
+from entropy_experiments.step.effects_of_leaving_out import EARLY, decided_by_effect
+from entropy_experiments.step.training_noise import step_change, training_noise
+
+
+def add_training_noise(inputs: AnalysisInputs, stage: Callable[[str], None] = lambda name: None) -> None:
+    """Fill in what another draw of the training buffer would change, where there is a step and its sequences were drawn."""
+    side, numbers, config = inputs.side, inputs.numbers, inputs.config.entropy_analysis
+    if side.weights is None or numbers.shares is None or config.sampling.train_sequences_path is not None:
+        return
+    stage("noise of the training side")
+    step = side.adam_step
+    change = step_change(
+        inputs.gradients["rao_blackwell" if numbers.rows_drawn else "fixed_prefix"],
+        None if step is None else step.state,
+        trainable_parameters(inputs.model),
+        side.max_grad_norm,
+        side.learning_rate,
+    )
+    weights = side.weights
+    prompts = torch.from_numpy(prompt_units(inputs))
+    numbers.training_noise = training_noise(
+        change, side.gradient, lambda rows: side.rows.gradient_of(rows, weights), prompts
+    )
+
+
+def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
+    """summary.json's "leaving_out"; None without a step.
+
+    sum_of_effects; own_part_of_second_moment and early_above, by which "headline" is "effect" or "share"; by_prompt: rows
+    {"prompt_index", "share", "effect", "real"}, real being what a step without the whole prompt does at first order (None where
+    prompts were left out in groups, or there is one); slope_of_real: of real on effect through 0; first: `who_was_first`, or
+    {"reason"}.
+    """
+    numbers = inputs.numbers
+    if numbers.effects is None or numbers.shares is None or numbers.own_part_of_second_moment is None:
+        return None
+    effects, shares = numbers.effects.numpy(), numbers.shares.numpy()
+    early = decided_by_effect(numbers.own_part_of_second_moment)
+    noise = numbers.training_noise
+    real = None if noise is None or noise.prompt_effects is None else noise.prompt_effects.numpy()
+    prompts = prompt_units(inputs)
+    order = np.array(list(dict.fromkeys(prompts.tolist())))
+    rows = []
+    for place, prompt in enumerate(order):
+        own = prompts == prompt
+        row = {"prompt_index": int(prompt), "share": float(shares[own].sum()), "effect": float(effects[own].sum())}
+        rows.append(row | {"real": None if real is None else float(real[place])})
+    return {
+        "unit": "nats per token",
+        "sum_of_effects": float(effects.sum()),
+        "own_part_of_second_moment": numbers.own_part_of_second_moment,
+        "early_above": EARLY,
+        "headline": "effect" if early else "share",
+        "by_prompt": rows,
+        "slope_of_real": _slope(np.array([row["effect"] for row in rows]), real),
+        "first": _first(inputs, effects if early else shares),
+    }
+
+
+def prompt_units(inputs: AnalysisInputs) -> np.ndarray:
+    """(n_train,) prompt numbers, the first of them where one text was drawn under several."""
+    labels, number = inputs.training_labels(), {}
+    return np.array(
+        [
+            number.setdefault(text or f"\0{index}", int(index))
+            for text, index in zip(labels.prompt, labels.prompt_index, strict=True)
+        ]
+    )
+
+
+def _slope(effects: np.ndarray, real: np.ndarray | None) -> float | None:
+    """Least squares through 0; None where nothing is to be compared."""
+    if real is None or not np.square(effects).sum() > 0:
+        return None
+    return float(effects @ real / np.square(effects).sum())
+
+
+def _first(inputs: AnalysisInputs, values: np.ndarray) -> dict[str, Any]:
+    numbers = inputs.numbers
+    headline, gram = numbers.headline, numbers.train_fisher
+    if headline is None or gram is None:
+        return {"reason": "the training rows were not kept in memory, or the kernel was not computed"}
+    evaluation, training = inputs.evaluation_labels(), inputs.training_labels()
+    _, prompts = np.unique(
+        [text or f"\0{i}" for text, i in zip(evaluation.prompt, evaluation.prompt_index, strict=True)],
+        return_inverse=True,
+    )
+    count = int(prompts.max()) + 1
+    if count < 2:
+        return {"reason": "there is one evaluation prompt"}
+    per_token = None if headline.per_token is None else headline.per_token.cpu().numpy()
+    arrays = (prompts, headline.per_completion.cpu().numpy(), per_token, evaluation.entropy_sum, evaluation.length)
+    why = why_not_these(values, numbers_of_draws(np.ones((1, count)), *arrays)[0])
+    if why is not None:
+        return {"reason": why}
+    equal: DistinctSequences = distinct_sequences(training, gram.double().cpu().numpy())
+    draw = numbers_of_draws(bootstrap_counts(count, seed=inputs.config.seed), *arrays)
+    units = {"sequences": equal.first[equal.of], "prompts": equal.prompts}
+    return who_was_first(values, draw, units, count) | {"distinct": len(equal.first)}

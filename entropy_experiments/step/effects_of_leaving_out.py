@@ -1,0 +1,116 @@
+"""What leaving a training sequence out of the analysed step would do to entropy, beside its accounting share.
+
+    accounting share            dh_i = c w_i <dh * share metric, dS_i>     P_t and c held: adds up to the step's batch part
+    effect of leaving out       r_i  = c w_i <d, dS_i>                     P_t and c answer: entropy with i less without
+
+Both are linear in the gradient of entropy dh, elementwise but for the clip's answer, so that one more column block with another
+metric, E_t^T diag(a) dS_i, says how either depends on each evaluation sequence: what a bootstrap over evaluation prompts needs.
+Early in training, while this gradient's own square is more than a tenth of the second moment, the two differ and the effect
+decides who is named first; later the share does.
+
+Symbols and derivation: entropy_core.leaving_out. Source: docs/theory/fisher-kernel.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_core.leaving_out import answering_clip, clip_response, gradient_weight, leaving_out_metric
+from entropy_experiments.step.gradient_rows import TrainingRows
+from entropy_experiments.step.optimizer_step import NextStep
+from entropy_experiments.step.real_steps import share_direction
+
+EARLY = 0.1
+"""While (1 - beta2)/(1 - beta2^t) is above it, the effect of leaving out decides who is named first."""
+
+
+def decided_by_effect(own_part: float) -> bool:
+    """Whether the effect of leaving out, rather than the accounting share, says who moved entropy most.
+
+    Not at the optimizer's first step (own part 1): its step is the gradient's sign, and no derivative says what leaving out does.
+    """
+    return EARLY < own_part < 1.0
+
+
+def own_part_of_second_moment(step: NextStep | None) -> float:
+    """The largest (1 - beta2)/(1 - beta2^t) of all groups that move; 0 for a plain gradient step, which has no second moment."""
+    return 0.0 if step is None else max(gradient_weight(state) for state in step.state.values() if state.lr)
+
+
+def effect_metric(
+    loss_gradient: Mapping[str, Tensor], step: NextStep | None, clip: float, learning_rate: float | None
+) -> dict[str, Tensor]:
+    """Name -> a: the effect's metric while the clip coefficient is held. loss_gradient: before clipping."""
+    if step is None:
+        return {name: torch.full_like(g, learning_rate or 0.0) for name, g in loss_gradient.items()}
+    return {name: leaving_out_metric(step.state[name], clip * g) for name, g in loss_gradient.items()}
+
+
+def effects_of_leaving_out(
+    entropy_gradient: Mapping[str, Tensor],
+    loss_gradient: Mapping[str, Tensor],
+    rows: TrainingRows,
+    weights: Tensor,
+    step: NextStep | None,
+    clip: float,
+    learning_rate: float | None,
+) -> Tensor:
+    """(n_train,) float64 r_i, nats per token for a gradient of h: one more direction of products.
+
+    loss_gradient: g before clipping; step: the AdamW step, or None for the plain step of `learning_rate`.
+    """
+    metric = effect_metric(loss_gradient, step, clip, learning_rate)
+    q = {name: a * entropy_gradient[name] for name, a in metric.items()}
+    direction = answering_clip(q, {name: clip * g for name, g in loss_gradient.items()}, clip)
+    return clip * weights.double().cpu() * rows.products(direction)
+
+
+@dataclass(frozen=True)
+class HeadlineProducts:
+    """By evaluation sequence, what decides who is named first.
+
+    by_effect: whether it is the effect of leaving out, else the accounting share. per_completion, per_token: (n_eval, n_train)
+    float64 contributions to each training sequence's number whose combination is the number of *any* set of evaluation sequences
+    (entropy_experiments.step.predictions_left_out): nats per completion and, with this buffer's own entropy taken off, per token.
+    per_token is None where evaluation sequences are given texts.
+    """
+
+    by_effect: bool
+    per_completion: Tensor
+    per_token: Tensor | None
+
+
+def headline_metric(
+    loss_gradient: Mapping[str, Tensor], step: NextStep | None, clip: float, learning_rate: float | None
+) -> dict[str, Tensor]:
+    """Name -> what stands between E_t and dS_i in the number that decides who is named first."""
+    if decided_by_effect(own_part_of_second_moment(step)):
+        return effect_metric(loss_gradient, step, clip, learning_rate)
+    return share_direction({name: torch.ones_like(g) for name, g in loss_gradient.items()}, step, learning_rate)
+
+
+def headline_products(
+    kernels: list[Tensor],
+    loss_gradient: Mapping[str, Tensor],
+    rows: TrainingRows,
+    weights: Tensor,
+    step: NextStep | None,
+    clip: float,
+) -> HeadlineProducts:
+    """kernels: (n_eval, n_train) E_t^T diag(a) dS_i with a of `headline_metric`: per token and per completion, in this order, or
+    the fixed-prefix ones alone.
+    """
+    by_effect = decided_by_effect(own_part_of_second_moment(step))
+    scale = clip * weights.double().to(kernels[0].device)
+    found = [scale * k.double() for k in kernels]
+    if by_effect and clip < 1.0:
+        clipped = {name: clip * g for name, g in loss_gradient.items()}
+        norm = sum(float(g.double().square().sum()) for g in clipped.values()) ** 0.5
+        along = rows.products(clipped).to(scale.device) * scale * clip_response(norm, clip)
+        # <E_t, a gh>, with gh = -sum_i c w_i dS_i, is minus the sum of a row
+        found = [k + k.sum(1, keepdim=True) * along for k in found]
+    return HeadlineProducts(by_effect, found[-1], found[0] if len(found) == 2 else None)

@@ -1,0 +1,122 @@
+"""What another draw of the training buffer would have changed: the training side's own noise, by a jackknife over its prompts.
+
+    F(w)     = <dh, dtheta(g(w))>                 change of entropy by the whole step: P_t, m_t and the clip are those of g(w)
+    F_{-p}   = F of the loss over the buffer without prompt p: its weights N/(N - n_p) w_i, since the loss is a mean over N
+    se^2     = (B - 1)/B sum_p (F_{-p} - mean F_{-p})^2,    interval  F -+ t(B - 1) se
+
+with the moments from before the step as they are, which no redraw of this buffer would change. se is the standard deviation of
+the predicted change over buffers of this size from this checkpoint, dh held: it covers which prompts and completions the step was
+taken on. The error of a prediction (entropy_core.uncertainty) covers on which evaluation sequences dh was estimated, and nothing
+of this. Beyond 40 prompts, groups of them are left out.
+
+Beside it, F(w) - F(w without p) with N held: what leaving a whole prompt out really does at first order in the step, against
+which the sum of its sequences' effects (entropy_core.leaving_out) is held.
+Source: Efron & Stein 1981; docs/theory/measurement-and-uncertainty.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_core.adamw import AdamWParameterState, split_adamw_update
+from entropy_core.gradients import dot
+from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.statistics.agreement import t_quantile
+from entropy_experiments.step.optimizer_step import clip_coefficient, plain_gradient_step
+
+MOST_GROUPS = 40
+
+Change = Callable[[Mapping[str, Tensor]], float]
+"""Loss gradient before clipping -> change of entropy to first order, nats per token."""
+
+
+@dataclass(frozen=True)
+class TrainingNoise:
+    """value: the predicted total; standard_error: its spread over training buffers; left_out: (G,) values without each of
+    `groups` groups of `prompts` training prompts. prompt_effects: (B,) what leaving each whole prompt out does, in the order of
+    their first sequences; None where prompts were left out in groups.
+    """
+
+    value: float
+    standard_error: float
+    left_out: Tensor
+    prompts: int
+    prompt_effects: Tensor | None
+
+    @property
+    def groups(self) -> int:
+        return len(self.left_out)
+
+    def to_json(self) -> dict[str, Any]:
+        """With the 95% interval on groups - 1 degrees of freedom."""
+        reach = t_quantile(self.groups - 1) * self.standard_error
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error,
+            "degrees_of_freedom": self.groups - 1,
+            "low": self.value - reach,
+            "high": self.value + reach,
+            "prompts": self.prompts,
+            "groups": self.groups,
+        }
+
+
+def step_change(
+    entropy_gradient: Mapping[str, Tensor],
+    state: Mapping[str, AdamWParameterState] | None,
+    parameters: Mapping[str, Tensor],
+    max_norm: float | None,
+    learning_rate: float | None = None,
+) -> Change:
+    """<dh, dtheta(g)> of the AdamW step from these moments, or of the plain step of `learning_rate`, with g's own clipping."""
+
+    def change(gradient: Mapping[str, Tensor]) -> float:
+        clip, _ = clip_coefficient(gradient, max_norm)
+        if state is None:
+            return dot(dict(entropy_gradient), plain_gradient_step(gradient, learning_rate or 0.0, clip))
+        clipped = {name: (clip * g).to(parameters[name].dtype) for name, g in gradient.items()}
+        return dot(dict(entropy_gradient), split_adamw_update(state, clipped, parameters).total())
+
+    return change
+
+
+def training_noise(
+    change: Change,
+    gradient: Mapping[str, Tensor],
+    gradient_of: Callable[[Tensor], Mapping[str, Tensor]],
+    prompts: Tensor,
+) -> TrainingNoise | None:
+    """change: of `step_change`. gradient: g of the whole buffer. gradient_of: (m,) sequences -> their part -sum w_i dS_i of it.
+    prompts: (n_train,) which prompt each sequence answers, equal numbers for equal texts. None with one prompt alone.
+    """
+    numbers = {number: place for place, number in enumerate(dict.fromkeys(prompts.tolist()))}
+    index = torch.tensor([numbers[number] for number in prompts.tolist()])
+    count, sequences = len(numbers), len(prompts)
+    if count < 2:
+        return None
+    groups = min(count, MOST_GROUPS)
+    whole, left_out, effects = change(gradient), [], []
+    for group in range(groups):
+        rows = (index % groups == group).nonzero().flatten()
+        part = gradient_of(rows)
+        rest = {name: g - part[name] for name, g in gradient.items()}
+        if groups == count:
+            effects.append(whole - change(rest))
+        factor = sequences / (sequences - len(rows))
+        left_out.append(change({name: factor * g for name, g in rest.items()}))
+    values = torch.tensor(left_out, dtype=torch.float64)
+    if not math.isfinite(whole) or not bool(values.isfinite().all()):
+        return None
+    return TrainingNoise(
+        whole,
+        jackknife_standard_error(values),
+        values,
+        count,
+        torch.tensor(effects, dtype=torch.float64) if effects else None,
+    )
