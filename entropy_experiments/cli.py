@@ -201,6 +201,32 @@ def doctor(
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run folder: its log, its checkpoints, its recorded sequences")],
+    steps: Annotated[str | None, typer.Option("--steps", help="Logged steps, e.g. 1,4-6; all by default")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to recompute: auto, cpu, cuda")] = "auto",
+    trust: Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number and verdict as one JSON object")] = False,
+) -> None:
+    """Recompute what a trainer logged of its steps (entropy, reward, lengths), and name the cause where the log differs."""
+    from entropy_experiments.audit.step_choice import parse_steps
+
+    wanted = None if steps is None else parse_steps(steps)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.audit.audit import audit_run
+        from entropy_experiments.audit.lines import audit_lines
+
+        found = audit_run(run, device, wanted, trust)
+    if as_json:
+        _print_json({"command": "audit", **found.to_json()})
+    else:
+        print(visible("\n".join(audit_lines(found))))
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs and results")] = Path("runs"),
 ) -> None:

@@ -3,6 +3,7 @@
 <output_dir>/config.yaml              resolved, replayable
 <output_dir>/checkpoint-<step>/       the Hugging Face Trainer's own, plus the sidecar entropy_experiments.json
 <output_dir>/rollouts/step-*.parquet  every step's sequences, kept and rejected
+<output_dir>/recorded_steps/          what each step's metrics were made of, for an audit of the log
 <output_dir>/metrics.jsonl            everything logged, one line a step
 """
 
@@ -21,6 +22,7 @@ from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from rl_training.files import refuse_links_inside, write_whole
+from rl_training.integrations.step_recorder import record_steps
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models.load import add_lora, load_model_and_tokenizer
 from rl_training.run.console import ConsoleCallback, MetricsFile
@@ -139,6 +141,7 @@ def _train(config: TrainConfig, folder: Path, quiet: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", dump_config(config))
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
+    record_steps(trainer)
     probes = [c for c in trainer.callback_handler.callbacks if isinstance(c, EntropyProbeCallback)]
     console = ConsoleCallback("\n".join([task.describe(), *(p.describe() for p in probes)]), bool(probes))
     if not quiet:

@@ -1,0 +1,139 @@
+"""Which other definition gives the numbers that were logged: single changes first, then pairs, and nothing beyond what they show.
+
+A change is a cause where it gives the logged value, within the number's own precision, at every window where log and
+recomputation differ, and gives another value there than the right definition does. Pairs are tried where no single change does. With many
+alternatives, or coarsely written numbers, some will agree by accident: how many to expect is estimated from how densely the
+alternatives lie around the logged value, and a cause that is no better than an accident is not named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Protocol
+
+# Expected number of accidental agreements above which a cause is not named.
+_ACCIDENTS = 0.05
+# Fields that need a forward pass of their own: no pair of both.
+_DEAR = {"policy", "precision"}
+_NEIGHBOURHOOD = 20  # tolerances, over which the density of alternatives is taken
+
+
+class Definition(Protocol):
+    """A frozen dataclass, one field a choice."""
+
+    def changes(self, other: Any) -> list[tuple[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """A logged number. right: recomputed by the definition that the trainer documents. tolerance: what precision explains."""
+
+    steps: range
+    logged: float
+    right: float
+    tolerance: float
+
+    @property
+    def differs(self) -> bool:
+        return not abs(self.logged - self.right) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Cause:
+    """changes: (field, value) against the right definition. values: what it gives at each window."""
+
+    changes: tuple[tuple[str, Any], ...]
+    values: tuple[float, ...]
+    accidents: float
+    """How many alternatives would be expected to agree this well by accident."""
+
+
+Values = Callable[[Any, range], float]
+"""(definition, steps) -> value; NaN where it has none."""
+
+
+def find_causes(
+    right: Any,
+    alternatives: Mapping[str, Sequence[Any]],
+    value: Values,
+    windows: Sequence[Window],
+    slack: Callable[[Any], float] = lambda definition: 0.0,
+    pairs_too: bool = True,
+) -> list[Cause]:
+    """Causes that explain all `windows` (each differs): none, one, or several that these numbers cannot tell apart.
+
+    alternatives: field -> values other than the right definition's. slack: further tolerance of a definition, for what cannot be
+    recomputed exactly.
+    """
+    singles = [((name, v),) for name, choices in alternatives.items() for v in choices if getattr(right, name) != v]
+    found = {changes: _values(right, changes, value, windows) for changes in singles}
+    causes = _matching(right, found, windows, slack)
+    if causes or not pairs_too:
+        return causes
+    useful = [s for s in singles if not _only_nan(found[s])]
+    pairs = [a + b for a, b in combinations(useful, 2) if a[0][0] != b[0][0] and {a[0][0], b[0][0]} != _DEAR]
+    both = {changes: _values(right, changes, value, windows) for changes in pairs}
+    # A pair one half of which changes nothing is the other half alone.
+    inert = {
+        pair
+        for pair, values in both.items()
+        if any(_equal(values, found[(half,)], windows) for half in pair)
+        or _equal(values, [w.right for w in windows], windows)
+    }
+    return _matching(right, {p: v for p, v in both.items() if p not in inert}, windows, slack)
+
+
+def _values(right: Any, changes: tuple[tuple[str, Any], ...], value: Values, windows: Sequence[Window]) -> list[float]:
+    definition = replace(right, **dict(changes))
+    return [value(definition, window.steps) for window in windows]
+
+
+def _matching(
+    right: Any,
+    found: Mapping[tuple[tuple[str, Any], ...], list[float]],
+    windows: Sequence[Window],
+    slack: Callable[[Any], float],
+) -> list[Cause]:
+    accidents = _accidents(list(found.values()), windows)
+    causes = []
+    for changes, values in found.items():
+        extra = slack(replace(right, **dict(changes)))
+        if all(_explains(v, w, extra) for v, w in zip(values, windows, strict=True)):
+            causes.append(Cause(changes, tuple(values), accidents))
+    exact = [c for c in causes if all(_explains(v, w, 0.0) for v, w in zip(c.values, windows, strict=True))]
+    causes = exact or causes
+    return causes if accidents <= _ACCIDENTS else []
+
+
+def _explains(value: float, window: Window, slack: float) -> bool:
+    """Whether it gives the logged number and not the right one."""
+    off, shift = abs(value - window.logged), abs(value - window.right)
+    if slack > window.tolerance:  # half of the difference at most is left
+        return off <= slack and off <= 0.5 * abs(window.logged - window.right) and shift > window.tolerance
+    return off <= window.tolerance and shift > window.tolerance
+
+
+def _accidents(values: Sequence[Sequence[float]], windows: Sequence[Window]) -> float:
+    """Expected number of alternatives that agree at every window by accident."""
+    chance = 1.0
+    for place, window in enumerate(windows):
+        reach = _NEIGHBOURHOOD * window.tolerance
+        # Equal alternatives count once; those that agree are not counted against themselves.
+        near = {
+            round((v[place] - window.logged) / (2 * window.tolerance))
+            for v in values
+            if math.isfinite(v[place]) and window.tolerance < abs(v[place] - window.logged) <= reach
+        }
+        chance *= min(1.0, max(len(near), 0.5) / _NEIGHBOURHOOD)
+    return chance
+
+
+def _equal(a: Sequence[float], b: Sequence[float], windows: Sequence[Window]) -> bool:
+    return all(abs(x - y) <= w.tolerance for x, y, w in zip(a, b, windows, strict=True))
+
+
+def _only_nan(values: Sequence[float]) -> bool:
+    return all(math.isnan(v) for v in values)
