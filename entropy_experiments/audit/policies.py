@@ -1,8 +1,8 @@
 """The policy after any number of steps of a run, and what it thinks of every token of recorded sequences.
 
 The forward passes here are the plain ones of a trainer (model(input_ids, attention_mask)), not those of entropy_core: an audit
-that shared code with what it checks would share its mistakes. Positions of padding and of foreign tokens get values as well, because
-a log may have counted them.
+that shared code with what it checks would share its mistakes. Positions of padding and of foreign tokens get values as well,
+because a log may have counted them.
 """
 
 from __future__ import annotations
