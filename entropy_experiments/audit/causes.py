@@ -2,8 +2,8 @@
 
 A change is a cause where it gives the logged value, within the number's own precision, at every window where log and
 recomputation differ, and gives another value there than the right definition does. Pairs are tried where no single change does.
-With many alternatives, or coarsely written numbers, some will agree by accident: how many to expect is estimated from how densely the
-alternatives lie around the logged value, and a cause that is no better than an accident is not named.
+With many alternatives, or coarsely written numbers, some will agree by accident: how many to expect is estimated from how
+densely the alternatives lie around the logged value, and a cause that is no better than an accident is not named.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from entropy_experiments.number_format import as_number
+from entropy_experiments.text.numbers import as_number
 
 # A row of training metrics has one of these; rows of evaluation and the row at the end have none.
 _MARKS = ("entropy", "reward", "completions/mean_length")

@@ -23,9 +23,9 @@ from torch import nn
 
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence
 from entropy_experiments.checkpoint_loader import load_checkpoint
-from entropy_experiments.checkpoint_validation import examine_checkpoint
-from rl_training.checkpoint_format import read_sidecar
+from entropy_experiments.checkpoints.validation import examine_checkpoint
 from rl_training.errors import UserError
+from rl_training.run.sidecar import read_sidecar
 
 # Logits of one forward pass: bounds memory (float32: 256 MiB), changes no number.
 _LOGIT_ELEMENTS = 2**26
@@ -130,7 +130,7 @@ class Policies:
                     if "lora_B" in name:
                         parameter.zero_()
             return model
-        from rl_training.models import load_model_and_tokenizer
+        from rl_training.models.load import load_model_and_tokenizer
 
         name = self._base_name(first)
         self._note(f"the policy before step 1 is taken to be {name} as it is today")

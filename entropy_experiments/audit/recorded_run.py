@@ -1,7 +1,7 @@
 """What a run left behind that its log can be held against: settings, sequences of every step, checkpoints, the log itself.
 
-Sequences come from `recorded_steps/` (rl_training.run.step_record), which any GRPOTrainer can write, or else from `rollouts/`, which
-the trainer of this project always writes and which does not say in which micro-batch a sequence was.
+Sequences come from `recorded_steps/` (rl_training.run.step_record), which any GRPOTrainer can write, or else from `rollouts/`,
+which the trainer of this project always writes and which does not say in which micro-batch a sequence was.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.checkpoint_folder import read_trainer_state
-from rl_training.algs.rollout_record import read_rollouts, rollouts_path
-from rl_training.checkpoint_format import Sidecar, read_sidecar
+from entropy_experiments.checkpoints.folder import read_trainer_state
 from rl_training.errors import UserError
+from rl_training.run.rollouts import read_rollouts, rollouts_path
+from rl_training.run.sidecar import Sidecar, read_sidecar
 from rl_training.run.step_record import GENERATED, LOSS, RunSettings, read_settings, read_step, step_path
 
 _HOW_TO_RECORD = (

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 from entropy_experiments.audit.recorded_run import RecordedRun
-from rl_training.algs.rollout_record import read_rollouts, rollouts_path
-from rl_training.checkpoint_format import Sidecar, read_sidecar
 from rl_training.config import TaskConfig
 from rl_training.configuration import validate_config
 from rl_training.errors import UserError
+from rl_training.run.rollouts import read_rollouts, rollouts_path
+from rl_training.run.sidecar import Sidecar, read_sidecar
 from rl_training.sampling import Rollouts, prompt_text, score
-from rl_training.task_trust import why_trust_is_needed
-from rl_training.tasks import Task, load_task
+from rl_training.tasks.task import Task, load_task
+from rl_training.tasks.trust import why_trust_is_needed
 
 # Built-in rewards that compare texts and numbers, and evaluate nothing.
 _OTHERS = ("exact", "last_number")

@@ -13,10 +13,10 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rl_training.algs.drawn_tokens import loss_mask
-from rl_training.sampling_description import describe_sampling
+from rl_training.generation.description import describe_sampling
+from rl_training.generation.drawn_tokens import loss_mask
+from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.run.step_record import GENERATED, LOSS, RunSettings, write_settings, write_step
-from rl_training.text_tokenizer import text_tokenizer
 
 
 def record_steps(trainer: Any) -> StepRecorder:

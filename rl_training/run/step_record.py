@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import PositiveFloat, PositiveInt
 
-from rl_training.checkpoint_format import refuse_special_file
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
-from rl_training.whole_files import own_folder, write_whole, write_whole_by
+from rl_training.files import own_folder, write_whole, write_whole_by
+from rl_training.run.sidecar import refuse_special_file
 
 FOLDER = "recorded_steps"
 FORMAT = 1

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.entropy_experiments.audit.planted_log import train_recorded
-from tests.rl_training.test_trl_integration import make_trainer
+from tests.rl_training.integrations.test_trl_integration import make_trainer
 from tests.tiny_policy import save_tiny_policy
 
 SETTINGS = {
