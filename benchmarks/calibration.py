@@ -18,40 +18,26 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.calibration_world import Shape, World
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import entropy_products, token_derivatives
+from entropy_core.directional import entropy_products
 from entropy_core.fold_gradients import fold_estimate, fold_of_sequences, fold_shares
 from entropy_core.measurement import snis_entropy_change
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import contributions_without_each_prompt, jackknife_standard_error, leave_one_prompt_out
 from entropy_experiments.statistics.agreement import paired_agreement, unpaired_agreement
-from entropy_experiments.step.optimizer_step import moved
 from rl_training.intervals import interval
-from tests.entropy_core.support import whole_space
-from tests.oracle.enumeration import entropies_along, enumerate_completions, solve
-from tests.oracle.policy import RecurrentPolicy, Task
 
 RESULTS = Path("benchmarks/results/calibration")
 GAP = 0.15
 FOLDS = 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A buffer: prompts, completions of each (a range: every prompt draws its own number), and the length of the step."""
-
-    name: str
-    prompts: int
-    completions: tuple[int, int]
-    step: float
 
 
 SHAPES = (
@@ -64,53 +50,11 @@ SHAPES = (
 )
 
 
-class World:
-    """The policy, its completions, and a direction; derivatives and statistics of every completion, made once a step length."""
-
-    def __init__(self, seed: int = 4, size: float = 1.0) -> None:
-        prompts = tuple(p for n in (1, 2, 3) for p in product((1, 2, 3), repeat=n))
-        self.policy = RecurrentPolicy()
-        self.space = enumerate_completions(Task(prompts=prompts, vocabulary=4, max_completion_length=4))
-        self.exact = solve(self.policy, self.space)
-        generator = torch.Generator().manual_seed(seed)
-        named = {name: p.detach() for name, p in self.policy.named_parameters()}
-        flat = torch.randn(sum(p.numel() for p in named.values()), generator=generator, dtype=torch.float64)
-        flat *= size / flat.norm()
-        pieces = flat.split([p.numel() for p in named.values()])
-        self.direction = {name: piece.view_as(p) for (name, p), piece in zip(named.items(), pieces, strict=True)}
-        self.slope = float(self.exact.token_entropy_gradient @ flat)
-        self.batch = whole_space(self.space)
-        self.before = token_statistics(self.policy, self.batch)
-        self.along = token_derivatives(self.policy, self.batch, self.direction)
-        self.by_prompt = self.exact.probabilities.view(len(prompts), -1) * len(prompts)
-        self._after: dict[float, tuple[TokenStatistics, float]] = {}
-
-    def after(self, step: float) -> tuple[TokenStatistics, float]:
-        """Statistics after `step` times the direction, and the true change of entropy, nats per token."""
-        if step not in self._after:
-            with moved(self.policy, self.direction, step):
-                statistics = token_statistics(self.policy, self.batch)
-            change = entropies_along(self.policy, self.space, self.direction, step)[1] - self.exact.token_entropy
-            self._after[step] = statistics, float(change)
-        return self._after[step]
-
-    def draw(self, shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(N,) completions of a buffer and the number of the draw (the unit) that each belongs to."""
-        low, high = shape.completions
-        prompts = torch.randint(0, len(self.by_prompt), (shape.prompts,), generator=generator)
-        counts = torch.randint(low, high + 1, (shape.prompts,), generator=generator)
-        drawn = [
-            p * self.by_prompt.shape[1] + torch.multinomial(self.by_prompt[p], int(n), True, generator=generator)
-            for p, n in zip(prompts.tolist(), counts, strict=True)
-        ]
-        return torch.cat(drawn), torch.repeat_interleave(torch.arange(shape.prompts), counts)
-
-
 def simulate(world: World, shape: Shape, buffers: int, seed: int = 0) -> dict[str, float]:
     """Name of a check -> its rate over `buffers` simulated buffers."""
     generator = torch.Generator().manual_seed(seed)
     after, change = world.after(shape.step)
-    truth = {"entropy": world.exact.token_entropy, "predicted": shape.step * world.slope, "measured": change}
+    truth = {"entropy": world.token_entropy, "predicted": shape.step * world.slope, "measured": change}
     counts: dict[str, list[bool]] = {}
     for _ in range(buffers):
         for name, hit in _one(world, shape, truth, after, generator):

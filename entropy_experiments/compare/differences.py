@@ -23,7 +23,8 @@ from entropy_experiments.compare.sides import Side, step_of
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.verdict import PARTS, primary_estimator
-from entropy_experiments.statistics.agreement import told_from_zero
+from entropy_experiments.statistics.agreement import told_from_zero, unpaired_agreement
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 
 
@@ -39,18 +40,24 @@ class Quantity:
 @dataclass(frozen=True)
 class Difference:
     """value: this side minus side A. standard_error: None where it is not known. prompts: paired over so many, 0: unpaired;
-    `reason` then says why.
+    `reason` then says why. low, high: its 95% interval, of the differences with each prompt left out where they are paired, else
+    Student's on `degrees_of_freedom`; None without an error.
     """
 
     value: float
     standard_error: float | None
     prompts: int
     reason: str = ""
+    low: float | None = None
+    high: float | None = None
+    degrees_of_freedom: float = math.inf
 
     @property
     def told_from_zero(self) -> bool | None:
-        """Whether 0 lies outside its 95% interval (Student's, of the prompts it is paired over); None without an error."""
-        return told_from_zero(self.value, self.standard_error, self.prompts - 1 if self.prompts > 1 else math.inf)
+        """Whether 0 lies outside its 95% interval; None without an error."""
+        if self.low is None or self.high is None:
+            return told_from_zero(self.value, self.standard_error, self.degrees_of_freedom)
+        return not self.low <= 0.0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -204,22 +211,38 @@ def _difference(
     if left_out is not None and right_out is not None:
         (one, a), (other, b) = left_out, right_out
         if sorted(one) == sorted(other):
-            error = _paired_error(one, a, other, b)
-            if error is not None:
-                return Difference(change, error, len(one))
+            if len(one) > 1:
+                return _paired_difference(change, one, a, other, b)
             reason = "a single prompt"
         else:
             shared = len(set(one) & set(other))
             reason = f"other evaluation prompts ({shared} of {len(one)} shared)"
-    error = None if left[1] is None or right[1] is None else math.hypot(left[1], right[1])
-    return Difference(change, error, 0, reason)
+    if left[1] is None or right[1] is None:
+        return Difference(change, None, 0, reason)
+    series = [None if side is None or len(side[1]) < 2 else side[1].numpy() for side in (left_out, right_out)]
+    counts = [math.inf if known is None else float(effective_degrees_of_freedom(known)) + 1 for known in series]
+    compared = unpaired_agreement((right[0], right[1]), (left[0], left[1]), (counts[1], counts[0]))
+    if compared is None:
+        return Difference(change, 0.0, 0, reason)
+    return Difference(
+        change, compared.standard_error, 0, reason, compared.low, compared.high, compared.degrees_of_freedom
+    )
 
 
-def _paired_error(one: tuple[str, ...], a: Tensor, other: tuple[str, ...], b: Tensor) -> float | None:
-    """Jackknife of b - a with the prompts of both brought into one order; None for a single prompt."""
+def _paired_difference(change: float, one: tuple[str, ...], a: Tensor, other: tuple[str, ...], b: Tensor) -> Difference:
+    """Of b - a with the prompts of both brought into one order."""
     first, second = (sorted(range(len(texts)), key=texts.__getitem__) for texts in (one, other))
-    error = jackknife_standard_error(b[second] - a[first])
-    return error if math.isfinite(error) else None
+    found = jackknife_interval(change, (b[second] - a[first]).numpy())
+    ends = found.as_dict()
+    error, freedom = float(found.standard_error), ends["degrees_of_freedom"]
+    return Difference(
+        change,
+        error if math.isfinite(error) else None,
+        len(one),
+        low=ends["low"],
+        high=ends["high"],
+        degrees_of_freedom=math.inf if freedom is None else freedom,
+    )
 
 
 def settings_that_differ(points: Sequence[ResultsFolder]) -> list[tuple[str, list[Any]]]:

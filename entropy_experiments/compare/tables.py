@@ -180,6 +180,8 @@ def _quantity_record(sides: Sequence[Side], row: Compared) -> dict[str, Any]:
             side.letter: {
                 "value": gap.value,
                 "standard_error": gap.standard_error,
+                "low": gap.low,
+                "high": gap.high,
                 "paired_prompts": gap.prompts,
                 "why_unpaired": gap.reason or None,
                 "told_from_zero": gap.told_from_zero,

@@ -21,12 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from entropy_core.measurement import EntropyMeasurement
 from entropy_core.scores import TokenStatistics
-from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.records.estimate_entries import estimate_entry, measurement_entry, ratio_entry
 from entropy_experiments.records.leave_one_out import agreements
 from entropy_experiments.records.reader import RESULTS_FORMAT
 from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale
@@ -194,23 +193,17 @@ def summarize(
         "format_version": RESULTS_FORMAT,
         "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
         "entropy": {
-            "per_token": {
-                "value": float(sums.sum() / lengths.sum()),
-                "standard_error": jackknife_over_prompts(sums, index, lengths),
-            },
-            "per_completion": {"value": float(sums.mean()), "standard_error": jackknife_over_prompts(sums, index)},
-            "surprisal_per_completion": {
-                "value": float(surprisal.mean()),
-                "standard_error": jackknife_over_prompts(surprisal, index),
-            },
+            "per_token": ratio_entry(sums, index, lengths),
+            "per_completion": ratio_entry(sums, index),
+            "surprisal_per_completion": ratio_entry(surprisal, index),
         },
         "predicted": _estimates(numbers.predicted),
         "predicted_per_completion": _estimates(numbers.predicted_per_completion),
         "actual": {}
         if full_step is None
         else {
-            "snis": None if full_step.snis is None else _measurement(full_step.snis),
-            "fixed_prefix": _measurement(full_step.fixed_prefix),
+            "snis": None if full_step.snis is None else measurement_entry(full_step.snis),
+            "fixed_prefix": measurement_entry(full_step.fixed_prefix),
         },
         "agreement": agreements(numbers),
         "scaling": [_scaled(m, numbers) for m in numbers.measured],
@@ -242,10 +235,7 @@ def summarize(
 
 
 def _estimates(predicted: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
-    return {
-        estimator: {part: {"value": e.value, "standard_error": e.standard_error} for part, e in parts.items()}
-        for estimator, parts in predicted.items()
-    }
+    return {name: {part: estimate_entry(e) for part, e in parts.items()} for name, parts in predicted.items()}
 
 
 def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
@@ -262,17 +252,6 @@ def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
             "ess": m.snis.effective_sample_size,
         }
     return row
-
-
-def _measurement(m: EntropyMeasurement) -> dict[str, Any]:
-    return {
-        "value": m.change,
-        "standard_error": m.standard_error,
-        "before": m.before,
-        "after": m.after,
-        "effective_sample_size": m.effective_sample_size,
-        "n": m.sequences,
-    }
 
 
 def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Do a prediction and a measurement agree? One rule for every command.
 
     shared tokens       d = predicted - measured,    d_{-p} the same with evaluation prompt p left out of both,
-                        se^2 = (B - 1)/B  sum_p (d_{-p} - mean d_{-p})^2,      t = |d| / se      on B - 1 degrees of freedom
+                        se^2 = (B - 1)/B  sum_p (d_{-p} - mean d_{-p})^2,      t = |d| / se      on B - 1 degrees of freedom,
+                        below 30 prompts on fewer where some weigh more than others (.jackknife_interval)
     no shared tokens    se^2 = se_predicted^2 + se_measured^2,                 t = |d| / se      on Welch's
 
 They agree where t is at most the 97.5% quantile of Student's t, that is, where 0 lies in the 95% interval of d. A prediction and
-a measurement on the same tokens err together (correlation 0.95): in quadrature their difference would never count.
+a measurement on the same tokens err together (correlation 0.95): in quadrature their difference would never count. Their skewness
+is shared too: what is left in d is nearly symmetric, so that its interval needs no correction for skew, as theirs do.
 
 "Agree" is absence of evidence: the interval says how large a gap the data leave possible.
 Source: Efron & Stein 1981; Welch 1947; docs/theory/measurement-and-uncertainty.md.
@@ -21,8 +23,11 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr
 
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 from rl_training.intervals import interval, t_quantile, welch_freedom
+
+_MANY = 30  # prompts from which Student's t keeps its level whatever the tails of a symmetric law
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def paired_agreement(difference: float, left_out: Sequence[float] | np.ndarray) 
     if count < 2 or not np.isfinite(values).all() or not math.isfinite(difference):
         return None
     error = math.sqrt((count - 1) / count * float(np.square(values - values.mean()).sum()))
-    return _agreement(difference, error, count - 1, paired=True)
+    freedom = float(effective_degrees_of_freedom(values)) if count < _MANY else count - 1
+    return _agreement(difference, error, freedom, paired=True)
 
 
 def unpaired_agreement(

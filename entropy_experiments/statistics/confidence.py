@@ -11,7 +11,8 @@
     an order of numbers whose intervals overlap                  cannot be said
     a number without an error                                    no claim, the number alone
 
-Numbers stand as ``value [low, high]``: the 95% interval, by Student's t on the degrees of freedom behind the error
+Numbers stand as ``value [low, high]``: the 95% interval, corrected for skew where an analysis has it
+(entropy_experiments.statistics.jackknife_interval), else by Student's t on the degrees of freedom behind the error
 (rl_training.intervals). docs/guides/reading-a-verdict.md is the same list for readers; a test holds both against each other, and
 every other module against using these words by itself.
 """
@@ -88,13 +89,17 @@ class Known:
 
 
 def known(entry: object, degrees_of_freedom: float | None = None) -> Known | None:
-    """Of {"value", "standard_error", "degrees_of_freedom"} or a bare number; None where there is no value.
+    """Of {"value", "standard_error", "low", "high", "degrees_of_freedom"} or a bare number; None where there is no value.
 
-    degrees_of_freedom: where the entry does not say, as those of older folders; None: as many as it takes.
+    An entry with "low" and "high" has its interval there (entropy_experiments.statistics.jackknife_interval), or none where they
+    are null: a measurement not to be trusted. degrees_of_freedom: where the entry does not say, as those of older folders;
+    None: as many as it takes.
     """
     value, error = value_and_error(entry)
     if value is None:
         return None
+    if isinstance(entry, Mapping) and "low" in entry:
+        return Known(value, as_number(entry["low"]), as_number(entry.get("high")))
     if error is None:
         return Known(value)
     return Known(value, *interval(value, error, freedom_of(entry, degrees_of_freedom)))

@@ -131,12 +131,12 @@ def _headline(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
     prediction = whole["prediction"]
     checks = sum(bool(row["failed_checks"]) for row in rows)
     agree = f"{prediction['agreeing']} of {prediction['compared']}" if prediction["compared"] else "not measured"
-    moved = plus_minus(*whole["observed"].values()) if len(rows) > 1 else "one checkpoint"
+    moved = plus_minus(*value_and_error(whole["observed"])) if len(rows) > 1 else "one checkpoint"
     return [
         {"label": "Entropy over the run", "value": moved, "unit": "nats per token", "tone": ""},
         {
             "label": "Predicted steps added up",
-            "value": plus_minus(*whole["expected"].values()),
+            "value": plus_minus(*value_and_error(whole["expected"])),
             "unit": "nats per token",
             "tone": "",
         },

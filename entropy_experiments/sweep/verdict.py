@@ -119,8 +119,8 @@ def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
     difference, error = value_and_error(whole["difference"])
     if len(evolution["checkpoints"]) > 1 and whole["expected"]["value"] is not None and difference is not None:
         text = (
-            f"Added up over the run, the predicted steps make {plus_minus(*whole['expected'].values())}, entropy did "
-            f"{plus_minus(*whole['observed'].values())} {_UNIT}"
+            f"Added up over the run, the predicted steps make {plus_minus(*value_and_error(whole['expected']))}, entropy did "
+            f"{plus_minus(*value_and_error(whole['observed']))} {_UNIT}"
         )
         if error:
             agree = not told_from_zero(difference, error, _freedom(evolution))
@@ -166,7 +166,7 @@ def _price(evolution: Mapping[str, Any]) -> Sentence | None:
         return None
     if price["price"]["value"] is None:
         return Sentence(f"Entropy has no price in reward over this run: {price['reason']}.")
-    value = plus_minus(*price["price"].values(), plus=False)
+    value = plus_minus(*value_and_error(price["price"]), plus=False)
     return Sentence(f"Reward was paid in entropy at {value} {_UNIT} for one unit of mean reward.")
 
 

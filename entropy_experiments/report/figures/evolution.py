@@ -119,8 +119,9 @@ def _changes_caption(evolution: Mapping[str, Any]) -> str:
     text = "Left: to first order, on the evaluation buffer; measured by reweighting its completions. "
     if len(rows) > 1:
         text += (
-            f"Right: from step {whole['from']} to {whole['to']} entropy changed by {plus_minus(*whole['observed'].values())}, "
-            f"the predicted steps add up to {plus_minus(*whole['expected'].values())} nats per token"
+            f"Right: from step {whole['from']} to {whole['to']} entropy changed by "
+            f"{plus_minus(*value_and_error(whole['observed']))}, "
+            f"the predicted steps add up to {plus_minus(*value_and_error(whole['expected']))} nats per token"
         )
         text += f" ({', '.join(parts)}). " if parts else ". "
     return text + (

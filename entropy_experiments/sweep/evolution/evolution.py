@@ -41,7 +41,7 @@ from entropy_experiments.sweep.evolution.left_out_prompts import (
 )
 from entropy_experiments.sweep.evolution.reward_price import price_between
 from entropy_experiments.sweep.evolution.summed_changes import sums_with_errors
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus
+from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, value_and_error
 
 _COSTLIEST = 5
 
@@ -248,8 +248,10 @@ def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, An
         "untrusted": len(both) - len(used),
         "predicted": sums["predicted"]["value"],
         "predicted_error": sums["predicted"]["standard_error"],
+        "predicted_interval": [sums["predicted"]["low"], sums["predicted"]["high"]],
         "actual": sums["actual"]["value"],
         "actual_error": sums["actual"]["standard_error"],
+        "actual_interval": [sums["actual"]["low"], sums["actual"]["high"]],
         "compared": len(compared),
         "agreeing": sum(entry["agrees"] for entry in compared),
         "correlation": None if found is None else found.value,
@@ -291,7 +293,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
     text = (
         f"From step {first['step']} to {last['step']} entropy on {counted(result['comparable']['prompts'], 'fixed prompt')} went "
         f"from {plain(_pair(first['entropy'])[0])} to {plain(_pair(last['entropy'])[0])} nats per token "
-        f"({plus_minus(*whole['observed'].values())}); the predicted steps add up to {plus_minus(*whole['expected'].values())}"
+        f"({plus_minus(*value_and_error(whole['observed']))}); the predicted steps add up to "
+        f"{plus_minus(*value_and_error(whole['expected']))}"
     )
     prediction = whole["prediction"]
     if prediction["compared"]:

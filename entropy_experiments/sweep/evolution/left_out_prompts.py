@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 
 SUMS = ("entropy", "length", "reward", "scored", "lost", "sequences")
 Statistic = Callable[[np.ndarray], float]
@@ -51,15 +50,19 @@ def prompt_sums(buffers: Sequence[Sequence[Mapping[str, Any]]], prompts: Sequenc
 
 
 def jackknifed(statistic: Statistic, sums: np.ndarray) -> dict[str, float | None]:
-    """{"value", "standard_error"} of f on (K, len(SUMS)) totals; None where it is not finite, or with a single prompt."""
+    """{"value", "standard_error", "low", "high", "degrees_of_freedom"} of f on (K, len(SUMS)) totals, low to high its 95%
+    interval; None where it is not finite, or with a single prompt.
+    """
     totals = sums.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(totals))
         left_out = [float(statistic(totals - sums[..., p])) for p in range(sums.shape[-1])]
-    error = jackknife_standard_error(torch.tensor(left_out, dtype=torch.float64))
+    found = jackknife_interval(value, np.array(left_out))
+    error = float(found.standard_error)
     return {
         "value": value if math.isfinite(value) else None,
-        "standard_error": error if math.isfinite(error) and math.isfinite(value) else None,
+        "standard_error": error if math.isfinite(error) else None,
+        **found.as_dict(),
     }
 
 
