@@ -74,11 +74,13 @@ def analyze(
 ) -> None:
     """Compute the cross Fisher kernel at a checkpoint and report what moves entropy. Prints the report's path last."""
     from entropy_experiments.config import FisherAnalysisConfig
+    from entropy_experiments.console.early_refusals import refuse_checkpoint_early
     from rl_training.configuration import load_config
 
     settings = load_config(FisherAnalysisConfig, config, overrides or [])
     if resume and overwrite:
         raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
+    refuse_checkpoint_early(checkpoint, settings, trust)
     if dry_run:
         return _print_forecast(checkpoint, settings, trust, as_json)
     with _stdout_kept_for_results():
@@ -116,16 +118,18 @@ def sweep(
     ] = False,
 ) -> None:
     """Analyse every checkpoint of one or several runs alike, and report how it evolved. Prints the report's path last."""
+    from entropy_experiments.console.early_refusals import refuse_sweep_early
     from entropy_experiments.sweep.config import SweepConfig
     from rl_training.configuration import load_config
 
     overrides = [a for a in arguments if "=" in a and not Path(a).exists()]
     settings = load_config(SweepConfig, config, overrides)
+    runs = [Path(a) for a in arguments if a not in overrides]
+    refuse_sweep_early(runs, settings)
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.console.sweep import refuse_failures, sweep_outcome, sweep_with_progress
 
-        runs = [Path(a) for a in arguments if a not in overrides]
         options = {"folder": folder, "resume": resume, "overwrite": overwrite, "shard": shard, "assemble": assemble}
         done = sweep_with_progress(
             runs, settings, table=not as_json, quiet=quiet, keep_going=keep_going, trust=trust, **options
@@ -189,6 +193,9 @@ def doctor(
     trust: Trust = False,
 ) -> None:
     """Say what a checkpoint holds, what can be analysed, and what is missing and how to get it. A folder of many: a table."""
+    from entropy_experiments.console.early_refusals import refuse_absent_folder
+
+    refuse_absent_folder(checkpoint)
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
@@ -270,15 +277,12 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers asks it too
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def main() -> None:

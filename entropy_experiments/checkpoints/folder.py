@@ -52,13 +52,19 @@ class CheckpointRecord:
         return self.path.parent
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder as given, or the latest `checkpoint-*` of a run folder. Raises UserError where there is none."""
+def existing_folder(path: str | Path) -> Path:
+    """The folder as given. Raises UserError where it is absent, or a file."""
     folder = Path(path)
     if not folder.exists():
         raise UserError(f"{folder} does not exist: name a checkpoint folder (.../checkpoint-40) or a run folder")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: name the checkpoint folder it lies in")
+    return folder
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder as given, or the latest `checkpoint-*` of a run folder. Raises UserError where there is none."""
+    folder = existing_folder(path)
     if (folder / "trainer_state.json").exists():
         return folder
     numbered = sorted(
