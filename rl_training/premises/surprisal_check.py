@@ -33,7 +33,7 @@ FALSE_ALARMS = 5e-4
 _TIGHTEST = 30.0
 _SEQUENCES, _PER_PROMPT = 16, 4
 # Between one pass of its own and the next the number of steps grows by this factor.
-_LOOK_EVERY = 4
+_LOOK_EVERY = 2
 
 
 @dataclass
@@ -94,7 +94,7 @@ class SamplerWatch:
 
     Where the probe computes statistics of sequences that today's policy has just drawn, `take` uses these: every such step is
     looked at, for one more sum over the vocabulary. Where it watches other sequences (held-out ones, those of the step
-    before), `look` makes a forward pass of its own at the first, fourth, sixteenth ... step: what a sampler does it does from
+    before), `look` makes a forward pass of its own at the first, second, fourth ... step: what a sampler does it does from
     the start.
     """
 

@@ -37,7 +37,9 @@ _UNEXPLAINED = 1e-2
 _ADAMW = (torch.optim.AdamW, torch.optim.Adam)
 _GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
-    "fused", "decoupled_weight_decay", "initial_lr", "param_names",
+    "fused", "decoupled_weight_decay", "param_names",
+    # of torch's schedules, which move the rate and the betas
+    "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr",
 }  # fmt: skip
 _STATE_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 

@@ -147,7 +147,7 @@ def test_where_the_probe_watches_other_sequences_passes_of_its_own_become_rarer(
     )
     trainer, callback = attached(model, tmp_path, 5, {"rollouts": rollouts, "eval_sequences": 4})
     trainer.train()
-    assert looked == [(1, 16), (4, 16)] and callback._sampler.check.tokens > 0
+    assert looked == [(1, 16), (2, 16), (4, 16)] and callback._sampler.check.tokens > 0
 
 
 def run(model, folder, **settings):
