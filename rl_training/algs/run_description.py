@@ -14,7 +14,8 @@ from rl_training.generation.description import describe_sampling
 from rl_training.generation.drawn_tokens import environment_of
 from rl_training.premises.gradient_premise import GradientPremise, is_sharded
 from rl_training.premises.policy_witness import witness_of
-from rl_training.run.checkpoint_digests import checkpoint_digests
+from rl_training.run.checkpoint_digests import checkpoint_digests, file_digest
+from rl_training.run.rollouts import rollouts_path
 from rl_training.run.sidecar import (
     SIDECAR_FORMAT,
     Sidecar,
@@ -121,9 +122,14 @@ def describe_run(
         versions={name: version(name) for name in _VERSIONS},
         optimizer_class=optimizer_class(trainer.optimizer),
         sha256=checkpoint_digests(folder),
+        rollouts_sha256=file_digest(record) if (record := _rollouts(folder, trainer)).is_file() else None,
         witness=_witness(trainer, model, sampling.law()),
         gradient_premise=_gradient_premise(trainer),
     )
+
+
+def _rollouts(folder: Path, trainer: Any) -> Path:
+    return rollouts_path(folder.parent, trainer.state.global_step)
 
 
 def _witness(trainer: Any, model: torch.nn.Module, law: SamplingLaw) -> SidecarWitness | None:

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import safe_globals
 from rl_training.errors import UserError
 from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
 from rl_training.run.folder_lock import holds_something
+from rl_training.run.rollouts import check_rollouts
 from rl_training.run.sidecar import read_sidecar
 
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -44,6 +45,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
         )
     check_digests(checkpoint, sidecar.sha256)
     check_nothing_added(checkpoint, sidecar.sha256)
+    check_rollouts(checkpoint.parent, sidecar.step, sidecar.rollouts_sha256)
     for path in [checkpoint / name for name in _NEEDED[1:]] + sorted(checkpoint.glob("rng_state*.pth")):
         _check_tensors(path)
     step = _step_of(checkpoint / "trainer_state.json")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole_by
+from rl_training.run.checkpoint_digests import file_digest
 
 SCHEMA = pa.schema(
     [
@@ -47,6 +48,16 @@ def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> 
     own_folder(path.parent)
     write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
     return path
+
+
+def check_rollouts(run_dir: Path, step: int, digest: str | None) -> None:
+    """Raises UserError where one step's record is there and is not the one of this SHA-256."""
+    path = rollouts_path(run_dir, step)
+    if digest is not None and path.is_file() and file_digest(path) != digest:
+        raise UserError(
+            f"{path} is not the file that the trainer wrote (its SHA-256 differs from the checkpoint's record): it is damaged or "
+            "was changed; copy it again, or move it away to go on without it"
+        )
 
 
 def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:

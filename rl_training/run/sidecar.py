@@ -111,6 +111,8 @@ class Sidecar(StrictModel):
     """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
     sha256: dict[str, str] = {}
     """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
+    rollouts_sha256: str | None = None
+    """Digest of the record of this step's sequences, which lies beside the checkpoint; None where there was none."""
     witness: SidecarWitness | None = None
     """None where none was recorded."""
     gradient_premise: SidecarGradientPremise | None = None

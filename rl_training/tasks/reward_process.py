@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from rl_training.tasks.sandbox.scoring import RewardLimits
 
 # Importing a module may load a model library, which no limit of a call should count.
 SECONDS_TO_START = 300.0
+# Beyond the limit, until a call is ended whose caller is no longer there to do it.
+_GRACE_SECONDS = 5.0
 _CHILD = "import sys; sys.path[:] = eval(sys.argv[2]); from rl_training.tasks.reward_process import answer; answer(sys.argv[1])"
 
 
@@ -78,7 +81,7 @@ class RewardProcess:
         self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._line = ours
-        ours.send((self._path, int(self._limits.memory)))
+        ours.send((self._path, int(self._limits.memory), float(self._limits.seconds)))
         kind, value, _ = self._receive(ours, SECONDS_TO_START)
         if kind == "error":
             self.close()
@@ -102,7 +105,7 @@ def answer(descriptor: str) -> None:
     from rl_training.tasks.own_rewards import find_reward
 
     line = Connection(int(descriptor))
-    path, memory = line.recv()
+    path, memory, seconds = line.recv()
     try:
         function = find_reward(path)
     except Exception as error:
@@ -118,7 +121,12 @@ def answer(descriptor: str) -> None:
             keywords = line.recv()
         except EOFError:  # the parent has gone
             return
-        line.send(_called(function, keywords))
+        # By the kernel, whatever the function holds: its caller may have been killed.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
+        found = _called(function, keywords)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        line.send(found)
 
 
 def _called(function: Any, keywords: dict[str, Any]) -> tuple[str, Any, list[tuple[str, tuple]]]:

@@ -24,7 +24,7 @@ RewardFunction = Callable[..., Any]
 """Sync or async, and a None among its rewards means that it does not judge that completion, as in TRL."""
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPENING, _CLOSING = "<answer>", "</answer>"
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
@@ -53,6 +53,15 @@ def find_last_number(text: str) -> Decimal | None:
     """Return the last number in digits; a minus sign belongs to it unless a digit or letter precedes."""
     found = _NUMBER.findall(text.replace("\u2212", "-"))
     return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def tagged_answer(text: str) -> str:
+    """The content of the last <answer>...</answer>, or the whole text; in one walk through it, however often a tag is opened."""
+    found, start = text, text.find(_OPENING)
+    while start >= 0 and (end := text.find(_CLOSING, start + len(_OPENING))) >= 0:
+        found = text[start + len(_OPENING) : end]
+        start = text.find(_OPENING, end + len(_CLOSING))
+    return found
 
 
 def math_verify(
@@ -94,8 +103,7 @@ def score_answer(scorer: SandboxedScorer, problems: Collection[int]) -> RewardFu
             if int(index) not in problems:
                 raise KeyError(int(index))
             text = completion_text(completion)
-            tagged = _ANSWER_TAG.findall(text)
-            items.append([int(index), (tagged[-1] if tagged else text).strip()])
+            items.append([int(index), tagged_answer(text).strip()])
         return scorer.score(items)
 
     reward.__name__ = reward.__qualname__ = scorer.name

@@ -94,7 +94,10 @@ def test_every_class_was_tried_or_cannot_train_a_policy():
     setting = Setting.fresh()
     optimizer = torch.optim.SparseAdam(setting.model.parameters())
     probe = make_probe(setting)
-    with pytest.warns(RuntimeWarning, match="SparseAdam is not AdamW"), pytest.raises(RuntimeError, match="SparseAdam does not support dense"):
+    with (
+        pytest.warns(RuntimeWarning, match="SparseAdam is not AdamW"),
+        pytest.raises(RuntimeError, match="SparseAdam does not support dense"),
+    ):
         step(setting, probe, optimizer, 0)
     with pytest.raises(UserError, match="SparseAdam"):
         make_probe(setting, preconditioning="previous_step").examine(optimizer)

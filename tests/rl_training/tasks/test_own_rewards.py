@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import logging
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,6 +50,9 @@ judge = Judge()
 def hangs(prompts, completions, **columns):
     while "ab" in completions: pass
     return [1.0] * len(completions)
+def backtracks(prompts, completions, **columns):
+    import re
+    return [float(bool(re.match("(a|a?)+$", "a" * 100 + text))) for text in completions]
 def swallows(prompts, completions, **columns): return [float(len(bytes(1 << 34)))] * len(completions)
 def kills_itself(prompts, completions, **columns):
     import os
@@ -206,10 +211,55 @@ def test_a_function_in_a_child_process_keeps_the_contract(in_a_process: Any) -> 
     assert found == [7.0] and said == [("mean", 1.0), ("seen", ["a"])]
 
 
+def test_a_call_ends_even_where_its_caller_was_killed(here: str) -> None:
+    """Nobody is left to end the child at its limit but the kernel."""
+    script = (
+        "from rl_training.tasks.reward_process import RewardProcess\n"
+        "from rl_training.tasks.sandbox.scoring import RewardLimits\n"
+        f"call = RewardProcess({str(Path(here).resolve()) + ':tells_and_hangs'!r}, RewardLimits(seconds=1.0))\n"
+        "call(prompts=['?'], completions=['ab'])\n"
+    )
+    started = Path("started")
+    source = Path(here).read_text()
+    Path(here).write_text(
+        source
+        + f"""
+def tells_and_hangs(prompts, completions, **columns):
+    import os, pathlib, re
+    pathlib.Path({str(started.resolve())!r} + ".part").write_text(str(os.getpid()))
+    os.replace({str(started.resolve())!r} + ".part", {str(started.resolve())!r})
+    re.match("(a|a?)+$", "a" * 100 + "b")
+"""
+    )
+    root = str(Path(own_rewards.__file__).parents[2])
+    caller = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root})
+    wait_for(started.exists)
+    pid = int(started.read_text())
+    caller.kill()
+    caller.wait()
+    wait_for(lambda: not lives(pid))
+
+
+def lives(pid: int) -> bool:
+    """A process that has ended and that nobody waited for is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("hangs", "took longer than 1 s"),
+        ("backtracks", "took longer than 1 s"),  # in C, where no signal handler and no other thread gets a word in
         ("swallows", "beside what it takes when loaded"),
         ("kills_itself", "ended its process"),
         ("fails", "ZeroDivisionError"),
