@@ -31,7 +31,7 @@ from entropy_core.passes.forward import evaluation_mode, true_embedding_gradient
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowTaps
 from entropy_core.scores import TokenStatistics
-from entropy_core.uncertainty import Estimate
+from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
 
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
 _STRETCH = 2**15
@@ -95,7 +95,8 @@ class FoldGradients:
 def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estimate:
     """Sum of (F,) independent contributions with the standard error of the sum; shares as in FoldGradients.
 
-    Degrees of freedom: 1 / sum_f p_f^2 - 1, for equal folds F - 1.
+    Degrees of freedom: 1 / sum_f p_f^2 - 1, for equal folds F - 1, and fewer where one or two folds make most of the error: with
+    four folds of skewed prompts Student's interval on 3 covers 88 to 91%, on these 92 to 97% (benchmarks/results/calibration).
     """
     count, total = len(contributions), float(contributions.sum())
     if shares is None:
@@ -105,7 +106,8 @@ def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estima
     if apart <= 1e-12:
         return Estimate(total)
     deviations = (contributions - shares * total) / apart**0.5
-    return Estimate(total, float(deviations.norm()), 1 / (1 - apart) - 1, tuple(deviations.tolist()))
+    freedom = min(1 / (1 - apart) - 1, effective_degrees_of_freedom(deviations))
+    return Estimate(total, float(deviations.norm()), freedom, tuple(deviations.tolist()))
 
 
 def fold_shares(fold_of: Tensor, folds: int) -> Tensor:

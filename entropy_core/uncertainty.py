@@ -85,6 +85,21 @@ def contributions_without_each_prompt(prompt_index: Tensor, contributions: Calla
     return torch.stack(found)
 
 
+def effective_degrees_of_freedom(deviations: Tensor) -> float:
+    """Of a standard error that is the norm of (F,) deviations which add up to 0: F - 1, and fewer, at least 1, where one or two
+    make most of it. 1/df = 1/(F - 1) + max(0, k)/2F with k their excess kurtosis, unbiased for a normal law.
+
+    Source: Satterthwaite 1946, as Var(s^2)/s^4 = 2/(F - 1) + k/F; entropy_experiments.statistics.jackknife_interval.
+    """
+    n = len(deviations)
+    squares = deviations.double().square()
+    if n < 4 or float(squares.sum()) == 0.0:
+        return float(max(n - 1, 1))
+    plain = float(squares.square().mean() / squares.mean().square()) - 3
+    excess = ((n + 1) * plain + 6) * (n - 1) / ((n - 2) * (n - 3))
+    return max(1.0, 1 / (1 / (n - 1) + max(0.0, excess) / (2 * n)))
+
+
 def jackknife_standard_error(leave_one_out: Tensor) -> float:
     """Standard error of a statistic from its (B,) values with each unit left out. NaN for fewer than two units."""
     count = len(leave_one_out)

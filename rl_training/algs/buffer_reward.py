@@ -1,6 +1,6 @@
 """Mean reward of all prompts, from a step's first round of generation, before any group was left out, with its error.
 
-    R = sum_g r_g / p_g  /  sum_g 1 / p_g          r_g: mean reward of group g, p_g: how likely its prompt was to be drawn
+    R = sum_g r_g / p_g  /  sum_g 1 / p_g          r_g: mean reward of group g, p_g: how likely its prompt was to be in the draw
     se: jackknife over groups
 
 Under difficulty weighting prompts are drawn that are solved half the time, whatever the policy can do: their plain mean stays

@@ -5,8 +5,8 @@ A prompt whose completions all succeed or all fail gives zero advantage and no g
 
     w(p) = E[q (1 - q)] = a b / ((a + b)(a + b + 1)),        a = 1 + passes, b = 1 + failures,
 
-and prompts are drawn without replacement with probability proportional to max(w(p), floor * max w). The first-draw
-probability of each drawn prompt is kept with it, so that an estimate over the true prompt distribution can be reweighted.
+and prompts are drawn without replacement with probability proportional to max(w(p), floor * max w). With each drawn prompt is
+kept how likely it was to be in the draw (rl_training.tasks.inclusion), so that a mean over all prompts can be estimated.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from rl_training.tasks.inclusion import inclusion_probabilities
 
 # A policy changes: counts older than a few visits say little about it.
 _MEMORY = 0.7
@@ -63,10 +65,11 @@ class PassRates:
     def draw(
         self, count: int, rng: np.random.Generator, exclude: Sequence[int] = (), weighted: bool = True
     ) -> tuple[list[int], list[float]]:
-        """`count` distinct prompts outside `exclude`, and the probability with which each would be drawn first.
+        """`count` distinct prompts outside `exclude`, and the probability with which each is in such a draw.
 
         weighted: by difficulty if true, uniformly if false. Where fewer prompts than `count` are left, excluded ones
-        are drawn again rather than none.
+        are drawn again rather than none; where there are fewer than `count` in all, prompts are drawn with replacement, and the
+        number is how often each is expected to be drawn.
         """
         weights = self.weights() if weighted else np.ones(self.size)
         available = np.setdiff1d(np.arange(self.size), np.asarray(list(exclude), dtype=int))
@@ -74,7 +77,9 @@ class PassRates:
             available = np.arange(self.size)
         probabilities = weights[available] / weights[available].sum()
         chosen = rng.choice(len(available), size=count, replace=count > len(available), p=probabilities)
-        return available[chosen].tolist(), probabilities[chosen].tolist()
+        repeated = count > len(available)
+        expected = count * probabilities if repeated else inclusion_probabilities(weights[available], count)
+        return available[chosen].tolist(), expected[chosen].tolist()
 
     def subset(self, prompts: Sequence[int]) -> PassRates:
         """The rates of some prompts, numbered by their place in `prompts`."""

@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from entropy_core.uncertainty import (
+    effective_degrees_of_freedom,
     jackknife_over_prompts,
     jackknife_standard_error,
     sums_over_prompts,
@@ -79,6 +81,16 @@ def test_it_covers_the_truth_about_as_often_as_it_says() -> None:
         error = jackknife_over_prompts(entropies, torch.arange(32), lengths)
         inside += abs(float(entropies.sum() / lengths.sum()) - 1.0) <= error
     assert 0.58 <= inside / 400 <= 0.76, f"{inside / 4:.0f}% within one standard error: a factor is missing"
+
+
+def test_one_heavy_fold_leaves_few_degrees_of_freedom() -> None:
+    even = torch.tensor([1.0, -1.0, 1.2, -1.2, 0.9, -0.9])
+    heavy = torch.tensor([5.0, -1.0, -1.2, -0.8, -1.1, -0.9])
+    assert effective_degrees_of_freedom(even) == 5
+    wanted = 1 / (1 / 5 + stats.kurtosis(heavy.numpy(), bias=False) / 12)
+    assert effective_degrees_of_freedom(heavy) == pytest.approx(wanted) and wanted < 2.5
+    assert effective_degrees_of_freedom(torch.tensor([1.0, -1.0])) == 1
+    assert effective_degrees_of_freedom(torch.zeros(5)) == 4 and effective_degrees_of_freedom(torch.zeros(1)) == 1
 
 
 def test_one_prompt_says_nothing_about_its_spread() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from entropy_core.uncertainty import effective_degrees_of_freedom as of_folds
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
 
 REPEATS = 4000
@@ -101,3 +103,10 @@ def test_what_is_not_known_has_no_interval() -> None:
     assert float(alone.high) == pytest.approx(1.5 + 12.7062 * 0.5, rel=1e-5), "two prompts: one degree of freedom"
     equal = jackknife_interval(2.0, np.full(6, 2.0))
     assert float(equal.low) == float(equal.high) == 2.0
+
+
+def test_folds_have_the_same_degrees_of_freedom() -> None:
+    for seed in range(5):
+        draws = np.random.default_rng(seed).exponential(size=(4 + seed,))
+        deviations = torch.tensor(draws - draws.mean())
+        assert of_folds(deviations) == pytest.approx(float(effective_degrees_of_freedom(draws)))
