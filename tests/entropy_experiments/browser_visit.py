@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Playwright
 
-SKIP = "ENTROPY_EXPERIMENTS_SKIP_BROWSER_TESTS"
+REQUIRED = "ENTROPY_EXPERIMENTS_BROWSER_TESTS_REQUIRED"
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -19,15 +19,12 @@ FIGURES = ("training_history", "predicted_vs_actual", "entropy_split", "attribut
 
 
 def launch(playwright: Playwright) -> Browser:
-    """A headless Chromium; fails where there is none, unless the environment says to go without."""
-    if os.environ.get(SKIP) == "1":
-        pytest.skip(f"{SKIP}=1")
+    """A headless Chromium; skips where there is none, and fails there if the environment requires one, as .ci/run does."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
-        pytest.fail(
-            f"no Chromium on the PATH: install one (Debian: apt install chromium), or set {SKIP}=1 to go without"
-        )
+        give_up = pytest.fail if os.environ.get(REQUIRED) == "1" else pytest.skip
+        give_up("no Chromium on the PATH: install one (Debian: apt install chromium) to run the browser tests")
     return playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
 
 

@@ -1,0 +1,75 @@
+"""The package as it is installed: a wheel, unpacked where there is no checkout, finds its templates and configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.entropy_experiments.results_fixture import build_results
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("entropy_core", "rl_training", "entropy_experiments", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the wheel installs, far from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        source, target = ROOT / name, folder / "source" / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, target)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    command += ["--wheel-dir", str(folder), str(folder / "source")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "installed")
+    return folder / "installed"
+
+
+def run(installed: Path, code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_report_is_written_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    build_results(tmp_path / "results")
+    code = (
+        "import sys, entropy_experiments.report.page as page\n"
+        "from entropy_experiments.cli import main\n"
+        "print(page.__file__, file=sys.stderr)\n"
+        "sys.argv = ['entropy-experiments', 'report', 'results']; main()"
+    )
+    done = run(installed, code, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(installed) in done.stderr, "the checkout was run, not the wheel"
+    assert "<html" in (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
+
+
+def test_configurations_and_notebook_are_in_the_wheel(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, entropy_experiments.console.demo as demo, entropy_experiments.console.explore as explore\n"
+        "print(json.dumps([str(p) for p in (demo.TRAIN_CONFIG, demo.ANALYSIS_CONFIG, explore.NOTEBOOK)]))"
+    )
+    done = run(installed, code, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for path in map(Path, json.loads(done.stdout)):
+        assert path.is_file() and path.is_relative_to(installed), path
+
+
+def test_nothing_else_is_in_the_wheel(installed: Path) -> None:
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"entropy_core", "rl_training", "entropy_experiments"}
