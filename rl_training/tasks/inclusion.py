@@ -3,8 +3,8 @@
     pi_i = integral of f_i(x) P( fewer than k of the others lie below x ) dx,      f_i the density of an exponential of rate w_i
 
 The k smallest of independent exponentials of rates w are a draw of k, one after the other, each in proportion to the weights of
-those that are left (Efraimidis & Spirakis 2006). k times the chance to be drawn first, k w_i / sum w, is larger for heavy prompts,
-for none is drawn twice; of 8 of 12 prompts it is off by a fifth and more.
+those that are left (Efraimidis & Spirakis 2006). k times the chance to be drawn first, k w_i / sum w, is larger for heavy
+prompts, for none is drawn twice; of 8 of 12 prompts it is off by a fifth and more.
 
 For up to EXACT prompts the integral is taken as it stands; beyond, the number that lies below x is taken for its mean
 (Rosen 1972), pi_i = 1 - exp(-w_i x) with sum pi = k, good to 1% there.
