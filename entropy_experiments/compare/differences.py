@@ -21,6 +21,7 @@ from torch import Tensor
 from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
 from entropy_experiments.compare.sides import Side, step_of
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
+from entropy_experiments.records.preconditioner_labels import preconditioner_labels
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.verdict import PARTS, primary_estimator
 from entropy_experiments.statistics.agreement import told_from_zero, unpaired_agreement
@@ -254,7 +255,8 @@ def settings_that_differ(points: Sequence[ResultsFolder]) -> list[tuple[str, lis
 
 
 def _step_settings(results: ResultsFolder) -> dict[str, Any]:
-    return {"preconditioner": lookup(results.summary, "attribution", "preconditioner")}
+    shares, kernel = preconditioner_labels(results.summary)
+    return {"preconditioner of the shares": shares, "preconditioner of the kernel": kernel}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from entropy_experiments.records.preconditioner_labels import preconditioner_labels
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import as_number, lookup, plain
@@ -214,7 +215,7 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
     tasks = differing([lookup(point.summary, "policy", "task") for point in points])
     if tasks and None not in [lookup(point.summary, "policy", "task") for point in points]:
         found.append(f"Different tasks: {tasks}.")
-    clean = [lookup(point.summary, "attribution", "preconditioner") == "none" for point in points]
+    clean = [preconditioner_labels(point.summary)[1] == "none" for point in points]
     if any(clean) and not all(clean):
         plain_steps = ", ".join(side.letter for side, is_plain in zip(sides, clean, strict=True) if is_plain)
         found.append(f"The analysed step of {plain_steps} is a plain gradient step, that of the others AdamW's.")

@@ -27,6 +27,7 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.records.estimate_entries import estimate_entry, measurement_entry, ratio_entry
 from entropy_experiments.records.leave_one_out import agreements
+from entropy_experiments.records.preconditioner_labels import of_shares
 from entropy_experiments.records.reader import RESULTS_FORMAT
 from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.text.tokens import token_texts
@@ -211,7 +212,8 @@ def summarize(
             "delta_h_batch": numbers.batch_change,
             "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
             "horizon_factor": numbers.horizon_factor,
-            "preconditioner": preconditioning,
+            "preconditioner": of_shares(preconditioning),
+            "kernel_preconditioner": preconditioning,
             "gradient_norm": numbers.gradient_norm,
             "clip_coefficient": numbers.clip,
             "step_factor": numbers.step_factor,

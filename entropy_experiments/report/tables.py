@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.preconditioner_labels import WORDS, preconditioner_labels
 from entropy_experiments.report.check_words import check_value
 from entropy_experiments.report.verdict import PARTS, primary_estimator
 from entropy_experiments.statistics.agreement import stored_agreement
@@ -243,11 +244,17 @@ def provenance_rows(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[
         ("Versions", _listed(run.get("versions"))),
         ("Hardware", _listed(run.get("hardware"))),
         ("Gradients per sequence", _rows_formed(lookup(summary, "gradient_rows"))),
-        ("Preconditioner P", lookup(summary, "attribution", "preconditioner")),
+        *_preconditioners(summary),
         ("Stages", _stages(run.get("stages"))),
         ("Seconds in all", run.get("seconds")),
     ]
     return [(label, clip(_text(fact), _FACT_CHARACTERS)) for label, fact in facts]
+
+
+def _preconditioners(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
+    shares, kernel = preconditioner_labels(summary)
+    rows = [("P of shares and step", shares), ("P of the kernel", kernel)]
+    return [(name, None if label is None else WORDS.get(label, label)) for name, label in rows]
 
 
 def _rows_formed(found: object) -> str | None:
