@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero
-from entropy_experiments.text.numbers import plus_minus
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, shown
 
 LABELS = {
     "rao_blackwell": "Rao–Blackwell",
@@ -83,9 +83,11 @@ def _part(predicted: Mapping[str, Mapping[str, Any]], estimator: str, part: str)
 
 
 def _known(entry: Any) -> dict[str, float | None]:
-    """{value, standard_error} of whatever form of estimate, None for what is missing or not finite."""
+    """{value, standard_error, degrees_of_freedom} of whatever form of estimate, None for what is missing or not finite."""
     value, error = estimate_of(entry)
-    return {"value": value, "standard_error": error}
+    left_out = entry.get("left_out") if isinstance(entry, Mapping) else getattr(entry, "left_out", None)
+    freedom = None if left_out is None else max(1, len(left_out) - 1)
+    return {"value": value, "standard_error": error, "degrees_of_freedom": freedom}
 
 
 def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
@@ -123,11 +125,11 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
 def _sentence(rows: list[dict[str, Any]], measured: dict[str, float | None]) -> str:
     if measured["value"] is None:
         return "No change of entropy was measured, so no predictor can be held against it."
-    text = f"The measured change was {plus_minus(measured['value'], measured['standard_error'])} nats per token"
+    text = f"The measured change was {shown(measured)} nats per token ({BRACKETS})"
     judged = [row for row in rows if row["z"] is not None and row["name"] != "fixed_prefix_on_given_tokens"]
     near, far = ([row["label"] for row in judged if row["agrees"] is within] for within in (True, False))
     if judged:
-        text += f"; not told from it: {_listed(near)}; apart beyond the error of the difference: {_listed(far)}"
+        text += f"; it and the predictor {ALIKE}: {_listed(near)}; they {DISAGREE}: {_listed(far)}"
     signed = [row for row in rows if not row["comparable_in_scale"] and row["predicted"] is not None]
     right, wrong = ([row["label"] for row in signed if row["sign_agrees"] is same] for same in (True, False))
     if right or wrong:

@@ -23,6 +23,7 @@ from scipy import stats
 
 from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.statistics.confidence import UNTOLD
 from entropy_experiments.text.numbers import counted, plain
 
 QUANTITIES = {
@@ -197,5 +198,5 @@ def _sentence(quantities: dict[str, dict[str, Any]]) -> str:
         return f"{lead} are {listed}."
     tested = [QUANTITIES[name][0] for name, q in quantities.items() if q["p_value"] is not None]
     if not tested:
-        return f"{lead} cannot be told apart or alike: {quantities['length']['reason']}."
+        return f"Whether {lead[0].lower()}{lead[1:]} differ {UNTOLD}: {quantities['length']['reason']}."
     return f"{lead} differ beyond chance in none of {', '.join(tested)}."

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
-from entropy_experiments.text.numbers import as_number, plain, plus_minus, value_and_error
+from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
+from entropy_experiments.text.numbers import as_number, plain, value_and_error
 
 COMPARISONS = {
     "snis": ("rao_blackwell", "split", "score_function"),
@@ -47,10 +48,10 @@ def compare_prediction(
 
     Returns
         unit           "nats per token"
-        rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error"}, "measured": kind
-                       -> {"value", "standard_error", "effective_sample_size", "trustworthy"}, "comparisons": [{"estimator",
-                       "measure", "ratio", "near_zero", "difference", "standard_error", "degrees_of_freedom", "z", "p_value",
-                       "low", "high", "agrees", "reason"}]}; difference: predicted - measured, with its 95% interval
+        rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error",
+                       "degrees_of_freedom"}, "measured": kind -> the same with "effective_sample_size",
+                       "trustworthy"}, "comparisons": [{"estimator", "measure", "ratio", "near_zero", "difference",
+                       "standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees", "reason"}]}; difference: predicted - measured, with its 95% interval
         first_order    {"estimator", "measure", "tolerance", "departures": [{"scale", "departure", "trustworthy"}], "holds_to",
                        "fails_at", "crossing", "reason"}: the largest scale up to which the departure stays within the
                        tolerance, the next one tested, and the scale between them where it passes it (log-linear)
@@ -76,6 +77,11 @@ class _Known:
     standard_error: float | None
     left_out: np.ndarray | None
 
+    @property
+    def freedom(self) -> int | None:
+        """Degrees of freedom behind the error; None where prompts were not left out."""
+        return None if self.left_out is None else max(1, len(self.left_out) - 1)
+
     def scaled(self, s: float) -> _Known:
         error, left_out = self.standard_error, self.left_out
         return _Known(s * self.value, None if error is None else s * error, None if left_out is None else s * left_out)
@@ -91,7 +97,8 @@ def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> dict[str,
     scale = float(given["scale"])
     at_scale = {name: entry.scaled(scale) for name, entry in estimates.items()}
     predicted = {
-        name: {"value": entry.value, "standard_error": entry.standard_error} for name, entry in at_scale.items()
+        name: {"value": entry.value, "standard_error": entry.standard_error, "degrees_of_freedom": entry.freedom}
+        for name, entry in at_scale.items()
     }
     measured = {kind: _measurement(given[kind]) for kind in COMPARISONS if given.get(kind) is not None}
     comparisons = [
@@ -110,7 +117,9 @@ def _measurement(entry: Any) -> dict[str, Any]:
     else:
         (value, error), size, count = value_and_error(entry), None, None
     trust = None if size is None or count is None else size >= count / 2
-    return {"value": value, "standard_error": error, "effective_sample_size": size, "trustworthy": trust}
+    freedom = _estimate(entry).freedom
+    found = {"value": value, "standard_error": error, "degrees_of_freedom": freedom}
+    return found | {"effective_sample_size": size, "trustworthy": trust}
 
 
 def _comparison(name: str, kind: str, predicted: _Known, entry: Any) -> dict[str, Any]:
@@ -207,10 +216,10 @@ def _sentence(rows: Sequence[Mapping[str, Any]], first_order: Mapping[str, Any])
     if taken is not None and headline is not None:
         value = taken["predicted"][headline["estimator"]]
         found = taken["measured"][headline["measure"]]
+        doubt = f", a prediction that {NOT_FROM_ZERO}" if headline["near_zero"] else ""
         text += (
-            f"; for the step itself {plus_minus(value['value'], value['standard_error'])} nats per token were predicted and "
-            f"{plus_minus(found['value'], found['standard_error'])} measured (ratio {headline['ratio']:.2f}"
-            + (", a prediction that is not told from 0)" if headline["near_zero"] else ")")
+            f"; for the step itself {shown(value)} nats per token were predicted and {shown(found)} measured "
+            f"(ratio {headline['ratio']:.2f}{doubt}; {BRACKETS})"
         )
     return text + "."
 

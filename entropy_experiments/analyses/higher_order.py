@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.text.numbers import plain, plus_minus, value_and_error
+from entropy_experiments.statistics.confidence import BRACKETS, shown
+from entropy_experiments.text.numbers import plain, value_and_error
+from rl_training.intervals import t_quantile
 
 DEFAULT_SCALES = tuple(sign * 2.0**-k for k in (0, 1, 2, 3, 4) for sign in (1, -1))
 """What to measure at where nothing else is wanted: +-1 to +-1/16 of the step."""
@@ -47,12 +49,14 @@ def measure_orders(
         unit            "nats per token"
         points          [{"scale", "change", "standard_error", "first_order", "second_order", "effective_sample_size", "used"}],
                         ascending; second_order is D s + Q s^2; None where not known
-        first_order     {"value", "standard_error", "fitted", "source"}: D, from "split estimator" or "fit"
-        second_order    {"value", "standard_error", "fit_error", "total_error"}: Q; total_error adds both in quadrature
+        first_order     {"value", "standard_error", "degrees_of_freedom", "fitted", "source"}: D, from "split estimator" or "fit"
+        second_order    {"value", "standard_error", "fit_error", "total_error", "degrees_of_freedom"}: Q; total_error adds both
+                        in quadrature
         third, fourth   C and R, None where too few pairs were given
         residual        root mean square of what the fit leaves, over all used points
         ratio           Q / D, signed: second over first order for the step itself
-        equal_at        {"value", "low", "high"}: s*; low and high from D and Q moved by two errors, high None where Q may be 0
+        equal_at        {"value", "low", "high"}: s*; low and high from the ends of the 95% intervals of D and Q, high
+                        None where Q may be 0
         pairs           how many pairs were used
         reason          why numbers are None, or ""
         sentence
@@ -133,10 +137,23 @@ def _orders(
     slope: Mapping[str, Any] | float | None,
 ) -> dict[str, Any]:
     value, error = value_and_error(slope)
+    freedom = None if left_out is None else max(1, len(left_out) - 1)
     out: dict[str, Any] = {
         "unit": "nats per token",
-        "first_order": {"value": value, "standard_error": error, "fitted": None, "source": "split estimator"},
-        "second_order": {"value": None, "standard_error": None, "fit_error": None, "total_error": None},
+        "first_order": {
+            "value": value,
+            "standard_error": error,
+            "degrees_of_freedom": freedom,
+            "fitted": None,
+            "source": "split estimator",
+        },
+        "second_order": {
+            "value": None,
+            "standard_error": None,
+            "fit_error": None,
+            "total_error": None,
+            "degrees_of_freedom": freedom,
+        },
         "third": None,
         "fourth": None,
         "residual": None,
@@ -157,7 +174,7 @@ def _orders(
     if len(pairs) > 2:
         fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
     known = [e for e in (errors[1], fit_error) if e is not None]
-    out["second_order"] = {
+    out["second_order"] |= {
         "value": float(fitted[1]),
         "standard_error": errors[1],
         "fit_error": fit_error,
@@ -173,7 +190,10 @@ def _orders(
 
 def _equality(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     d, q = float(first["value"]), float(second["value"])
-    spread_d, spread_q = 2 * (first["standard_error"] or 0.0), 2 * (second["total_error"] or 0.0)
+    spread_d, spread_q = (
+        t_quantile(part["degrees_of_freedom"] or math.inf) * (part[error] or 0.0)
+        for part, error in ((first, "standard_error"), (second, "total_error"))
+    )
     out: dict[str, Any] = {"ratio": q / d if d != 0 else None, "equal_at": {"value": None, "low": None, "high": None}}
     if q == 0:
         return out | {"reason": "the second order is exactly 0"}
@@ -188,8 +208,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
     if second["value"] is None:
         return f"The second order was not measured: {result['reason']}."
     text = (
-        f"For the step as taken the second order is {plus_minus(second['value'], second['total_error'])} nats per token beside a "
-        f"first order of {plus_minus(first['value'], first['standard_error'])}"
+        f"For the step as taken the second order is {shown(second | {'standard_error': second['total_error']})} nats per token "
+        f"beside a first order of {shown(first)} ({BRACKETS})"
     )
     if equal["value"] is None:
         return f"{text}; {result['reason']}."

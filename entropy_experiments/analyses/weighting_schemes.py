@@ -16,13 +16,14 @@ training. Where evaluation sequences have no rewards, or equal ones, training re
 of (r_j - mean of the others of its group) K(j, i) over the sequences j of *other* prompts.
 
 Standard errors: jackknife over evaluation prompts (of a gain from the training side, over the prompts of its rows), ratios
-recomputed whole, the step held as it is. The spread of dh comes from KH, hence is under the kernel's P. A gain within 2
-standard errors of 0 is no denominator: what would divide by it is None and says why.
+recomputed whole, the step held as it is. The spread of dh comes from KH, hence is under the kernel's P. A gain whose 95% interval
+holds 0 is no denominator: what would divide by it is None and says why.
 Source: docs/analyses/weighting-schemes.md; the weights themselves: candidate_weights.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,11 @@ from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
 from entropy_experiments.statistics.agreement import compare
-from entropy_experiments.text.numbers import counted, plus_minus, value_and_error
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, known, shown
+from entropy_experiments.text.numbers import counted
+from rl_training.intervals import welch_freedom
 
 NORMALISATIONS = ("raw", "equal_length", "equal_gain")
-DISTINGUISHABLE = 2.0
-"""A gain this many standard errors from 0 may be divided by."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def weighting_schemes(
     Keys: `rows`, a list of {name, label, kind ("run" | "scheme" | "filter"), sequences (of weight other than 0), delta_h:
     {raw, equal_length, equal_gain}, minus_run: {equal_length, equal_gain} (difference to the run's own row), reward_gain,
     entropy_cost_per_reward, update_length, cosine_with_run (of the two updates, metric 1/P), scale: {equal_length,
-    equal_gain} (factors on the weights), spared (drop_top_k only: see `_spared`)}. Estimates are {value, standard_error}
-    and, where one is None, `reason`; a row without weights has `reason` in place of all numbers. `weights`: name -> list of
-    n_train floats. `gain_side`: "evaluation", "training" or None, `gain_note` the same in words. `n_eval`, `n_train`,
-    `eval_prompts`, `sentence`.
+    equal_gain} (factors on the weights), spared (drop_top_k only: see `_spared`)}. Estimates are {value, standard_error,
+    degrees_of_freedom} and, where one is None, `reason`; a row without weights has `reason` in place of all numbers. `weights`:
+    name -> list of n_train floats. `gain_side`: "evaluation", "training" or None, `gain_note` the same in words. `n_eval`,
+    `n_train`, `eval_prompts`, `sentence`.
 
     Raises ValueError for arrays of other shapes than the labels', or entries that are not finite.
     """
@@ -249,39 +250,46 @@ def _estimates(
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         value = formula(left.value, right.value)
         if left.same_prompts == right.same_prompts:
-            errors = _jackknife(formula(left.left_out, right.left_out))
+            terms = [_jackknife(formula(left.left_out, right.left_out))]
         else:
             of_left = formula(left.left_out, np.broadcast_to(right.value, left.left_out.shape))
             of_right = formula(np.broadcast_to(left.value, right.left_out.shape), right.left_out)
-            errors = np.hypot(_jackknife(of_left), _jackknife(of_right))
-    found = zip(value, errors, closed, strict=True)
-    return [_nothing(why) if why else _estimate(float(v), float(e)) for v, e, why in found]
+            terms = [_jackknife(of_left), _jackknife(of_right)]
+    counts = [len(left.left_out) - 1, len(right.left_out) - 1]
+    found = zip(value, zip(*terms, strict=True), closed, strict=True)
+    return [
+        _nothing(why)
+        if why
+        else _estimate(float(v), math.hypot(*errors), welch_freedom(zip(map(float, errors), counts, strict=False)))
+        for v, errors, why in found
+    ]
 
 
 def _jackknife(left_out: np.ndarray) -> np.ndarray:
     return np.array([jackknife_standard_error(torch.from_numpy(column.copy())) for column in left_out.T])
 
 
-def _estimate(value: float, error: float) -> dict[str, Any]:
+def _estimate(value: float, error: float, freedom: float) -> dict[str, Any]:
     if not np.isfinite(value):
         return _nothing("not defined: it divides by 0")
+    entry = {"value": value, "standard_error": None, "degrees_of_freedom": None}
     if not np.isfinite(error):
-        return {"value": value, "standard_error": None, "reason": "no standard error: too few prompts to leave one out"}
-    return {"value": value, "standard_error": error}
+        return entry | {"reason": "no standard error: too few prompts to leave one out"}
+    return entry | {"standard_error": error, "degrees_of_freedom": freedom if math.isfinite(freedom) else None}
 
 
 def _nothing(reason: str) -> dict[str, Any]:
-    return {"value": None, "standard_error": None, "reason": reason}
+    return {"value": None, "standard_error": None, "degrees_of_freedom": None, "reason": reason}
 
 
 def _why_not_a_gain(entry: Mapping[str, Any]) -> str:
     """Why a predicted gain of reward cannot stand below a fraction bar; empty where it can."""
-    value, error = entry["value"], entry["standard_error"]
-    if value is None or error is None:
+    gain = known(entry)
+    if gain is None or gain.holds_zero is None:
         return f"no gain of reward to divide by: {entry['reason']}"
-    if value == 0 or abs(value) <= DISTINGUISHABLE * error:
-        return f"its gain of reward, {plus_minus(value, error)}, cannot be told from 0"
-    return "" if value > 0 else f"it is predicted to lower reward ({plus_minus(value, error)})"
+    if gain.holds_zero:
+        return f"its gain of reward, {gain.text()}, {NOT_FROM_ZERO}"
+    return "" if gain.value > 0 else f"it is predicted to lower reward ({gain.text()})"
 
 
 def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
@@ -302,7 +310,9 @@ def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
         spared = -shares[np.ix_(judged, chosen)].sum(1)
         values.append(spared.mean())
         errors.append(jackknife_over_prompts(torch.from_numpy(spared), torch.from_numpy(place[judged])))
-    return _estimate(float(np.mean(values)), float(np.hypot(*errors) / 2))
+    halves = (np.unique(place[place % 2 == half]).size for half in (1, 0))
+    freedom = welch_freedom((float(e), n - 1) for e, n in zip(errors, halves, strict=True))
+    return _estimate(float(np.mean(values)), float(np.hypot(*errors) / 2), freedom)
 
 
 def _sentence(table: Mapping[str, Any]) -> str:
@@ -314,22 +324,35 @@ def _sentence(table: Mapping[str, Any]) -> str:
     named = f"Of {counted(len(rows), 'weighting scheme')} on {counted(table['n_train'], 'training sequence')}, "
     priced = [row for row in rows if row["entropy_cost_per_reward"]["value"] is not None]
     if not priced:
-        low, high = _extremes(rows, lambda row: row["delta_h"]["equal_length"], plus=True)
+        spans = _extremes(rows, lambda row: row["delta_h"]["equal_length"])
         return (
-            f"{named}none has a predicted gain of reward that can be told from 0, so entropy has no price in reward; in a "
-            f"step of the run's length entropy changes between {low} and {high} nats per token."
+            f"{named}none has a predicted gain of reward that is known from 0 by its 95% interval, so entropy has no price in "
+            f"reward; in a step of the run's length entropy changes {spans} nats per token ({BRACKETS})."
         )
-    low, high = _extremes(priced, lambda row: row["entropy_cost_per_reward"], plus=False)
-    pairs = [value_and_error(row["minus_run"]["equal_gain"]) for row in priced]
-    known = [abs(value) > DISTINGUISHABLE * error for value, error in pairs if value is not None and error is not None]
-    return (
-        f"{named}{len(priced)} with a predicted gain of reward that can be told from 0, the least entropy for a unit of mean "
-        f"reward is lost at {low} and the most at {high} nats per token; at equal gain {sum(known)} of {len(known)} differ "
-        "from the step as trained by more than 2 standard errors."
+    gains = f"{len(priced)} {'has' if len(priced) == 1 else 'have'} a predicted gain of reward whose 95% interval excludes 0"
+    spans = _extremes(priced, lambda row: row["entropy_cost_per_reward"], plus=False)
+    text = f"{named}{gains}; a unit of mean reward costs entropy {spans} nats per token ({BRACKETS})"
+    differences = [known(row["minus_run"]["equal_gain"]) for row in priced]
+    judged = [d for d in differences if d is not None and d.holds_zero is not None]
+    if not judged:
+        why = (
+            table["rows"][0].get("delta_h", {}).get("equal_gain", {}).get("reason")
+            or "no error of the difference is known"
+        )
+        return f"{text}; whether any differs from the step as trained {UNTOLD}: {why}."
+    alike = sum(d.holds_zero is True for d in judged)
+    return f"{text}; at equal gain {alike} of {len(judged)} {ALIKE} from the step as trained, by the paired difference."
+
+
+def _extremes(rows: list[dict[str, Any]], entry: Callable[[dict[str, Any]], Any], plus: bool = True) -> str:
+    """The smallest and the largest, each with its interval; one where there is one, and a word where the intervals overlap."""
+    low, high = (pick(rows, key=lambda row: entry(row)["value"]) for pick in (min, max))
+    ends = [f"{shown(entry(row), plus)} ({row['label']})" for row in (low, high)]
+    least, most = known(entry(low)), known(entry(high))
+    if low is high or least is None or most is None or least.value == most.value:
+        return f"by {ends[0]}"
+    overlap = least.high is None or most.low is None or least.high >= most.low
+    order = (
+        f"; which of them is the least {UNTOLD}, their intervals overlap" if overlap and least.low != least.high else ""
     )
-
-
-def _extremes(rows: list[dict[str, Any]], entry: Callable[[dict[str, Any]], Any], plus: bool) -> tuple[str, str]:
-    ends = (pick(rows, key=lambda row: entry(row)["value"]) for pick in (min, max))
-    low, high = (f"{plus_minus(*value_and_error(entry(row)), plus=plus)} ({row['label']})" for row in ends)
-    return low, high
+    return f"from {ends[0]} to {ends[1]}{order}"

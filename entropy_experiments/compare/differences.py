@@ -1,7 +1,7 @@
 """Differences between analyses, with standard errors that know which evaluation prompts they share.
 
     paired (same evaluation prompts)    se(b - a) = jackknife over prompts of b_{-p} - a_{-p}
-    unpaired (anything else)            se(b - a) = sqrt(se_a^2 + se_b^2)
+    unpaired (anything else)            se(b - a) = sqrt(se_a^2 + se_b^2)                  Welch's degrees of freedom
 
 Paired, what a prompt does to both sides cancels; taken as unpaired, the same numbers would look less certain than they are.
 Both describe the choice of evaluation prompts and completions alone, not another training buffer or another seed of training.
@@ -25,6 +25,7 @@ from entropy_experiments.records.preconditioner_labels import preconditioner_lab
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.verdict import PARTS, primary_estimator
 from entropy_experiments.statistics.agreement import told_from_zero, unpaired_agreement
+from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry, shown
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 
@@ -60,16 +61,27 @@ class Difference:
             return told_from_zero(self.value, self.standard_error, self.degrees_of_freedom)
         return not self.low <= 0.0 <= self.high
 
+    def as_number(self) -> dict[str, float | None]:
+        """{"value", "standard_error", "low", "high", "degrees_of_freedom"}."""
+        freedom = self.degrees_of_freedom if math.isfinite(self.degrees_of_freedom) else None
+        ends = {"low": self.low, "high": self.high}
+        return {"value": self.value, "standard_error": self.standard_error, **ends, "degrees_of_freedom": freedom}
+
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity: (value, standard error) of every side, and the differences from side A (None for A itself, and where
-    either value is missing).
+    """One quantity: (value, standard error) of every side, the differences from side A (None for A itself, and where either value
+    is missing), and the values with their intervals (entropy_experiments.statistics.confidence.number_entry).
     """
 
     quantity: Quantity
     values: tuple[tuple[float | None, float | None], ...]
     differences: tuple[Difference | None, ...]
+    numbers: tuple[dict[str, float | None], ...] = ()
+
+    def text(self, place: int, plus: bool = True) -> str:
+        """A side's value with its 95% interval."""
+        return shown(self.numbers[place], plus)
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,7 @@ def compare_analyses(analyses: Sequence[ResultsFolder]) -> Point:
                         for value, s in zip(values[1:], series[1:], strict=True)
                     ),
                 ),
+                tuple(_number(results, quantity.key) for results in analyses),
             )
         )
     return Point(step_of(analyses[-1]), tuple(analyses), tuple(row for row in rows if _known(row)))
@@ -162,6 +175,19 @@ def _value(results: ResultsFolder, key: str) -> tuple[float | None, float | None
     above, below, index, _ = found
     error = jackknife_standard_error(leave_one_prompt_out(above, index, below))
     return float(above.sum() / below.sum()), error if math.isfinite(error) else None
+
+
+def _number(results: ResultsFolder, key: str) -> dict[str, float | None]:
+    """The same with its 95% interval."""
+    freedom, entry = freedom_of_analysis(results.summary), lookup(results.summary, *key.split("."))
+    found = None if entry is not None else _ratio_of_rows(results, key)
+    if found is None:
+        return number_entry(entry, freedom)
+    above, below, index, _ = found
+    value = float(above.sum() / below.sum())
+    ends = jackknife_interval(value, leave_one_prompt_out(above, index, below).numpy())
+    error = float(ends.standard_error)
+    return {"value": value, "standard_error": error if math.isfinite(error) else None, **ends.as_dict()}
 
 
 # Numbers that are a ratio of sums over the evaluation sequences: key -> (numerator, denominator; None: their number).

@@ -184,6 +184,7 @@ def _quantity_record(sides: Sequence[Side], row: Compared) -> dict[str, Any]:
                 "high": gap.high,
                 "paired_prompts": gap.prompts,
                 "why_unpaired": gap.reason or None,
+                "degrees_of_freedom": gap.as_number()["degrees_of_freedom"],
                 "told_from_zero": gap.told_from_zero,
             }
             for side, gap in zip(sides, row.differences, strict=True)

@@ -1,7 +1,7 @@
 """What a comparison found, in plain sentences, the most important first.
 
-A difference counts as one where 0 lies outside its 95% interval; otherwise it is "not distinguishable from 0",
-which is not the same as none.
+A difference counts as one where 0 lies outside its 95% interval; otherwise it "cannot be told from 0", which is not the same as
+none.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from entropy_experiments.compare.differences import Compared, Difference, Point
 from entropy_experiments.compare.sides import Side
 from entropy_experiments.records.training_course import entropy_column, entropy_course_words
 from entropy_experiments.report.verdict import PARTS
-from entropy_experiments.statistics.confidence import Sentence
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence, shown
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import counted, lookup, plain, plus_minus
+from entropy_experiments.text.numbers import counted, lookup, plain
 
 _UNIT = "nats per token"
 
@@ -52,23 +52,28 @@ def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:
             continue
         a, b = row.values[0][0], row.values[place][0]
         assert a is not None and b is not None
-        beside = (
-            f"({word}: {letter} {plus_minus(*row.values[place])}, A {plus_minus(*row.values[0])}; {_how(difference)})"
-        )
-        size = plus_minus(abs(difference.value), difference.standard_error, plus=False)
+        beside = f"({word}: {letter} {row.text(place)}, A {row.text(0)}; {_how(difference)}; {BRACKETS})"
+        size = _size(difference)
         if difference.value == 0.0 and not difference.standard_error:
             return Sentence(f"{at}In the analysed step {letter} and A change entropy by the same amount {beside}.")
         if difference.told_from_zero is None:
             text = f"In the analysed step {letter}'s change of entropy differs from A's by {size} {_UNIT}"
-            return Sentence(f"{at}{text}; whether that is more than chance cannot be said {beside}.", "warning")
+            return Sentence(f"{at}{text}; whether that is more than chance {UNTOLD} {beside}.", "warning")
         if not difference.told_from_zero:
-            gap = plus_minus(difference.value, difference.standard_error)
-            text = f"In the analysed step {letter}'s change of entropy minus A's is {gap} {_UNIT}, not distinguishable from 0"
+            gap = shown(difference.as_number())
+            text = (
+                f"In the analysed step {letter}'s change of entropy minus A's is {gap} {_UNIT}, which {NOT_FROM_ZERO}"
+            )
             return Sentence(f"{at}{text} {beside}.")
         return Sentence(f"{at}{_in_words(letter, a, b, size)} in the analysed step {beside}.")
     return Sentence(
         f"{at}Changes of entropy cannot be compared: not both A and {letter} have an analysed step.", "warning"
     )
+
+
+def _size(difference: Difference) -> str:
+    """How far apart, with the interval of that."""
+    return shown(difference.as_number() | {"value": abs(difference.value)}, plus=False)
 
 
 def _in_words(letter: str, a: float, b: float, size: str) -> str:
@@ -85,16 +90,16 @@ def _level_sentence(point: Point, place: int, letter: str, at: str) -> Sentence 
     difference = row.differences[place] if row else None
     if row is None or difference is None:
         return None
-    levels = f"({letter} {plus_minus(*row.values[place], plus=False)}, A {plus_minus(*row.values[0], plus=False)})"
+    levels = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
     if difference.value == 0.0 and not difference.standard_error:
         return Sentence(f"{at}Before the step the policies of {letter} and A have the same entropy {levels}.")
-    if difference.told_from_zero is False:
-        gap = plus_minus(difference.value, difference.standard_error)
-        text = f"Before the step the entropies of {letter}'s and A's policies are not distinguishable, {letter} minus A is {gap}"
+    if difference.told_from_zero is not True:
+        gap = shown(difference.as_number())
+        text = f"Before the step the entropies of {letter}'s and A's policies {ALIKE}, {letter} minus A is {gap}"
         return Sentence(f"{at}{text} {_UNIT} {levels}.")
-    size = plus_minus(abs(difference.value), difference.standard_error, plus=False)
     more = "more" if difference.value > 0 else "less"
-    return Sentence(f"{at}Before the step {letter}'s policy has {size} {_UNIT} {more} entropy than A's {levels}.")
+    text = f"Before the step {letter}'s policy has {_size(difference)} {_UNIT} {more} entropy than A's {levels}"
+    return Sentence(f"{at}{text}.")
 
 
 def _part_sentence(point: Point, place: int, letter: str, at: str) -> Sentence | None:
@@ -103,11 +108,12 @@ def _part_sentence(point: Point, place: int, letter: str, at: str) -> Sentence |
     difference = row.differences[place] if row else None
     if row is None or difference is None:
         return None
-    gap = plus_minus(difference.value, difference.standard_error)
+    gap = shown(difference.as_number())
     text = f"The first-order prediction puts the difference {letter} minus A at {gap} {_UNIT}"
     parts = [(name, _difference(point.row(part), place)) for part, name in PARTS.items()]
-    listed = [f"{name} {plus_minus(d.value, d.standard_error)}" for name, d in parts if d is not None and d.value]
-    return Sentence(f"{at}{text}{': ' if listed else ''}{', '.join(listed)}.")
+    listed = [f"{name} {shown(d.as_number())}" for name, d in parts if d is not None and d.value]
+    doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
+    return Sentence(f"{at}{text}{doubt}{': ' if listed else ''}{', '.join(listed)} ({BRACKETS}).")
 
 
 def _difference(row: Compared | None, place: int) -> Difference | None:
@@ -121,10 +127,10 @@ def _reward_sentence(point: Point, place: int, letter: str, at: str) -> Sentence
         return None
     if not difference.value and not difference.standard_error:
         return Sentence(f"{at}Mean reward on the evaluation prompts is the same for {letter} and A.")
-    gap = plus_minus(difference.value, difference.standard_error)
-    known = "" if difference.told_from_zero is not False else ", not distinguishable from 0"
-    rewards = f"({letter} {plain(row.values[place][0])}, A {plain(row.values[0][0])})"
-    return Sentence(f"{at}Mean reward on the evaluation prompts, {letter} minus A: {gap}{known} {rewards}.")
+    doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
+    rewards = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
+    gap = shown(difference.as_number())
+    return Sentence(f"{at}Mean reward on the evaluation prompts, {letter} minus A: {gap}{doubt} {rewards}.")
 
 
 def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Sentence | None:
@@ -137,7 +143,8 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
     less = sum(bool(d.told_from_zero) and d.value < 0 for d in known)
     return Sentence(
         f"Of {counted(len(known), 'shared checkpoint')}, {letter} has more entropy than A at {more} and less at {less}, "
-        f"each with 0 outside its 95% interval; at {len(known) - more - less} they cannot be told apart."
+        f"each with 0 outside its 95% interval; at {len(known) - more - less} they {ALIKE}. One in twenty such intervals would "
+        "miss by chance."
     )
 
 

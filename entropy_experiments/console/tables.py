@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from entropy_experiments.statistics.agreement import Agreement
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, agreement_tone, agreement_word, shown
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
 
@@ -79,14 +81,14 @@ def _columns_that_fit(rows: Sequence[Mapping[str, str]], width: int) -> list[str
 
 
 def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, tone) of every line of the closing table; units are in the values."""
+    """(name, value, tone) of every line of the closing table; units are in the values, brackets hold 95% intervals."""
     unit = outcome["unit"]
-    facts = [("Entropy before the step", f"{_amount(outcome['entropy'], plus=False)} {unit}", "plain")]
+    facts = [("Entropy before the step", f"{shown(outcome['entropy'], plus=False)} {unit}", "plain")]
     if as_number(lookup(outcome, "predicted", "value")) is not None:
-        facts.append(("Predicted change", f"{_amount(outcome['predicted'])} {unit}", "plain"))
+        facts.append(("Predicted change", f"{shown(outcome['predicted'])} {unit}", "plain"))
         for part, name in _PARTS.items():
             if as_number(lookup(outcome, "parts", part, "value")) is not None:
-                facts.append((f"  from {name}", _amount(outcome["parts"][part]), "plain"))
+                facts.append((f"  from {name}", shown(outcome["parts"][part]), "plain"))
     if as_number(lookup(outcome, "measured", "value")) is not None:
         facts.append(_measured(outcome))
     same = _same_prompt(outcome)
@@ -100,12 +102,14 @@ def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _measured(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
-    value, compared = f"{_amount(outcome['measured'])} {outcome['unit']}", outcome.get("agreement")
+    value, compared = f"{shown(outcome['measured'])} {outcome['unit']}", outcome.get("agreement")
     if compared is None:
         return "Measured change", value, "plain"
-    agree = "agrees with the prediction" if compared["agrees"] else "does NOT agree with the prediction"
-    text = f"{value}; {agree} ({compared['z']:.1f} standard errors of the difference apart)"
-    return "Measured change", text, "good" if compared["agrees"] else "bad"
+    found = Agreement(**{key: number for key, number in compared.items() if key != "agrees"})
+    measured = float(outcome["measured"]["value"])
+    gap = Known(found.difference, found.low, found.high).text()
+    text = f"{value}; it and the prediction {agreement_word(found, measured)}, the difference is {gap}"
+    return "Measured change", text, agreement_tone(found, measured)
 
 
 def _same_prompt(outcome: Mapping[str, Any]) -> str:
@@ -168,7 +172,7 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     ]:
         console.print(Text(f"- {sentence['text']}", style=_STYLES[sentence["tone"]]), soft_wrap=not console.is_terminal)
     rows = [
-        (row["label"], letter, plus_minus(*value_and_error(gap)), row["unit"], _certainty(gap))
+        (row["label"], letter, shown(gap), row["unit"], _certainty(gap))
         for row in comparison["quantities"]
         for letter, gap in row["minus_a"].items()
     ]
@@ -186,5 +190,5 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
 
 def _certainty(gap: Mapping[str, Any]) -> str:
     how = f"paired over {gap['paired_prompts']} prompts" if gap["paired_prompts"] else "unpaired"
-    told = {True: "told from 0", False: "not told from 0", None: "no standard error"}[gap["told_from_zero"]]
+    told = {True: "0 outside its interval", False: NOT_FROM_ZERO, None: "no interval"}[gap["told_from_zero"]]
     return f"{told}, {how}"

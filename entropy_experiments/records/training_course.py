@@ -65,6 +65,14 @@ def reward_column(history: Sequence[Mapping[str, Any]]) -> Column:
     return _column(history, "reward", "reward_se", "reward_df", True)
 
 
+def unfiltered_points(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """(steps, entropies, rewards) of the steps that have both, from the columns that courses are made of."""
+    entropy, reward = entropy_column(history), reward_column(history)
+    rewards = dict(zip(reward.steps.tolist(), reward.values.tolist(), strict=True))
+    both = [(s, h) for s, h in zip(entropy.steps.tolist(), entropy.values.tolist(), strict=True) if s in rewards]
+    return [s for s, _ in both], [h for _, h in both], [rewards[s] for s, _ in both]
+
+
 def _column(history: Sequence[Mapping[str, Any]], value: str, error: str, freedom: str, watched: bool) -> Column:
     rows = sorted((row for row in history if as_number(row.get("step")) is not None), key=lambda row: row["step"])
     rows = [row for row in rows if as_number(row.get(value)) is not None]

@@ -11,7 +11,8 @@ from typing import Any
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
 from entropy_experiments.report.verdict import PARTS, analysis_errors, primary_estimator, write_verdict
 from entropy_experiments.statistics.agreement import stored_agreement
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry
+from entropy_experiments.text.numbers import lookup
 
 _UNIT = "nats per token"
 
@@ -25,9 +26,9 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     """The numbers of one analysis as a person would tell them.
 
     Keys: "folder", "report"; "checkpoint" ("path", "step", "model"); "unit"; "entropy", "predicted", "measured", each
-    {"value", "standard_error"}, "measured" also with "effective_sample_size" and "sequences"; "estimator"; "parts" by part of
-    the step; "agreement" (entropy_experiments.statistics.agreement) or None; "same_prompt" ("cosine",
-    "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction); "checks" ("passed", "failed":
+    {"value", "standard_error", "low", "high", "degrees_of_freedom"}, "measured" also with "effective_sample_size" and
+    "sequences"; "estimator"; "parts" by part of the step; "agreement" (entropy_experiments.statistics.agreement) or None;
+    "same_prompt" ("cosine", "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction); "checks" ("passed", "failed":
     their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences, each {"tone", "text"}.
     """
     summary = results.summary
@@ -37,7 +38,7 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     checks = lookup(results.run, "self_checks")
     checks = [check for check in checks if isinstance(check, Mapping)] if isinstance(checks, list) else []
-    compared = stored_agreement(summary, estimator)
+    compared, freedom = stored_agreement(summary, estimator), freedom_of_analysis(summary)
     prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
     verdict = write_verdict(summary, results.history, checks, results.training, prompts)
     return {
@@ -45,12 +46,12 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
         "report": str(results.path / "report.html"),
         "checkpoint": {key: lookup(summary, "checkpoint", key) for key in ("path", "step", "model")},
         "unit": _UNIT,
-        "entropy": _number(lookup(summary, "entropy", "per_token")),
+        "entropy": number_entry(lookup(summary, "entropy", "per_token"), freedom),
         "estimator": estimator,
-        "predicted": _number(lookup(predicted, "total")),
-        "parts": {part: _number(lookup(predicted, part)) for part in PARTS},
+        "predicted": number_entry(lookup(predicted, "total"), freedom),
+        "parts": {part: number_entry(lookup(predicted, part), freedom) for part in PARTS},
         "measured": {
-            **_number(measured),
+            **number_entry(measured, freedom),
             "effective_sample_size": as_number(lookup(measured, "effective_sample_size")),
             "sequences": as_number(lookup(measured, "n")),
         },
@@ -77,8 +78,3 @@ def same_prompt_effect(summary: Mapping[str, Any]) -> dict[str, float | bool | N
         "p_value": as_number(lookup(cosine, "test", "p_value")),
         "signs_agree": agree if isinstance(agree, bool) else None,
     }
-
-
-def _number(entry: object) -> dict[str, float | None]:
-    value, error = value_and_error(entry)
-    return {"value": value, "standard_error": error}

@@ -26,7 +26,15 @@ from typing import Any, Literal
 
 from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.correlation import Correlation
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, value_and_error, with_interval
+from entropy_experiments.text.numbers import (
+    NOT_KNOWN,
+    as_number,
+    counted,
+    lookup,
+    plain,
+    value_and_error,
+    with_interval,
+)
 from rl_training.intervals import interval
 
 FELL, ROSE, NO_CHANGE = "fell", "rose", "showed no clear change"
@@ -103,6 +111,21 @@ def known(entry: object, degrees_of_freedom: float | None = None) -> Known | Non
     if error is None:
         return Known(value)
     return Known(value, *interval(value, error, freedom_of(entry, degrees_of_freedom)))
+
+
+def number_entry(entry: object, degrees_of_freedom: float | None = None) -> dict[str, float | None]:
+    """{"value", "standard_error", "low", "high", "degrees_of_freedom"} of an entry that may lack the last three, for JSON."""
+    found, error = known(entry, degrees_of_freedom), value_and_error(entry)[1]
+    freedom = freedom_of(entry, degrees_of_freedom)
+    ends = (None, None, None) if found is None else (found.value, found.low, found.high)
+    numbers = dict(zip(("value", "low", "high"), ends, strict=True))
+    return {**numbers, "standard_error": error, "degrees_of_freedom": freedom if math.isfinite(freedom) else None}
+
+
+def shown(entry: object, plus: bool = True, degrees_of_freedom: float | None = None) -> str:
+    """`known` as text, "not known" where there is no value."""
+    found = known(entry, degrees_of_freedom)
+    return NOT_KNOWN if found is None else found.text(plus)
 
 
 def freedom_of(entry: object, otherwise: float | None = None) -> float:

@@ -18,6 +18,7 @@ from entropy_experiments.report.figures.plots import caption_of
 from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
 from entropy_experiments.report.interactive.page import PageFigure, render_page
+from entropy_experiments.statistics.confidence import ALIKE, shown
 from entropy_experiments.sweep.figures import CHARTS
 from entropy_experiments.sweep.verdict import write_sweep_verdict
 from entropy_experiments.text.display import one_line
@@ -131,19 +132,19 @@ def _headline(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
     prediction = whole["prediction"]
     checks = sum(bool(row["failed_checks"]) for row in rows)
     agree = f"{prediction['agreeing']} of {prediction['compared']}" if prediction["compared"] else "not measured"
-    moved = plus_minus(*value_and_error(whole["observed"])) if len(rows) > 1 else "one checkpoint"
+    moved = shown(whole["observed"]) if len(rows) > 1 else "one checkpoint"
     return [
         {"label": "Entropy over the run", "value": moved, "unit": "nats per token", "tone": ""},
         {
             "label": "Predicted steps added up",
-            "value": plus_minus(*value_and_error(whole["expected"])),
+            "value": shown(whole["expected"]),
             "unit": "nats per token",
             "tone": "",
         },
         {
             "label": "Next step predicted",
             "value": agree,
-            "unit": "checkpoints agree with their measurement",
+            "unit": f"checkpoints where it and the measurement {ALIKE}",
             "tone": "",
         },
         {

@@ -11,12 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.report.verdict import PARTS
-from entropy_experiments.statistics.agreement import told_from_zero
-from entropy_experiments.statistics.confidence import Sentence
+from entropy_experiments.report.verdict import parts_sentence
+from entropy_experiments.statistics.confidence import (
+    AGREE,
+    ALIKE,
+    BRACKETS,
+    CLOSE,
+    DISAGREE,
+    NOT_FROM_ZERO,
+    UNTOLD,
+    Sentence,
+    change_word,
+    correlation_words,
+    known,
+    shown,
+)
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, signed, value_and_error
+from entropy_experiments.text.numbers import counted, lookup, plain, signed
 
 _UNIT = "nats per token"
 
@@ -41,7 +53,7 @@ def write_sweep_verdict(sweep: Mapping[str, Any], evolutions: Mapping[str, Mappi
 def run_sentences(evolution: Mapping[str, Any]) -> list[Sentence]:
     """What entropy did, how well it was predicted, what caused it, what it bought, the law, the kernel, the checks."""
     found = [
-        _entropy(evolution),
+        *_entropy(evolution),
         *_predicted(evolution),
         _caused(evolution),
         _sequences(evolution),
@@ -65,48 +77,45 @@ def _missing(sweep: Mapping[str, Any]) -> list[Sentence]:
     return [Sentence(quoted(text, 600)[1:-1], "bad")]
 
 
-def _entropy(evolution: Mapping[str, Any]) -> Sentence:
+def _entropy(evolution: Mapping[str, Any]) -> list[Sentence]:
     rows = evolution["checkpoints"]
     first, last = rows[0], rows[-1]
-    values = [lookup(row["entropy"], "value") for row in (first, last)]
-    if len(rows) == 1 or None in values:
-        text = f"Entropy at step {last['step']} was {plus_minus(*value_and_error(last['entropy']), plus=False)} {_UNIT}"
-        return Sentence(f"{text}; how it moved needs two checkpoints.", "warning")
-    observed = evolution["whole"]["observed"]
-    change, error = value_and_error(observed)
-    known = told_from_zero(change, error, _freedom(evolution))
-    word = "did not change beyond its error" if not known else ("fell" if (change or 0) < 0 else "rose")
-    text = (
-        f"Between steps {first['step']} and {last['step']} entropy {word}: {plain(values[0])} to {plain(values[1])} {_UNIT} "
-        f"({plus_minus(change, error)}) on {counted(evolution['comparable']['prompts'], 'evaluation prompt')}"
-    )
-    rewards = [value_and_error(row["reward"]) for row in (first, last)]
-    if rewards[0][0] is not None and rewards[1][0] is not None:
-        went = " to ".join(plus_minus(*reward, plus=False) for reward in rewards)
-        text += f", while their mean reward went from {went}"
-    return Sentence(text + ".")
-
-
-def _freedom(evolution: Mapping[str, Any]) -> int:
-    """Of errors over the evaluation prompts that all checkpoints share."""
-    return max(1, evolution["comparable"]["prompts"] - 1)
+    ends = [known(row["entropy"]) for row in (first, last)]
+    if len(rows) == 1 or None in ends:
+        text = f"Entropy at step {last['step']} was {shown(last['entropy'], plus=False)} {_UNIT}"
+        return [Sentence(f"{text}; how it moved needs two checkpoints.", "warning")]
+    prompts = counted(evolution["comparable"]["prompts"], "evaluation prompt")
+    observed = known(evolution["whole"]["observed"])
+    word = UNTOLD if observed is None else change_word(observed)
+    went = f"{shown(first['entropy'], plus=False)} to {shown(last['entropy'], plus=False)} {_UNIT}"
+    text = f"Between steps {first['step']} and {last['step']} entropy {word}: {went}, a change of "
+    found = [Sentence(f"{text}{shown(evolution['whole']['observed'])} on the same {prompts} ({BRACKETS}).")]
+    price = evolution["whole"]["price"]
+    reward = None if price is None else known(price["reward_change"])
+    if reward is not None:
+        ends_of_reward = " to ".join(shown(row["reward"], plus=False) for row in (first, last))
+        text = f"Their mean reward {change_word(reward)}: {ends_of_reward}, a change of {reward.text()}"
+        found.append(Sentence(f"{text} ({BRACKETS})."))
+    return found
 
 
 def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
     prediction, whole = evolution["whole"]["prediction"], evolution["whole"]
     found = []
     if prediction["compared"]:
-        agree, count = prediction["agreeing"], prediction["compared"]
-        sums = (plus_minus(prediction[name], prediction[f"{name}_error"]) for name in ("predicted", "actual"))
+        alike, count = prediction["agreeing"], prediction["compared"]
         text = (
-            f"The next step from each checkpoint agrees with its measurement, to the error of their difference, at {agree} of "
-            f"{count} (sums: predicted {next(sums)}, measured {next(sums)} {_UNIT}"
+            f"The next step from each checkpoint: predicted and measured {ALIKE} at {alike} of {count}, to the error of their "
+            f"difference (sums: predicted {shown(prediction['predicted'])}, measured {shown(prediction['actual'])} {_UNIT}"
         )
+        pairs = prediction["steps"]
+        correlation = None
         if prediction["correlation"] is not None:
-            low, high = prediction["correlation_interval"]
-            text += f"; correlation {Correlation(prediction['correlation'], low, high, prediction['steps'])}"
-        tone = "good" if agree >= 0.8 * count else "bad" if agree < 0.5 * count else "warning"
-        found.append(Sentence(text + ").", tone))
+            correlation = Correlation(prediction["correlation"], *prediction["correlation_interval"], pairs)
+        if pairs > 1:
+            text += f"; {correlation_words(correlation, pairs)}"
+        tone = "plain" if alike >= 0.8 * count else "bad" if alike < 0.5 * count else "warning"
+        found.append(Sentence(f"{text}; {BRACKETS}).", tone))
     else:
         found.append(Sentence("No checkpoint has both a predicted and a measured change of entropy.", "warning"))
     doubtful = [row["step"] for row in evolution["checkpoints"] if row["trustworthy"] is False]
@@ -116,33 +125,26 @@ def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
             "than half of the sequences."
         )
         found.append(Sentence(text, "warning"))
-    difference, error = value_and_error(whole["difference"])
-    if len(evolution["checkpoints"]) > 1 and whole["expected"]["value"] is not None and difference is not None:
-        text = (
-            f"Added up over the run, the predicted steps make {plus_minus(*value_and_error(whole['expected']))}, entropy did "
-            f"{plus_minus(*value_and_error(whole['observed']))} {_UNIT}"
-        )
-        if error:
-            agree = not told_from_zero(difference, error, _freedom(evolution))
-            text += f": {'they agree' if agree else 'they do NOT agree'} (difference {plus_minus(difference, error)})"
+    difference, observed = known(whole["difference"]), known(whole["observed"])
+    if len(evolution["checkpoints"]) > 1 and known(whole["expected"]) and difference and observed:
+        text = f"Added up over the run, the predicted steps make {shown(whole['expected'])}, "
+        text += f"entropy did {observed.text()} {_UNIT}"
+        if difference.low is not None and difference.high is not None:
+            close = max(abs(difference.low), abs(difference.high)) <= CLOSE * abs(observed.value)
+            word = DISAGREE if difference.holds_zero is False else AGREE if close else ALIKE
             text += (
-                ", where predictions are of one fresh batch a checkpoint, first order, and the run took its own batches"
+                f": they {word}, differing by {difference.text()}, where predictions are of one fresh batch a checkpoint, first "
+                "order, and the run took its own batches"
             )
-        found.append(Sentence(text + "."))
+        found.append(Sentence(f"{text} ({BRACKETS})."))
     return found
 
 
 def _caused(evolution: Mapping[str, Any]) -> Sentence | None:
-    parts = {name: as_number(value) for name, value in evolution["whole"]["parts"].items()}
-    known = {name: value for name, value in parts.items() if value}
-    if not known:
-        return None
-    largest = max(known, key=lambda name: abs(known[name]))
-    others = [
-        f"{PARTS[name]} {signed(value)}" for name, value in parts.items() if name != largest and value is not None
-    ]
-    text = f"Of the predicted change most came from {PARTS[largest]}: {signed(known[largest])} {_UNIT}"
-    return Sentence(f"{text} (beside it {' and '.join(others)})." if others else f"{text}.")
+    parts = {name: known(value) for name, value in evolution["whole"]["parts"].items()}
+    return parts_sentence(
+        {name: value for name, value in parts.items() if value is not None}, "change predicted over the run"
+    )
 
 
 def _sequences(evolution: Mapping[str, Any]) -> Sentence | None:
@@ -166,8 +168,12 @@ def _price(evolution: Mapping[str, Any]) -> Sentence | None:
         return None
     if price["price"]["value"] is None:
         return Sentence(f"Entropy has no price in reward over this run: {price['reason']}.")
-    value = plus_minus(*value_and_error(price["price"]), plus=False)
-    return Sentence(f"Reward was paid in entropy at {value} {_UNIT} for one unit of mean reward.")
+    value = known(price["price"])
+    if value is None or value.holds_zero is not False:
+        text = f"The price of one unit of mean reward in entropy {NOT_FROM_ZERO}: {shown(price['price'], plus=False)}"
+        return Sentence(f"{text} {_UNIT} ({BRACKETS}).")
+    paid = "was paid in entropy" if value.value > 0 else "came with a gain of entropy,"
+    return Sentence(f"Reward {paid} at {value.text(plus=False)} {_UNIT} for one unit of mean reward ({BRACKETS}).")
 
 
 def _kernel(evolution: Mapping[str, Any]) -> Sentence | None:

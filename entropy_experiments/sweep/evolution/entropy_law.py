@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from entropy_experiments.text.numbers import counted, plain, plus_minus
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known, shown
+from entropy_experiments.text.numbers import counted, plain
 
 LEVEL = 0.95
 _FEWEST = 4
@@ -79,7 +80,8 @@ def law_over_training(
     steps, entropy (nats per token), reward: (n,) each, finite, in the order of training.
 
     Returns "level", "band" (how the bands were made), "points" {"step", "entropy", "reward"}, "sentence" and
-        fit        {"n", "a", "b", "at_zero_entropy" (each {"value", "standard_error"}), "residual_deviation", "r_squared",
+        fit        {"n", "a", "b", "at_zero_entropy" (each {"value", "standard_error",
+                   "degrees_of_freedom"}), "residual_deviation", "r_squared",
                    "autocorrelation", "bands_too_narrow", "curve" {"entropy", "reward", "low", "high"}, "reason"}
         forecast   the same of the first part, with "held_out" {"n", "predicted", "low", "high" (bands of single points),
                    "inside" (share of points), "mean_error" {"value" (came - forecast), "standard_error"}, "mean_error_inside",
@@ -121,9 +123,9 @@ def _described(fit: LawFit | str, entropy: np.ndarray, reward: np.ndarray, span:
     curve, error = fit.predict(grid)
     return {
         "n": fit.n,
-        "a": {"value": float(fit.coefficients[0]), "standard_error": float(errors[0])},
-        "b": {"value": float(fit.coefficients[1]), "standard_error": float(errors[1])},
-        "at_zero_entropy": {"value": float(at_zero[0][0]), "standard_error": float(at_zero[1][0])},
+        "a": _number(fit.coefficients[0], errors[0], fit.n),
+        "b": _number(fit.coefficients[1], errors[1], fit.n),
+        "at_zero_entropy": _number(at_zero[0][0], at_zero[1][0], fit.n),
         "residual_deviation": fit.deviation,
         "r_squared": 1 - squares / total if total > 0 else None,
         "autocorrelation": lag,
@@ -138,6 +140,10 @@ def _described(fit: LawFit | str, entropy: np.ndarray, reward: np.ndarray, span:
     }
 
 
+def _number(value: float, error: float, points: int) -> dict[str, float]:
+    return {"value": float(value), "standard_error": float(error), "degrees_of_freedom": points - 2}
+
+
 def _held_out(fit: LawFit, entropy: np.ndarray, reward: np.ndarray, constant: float) -> dict[str, Any]:
     predicted, error = fit.predict(entropy)
     single = fit.reach() * np.sqrt(fit.deviation**2 + error**2)
@@ -150,7 +156,7 @@ def _held_out(fit: LawFit, entropy: np.ndarray, reward: np.ndarray, constant: fl
         "low": (predicted - single).tolist(),
         "high": (predicted + single).tolist(),
         "inside": float((np.abs(misses) <= single).mean()),
-        "mean_error": {"value": float(misses.mean()), "standard_error": mean_error},
+        "mean_error": _number(misses.mean(), mean_error, fit.n),
         "mean_error_inside": bool(abs(misses.mean()) <= fit.reach() * mean_error),
         "root_mean_square_error": float(np.sqrt(np.square(misses).mean())),
         "constant_root_mean_square_error": float(np.sqrt(np.square(reward - constant).mean())),
@@ -161,13 +167,15 @@ def _sentence(result: dict[str, Any]) -> str:
     fit, forecast = result["fit"], result["forecast"]
     if fit["reason"] is not None:
         return f"The law R = −a·e^H + b was not fitted: {fit['reason']}."
-    a, b, zero = (plus_minus(*fit[key].values(), plus=False) for key in ("a", "b", "at_zero_entropy"))
+    a, b, zero = (shown(fit[key], plus=False) for key in ("a", "b", "at_zero_entropy"))
+    steps = counted(fit["n"], "step")
     text = (
-        f"Over {counted(fit['n'], 'step')} R = −a·e^H + b fits with a = {a}, b = {b} (R² {plain(fit['r_squared'], 2)}), "
+        f"Over {steps} R = −a·e^H + b fits with a = {a}, b = {b} (R² {plain(fit['r_squared'], 2)}), "
         f"so that spending all entropy would end at a reward of {zero}"
     )
-    if abs(fit["a"]["value"]) <= 2 * fit["a"]["standard_error"]:
-        text = f"Over {counted(fit['n'], 'step')} R = −a·e^H + b has a = {a}, not told from 0: no entropy seems traded for reward"
+    slope = known(fit["a"])
+    if slope is None or slope.holds_zero is not False:
+        text = f"Over {steps} R = −a·e^H + b has a = {a}, which {NOT_FROM_ZERO}: no trade of entropy for reward is seen"
     if fit["bands_too_narrow"]:
         text += f"; residuals go together (lag-1 autocorrelation {plain(fit['autocorrelation'], 2)}), so the errors are too small"
     held = forecast.get("held_out")
@@ -177,7 +185,7 @@ def _sentence(result: dict[str, Any]) -> str:
     verdict = "inside" if held["mean_error_inside"] else "OUTSIDE"
     return (
         f"{text}. Its forecast from the first {forecast['n']} steps: {held['inside']:.0%} of the {held['n']} later steps lie in "
-        f"the {result['level']:.0%} band, and their mean reward came {plus_minus(*held['mean_error'].values())} from it, "
+        f"the {result['level']:.0%} band, and their mean reward came {shown(held['mean_error'])} from it, "
         f"{verdict} the band of the mean; by root mean square it is {plain(held['root_mean_square_error'], 2)} off, "
         f"{'better' if better else 'no better'} than expecting no change ({plain(held['constant_root_mean_square_error'], 2)})."
     )

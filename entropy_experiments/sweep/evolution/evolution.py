@@ -21,6 +21,8 @@ import numpy as np
 from scipy import stats
 
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.training_course import unfiltered_points
+from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
 from entropy_experiments.statistics.correlation import correlation
 from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
@@ -40,8 +42,8 @@ from entropy_experiments.sweep.evolution.left_out_prompts import (
     prompt_sums,
 )
 from entropy_experiments.sweep.evolution.reward_price import price_between
-from entropy_experiments.sweep.evolution.summed_changes import sums_with_errors
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, value_and_error
+from entropy_experiments.sweep.evolution.summed_changes import sums_with_errors, weighted_sum
+from entropy_experiments.text.numbers import as_number, counted, lookup
 
 _COSTLIEST = 5
 
@@ -91,7 +93,7 @@ def describe_evolution(
         "path": _path(sums, steps),
         "whole": _whole(folders, rows, sums, steps),
         "law": {
-            "training": law_over_training(*_points(history, "entropy", "reward")),
+            "training": law_over_training(*unfiltered_points(history)),
             "evaluation": law_over_training(*_points(_flat(rows), "entropy", "reward")),
         },
         "history": [dict(entry) for entry in history],
@@ -208,28 +210,25 @@ def _whole(
         "from": steps[0],
         "to": steps[last],
         **_comparison(sums, _observed(0, last), _summed(steps)),
-        "parts": _parts(rows, steps),
+        "parts": _parts(folders, rows, steps),
         "prediction": _prediction(folders, rows),
         "price": price_between(sums, 0, last) if last else None,
         "costliest_prompts": _costliest_prompts(folders),
     }
 
 
-def _parts(rows: Sequence[Mapping[str, Any]], steps: list[int]) -> dict[str, float | None]:
+def _parts(
+    folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]], steps: Sequence[int]
+) -> dict[str, dict[str, float | None]]:
     """What each part of the steps was predicted to do over the run, added up as `expected` is; of one step, what it does."""
-    found: dict[str, float | None] = {}
-    for part in PARTS[1:]:
-        rates = [as_number(lookup(row["predicted"], part, "value")) for row in rows]
-        known = [rate for rate in rates if rate is not None]
-        if len(known) < len(rates):
-            found[part] = None
-        elif len(known) == 1:
-            found[part] = known[0]
-        else:
-            gaps = np.diff(steps)
-            pieces = gaps * known[:-1] + np.diff(known) * (gaps - 1) / 2
-            found[part] = float(pieces.sum())
-    return found
+    weights = np.ones(1)
+    if len(rows) > 1:  # expected(a, b) is linear in r(a) and r(b)
+        gaps = np.diff(steps)
+        weights = np.zeros(len(rows))
+        weights[:-1] += gaps - (gaps - 1) / 2
+        weights[1:] += (gaps - 1) / 2
+    points = list(zip(folders, rows, strict=True))
+    return {part: weighted_sum(points, part, weights.tolist()) for part in PARTS[1:]}
 
 
 def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -246,12 +245,7 @@ def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, An
     return {
         "steps": len(values),
         "untrusted": len(both) - len(used),
-        "predicted": sums["predicted"]["value"],
-        "predicted_error": sums["predicted"]["standard_error"],
-        "predicted_interval": [sums["predicted"]["low"], sums["predicted"]["high"]],
-        "actual": sums["actual"]["value"],
-        "actual_error": sums["actual"]["standard_error"],
-        "actual_interval": [sums["actual"]["low"], sums["actual"]["high"]],
+        **sums,
         "compared": len(compared),
         "agreeing": sum(entry["agrees"] for entry in compared),
         "correlation": None if found is None else found.value,
@@ -289,22 +283,17 @@ def _sentence(result: Mapping[str, Any]) -> str:
     rows, whole = result["checkpoints"], result["whole"]
     first, last = rows[0], rows[-1]
     if len(rows) == 1:
-        return f"One checkpoint, step {first['step']}: entropy {plus_minus(*_pair(first['entropy']), plus=False)} nats per token."
+        return f"One checkpoint, step {first['step']}: entropy {shown(first['entropy'], plus=False)} nats per token."
     text = (
         f"From step {first['step']} to {last['step']} entropy on {counted(result['comparable']['prompts'], 'fixed prompt')} went "
-        f"from {plain(_pair(first['entropy'])[0])} to {plain(_pair(last['entropy'])[0])} nats per token "
-        f"({plus_minus(*value_and_error(whole['observed']))}); the predicted steps add up to "
-        f"{plus_minus(*value_and_error(whole['expected']))}"
+        f"from {shown(first['entropy'], plus=False)} to {shown(last['entropy'], plus=False)} nats per token, a change of "
+        f"{shown(whole['observed'])}; the predicted steps add up to {shown(whole['expected'])}"
     )
     prediction = whole["prediction"]
     if prediction["compared"]:
         text += (
-            f"; at {prediction['agreeing']} of {prediction['compared']} checkpoints the next step's measured change agrees with "
-            f"its prediction (sums {plus_minus(prediction['predicted'], prediction['predicted_error'])} and "
-            f"{plus_minus(prediction['actual'], prediction['actual_error'])})"
+            f"; at {prediction['agreeing']} of {prediction['compared']} checkpoints the difference of the next step's measured "
+            f"change and its prediction {NOT_FROM_ZERO} (sums {shown(prediction['predicted'])} and "
+            f"{shown(prediction['actual'])})"
         )
-    return text + "."
-
-
-def _pair(number: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    return (None, None) if number is None else (number["value"], number["standard_error"])
+    return f"{text} ({BRACKETS})."

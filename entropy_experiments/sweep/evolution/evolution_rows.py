@@ -1,7 +1,8 @@
 """What one finished analysis says about its checkpoint, in the form that a table over checkpoints needs.
 
-All numbers are {"value", "standard_error"}; entropies and their changes in nats per token. What an analysis did not compute is
-None. docs/analyses/evolution.md.
+All numbers are {"value", "standard_error", "low", "high", "degrees_of_freedom"}, low to high the 95% interval;
+entropies and their changes in nats per token.
+What an analysis did not compute is None. docs/analyses/evolution.md.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_core.uncertainty import jackknife_over_prompts
+from entropy_experiments.records.estimate_entries import ratio_entry
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.verdict import primary_estimator
 from entropy_experiments.statistics.agreement import stored_agreement
+from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 
@@ -36,17 +38,18 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
     estimator = "fixed_prefix" if given else primary_estimator(summary)
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
     effective, n = as_number(lookup(measured, "effective_sample_size")), as_number(lookup(measured, "n"))
-    compared = stored_agreement(summary, estimator)
+    compared, freedom = stored_agreement(summary, estimator), freedom_of_analysis(summary)
     row: dict[str, Any] = {
         "step": int(lookup(summary, "checkpoint", "step")),
         "folder": results.path.name,
-        "entropy": _number(lookup(summary, "entropy", "per_token")),
+        "entropy": _number(lookup(summary, "entropy", "per_token"), freedom),
         "reward": _mean_reward(results.evaluation),
         "estimator": estimator,
         "predicted": {
-            part: _number(lookup(summary, "predicted", estimator, part)) if estimator else None for part in PARTS
+            part: _number(lookup(summary, "predicted", estimator, part), freedom) if estimator else None
+            for part in PARTS
         },
-        "actual": _number(measured),
+        "actual": _number(measured, freedom),
         "agreement": None if compared is None else compared.as_dict(),
         "effective_sample_size": effective,
         "trustworthy": None if effective is None or not n else effective >= 0.5 * n,
@@ -58,9 +61,8 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
     return row | _kernel(results)
 
 
-def _number(entry: Any) -> dict[str, float | None] | None:
-    value, error = value_and_error(entry)
-    return None if value is None else {"value": value, "standard_error": error}
+def _number(entry: Any, freedom: float | None) -> dict[str, float | None] | None:
+    return None if value_and_error(entry)[0] is None else number_entry(entry, freedom)
 
 
 def _mean_reward(rows: list[dict[str, Any]]) -> dict[str, float | None] | None:
@@ -68,8 +70,7 @@ def _mean_reward(rows: list[dict[str, Any]]) -> dict[str, float | None] | None:
     if not scored:
         return None
     rewards = torch.tensor([float(row["reward"]) for row in scored], dtype=torch.float64)
-    error = jackknife_over_prompts(rewards, torch.tensor([row["prompt_index"] for row in scored]))
-    return {"value": float(rewards.mean()), "standard_error": as_number(error)}
+    return ratio_entry(rewards, torch.tensor([row["prompt_index"] for row in scored]))
 
 
 def _by_advantage(rows: list[dict[str, Any]]) -> dict[str, float] | None:

@@ -13,22 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.statistics.agreement import told_from_zero
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, reward_at
-from entropy_experiments.text.numbers import plus_minus
 
 
 def price_between(sums: np.ndarray, a: int, b: int) -> dict[str, Any]:
-    """{"entropy_change", "reward_change", "price": each {"value", "standard_error"}, "reason"}; sums: (K, len(SUMS), B)."""
+    """{"entropy_change", "reward_change", "price": each {"value", "standard_error", "degrees_of_freedom"}, "reason"}.
+
+    sums: (K, len(SUMS), B).
+    """
     entropy = jackknifed(lambda totals: entropy_at(b)(totals) - entropy_at(a)(totals), sums)
     reward = jackknifed(lambda totals: reward_at(b)(totals) - reward_at(a)(totals), sums)
     result: dict[str, Any] = {"entropy_change": entropy, "reward_change": reward}
-    nothing = {"value": None, "standard_error": None}
-    value, error = reward["value"], reward["standard_error"]
-    if value is None or entropy["value"] is None:
+    nothing = {"value": None, "standard_error": None, "degrees_of_freedom": None}
+    if reward["value"] is None or entropy["value"] is None:
         return result | {"price": nothing, "reason": "entropy or reward is not known at both checkpoints"}
-    if not told_from_zero(value, error, max(1, sums.shape[-1] - 1)):
-        reason = f"the change of mean reward, {plus_minus(value, error)}, cannot be told from 0"
+    changed = known(reward)
+    if changed is None or changed.holds_zero is not False:
+        reason = f"the change of mean reward, {changed.text()}, {NOT_FROM_ZERO}"
         return result | {"price": nothing, "reason": reason}
 
     def price(totals: np.ndarray) -> float:

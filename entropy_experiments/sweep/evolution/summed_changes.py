@@ -27,24 +27,37 @@ def sums_with_errors(points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]]) 
 
     None where there is no point, or no error.
     """
+    weights = [1.0] * len(points)
+    return {
+        "predicted": weighted_sum(points, "total", weights),
+        "actual": weighted_sum(points, "actual", weights),
+    }
+
+
+def weighted_sum(
+    points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], kind: str, weights: Sequence[float]
+) -> dict[str, float | None]:
+    """Sum of w_k x_k over (folder, `checkpoint_row`) pairs, x a part of the prediction or the "actual" change, as in
+    `sums_with_errors`.
+    """
+    nothing: dict[str, float | None] = dict.fromkeys(("value", "standard_error", "low", "high", "degrees_of_freedom"))
+    entries = [row["actual"] if kind == "actual" else row["predicted"][kind] for _, row in points]
+    if not points or any(entry is None for entry in entries):
+        return nothing
     tables = [read_leave_one_out(folder.path) for folder, _ in points]
-    found = {}
-    for kind in ("predicted", "actual"):
-        entries = [row["predicted"]["total"] if kind == "predicted" else row["actual"] for _, row in points]
-        keys = [_column(row, kind) for _, row in points]
-        series = [t.columns.get(key) if t else None for t, key in zip(tables, keys, strict=True)]
-        prompts = [t.prompts if t else () for t in tables]
-        value = sum(entry["value"] for entry in entries) if points else None
-        found[kind] = dict.fromkeys(("standard_error", "low", "high", "degrees_of_freedom")) | {"value": value}
-        if value is None:
-            continue
-        if all(s is not None for s in series) and all(p == prompts[0] for p in prompts):
-            total = np.sum([s.numpy() for s in series if s is not None], axis=0)
-            known = jackknife_interval(value, total)
-            error = float(known.standard_error)
-            found[kind] |= {"standard_error": error if math.isfinite(error) else None, **known.as_dict()}
-        elif all(entry["standard_error"] is not None for entry in entries):
-            found[kind] |= _of_independent([entry["standard_error"] for entry in entries], series, value)
+    keys = [_column(row, kind) for _, row in points]
+    series = [t.columns.get(key) if t else None for t, key in zip(tables, keys, strict=True)]
+    prompts = [t.prompts if t else () for t in tables]
+    value = float(sum(w * entry["value"] for w, entry in zip(weights, entries, strict=True)))
+    found = nothing | {"value": value}
+    if all(s is not None for s in series) and all(p == prompts[0] for p in prompts):
+        total = np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True) if s is not None], axis=0)
+        known = jackknife_interval(value, total)
+        error = float(known.standard_error)
+        found |= {"standard_error": error if math.isfinite(error) else None, **known.as_dict()}
+    elif all(entry["standard_error"] is not None for entry in entries):
+        errors = [abs(w) * entry["standard_error"] for w, entry in zip(weights, entries, strict=True)]
+        found |= _of_independent(errors, series, value)
     return found
 
 
@@ -58,7 +71,6 @@ def _of_independent(errors: Sequence[float], series: Sequence[Any], value: float
 
 
 def _column(row: Mapping[str, Any], kind: str) -> str:
-    given = row["estimator"] == "fixed_prefix"
-    if kind == "predicted":
-        return f"predicted.{row['estimator']}.total"
-    return "actual.fixed_prefix" if given else "actual.snis"
+    if kind == "actual":
+        return "actual.fixed_prefix" if row["estimator"] == "fixed_prefix" else "actual.snis"
+    return f"predicted.{row['estimator']}.{kind}"
