@@ -51,7 +51,8 @@ def compare_prediction(
         rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error",
                        "degrees_of_freedom"}, "measured": kind -> the same with "effective_sample_size",
                        "trustworthy"}, "comparisons": [{"estimator", "measure", "ratio", "near_zero", "difference",
-                       "standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees", "reason"}]}; difference: predicted - measured, with its 95% interval
+                       "standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees",
+                       "reason"}]}; difference: predicted - measured, with its 95% interval
         first_order    {"estimator", "measure", "tolerance", "departures": [{"scale", "departure", "trustworthy"}], "holds_to",
                        "fails_at", "crossing", "reason"}: the largest scale up to which the departure stays within the
                        tolerance, the next one tested, and the scale between them where it passes it (log-linear)

@@ -90,7 +90,7 @@ def weighting_schemes(
         "n_train": len(arrays.training),
         "eval_prompts": len(np.unique(arrays.evaluation.prompt_index)),
     }
-    return result | {"sentence": _sentence(result)}
+    return result | {"sentence": cost_sentence(result)}
 
 
 def with_measurements(table: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _numbers(arrays: KernelArrays, columns: np.ndarray, gain: _Statistic | None,
     everywhere = [""] * len(length)
     no_length = ["" if min(length[0], one) > 0 else "the update, or that of the run, has no length" for one in length]
     gains = [_nothing(note)] * len(length) if gain is None else _estimates(lambda h, g: h, everywhere, gain)
-    no_gain = [_why_not_a_gain(entry) for entry in gains]
+    no_gain = [why_not_a_gain(entry) for entry in gains]
     no_match = [why or (f"as trained: {no_gain[0]}" if no_gain[0] else "") for why in no_gain]
     raw = _estimates(lambda h, g: h, everywhere, entropy)
     equal_length = _estimates(lambda h, g: h * to_length, no_length, entropy)
@@ -282,7 +282,7 @@ def _nothing(reason: str) -> dict[str, Any]:
     return {"value": None, "standard_error": None, "degrees_of_freedom": None, "reason": reason}
 
 
-def _why_not_a_gain(entry: Mapping[str, Any]) -> str:
+def why_not_a_gain(entry: Mapping[str, Any]) -> str:
     """Why a predicted gain of reward cannot stand below a fraction bar; empty where it can."""
     gain = known(entry)
     if gain is None or gain.holds_zero is None:
@@ -315,7 +315,8 @@ def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
     return _estimate(float(np.mean(values)), float(np.hypot(*errors) / 2), freedom)
 
 
-def _sentence(table: Mapping[str, Any]) -> str:
+def cost_sentence(table: Mapping[str, Any]) -> str:
+    """What entropy the schemes cost, and which differ from the step as trained; no more than their intervals show."""
     rows = [row for row in table["rows"] if row["kind"] == "scheme" and row.get("cosine_with_run") is not None]
     if not rows:
         return (

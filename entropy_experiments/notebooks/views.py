@@ -224,7 +224,7 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
                 "momentum",
                 "weight decay",
                 "measured",
-                "standard errors apart",
+                "t of their difference",
             ),
             [
                 [row[key] for key in ("label", "total", "batch", "momentum", "weight_decay", "measured", "z")]

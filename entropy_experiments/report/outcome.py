@@ -12,7 +12,7 @@ from entropy_experiments.records.reader import ResultsFolder, read_results_folde
 from entropy_experiments.report.verdict import PARTS, analysis_errors, primary_estimator, write_verdict
 from entropy_experiments.statistics.agreement import stored_agreement
 from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry
-from entropy_experiments.text.numbers import lookup
+from entropy_experiments.text.numbers import as_number, lookup
 
 _UNIT = "nats per token"
 
@@ -28,8 +28,9 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     Keys: "folder", "report"; "checkpoint" ("path", "step", "model"); "unit"; "entropy", "predicted", "measured", each
     {"value", "standard_error", "low", "high", "degrees_of_freedom"}, "measured" also with "effective_sample_size" and
     "sequences"; "estimator"; "parts" by part of the step; "agreement" (entropy_experiments.statistics.agreement) or None;
-    "same_prompt" ("cosine", "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction); "checks" ("passed", "failed":
-    their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences, each {"tone", "text"}.
+    "same_prompt" ("cosine", "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction);
+    "checks" ("passed", "failed": their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences,
+    each {"tone", "text"}.
     """
     summary = results.summary
     given = lookup(summary, "rows_drawn") is False

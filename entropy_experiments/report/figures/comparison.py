@@ -20,6 +20,7 @@ from entropy_experiments.report.figures.style import (
     step_axis,
     zero_line,
 )
+from entropy_experiments.statistics.confidence import ALIKE
 from entropy_experiments.text.numbers import plus_minus, series
 
 SIDE_COLOURS = ("#222222", "#D55E00", "#0072B2", "#117733", "#AA4499", "#E69F00", "#56B4E9", "#882255")
@@ -194,6 +195,6 @@ def plot_compared_checkpoints(
     grid[0][0].legend(**_ABOVE)
     caption = (
         f"Left: every analysed checkpoint. Right: the difference from A where a step was analysed on both sides. Bars: "
-        f"±{ERROR_BAR_WIDTH:g} standard errors; where the bar crosses 0 the sides cannot be told apart."
+        f"±{ERROR_BAR_WIDTH:g} standard errors; where the bar crosses 0 the sides {ALIKE}."
     )
     return finish(figure, _CHECKPOINTS_TITLE, caption)

@@ -20,6 +20,7 @@ from entropy_experiments.report.figures.style import (
     new_figure,
     no_data_figure,
 )
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO
 from entropy_experiments.text.numbers import counted, lookup, signed, value_and_error
 
 _TITLE = "What other weightings of the same sequences would have cost in entropy"
@@ -70,7 +71,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
         actual, actual_error = value_and_error(lookup(row, "actual", key))
         colour, marker = _KINDS[row["kind"]]
         if value is None:
-            words = "no length" if key == "equal_length" else "gain not told from 0, or below it"
+            words = "no length" if key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is below it"
             axes.annotate(
                 words,
                 (0.98, place),

@@ -17,6 +17,7 @@ import numpy as np
 
 from entropy_experiments.records.leave_one_out import read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.statistics.confidence import freedom_of
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
 from rl_training.intervals import interval, welch_freedom
 
@@ -57,17 +58,21 @@ def weighted_sum(
         found |= {"standard_error": error if math.isfinite(error) else None, **known.as_dict()}
     elif all(entry["standard_error"] is not None for entry in entries):
         errors = [abs(w) * entry["standard_error"] for w, entry in zip(weights, entries, strict=True)]
-        found |= _of_independent(errors, series, value)
+        found |= _of_independent(errors, [_freedom(*pair) for pair in zip(entries, series, strict=True)], value)
     return found
 
 
-def _of_independent(errors: Sequence[float], series: Sequence[Any], value: float) -> dict[str, float]:
+def _freedom(entry: Mapping[str, Any], series: Any) -> float:
+    """Of one summand: of its values with each prompt left out, else as its entry says."""
+    return freedom_of(entry) if series is None else float(effective_degrees_of_freedom(series.numpy()))
+
+
+def _of_independent(errors: Sequence[float], freedoms: Sequence[float], value: float) -> dict[str, float | None]:
     """Of a sum over checkpoints with prompts of their own: in quadrature, on Welch's degrees of freedom."""
-    error = math.hypot(*errors)
-    freedoms = [math.inf if s is None else float(effective_degrees_of_freedom(s.numpy())) for s in series]
-    freedom = welch_freedom(zip(errors, freedoms, strict=True))
+    error, freedom = math.hypot(*errors), welch_freedom(zip(errors, freedoms, strict=True))
     low, high = interval(value, error, freedom)
-    return {"standard_error": error, "low": low, "high": high, "degrees_of_freedom": freedom}
+    known = freedom if math.isfinite(freedom) else None
+    return {"standard_error": error, "low": low, "high": high, "degrees_of_freedom": known}
 
 
 def _column(row: Mapping[str, Any], kind: str) -> str:

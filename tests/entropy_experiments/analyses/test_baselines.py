@@ -98,9 +98,10 @@ def test_sentence_says_who_is_near() -> None:
     near = {name: row_of(table, name)["agrees"] for name in ("rao_blackwell", "split", "score_function")}
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
     assert table["sentence"] == (
-        "The measured change was −0.250 ± 0.040 nats per token; not told from it: Rao–Blackwell, split, score function; apart "
-        "beyond the error of the difference: fixed prefix, without momentum. Of those on another scale, with its sign: without P "
-        "(plain gradient), covariance (Cui et al.), STEER; with the other: covariance, natural gradient."
+        "The measured change was −0.250 [−0.334, −0.166] nats per token (brackets: 95% intervals); it and the predictor "
+        "cannot be told apart: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of those "
+        "on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
+        "covariance, natural gradient."
     )
 
 

@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from entropy_experiments.analyses.candidate_weights import MOST_ROWS, mean_token_covariances
-from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
+from entropy_experiments.analyses.weighting_schemes import (
+    cost_sentence,
+    weighting_schemes,
+    why_not_a_gain,
+    with_measurements,
+)
 from tests.entropy_experiments.analyses.weighting_world import (
     FACTOR,
     LONGEST,
@@ -121,7 +127,7 @@ def test_standard_errors_are_jackknives_over_evaluation_prompts(world: World, ta
 def test_the_runs_own_row(world: World, table: dict[str, Any]) -> None:
     row = row_of(table, "run")
     assert row["delta_h"]["raw"]["value"] == pytest.approx(world.arrays.shares.sum(), rel=1e-12)
-    nothing = {"value": 0.0, "standard_error": 0.0}
+    nothing = {"value": 0.0, "standard_error": 0.0, "degrees_of_freedom": None}
     assert row["minus_run"] == {"equal_length": nothing, "equal_gain": nothing}
     assert row["scale"] == {"equal_length": 1.0, "equal_gain": 1.0}
 
@@ -141,12 +147,47 @@ def test_sentence_names_the_ends_and_counts_real_differences() -> None:
     schemes = [row for row in table["rows"] if row["kind"] == "scheme"]
     schemes.sort(key=lambda row: row["entropy_cost_per_reward"]["value"])
     text = table["sentence"]
-    assert text.startswith("Of 6 weighting schemes on 10 training sequences, 6 with")
+    assert text.startswith("Of 6 weighting schemes on 10 training sequences, 6 have a predicted gain of reward")
     assert text.index(f"({schemes[0]['label']})") < text.index(f"({schemes[-1]['label']})")
     differences = [row["minus_run"]["equal_gain"] for row in schemes]
-    beyond = sum(abs(entry["value"]) > 2 * entry["standard_error"] for entry in differences)
-    assert 0 < beyond < 6, "a table of which the count says nothing"
-    assert f"at equal gain {beyond} of 6 differ" in text
+    t = stats.t.ppf(0.975, table["eval_prompts"] - 1)
+    alike = sum(abs(entry["value"]) <= t * entry["standard_error"] for entry in differences)
+    assert 0 < alike < 6, "a table of which the count says nothing"
+    assert f"at equal gain {alike} of 6 cannot be told apart from the step as trained" in text
+    ends = [row["entropy_cost_per_reward"] for row in (schemes[0], schemes[-1])]
+    least, most = ([e["value"] + sign * t * e["standard_error"] for sign in (-1, 1)] for e in ends)
+    assert ("which of them is the least cannot be said" in text) == (least[1] >= most[0])
+
+
+def priced(label: str, cost: float, error: float, against_run: dict[str, Any]) -> dict[str, Any]:
+    number = {"value": cost, "standard_error": error, "degrees_of_freedom": 7}
+    row = {"kind": "scheme", "label": label, "cosine_with_run": 0.5, "entropy_cost_per_reward": number}
+    return row | {"minus_run": {"equal_gain": against_run}, "delta_h": {"equal_length": number}}
+
+
+def test_no_sentence_is_empty() -> None:
+    """ "the least … REINFORCE and the most … REINFORCE; at equal gain 0 of 0 differ" said nothing at length."""
+    why = "as trained: its gain of reward, +0.010 [-0.020, +0.040], cannot be told from 0"
+    nothing = {"value": None, "standard_error": None, "reason": why}
+    run = {"kind": "run", "label": "as trained", "delta_h": {"equal_gain": nothing}}
+    one = cost_sentence({"rows": [run, priced("REINFORCE", 0.4, 0.1, nothing)], "n_train": 48})
+    assert one.count("REINFORCE") == 1 and "0 of 0" not in one and " of 0" not in one
+    assert "1 has a predicted gain" in one and "cannot be said: as trained" in one
+    rows = [priced(name, cost, 0.1, nothing) for name, cost in (("REINFORCE", 0.4), ("RLOO", 0.5))]
+    two = cost_sentence({"rows": [run, *rows], "n_train": 48})
+    assert (
+        "from 0.40 [0.16, 0.64] (REINFORCE) to 0.50 [0.26, 0.74] (RLOO); which of them is the least cannot be said"
+        in two
+    )
+    rows = [priced(name, cost, 0.01, nothing) for name, cost in (("REINFORCE", 0.4), ("RLOO", 0.5))]
+    apart = cost_sentence({"rows": [run, *rows], "n_train": 48})
+    assert "which of them is the least" not in apart and "(REINFORCE) to 0.500" in apart
+
+
+def test_few_prompts_need_a_larger_gain() -> None:
+    """2.2 standard errors of four prompts are no denominator; they were."""
+    entry = {"value": 0.22, "standard_error": 0.1, "degrees_of_freedom": 3, "reason": ""}
+    assert "cannot be told from 0" in why_not_a_gain(entry) and not why_not_a_gain(entry | {"degrees_of_freedom": 30})
 
 
 # ---- filters

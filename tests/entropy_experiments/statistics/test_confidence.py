@@ -1,11 +1,14 @@
 """One module keeps the words of claims: the guide has the same list, and no other module uses them by itself."""
 
+import ast
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from entropy_experiments.statistics import confidence
 from entropy_experiments.statistics.agreement import paired_agreement
 from entropy_experiments.statistics.confidence import (
     AGREE,
@@ -75,3 +78,39 @@ def test_correlations():
 def test_intervals_are_cut_at_what_they_know():
     assert Known(-0.26512, -0.38999, -0.14011).text() == "−0.27 [−0.39, −0.14]"
     assert Known(1.0).text() == "+1.00 (no interval)" and Known(0.0, 0.0, 0.0).text() == "0 (exact)"
+
+
+# "agree" by itself names quantities and keys; as a claim it has a subject.
+CLAIMS = re.compile(
+    r"\bfell\b|\brose\b|no clear change|hardly changed|[Tt]hey agree|do NOT agree|does NOT agree"
+    r"|agrees with the (prediction|measure)|told apart|told from 0|told from zero|distinguishable"
+    r"|standard errors? (apart|of 0)|undetermined"
+)
+
+
+def literals(path):
+    """(line, text) of every string of a module but its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented | bare:
+            yield node.lineno, node.value
+
+
+def test_no_other_module_words_a_claim():
+    own = Path(confidence.__file__)
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text[:60]!r}"
+        for path in sorted((ROOT / "entropy_experiments").rglob("*.py"))
+        if path != own
+        for line, text in literals(path)
+        if CLAIMS.search(text)
+    ]
+    assert not found, "take the words from statistics/confidence.py:\n" + "\n".join(found)

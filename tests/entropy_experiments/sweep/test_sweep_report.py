@@ -180,7 +180,7 @@ def test_verdict_tells_the_planted_story(run):
     sentences = write_sweep_verdict({"checkpoints": entries}, {"planted": evolution})
     text = " ".join(sentence.text for sentence in sentences)
     for words in (
-        "entropy fell", "at 8 of 8", "they agree", "most came from momentum", "R = −a·e^H + b", "8 checkpoints",
+        "entropy fell", "at 8 of 8", "they agree", "came from momentum", "R = −a·e^H + b", "8 checkpoints",
     ):  # fmt: skip
         assert words in text, words
     folders, history = planted_run(12, bias=3.0)
