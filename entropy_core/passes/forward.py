@@ -56,17 +56,41 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
-    dora = sys.modules.get("peft.tuners.lora.dora")  # a model has its modules only where it is loaded
-    cached = getattr(dora, "ENABLE_DORA_CACHING", False)
-    if cached:
-        dora.__dict__["ENABLE_DORA_CACHING"] = False
+    with checkpointing_off(model), _nothing_kept():
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """No layer is marked for gradient checkpointing inside. peft (aLoRA) leaves hooks on layers that are, until a backward pass
+    that may never come, and the next forward pass ends in an error.
+    """
+    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in marked:
+        vars(module)["gradient_checkpointing"] = False
     try:
         yield
     finally:
-        if cached:
-            dora.__dict__["ENABLE_DORA_CACHING"] = True
-        for module in training:
-            module.training = True
+        for module in marked:
+            vars(module)["gradient_checkpointing"] = True
+
+
+@contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """peft's DoRA computes its norms anew in every pass inside."""
+    dora = sys.modules.get("peft.tuners.lora.dora")  # a model has its modules only where it is loaded
+    if not getattr(dora, "ENABLE_DORA_CACHING", False):
+        yield
+        return
+    vars(dora)["ENABLE_DORA_CACHING"] = False
+    try:
+        yield
+    finally:
+        vars(dora)["ENABLE_DORA_CACHING"] = True
 
 
 @contextmanager

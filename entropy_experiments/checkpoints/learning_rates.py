@@ -50,6 +50,12 @@ def rates_of_last_step(
     lambdas = scheduler.get("lr_lambdas")
     if lambdas and all(x is None for x in lambdas) and factor == 1.0 and set(logged.values()) == {base[0]}:
         return after  # transformers' constant schedule is the one that is a plain function
+    if lambdas and all(x is None for x in lambdas) and factor == 1.0:
+        raise UserError(
+            f"the learning rate of step {step} is in no row of trainer_state.json, and scheduler.pt is of a schedule that is a "
+            "plain function, as transformers' constant one is, and perhaps one of your own: give checkpoint.learning_rate="
+            f"{after[0]!r}, the rate at the end of that step, if it was constant"
+        )
     if not isinstance(lambdas, list) or any(x is None for x in lambdas):
         raise UserError(
             f"the learning rate of step {step} is in no row of trainer_state.json, and scheduler.pt is of no schedule of "

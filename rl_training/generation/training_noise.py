@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from entropy_core.passes.forward import evaluation_mode, input_device
+from entropy_core.passes.forward import checkpointing_off, evaluation_mode, input_device
 
 # Attributes that are probabilities or amplitudes of noise, as transformers and peft name them.
 _NOISE = re.compile(
@@ -71,7 +71,7 @@ def train_mode_change(model: nn.Module, token_ids: Sequence[int]) -> float:
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
     modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), checkpointing_off(model):
         try:
             with evaluation_mode(model):
                 expected = _logits(model, alone)

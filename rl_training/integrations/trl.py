@@ -39,6 +39,7 @@ from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.probe.change import EntropyChange
 from rl_training.probe.history import RUNNING, ProbeHistory
 from rl_training.probe.metrics import metrics_of
+from rl_training.probe.rounding import RoundingNoise
 from rl_training.probe.score_term import FusedScoreTerm
 from rl_training.probe.splits import entropy_by_ending, shares_by_group
 from rl_training.prompts.endings import ending
@@ -126,6 +127,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._carried: list[RolloutSequence] = []
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
+        self._rounding = RoundingNoise(self._model)
         self._failed = self._probing = False
         self._probed = 0
         self._seconds = self._cpu_seconds = 0.0
@@ -254,6 +256,8 @@ class EntropyProbeCallback(TrainerCallback):
         change = self._probe.after_step()
         if change is None:
             return
+        if (word := self._rounding.word(change)) is not None:
+            warnings.warn(f"the entropy probe: {word}", RuntimeWarning, stacklevel=2)
         if change.shares is not None:
             kinds = [ending(s.completion_ids, s.drawn, self._law.eos_token_ids) for s in self._trained]
             self._splits |= shares_by_group(change.shares, kinds, [s.advantage for s in self._trained])

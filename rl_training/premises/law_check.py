@@ -19,6 +19,7 @@ from rl_training.premises.batch_dependence import LongestSequence
 from rl_training.premises.full_precision import without_autocast
 from rl_training.premises.gradient_premise import NOISE, PADDING, GradientPremise, is_sharded
 from rl_training.premises.loss_reading import LossReader
+from rl_training.premises.reward_range import watch_rewards
 from rl_training.prompts.chat_prompts import first_difference, tokenize_prompts
 from rl_training.prompts.left_padding import PaddingEffect, pass_positions, positions_matter
 from rl_training.prompts.text_tokenizer import text_tokenizer
@@ -178,6 +179,8 @@ class LawWatcher(TrainerCallback):
         self._reader = LossReader.of(trainer)
         self._kept = any(isinstance(callback, LawKeeper) for callback in trainer.callback_handler.callbacks)
         self._tell([departure.sentence() for departure in description.departures])
+        if not self._kept:
+            watch_rewards(trainer, lambda sentence: self._tell([sentence], of="rewards"))
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         if self._kept:
@@ -229,10 +232,11 @@ class LawWatcher(TrainerCallback):
             if getattr(self._trainer, "rollout_func", None) is not None and "tool_mask" not in kept[0]:
                 self._tell([_UNMARKED])
 
-    def _tell(self, found: Sequence[str]) -> None:
+    def _tell(self, found: Sequence[str], of: str | None = None) -> None:
+        """of: a subject that is spoken of once, whatever the words."""
         for sentence in found:
-            if sentence not in self._told and not self._kept:
-                self._told.add(sentence)
+            if (of or sentence) not in self._told and not self._kept:
+                self._told.add(of or sentence)
                 warnings.warn(f"entropy probe: {sentence}", UserWarning, stacklevel=3)
 
 

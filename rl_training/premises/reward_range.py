@@ -8,7 +8,7 @@ gradient to 0.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ from rl_training.errors import UserError
 LARGEST_REWARD = 1e15
 
 
-def check_rewards(rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
+# From here on squares overflow, and with them the standard deviation that TRL divides by.
+_LARGEST_SQUARED = 1e18
+
+
+def check_rewards(rewards: Tensor, names: Sequence[str], weights: Tensor, largest: float = LARGEST_REWARD) -> None:
     """rewards: (n, functions) float32 as the trainer has them, NaN where a function gave none; weights: (functions,).
 
-    Raises UserError for a reward, or a weighted sum of rewards, that is infinite or beyond LARGEST_REWARD.
+    Raises UserError for a reward, or a weighted sum of rewards, that is infinite or beyond `largest`.
     """
     weighted = rewards * weights.to(rewards)
     for values, what in (
@@ -31,13 +35,13 @@ def check_rewards(rewards: Tensor, names: Sequence[str], weights: Tensor) -> Non
         (weighted, None),
         (weighted.nansum(1, keepdim=True), "the weighted sum of rewards"),
     ):
-        beyond = (values.abs() > LARGEST_REWARD).nonzero()
+        beyond = (values.abs() > largest).nonzero()
         if len(beyond):
             row, function = beyond[0].tolist()
             found = what or f"reward function {names[function]!r}"
             raise UserError(
                 f"{found} gave {float(values[row, function]):g} (in float32) for completion {row} of the step: advantages and "
-                f"gradients cannot be computed beyond {LARGEST_REWARD:g}; scale or clip the rewards"
+                f"gradients cannot be computed beyond {largest:g}; scale or clip the rewards"
             )
 
 
@@ -48,6 +52,23 @@ def without_weight(weights: Tensor, groups: int) -> list[bool]:
             "a sequence's weight in the loss is not finite: its group's rewards lie too far apart; scale them"
         )
     return (~weights.view(groups, -1).any(1)).tolist() if groups else []
+
+
+def watch_rewards(trainer: Any, tell: Callable[[str], None]) -> None:
+    """Hand `tell` a sentence for rewards of a trainer of TRL's that float32 cannot compute with; training goes on."""
+    calculate = getattr(trainer, "_calculate_rewards", None)
+    if calculate is None:
+        return
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        rewards = calculate(*args, **kwargs)
+        try:
+            check_rewards(rewards, trainer.reward_func_names, trainer.reward_weights, _LARGEST_SQUARED)
+        except UserError as error:
+            tell(f"{error}. Advantages of such a group are 0 or NaN: it trains nothing, or ruins the policy")
+        return rewards
+
+    trainer._calculate_rewards = watching
 
 
 class TrainedAtAll(TrainerCallback):

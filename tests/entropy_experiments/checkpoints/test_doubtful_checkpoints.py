@@ -52,6 +52,10 @@ def test_a_constant_rate_is_known_by_its_rows() -> None:
     from transformers import get_constant_schedule
 
     assert rates(get_constant_schedule, 8, [{"step": 5, "learning_rate": 1e-3}]) == [1e-3]
+    with pytest.raises(
+        UserError, match=r"plain function, as transformers' constant one.*learning_rate=0\.001, .*if it was"
+    ):
+        rates(get_constant_schedule, 8)
 
 
 class OwnStep(torch.optim.AdamW):

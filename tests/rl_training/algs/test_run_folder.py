@@ -150,6 +150,16 @@ def test_a_part_is_a_new_file_of_its_own_and_is_gone_after_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_lies_at_a_parts_name_is_not_opened(tmp_path, monkeypatch):
+    """Names are random; were one guessed, a hard link there would be another file."""
+    monkeypatch.setattr("rl_training.files.secrets.token_hex", lambda n: "0" * 2 * n)
+    victim = points_away(tmp_path)
+    os.link(victim, tmp_path / f".out.{'0' * 16}.part")
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "out", "new")
+    assert victim.read_text() == "precious" and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------- resuming
 @pytest.fixture(scope="module")
 def finished(tiny_policy, tmp_path_factory):

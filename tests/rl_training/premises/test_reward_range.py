@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from rl_training.algs.dr_grpo import DrGRPOTrainer
+from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
+from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.premises.reward_range import check_rewards
 from rl_training.run.rollouts import read_rollouts
 from rl_training.train import build_trainer
+from tests.rl_training.law_setting import make_trainer
+from tests.rl_training.premises.test_law_words import llama
 from tests.tiny_policy import tiny_train_config
 
 
@@ -77,3 +82,21 @@ def test_sequences_without_weight_are_not_counted_as_trained_and_a_run_of_them_s
 def test_one_function_among_several_is_named(tiny_policy, tmp_path):
     with pytest.raises(UserError, match="reward function 'second'"):
         with_rewards(tiny_policy, tmp_path / "run", 1.0, second=-1e38).train()
+
+
+@pytest.mark.parametrize("size", [1e308, 1e39, 1e20, float("inf"), 1e16, 1.0])
+def test_the_probe_says_once_that_a_trainer_of_trl_cannot_compute_with_them(tmp_path, size):
+    """TRL makes advantages of 0 of them, and nothing else tells. 1e16 is still one that it can divide by its deviation."""
+
+    class OfSize(GRPOTrainer):
+        def _calculate_rewards(self, inputs: Any, *rest: Any) -> torch.Tensor:
+            return torch.tensor([[size * (-1) ** n] for n in range(len(inputs))], dtype=torch.float64).float()
+
+    trainer = make_trainer(llama(), tmp_path, OfSize, max_steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise", preset="accurate"), console=False)
+        trainer.train()
+    told = [str(w.message) for w in caught if "even_start_reward" in str(w.message)]
+    assert len(told) == (size > 1e18) == all(change.total.value == 0 for change in callback.history)
+    assert not told or "trains nothing" in told[0]

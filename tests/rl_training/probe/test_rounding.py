@@ -1,0 +1,52 @@
+"""Half precision: where it makes measured changes noise, it is said once, with the remedy, which works."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from rl_training.config import EntropyProbeConfig
+from rl_training.integrations.trl import attach_entropy_probe
+from tests.rl_training.law_setting import make_trainer
+from tests.rl_training.premises.test_law_words import llama
+
+
+def adapters(model: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+
+
+def history(model, folder, **settings):
+    trainer = make_trainer(model, folder, max_steps=3, **settings)
+    config = EntropyProbeConfig(on_error="raise", preset="accurate", eval_sequences=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = attach_entropy_probe(trainer, config, console=False)
+        trainer.train()
+    return callback.history, [str(w.message) for w in caught if "rounding noise" in str(w.message)]
+
+
+def noise(changes) -> float:
+    """How far measured changes lie from their own derivatives, relative to these."""
+    pairs = [(c.measured.change, c.same_tokens) for c in changes if c.same_tokens == c.same_tokens]
+    return max(abs(measured - derivative) / abs(derivative) for measured, derivative in pairs)
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_half_precision_is_named_and_the_remedy_mends_it(tmp_path, kind):
+    model = llama()
+    half = copy.deepcopy(model).bfloat16()
+    changes, told = history(half if kind == "trained" else adapters(half), tmp_path)
+    assert len(told) == 1 and "bfloat16" in told[0] and "float32 (and set bf16=True" in told[0]
+    assert noise(changes) > 0.5
+    changes, told = history(model if kind == "trained" else adapters(model), tmp_path, bf16=True)
+    assert told == [] and noise(changes) < 0.1
+
+
+def test_a_frozen_model_in_half_precision_whose_steps_are_larger_than_its_rounding_is_not_warned_of(tmp_path):
+    changes, told = history(adapters(llama().bfloat16()), tmp_path, learning_rate=2e-3)
+    assert told == [] and noise(changes) < 0.5
