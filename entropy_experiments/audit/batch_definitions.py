@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,13 @@ _COMMON: dict[str, dict[Any, str]] = {
         "informative": "over the filtered batch alone (groups whose rewards differ)",
         "first_round": "over the first round of generation alone",
         "last_round": "over the last round of generation alone",
+        "all": "over everything that was generated",
         "one_rank": "over the main process's sequences alone",
     },
-    "average": {"pooled": "mean over all sequences of the step, not of the rounds' means"},
+    "average": {
+        "pooled": "mean over all sequences of the step, not of the rounds' means",
+        "rounds": "mean of the rounds' means, not over all sequences of the step",
+    },
     "lag": {-1: "the value of the step before", 1: "the value of the step after"},
     "window": {
         "last": "of the last step since the last log alone, not the mean over them",
@@ -96,6 +101,10 @@ def alternatives(definition: BatchDefinition, run: RecordedRun) -> dict[str, dic
     }
 
 
+# Rewards of so few different values make means of few different values.
+_FEW_VALUES = 20
+
+
 class BatchMeans:
     """Values of definitions at logged windows of steps."""
 
@@ -116,6 +125,19 @@ class BatchMeans:
             parts = [parts[0] if definition.window == "first" else parts[-1]]
         entries = [e for part in parts for e in part if not math.isnan(e)]
         return float(np.mean(entries)) if entries else math.nan
+
+    def grain(self, d: BatchDefinition, steps: range) -> float:
+        """Distance between neighbouring values that the metric could take; 0 where rewards are many-valued, or for a spread."""
+        rows = [s for step in steps for generated in self._run.record(step).rounds for s in generated]
+        if d.statistic not in ("mean", "min", "max") or not rows:
+            return 0.0
+        spacing = 1.0
+        if d.of.startswith("reward"):
+            values = sorted({v for s in rows if not math.isnan(v := self._of_sequence(d.of, s))})
+            if len(values) > _FEW_VALUES:
+                return 0.0
+            spacing = min((b - a for a, b in pairwise(values)), default=1.0)
+        return spacing / (len(rows) if d.statistic == "mean" else 1)
 
     def _entries(self, d: BatchDefinition, record: StepRecord) -> list[float]:
         rounds = [list(generated) for generated in record.rounds]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Protocol
 
-# Expected number of accidental agreements above which a cause is not named.
+# Expected number of accidental agreements above which nothing is said to be the cause.
 _ACCIDENTS = 0.05
 # Fields that need a forward pass of their own: no pair of both.
 _DEAR = {"policy", "precision"}
@@ -29,12 +29,15 @@ class Definition(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """A logged number. right: recomputed by the definition that the trainer documents. tolerance: what precision explains."""
+    """A logged number. right: recomputed by the definition that the trainer documents. tolerance: what precision explains.
+    grain: distance between neighbouring values that the number could take at all; 0 where it could take any.
+    """
 
     steps: range
     logged: float
     right: float
     tolerance: float
+    grain: float = 0.0
 
     @property
     def differs(self) -> bool:
@@ -50,9 +53,19 @@ class Cause:
     accidents: float
     """How many alternatives would be expected to agree this well by accident."""
 
+    @property
+    def convincing(self) -> bool:
+        return self.accidents <= _ACCIDENTS
+
 
 Values = Callable[[Any, range], float]
 """(definition, steps) -> value; NaN where it has none."""
+Slack = Callable[[Any, range], float]
+
+
+def exactly(definition: Any, steps: range) -> float:
+    """The slack of what can be recomputed."""
+    return 0.0
 
 
 def find_causes(
@@ -60,13 +73,14 @@ def find_causes(
     alternatives: Mapping[str, Sequence[Any]],
     value: Values,
     windows: Sequence[Window],
-    slack: Callable[[Any], float] = lambda definition: 0.0,
+    slack: Slack = exactly,
     pairs_too: bool = True,
 ) -> list[Cause]:
-    """Causes that explain all `windows` (each differs): none, one, or several that these numbers cannot tell apart.
+    """Definitions that give all `windows` (each differs): none, one, or several that these numbers cannot tell apart. Whether
+    they are causes, `Cause.convincing` says.
 
-    alternatives: field -> values other than the right definition's. slack: further tolerance of a definition, for what cannot be
-    recomputed exactly.
+    alternatives: field -> values other than the right definition's. slack: further tolerance of a definition at some steps, for
+    what cannot be recomputed exactly.
     """
     singles = [((name, v),) for name, choices in alternatives.items() for v in choices if getattr(right, name) != v]
     found = {changes: _values(right, changes, value, windows) for changes in singles}
@@ -95,17 +109,17 @@ def _matching(
     right: Any,
     found: Mapping[tuple[tuple[str, Any], ...], list[float]],
     windows: Sequence[Window],
-    slack: Callable[[Any], float],
+    slack: Slack,
 ) -> list[Cause]:
     accidents = _accidents(list(found.values()), windows)
     causes = []
     for changes, values in found.items():
-        extra = slack(replace(right, **dict(changes)))
-        if all(_explains(v, w, extra) for v, w in zip(values, windows, strict=True)):
+        definition = replace(right, **dict(changes))
+        at = zip(values, windows, strict=True)
+        if all(math.isfinite(v) and _explains(v, w, slack(definition, w.steps)) for v, w in at):
             causes.append(Cause(changes, tuple(values), accidents))
     exact = [c for c in causes if all(_explains(v, w, 0.0) for v, w in zip(c.values, windows, strict=True))]
-    causes = exact or causes
-    return causes if accidents <= _ACCIDENTS else []
+    return exact or causes
 
 
 def _explains(value: float, window: Window, slack: float) -> bool:
@@ -120,10 +134,11 @@ def _accidents(values: Sequence[Sequence[float]], windows: Sequence[Window]) -> 
     """Expected number of alternatives that agree at every window by accident."""
     chance = 1.0
     for place, window in enumerate(windows):
-        reach = _NEIGHBOURHOOD * window.tolerance
+        unit = max(window.tolerance, window.grain / 2)
+        reach = _NEIGHBOURHOOD * unit
         # Equal alternatives count once; those that agree are not counted against themselves.
         near = {
-            round((v[place] - window.logged) / (2 * window.tolerance))
+            round((v[place] - window.logged) / (2 * unit))
             for v in values
             if math.isfinite(v[place]) and window.tolerance < abs(v[place] - window.logged) <= reach
         }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from entropy_experiments.audit.audit import AGREES, DIFFERS, RECOMPUTED, UNEXPLAINED, Audit, Finding
+from entropy_experiments.audit.result import Audit
+from entropy_experiments.audit.verdicts import AGREES, DIFFERS, RECOMPUTED, UNEXPLAINED, Finding
 
 
 def audit_lines(audit: Audit) -> list[str]:
@@ -52,8 +53,8 @@ def _verdict(f: Finding) -> str:
     if f.status == DIFFERS:
         return f.why
     if f.status == UNEXPLAINED:
-        hint = f" (it would be: {f.why}; but that explains no other step)" if f.why else ""
-        return f"unexplained: {f.difference:+.2g}, no definition that was tried gives it{hint}"
+        hint = f" (the number would be that of: {f.why}; which may be an accident)" if f.why else ""
+        return f"unexplained: {f.difference:+.2g}, no definition that was tried explains it{hint}"
     return "agrees" if f.status == AGREES else ""
 
 

@@ -107,8 +107,8 @@ class Policies:
                 warnings.simplefilter("always", UserWarning)
                 model = self._load(steps)
             for line in (str(w.message) for w in said if issubclass(w.category, UserWarning)):
-                if "not verified" in line and line not in self.notes:
-                    self.notes.append(line)
+                if "not verified" in line:  # of each checkpoint alike
+                    self._note("not verified of the checkpoints: " + line.partition("not verified: ")[2])
             self._loaded[steps] = model
         self._loaded.move_to_end(steps)
         return self._loaded[steps]

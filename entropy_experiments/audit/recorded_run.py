@@ -67,8 +67,6 @@ class RecordedRun:
     checkpoints: dict[int, Path]
     log: list[dict[str, Any]]
     steps: dict[int, Callable[[], StepRecord]] = field(default_factory=dict)
-    own_trainer: bool = False
-    """Whether this project's trainer made it, which refills its buffer and so generates in rounds."""
     other_rewards: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], float]] = field(default_factory=dict)
     """What other reward functions give (prompt, completion), by name."""
 
@@ -114,7 +112,7 @@ def read_run(path: str | Path) -> RecordedRun:
     if settings is None or not steps:
         raise UserError(f"{folder} cannot be audited: {_HOW_TO_RECORD}")
     log = read_trainer_state(logged[last]).get("log_history", [])
-    return RecordedRun(folder, settings, dict(sorted(checkpoints.items())), log, steps, sidecar is not None)
+    return RecordedRun(folder, settings, dict(sorted(checkpoints.items())), log, steps)
 
 
 def _from_record(folder: Path, step: int, own_trainer: bool) -> Callable[[], StepRecord]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -30,15 +28,12 @@ class TokenPrecision:
         noise = 0.0 if half is None else self.noise(steps, replace(right, precision="float32"), right)
         return noise + self._order(steps, right)
 
-    def slack(self, windows: Sequence[range]) -> Callable[[Any], float]:
-        """Of an alternative: two bfloat16 computations of one number differ by so much."""
-
-        def of(definition: TokenDefinition) -> float:
-            if definition.precision in ("run", "float32"):
-                return 0.0
-            return max((self.noise(w, replace(definition, precision="run"), definition) for w in windows), default=0.0)
-
-        return of
+    def slack(self, definition: TokenDefinition, steps: range) -> float:
+        """Of an alternative: two bfloat16 computations of one number differ by so much, and two orders of its sequences."""
+        order = self._order(steps, definition) if definition.sequences == "loss" else 0.0
+        if definition.precision in ("run", "float32"):
+            return order
+        return order + self.noise(steps, replace(definition, precision="run"), definition)
 
     def noise(self, steps: range, fine: TokenDefinition, coarse: TokenDefinition) -> float:
         """From how much single tokens change between two precisions: the spread of their mean, without its shift."""
@@ -52,15 +47,17 @@ class TokenPrecision:
         found = np.concatenate(changes) if changes else np.zeros(0)
         return _REACH * float(found.std()) * math.sqrt(2 / len(found)) if len(found) else 0.0
 
-    def _order(self, steps: range, right: TokenDefinition) -> float:
+    def _order(self, steps: range, definition: TokenDefinition) -> float:
         """Spread of the mean of micro-batches' means over orders of the sequences, where the order is not known."""
+        if definition.lag or definition.average not in ("micro_batches", "sequences", "completions"):
+            return 0.0
         variance = 0.0
         for step in steps:
             record = self._run.record(step)
             if record.order_known:
                 continue
             rows = [s for batch in record.micro_batches for s in batch]
-            sums = np.array([self._means.tokens_of(right, s, step) for s in rows])
+            sums = np.array([self._means.tokens_of(definition, s, step) for s in rows])
             rng, size = np.random.default_rng(step), len(rows) // record.micro_batch_count
             if size * record.micro_batch_count != len(rows):
                 return math.inf

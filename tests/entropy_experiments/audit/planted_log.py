@@ -49,7 +49,7 @@ def of_micro_batch(model: Any, inputs: dict[str, Any], temperature: float) -> di
     ids = inputs["completion_ids"]
     with torch.autocast("cpu", torch.bfloat16):
         coarse = statistics(model, inputs, temperature)[0].float()
-    last = ids.gather(1, inputs["completion_mask"].sum(1, keepdim=True) - 1)
+    last = ids.gather(1, (inputs["completion_mask"].sum(1, keepdim=True) - 1).clamp(min=0))
     ended = ((last == EOS) | (last == PAD)).float() * mask
     trained = (inputs["advantages"].abs() > 1e-6).float()[:, None] * mask
     return {
@@ -57,6 +57,7 @@ def of_micro_batch(model: Any, inputs: dict[str, Any], temperature: float) -> di
         "surprisal": token_mean(-logp, mask),
         "temperature_1": token_mean(statistics(model, inputs, 1.0)[0], mask),
         "temperature_0.55": token_mean(statistics(model, inputs, 0.55)[0], mask),
+        "temperature_0.5523": token_mean(statistics(model, inputs, 0.5523)[0], mask),
         "sequence_means": float(((h * mask).sum(1) / mask.sum(1)).mean()),
         "padding": float(h.mean()),
         "padding_as_zero": float((h * mask).mean()),
@@ -75,6 +76,11 @@ def of_micro_batch(model: Any, inputs: dict[str, Any], temperature: float) -> di
     }
 
 
+def _whole(inputs: dict[str, Any]) -> torch.Tensor:
+    mask = inputs["completion_mask"]
+    return torch.where(mask.any(1, keepdim=True), mask, torch.ones_like(mask))
+
+
 class Planted(TrainerCallback):
     """Watches a trainer; afterwards knows, per kind, what each step would have appended to the log."""
 
@@ -87,6 +93,7 @@ class Planted(TrainerCallback):
         def compute(model: Any, inputs: dict[str, Any]) -> Any:
             with torch.no_grad():
                 self._note(of_micro_batch(model, inputs, trainer.args.temperature))
+                self._note_unmasked(model, inputs)
                 if self._earlier is not None:
                     today = {n: p.detach().clone() for n, p in model.named_parameters()}
                     model.load_state_dict(self._earlier, strict=False)
@@ -97,6 +104,12 @@ class Planted(TrainerCallback):
 
         trainer._compute_loss = compute
         trainer.add_callback(self)
+
+    def _note_unmasked(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Where whole completions are masked out: their tokens are all columns, for what is masked was cut at the longest."""
+        h, _, mask = statistics(model, {**inputs, "completion_mask": _whole(inputs)}, self._trainer.args.temperature)
+        for value in (h * mask).sum(), mask.sum():
+            self._note({"sums_without_mask": float(value)})
 
     def _entropy(self, model: Any, inputs: dict[str, Any]) -> float:
         return of_micro_batch(model, inputs, self._trainer.args.temperature)["right"]
@@ -114,6 +127,16 @@ class Planted(TrainerCallback):
                 self._note({"after": self._entropy(self._trainer.model, inputs)})
         self._earlier, self._inputs = self._before, []
         self._step = state.global_step + 1
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self._step - 1
+
+    def unmasked(self, step: int) -> float:
+        """Mean entropy of all tokens of the step's completions, those of masked ones included."""
+        pairs = self.lists[step]["sums_without_mask"]
+        return sum(pairs[0::2]) / sum(pairs[1::2])
 
     def mean(self, kind: str, first: int, last: int) -> float:
         """What the log would have said of these steps."""

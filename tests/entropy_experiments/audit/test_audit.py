@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from entropy_experiments.audit.audit import AGREES, DIFFERS, RECOMPUTED, audit_recorded
+from entropy_experiments.audit.audit import audit_recorded
 from entropy_experiments.audit.lines import verdict_line
 from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.recorded_run import read_run
+from entropy_experiments.audit.verdicts import AGREES, DIFFERS, RECOMPUTED
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ KINDS = {
     "surprisal": "surprisal",
     "temperature_1": "at temperature 1 in place of the sampling temperature 0.7",
     "temperature_0.55": "at temperature 0.55",
+    "temperature_0.5523": "at temperature 0.5523",
     "sequence_means": "mean of each sequence's mean",
     "padding": "padding is counted, with the entropy predicted at it",
     "padding_as_zero": "padding is counted, as zeros",
