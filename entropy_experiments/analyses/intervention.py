@@ -25,7 +25,7 @@ from scipy import stats
 from torch import Tensor
 
 from entropy_experiments.analyses.attribution import extreme_sequences
-from entropy_experiments.text.numbers import counted, signed
+from entropy_experiments.text.numbers import counted, plain, signed
 from rl_training.errors import UserError
 
 Measure = Callable[[Tensor], float]
@@ -94,8 +94,9 @@ def linear_datamodelling_score(
     subsets: (count, n) bool. shares: (n,) nats per token. measured_changes: (count,) nats per token. clip_ratios: (count,)
     c_A / c, where the clip coefficient differs. rest: what the step does besides, nats per token.
 
-    Returns "predicted" (a list), "spearman" (the score), "interval" (95%, [low, high]), "pearson", "slope" and "intercept" of
-    measured on predicted, "predicted_spread" and "measured_spread" (standard deviations over subsets), "root_mean_square_error"
+    Returns "predicted" (a list), "spearman" (the score), "interval" (95%, [low, high]), "pearson", "slope" and "intercept" (nats
+    per token) of measured on predicted, their 95% intervals "slope_interval" and "intercept_interval" (a jackknife over subsets),
+    "predicted_spread" and "measured_spread" (standard deviations over subsets), "root_mean_square_error"
     of measured - predicted, and "reason": why numbers are None, or "".
 
     Raises ValueError for shapes that disagree or numbers that are not finite.
@@ -116,7 +117,9 @@ def linear_datamodelling_score(
         "interval": None,
         "pearson": None,
         "slope": None,
+        "slope_interval": None,
         "intercept": None,
+        "intercept_interval": None,
         "predicted_spread": _spread(predicted),
         "measured_spread": _spread(measured),
         "root_mean_square_error": float(np.sqrt(np.mean((measured - predicted) ** 2))),
@@ -127,13 +130,11 @@ def linear_datamodelling_score(
     for what, spread in (("predicted", out["predicted_spread"]), ("measured", out["measured_spread"])):
         if spread == 0.0:
             return out | {"reason": f"all {what} changes are equal"}
-    slope, intercept = np.polyfit(predicted, measured, 1)
     return out | {
         "spearman": float(_spearman(predicted, measured)),
         "interval": _bootstrap_interval(predicted, measured, seed),
         "pearson": float(np.corrcoef(predicted, measured)[0, 1]),
-        "slope": float(slope),
-        "intercept": float(intercept),
+        **_line(predicted, measured),
     }
 
 
@@ -150,6 +151,24 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     x, y = (r - r.mean(-1, keepdims=True) for r in ranks)
     scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
     return np.divide((x * y).sum(-1), scale, out=np.full(np.shape(scale), np.nan), where=scale > 0)
+
+
+def _line(predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
+    """Slope and intercept of measured on predicted, each with the 95% interval of a jackknife over subsets, which takes no error
+    for equally large everywhere, on n - 2 degrees of freedom; None where a line cannot be had without one of them.
+    """
+    found = np.polyfit(predicted, measured, 1)
+    count = len(measured)
+    left_out = [np.delete(np.stack([predicted, measured]), k, axis=1) for k in range(count)]
+    out: dict[str, Any] = {"slope": float(found[0]), "intercept": float(found[1])}
+    if any(_spread(x) == 0.0 for x, _ in left_out):
+        return out | {"slope_interval": None, "intercept_interval": None}
+    lines = np.array([np.polyfit(x, y, 1) for x, y in left_out])
+    errors = np.sqrt((count - 1) / count * np.square(lines - lines.mean(0)).sum(0))
+    reach = float(stats.t.ppf(0.975, count - 2)) * errors
+    for name, value, ends in zip(("slope", "intercept"), found, reach, strict=True):
+        out[f"{name}_interval"] = [float(value - ends), float(value + ends)]
+    return out
 
 
 def _bootstrap_interval(predicted: np.ndarray, measured: np.ndarray, seed: int) -> list[float]:
@@ -284,6 +303,10 @@ def _sentence(result: Mapping[str, Any]) -> str:
             f"{what}, predicted and measured change of entropy have a rank correlation (linear datamodelling score) of "
             f"{score['spearman']:.2f} [{low:.2f}, {high:.2f}]"
         )
+        text += (
+            f"; the response over halves, measured on predicted, has slope {_with_ends(score, 'slope', plain)} and intercept "
+            f"{_with_ends(score, 'intercept', signed)} nats per token"
+        )
     parts = [f"; the whole step makes {signed(result['full_step']['measured'])} nats per token"]
     for kind, word in (("costing", "cost"), ("giving", "give")):
         removal = result["removals"][kind]
@@ -291,3 +314,8 @@ def _sentence(result: Mapping[str, Any]) -> str:
             removed = counted(len(removal["sequences"]), "sequence")
             parts.append(f", {signed(removal['measured'])} without the {removed} said to {word} most")
     return text + "".join(parts) + "."
+
+
+def _with_ends(score: Mapping[str, Any], name: str, form: Callable[[object, int], str]) -> str:
+    ends = score[f"{name}_interval"]
+    return form(score[name], 2) + ("" if ends is None else f" [{form(ends[0], 2)}, {form(ends[1], 2)}]")

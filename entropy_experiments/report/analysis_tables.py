@@ -179,10 +179,10 @@ def _attribution(result: Mapping[str, Any]) -> list[Table]:
 
 def _intervention(result: Mapping[str, Any]) -> list[Table]:
     names = {
-        "split": "Shares, split estimator (derivative of the measurement)",
-        "fixed_prefix": "Shares, fixed prefix (derivative of the measurement)",
-        "rao_blackwell": "Shares, Rao–Blackwell (those of the report)",
-        "response": "Response shares (P and clipping move along)",
+        "split": "Accounting shares, split estimator (derivative of the measurement)",
+        "fixed_prefix": "Accounting shares, fixed prefix (derivative of the measurement)",
+        "rao_blackwell": "Accounting shares, Rao–Blackwell (those of the report)",
+        "response": "Mean effects over halves (P and clipping answer)",
     }
     scores = lookup(result, "scores")
     rows = []
@@ -193,9 +193,13 @@ def _intervention(result: Mapping[str, Any]) -> list[Table]:
         spearman = (
             f"{plain(lookup(score, 'spearman'), 3)}{between}" if known else str(lookup(score, "reason") or "not known")
         )
-        numbers = [plain(lookup(score, key)) for key in ("pearson", "slope", "root_mean_square_error")]
-        rows.append([names.get(name, name), spearman, *numbers])
-    headings = ("Prediction", "Linear datamodelling score [95%]", "Pearson", "Slope", "Error, nats per token")
+        line = [_with_ends(score, "slope", plain), _with_ends(score, "intercept", signed)]
+        error = plain(lookup(score, "root_mean_square_error"))
+        rows.append([names.get(name, name), spearman, plain(lookup(score, "pearson")), *line, error])
+    headings = (
+        "Prediction", "Linear datamodelling score [95%]", "Pearson", "Slope [95%]", "Intercept [95%], nats per token",
+        "Error, nats per token",
+    )  # fmt: skip
     found = _table("Predicted against measured change over random halves of the training buffer.", headings, rows)
     removed = []
     for kind, label in (("costing", "said to cost most"), ("giving", "said to give most")):
@@ -216,6 +220,13 @@ def _intervention(result: Mapping[str, Any]) -> list[Table]:
         removed.append([label, "–", _thousandths(lookup(random, "spread")).lstrip("+")])
     headings = ("Real step", "Predicted difference (×10⁻³)", "Measured difference (×10⁻³)")
     return found + _table("Against the step with all sequences, nats per token.", headings, removed)
+
+
+def _with_ends(score: object, name: str, form: Callable[[object, int], str]) -> str:
+    """A number with its 95% interval, where it has one."""
+    ends, text = lookup(score, f"{name}_interval"), form(lookup(score, name), 2)
+    known = isinstance(ends, list) and len(ends) == 2
+    return f"{text} [{form(ends[0], 2)}, {form(ends[1], 2)}]" if known else text
 
 
 def _prompt_structure(result: Mapping[str, Any]) -> list[Table]:
