@@ -121,6 +121,7 @@ def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
         inputs.training_labels(),
         shares.numpy(),
         numbers.horizon_factor or 1.0,
+        effects=None if numbers.effects is None else numbers.effects.numpy(),
         token_shares=inputs.token_shares.numpy(),
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,

@@ -1,6 +1,7 @@
 """Who moved entropy in this step: which training sequences, prompts and tokens, and which evaluation sequences lost it?
 
-    dh_i = sum_k dh_ik             share of training sequence i, and of its tokens k        sum_i dh_i = the step's batch part
+    dh_i = sum_k dh_ik             accounting share of sequence i, and of its tokens k      sum_i dh_i = the step's batch part
+    r_i                            effect of leaving i out of the step, with P and clip re-derived; does not add up
     horizon_i = f dh_i             over the life of the momentum buffer, f the horizon factor
     mass of the top k              sum of the k largest |dh_i| over sum of all |dh_i|
     Gini coefficient               sum_i (2 rank_i - n - 1) |dh_i| / (n sum_i |dh_i|): 0 for equal ones, 1 - 1/n where one has all
@@ -28,6 +29,7 @@ def attribute_step(
     shares: np.ndarray,
     horizon_factor: float = 1.0,
     *,
+    effects: np.ndarray | None = None,
     token_shares: np.ndarray | None = None,
     completion_mask: np.ndarray | None = None,
     token_texts: Sequence[Sequence[str]] | None = None,
@@ -41,9 +43,10 @@ def attribute_step(
 ) -> dict[str, Any]:
     """Shares of the step's batch part by sequence, prompt and token, and the evaluation side's losses.
 
-    shares: (n_train,) dh_i. token_shares: (n_train, L) from entropy_experiments.step.real_steps.token_shares, with
-    completion_mask (n_train, L) and, for the figure, token_texts: the completion tokens of each sequence as text, foreign ones
-    included; drawn: which of these the policy drew, None (of one, or of all) where every one.
+    shares: (n_train,) dh_i. effects: (n_train,) r_i (entropy_experiments.step.effects_of_leaving_out). token_shares: (n_train, L)
+    from entropy_experiments.step.real_steps.token_shares, with completion_mask (n_train, L) and, for the figure, token_texts: the
+    completion tokens of each sequence as text, foreign ones included; drawn: which of these the policy drew, None (of one, or of
+    all) where every one.
     endings: how the completions of the training and of the evaluation side came to their ends (rl_training.prompts.endings).
     advantages: (n_train,) A_i. contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted
     change of sum_k H_k on
@@ -52,7 +55,7 @@ def attribute_step(
     Returns
         unit, total             "nats per token"; sum of the shares
         horizon_factor, horizon_total
-        sequences               {"share", "horizon", "prompt_index"}, lists in the buffer's order
+        sequences               {"share", "horizon", "prompt_index"}, and "effect" where it is given, lists in the buffer's order
         prompts                 a list, most costing first: {"prompt_index", "prompt", "sequences", "share", "horizon"}
         concentration           {"all", "lowering", "raising"}, see `concentration`
         top_sequences           up to 2 x top indices: the most costing first, then the most giving from the largest down
@@ -86,6 +89,7 @@ def attribute_step(
         "prompts": [
             {**row, "horizon": float(horizon_factor) * row["share"]} for row in _by_prompt(training, values, "share")
         ],
+        "sum_of_effects": None if effects is None else float(_checked("effects", effects, len(training)).sum()),
         "concentration": {
             "all": concentration(values, top),
             "lowering": concentration(values[values < 0], top),
@@ -96,6 +100,8 @@ def attribute_step(
         "evaluation": None,
         "groups": [],
     }
+    if effects is not None:
+        result["sequences"]["effect"] = np.asarray(effects, dtype=np.float64).tolist()
     if endings is not None:
         result["groups"] += group_rows("training", "ending", endings[0], values, training)
     if advantages is not None:
@@ -252,10 +258,13 @@ def _sentence(result: dict[str, Any]) -> str:
         return "No training sequence has a share of the step's change: every weight or every product is 0."
     text = (
         f"{counted(lowering['count'], 'training sequence')} lowered entropy by {signed(lowering['sum'])} and "
-        f"{raising['count']} raised it by {signed(raising['sum'])}, together {signed(result['total'])} nats per token in this "
+        f"{raising['count']} raised it by {signed(raising['sum'])} (accounting shares, which add up), "
+        f"together {signed(result['total'])} nats per token in this "
         f"step ({signed(result['horizon_total'])} over the life of the momentum buffer); the top {found['all']['top']} of "
         f"{found['all']['count']} hold {found['all']['top_mass']:.0%} of the mass"
     )
+    if result["sum_of_effects"] is not None:
+        text += f"; the effects of leaving each out, which do not add up, come to {signed(result['sum_of_effects'])}"
     side = result["evaluation"]
     if side is not None:
         text += f"; {side['lowering']} of {counted(len(side['contribution']), 'evaluation sequence')} contribute a loss"

@@ -91,6 +91,11 @@ def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
                 facts.append((f"  from {name}", shown(outcome["parts"][part]), "plain"))
     if as_number(lookup(outcome, "measured", "value")) is not None:
         facts.append(_measured(outcome))
+    noise = outcome.get("training_noise")
+    if noise is not None:
+        ends = f"95%: {signed(noise['low'], 2)} to {signed(noise['high'], 2)}"
+        text = f"±{plain(noise['standard_error'], 2)} {unit} ({ends}), on top of the errors above"
+        facts.append(("Another training buffer", text, "plain"))
     same = _same_prompt(outcome)
     if same:
         facts.append(("Same-prompt effect", same, "plain"))

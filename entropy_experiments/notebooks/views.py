@@ -36,7 +36,10 @@ ORDERS = {
     "by part in the change of entropy": "delta_h",
 }
 """Name -> column that sequences are ordered by; None: grouped by prompt."""
-_PICTURES = {"attribution": "Shares of training sequences", "predicted_vs_actual": "Predicted and measured change"}
+_PICTURES = {
+    "attribution": "Accounting shares of training sequences",
+    "predicted_vs_actual": "Predicted and measured change",
+}
 _TONES = {"good": "#1a7f37", "bad": "#c62828", "warning": "#9a6700", "plain": "#57606a"}
 _TEXT_CHARACTERS = 160
 
@@ -120,7 +123,9 @@ def sequence_html(results: ResultsFolder, buffer: str, number: int) -> str:
     row = rows[number]
     facts = [f"reward {plain(row.get('reward'))}", f"{plain(row.get('length'))} tokens"]
     if as_number(row.get("delta_h")) is not None:
-        facts.append(f"share of this step's change {signed(1e3 * row['delta_h'])} ×10⁻³ nats per token")
+        facts.append(f"accounting share of this step's change {signed(1e3 * row['delta_h'])} ×10⁻³ nats per token")
+        if as_number(row.get("effect_of_leaving_out")) is not None:
+            facts.append(f"effect of leaving it out {signed(1e3 * row['effect_of_leaving_out'])} ×10⁻³")
     elif as_number(row.get("delta_h_lost")) is not None:
         facts.append(f"part of the predicted change {signed(1e3 * row['delta_h_lost'])} ×10⁻³ nats per token")
     box = "white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #8884;border-radius:6px;padding:.6em"

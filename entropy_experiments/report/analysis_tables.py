@@ -145,8 +145,8 @@ def _attribution(result: Mapping[str, Any]) -> list[Table]:
             )
     top = plain(lookup(result, "concentration", "all", "top"))
     headings = (
-        "Training sequences", "Number", "Sum of shares (×10⁻³ nats/token)", f"Mass of the top {top}", "Hold half the mass",
-        "Gini", "Effective number",
+        "Training sequences", "Number", "Sum of accounting shares (×10⁻³ nats/token)", f"Mass of the top {top}",
+        "Hold half the mass", "Gini", "Effective number",
     )  # fmt: skip
     found = _table("How far a few sequences make up the step's change.", headings, rows)
     groups = [
@@ -159,7 +159,12 @@ def _attribution(result: Mapping[str, Any]) -> list[Table]:
         for row in _dicts(result, "groups")
     ]
     if groups:
-        words = ("Sequences", "Number", "Sum of shares, or of contributions (×10⁻³ nats/token)", "Entropy (nats/token)")
+        words = (
+            "Sequences",
+            "Number",
+            "Sum of accounting shares, or of contributions (×10⁻³ nats/token)",
+            "Entropy (nats/token)",
+        )
         found += _table("By how completions ended, and by the sign of the advantage.", words, groups)
     prompts = _dicts(result, "evaluation", "prompts")
     frame = prompt_frame([str(row.get("prompt")) for row in prompts])

@@ -28,6 +28,8 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     Keys: "folder", "report"; "checkpoint" ("path", "step", "model"); "unit"; "entropy", "predicted", "measured", each
     {"value", "standard_error", "low", "high", "degrees_of_freedom"}, "measured" also with "effective_sample_size" and
     "sequences"; "estimator"; "parts" by part of the step; "agreement" (entropy_experiments.statistics.agreement) or None;
+    "training_noise" ("standard_error", "low", "high": what another draw of the training buffer would make of the predicted
+    change) or None;
     "same_prompt" ("cosine", "cosine_other_prompts", "p_value", "signs_agree": whether raw K1 differs in the same direction);
     "checks" ("passed", "failed": their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences,
     each {"tone", "text"}.
@@ -57,6 +59,7 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
             "sequences": as_number(lookup(measured, "n")),
         },
         "agreement": None if compared is None else compared.as_dict(),
+        "training_noise": _training_noise(summary),
         "same_prompt": same_prompt_effect(summary),
         "checks": {
             "passed": sum(check.get("passed") is True for check in checks),
@@ -79,3 +82,9 @@ def same_prompt_effect(summary: Mapping[str, Any]) -> dict[str, float | bool | N
         "p_value": as_number(lookup(cosine, "test", "p_value")),
         "signs_agree": agree if isinstance(agree, bool) else None,
     }
+
+
+def _training_noise(summary: Mapping[str, Any]) -> dict[str, float | None] | None:
+    noise = lookup(summary, "training_noise")
+    found = {name: as_number(lookup(noise, name)) for name in ("standard_error", "low", "high")}
+    return None if None in found.values() else found

@@ -60,7 +60,7 @@ _FIGURES = {
     ),
     "attribution": (
         "Which training sequences moved entropy?",
-        "Every bar is one training sequence's share of the batch part. A rewarded answer that the policy "
+        "Every bar is one training sequence's accounting share of the batch part. A rewarded answer that the policy "
         "already "
         "prefers lowers entropy when it is reinforced; an unusual one can raise it.",
     ),

@@ -56,7 +56,7 @@ PRESENTATIONS = {
         "Who moved entropy in this step?", {"token_shares": lambda result, folder: plot_token_shares(result)}
     ),
     "intervention": Presentation(
-        "Do the shares say what happens when sequences are really left out?",
+        "Do the accounting shares say what happens when sequences are really left out?",
         {"intervention": lambda result, folder: plot_intervention(result)},
     ),
     "prompt_structure": Presentation(

@@ -139,7 +139,8 @@ def training_rows(rows: Sequence[Mapping[str, Any]], frame: PromptFrame) -> list
 
 def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
     share = as_number(row.get("delta_h"))
-    numbers = {key: as_number(row.get(key)) for key in ("reward", "advantage", "length", "delta_h")}
+    columns = ("reward", "advantage", "length", "delta_h", "effect_of_leaving_out")
+    numbers = {key: as_number(row.get(key)) for key in columns}
     return {
         "row": str(row["row"]),
         "prompt_index": str(row["prompt_index"]),
@@ -149,6 +150,7 @@ def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
         "advantage": signed(row.get("advantage")),
         "length": plain(row.get("length")),
         "share": _thousandths(share),
+        "effect": _thousandths(row.get("effect_of_leaving_out")),
         "sort_by": {key: "" if number is None else f"{number:.9g}" for key, number in numbers.items()},
         "moved": "not known" if share is None else "lowered" if share < 0 else "raised" if share > 0 else "unmoved",
     }
@@ -173,6 +175,7 @@ def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tu
             "sequences": str(len(groups[prompt])),
             "reward": plain(_mean(series(groups[prompt], "reward"))),
             "share": _thousandths(sums[prompt]),
+            "effect": _thousandths(float(series(groups[prompt], "effect_of_leaving_out").sum())),
         }
         for prompt in order
     ]

@@ -120,6 +120,7 @@ def make_sequences(
             "weight": float(weight),
             "delta_h": float(share),
             "delta_h_horizon": float(10 * share),
+            "effect_of_leaving_out": float(0.8 * share + 0.05 * abs(share)),
             "delta_h_lost": None,
             "token_shares": token_shares(float(share), row["length"]),
         }
@@ -129,6 +130,7 @@ def make_sequences(
             "weight": None,
             "delta_h": None,
             "delta_h_horizon": None,
+            "effect_of_leaving_out": None,
             "token_shares": None,
             "delta_h_lost": float(generator.normal(-0.074, 0.1) / n_evaluation),
         }

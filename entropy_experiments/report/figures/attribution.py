@@ -23,7 +23,7 @@ from entropy_experiments.text.numbers import counted, signed
 
 _TITLE = "Which training sequences moved entropy in this step"
 _UNIT = 1e-3
-_UNIT_LABEL = "share of Δh\n(10⁻³ nats per token)"
+_UNIT_LABEL = "accounting share\n(10⁻³ nats per token)"
 # sign of the advantage -> (colour, hatch, words)
 _SIGNS = {
     1: (PREDICTED, "", "better than its group (advantage > 0)"),

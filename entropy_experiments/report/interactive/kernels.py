@@ -104,4 +104,4 @@ def _by_share(training: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not np.isfinite(shares).any():
         return []
     order = np.argsort(shares, kind="stable")  # unknown ones last
-    return [{"label": "by share of Δh, lowest first", "noun": "", "order": order.tolist(), "groups": None}]
+    return [{"label": "by accounting share of Δh, lowest first", "noun": "", "order": order.tolist(), "groups": None}]

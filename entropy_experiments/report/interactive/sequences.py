@@ -82,7 +82,8 @@ def _facts(row: Mapping[str, Any], buffer: str) -> list[list[str]]:
         facts += [
             ["advantage", signed(row.get("advantage"))],
             ["weight w", signed(row.get("weight"))],
-            ["share of Δh", _with_unit(row.get("delta_h"))],
+            ["accounting share of Δh", _with_unit(row.get("delta_h"))],
+            ["effect of leaving out", _with_unit(row.get("effect_of_leaving_out"))],
         ]
     else:
         facts.append(["its term of the predicted change", _with_unit(row.get("delta_h_lost"))])

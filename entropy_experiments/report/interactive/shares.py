@@ -12,7 +12,7 @@ import numpy as np
 
 from entropy_experiments.report.figures.attribution import group_advantages
 from entropy_experiments.report.interactive.page import numbers, plot_text
-from entropy_experiments.text.numbers import plain, series, signed
+from entropy_experiments.text.numbers import as_number, plain, series, signed
 
 _UNIT = 1e-3
 _SIGNS = {1: ("$predicted", "advantage > 0"), -1: ("$measured", "advantage < 0"), 0: ("$neutral", "advantage 0")}
@@ -49,7 +49,8 @@ def sequence_shares(training: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
                 "y": numbers(shares[members] / _UNIT),
                 "marker": {"color": colour, "pattern": {"shape": _PATTERNS[sign], "solidity": 0.3}},
                 "customdata": [_described(training[i]) for i in members],
-                "hovertemplate": "sequence %{customdata[0]}, prompt %{customdata[1]}: %{y:+.3g} × 10⁻³ nats per token<br>"
+                "hovertemplate": "sequence %{customdata[0]}, prompt %{customdata[1]}: %{y:+.3g} × 10⁻³ nats per token "
+                "(effect of leaving out %{customdata[5]})<br>"
                 "reward %{customdata[2]}, advantage %{customdata[3]}<br>%{customdata[4]}<extra></extra>",
             }
         )
@@ -58,11 +59,13 @@ def sequence_shares(training: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
         "bargap": 0.05 if len(order) > 120 else 0.15,
         "barmode": "overlay",
         "xaxis": {"title": {"text": f"{len(order)} training sequences, sorted"}, "showgrid": False},
-        "yaxis": {"title": {"text": "share of Δh (10⁻³ nats per token)"}, "zeroline": True},
+        "yaxis": {"title": {"text": "accounting share of Δh (10⁻³ nats per token)"}, "zeroline": True},
     }
     return {"data": traces, "layout": layout}
 
 
 def _described(row: Mapping[str, Any]) -> list[Any]:
     facts = [plain(row.get("reward")), signed(row.get("advantage"))]
-    return [row["row"], row["prompt_index"], *facts, plot_text(row["completion"], 90)]
+    effect = as_number(row.get("effect_of_leaving_out"))
+    facts.append(plot_text(row["completion"], 90))
+    return [row["row"], row["prompt_index"], *facts, signed(None if effect is None else effect / _UNIT)]

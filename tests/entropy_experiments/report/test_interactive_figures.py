@@ -157,7 +157,10 @@ def test_kernels_and_their_orders():
 )
 def test_odd_clusters_make_no_order(clustering):
     found = kernel_explorer({"fisher": FISHER}, EVALUATION, TRAINING, clustering)
-    assert [order["label"] for order in found["column_orders"]] == ["by prompt", "by share of Δh, lowest first"]
+    assert [order["label"] for order in found["column_orders"]] == [
+        "by prompt",
+        "by accounting share of Δh, lowest first",
+    ]
 
 
 def test_kernels_that_cannot_be_explored():
@@ -183,7 +186,11 @@ def test_sequences_carry_texts_numbers_and_tokens():
     for shown, row in zip(found["training"], TRAINING, strict=True):
         assert sum(unpacked(shown["tokens"]["shares"])) == pytest.approx(row["delta_h"], rel=1e-4)
         facts = dict(shown["facts"])
-        assert float(facts["share of Δh"].split(" ")[0].replace("−", "-")) == pytest.approx(row["delta_h"], rel=5e-3)
+        assert float(facts["accounting share of Δh"].split(" ")[0].replace("−", "-")) == pytest.approx(
+            row["delta_h"], rel=5e-3
+        )
+        shown = facts["effect of leaving out"].split(" ")[0].replace("−", "-")
+        assert float(shown) == pytest.approx(row["effect_of_leaving_out"], rel=5e-3)
     assert all(shown["tokens"]["shares"] is None for shown in found["evaluation"])
 
 

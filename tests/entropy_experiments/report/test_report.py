@@ -142,15 +142,18 @@ def test_the_sequence_table_holds_all_of_them_by_share(written):
         assert cells[4] == f"{row['reward']:g}"
         assert float(cells[5].replace("−", "-")) == pytest.approx(row["advantage"], rel=5e-3)
         assert float(cells[7].replace("−", "-")) == pytest.approx(row["delta_h"] * 1e3, rel=5e-3)
+        assert float(cells[8].replace("−", "-")) == pytest.approx(row["effect_of_leaving_out"] * 1e3, rel=5e-3)
 
 
 def test_prompt_sums_add_up_to_the_batch_part(written):
     folder, _, page = written
-    sums = [row for row in page.rows if len(row) == 5 and row[2] == "8"]
+    sums = [row for row in page.rows if len(row) == 6 and row[2] == "8"]
     assert len(sums) == 8
     total = sum(float(row[4].replace("−", "-")) for row in sums)
     batch = json.loads((folder / "summary.json").read_text())["predicted"]["rao_blackwell"]["batch"]["value"]
     assert total == pytest.approx(batch * 1e3, abs=0.05)
+    effects = sum(row["effect_of_leaving_out"] for row in training_rows()[1])
+    assert sum(float(row[5].replace("−", "-")) for row in sums) == pytest.approx(effects * 1e3, abs=0.05)
 
 
 def test_buffer_table_is_computed_from_the_sequences(written):

@@ -145,7 +145,7 @@ def test_other_kernel_other_order_same_sequences(visit, kernels, sequences):
     np.testing.assert_allclose(np.array(page.evaluate(z), np.float32), kernels["fisher"][rows][:, order])
     page.wait_for_function("document.querySelector('.status').textContent.includes('(shown); K_H')")
     assert page.locator(".status").inner_text().split(";")[:2] == before
-    page.get_by_label("Columns ordered").select_option(label="by share of Δh, lowest first")
+    page.get_by_label("Columns ordered").select_option(label="by accounting share of Δh, lowest first")
     shares = [row["delta_h"] for row in sequences.training]
     np.testing.assert_allclose(np.array(page.evaluate(z), np.float32), kernels["fisher"][rows][:, np.argsort(shares)])
     page.get_by_label("Kernel shown").select_option(label="Entropy–Fisher kernel K_H")
