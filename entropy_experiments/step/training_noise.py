@@ -2,7 +2,7 @@
 
     F(w)     = <dh, dtheta(g(w))>                 change of entropy by the whole step: P_t, m_t and the clip are those of g(w)
     F_{-p}   = F of the loss over the buffer without prompt p: its weights N/(N - n_p) w_i, since the loss is a mean over N
-    se^2     = (B - 1)/B sum_p (F_{-p} - mean F_{-p})^2,    interval  F -+ t(B - 1) se
+    se^2     = (B - 1)/B sum_p (F_{-p} - mean F_{-p})^2,    interval: entropy_experiments.statistics.jackknife_interval
 
 with the moments from before the step as they are, which no redraw of this buffer would change. se is the standard deviation of
 the predicted change over buffers of this size from this checkpoint, dh held: it covers which prompts and completions the step was
@@ -27,7 +27,7 @@ from torch import Tensor
 from entropy_core.adamw import AdamWParameterState, split_adamw_update
 from entropy_core.gradients import dot
 from entropy_core.uncertainty import jackknife_standard_error
-from entropy_experiments.statistics.agreement import t_quantile
+from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.step.optimizer_step import clip_coefficient, plain_gradient_step
 
 MOST_GROUPS = 40
@@ -54,17 +54,10 @@ class TrainingNoise:
         return len(self.left_out)
 
     def to_json(self) -> dict[str, Any]:
-        """With the 95% interval on groups - 1 degrees of freedom."""
-        reach = t_quantile(self.groups - 1) * self.standard_error
-        return {
-            "value": self.value,
-            "standard_error": self.standard_error,
-            "degrees_of_freedom": self.groups - 1,
-            "low": self.value - reach,
-            "high": self.value + reach,
-            "prompts": self.prompts,
-            "groups": self.groups,
-        }
+        """With the 95% interval (entropy_experiments.statistics.jackknife_interval)."""
+        ends = jackknife_interval(self.value, self.left_out.numpy()).as_dict()
+        known = {"value": self.value, "standard_error": self.standard_error, **ends}
+        return known | {"prompts": self.prompts, "groups": self.groups}
 
 
 def step_change(
