@@ -80,6 +80,7 @@ bench: $(STAMP)
 
 calibrate: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/calibration.py
+	PYTHONPATH=. $(BIN)/python benchmarks/calibration_training.py 1000
 
 bench-probe: $(STAMP)
 	rm -rf runs/bench-probe runs/bench-probe-overhead

@@ -7,7 +7,7 @@
 with the moments from before the step as they are, which no redraw of this buffer would change. se is the standard deviation of
 the predicted change over buffers of this size from this checkpoint, dh held: it covers which prompts and completions the step was
 taken on. The error of a prediction (entropy_core.uncertainty) covers on which evaluation sequences dh was estimated, and nothing
-of this. Beyond 40 prompts, groups of them are left out.
+of this. Beyond 40 prompts, groups of 2, 3, ... are left out.
 
 Beside it, F(w) - F(w without p) with N held: what leaving a whole prompt out really does at first order in the step, against
 which the sum of its sequences' effects (entropy_core.leaving_out) is held.
@@ -93,7 +93,8 @@ def training_noise(
     count, sequences = len(numbers), len(prompts)
     if count < 2:
         return None
-    groups = min(count, MOST_GROUPS)
+    # Groups of as many prompts each, but for a few of one more: the jackknife of groups of one and of two would be wrong.
+    groups = count // math.ceil(count / MOST_GROUPS)
     whole, left_out, effects = change(gradient), [], []
     for group in range(groups):
         rows = (index % groups == group).nonzero().flatten()

@@ -45,10 +45,11 @@ from rl_training.probe.observation import Observation
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.running_gradient import RunningGradient
 from rl_training.probe.score_term import FusedScore
-from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, clip_coefficient, step_shares
+from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, attribute_sequences, clip_coefficient
 from rl_training.probe.step_parts import (
     copies,
     counterfactual,
+    effect_metric,
     has_stepped,
     opened,
     step_per_gradient,
@@ -202,7 +203,7 @@ class SimpleEntropyProbe:
         # Along the batch's own part earlier gradients speak, where there are any: its sequences would meet themselves (t = t').
         lagged = self._config.rollouts == "current" and bool(self._averages)
         of_batch: dict[str, Tensor] = {}
-        shares = None
+        shares = effects = None
         if not lagged:
             self._take_in_newest()
         for key, average in self._averages.items():
@@ -216,14 +217,14 @@ class SimpleEntropyProbe:
                 clip = clip_coefficient(parameters, score.update.total(), self._gradient_tolerance)
                 of_batch[_SCORE_TERM] = score.across_folds(scale, clip)
         if training is not None and self._config.mode == "attribution":
-            shares = self._shares(parameters, optimizer, training)
+            shares, effects = self._attributed(parameters, optimizer, training)
         self._take_in_newest()
         parts = {
             key: predicted_parts(_value(average), update, of_batch.get(key)) for key, average in self._averages.items()
         }
         if score is not None:
             parts[_PER_TOKEN] = parts[_PER_TOKEN] + parts.pop(_SCORE_TERM)
-        self._prediction = StepPrediction(copies(parameters), rivals, parts, total, same_tokens, shares)
+        self._prediction = StepPrediction(copies(parameters), rivals, parts, total, same_tokens, shares, effects)
 
     def examine(self, optimizer: torch.optim.Optimizer) -> str | None:
         """Why the steps of this optimizer have no known parts, said once; None where they have.
@@ -247,20 +248,19 @@ class SimpleEntropyProbe:
             + ("; there are no shares of training sequences" if self._config.mode == "attribution" else "")
         )
 
-    def _shares(
+    def _attributed(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, training: TrainingSequences
-    ) -> Tensor:
-        gradient = _value(self._averages[_PER_TOKEN]).total()
-        scale = step_per_gradient(parameters, optimizer, self._config.preconditioning)
-        shares = step_shares(
-            self._model, training, gradient, scale, self._sharing, self._rows, self._gradient_tolerance
-        )
+    ) -> tuple[Tensor, Tensor | None]:
+        gradient, how = _value(self._averages[_PER_TOKEN]).total(), self._config.preconditioning
+        scales = [make(parameters, optimizer, how) for make in (step_per_gradient, effect_metric)]
+        limits = (self._sharing, self._rows, self._gradient_tolerance)
+        found = attribute_sequences(self._model, training, gradient, scales[0] or {}, *limits, metric=scales[1])
         if self._rows.failure is not None:
             self._say_once(
                 f"{self._rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
                 "a step: use mode=simple if that is too long"
             )
-        return shares
+        return found.shares, found.effects
 
     def _drop_averages_of_others(self, parameters: Mapping[str, Tensor]) -> None:
         """Averages over another set of trainable parameters than today's predict nothing."""
@@ -290,6 +290,7 @@ class SimpleEntropyProbe:
             same_tokens=same_tokens,
             predictors=predictors,
             shares=made.shares,
+            effects=made.effects,
         )
         if seen is None:
             return change

@@ -56,7 +56,9 @@ class EntropyChange:
     degrees_of_freedom: behind that error and the measurement's, one less than there are prompts.
     same_tokens: the newest gradient alone along the step, nats per token; with the split estimator it is the derivative of
     `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
-    predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's part of `batch`.
+    predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's accounting share
+    of `batch`; effects: (n_train,) what leaving each out of the step does (entropy_core.leaving_out), under `actual` from the
+    optimizer's second step on.
     """
 
     per_token: StepParts
@@ -73,6 +75,7 @@ class EntropyChange:
     measured_fixed_prefix: EntropyMeasurement | None = None
     predictors: dict[str, float] = field(default_factory=dict)
     shares: Tensor | None = None
+    effects: Tensor | None = None
 
     @property
     def total(self) -> Estimate:

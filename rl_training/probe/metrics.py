@@ -38,6 +38,8 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
         values["measured_fixed_prefix"] = change.measured_fixed_prefix.change
     if change.shares is not None:
         values["largest_share"] = float(change.shares[change.shares.abs().argmax()])
+    if change.effects is not None:
+        values["largest_effect"] = float(change.effects[change.effects.abs().argmax()])
     known = {name: value for name, value in values.items() if not math.isnan(value)}
     return {name: value for name, value in known.items() if not (name.endswith("_df") and math.isinf(value))}
 

@@ -1,4 +1,5 @@
-"""Each training sequence's share of the change of entropy that the step's own batch makes, while training.
+"""Each training sequence's accounting share of the change of entropy that the step's own batch makes, and the effect of
+leaving it out of the step, while training.
 
     dh_i = c <sum_k w_ik grad log pi_ik, s g> ,    dtheta_batch = -s g_loss ,    g_loss = -c sum_ik w_ik grad log pi_ik
 
@@ -6,7 +7,8 @@ g the gradient of entropy, s what the optimizer multiplies the loss gradient by 
 (rl_training.probe.step_parts),
 c the coefficient of gradient clipping, w_ik the weight in the loss of token k of sequence i: one w_i for all of them while the
 policy is the one that drew the sequences (entropy_core.weighting), times the ratio of the two policies, and 0 where it is
-clipped, once it has moved. The shares add up to the batch part. The loss gradient is rebuilt from the weights, and where it is
+clipped, once it has moved. The shares add up to the batch part. The effects r_i (entropy_core.leaving_out) do not: in them P and
+the clip answer. The loss gradient is rebuilt from the weights, and where it is
 not the one that the optimizer got (other terms in the loss, other weights) there is an error instead of shares.
 """
 
@@ -22,10 +24,13 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
+from entropy_core.leaving_out import clip_response
 from entropy_core.passes.fold_rows import FoldRows
 
 # What of the real gradient may be left over, relative to its size, before the weights are not the loss's.
 SAME_GRADIENT = 1e-3
+# A coefficient of clipping this near to 1 is 1: it is found by comparing gradients, to rounding.
+SAME_CLIP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,15 @@ class TrainingSequences:
     weights: Tensor | None = None
 
 
-def step_shares(
+@dataclass(frozen=True)
+class StepAttribution:
+    """(N,) float64 shares dh_i and effects r_i of leaving out, nats per token; effects None where no metric was given."""
+
+    shares: Tensor
+    effects: Tensor | None
+
+
+def attribute_sequences(
     model: nn.Module,
     training: TrainingSequences,
     entropy_gradient: Mapping[str, Tensor],
@@ -49,12 +62,13 @@ def step_shares(
     sharing: WorkSharing,
     rows: FoldRows | None = None,
     tolerance: float = SAME_GRADIENT,
-) -> Tensor:
-    """(N,) float64 dh_i, nats per token, from one forward and backward pass over the training sequences.
+    metric: Mapping[str, Tensor] | None = None,
+) -> StepAttribution:
+    """Shares and effects from one forward and backward pass over the training sequences.
 
     rows: where `rows.failure` says that this model has no per-sequence rows, or becomes so here, one pass a sequence. `p.grad`
-    must hold the loss gradient as the optimizer gets it. Raises ValueError where the weights do not give it, to a relative
-    error of `tolerance`.
+    must hold the loss gradient as the optimizer gets it. metric: of rl_training.probe.step_parts.effect_metric. Raises ValueError
+    where the weights do not give the gradient, to a relative error of `tolerance`.
     """
     if training.weights is None:
         raise ValueError("shares need each sequence's weight in the loss, which is not known for this loss")
@@ -62,6 +76,8 @@ def step_shares(
     mine = sharing.mine(training.batch.prompt_index)
     coefficients, device = _coefficients(training.batch, training.weights), training.batch.device
     towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
+    q, clipped = _effect_directions(parameters, entropy_gradient, metric)
+    further = torch.zeros((len(training.batch), 2), dtype=torch.float64, device=device)
 
     def nothing() -> tuple[Tensor, dict[str, Tensor]]:
         zeros = {
@@ -75,6 +91,10 @@ def step_shares(
         which = mine[indices.to(mine.device)]
         products.index_add_(0, which, (some.flatten(1) @ towards[name].to(some)).double().to(device))
         rebuilt[name] -= some.sum(0)
+        for k, direction in enumerate((q, clipped)):
+            if name in direction:
+                found = some.flatten(1) @ direction[name].flatten().to(some)
+                further[:, k].index_add_(0, which, found.double().to(device))
 
     part = training.batch.select(mine) if len(mine) else None
     rows.begin(parameters)
@@ -88,6 +108,7 @@ def step_shares(
         if sharing.any(trouble is not None, device):
             rows.fail(trouble or "another process could not form per-sequence gradients")
             products, rebuilt = nothing()
+            further.zero_()
     if rows.failure is not None and part is not None:
         for n in range(len(part)):
             one = part.select([n])
@@ -95,7 +116,26 @@ def step_shares(
             for name, gradient in alone.items():
                 sink(0, name, torch.tensor([n]), gradient[None])
     clip = clip_coefficient(parameters, {name: sharing.sum(g) for name, g in rebuilt.items()}, tolerance)
-    return clip * sharing.sum(products)
+    shares = clip * sharing.sum(products)
+    if metric is None:
+        return StepAttribution(shares, None)
+    along, answer = sharing.sum(further).unbind(1)
+    if clip < 1 - SAME_CLIP:  # along the clipped gradient the step is shorter by as much as the norm grows
+        size = sum(float(g.double().square().sum()) for g in clipped.values())
+        of_clip = sum(float((q[name] * clipped[name]).double().sum()) for name in q)
+        along = along - clip_response(size**0.5, clip) * of_clip * answer
+    return StepAttribution(shares, clip * along)
+
+
+def _effect_directions(
+    parameters: Mapping[str, nn.Parameter],
+    entropy_gradient: Mapping[str, Tensor],
+    metric: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(q, clipped gradient) of what moves; empty without a metric."""
+    moving = [] if metric is None else [name for name, p in parameters.items() if p.grad is not None and name in metric]
+    q = {name: (metric or {})[name] * entropy_gradient[name] for name in moving}
+    return q, {name: g.detach() for name in moving if (g := parameters[name].grad) is not None}
 
 
 def _of(coefficients: TokenCoefficients, sequences: Tensor) -> TokenCoefficients:

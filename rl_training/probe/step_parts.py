@@ -26,6 +26,7 @@ from entropy_core.adamw import (
     read_adamw_state,
     split_adamw_update,
 )
+from entropy_core.leaving_out import leaving_out_metric
 from rl_training.errors import UserError
 
 Preconditioning = Literal["actual", "previous_step", "none"]
@@ -150,6 +151,19 @@ def step_per_gradient(
         elif g is not None:
             out[name] = batch_step_factor(state) * preconditioner(after_gradient(state, g.detach()))
     return out
+
+
+def effect_metric(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, preconditioning: Preconditioning
+) -> dict[str, Tensor] | None:
+    """Name -> a of entropy_core.leaving_out, for parameters that move; None where P is not the step's own, and at the optimizer's
+    first step, which is the gradient's sign: no derivative says what leaving a sequence out of it does.
+    """
+    if preconditioning != "actual" or not has_stepped(parameters, optimizer):
+        return None
+    states = read_adamw_state(optimizer, parameters, others=True)
+    grads = {name: parameters[name].grad for name in states}
+    return {name: leaving_out_metric(states[name], g.detach()) for name, g in grads.items() if g is not None}
 
 
 def has_stepped(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:

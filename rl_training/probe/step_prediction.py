@@ -33,6 +33,7 @@ class StepPrediction:
     step: dict[str, Tensor] = field(default_factory=dict)
     same_tokens: float = math.nan
     shares: Tensor | None = None
+    effects: Tensor | None = None
 
 
 def token_predictors(

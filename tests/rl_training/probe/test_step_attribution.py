@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
-from rl_training.probe.shares import TrainingSequences, step_shares
+from rl_training.probe.metrics import metrics_of
+from rl_training.probe.shares import TrainingSequences, attribute_sequences
 from rl_training.probe.step_parts import step_per_gradient
 from tests.oracle.comparison import assert_close
 from tests.oracle.enumeration import flatten, token_terms, unflatten
@@ -59,6 +61,59 @@ def test_shares_are_those_of_the_formula_and_add_up_to_the_batch_part(setting, n
     assert change.shares.shape == (20,) and bool((change.shares > 0).any()) and bool((change.shares < 0).any())
 
 
+def change_of_real_step(setting: Setting, gradient: torch.Tensor, weights: torch.Tensor, norm: float) -> float:
+    """<grad h, theta_after - theta_before> of a copy of the model and of torch's own optimizer, clipped by torch."""
+    model, optimizer = copy.deepcopy((setting.model, setting.optimizer))
+    named, chosen = dict(model.named_parameters()), setting.training(TAUGHT)[0]
+    loss = unflatten(-(weights @ setting.exact().score_rows[chosen]), setting.values())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for name, p in named.items():
+        p.grad = loss[name].clone()
+    torch.nn.utils.clip_grad_norm_(named.values(), norm)
+    optimizer.step()
+    return along(gradient, {name: p.detach() - before[name] for name, p in named.items()})
+
+
+@pytest.mark.parametrize("norm", [MAX_NORM, 1e3], ids=["clipped", "not_clipped"])
+def test_effects_are_how_the_real_step_answers_to_a_sequences_weight(setting, norm):
+    gradient = setting.gradients()[0]
+    clip = setting.backward(TAUGHT, norm)
+    assert (clip < 0.9) == (norm == MAX_NORM), "the test must see the coefficient of clipping"
+    training = setting.training(TAUGHT)[1]
+    probe = make_probe(setting, mode="attribution")
+    probe.observe(setting.batch, setting.counting_scores())
+    probe.before_step(setting.optimizer, training)
+    expected = []
+    for i in range(20):
+        sides = []
+        for sign in (1, -1):
+            moved = training.weights.double().clone()
+            moved[i] *= 1 + sign * 1e-4
+            sides.append(change_of_real_step(setting, gradient, moved, norm))
+        expected.append((sides[0] - sides[1]) / 2e-4)
+    setting.optimizer.step()
+    change = probe.after_step()
+    assert change.effects is not None and change.shares is not None
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    assert_close(change.effects, wanted, 1e-5, "effects", {"the accounting shares": change.shares})
+    assert "largest_effect" in metrics_of(change)
+    assert float((change.effects - change.shares).abs().max()) > 0.05 * float(change.shares.abs().max())
+
+
+@pytest.mark.parametrize("preconditioning", ["previous_step", "none"])
+def test_steps_whose_p_is_not_their_own_have_shares_and_no_effects(setting, preconditioning):
+    probe = make_probe(setting, mode="attribution", preconditioning=preconditioning)
+    change = setting.watched_step(TAUGHT, probe, training=True)
+    assert change.shares is not None and change.effects is None and "largest_effect" not in metrics_of(change)
+
+
+def test_at_the_optimizers_first_step_there_are_no_effects():
+    """It is the gradient's sign, and its derivative next to nothing."""
+    setting = Setting.fresh()
+    change = setting.watched_step(0, make_probe(setting, mode="attribution"), training=True)
+    assert change.shares is not None and change.effects is None
+
+
 @pytest.mark.parametrize("preconditioning", ["actual", "previous_step", "none"])
 @pytest.mark.parametrize("rollouts", ["current", "fresh"])
 def test_shares_add_up_whatever_the_step_and_the_average(setting, preconditioning, rollouts):
@@ -95,7 +150,7 @@ def shares_of(setting: Setting, training: TrainingSequences) -> torch.Tensor:
     named = dict(setting.model.named_parameters())
     gradient = unflatten(setting.gradients()[0], setting.values())
     scale = step_per_gradient(named, setting.optimizer, "actual")
-    return step_shares(setting.model, training, gradient, scale, WorkSharing())
+    return attribute_sequences(setting.model, training, gradient, scale, WorkSharing()).shares
 
 
 def test_a_loss_that_is_not_the_weighted_sum_of_scores_is_refused(setting):
