@@ -57,7 +57,7 @@ def baseline_table(
     An estimate is an object or a mapping with value (or change), standard_error and left_out ((B,) with each evaluation prompt
     left out; without it there is no z), a bare number, or None. The last three come from entropy_core.predictors.
 
-    Keys: `rows`, a list of {name, label, predicted, standard_error, actual, actual_standard_error, ratio, z,
+    Keys: `rows`, a list of {name, label, predicted, standard_error, degrees_of_freedom, actual, actual_standard_error, ratio, z,
     agrees, comparable_in_scale, sign_agrees, reason}; numbers are None where they are not known or not comparable, `reason` says
     why ("" where all is there), and sign_agrees is None where the measured change cannot be told from 0 or the prediction
     is 0. `measured` {value, standard_error}, `sentence`.
@@ -111,6 +111,7 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
         "label": LABELS[name],
         "predicted": value,
         "standard_error": own_error,
+        "degrees_of_freedom": _known(given)["degrees_of_freedom"],
         "actual": truth,
         "actual_standard_error": error,
         "ratio": truth / value if comparable and truth is not None and value else None,

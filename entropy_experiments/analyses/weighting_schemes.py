@@ -325,14 +325,14 @@ def cost_sentence(table: Mapping[str, Any]) -> str:
     named = f"Of {counted(len(rows), 'weighting scheme')} on {counted(table['n_train'], 'training sequence')}, "
     priced = [row for row in rows if row["entropy_cost_per_reward"]["value"] is not None]
     if not priced:
-        spans = _extremes(rows, lambda row: row["delta_h"]["equal_length"])
+        span, order = _extremes(rows, lambda row: row["delta_h"]["equal_length"])
         return (
-            f"{named}none has a predicted gain of reward that is known from 0 by its 95% interval, so entropy has no price in "
-            f"reward; in a step of the run's length entropy changes {spans} nats per token ({BRACKETS})."
+            f"{named}none has a predicted gain of reward whose 95% interval excludes 0, so entropy has no price in reward; in a "
+            f"step of the run's length entropy changes {span} nats per token ({BRACKETS}){order}."
         )
     gains = f"{len(priced)} {'has' if len(priced) == 1 else 'have'} a predicted gain of reward whose 95% interval excludes 0"
-    spans = _extremes(priced, lambda row: row["entropy_cost_per_reward"], plus=False)
-    text = f"{named}{gains}; a unit of mean reward costs entropy {spans} nats per token ({BRACKETS})"
+    span, order = _extremes(priced, lambda row: row["entropy_cost_per_reward"], plus=False)
+    text = f"{named}{gains}; a unit of mean reward costs entropy {span} nats per token ({BRACKETS}){order}"
     differences = [known(row["minus_run"]["equal_gain"]) for row in priced]
     judged = [d for d in differences if d is not None and d.holds_zero is not None]
     if not judged:
@@ -345,15 +345,15 @@ def cost_sentence(table: Mapping[str, Any]) -> str:
     return f"{text}; at equal gain {alike} of {len(judged)} {ALIKE} from the step as trained, by the paired difference."
 
 
-def _extremes(rows: list[dict[str, Any]], entry: Callable[[dict[str, Any]], Any], plus: bool = True) -> str:
+def _extremes(rows: list[dict[str, Any]], entry: Callable[[dict[str, Any]], Any], plus: bool = True) -> tuple[str, str]:
     """The smallest and the largest, each with its interval; one where there is one, and a word where the intervals overlap."""
     low, high = (pick(rows, key=lambda row: entry(row)["value"]) for pick in (min, max))
     ends = [f"{shown(entry(row), plus)} ({row['label']})" for row in (low, high)]
     least, most = known(entry(low)), known(entry(high))
     if low is high or least is None or most is None or least.value == most.value:
-        return f"by {ends[0]}"
+        return f"by {ends[0]}", ""
     overlap = least.high is None or most.low is None or least.high >= most.low
     order = (
         f"; which of them is the least {UNTOLD}, their intervals overlap" if overlap and least.low != least.high else ""
     )
-    return f"from {ends[0]} to {ends[1]}{order}"
+    return f"from {ends[0]} to {ends[1]}", order

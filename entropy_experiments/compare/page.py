@@ -45,7 +45,7 @@ _CHANGES = {
 _READING = {
     "changes": (
         "Changes of entropy in the analysed step",
-        "Left, each side; right, each side minus A. Bars reach two standard errors: a difference whose bar crosses 0 cannot be "
+        "Left, each side; right, each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 cannot be "
         "told from none.",
     ),
     "checkpoints": (
@@ -133,9 +133,9 @@ def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str,
     if points:
         rows = [(name, row) for key, name in _CHANGES.items() if (row := points[-1].row(key)) is not None]
         if rows:
-            values = [[row.values[k] for _, row in rows] for k in range(len(sides))]
+            values = [[row.numbers[k] for _, row in rows] for k in range(len(sides))]
             gaps = [
-                [(None, None) if (d := row.differences[k]) is None else (d.value, d.standard_error) for _, row in rows]
+                [None if (d := row.differences[k]) is None else d.as_number() for _, row in rows]
                 for k in range(1, len(sides))
             ]
             names = [name for name, _ in rows]

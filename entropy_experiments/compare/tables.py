@@ -15,7 +15,7 @@ from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minu
 
 _UNIT = "nats per token"
 _PANELS = {"entropy": "entropy h", "measured": "measured Δh", "predicted": "predicted Δh"}
-Pair = tuple[float | None, float | None]
+Entry = dict[str, float | None] | None
 
 
 def headline(sides: Sequence[Side], point: Point | None) -> list[dict[str, str]]:
@@ -215,12 +215,12 @@ def whole_step(results: ResultsFolder) -> int | None:
 
 def checkpoint_panels(
     sides: Sequence[Side], points: Sequence[Point]
-) -> tuple[list[list[float]], dict[str, list[list[Pair]]], dict[str, tuple[list[float], list[list[Pair]]]]]:
+) -> tuple[list[list[float]], dict[str, list[list[Entry]]], dict[str, tuple[list[float], list[list[Entry]]]]]:
     """The arguments of plot_compared_checkpoints: steps, values of every side, differences at the shared steps."""
     alone = [[compare_analyses([results]) for results in side.points] for side in sides]
     steps = [[point.step or 0.0 for point in own] for own in alone]
-    panels: dict[str, list[list[Pair]]] = {}
-    differences: dict[str, tuple[list[float], list[list[Pair]]]] = {}
+    panels: dict[str, list[list[Entry]]] = {}
+    differences: dict[str, tuple[list[float], list[list[Entry]]]] = {}
     for name, title in _PANELS.items():
         panels[title] = [[_value(point, name) for point in own] for own in alone]
         gaps = [[_difference(point, name, k) for point in points] for k in range(1, len(sides))]
@@ -228,12 +228,12 @@ def checkpoint_panels(
     return steps, panels, differences
 
 
-def _value(point: Point, name: str) -> Pair:
+def _value(point: Point, name: str) -> Entry:
     row = point.row(name)
-    return (None, None) if row is None else row.values[0]
+    return None if row is None else row.numbers[0]
 
 
-def _difference(point: Point, name: str, place: int) -> Pair:
+def _difference(point: Point, name: str, place: int) -> Entry:
     row = point.row(name)
     gap = None if row is None else row.differences[place]
-    return (None, None) if gap is None else (gap.value, gap.standard_error)
+    return None if gap is None else gap.as_number()

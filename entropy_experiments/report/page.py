@@ -33,6 +33,7 @@ from entropy_experiments.report.interactive.shares import sequence_shares
 from entropy_experiments.report.interactive.weightings import weighting_schemes
 from entropy_experiments.report.sections import analysis_figure_makers, analysis_sections, attempt
 from entropy_experiments.report.verdict import primary_estimator, write_verdict
+from entropy_experiments.statistics.confidence import freedom_of_analysis
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 from rl_training.errors import UserError
@@ -102,8 +103,11 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
             numbers["rows"],
             predicted_standard_error=numbers["predicted_error"],
             actual_standard_error=numbers["measured_error"],
+            degrees_of_freedom=numbers["freedom"],
         ),
-        "entropy_split": lambda: plot_entropy_split(numbers["parts"], numbers["measured"]),
+        "entropy_split": lambda: plot_entropy_split(
+            numbers["parts"], numbers["measured"], degrees_of_freedom=numbers["freedom"]
+        ),
         "attribution": lambda: plot_attribution(
             *(_numbers(training, key) for key in ("delta_h", "reward")),
             prompts[1],
@@ -122,9 +126,9 @@ def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
     plots = {
         "training_history": training_history(results.history, numbers["step"]),
         "predicted_vs_actual": predicted_vs_actual(
-            numbers["rows"], numbers["predicted_error"], numbers["measured_error"]
+            numbers["rows"], numbers["predicted_error"], numbers["measured_error"], numbers["freedom"]
         ),
-        "entropy_split": entropy_split(numbers["parts"], numbers["measured"]),
+        "entropy_split": entropy_split(numbers["parts"], numbers["measured"], numbers["freedom"]),
         "attribution": sequence_shares(results.training),
         "weighting_schemes": attempt(lambda: weighting_schemes(weightings)),
     }
@@ -142,6 +146,7 @@ def _step_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
         "step": as_number(lookup(summary, "checkpoint", "step")),
         "parts": parts,
         "measured": measured,
+        "freedom": freedom_of_analysis(summary),
         "rows": [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else [],
         "predicted_error": None if given else value_and_error(lookup(parts, "total"))[1],
         "measured_error": None if given else value_and_error(measured)[1],

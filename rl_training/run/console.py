@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_training.files import append_line, write_whole
+from rl_training.intervals import t_quantile
 
 
 class MetricsFile(TrainerCallback):
@@ -51,7 +52,7 @@ def _number(value: float | None, form: str) -> str:
     return format(value, form)
 
 
-_PROBE_COLUMNS = f" {'predicted':>18} {'measured':>9} {'batch':>8} {'moment.':>8}"
+_PROBE_COLUMNS = f" {'predicted ± 95%':>18} {'measured ± 95%':>18} {'batch':>8} {'moment.':>8}"
 
 
 def _probe_values(logs: dict[str, Any]) -> dict[str, float]:
@@ -61,12 +62,21 @@ def _probe_values(logs: dict[str, Any]) -> dict[str, float]:
 
 def _probe_cells(probe: dict[str, float]) -> str:
     """The cells under `_PROBE_COLUMNS`; what a step was not probed for stands as n/a."""
-    predicted = f"{_number(probe.get('predicted'), '>+8.4f')} ± {_number(probe.get('predicted_se'), '>6.4f')}"
-    measured = _number(probe.get("measured"), ">+9.4f")
+    predicted, measured = (
+        f"{_number(probe.get(name), '>+8.4f')} ± {_number(_reach(probe, name), '>6.4f')}"
+        for name in ("predicted", "measured")
+    )
+    measured = f"{measured:>18}"
     if probe.get("low_ess"):  # of a logged row's steps one at least
         measured = f"[dim]{measured}[/dim]"
     numbers = (("batch", ">+8.4f"), ("momentum", ">+8.4f"))
     return " ".join([f" {predicted:>18}", measured, *(_number(probe.get(name), form) for name, form in numbers)])
+
+
+def _reach(probe: dict[str, float], name: str) -> float | None:
+    """Half the width of the 95% interval: Student's, so that of four folds it is 3.2 standard errors and not 2."""
+    error, freedom = probe.get(f"{name}_se"), probe.get(f"{name}_df")
+    return None if error is None or freedom is None else t_quantile(freedom) * error
 
 
 def _low_ess(probe: dict[str, float]) -> str:

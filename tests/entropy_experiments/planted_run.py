@@ -79,7 +79,7 @@ def checkpoint(step, h, change, reward, features, rng, *, bias=1.0, clusters=Tru
         "actual": {"snis": number(change, 0.02) | {"effective_sample_size": 20.0, "n": PROMPTS}},
         "agreement": {"rao_blackwell": paired_agreement(total - change, total - change + series).as_dict()},
         "rows_drawn": True,
-        "sampling": {"training": {"mean_reward": 0.5}},
+        "sampling": {"training": {"mean_reward": 0.5}, "evaluation": {"prompts": PROMPTS}},
         "analyses": {"sequence_clustering": {"labels": [1 + i % 2 for i in range(len(training))]}} if clusters else {},
     }
     checks = [{"name": "rows = autograd", "passed": True, "value": 1e-6, "tolerance": 1e-4, "explanation": ""}]

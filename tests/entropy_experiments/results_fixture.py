@@ -242,6 +242,7 @@ def make_history(steps: int = 13) -> list[dict[str, Any]]:
                 "probe/entropy": float(0.95 * entropy[step]),
                 "probe/predicted": change,
                 "probe/predicted_se": 0.02,
+                "probe/predicted_df": 3.0,
                 "probe/batch": 0.15 * change,
                 "probe/momentum": 0.85 * change,
                 "probe/decay": 0.0,

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from entropy_experiments.report.figures.bars import BARS, reaches
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
-    ERROR_BAR_WIDTH,
     FIXED_PREFIX,
     FIXED_PREFIX_MEASURED,
     MEASURED,
@@ -24,7 +24,8 @@ from entropy_experiments.report.figures.style import (
     new_figure,
     no_data_figure,
 )
-from entropy_experiments.text.numbers import as_number, lookup, plus_minus, signed, value_and_error
+from entropy_experiments.statistics.confidence import known, shown
+from entropy_experiments.text.numbers import as_number, lookup, signed, value_and_error
 
 _TITLE = "How near each predictor comes to the measured change of entropy"
 _SIGN_WORDS = {True: "same sign as measured", False: "other sign than measured"}
@@ -42,6 +43,7 @@ def plot_baselines(table: Mapping[str, Any]) -> Figure:
     if not rows:
         return no_data_figure(_TITLE, "no predictor of the change of entropy was computed for this step.")
     measured, error = value_and_error(lookup(table, "measured"))
+    truth = known(lookup(table, "measured"))
     figure = new_figure(8.6, 0.9 + 0.34 * len(rows))
     axes = figure.add_subplot()
     axes.axvline(0.0, color="#444444", linewidth=0.9, zorder=1.5)
@@ -49,8 +51,8 @@ def plot_baselines(table: Mapping[str, Any]) -> Figure:
     comparable = any(row["comparable_in_scale"] for row in rows)
     handles: list[Any] = [Line2D([], [], color=PREDICTED, marker="o", label="predicted")] if comparable else []
     if measured is not None:
-        spread = ERROR_BAR_WIDTH * (error or 0.0)
-        axes.axvspan(measured - spread, measured + spread, color=MEASURED, alpha=0.16, linewidth=0)
+        below, above = (0.0, 0.0) if truth is None else reaches(truth)
+        axes.axvspan(measured - below, measured + above, color=MEASURED, alpha=0.16, linewidth=0)
         axes.axvline(measured, color=MEASURED, linestyle="--", linewidth=1.4)
         handles.append(Patch(color=MEASURED, alpha=0.4, label="measured (reweighted)"))
     for place, row in enumerate(rows):
@@ -72,20 +74,25 @@ def plot_baselines(table: Mapping[str, Any]) -> Figure:
     axes.set_xlabel(DELTA_H_LABEL.replace("\n", " "))
     if handles:
         axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), frameon=False)
-    return finish(figure, _TITLE, _caption(rows, measured, error))
+    return finish(figure, _TITLE, _caption(rows, lookup(table, "measured")))
 
 
 def _estimate(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
     own = row["name"].startswith("fixed_prefix")
-    spread = ERROR_BAR_WIDTH * (row["standard_error"] or 0.0)
+    freedom = as_number(row.get("degrees_of_freedom"))
+    own_number, actual_number = (
+        known({"value": row[value], "standard_error": row[error]}, freedom)
+        for value, error in (("predicted", "standard_error"), ("actual", "actual_standard_error"))
+    )
+    below, above = (0.0, 0.0) if own_number is None else reaches(own_number)
     colour, marker = (FIXED_PREFIX, "D") if own else (PREDICTED, "o")
-    axes.errorbar(row["predicted"], place, xerr=spread or None, fmt=marker, color=colour, capsize=3.5)
+    axes.errorbar(row["predicted"], place, xerr=[[below], [above]], fmt=marker, color=colour, capsize=3.5)
     if row["name"] == "fixed_prefix_on_given_tokens" and row["actual"] is not None:
-        error = ERROR_BAR_WIDTH * (row["actual_standard_error"] or 0.0)
+        below, above = (0.0, 0.0) if actual_number is None else reaches(actual_number)
         axes.errorbar(
             row["actual"],
             place + 0.26,
-            xerr=error or None,
+            xerr=[[below], [above]],
             fmt="s",
             color=FIXED_PREFIX_MEASURED,
             markerfacecolor="white",
@@ -115,14 +122,15 @@ def _words(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _caption(rows: Sequence[Mapping[str, Any]], measured: float | None, error: float | None) -> str:
+def _caption(rows: Sequence[Mapping[str, Any]], truth_entry: Any) -> str:
     parts = []
+    measured, error = value_and_error(truth_entry)
     if measured is None:
         parts.append("No change was measured for this step.")
     else:
-        parts.append(f"Dashed line and band: the measured change, {plus_minus(measured, error)} nats per token.")
+        parts.append(f"Dashed line and band: the measured change, {shown(truth_entry)} nats per token.")
     if error is not None or any(row["standard_error"] is not None for row in rows):
-        parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")
+        parts.append(f"Band and bars: {BARS}.")
     if any(row["z"] is not None for row in rows):
         parts.append("z: difference from the measured change, in standard errors of that difference.")
     if any(row["name"].startswith("fixed_prefix") for row in rows):

@@ -1,6 +1,6 @@
 """How do the sequences that the step learns from differ from those that entropy is measured on? Both distributions, side by side.
 
-Shares of each buffer's sequences, and means with ±2 standard errors over prompts. See docs/analyses/buffers.md.
+Shares of each buffer's sequences, and means with 95% intervals over prompts. See docs/analyses/buffers.md.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from entropy_experiments.report.figures.bars import reaches, values_and_bars
 from entropy_experiments.report.figures.style import (
-    ERROR_BAR_WIDTH,
     MEASURED,
     PREDICTED,
     finish,
@@ -22,7 +22,8 @@ from entropy_experiments.report.figures.style import (
     no_data,
     no_data_figure,
 )
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, value_and_error
+from entropy_experiments.statistics.confidence import known
+from entropy_experiments.text.numbers import as_number, counted, lookup, plain
 
 _TITLE = "What the step learns from, and what entropy is measured on"
 _PANELS = {
@@ -105,11 +106,10 @@ def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
         top = max(top, float(shares.max(initial=0.0)))
     top = top or 1.0
     for place, (name, (colour, _, _)) in enumerate(_BUFFERS.items()):
-        mean, error = value_and_error({"value": quantity[name]["mean"], **quantity[name]})
-        if mean is not None:
-            bar = [[ERROR_BAR_WIDTH * (error or 0.0)]] * 2
+        mean, bar = values_and_bars([_mean(quantity[name])])
+        if np.isfinite(mean[0]):
             axes.errorbar(
-                [mean], [top * (1.1 + 0.1 * place)], xerr=bar, fmt="D", markersize=5, color=colour, capsize=3,
+                mean, [top * (1.1 + 0.1 * place)], xerr=bar, fmt="D", markersize=5, color=colour, capsize=3,
                 markeredgecolor="white",
             )  # fmt: skip
     axes.set_ylim(0, 1.3 * top)
@@ -118,18 +118,25 @@ def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
     axes.grid(False, axis="x")
 
 
+def _mean(side: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean of a buffer as `known` takes it."""
+    prompts = as_number(side.get("prompts"))
+    freedom = None if prompts is None else max(1.0, prompts - 1)
+    return {"value": side["mean"], "standard_error": side["standard_error"], "degrees_of_freedom": freedom}
+
+
 def _share_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
     reach = 5.0
     for place, (name, (colour, hatch, _)) in enumerate(_BUFFERS.items()):
-        mean, error = as_number(quantity[name]["mean"]), as_number(quantity[name]["standard_error"])
-        if mean is None:
+        found = known(_mean(quantity[name]))
+        if found is None:
             continue
-        whisker = 100 * ERROR_BAR_WIDTH * (error or 0.0)
+        mean, (below, above) = found.value, (100 * length for length in reaches(found))
         axes.barh(
             place, 100 * mean, 0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, alpha=_OPACITY
         )  # fmt: skip
-        axes.errorbar([100 * mean], [place], xerr=[[min(whisker, 100 * mean)], [whisker]], color="#222222", capsize=4)
-        reach = max(reach, 1.15 * (100 * mean + whisker))
+        axes.errorbar([100 * mean], [place], xerr=[[min(below, 100 * mean)], [above]], color="#222222", capsize=4)
+        reach = max(reach, 1.15 * (100 * mean + above))
     means = [as_number(quantity[name]["mean"]) for name in _BUFFERS]
     axes.set_yticks(
         range(len(_BUFFERS)),
@@ -149,7 +156,7 @@ def _caption(quantities: Mapping[str, Any]) -> str:
     ]
     return (
         f"Evaluation: {counts[0]}; training: {counts[1]}. Bars: share of each buffer's sequences with such a value. Diamonds "
-        "and whiskers: mean ± 2 standard errors over prompts. “Training larger in x% of pairs”: 50% is no difference; p is the "
+        "and whiskers: means with 95% intervals over prompts. “Training larger in x% of pairs”: 50% is no difference; p is the "
         "chance of a departure at least as large between buffers of one kind, with prompts as the independent units; “they "
         "differ” allows for four quantities looked at. Drawn buffers differ by design: training keeps what still has a gradient."
     )

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures.bars import BARS, values_and_bars
 from entropy_experiments.report.figures.style import (
-    ERROR_BAR_WIDTH,
     finish,
     in_house_style,
     new_figure,
@@ -20,8 +20,8 @@ from entropy_experiments.report.figures.style import (
     step_axis,
     zero_line,
 )
-from entropy_experiments.statistics.confidence import ALIKE
-from entropy_experiments.text.numbers import plus_minus, series
+from entropy_experiments.statistics.confidence import ALIKE, known, shown
+from entropy_experiments.text.numbers import series
 
 SIDE_COLOURS = ("#222222", "#D55E00", "#0072B2", "#117733", "#AA4499", "#E69F00", "#56B4E9", "#882255")
 SIDE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -30,7 +30,8 @@ _COURSES_TITLE = "Entropy and reward in training, side by side"
 _CHECKPOINTS_TITLE = "The analysed checkpoints, side by side"
 # Above the axes, where it hides nothing.
 _ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.08), "ncols": 2, "fontsize": 8.5}
-_Pairs = Sequence[tuple[float | None, float | None]]
+_Entries = Sequence[Mapping[str, Any] | None]
+"""Numbers as `statistics.confidence.known` takes them, None where there is none."""
 
 
 def _legend_text(label: str) -> str:
@@ -38,15 +39,8 @@ def _legend_text(label: str) -> str:
     return label.replace("$", r"\$").lstrip("_")
 
 
-def _array(pairs: _Pairs) -> tuple[np.ndarray, np.ndarray]:
-    """(values, bar lengths), NaN where a value or its error is not known."""
-    values = np.array([np.nan if value is None else value for value, _ in pairs], dtype=float)
-    errors = np.array([np.nan if error is None else error for _, error in pairs], dtype=float)
-    return values, ERROR_BAR_WIDTH * errors
-
-
-def _points(axes: Axes, places: np.ndarray, pairs: _Pairs, side: int, label: str, line: str = "none") -> bool:
-    values, bars = _array(pairs)
+def _points(axes: Axes, places: np.ndarray, pairs: _Entries, side: int, label: str, line: str = "none") -> bool:
+    values, bars = values_and_bars(pairs)
     if not np.isfinite(values).any():
         return False
     axes.errorbar(
@@ -68,8 +62,8 @@ def _points(axes: Axes, places: np.ndarray, pairs: _Pairs, side: int, label: str
 @in_house_style
 def plot_compared_changes(
     names: Sequence[str],
-    values: Sequence[_Pairs],
-    differences: Sequence[_Pairs],
+    values: Sequence[_Entries],
+    differences: Sequence[_Entries],
     labels: Sequence[str],
 ) -> Figure:
     """Left: every quantity of every side; right: each side minus the first.
@@ -77,11 +71,11 @@ def plot_compared_changes(
     Parameters
     ----------
     names: (Q,) what the quantities are called, in words short enough for an axis.
-    values: for each of S sides, (Q,) pairs of value and standard error, nats per token; None where not known.
+    values: for each of S sides, (Q,) {"value", "standard_error", "low", "high", …}, nats per token; None where not known.
     differences: the same for sides 1 … S − 1, minus side 0.
     labels: (S,) for the legend, shown as text.
     """
-    if not names or not any(value is not None for side in values for value, _ in side):
+    if not names or not any(known(entry) is not None for side in values for entry in side):
         return no_data_figure(_CHANGES_TITLE, "no change of entropy was stored on any side.")
     figure = new_figure(9.4, 4.4)
     left, right = figure.subplots(1, 2)
@@ -108,11 +102,11 @@ def plot_compared_changes(
     right.set_title("minus A", fontsize=10)
     left.legend(**_ABOVE)
     told = [
-        f"{labels[side + 1].split(':')[0]} minus A, {names[0]}: {plus_minus(*pairs[0])}"
+        f"{labels[side + 1].split(':')[0]} minus A, {names[0]}: {shown(pairs[0])}"
         for side, pairs in enumerate(differences)
     ]
     caption = (
-        f"{'; '.join(told)} nats per token. Bars: ±{ERROR_BAR_WIDTH:g} standard errors; a difference whose bar crosses 0 cannot "
+        f"{'; '.join(told)} nats per token. Bars and brackets: {BARS}; a difference whose bar crosses 0 cannot "
         "be told from none. On shared evaluation prompts a difference is known better than the two values it is made of."
     )
     return finish(figure, _CHANGES_TITLE, caption)
@@ -159,16 +153,16 @@ def plot_compared_histories(histories: Sequence[Sequence[Mapping[str, Any]]], la
 @in_house_style
 def plot_compared_checkpoints(
     steps: Sequence[Sequence[float]],
-    panels: Mapping[str, Sequence[_Pairs]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[_Pairs]]],
+    panels: Mapping[str, Sequence[_Entries]],
+    differences: Mapping[str, tuple[Sequence[float], Sequence[_Entries]]],
     labels: Sequence[str],
 ) -> Figure:
     """Each quantity over the analysed checkpoints of every side, and beside it the differences where steps are shared.
 
-    steps: for each of S sides its steps. panels: name -> for each side its (value, standard error) at these steps.
-    differences: name -> (shared steps, for sides 1 … S − 1 the pairs at these), minus side 0.
+    steps: for each of S sides its steps. panels: name -> for each side its numbers at these steps.
+    differences: name -> (shared steps, for sides 1 … S − 1 the numbers at these), minus side 0.
     """
-    if not any(value is not None for sides in panels.values() for pairs in sides for value, _ in pairs):
+    if not any(known(e) is not None for sides in panels.values() for entries in sides for e in entries):
         return no_data_figure(_CHECKPOINTS_TITLE, "no checkpoint has numbers to show.")
     figure = new_figure(9.4, 2.5 * len(panels))
     grid = figure.subplots(len(panels), 2, sharex=True, squeeze=False)
@@ -195,6 +189,6 @@ def plot_compared_checkpoints(
     grid[0][0].legend(**_ABOVE)
     caption = (
         f"Left: every analysed checkpoint. Right: the difference from A where a step was analysed on both sides. Bars: "
-        f"±{ERROR_BAR_WIDTH:g} standard errors; where the bar crosses 0 the sides {ALIKE}."
+        f"{BARS}; where the bar crosses 0 the sides {ALIKE}."
     )
     return finish(figure, _CHECKPOINTS_TITLE, caption)

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures.bars import values_and_bars
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
-    ERROR_BAR_WIDTH,
     MEASURED,
     NEUTRAL,
     PREDICTED,
@@ -24,7 +24,8 @@ from entropy_experiments.report.figures.style import (
     step_axis,
     zero_line,
 )
-from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.text.numbers import as_number, lookup, plain
 
 _CHANGES_TITLE = "What moved entropy over the run, and was it predicted?"
 _KERNEL_TITLE = "The kernel over the run"
@@ -36,10 +37,8 @@ PART_STYLES = {
 
 
 def number_series(rows: Sequence[Mapping[str, Any]], *path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values, standard errors), both (len(rows),) with NaN for what is missing, of numbers that lie at `path` in each row."""
-    pairs = [value_and_error(lookup(row, *path)) for row in rows]
-    columns = [np.array([np.nan if x is None else x for x in column]) for column in zip(*pairs, strict=True)]
-    return columns[0], columns[1]
+    """((n,) values, (2, n) bars), NaN for what is missing, of numbers that lie at `path` in each of n rows."""
+    return values_and_bars([lookup(row, *path) for row in rows])
 
 
 def _drawn(
@@ -51,10 +50,9 @@ def _drawn(
     marker: str = "o",
     line: str = "-",
 ) -> bool:
-    values, errors = numbers
+    values, bars = numbers
     if not np.isfinite(values).any():
         return False
-    bars = ERROR_BAR_WIDTH * np.where(errors >= 0, errors, np.nan)
     axes.errorbar(
         x, values, yerr=bars if np.isfinite(bars).any() else None, fmt=marker + line, color=colour, label=label, capsize=3,
         markersize=5, markerfacecolor="white", markeredgewidth=1.4, linewidth=1.4, elinewidth=1.0,
@@ -112,20 +110,20 @@ def plot_entropy_changes(evolution: Mapping[str, Any]) -> Figure:
 def _changes_caption(evolution: Mapping[str, Any]) -> str:
     whole, rows = evolution["whole"], evolution["checkpoints"]
     parts = [
-        f"{PART_STYLES[name][0]} {signed(value, 2)}"
+        f"{PART_STYLES[name][0]} {shown(value)}"
         for name, value in whole["parts"].items()
-        if as_number(value) is not None
+        if as_number(lookup(value, "value")) is not None
     ]
     text = "Left: to first order, on the evaluation buffer; measured by reweighting its completions. "
     if len(rows) > 1:
         text += (
             f"Right: from step {whole['from']} to {whole['to']} entropy changed by "
-            f"{plus_minus(*value_and_error(whole['observed']))}, "
-            f"the predicted steps add up to {plus_minus(*value_and_error(whole['expected']))} nats per token"
+            f"{shown(whole['observed'])}, "
+            f"the predicted steps add up to {shown(whole['expected'])} nats per token"
         )
         text += f" ({', '.join(parts)}). " if parts else ". "
     return text + (
-        "Predictions are of one fresh batch at each checkpoint, the run took its own. Bars: ±2 standard errors over evaluation "
+        "Predictions are of one fresh batch at each checkpoint, the run took its own. Bars: 95% intervals over evaluation "
         "prompts; what is drawn on the training side is not in them."
     )
 
@@ -170,7 +168,7 @@ def plot_kernel_evolution(evolution: Mapping[str, Any]) -> Figure:
     caption = (
         f"{evolution['comparable']['sentence']} Alignment 0: the kernels couple evaluation prompts no more alike than chance; 1: "
         "in the same way. Share within prompts above the dotted line: gradients of one prompt are alike, or opposed, more than "
-        "others. P is each checkpoint's own. Bars: ±2 standard errors over prompts."
+        "others. P is each checkpoint's own. Bars: 95% intervals over prompts."
     )
     return finish(figure, _KERNEL_TITLE, caption)
 

@@ -5,6 +5,7 @@
 See docs/analyses/higher-order.md.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures.bars import BARS
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
-    ERROR_BAR_WIDTH,
     MEASURED,
     NEUTRAL,
     PREDICTED,
@@ -25,7 +26,9 @@ from entropy_experiments.report.figures.style import (
     no_data_figure,
     zero_line,
 )
-from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, series
+from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.text.numbers import as_number, lookup, plain, series
+from rl_training.intervals import t_quantile
 
 _TITLE = "How far the first order carries, and what the second adds"
 _SECOND = "#117733"
@@ -43,7 +46,9 @@ def plot_higher_order(result: Mapping[str, Any]) -> Figure:
     first = as_number(lookup(result, "first_order", "value"))
     second = as_number(lookup(result, "second_order", "value"))
     scales, changes = series(points, "scale"), series(points, "change")
-    errors = ERROR_BAR_WIDTH * np.nan_to_num(series(points, "standard_error"))
+    freedom = as_number(lookup(result, "first_order", "degrees_of_freedom"))
+    reach = t_quantile(math.inf if freedom is None else freedom)
+    errors = reach * np.nan_to_num(series(points, "standard_error"))
     used = np.array([bool(point.get("used")) for point in points])
     figure = new_figure(8.6, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
@@ -124,8 +129,8 @@ def _caption(result: Mapping[str, Any], errors: np.ndarray) -> str:
         return f"Left: the measured change along the step. The second order is not known: {lookup(result, 'reason')}."
     text = (
         f"Left: the change measured on the same tokens along the step, forwards and backwards. At s = 1 the first order makes "
-        f"{plus_minus(first.get('value'), first.get('standard_error'))} and the second "
-        f"{plus_minus(second.get('value'), second.get('total_error'))} nats per token"
+        f"{shown(first)} and the second "
+        f"{shown({**second, 'standard_error': second.get('total_error')})} nats per token"
     )
     equal = lookup(result, "equal_at") or {}
     if as_number(equal.get("value")) is not None:
@@ -135,5 +140,5 @@ def _caption(result: Mapping[str, Any], errors: np.ndarray) -> str:
             text += f" (from {plain(equal['low'], 2)} to {high})"
     text += ". Right: the part of the change that does not turn around with the step, in which the first order cancels."
     if errors.any():
-        text += f" Bars: ±{ERROR_BAR_WIDTH:g} standard errors over prompts, common to all points of the curve for the most part."
+        text += f" Bars: {BARS} over prompts, common to all points of the curve for the most part."
     return text

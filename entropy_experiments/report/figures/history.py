@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entropy_experiments.records.history import holds_means, trusted_changes
+from entropy_experiments.records.history import holds_means, probed_sums
+from entropy_experiments.records.training_course import entropy_course_words, reward_course_words
+from entropy_experiments.report.figures.bars import BARS, bars_of_columns, values_and_bars
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
     ENTROPY,
-    ERROR_BAR_WIDTH,
     MEASURED,
     NEUTRAL,
     PREDICTED,
@@ -28,8 +29,9 @@ from entropy_experiments.report.figures.style import (
     step_axis,
     zero_line,
 )
+from entropy_experiments.statistics.confidence import correlation_words
 from entropy_experiments.statistics.correlation import correlation
-from entropy_experiments.text.numbers import as_number, plain, series, signed, value_and_error
+from entropy_experiments.text.numbers import as_number, counted, series
 
 _HISTORY_TITLE = "Entropy and reward over training, and the change of every step"
 # Longer histories are drawn as lines and bands: markers and bars would hide each other.
@@ -66,7 +68,7 @@ def _changes(
     measured: tuple[np.ndarray, np.ndarray],
     extras: Sequence[tuple[np.ndarray, str, str]] = (),
 ) -> None:
-    """Predicted and measured Δh side by side at every step; each pair is (values, standard errors)."""
+    """Predicted and measured Δh side by side at every step; each pair is ((n,) values, (2, n) bars)."""
     known = [name for name, (values, _) in (("p", predicted), ("m", measured)) if np.isfinite(values).any()]
     if not known:
         no_data(axes, "no data: no predicted or measured change of entropy")
@@ -82,11 +84,11 @@ def _changes(
     )
     for (values, errors), shift, marker, colour, face, label in styles:
         if np.isfinite(values).any():
-            bars = ERROR_BAR_WIDTH * np.where(errors >= 0, errors, np.nan) if np.isfinite(errors).any() else None
+            bars = errors if np.isfinite(errors).any() else None
             if len(steps) > _MOST_MARKED_STEPS:
                 axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
                 if bars is not None:
-                    low, high = values - bars, values + bars
+                    low, high = values - bars[0], values + bars[1]
                     axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
                 continue
             axes.errorbar(
@@ -107,40 +109,29 @@ def _changes(
     axes.legend(loc="best", ncols=1)
 
 
-def _first_and_last(steps: np.ndarray, values: np.ndarray, name: str) -> str:
-    at = np.flatnonzero(np.isfinite(values))
-    if not len(at):
-        return f"No {name} was stored."
-    if len(at) == 1:
-        return f"{name.capitalize()} {plain(values[at[0]])} at step {steps[at[0]]:g} (one step only)."
-    return (
-        f"{name.capitalize()} goes from {plain(values[at[0]])} at step {steps[at[0]]:g} "
-        f"to {plain(values[at[-1]])} at step {steps[at[-1]]:g}."
-    )
+def _courses(rows: Sequence[Mapping[str, Any]]) -> str:
+    reward = reward_course_words(rows)
+    text = f"Entropy {entropy_course_words(rows)[0]}. "
+    return text + ("No reward was stored." if reward is None else f"Mean reward {reward}.")
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> str:
     if holds_means(rows):
         return "Changes are means over the steps of each logged row."
-    return _agreement_of(*trusted_changes(rows)[:2])
-
-
-def _agreement_of(predicted: np.ndarray, measured: np.ndarray) -> str:
-    both = np.isfinite(predicted) & np.isfinite(measured)
-    if not both.any():
+    sums = probed_sums(rows)
+    if sums is None:
         return "No step has both a predicted and a measured change."
-    where = f"Summed over the {both.sum()} steps with both" if both.sum() > 1 else "At the one step with both"
-    sums = signed(predicted[both].sum()), signed(measured[both].sum())
-    text = f"{where}: predicted {sums[0]}, measured {sums[1]} nats per token"
-    found = correlation(predicted[both], measured[both])
-    if found is not None:
-        text += f", correlation {found}"
-    return text + "."
+    where = f"Summed over the {sums.steps} steps with both" if sums.steps > 1 else "At the one step with both"
+    text = f"{where}: predicted {sums.predicted.text()}, measured {sums.measured.text()} nats per token"
+    text += f", {correlation_words(sums.correlation, sums.steps)}" if sums.steps > 1 else ""
+    return text + (
+        f"; {counted(sums.left_out, 'step')} with too small an effective sample left out." if sums.left_out else "."
+    )
 
 
-def _bars_are_described(errors: Sequence[np.ndarray]) -> str:
-    known = any(np.isfinite(error).any() for error in errors)
-    return f"Bars or bands: ±{ERROR_BAR_WIDTH:g} standard errors." if known else "No standard errors were stored."
+def _bars_are_described(bars: Sequence[np.ndarray]) -> str:
+    known = any(np.isfinite(lengths).any() for lengths in bars)
+    return f"Bars or bands: {BARS}." if known else "No intervals were stored."
 
 
 def _entropy_and_reward(
@@ -171,7 +162,8 @@ def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step
     Parameters
     ----------
     history: one mapping a step with "step" and any of "entropy", "reward", "probe/entropy",
-        "probe/predicted", "probe/predicted_se", "probe/measured", "probe/momentum"; nats per token.
+        "probe/predicted", "probe/measured", "probe/momentum", and of these with errors "…_se" and "…_df" (degrees of freedom);
+        nats per token.
     analysed_step: the step whose checkpoint the analysis looked at, marked by a vertical line.
     """
     rows = _with_steps(history)
@@ -186,7 +178,7 @@ def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step
         (series(rows, "probe/entropy"), "sequences that the probe watched", "^--"),
     ]
     _entropy_and_reward(panels, steps, entropies, series(rows, "reward"))
-    errors = series(rows, "probe/predicted_se"), series(rows, "probe/measured_se")
+    errors = [bars_of_columns(rows, f"probe/{name}_se", f"probe/{name}_df") for name in ("predicted", "measured")]
     extras = [(series(rows, "probe/momentum"), "momentum's part of predicted", ".:")]
     _changes(panels[2], steps, (predicted, errors[0]), (measured, errors[1]), extras)
     step_axis(panels[2], steps.min(), steps.max())
@@ -204,26 +196,46 @@ def plot_training_history(history: Sequence[Mapping[str, Any]], *, analysed_step
             fontsize=8.5,
             color=NEUTRAL,
         )
-    entropy = entropies[0][0] if np.isfinite(entropies[0][0]).any() else entropies[1][0]
-    caption = " ".join(
-        [
-            _first_and_last(steps, entropy, "entropy"),
-            _first_and_last(steps, series(rows, "reward"), "reward"),
-            _agreement(rows),
-            _bars_are_described(errors),
-        ]
-    )
+    _band(panels[0], rows, steps, "probe/entropy", "probe/measured_df", ENTROPY)
+    _band(panels[1], rows, steps, "reward", "reward_df", REWARD)
+    caption = " ".join([_courses(rows), _agreement(rows), _bars_are_described(errors)])
     return finish(figure, _HISTORY_TITLE, caption)
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values, standard errors) of ``key``, given as a number beside ``key_se`` or as {"value",
-    "standard_error"}.
-    """
-    pairs = [value_and_error(row.get(key)) for row in rows]
-    values, errors = ([np.nan if x is None else x for x in column] for column in zip(*pairs, strict=True))
-    beside = series(rows, f"{key}_se")
-    return np.array(values), np.where(np.isfinite(beside), beside, np.array(errors))
+def _band(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], steps: np.ndarray, key: str, freedom: str, colour: str
+) -> None:
+    """The 95% intervals around a line of the upper panels, where its errors are known."""
+    values, bars = series(rows, key), bars_of_columns(rows, f"{key}_se", freedom)
+    known = np.isfinite(values) & np.isfinite(bars).all(0)
+    if known.sum() > 1:
+        low, high = (values - bars[0])[known], (values + bars[1])[known]
+        axes.fill_between(steps[known], low, high, color=colour, alpha=0.15, linewidth=0)
+        top = max(axes.get_ylim()[1], 1.05 * float(high.max()))
+        axes.set_ylim(min(axes.get_ylim()[0], float(low.min())), top)
+
+
+def _shared(predicted: np.ndarray, measured: np.ndarray) -> str:
+    both = np.isfinite(predicted) & np.isfinite(measured)
+    if both.sum() < 2:
+        return (
+            "At the one step with both: see the bars."
+            if both.any()
+            else "No step has both a predicted and a measured change."
+        )
+    words = correlation_words(correlation(predicted[both], measured[both]), int(both.sum()))
+    return f"Over the {both.sum()} steps with both, predicted and measured: {words}."
+
+
+def _entries(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Numbers with what is known of their errors, given as {"value", ...} or as a number beside ``key_se``."""
+    found = []
+    for row in rows:
+        entry = row.get(key)
+        own = dict(entry) if isinstance(entry, Mapping) else {"value": entry}
+        beside = as_number(row.get(f"{key}_se"))
+        found.append(own if beside is None else own | {"standard_error": beside})
+    return found
 
 
 @in_house_style
@@ -240,15 +252,14 @@ def plot_fisher_evolution(evolution: Sequence[Mapping[str, Any]]) -> Figure:
     if not rows:
         return no_data_figure(_EVOLUTION_TITLE, "no checkpoint was analysed.")
     steps = series(rows, "step")
-    entropy, entropy_error = _pairs(rows, "entropy")
-    predicted, measured = _pairs(rows, "predicted"), _pairs(rows, "actual")
+    entropy, bars = values_and_bars(_entries(rows, "entropy"))
+    predicted, measured = (values_and_bars(_entries(rows, key)) for key in ("predicted", "actual"))
     figure = new_figure(8.6, 6.4)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     _entropy_and_reward(panels[:2], steps, [(entropy, "evaluation buffer", "o-")], series(rows, "reward"))
-    if np.isfinite(entropy_error).any():
-        bars = ERROR_BAR_WIDTH * np.where(entropy_error >= 0, entropy_error, np.nan)
+    if np.isfinite(bars).any():
         panels[0].errorbar(steps, entropy, yerr=bars, fmt="none", ecolor=ENTROPY, elinewidth=1.2, capsize=3)
-        panels[0].set_ylim(0, max(panels[0].get_ylim()[1], 1.05 * float(np.nanmax(entropy + bars))))
+        panels[0].set_ylim(0, max(panels[0].get_ylim()[1], 1.05 * float(np.nanmax(entropy + bars[1]))))
     _changes(panels[2], steps, predicted, measured)
     kernel = [
         _line(panels[3], steps, series(rows, key), label, colour, form)
@@ -274,9 +285,8 @@ def plot_fisher_evolution(evolution: Sequence[Mapping[str, Any]]) -> Figure:
     caption = " ".join(
         [
             f"{len(rows)} analysed checkpoint{'' if len(rows) == 1 else 's'}.",
-            _first_and_last(steps, entropy, "entropy"),
-            _agreement_of(predicted[0], measured[0]),
-            _bars_are_described((entropy_error, predicted[1], measured[1])),
+            _shared(predicted[0], measured[0]),
+            _bars_are_described((bars, predicted[1], measured[1])),
         ]
     )
     return finish(figure, _EVOLUTION_TITLE, caption)

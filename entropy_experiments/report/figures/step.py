@@ -5,6 +5,7 @@ on the same tokens (SNIS). They must touch as s → 0; the gap at s = 1 is curva
 momentum + weight decay, exactly. See docs/theory, "The step that was taken" and "Actual change".
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures.bars import BARS, reaches
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
-    ERROR_BAR_WIDTH,
     FIXED_PREFIX,
     FIXED_PREFIX_MEASURED,
     MEASURED,
@@ -27,7 +28,9 @@ from entropy_experiments.report.figures.style import (
     no_data_figure,
     zero_line,
 )
-from entropy_experiments.text.numbers import lookup, plain, plus_minus, series, signed, value_and_error
+from entropy_experiments.statistics.confidence import known, shown
+from entropy_experiments.text.numbers import lookup, plain, series, signed
+from rl_training.intervals import t_quantile
 
 _SCALING_TITLE = "Predicted and measured change of entropy along the step"
 _SPLIT_TITLE = "Which part of the update moved entropy"
@@ -43,7 +46,7 @@ def _change_panel(
     axes: Axes, scales: np.ndarray, columns: dict[str, np.ndarray], errors: dict[str, np.ndarray]
 ) -> None:
     zero_line(axes)
-    predicted, spread = columns["predicted"], ERROR_BAR_WIDTH * errors["predicted"]
+    predicted, spread = columns["predicted"], errors["predicted"]
     if np.isfinite(predicted).any():
         axes.fill_between(scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0)
         axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
@@ -51,7 +54,7 @@ def _change_panel(
         axes.errorbar(
             scales,
             columns["actual_snis"],
-            yerr=ERROR_BAR_WIDTH * errors["actual_snis"],
+            yerr=errors["actual_snis"],
             fmt="s",
             color=MEASURED,
             markerfacecolor="white",
@@ -144,6 +147,7 @@ def plot_predicted_vs_actual(
     *,
     predicted_standard_error: float | None = None,
     actual_standard_error: float | None = None,
+    degrees_of_freedom: float | None = None,
 ) -> Figure:
     """Predicted and measured Δh over the step scale, and their ratio.
 
@@ -154,6 +158,7 @@ def plot_predicted_vs_actual(
     predicted_standard_error: of the prediction at s = 1; it scales with s, as the prediction does.
     actual_standard_error: of the measurement at s = 1, drawn there (and nowhere else unless rows carry
         their own).
+    degrees_of_freedom: behind these errors, one less than there are evaluation prompts; None: as many as it takes.
     """
     rows = sorted((row for row in rows if (series([row], "scale") > 0).all()), key=lambda row: row["scale"])
     keys = ("predicted", "predicted_split", "actual_snis", "predicted_fixed_prefix", "actual_fixed_prefix")
@@ -164,9 +169,10 @@ def plot_predicted_vs_actual(
     measured_error = series(rows, "actual_snis_standard_error")
     if actual_standard_error is not None:
         measured_error = np.where((scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error)
+    t = t_quantile(math.inf if degrees_of_freedom is None else degrees_of_freedom)
     errors = {
-        "predicted": scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
-        "actual_snis": np.where(measured_error >= 0, measured_error, np.nan),
+        "predicted": t * scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
+        "actual_snis": t * np.where(measured_error >= 0, measured_error, np.nan),
     }
     figure = new_figure(8.6, 4.0)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
@@ -190,7 +196,7 @@ def _scaling_caption(
         "the measurement is noisy)."
     ]
     if any(np.isfinite(error).any() for error in errors.values()):
-        parts.append(f"Band and bars: ±{ERROR_BAR_WIDTH:g} standard errors.")
+        parts.append(f"Band and bars: {BARS}.")
     ratio = _ratio(columns["actual_snis"], columns["predicted_split"])[first]
     if np.isfinite(ratio):
         parts.append(f"Right: with the same sample on both sides the ratio at s = {scales[first]:g} is {ratio:.2f}.")
@@ -200,29 +206,35 @@ def _scaling_caption(
 
 
 @in_house_style
-def plot_entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None = None) -> Figure:
+def plot_entropy_split(
+    predicted: Mapping[str, Any] | None,
+    actual: Mapping[str, Any] | None = None,
+    *,
+    degrees_of_freedom: float | None = None,
+) -> Figure:
     """Bars of the predicted Δh of batch, momentum, weight decay and their total, beside the measured Δh.
 
     Parameters
     ----------
     predicted: "batch", "momentum", "weight_decay", "total" -> {"value", "standard_error"}, nats per token.
-    actual: {"value", "standard_error"} of the measured change, or None.
+    actual: {"value", "standard_error"} of the measured change, or None. Either may hold "low" and "high", its 95% interval.
+    degrees_of_freedom: of errors that do not say.
     """
     entries = [(label, lookup(predicted, key), "#7FB2D6", "") for key, label in _PARTS]
     entries.append(("total\npredicted", lookup(predicted, "total"), PREDICTED, ""))
     entries.append(("measured", actual, MEASURED, "///"))
-    numbers = [value_and_error(entry) for _, entry, _, _ in entries]
-    if all(value is None for value, _ in numbers):
+    numbers = [known(entry, degrees_of_freedom) for _, entry, _, _ in entries]
+    if all(number is None for number in numbers):
         return no_data_figure(_SPLIT_TITLE, "no predicted or measured change of entropy was stored.")
     figure = new_figure(8.6, 3.7)
     axes = figure.add_subplot()
     zero_line(axes)
     axes.grid(False, axis="x")
-    for place, ((_, _, colour, hatch), (value, error)) in enumerate(zip(entries, numbers, strict=True)):
-        if value is None:
+    for place, ((_, _, colour, hatch), number) in enumerate(zip(entries, numbers, strict=True)):
+        if number is None:
             axes.text(place, 0, "no data", ha="center", va="bottom", color=NEUTRAL)
             continue
-        spread = ERROR_BAR_WIDTH * (error or 0.0)
+        value, (below, above) = number.value, reaches(number)
         axes.bar(
             place,
             value,
@@ -230,13 +242,13 @@ def plot_entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str,
             color=colour,
             hatch=hatch,
             edgecolor="white" if hatch else colour,
-            yerr=spread or None,
+            yerr=[[below], [above]] if below or above else None,
             capsize=5,
             ecolor="#222222",
         )
-        tip = min(value, 0.0) - spread if value < 0 else max(value, 0.0) + spread
+        tip = min(value, 0.0) - below if value < 0 else max(value, 0.0) + above
         axes.annotate(
-            plus_minus(value, error),
+            number.text().replace(" [", "\n["),
             (place, tip),
             (0, -4 if value < 0 else 4),
             textcoords="offset points",
@@ -253,9 +265,8 @@ def plot_entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str,
     caption = (
         "The optimizer's step is exactly the sum of three parts, so the three predicted changes on the "
         "left add up to "
-        f"the total. Below zero: entropy falls. Bars: ±{ERROR_BAR_WIDTH:g} standard errors; numbers: "
-        f"value ± one "
-        f"standard error. Total predicted {plus_minus(*numbers[3])}, measured {plus_minus(*numbers[4])} "
-        f"nats per token."
+        f"the total. Below zero: entropy falls. Bars and brackets: {BARS}. "
+        f"Total predicted {shown(entries[3][1], True, degrees_of_freedom)}, "
+        f"measured {shown(entries[4][1], True, degrees_of_freedom)} nats per token."
     )
     return finish(figure, _SPLIT_TITLE, caption)

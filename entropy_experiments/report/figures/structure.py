@@ -6,6 +6,7 @@ Reads the dict of ``entropy_experiments.analyses.prompt_structure``, as ``summar
 docs/analyses/prompt-structure.md.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from entropy_experiments.report.figures.bars import BARS
 from entropy_experiments.report.figures.style import (
-    ERROR_BAR_WIDTH,
     MEASURED,
     NEUTRAL,
     PREDICTED,
@@ -26,6 +27,7 @@ from entropy_experiments.report.figures.style import (
     no_data_figure,
 )
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, signed, value_and_error
+from rl_training.intervals import t_quantile
 
 _TITLE = "Do sequences of one prompt move each other more than others?"
 _BOX_COLOURS = {"prompt": PREDICTED, "correctness": MEASURED}
@@ -152,7 +154,8 @@ def _draw_single_batch(axes: Axes, structure: Mapping[str, Any]) -> None:
     for place, (label, value, colour, hatch) in enumerate(bars):
         axes.barh(place, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
         if label == _U_LABEL and u_error is not None:
-            reach = ERROR_BAR_WIDTH * u_error / _UNIT
+            prompts = as_number(lookup(structure, "n_prompts"))
+            reach = t_quantile(math.inf if prompts is None else prompts - 1) * u_error / _UNIT
             axes.errorbar(value, place, xerr=reach, color="black", capsize=3, linewidth=1.2)
     axes.axvline(0.0, color="#444444", linewidth=0.9)
     axes.axhline(len(_TERMS) - 0.5, color="#BBBBBB", linewidth=0.8)
@@ -168,7 +171,7 @@ def _draw_single_batch(axes: Axes, structure: Mapping[str, Any]) -> None:
         Patch(facecolor=PREDICTED, label="without self-pairing"),
     ]
     if u_error is not None:
-        handles.append(Line2D([], [], color="black", marker="|", label="±2 standard errors"))
+        handles.append(Line2D([], [], color="black", marker="|", label=BARS))
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 

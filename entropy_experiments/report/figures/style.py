@@ -27,8 +27,6 @@ NEUTRAL = "#6E6E6E"
 FIXED_PREFIX = "#56B4E9"
 FIXED_PREFIX_MEASURED = "#E69F00"
 
-# Error bars and bands reach this many standard errors to each side, in every chart; captions say so.
-ERROR_BAR_WIDTH = 2.0
 DELTA_H_LABEL = "change of entropy Δh\n(nats per token)"
 
 _HOUSE_STYLE = {

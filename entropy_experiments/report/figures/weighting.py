@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from entropy_experiments.report.figures.bars import BARS, reaches
 from entropy_experiments.report.figures.style import (
-    ERROR_BAR_WIDTH,
     MEASURED,
     NEUTRAL,
     PREDICTED,
@@ -20,7 +20,7 @@ from entropy_experiments.report.figures.style import (
     new_figure,
     no_data_figure,
 )
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known
 from entropy_experiments.text.numbers import counted, lookup, signed, value_and_error
 
 _TITLE = "What other weightings of the same sequences would have cost in entropy"
@@ -67,10 +67,9 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     if run is not None:
         axes.axvline(run, color=PREDICTED, linewidth=0.9, linestyle=":")
     for place, row in enumerate(rows):
-        value, error = value_and_error(row["delta_h"][key])
-        actual, actual_error = value_and_error(lookup(row, "actual", key))
+        found, actual = known(row["delta_h"][key]), known(lookup(row, "actual", key))
         colour, marker = _KINDS[row["kind"]]
-        if value is None:
+        if found is None:
             words = "no length" if key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is below it"
             axes.annotate(
                 words,
@@ -82,12 +81,18 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
                 fontsize=8,
             )
         else:
-            spread = ERROR_BAR_WIDTH * (error or 0.0)
-            axes.errorbar(value, place, xerr=spread or None, fmt=marker, color=colour, capsize=3)
+            below, above = reaches(found)
+            axes.errorbar(found.value, place, xerr=[[below], [above]], fmt=marker, color=colour, capsize=3)
         if actual is not None:
-            spread = ERROR_BAR_WIDTH * (actual_error or 0.0)
+            below, above = reaches(actual)
             axes.errorbar(
-                actual, place + 0.24, xerr=spread or None, fmt="s", color=MEASURED, markerfacecolor="white", capsize=3
+                actual.value,
+                place + 0.24,
+                xerr=[[below], [above]],
+                fmt="s",
+                color=MEASURED,
+                markerfacecolor="white",
+                capsize=3,
             )
     axes.margins(x=0.08)
     axes.set_xlabel("batch part of Δh (nats per token)")
@@ -104,7 +109,7 @@ def _caption(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], drawn:
         )
     if any(row["delta_h"][key]["standard_error"] is not None for row in rows for key in drawn):
         parts.append(
-            f"Bars: ±{ERROR_BAR_WIDTH:g} standard errors over evaluation prompts; rows share them, so that differences "
+            f"Bars: {BARS} over evaluation prompts; rows share them, so that differences "
             "between rows are surer than the bars suggest."
         )
     parts.append(f"Reward: {table['gain_note']}.")

@@ -16,8 +16,9 @@ import numpy as np
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.kernel import color_limit
 from entropy_experiments.report.interactive.page import numbers, plot_text
+from entropy_experiments.statistics.confidence import shown
 from entropy_experiments.text.display import prompt_frame
-from entropy_experiments.text.numbers import plain, plus_minus, series
+from entropy_experiments.text.numbers import plain, series
 
 MOST_CELLS = 1_200_000
 """Of all kernels of one slider together, some 6 MB of page; with more, evenly chosen checkpoints are shown."""
@@ -98,8 +99,8 @@ def _step(results: ResultsFolder, row: Mapping[str, Any]) -> dict[str, Any]:
         "hovertemplate": "%{x}<br>share %{y:.3g} ×10⁻³ nats per token<extra></extra>",
     }
     facts = (
-        f"entropy {plus_minus(*_pair(row['entropy']), plus=False)}, predicted Δh "
-        f"{plus_minus(*_pair(row['predicted']['total']))}, measured {plus_minus(*_pair(row['actual']))} nats per token"
+        f"entropy {shown(row['entropy'], plus=False)}, predicted Δh {shown(row['predicted']['total'])}, "
+        f"measured {shown(row['actual'])} nats per token"
     )
     title = {"text": f"Step {row['step']}: {facts}<br>colours end at ±{plain(limit)}", "font": {"size": 13}, "x": 0}
     return {"label": f"step {row['step']}", "data": [heat, bars], "layout": {"title": title}}
@@ -107,10 +108,6 @@ def _step(results: ResultsFolder, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _order(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.argsort([row["prompt_index"] for row in rows], kind="stable")
-
-
-def _pair(number: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    return (None, None) if number is None else (number["value"], number["standard_error"])
 
 
 def _packed(values: np.ndarray) -> dict[str, Any]:

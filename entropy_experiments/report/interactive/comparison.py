@@ -1,6 +1,6 @@
 """Several analyses side by side: the data of plots that show the same numbers as charts/comparison.py.
 
-Entropies in nats per token, error bars of two standard errors. Every side keeps its colour and symbol; a click on its name in
+Entropies in nats per token, error bars are 95% intervals. Every side keeps its colour and symbol; a click on its name in
 the legend hides it everywhere in the plot.
 """
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
 from entropy_experiments.report.interactive.page import numbers, plot_text
-from entropy_experiments.text.numbers import plus_minus, series
+from entropy_experiments.statistics.confidence import known, shown
+from entropy_experiments.text.numbers import series
 
-_SPREAD = 2.0
 # Legible on the light and on the dark page; A is drawn in the ink of the text.
 _COLOURS = ("$ink", "#D55E00", "#3A8FD0", "#2E9E5B", "#B45FA8", "#C98A00", "#56B4E9", "#B0506F")
 _SYMBOLS = (
@@ -27,14 +28,13 @@ _SYMBOLS = (
     "x-open",
     "star-open",
 )
-_Pairs = Sequence[tuple[float | None, float | None]]
+_Entries = Sequence[Mapping[str, Any] | None]
 
 
 def _trace(
-    x: Sequence[Any], pairs: _Pairs, side: int, label: str, mode: str, legend: bool, axes: str
+    x: Sequence[Any], pairs: _Entries, side: int, label: str, mode: str, legend: bool, axes: str
 ) -> dict[str, Any]:
-    values = [np.nan if value is None else value for value, _ in pairs]
-    errors = [np.nan if error is None else _SPREAD * error for _, error in pairs]
+    values, bars = values_and_bars(pairs)
     trace = {
         "type": "scatter",
         "mode": mode,
@@ -45,22 +45,21 @@ def _trace(
         "y": numbers(values),
         "line": {"color": _COLOURS[side], "width": 1.6},
         "marker": {"color": _COLOURS[side], "symbol": _SYMBOLS[side], "size": 8},
-        "customdata": [plus_minus(value, error) for value, error in pairs],
+        "customdata": [shown(entry) for entry in pairs],
         "hovertemplate": f"{plot_text(label, 80)}<br>%{{x}}: %{{customdata}}<extra></extra>",
         "xaxis": f"x{axes}",
         "yaxis": f"y{axes}",
     }
-    if np.isfinite(errors).any():
-        bars = {"type": "data", "array": numbers(errors), "color": _COLOURS[side], "thickness": 1.2, "width": 4}
-        trace["error_y"] = bars
+    if np.isfinite(bars).any():
+        trace["error_y"] = plotly_bars(bars, _COLOURS[side])
     return trace
 
 
 def compared_changes(
-    names: Sequence[str], values: Sequence[_Pairs], differences: Sequence[_Pairs], labels: Sequence[str]
+    names: Sequence[str], values: Sequence[_Entries], differences: Sequence[_Entries], labels: Sequence[str]
 ) -> dict[str, Any] | None:
     """Plotly's data and layout of plots.plot_compared_changes, with its arguments; None where nothing is known."""
-    if not any(value is not None for side in values for value, _ in side):
+    if not any(known(entry) is not None for side in values for entry in side):
         return None
     data = []
     for sets, first, axes in ((values, 0, ""), (differences, 1, "2")):
@@ -107,7 +106,7 @@ def compared_histories(
         for key, axes in (("entropy", ""), ("reward", "2")):
             values = series(rows, key)
             if np.isfinite(values).any():
-                pairs = [(float(value) if np.isfinite(value) else None, None) for value in values]
+                pairs = [{"value": float(value)} if np.isfinite(value) else None for value in values]
                 trace = _trace(numbers(series(rows, "step")), pairs, k, labels[k], "lines+markers", not named, axes)
                 trace |= {
                     "xaxis": "x",
@@ -128,8 +127,8 @@ def compared_histories(
 
 def compared_checkpoints(
     steps: Sequence[Sequence[float]],
-    panels: Mapping[str, Sequence[_Pairs]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[_Pairs]]],
+    panels: Mapping[str, Sequence[_Entries]],
+    differences: Mapping[str, tuple[Sequence[float], Sequence[_Entries]]],
     labels: Sequence[str],
 ) -> dict[str, Any] | None:
     """Plotly's data and layout of plots.plot_compared_checkpoints, with its arguments; None where nothing is known."""

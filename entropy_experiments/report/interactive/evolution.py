@@ -1,5 +1,5 @@
 """A run over its checkpoints: the data of three plots. The same numbers as charts/evolution.py and charts/entropy_law.py:
-nats per token, error bars of two standard errors.
+nats per token, error bars are 95% intervals.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
 from entropy_experiments.report.interactive.page import numbers
-from entropy_experiments.text.numbers import lookup, plus_minus, value_and_error
+from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.text.numbers import lookup
 
-_SPREAD = 2.0
 _DELTA_H = "Δh<br>(nats per token)"
 # path in a row, name, colour, symbol, dash ("none": no line)
 _ENTROPY = ((("entropy",), "entropy", "$entropy", "circle", "solid"),)
@@ -90,8 +91,8 @@ def _trace(
     symbol: str,
     dash: str,
 ) -> dict[str, Any] | None:
-    pairs = [value_and_error(lookup(row, *path)) for row in rows]
-    values, errors = np.array([[np.nan if x is None else x for x in pair] for pair in pairs]).reshape(-1, 2).T
+    entries = [lookup(row, *path) for row in rows]
+    values, bars = values_and_bars(entries)
     if not np.isfinite(values).any():
         return None
     trace: dict[str, Any] = {
@@ -102,12 +103,11 @@ def _trace(
         "y": numbers(values),
         "line": {"color": colour, "dash": "solid" if dash == "none" else dash, "width": 1.8},
         "marker": {"color": colour, "symbol": symbol, "size": 8},
-        "customdata": [plus_minus(*pair, plus=False) for pair in pairs],
+        "customdata": [shown(entry, plus=False) for entry in entries],
         "hovertemplate": "%{customdata}",
     }
-    if np.isfinite(errors).any():
-        bars = numbers(_SPREAD * errors)
-        trace["error_y"] = {"type": "data", "array": bars, "color": colour, "thickness": 1.2, "width": 3}
+    if np.isfinite(bars).any():
+        trace["error_y"] = plotly_bars(bars, colour, width=3)
     return trace
 
 

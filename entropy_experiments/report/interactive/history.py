@@ -1,6 +1,6 @@
 """Entropy and reward over training, and what the probe predicted and measured of every step: the data of a plot.
 
-The same numbers as charts/history.py: entropies in nats per token, error bars of two standard errors, panels over the step.
+The same numbers as charts/history.py: entropies in nats per token, error bars are 95% intervals, panels over the step.
 """
 
 from __future__ import annotations
@@ -10,26 +10,47 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.report.figures.bars import bars_of_columns, plotly_bars
 from entropy_experiments.report.interactive.page import numbers
 from entropy_experiments.text.numbers import as_number, series
 
-_SPREAD = 2.0
 _GAP = 0.07
-# (what the vertical axis says, its traces: key, name, colour, symbol, dash, key of the standard error)
+# (what the vertical axis says, its traces: key, name, colour, symbol, dash, keys of standard error and degrees of freedom)
 _PANELS = (
     (
         "entropy (nats per token)",
         (
             ("entropy", "entropy in training", "$entropy", "circle", "solid", None),
-            ("probe/entropy", "entropy on the probe's tokens", "$neutral", "triangle-up", "dot", None),
+            (
+                "probe/entropy",
+                "entropy on the probe's tokens",
+                "$neutral",
+                "triangle-up",
+                "dot",
+                ("probe/entropy_se", "probe/measured_df"),
+            ),
         ),
     ),
-    ("mean reward", (("reward", "reward", "$reward", "circle", "solid", None),)),
+    ("mean reward", (("reward", "reward", "$reward", "circle", "solid", ("reward_se", "reward_df")),)),
     (
         "change of entropy Δh<br>(nats per token)",
         (
-            ("probe/predicted", "predicted change", "$predicted", "circle", "solid", "probe/predicted_se"),
-            ("probe/measured", "measured change", "$measured", "square-open", "solid", "probe/measured_se"),
+            (
+                "probe/predicted",
+                "predicted change",
+                "$predicted",
+                "circle",
+                "solid",
+                ("probe/predicted_se", "probe/predicted_df"),
+            ),
+            (
+                "probe/measured",
+                "measured change",
+                "$measured",
+                "square-open",
+                "solid",
+                ("probe/measured_se", "probe/measured_df"),
+            ),
         ),
     ),
 )
@@ -80,7 +101,7 @@ def training_history(history: Sequence[Mapping[str, Any]], analysed_step: float 
 
 
 def _trace(rows: Sequence[Mapping[str, Any]], steps: np.ndarray, entry: tuple[Any, ...]) -> dict[str, Any] | None:
-    key, name, colour, symbol, dash, error_key = entry
+    key, name, colour, symbol, dash, error_keys = entry
     values = series(rows, key)
     if not np.isfinite(values).any():
         return None
@@ -94,8 +115,8 @@ def _trace(rows: Sequence[Mapping[str, Any]], steps: np.ndarray, entry: tuple[An
         "marker": {"color": colour, "symbol": symbol, "size": 7},
         "hovertemplate": "%{y:.4g}",
     }
-    errors = np.full(len(rows), np.nan) if error_key is None else series(rows, error_key)
-    if (errors >= 0).any():
-        bars = np.where(errors >= 0, _SPREAD * errors, np.nan)
-        trace["error_y"] = {"type": "data", "array": numbers(bars), "color": colour, "thickness": 1, "width": 3}
+    if error_keys is not None:
+        bars = bars_of_columns(rows, *error_keys)
+        if np.isfinite(bars).any():
+            trace["error_y"] = plotly_bars(bars, colour, 1, 3)
     return trace

@@ -1,20 +1,23 @@
 """Was the step's change of entropy predicted, and by which part of the update? The data of two plots.
 
 The same numbers as charts/step.py: predicted dh(s) = s <grad h, dtheta>, measured h(theta + s dtheta) - h(theta), nats per token,
-over the step scale s; error bars and the band reach two standard errors.
+over the step scale s; error bars and the band are 95% intervals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
 from entropy_experiments.report.interactive.page import numbers
-from entropy_experiments.text.numbers import lookup, plus_minus, series, value_and_error
+from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.text.numbers import lookup, series
+from rl_training.intervals import t_quantile
 
-_SPREAD = 2.0  # standard errors to each side, as in the pictures
 _UNIT = "change of entropy Δh (nats per token)"
 _CHANGES = (
     ("predicted", "predicted (first order)", "$predicted", "lines+markers", "circle", "solid"),
@@ -40,10 +43,11 @@ def predicted_vs_actual(
     rows: Sequence[Mapping[str, Any]],
     predicted_standard_error: float | None = None,
     actual_standard_error: float | None = None,
+    degrees_of_freedom: float | None = None,
 ) -> dict[str, Any] | None:
     """Plotly's data and layout: changes over the step scale, and measured over predicted; None without a scale.
 
-    rows, predicted_standard_error, actual_standard_error: as in plots.plot_predicted_vs_actual.
+    Parameters as in plots.plot_predicted_vs_actual.
     """
     rows = sorted((row for row in rows if (series([row], "scale") > 0).all()), key=lambda row: row["scale"])
     scales = series(rows, "scale")
@@ -57,9 +61,10 @@ def predicted_vs_actual(
     if actual_standard_error is not None:
         own = errors["actual_snis"]
         errors["actual_snis"] = np.where((scales == 1) & np.isnan(own), actual_standard_error, own)
-    traces = [_band(scales, series(rows, "predicted"), errors["predicted"])]
+    freedom = math.inf if degrees_of_freedom is None else degrees_of_freedom
+    traces = [_band(scales, series(rows, "predicted"), t_quantile(freedom) * errors["predicted"])]
     traces = [trace for trace in traces if trace is not None]
-    traces += [_change(rows, scales, entry, errors.get(entry[0])) for entry in known]
+    traces += [_change(rows, scales, entry, errors.get(entry[0]), freedom) for entry in known]
     traces += [trace for entry in _RATIOS if (trace := _ratio(rows, scales, entry)) is not None]
     ticks = {"tickvals": numbers(scales), "ticktext": [f"1/{1 / s:g}" if s < 1 else f"{s:g}" for s in scales]}
     layout = {
@@ -96,7 +101,11 @@ def predicted_vs_actual(
 
 
 def _change(
-    rows: Sequence[Mapping[str, Any]], scales: np.ndarray, entry: tuple[str, ...], errors: np.ndarray | None
+    rows: Sequence[Mapping[str, Any]],
+    scales: np.ndarray,
+    entry: tuple[str, ...],
+    errors: np.ndarray | None,
+    freedom: float,
 ) -> dict[str, Any]:
     key, name, colour, mode, symbol, dash = entry
     values = series(rows, key)
@@ -108,26 +117,24 @@ def _change(
         "y": numbers(values),
         "line": {"color": colour, "dash": dash},
         "marker": {"color": colour, "symbol": symbol, "size": 9},
-        "customdata": [plus_minus(value, None if errors is None else error) for value, error in _pairs(values, errors)],
+        "customdata": [
+            shown({"value": value, "standard_error": error}, degrees_of_freedom=freedom)
+            for value, error in _pairs(values, errors)
+        ],
         "hovertemplate": f"{name}<br>s = %{{x}}: %{{customdata}} nats per token<extra></extra>",
     }
     if key == "actual_snis" and errors is not None and np.isfinite(errors).any():
-        trace["error_y"] = {
-            "type": "data",
-            "array": numbers(_SPREAD * errors),
-            "color": colour,
-            "thickness": 1.2,
-            "width": 4,
-        }
+        reach = t_quantile(freedom) * errors
+        trace["error_y"] = plotly_bars(np.array([reach, reach]), colour)
     return trace
 
 
 def _band(scales: np.ndarray, values: np.ndarray, errors: np.ndarray) -> dict[str, Any] | None:
-    """Two standard errors around the prediction, as a closed line: there and back."""
+    """The interval around the prediction, as a closed line: there and back. errors: half its width."""
     known = np.isfinite(values) & np.isfinite(errors)
     if not known.any():
         return None
-    x, low, high = scales[known], (values - _SPREAD * errors)[known], (values + _SPREAD * errors)[known]
+    x, low, high = scales[known], (values - errors)[known], (values + errors)[known]
     return {
         "type": "scatter",
         "mode": "lines",
@@ -136,7 +143,7 @@ def _band(scales: np.ndarray, values: np.ndarray, errors: np.ndarray) -> dict[st
         "line": {"width": 0, "color": "$predicted"},
         "x": numbers(np.concatenate([x, x[::-1]])),
         "y": numbers(np.concatenate([low, high[::-1]])),
-        "name": "±2 standard errors of the prediction",
+        "name": "95% interval of the prediction",
         "hoverinfo": "skip",
     }
 
@@ -174,29 +181,29 @@ def _range(traces: Sequence[Mapping[str, Any]]) -> list[float]:
     return [min(low, 1.0) - margin, max(high, 1.0) + margin]
 
 
-def entropy_split(predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def entropy_split(
+    predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None, degrees_of_freedom: float | None = None
+) -> dict[str, Any] | None:
     """Plotly's data and layout: bars of the parts of the predicted change, their total and the measured one; None without any.
 
-    predicted, actual: as in plots.plot_entropy_split.
+    Parameters as in plots.plot_entropy_split.
     """
     entries = [(label, lookup(predicted, key), "$predicted") for key, label in _PARTS]
     entries.append(("measured", actual, "$measured"))
-    found = [(label, *value_and_error(entry), colour) for label, entry, colour in entries]
-    if all(value is None for _, value, _, _ in found):
+    values, bars = values_and_bars([entry for _, entry, _ in entries], degrees_of_freedom)
+    if not np.isfinite(values).any():
         return None
-    values = np.array([np.nan if value is None else value for _, value, _, _ in found])
-    errors = np.array([0.0 if error is None else error for _, _, error, _ in found])
     trace = {
         "type": "bar",
-        "x": [label for label, *_ in found],
+        "x": [label for label, *_ in entries],
         "y": numbers(values),
-        "error_y": {"type": "data", "array": numbers(_SPREAD * errors), "color": "$ink", "thickness": 1.2, "width": 5},
+        "error_y": plotly_bars(bars, "$ink", width=5),
         "marker": {
-            "color": [colour for *_, colour in found],
-            "opacity": [1.0 if label.startswith(("total", "measured")) else 0.55 for label, *_ in found],
-            "pattern": {"shape": ["/" if label == "measured" else "" for label, *_ in found]},
+            "color": [colour for *_, colour in entries],
+            "opacity": [1.0 if label.startswith(("total", "measured")) else 0.55 for label, *_ in entries],
+            "pattern": {"shape": ["/" if label == "measured" else "" for label, *_ in entries]},
         },
-        "customdata": [plus_minus(value, error) for _, value, error, _ in found],
+        "customdata": [shown(entry, degrees_of_freedom=degrees_of_freedom) for _, entry, _ in entries],
         "hovertemplate": "%{x}<br>%{customdata} nats per token<extra></extra>",
     }
     layout = {"height": 400, "yaxis": {"title": {"text": _UNIT}, "zeroline": True}, "xaxis": {"showgrid": False}}

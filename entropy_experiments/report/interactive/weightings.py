@@ -1,7 +1,7 @@
 """What would other weightings have cost in entropy? The data of a plot, from what analyses/weighting_schemes.py returned.
 
 The same numbers as charts/weighting.py: the batch part of dh, nats per token, for the run's gain of reward and for a step of the
-run's length; error bars reach two standard errors.
+run's length; error bars are 95% intervals.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
 from entropy_experiments.report.interactive.page import numbers, plot_text
-from entropy_experiments.text.numbers import lookup, plus_minus, value_and_error
+from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.text.numbers import lookup, value_and_error
 
-_SPREAD = 2.0
 _OFFSET = 0.28  # of a row: measurements stand below the predictions
 _PANELS = (("equal_length", "for a step of the run's length"), ("equal_gain", "for the run's gain of reward"))
 _SYMBOLS = {"run": "diamond", "scheme": "circle", "filter": "triangle-up"}
@@ -73,11 +74,10 @@ def _value(row: Mapping[str, Any], part: str, key: str) -> float | None:
 
 
 def _trace(rows: list[Mapping[str, Any]], part: str, key: str, name: str, colour: str) -> dict[str, Any] | None:
-    found = [value_and_error(lookup(row, part, key)) for row in rows]
-    values = np.array([np.nan if value is None else value for value, _ in found])
+    entries = [lookup(row, part, key) for row in rows]
+    values, bars = values_and_bars(entries)
     if not np.isfinite(values).any():
         return None
-    errors = np.array([0.0 if error is None else error for _, error in found])
     offset = 0.0 if part == "delta_h" else _OFFSET
     symbols = [_SYMBOLS.get(str(row.get("kind")), "circle") for row in rows]
     return {
@@ -86,8 +86,8 @@ def _trace(rows: list[Mapping[str, Any]], part: str, key: str, name: str, colour
         "name": name,
         "x": numbers(values),
         "y": [place + offset for place in range(len(rows))],
-        "error_x": {"type": "data", "array": numbers(_SPREAD * errors), "color": colour, "thickness": 1.2, "width": 4},
+        "error_x": plotly_bars(bars, colour),
         "marker": {"color": colour, "size": 10, "symbol": symbols if part == "delta_h" else "square-open"},
-        "customdata": [[_label(row), plus_minus(*pair)] for row, pair in zip(rows, found, strict=True)],
+        "customdata": [[_label(row), shown(entry)] for row, entry in zip(rows, entries, strict=True)],
         "hovertemplate": f"%{{customdata[0]}}<br>{name} %{{customdata[1]}} nats per token<extra></extra>",
     }

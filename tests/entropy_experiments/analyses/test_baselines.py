@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from entropy_experiments.analyses.baselines import LABELS, baseline_table
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
@@ -168,13 +169,14 @@ def test_chart_of_baselines_draws_the_table() -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == list(LABELS.values())
     drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
-    assert drawn["Rao–Blackwell"] == pytest.approx((-0.30, 0.06))
-    assert drawn["without momentum"] == pytest.approx((-0.04, 0.02))
+    t = float(stats.t.ppf(0.975, PROMPTS - 1))
+    assert drawn["Rao–Blackwell"] == pytest.approx((-0.30, t * 0.03))
+    assert drawn["without momentum"] == pytest.approx((-0.04, t * 0.01))
     assert "STEER" not in drawn, "a number on another scale was drawn on this one"
     words = [text.get_text() for text in axes.texts]
     assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell')['z']:.1f}"
     assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
-    assert "−0.250 ± 0.040" in caption_of(figure)
+    assert "−0.250 [−0.334, −0.166]" in caption_of(figure)
 
 
 def test_chart_of_weightings_draws_the_table() -> None:
@@ -188,12 +190,10 @@ def test_chart_of_weightings_draws_the_table() -> None:
         drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
         for row in table["rows"]:
             entry = row["delta_h"][key]
-            assert drawn[row["label"]] == pytest.approx((entry["value"], 2 * entry["standard_error"])), (
-                key,
-                row["name"],
-            )
+            reach = float(stats.t.ppf(0.975, entry["degrees_of_freedom"] or math.inf)) * entry["standard_error"]
+            assert drawn[row["label"]] == pytest.approx((entry["value"], reach)), (key, row["name"])
     offset = [(x, width) for x, y, width in points(length) if y != int(y)]
-    assert offset == [pytest.approx((-1e-4, 4e-5))]
+    assert offset == [pytest.approx((-1e-4, 1.959964 * 2e-5))]
     assert not [y for _, y, _ in points(gain) if y != int(y)], "a measurement at equal length stands at equal gain"
 
 

@@ -2,11 +2,13 @@
 
 import base64
 import json
+import math
 import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from entropy_experiments.report.interactive import sequences as sequences_module
 from entropy_experiments.report.interactive.history import training_history
@@ -23,6 +25,9 @@ from tests.entropy_experiments.results_fixture import make_history, make_sequenc
 ROWS, FISHER, ENTROPY_FISHER = make_sequences(np.random.default_rng(0))
 TRAINING = [row for row in ROWS if row["buffer"] == "training"]
 EVALUATION = [row for row in ROWS if row["buffer"] == "evaluation"]
+
+
+T31 = float(stats.t.ppf(0.975, 31))
 
 
 def named(plot, name):
@@ -44,15 +49,18 @@ def every_text(tree):
 
 def test_predicted_against_actual_shows_both_and_their_ratio():
     summary = make_summary(ROWS)
-    plot = predicted_vs_actual(summary["scaling"], 0.018, 0.022)
+    plot = predicted_vs_actual(summary["scaling"], 0.018, 0.022, 31)
     json.dumps(plot, allow_nan=False)
     predicted, measured = named(plot, "predicted (first"), named(plot, "measured (rew")
     assert predicted["x"] == measured["x"] == [0.0625, 0.125, 0.25, 0.5, 1.0]
     for trace, key in ((predicted, "predicted"), (measured, "actual_snis")):
         assert trace["y"] == pytest.approx([row[key] for row in summary["scaling"]], rel=1e-5)
-    assert measured["error_y"]["array"] == [None] * 4 + [pytest.approx(0.044)], "two standard errors, at s = 1 only"
-    band = named(plot, "±2")
-    assert band["y"][4] == pytest.approx(-0.074 - 0.036) and band["y"][5] == pytest.approx(-0.074 + 0.036)
+    assert measured["error_y"]["array"] == [None] * 4 + [pytest.approx(T31 * 0.022)], (
+        "Student's interval, at s = 1 only"
+    )
+    band = named(plot, "95%")
+    ends = [-0.074 + sign * T31 * 0.018 for sign in (-1, 1)]
+    assert band["y"][4:6] == pytest.approx(ends, rel=1e-4)
     assert band["x"][4:6] == [1.0, 1.0]
     assert named(plot, "measured / predicted")["y"][-1] == pytest.approx(-0.08 / -0.074, rel=1e-3)
     assert named(plot, "same sample")["y"][0] == pytest.approx(1 + 0.0015 * 0.0625 / 0.0785, rel=1e-4)
@@ -63,9 +71,10 @@ def test_predicted_against_actual_shows_both_and_their_ratio():
 
 def test_entropy_split_has_three_parts_that_add_up():
     parts = make_summary(ROWS)["predicted"]["rao_blackwell"]
-    trace = entropy_split(parts, {"value": -0.08, "standard_error": 0.022})["data"][0]
+    trace = entropy_split(parts, {"value": -0.08, "standard_error": 0.022}, 31)["data"][0]
     assert sum(trace["y"][:3]) == pytest.approx(trace["y"][3], abs=1e-6) and trace["y"][4] == -0.08
-    assert trace["error_y"]["array"][3:] == pytest.approx([0.036, 0.044]) and trace["customdata"][4] == "−0.080 ± 0.022"
+    assert trace["error_y"]["array"][3:] == pytest.approx([T31 * 0.018, T31 * 0.022])
+    assert trace["customdata"][4] == "−0.080 [−0.125, −0.035]"
     assert entropy_split(None, None) is None
     gap = entropy_split({"batch": {"value": 1.0}}, None)["data"][0]
     assert gap["y"] == [1.0, None, None, None, None]
@@ -104,7 +113,8 @@ def test_weightings_show_what_is_known(whole_report):
             entry = labels[label].get(part, {}).get(key, {"value": None})
             assert value is None if entry["value"] is None else value == pytest.approx(entry["value"], rel=1e-5)
             if entry["value"] is not None and entry["standard_error"] is not None:
-                assert bar == pytest.approx(2 * entry["standard_error"], rel=1e-5)
+                freedom = entry.get("degrees_of_freedom") or math.inf
+                assert bar == pytest.approx(float(stats.t.ppf(0.975, freedom)) * entry["standard_error"], rel=1e-5)
     run = next(row for row in table["rows"] if row["kind"] == "run")["delta_h"]
     marks = {shape["xref"]: shape["x0"] for shape in plot["layout"]["shapes"]}
     assert marks == {axis: run[key]["value"] for axis, key in axes.items() if run[key]["value"] is not None}
@@ -119,7 +129,7 @@ def test_history_has_a_panel_for_each_quantity():
     history = make_history()
     plot = training_history(history, 8)
     assert named(plot, "entropy in training")["y"] == pytest.approx([row["entropy"] for row in history], rel=1e-5)
-    assert named(plot, "predicted")["error_y"]["array"] == [pytest.approx(0.04)] * 13
+    assert named(plot, "predicted")["error_y"]["array"] == [pytest.approx(float(stats.t.ppf(0.975, 3)) * 0.02)] * 13
     assert "error_y" not in named(plot, "measured"), "no standard error was stored"
     assert [trace["yaxis"] for trace in plot["data"]] == ["y", "y", "y2", "y3", "y3"]
     assert plot["layout"]["shapes"][0]["x0"] == 8

@@ -4,6 +4,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from scipy import stats
 
 from entropy_experiments.report.figures.plots import (
     caption_of,
@@ -16,6 +17,8 @@ from entropy_experiments.report.figures.plots import (
     png_bytes,
 )
 from tests.entropy_experiments.results_fixture import make_history, make_sequences, make_summary
+
+T31, T3 = (float(stats.t.ppf(0.975, freedom)) for freedom in (31, 3))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,9 @@ def test_heatmap_refuses_prompts_of_another_kernel():
 
 def test_predicted_and_measured_over_scale(summary):
     rows = list(reversed(summary["scaling"]))
-    figure = plot_predicted_vs_actual(rows, predicted_standard_error=0.018, actual_standard_error=0.022)
+    figure = plot_predicted_vs_actual(
+        rows, predicted_standard_error=0.018, actual_standard_error=0.022, degrees_of_freedom=31
+    )
     left, right = figure.axes
     scales, predicted = line(left, "predicted (first order)")
     np.testing.assert_allclose(scales, [0.0625, 0.125, 0.25, 0.5, 1.0])
@@ -112,9 +117,9 @@ def test_predicted_and_measured_over_scale(summary):
     measured = next(c for c in left.containers if c.get_label() == "measured (reweighted)")
     np.testing.assert_allclose(measured[0].get_ydata(), [row["actual_snis"] for row in summary["scaling"]])
     low, high = bar_spans(measured)[-1]
-    assert (high - low) / 2 == pytest.approx(2 * 0.022), "error bars are not ±2 standard errors"
+    assert (high - low) / 2 == pytest.approx(T31 * 0.022), "error bars are not Student's 95% intervals"
     band = left.collections[0].get_paths()[0].vertices
-    assert band[:, 1].min() == pytest.approx(-0.074 - 2 * 0.018)
+    assert band[:, 1].min() == pytest.approx(-0.074 - T31 * 0.018)
     np.testing.assert_allclose(
         line(right, "same sample on both sides\n(must reach 1 as s → 0)")[1],
         [row["actual_snis"] / row["predicted_split"] for row in summary["scaling"]],
@@ -145,14 +150,14 @@ def test_scaling_without_data_says_so(rows):
 
 def test_split_bars_carry_values_and_errors(summary):
     parts = summary["predicted"]["rao_blackwell"]
-    axes = plot_entropy_split(parts, summary["actual"]["snis"]).axes[0]
+    axes = plot_entropy_split(parts, summary["actual"]["snis"], degrees_of_freedom=31).axes[0]
     bars = [container for container in axes.containers if hasattr(container, "patches")]
     heights = [container.patches[0].get_height() for container in bars]
     wanted = [parts[key]["value"] for key in ("batch", "momentum", "weight_decay", "total")] + [-0.08]
     np.testing.assert_allclose(heights, wanted)
     assert sum(heights[:3]) == pytest.approx(heights[3])
     low, high = bar_spans(bars[4].errorbar)[0]
-    assert (high - low) / 2 == pytest.approx(2 * 0.022)
+    assert (high - low) / 2 == pytest.approx(T31 * 0.022)
 
 
 @pytest.mark.parametrize("parts", [None, {}, {"total": {"value": None}}, "text"])
@@ -172,7 +177,7 @@ def test_history_draws_every_series():
     np.testing.assert_allclose(line(bottom, "measured")[1], [row["probe/measured"] for row in history])
     predicted = next(c for c in bottom.containers if c.get_label() == "predicted")
     low, high = bar_spans(predicted)[0]
-    assert (high - low) / 2 == pytest.approx(2 * 0.02)
+    assert (high - low) / 2 == pytest.approx(T3 * 0.02)
 
 
 def test_history_with_gaps_keeps_the_other_points():
@@ -200,7 +205,7 @@ def test_long_history_is_drawn_as_lines_with_a_band():
     top, _, bottom = plot_training_history(history).axes
     np.testing.assert_allclose(line(bottom, "measured")[1], [row["probe/measured"] for row in history])
     band = bottom.collections[0].get_paths()[0].vertices[:, 1]
-    wanted = max(row["probe/predicted"] + 2 * 0.02 for row in history)
+    wanted = max(row["probe/predicted"] + T3 * 0.02 for row in history)
     assert band.max() == pytest.approx(wanted) and top.lines[0].get_markersize() == 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from entropy_experiments.report.figures.plots import (
     caption_of,
@@ -150,7 +151,8 @@ def test_plots_hold_the_numbers(run):
     traces = {trace["name"]: trace for trace in evolution_plot(evolution)["data"]}
     rows = evolution["checkpoints"]
     assert traces["predicted"]["y"] == pytest.approx([row["predicted"]["total"]["value"] for row in rows], rel=1e-5)
-    assert traces["measured"]["error_y"]["array"] == pytest.approx([0.04] * 8), "bars of two standard errors"
+    t23 = float(stats.t.ppf(0.975, 23))
+    assert traces["measured"]["error_y"]["array"] == pytest.approx([t23 * 0.02] * 8), "bars are not 95% intervals"
     aligned = {trace["name"]: trace for trace in kernel_plot(evolution)["data"]}["alignment (debiased CKA)"]
     assert aligned["x"] == [change["to"] for change in evolution["changes"]]
     points = {trace["name"]: trace for trace in law_plot(evolution["law"]["training"])["data"] if "name" in trace}

@@ -1,0 +1,56 @@
+"""Bars of figures are 95% intervals, those of the sentences: `statistics.confidence.known`, upwards and downwards apart.
+
+Where few prompts are skewed an interval is not symmetric about its value; of a number without an error there is no bar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.statistics.confidence import Known, known
+from entropy_experiments.text.numbers import series
+from rl_training.intervals import t_quantile
+
+BARS = "95% intervals"
+
+
+def values_and_bars(entries: Sequence[Any], degrees_of_freedom: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) values and (2, n) lengths of their bars, below and above; NaN for what is not known.
+
+    entries: as `known` takes them; degrees_of_freedom: of those that do not say.
+    """
+    values, bars = np.full(len(entries), np.nan), np.full((2, len(entries)), np.nan)
+    for k, entry in enumerate(entries):
+        found = known(entry, degrees_of_freedom)
+        if found is None:
+            continue
+        values[k] = found.value
+        if found.low is not None:
+            bars[:, k] = reaches(found)
+    return values, bars
+
+
+def reaches(found: Known) -> tuple[float, float]:
+    """Lengths of one bar, below and above; 0 where there is no interval."""
+    if found.low is None or found.high is None:
+        return 0.0, 0.0
+    return max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
+
+
+def bars_of_columns(rows: Sequence[Any], errors: str, freedoms: str) -> np.ndarray:
+    """(2, n) lengths of the bars of (n,) rows that hold a standard error and its degrees of freedom under these keys."""
+    reach = [
+        t_quantile(freedom) * error if error >= 0 and np.isfinite(freedom) else np.nan
+        for error, freedom in zip(series(rows, errors), series(rows, freedoms), strict=True)
+    ]
+    return np.array([reach, reach]).reshape(2, len(rows))
+
+
+def plotly_bars(bars: np.ndarray, colour: str, thickness: float = 1.2, width: float = 4) -> dict[str, Any]:
+    """(2, n) lengths as plotly has error bars; null where there is none."""
+    below, above = ([None if np.isnan(x) else float(x) for x in side] for side in bars)
+    style = {"color": colour, "thickness": thickness, "width": width}
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below} | style
