@@ -25,6 +25,7 @@ from rl_training.files import refuse_links_inside, write_whole
 from rl_training.integrations.step_recorder import record_steps
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models.load import add_lora, load_model_and_tokenizer
+from rl_training.prompts.limited_templates import limited_templates
 from rl_training.run.console import ConsoleCallback, MetricsFile
 from rl_training.run.folder_lock import holds_something, run_folder_locked
 from rl_training.run.resume import check_resumable
@@ -121,7 +122,7 @@ def run_training(config: TrainConfig, quiet: bool = False) -> Path:
     is training into it, or the checkpoint to resume from is not one.
     """
     folder = Path(config.training.output_dir)
-    with run_folder_locked(folder):
+    with run_folder_locked(folder), limited_templates():
         return _train(config, folder, quiet)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rl_training.errors import UserError
+from rl_training.prompts.limited_templates import TemplateError, limited_templates
 from rl_training.prompts.text_tokenizer import text_tokenizer
 
 # What rendering itself decides; a record that says otherwise is not one of a run.
@@ -40,23 +41,29 @@ def tokenize_prompts(
     arguments = dict(rendering.arguments)
     if wrong := sorted(_DECIDED & arguments.keys()):
         raise UserError(f"chat_template_kwargs sets {wrong[0]!r}, which is not for the template to say: leave it out")
-    out = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            out.append(list(tokenizer(prompt)["input_ids"]))
-            continue
-        if rendering.contents_in_parts:
-            prompt = [_in_parts(message) for message in prompt]
-        try:
+    chats = [
+        [_in_parts(message) for message in prompt] if rendering.contents_in_parts else prompt
+        for prompt in prompts
+        if not isinstance(prompt, str)
+    ]
+    rendered = iter(_render(tokenizer, chats, arguments))
+    return [list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else next(rendered) for prompt in prompts]
+
+
+def _render(tokenizer: Any, chats: list[Any], arguments: dict[str, Any]) -> list[list[int]]:
+    """Token ids of each chat, all rendered together."""
+    if not chats:
+        return []
+    try:
+        with limited_templates():
             encoded = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, **arguments
             )
-        except Exception as error:  # a template raises whatever it likes
-            given = f" with {sorted(arguments)}" if arguments else ""
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the chat template cannot be rendered{given}: {line[:300]}") from error
-        out.append(list(encoded["input_ids"]))
-    return out
+    except Exception as error:  # a template raises whatever it likes
+        given = f" with {sorted(arguments)}" if arguments else ""
+        words = error.words if isinstance(error, TemplateError) else str(error).strip() or type(error).__name__
+        raise UserError(f"the chat template cannot be rendered{given}: {words.splitlines()[0][:300]}") from error
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def rendering_of(trainer: Any) -> PromptRendering:

@@ -28,6 +28,7 @@ from typing import Any
 
 from rl_training.errors import UserError
 from rl_training.tasks.sandbox import messages
+from rl_training.tasks.sandbox.strength import SandboxRefused, check_layers
 
 _START_SECONDS = 120.0
 _BOOTSTRAP = (
@@ -196,6 +197,7 @@ class ScoringServer:
                 self.layers = [
                     str(layer) for layer in messages.receive(self._socket.fileno(), _START_SECONDS)["layers"]
                 ]
+                check_layers(self.layers)
                 return self._exchange(self._setup, self._setup_seconds)
             except (messages.Closed, messages.TooLate, ServerGone, KeyError) as error:
                 self.stop()
@@ -204,6 +206,9 @@ class ScoringServer:
                 raise UserError(
                     f"the process that makes the task's problems {why}: make task.size or task.arguments smaller"
                 ) from error
+            except SandboxRefused:
+                self.stop()
+                raise
 
     def ask(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Raises ServerGone where the answer does not come in `seconds` or not at all, UserError where the server says one."""

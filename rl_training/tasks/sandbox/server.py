@@ -3,6 +3,7 @@
     {"warm_up": true}                                                   -> {}, with math-verify's tables built
     {"problems": {"name", "arguments", "seed", "count"}}                -> {"problems": [[question, answer or null], ...]}
     {"readable": [answers]}                                             -> {"results": [[true or false, null], ...]}
+    {"templates": true}, {"render": ...}                                -> as template_renderer.py says
     {"score": [items], "seconds", "memory", "apart"}                    -> {"results": [[value or null, why or null], ...]}
 
 An item is [number of a problem, text] for a reasoning-gym task and [answer, text] for math-verify. apart: a fresh child for
@@ -28,6 +29,7 @@ from typing import Any
 from rl_training.errors import UserError
 from rl_training.tasks.sandbox import lockdown, messages
 from rl_training.tasks.sandbox.evaluation_guard import guard_evaluation
+from rl_training.tasks.sandbox.template_renderer import render_in_child
 
 # What a scorer may stumble over in a text that is no answer of its kind: such a text earns 0.
 MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, SyntaxError, TypeError, ValueError)
@@ -69,6 +71,10 @@ class _Server:
     def _answer(self, order: dict[str, Any]) -> dict[str, Any]:
         if "problems" in order:
             return self._make_problems(**order["problems"])
+        if "templates" in order:
+            return {}
+        if "render" in order:
+            return render_in_child(order, self._layers, self._mapped())
         if "warm_up" in order:
             from rl_training.tasks.sandbox.math_scorer import warm_up
 
@@ -161,7 +167,7 @@ class _Server:
         if len(child.items) > 1:
             return [[place] for place in undone]
         if undone:
-            results[undone[0]] = [None, _cause(status, seconds)]
+            results[undone[0]] = [None, cause_of_death(status, seconds)]
         return []
 
     def _give_up(self, running: dict[int, _Child]) -> None:
@@ -172,7 +178,8 @@ class _Server:
             os._exit(1)  # with us the kernel ends our children; the parent starts another server
 
 
-def _cause(status: int, seconds: float) -> str:
+def cause_of_death(status: int, seconds: float) -> str:
+    """Why a child ended without a result, from the status that it was reaped with."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL):

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from rl_training.tasks.sandbox import messages
 
-MODULES = frozenset({"reasoning_gym", "math_verify"})
+MODULES = frozenset({"reasoning_gym", "math_verify", "transformers.utils.chat_template_utils"})
 
 
 def main(control_descriptor: int) -> None:
