@@ -25,10 +25,14 @@ _PROMPTS_COMPARED = 8
 def recorded_departures(sampling: SidecarSampling, vocabulary_size: int | None = None) -> list[Departure]:
     """Settings of the run's generator under which completions were not drawn from what is analysed."""
     found = departures(sampling.generation, vocabulary_size, "in the run")
+    try:
+        ends = list(token_ids(sampling.generation.get("eos_token_id")))
+    except (TypeError, ValueError, OverflowError):
+        ends = ["no token ids"]
     for name, recorded, ours in (
         ("temperature", sampling.generation.get("temperature"), sampling.temperature),
         ("max_new_tokens", sampling.generation.get("max_new_tokens"), sampling.max_completion_length),
-        ("eos_token_id", list(token_ids(sampling.generation.get("eos_token_id"))), sorted(sampling.eos_token_ids)),
+        ("eos_token_id", ends, sorted(sampling.eos_token_ids)),
     ):
         if recorded not in (None, []) and recorded != ours:
             found.append(

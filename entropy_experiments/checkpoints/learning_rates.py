@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rl_training.errors import UserError
+from rl_training.run.record_ranges import LARGEST_LEARNING_RATE
 
 _SAME = 1e-9
 _MOST_WARMUP = 20_000
@@ -89,10 +90,10 @@ def rates_after(groups: Sequence[Mapping[str, Any]], first: float, scheduler: Ma
 
 
 def _base_rates(groups: Sequence[Mapping[str, Any]], scheduler: Mapping[str, Any] | None) -> list[float] | None:
-    if all("initial_lr" in group for group in groups):
+    if all(_is_rate(group.get("initial_lr")) for group in groups):
         return [float(group["initial_lr"]) for group in groups]
     found = None if scheduler is None else scheduler.get("base_lrs")
-    if isinstance(found, list) and len(found) == len(groups):
+    if isinstance(found, list) and len(found) == len(groups) and all(map(_is_rate, found)):
         return [float(rate) for rate in found]
     return None
 
@@ -102,9 +103,13 @@ def _logged(history: Sequence[Mapping[str, Any]], step: int) -> dict[int, float]
     found = {}
     for row in history:
         at, rate = row.get("step"), row.get("learning_rate")
-        if isinstance(at, int) and isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 and at <= step:
+        if type(at) is int and at <= step and _is_rate(rate):
             found[at] = float(rate)
     return found
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST_LEARNING_RATE
 
 
 def _perhaps_of_the_next_step(step: int, logged: Mapping[int, float], after: float) -> bool:

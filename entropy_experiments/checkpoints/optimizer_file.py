@@ -119,6 +119,10 @@ def _check_group(path: Path, number: int, group: Mapping[str, Any], recorded_cla
             f"{where}: lr {lr:g}, betas ({beta1:g}, {beta2:g}), eps {eps:g}, weight_decay {decay:g} are no settings of AdamW: "
             "it is damaged; copy it again"
         )
+    if max(lr, decay) > 1e3 or eps > 1e3:
+        raise UserError(
+            f"{where}: lr {lr:g}, eps {eps:g}, weight_decay {decay:g} are beyond what any run has: it is damaged; copy it again"
+        )
     flags = [name for name in ("maximize", "amsgrad") if type(group[name]) is not bool]
     if flags:
         raise UserError(f"{where}: {flags[0]} is neither true nor false: it is damaged; copy it again")
@@ -168,6 +172,13 @@ def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mappi
                 f"{where}: {name} holds NaN or infinite values: the optimizer's state is damaged, or the run diverged before "
                 "this step; take an earlier checkpoint"
             )
+    if not float(torch.tensor(float(group["eps"]), dtype=moments[0].dtype)) and any(
+        bool((v == 0).any()) for v in moments[1:]
+    ):
+        raise UserError(
+            f"{where}: eps {float(group['eps']):g} is nothing in its precision and some second moments are 0, so that the "
+            f"step is not finite: {WITHOUT_IT}"
+        )
     _check_bound(where, moments[0], moments[1:], int(step), group)
 
 

@@ -166,12 +166,32 @@ def _check_policy(found: Examined, model_name: str | None, local_files_only: boo
         raise UserError(
             f"the base model of {folder} does not load: {error}; name another with checkpoint.model=..."
         ) from error
+    if sidecar is not None:
+        _check_token_ids(folder, sidecar, vocabulary_size(found.outline))
     if (folder / "tokenizer_config.json").exists():
         from rl_training.models.load import read_tokenizer
 
         read_tokenizer(folder)
     elif adapter is None:
         _tokenizer_of(found.model_name)
+
+
+def vocabulary_size(outline: nn.Module | None) -> int | None:
+    """Rows of the policy's embeddings; None where its base model was not looked at."""
+    get: Any = getattr(outline, "get_input_embeddings", None)
+    return None if get is None else int(get().weight.shape[0])
+
+
+def _check_token_ids(folder: Path, sidecar: Sidecar, vocabulary: int | None) -> None:
+    """Raises UserError for recorded end or padding tokens that the policy does not have."""
+    s = sidecar.sampling
+    beyond = [t for t in (*s.eos_token_ids, s.pad_token_id) if vocabulary is not None and t >= vocabulary]
+    if beyond:
+        raise UserError(
+            f"the record of {folder} names the token {beyond[0]} for the end or padding, its base model has {vocabulary}: the "
+            "record is damaged, or of another model's run; copy entropy_experiments.json again, or name the run's base model "
+            "with checkpoint.model=..."
+        )
 
 
 def _tokenizer_of(name: str) -> None:
@@ -212,6 +232,8 @@ def _check_optimizer(found: Examined) -> None:
     state = read_tensor_file(path)
     scheduler = found.folder / "scheduler.pt"
     found.scheduler = read_tensor_file(scheduler) if scheduler.exists() else None
+    if not isinstance(found.scheduler, dict | None):
+        raise UserError(f"{scheduler} is no state of a schedule: it is damaged; copy it again")
     steps = _steps_seen(found)
     trusted = sidecar is not None and "optimizer.pt" in sidecar.sha256
     check_optimizer_state(path, state, steps, None if sidecar is None else sidecar.optimizer_class, trusted)

@@ -23,7 +23,7 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.checkpoints.folder import CheckpointRecord, adapter_folders, read_json, resolve_checkpoint
 from entropy_experiments.checkpoints.foreign import foreign_layout
 from entropy_experiments.checkpoints.loaded_policy import check_witness
-from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint
+from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint, vocabulary_size
 from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.config import BUILT_IN_REWARDS, TaskConfig
 from rl_training.errors import UserError
@@ -68,7 +68,7 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
     if found.sidecar is not None and not found.problems:
         try:
             checkpoint = _check_law(found, found.sidecar)
-            check_witness(found.folder, found.sidecar, _vocabulary(found))
+            check_witness(found.folder, found.sidecar, vocabulary_size(found.outline))
             if found.sidecar.task is not None:
                 task = task_of_analysis(found.sidecar, FisherAnalysisConfig(), trust)
                 _check_task(checkpoint, task)
@@ -85,12 +85,6 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
         give.append("checkpoint.learning_rate")
         remedies.append(found.rate_problem)
     return Diagnosis(found, _kind(found), YES, remedies, give)
-
-
-def _vocabulary(found: Examined) -> int | None:
-    """Rows of the policy's embeddings, None where its base model was not looked at."""
-    get = getattr(found.outline, "get_input_embeddings", None)
-    return None if get is None else int(get().weight.shape[0])
 
 
 def _check_task(checkpoint: Checkpoint, config: TaskConfig | None) -> None:

@@ -17,7 +17,10 @@ from rl_training.prompts.limited_templates import TemplateError, limited_templat
 from rl_training.prompts.text_tokenizer import text_tokenizer
 
 # What rendering itself decides; a record that says otherwise is not one of a run.
-_DECIDED = frozenset({"conversation", "add_generation_prompt", "tokenize", "return_dict", "return_tensors"})
+_DECIDED = frozenset(
+    "conversation add_generation_prompt tokenize return_dict return_tensors return_assistant_tokens_mask continue_final_message "
+    "padding truncation max_length tokenizer_kwargs sanitize_control_tokens".split()
+)
 
 
 @dataclass(frozen=True)

@@ -8,45 +8,43 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from typing import Literal
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
 from rl_training.files import write_whole
+from rl_training.run import record_ranges as of
 
 SIDECAR_NAME = "entropy_experiments.json"
 SIDECAR_FORMAT = 2
 # What this release reads: a checkpoint of format 1 lacks the fields that have a default below.
 _READABLE_FORMATS = (1, 2)
-_LARGEST_COUNT = 10**7
 
 
 class SidecarSampling(StrictModel):
     """How completions were drawn in the run."""
 
-    temperature: PositiveFloat
-    top_p: float
-    top_k: int
-    max_completion_length: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-    eos_token_ids: list[int]
-    pad_token_id: NonNegativeInt
-    prompts_per_step: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-    completions_per_prompt: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-    chat_template_sha256: str | None = None
+    temperature: of.Temperature
+    top_p: of.TopP
+    top_k: of.TopK
+    max_completion_length: of.Tokens
+    eos_token_ids: of.EndTokens
+    pad_token_id: of.TokenId
+    prompts_per_step: of.Sequences
+    completions_per_prompt: of.Sequences
+    chat_template_sha256: of.Digest | None = None
     """Digest of the tokenizer's chat template; None where it was not recorded."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: of.Settings = {}
     """Arguments of the chat template beside the messages, e.g. {"enable_thinking": false}."""
     contents_in_parts: bool = False
     """Whether messages were given to the template in parts, as those of multimodal models are."""
-    generation: dict[str, Any] = {}
+    generation: of.Settings = {}
     """Every key of the generator's final configuration that has a value; empty where it was not recorded."""
-    training_noise: list[str] = []
+    training_noise: of.Texts = []
     """What made training mode another function than evaluation mode, e.g. "neftune_noise_alpha=5"."""
-    adapters: list[str] = []
+    adapters: of.Texts = []
     """Kinds of the adapters that the policy had, e.g. "LORA"."""
-    environment: str | None = None
+    environment: of.Text | None = None
     """What wrote into completions beside the policy: tools, environment_factory or rollout_func; None for nothing."""
 
 
@@ -55,61 +53,61 @@ class SidecarWitness(StrictModel):
     must find the same ones.
     """
 
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    scores: list[float]
+    prompt_ids: list[of.TokenIds]
+    completion_ids: list[of.TokenIds]
+    scores: list[of.Score]
     """Log-probability of each completion, nats, at the sampling temperature."""
 
 
 class SidecarGradientPremise(StrictModel):
     """What the run found when it held its own gradient against that of its sequences' weights; see docs/guides/training.md."""
 
-    step: int
+    step: of.Step
     made: bool
     """Whether it could be checked; `trouble` says why not."""
-    trouble: str | None
+    trouble: of.LongText | None
     """What is wrong; null where the premise held."""
-    relative_error: float | None = None
-    tolerance: float | None = None
-    logprob_difference: float | None = None
+    relative_error: of.Error | None = None
+    tolerance: of.Error | None = None
+    logprob_difference: of.Error | None = None
     """Of a token's log-probability between the trainer's forward pass and the policy's, nats."""
 
 
 class SidecarAlgorithm(StrictModel):
     """How sequences were weighted in the loss, and how the training buffer was filled."""
 
-    scheme: str
-    length_normalizer: str
-    max_grad_norm: float
+    scheme: of.Scheme
+    length_normalizer: of.Normalizer
+    max_grad_norm: of.GradientNorm
     difficulty_weighting: bool
     reject_zero_advantage: bool
-    max_refill_rounds: int
+    max_refill_rounds: of.Rounds
 
 
 class Sidecar(StrictModel):
     """What a checkpoint must carry to be analysed; see the fields of the same name in docs/guides/checkpoints.md."""
 
-    format: int
-    step: NonNegativeInt
-    model_name: str
-    dtype: Literal["float32", "bfloat16", "float16", "float64"]
-    mixed_precision: str
+    format: Literal[1, 2]
+    step: of.Step
+    model_name: of.Text
+    dtype: of.Precision
+    mixed_precision: of.Autocast
     """Autocast of the training forwards ("no" for none); an analysis runs without."""
-    quantization: str | None
-    optimizer_parameter_names: list[list[str]]
+    quantization: of.LongText | None
+    optimizer_parameter_names: list[of.Texts]
     """Per parameter group, the names in the order of the optimizer's integer ids."""
-    learning_rates_used: list[float]
+    learning_rates_used: list[of.LearningRate]
     """Per parameter group, the rate that the last step was taken with."""
     sampling: SidecarSampling
     algorithm: SidecarAlgorithm
-    task: dict[str, Any] | None
+    task: of.Settings | None
     """The task's configuration, where it came from one."""
-    pass_rates: dict[str, list[float]]
-    rank_count: PositiveInt
-    versions: dict[str, str]
-    optimizer_class: str | None = None
+    pass_rates: of.PassCounts
+    rank_count: of.Processes
+    versions: dict[of.Text, of.Text]
+    optimizer_class: of.Text | None = None
     """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
-    sha256: dict[str, str] = {}
+    sha256: dict[of.Text, of.Digest] = {}
     """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
     rollouts_sha256: str | None = None
     """Digest of the record of this step's sequences, which lies beside the checkpoint; None where there was none."""
@@ -142,9 +140,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
-    if not isinstance(data, dict) or data.get("format") not in _READABLE_FORMATS:
+    known = isinstance(data, dict) and type(data.get("format")) is int and data["format"] in _READABLE_FORMATS
+    if not known:
         found = data.get("format") if isinstance(data, dict) else None
         raise UserError(
-            f"{path} is of format {found}, this release reads formats 1 and 2: use the release that wrote it"
+            f"{path} is of format {str(found)[:40]}, this release reads formats 1 and 2: use the release that wrote it"
         )
     return validate_config(Sidecar, data, str(path))
