@@ -30,6 +30,31 @@ _MUST_BE_OFF = {
     "use_qalora": "it needs a quantised base model",
     "monteclora_config": "its forward pass is random",
     "velora_config": "its gradients are projected",
+    "layer_replication": "it stacks layers of the base model anew",
+}
+LORA_OPTIONS = frozenset(
+    "peft_type r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save "
+    "init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core trainable_token_indices "
+    "loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size runtime_config lora_bias target_parameters "
+    "use_bdlora kasa_config ensure_weight_tying".split()
+)
+"""Options of LoRA under which a policy is loaded as it was trained; any other must be off."""
+SUPPORTED = frozenset(
+    "ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS OFT PEANUT "
+    "PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
+)
+"""Kinds of adapter that are loaded as they were trained (a test does it with each); any other is refused."""
+_BEFORE_THE_PROMPT = (
+    "it puts trained vectors before the prompt, and log-probabilities of such a policy are not computed here"
+)
+_MIXED = "it is several adapters mixed by input, which is not supported"
+_REFUSED = {
+    **dict.fromkeys("PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT".split(), _BEFORE_THE_PROMPT),
+    **dict.fromkeys("ADAPTION_PROMPT CARTRIDGE".split(), _BEFORE_THE_PROMPT),
+    **dict.fromkeys("XLORA POLY SHADOW".split(), _MIXED),
+    "PVERA": "its forward pass is random in training",
+    "OSF": "its gradients are projected in training",
+    "ADAMSS": "what it trains is chosen from the base model's values",
 }
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")
 
@@ -52,15 +77,7 @@ def read_adapter_config(folder: Path, reproducible: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no object: the checkpoint is damaged; copy it again")
     known = _fields_of(path, content.get("peft_type"))
-    for key, value in content.items():
-        if key not in known and key not in _IGNORED and value not in (None, False, [], {}, 0):
-            raise UserError(
-                f"{path} has the option {key}={value!r}, which the installed PEFT does not know and would leave out: install the "
-                f"PEFT that wrote it ({content.get('peft_version', 'a newer one')})"
-            )
-    for key, why in _MUST_BE_OFF.items():
-        if content.get(key) not in (None, False, [], {}):
-            raise UserError(f"{path} has {key} set: {why}, so its policy cannot be analysed; train without it")
+    _check_options(path, content, known)
     start = unrepeatable_initialisation(content)
     if start is not None and not reproducible:
         raise UserError(
@@ -79,17 +96,32 @@ def _fields_of(path: Path, kind: Any) -> set[str]:
         raise UserError(
             f"{path}: peft_type {kind!r} is no adapter that the installed PEFT knows: install the one that wrote it"
         )
-    fields = {field.name for field in dataclasses.fields(configuration)}
-    if "num_virtual_tokens" in fields or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
+    if kind not in SUPPORTED:
+        why = _REFUSED.get(str(kind), "it is not known here to be loaded as it was trained")
+        raise UserError(f"{path} is of kind {kind}: {why}; train LoRA, or the whole model")
+    return {field.name for field in dataclasses.fields(configuration)}
+
+
+def _check_options(path: Path, content: dict[str, Any], known: set[str]) -> None:
+    """Raises UserError for an option that PEFT does not know, or that is set and not known here to be predicted right."""
+    for key, value in content.items():
+        if key in _IGNORED or value in (None, False, [], {}, 0):
+            continue
+        if key not in known:
+            raise UserError(
+                f"{path} has the option {key}={str(value)[:80]!r}, which the installed PEFT does not know and would leave out: "
+                f"install the PEFT that wrote it ({content.get('peft_version', 'a newer one')})"
+            )
+        why = _MUST_BE_OFF.get(key)
+        if why is None and content.get("peft_type") == "LORA" and key not in LORA_OPTIONS:
+            why = "what it does to the policy is not known here"
+        if why is not None:
+            raise UserError(f"{path} has {key} set: {why}, so its policy cannot be analysed; train without it")
+    if content.get("ensure_weight_tying") and content.get("modules_to_save"):
         raise UserError(
-            f"{path} is of kind {kind}: it puts trained vectors before the prompt, and log-probabilities of such a policy are "
-            "not computed here; train LoRA, or the whole model"
+            f"{path} has ensure_weight_tying with modules_to_save: PEFT ties these when it makes the adapter, not when it loads "
+            "it, so that the loaded policy has a parameter more than the trained one; train without ensure_weight_tying"
         )
-    if kind in ("XLORA", "POLY", "SHADOW"):
-        raise UserError(
-            f"{path} is of kind {kind}, several adapters mixed by input, which is not supported: train LoRA"
-        )
-    return fields
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,11 @@ def outline_policy(
         # A few kinds of adapter look at values as they are made (BOFT, SHiRA): any values will do.
         model = outline_model(base, local_files_only).to_empty(device="cpu")
         resize_vocabulary(model, shapes, folder)
-        return _attach(model, adapter, shapes, "cpu")
+        try:
+            return _attach(model, adapter, shapes, "cpu")
+        except (NotImplementedError, RuntimeError) as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the adapter in {adapter.folder} cannot be examined: {line[:200]}; train LoRA") from error
 
 
 def resize_vocabulary(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -49,6 +49,7 @@ Text = Annotated[str, Field(min_length=1, max_length=_MOST_TEXT), AfterValidator
 LongText = Annotated[str, Field(max_length=1 << 16), AfterValidator(_one_line)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Settings = Annotated[dict[str, Any], AfterValidator(_small)]
+TaskSettings = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(_small)]
 Texts = Annotated[list[Text], Field(max_length=10_000)]
 
 Step = Annotated[int, Field(ge=0, le=10**9)]

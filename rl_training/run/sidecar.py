@@ -100,7 +100,7 @@ class Sidecar(StrictModel):
     """Per parameter group, the rate that the last step was taken with."""
     sampling: SidecarSampling
     algorithm: SidecarAlgorithm
-    task: of.Settings | None
+    task: of.TaskSettings | None
     """The task's configuration, where it came from one."""
     pass_rates: of.PassCounts
     rank_count: of.Processes
@@ -109,7 +109,7 @@ class Sidecar(StrictModel):
     """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
     sha256: dict[of.Text, of.Digest] = {}
     """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
-    rollouts_sha256: str | None = None
+    rollouts_sha256: of.Digest | None = None
     """Digest of the record of this step's sequences, which lies beside the checkpoint; None where there was none."""
     witness: SidecarWitness | None = None
     """None where none was recorded."""
