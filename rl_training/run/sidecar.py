@@ -107,7 +107,7 @@ class Sidecar(StrictModel):
     versions: dict[of.Text, of.Text]
     optimizer_class: of.Text | None = None
     """Full name of the optimizer's class, e.g. torch.optim.adamw.AdamW; None where it was not recorded."""
-    sha256: dict[of.Text, of.Digest] = {}
+    sha256: dict[str, of.Digest] = {}
     """Digest of each file of weights and optimizer state, by its name in the checkpoint."""
     rollouts_sha256: of.Digest | None = None
     """Digest of the record of this step's sequences, which lies beside the checkpoint; None where there was none."""
