@@ -25,6 +25,9 @@ from entropy_core.passes.frozen_head import completion_values
 
 # Largest difference of a log-probability, relative to its size (at least 1 nat), that rounding explains.
 _TOLERANCE = 1e-4
+# Of a gradient, relative to its norm; and how many of its elements are compared.
+_GRADIENT_TOLERANCE = 1e-3
+_MOST_ELEMENTS = 2**22
 
 
 def shared_prefix_buckets(batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE) -> list[Bucket]:
@@ -194,8 +197,8 @@ def _seen_tokens(batch: SequenceBatch, group: list[int]) -> int:
 
 
 def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
-    """Whether this model gives the same numbers on shared rows: tried on the longest sequences of `batch`, and on the prompt
-    whose completions would see most of each other (in a recurrent model or one with convolutions, say).
+    """Whether this model gives the same numbers and gradients on shared rows: tried on the longest sequences of `batch`, and on
+    the prompt whose completions would see most of each other (in a recurrent model or one with convolutions, say).
 
     The answer holds for sequences no longer than these: a sliding window, which a mask of one's own takes off, shows on
     longer ones alone. False as well where the model refuses such rows, or where nothing can be told (`tells_of_sharing`).
@@ -220,7 +223,51 @@ def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
         except Exception:  # models refuse a mask they do not know in every possible way; the plain rows below must work
             return False
         apart = _logprobs(model, part, length_buckets(part))
-    return bool(((shared - apart).abs() <= _TOLERANCE * apart.abs().clamp(min=1.0)).all())
+    if not bool(((shared - apart).abs() <= _TOLERANCE * apart.abs().clamp(min=1.0)).all()):
+        return False
+    return _gradients_agree(model, part)
+
+
+def _gradients_agree(model: nn.Module, batch: SequenceBatch) -> bool:
+    """Whether gradients do as log-probabilities did: a kernel or a module may take another way back than forward.
+
+    Held against each other on the smallest trained tensors, which stand in every layer; one backward pass each.
+    """
+    parameters = _small_parameters(model)
+    if not parameters:
+        return True
+    with torch.enable_grad(), evaluation_mode(model):
+        try:
+            shared = _gradient(model, batch, shared_prefix_buckets(batch), parameters)
+        except Exception:  # as above
+            return False
+        apart = _gradient(model, batch, length_buckets(batch), parameters)
+    return bool((shared - apart).norm() <= _GRADIENT_TOLERANCE * apart.norm())
+
+
+def _small_parameters(model: nn.Module) -> list[Tensor]:
+    """Trained tensors from the smallest up, of _MOST_ELEMENTS together; at least one, where any is trained."""
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())
+    taken, used = [], 0
+    for parameter in trained:
+        used += parameter.numel()
+        if taken and used > _MOST_ELEMENTS:
+            break
+        taken.append(parameter)
+    return taken
+
+
+def _gradient(model: nn.Module, batch: SequenceBatch, buckets: list[Bucket], parameters: list[Tensor]) -> Tensor:
+    """Of a sum of log-probabilities in which no two sequences, and no two tokens, have the same weight; flattened."""
+    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for bucket in buckets:
+        logprobs = completion_values(model, bucket, batch.temperature, with_entropies=False).logprobs
+        weights = (1.0 + 2.0 * bucket.sequences + 0.7 * bucket.columns).cos().to(logprobs)
+        found = torch.autograd.grad((weights * logprobs).sum(), parameters, allow_unused=True)
+        for into, gradient in zip(total, found, strict=True):
+            if gradient is not None:
+                into += gradient
+    return torch.cat([part.flatten().to(total[0].device) for part in total])
 
 
 def _logprobs(model: nn.Module, batch: SequenceBatch, buckets: list[Bucket]) -> Tensor:

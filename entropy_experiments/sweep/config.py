@@ -34,10 +34,11 @@ class CheckpointSelection(StrictModel):
 
 
 class SweepSamplingConfig(SamplingConfig):
-    """Double sampling, with the same evaluation prompts at every checkpoint."""
+    """Double sampling, with the same evaluation prompts at every checkpoint unless they are the run's own."""
 
-    eval_prompts: Literal["random", "fixed_set"] = "fixed_set"
-    """`fixed_set`: the split's first prompts; `random`: by seed, and so the same ones at every checkpoint too."""
+    eval_prompts: Literal["random", "fixed_set", "from_run"] = "fixed_set"
+    """`fixed_set`: the split's first prompts; `random`: by seed, and so the same ones at every checkpoint too; `from_run`: what
+    each checkpoint's next step recorded, of other prompts at each, so that little is said of several checkpoints together."""
 
 
 class SweepQuestionsConfig(AnalysisConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from entropy_experiments.sweep.config import CheckpointSelection, SweepConfig
 from rl_training.errors import UserError
+from rl_training.run.rollouts import rollouts_path
+
+_logger = logging.getLogger(__name__)
 
 _MOST_RUNS_IN_A_NAME = 3
 
@@ -80,12 +84,30 @@ def choose_checkpoints(run: Path, selection: CheckpointSelection) -> list[tuple[
 
 
 def plan_sweep(runs: dict[str, Path], config: SweepConfig) -> list[Target]:
-    """Every checkpoint to analyse, run by run. Raises UserError as `choose_checkpoints` does."""
-    return [
-        Target(name, step, path)
-        for name, run in runs.items()
-        for step, path in choose_checkpoints(run, config.checkpoints)
-    ]
+    """Every checkpoint to analyse, run by run. Raises UserError as `choose_checkpoints` and `_with_a_next_step` do."""
+    chosen = {name: choose_checkpoints(run, config.checkpoints) for name, run in runs.items()}
+    if config.entropy_analysis.sampling.eval_prompts == "from_run":
+        asked = config.checkpoints.steps is not None
+        chosen = {name: _with_a_next_step(runs[name], found, asked) for name, found in chosen.items()}
+    return [Target(name, step, path) for name, found in chosen.items() for step, path in found]
+
+
+def _with_a_next_step(run: Path, found: list[tuple[int, Path]], asked: bool) -> list[tuple[int, Path]]:
+    """Those whose next step the run recorded: a run's last checkpoint has none, and is left out with a word.
+
+    asked: whether the user named the steps. Raises UserError where a step was asked for that has none, or nothing is left.
+    """
+    without = [step for step, _ in found if not rollouts_path(run, step + 1).exists()]
+    words = (
+        f"the run recorded nothing of the step after, which eval_prompts=from_run takes: {', '.join(map(str, without))}"
+    )
+    if without and (asked or len(without) == len(found)):
+        raise UserError(
+            f"{run}: of these checkpoints {words}; leave them out (checkpoints.steps), or take eval_prompts=fixed_set"
+        )
+    if without:
+        _logger.warning("%s: checkpoints are left out, for %s", run, words)
+    return [(step, path) for step, path in found if step not in without]
 
 
 def sweep_name(runs: dict[str, Path]) -> str:

@@ -201,6 +201,27 @@ def test_whether_a_model_can_is_found_out_by_trying(model: nn.Module, shares: bo
     assert model.training, "training mode was not restored"
 
 
+class AnotherWayBack(DistanceAttention):
+    """Its values are right, and its derivatives run along the row, past every mask: so did a fused kernel once."""
+
+    scale = 0.1
+
+    def forward(self, input_ids: Tensor, **rest: Tensor) -> SimpleNamespace:
+        logits = super().forward(input_ids, **rest).logits
+        along = self.scale * logits.cumsum(1)
+        return SimpleNamespace(logits=logits + along - along.detach())
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.01, 0.0])
+def test_gradients_must_agree_where_log_probabilities_do(scale: float) -> None:
+    model = AnotherWayBack(VOCABULARY, by_position_ids=False)
+    model.scale = scale
+    assert shares_prefixes(model, right_padded(groups())) is (scale == 0.0)
+    assert all(p.grad is None for p in model.parameters())
+    model.requires_grad_(False)
+    assert shares_prefixes(model, right_padded(groups())) is True, "what is not trained has no gradient to be wrong"
+
+
 @pytest.mark.parametrize(
     "error", [ValueError, TypeError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError]
 )
