@@ -203,7 +203,13 @@ def _pass(
     """One forward pass over all rows, right-padded in batches of similar length."""
     out: dict[float, list[TokenValues | None]] = {t: [None] * len(rows) for t in temperatures}
     device = next(model.parameters()).device
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or 2**15)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if not all(
+        0 <= token < vocabulary for row in rows for token in (*row.prompt_ids, *row.completion_ids, pad_token_id)
+    ):
+        raise UserError(
+            f"recorded tokens are not of the policy's vocabulary of {vocabulary}: they are damaged, or another run's"
+        )
     order = sorted(range(len(rows)), key=lambda n: _places(rows[n]))
     while order:
         longest = _places(rows[order[-1]])

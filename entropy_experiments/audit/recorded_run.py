@@ -19,6 +19,7 @@ from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.run.sidecar import Sidecar, read_sidecar
 from rl_training.run.step_record import GENERATED, LOSS, RunSettings, read_settings, read_step, step_path
 
+_WIDEST = 10**6  # tokens of a padded completion
 _HOW_TO_RECORD = (
     "nothing says what its steps generated and trained on. Train with `entropy-experiments train`, or in a TRL script of your "
     "own add `from rl_training.integrations.step_recorder import record_steps; record_steps(trainer)` before trainer.train()"
@@ -121,8 +122,8 @@ def _from_record(folder: Path, step: int, own_trainer: bool) -> Callable[[], Ste
         kept = _trained_sequences(folder, step) if own_trainer else None
         parts: dict[str, dict[int, list[Sequence]]] = {GENERATED: {}, LOSS: {}}
         for row in rows:
-            if row["part"] not in parts or len(row["mask"] or []) != len(row["completion_ids"] or []):
-                raise UserError(f"{step_path(folder, step)} is damaged: a mask does not fit its completion")
+            if (trouble := _trouble(row)) is not None:
+                raise UserError(f"{step_path(folder, step)} is damaged: {trouble}")
             tokens = (tuple(row["prompt_ids"]), tuple(row["completion_ids"]))
             sequence = Sequence(
                 *tokens,
@@ -138,6 +139,22 @@ def _from_record(folder: Path, step: int, own_trainer: bool) -> Callable[[], Ste
         return StepRecord(step, rounds, loss, True, len(loss))
 
     return read
+
+
+def _trouble(row: dict[str, Any]) -> str | None:
+    """What no recorder writes."""
+    if row["part"] not in (GENERATED, LOSS) or row["batch"] is None:
+        return "a row is of no known part"
+    count = len(row["completion_ids"] or ())
+    if not row["prompt_ids"] or not count or len(row["mask"] or ()) != count:
+        return "a prompt or a completion is empty, or its mask has another length"
+    if any(value is None for name in ("prompt_ids", "completion_ids", "mask") for value in row[name]):
+        return "tokens or masks are missing"
+    if row["rank"] is None or row["width"] is None or not count <= row["width"] <= _WIDEST:
+        return "its padded width is none"
+    if row["sampler_logprobs"] is not None and len(row["sampler_logprobs"]) != count:
+        return "the sampler's log-probabilities are not those of its completion"
+    return None
 
 
 def _trained_sequences(folder: Path, step: int) -> set[tuple[tuple[int, ...], tuple[int, ...]]] | None:

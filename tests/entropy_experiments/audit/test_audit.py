@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from entropy_experiments.audit.audit import audit_recorded
+from entropy_experiments.audit.audit import audit_recorded, audit_run
 from entropy_experiments.audit.lines import verdict_line
 from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.recorded_run import read_run
 from entropy_experiments.audit.verdicts import AGREES, DIFFERS, RECOMPUTED
+from rl_training.integrations.step_recorder import record_steps
+from tests.entropy_experiments.audit.conftest import SETTINGS
+from tests.rl_training.integrations.test_trl_integration import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,25 @@ def test_a_planted_mistake_is_named(planted, policies, kind: str) -> None:
         causes = f.why.removeprefix("one of these, which the numbers cannot tell apart: ").split("; ")
         assert all(any(e in cause for e in expected) for cause in causes), f.why
     assert not any(f.status != AGREES for f in audit.findings if f.metric != "entropy" and f.logged is not None)
+
+
+def test_a_trainer_that_logs_surprisal(audited_policy, tmp_path) -> None:
+    """The mistake in the trainer itself, with TRL's own logging: what it takes for entropies are surprisals."""
+    trainer = make_trainer(audited_policy, tmp_path / "run", **{**SETTINGS, "max_steps": 2})
+    original = trainer._get_per_token_logps_and_entropies
+
+    def mistaken(*args, **kwargs):
+        logps, entropies, aux = original(*args, **kwargs)
+        return logps, None if entropies is None else -logps.detach(), aux
+
+    trainer._get_per_token_logps_and_entropies = mistaken
+    record_steps(trainer)
+    trainer.train()
+    audit = audit_run(tmp_path / "run", "cpu")
+    assert [(f.status, f.why) for f in entropies(audit)] == [
+        (DIFFERS, "surprisal (−log π of the tokens drawn) in place of entropy")
+    ] * 2
+    assert "NOT" not in verdict_line(audit) and verdict_line(audit).startswith("2 of 26 logged numbers differ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import shutil
 import sys
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from entropy_experiments import cli
@@ -17,7 +19,7 @@ from entropy_experiments.audit.recorded_run import read_run
 from entropy_experiments.audit.step_choice import parse_steps
 from entropy_experiments.audit.verdicts import AGREES, DIFFERS, UNEXPLAINED
 from rl_training.errors import UserError
-from rl_training.run.step_record import step_path
+from rl_training.run.step_record import SCHEMA, read_step, step_path
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,25 @@ def test_damaged_records(planted, tmp_path) -> None:
     settings.write_text(whole)
     step_path(run, 2).write_bytes(b"PAR1")
     with pytest.raises(UserError, match="damaged"):
+        audit_run(run, "cpu")
+    rows = read_step(planted.run, 2) or []
+    for change in (
+        {"completion_ids": [10**6] * len(rows[0]["mask"])},
+        {"completion_ids": [-1] * len(rows[0]["mask"])},
+        {"mask": [True]},
+        {"prompt_ids": []},
+        {"width": 10**9},
+        {"width": None},
+        {"part": "other"},
+        {"batch": None},
+        {"mask": [None] * len(rows[0]["mask"])},
+        {"sampler_logprobs": [0.0]},
+    ):
+        pq.write_table(pa.Table.from_pylist([{**rows[0], **change}, *rows[1:]], schema=SCHEMA), step_path(run, 2))
+        with pytest.raises(UserError, match="damaged"):
+            audit_run(run, "cpu", steps=[2])
+    pq.write_table(pa.table({"part": ["loss"]}), step_path(run, 2))
+    with pytest.raises(UserError, match="other columns"):
         audit_run(run, "cpu")
     # Of a step without a record nothing is said; its neighbours are audited.
     step_path(run, 2).unlink()
