@@ -111,13 +111,12 @@ def _matching(
     windows: Sequence[Window],
     slack: Slack,
 ) -> list[Cause]:
-    accidents = _accidents(list(found.values()), windows)
     causes = []
     for changes, values in found.items():
         definition = replace(right, **dict(changes))
         at = zip(values, windows, strict=True)
         if all(math.isfinite(v) and _explains(v, w, slack(definition, w.steps)) for v, w in at):
-            causes.append(Cause(changes, tuple(values), accidents))
+            causes.append(Cause(changes, tuple(values), _accidents(values, list(found.values()), windows)))
     exact = [c for c in causes if all(_explains(v, w, 0.0) for v, w in zip(c.values, windows, strict=True))]
     return exact or causes
 
@@ -130,19 +129,24 @@ def _explains(value: float, window: Window, slack: float) -> bool:
     return off <= window.tolerance and shift > window.tolerance
 
 
-def _accidents(values: Sequence[Sequence[float]], windows: Sequence[Window]) -> float:
-    """Expected number of alternatives that agree at every window by accident."""
+def _accidents(values: Sequence[float], alternatives: Sequence[Sequence[float]], windows: Sequence[Window]) -> float:
+    """Expected number of alternatives that come as close as `values` at every window by accident.
+
+    By how densely alternatives lie close to the logged value, and within the size of the difference to be explained.
+    """
     chance = 1.0
     for place, window in enumerate(windows):
-        unit = max(window.tolerance, window.grain / 2)
-        reach = _NEIGHBOURHOOD * unit
+        off = abs(values[place] - window.logged)
+        unit = max(2 * off, window.tolerance / _NEIGHBOURHOOD, window.grain / 2)
+        size = 2 * abs(window.logged - window.right)
+        others = [v[place] - window.logged for v in alternatives if math.isfinite(v[place])]
         # Equal alternatives count once; those that agree are not counted against themselves.
-        near = {
-            round((v[place] - window.logged) / (2 * unit))
-            for v in values
-            if math.isfinite(v[place]) and window.tolerance < abs(v[place] - window.logged) <= reach
-        }
-        chance *= min(1.0, max(len(near), 0.5) / _NEIGHBOURHOOD)
+        others = [d for d in others if abs(d) > max(off, window.tolerance)]
+        near = {round(d / (2 * unit)) for d in others if abs(d) <= _NEIGHBOURHOOD * unit}
+        within = {round(d / (2 * unit)) for d in others if abs(d) <= size}
+        # Of a number with few possible values a single one is no evidence, however few alternatives happen to lie near it.
+        least = 2.5 if window.grain > window.tolerance else 0.5
+        chance *= min(1.0, max(len(near), least, len(within) * _NEIGHBOURHOOD * unit / size) / _NEIGHBOURHOOD)
     return chance
 
 

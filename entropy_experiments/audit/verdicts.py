@@ -78,7 +78,7 @@ def _explain(
     joint = [c for c in joint if all(_holds(c, right, value, w, slack) for w in differing)]
     if joint:
         said = {w.steps[-1]: _sentence(joint, say) for w in differing}
-        return (said, {}) if joint[0].convincing else ({}, said if len(joint) <= _MOST_HINTS else {})
+        return (said, {}) if all(c.convincing for c in joint) else ({}, said if len(joint) <= _MOST_HINTS else {})
     fitting = {w.steps[-1]: find_causes(right, choices, value, [w], slack, pairs_too=False) for w in some(differing)}
     counts = Counter(cause.changes for causes in fitting.values() for cause in causes)
     named, hints = {}, {}
