@@ -190,3 +190,48 @@ def test_failed_check_comes_first_and_passed_checks_last(rows, summary):
 
 def test_verdict_of_nothing_is_a_list_of_warnings():
     assert all(sentence.tone in {"warning", "bad"} for sentence in write_verdict({}, [], []))
+
+
+def test_noise_is_claimed_of_nothing(rows, summary):
+    """Every error ten times as large, and a log that wanders: no sentence says that something fell, agrees or was the largest."""
+
+    def louder(tree):
+        if isinstance(tree, dict):
+            if "standard_error" in tree and "value" in tree:
+                tree["standard_error"] *= 10
+            for branch in tree.values():
+                louder(branch)
+
+    louder(summary)
+    summary["agreement"]["rao_blackwell"] = paired_agreement(0.006, 0.006 + 0.05 * SERIES).as_dict()
+    rng = np.random.default_rng(1)
+    history = [
+        {
+            "step": k,
+            "entropy": 1 + rng.normal(),
+            "reward": rng.random(),
+            "probe/predicted": rng.normal(),
+            "probe/measured": rng.normal(),
+        }
+        for k in range(12)
+    ]
+    text = " ".join(sentence.text for sentence in write_verdict(summary, history, make_run()["self_checks"], rows[:0]))
+    for claim in (
+        "fell",
+        "rose",
+        "They agree",
+        "do NOT agree",
+        "came from",
+        "worked against",
+        "correlation 0",
+        "correlation −",
+    ):
+        assert claim not in text, claim
+    for doubt in (
+        "showed no clear change",
+        "cannot be told apart",
+        "cannot be told from 0",
+        "cannot be said",
+        "undetermined",
+    ):
+        assert doubt in text, doubt
