@@ -154,11 +154,11 @@ def _sequences(evolution: Mapping[str, Any]) -> Sentence | None:
     above, below = (sum(share[key] for share in shares) for key in ("above", "below"))
     text = (
         f"Within the batches, sequences rewarded above their prompt's mean moved entropy by {signed(above)}, those below it by "
-        f"{signed(below)} {_UNIT} (shares of the analysed steps, added up)"
+        f"{signed(below)} {_UNIT} (accounting shares of the analysed steps, added up)"
     )
     costly = evolution["whole"]["costliest_prompts"]
     if costly:
-        text += f"; the prompt that cost most is {costly[0]['prompt_index']} ({signed(costly[0]['share'])})"
+        text += f"; by these sums prompt {costly[0]['prompt_index']} comes first ({signed(costly[0]['share'])}), how surely is not known"
     return Sentence(text + ".")
 
 

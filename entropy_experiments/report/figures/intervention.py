@@ -27,9 +27,9 @@ from entropy_experiments.text.numbers import as_number, counted, lookup, plain, 
 
 _TITLE = "Do the shares say what happens when sequences are left out?"
 _NAMES = {
-    "split": "shares of the reweighted measurement (split)",
-    "rao_blackwell": "Rao–Blackwell shares",
-    "response": "shares that follow second moments",
+    "split": "accounting shares of the measurement (split)",
+    "rao_blackwell": "accounting shares (Rao–Blackwell)",
+    "response": "mean effects, following second moments",
 }
 _SUBSETS_AT_LEAST = 3
 
