@@ -158,7 +158,8 @@ def _sequences(evolution: Mapping[str, Any]) -> Sentence | None:
     )
     costly = evolution["whole"]["costliest_prompts"]
     if costly:
-        text += f"; by these sums prompt {costly[0]['prompt_index']} comes first ({signed(costly[0]['share'])}), how surely is not known"
+        first, its_sum = costly[0]["prompt_index"], signed(costly[0]["share"])
+        text += f"; by these sums prompt {first} comes first ({its_sum}), how surely is not known"
     return Sentence(text + ".")
 
 
