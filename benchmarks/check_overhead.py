@@ -27,6 +27,7 @@ from entropy_core.passes.fold_rows import FoldRows
 from entropy_experiments.records.writer import describe_environment
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
+from rl_training.premises.gradient_changes import GradientChanges
 from rl_training.premises.gradient_premise import GradientPremise
 from rl_training.premises.law_check import LawKeeper, LawWatcher
 from rl_training.premises.premise_guard import PremiseGuard
@@ -44,6 +45,8 @@ CHECKS: list[tuple[Any, str, str, bool]] = [
     (LawWatcher, "on_train_begin", "noise and padding, when training begins", False),
     (LawKeeper, "check_round", "prompts, and padding that cannot be borne", True),
     (GradientPremise, "_examine", "gradient against the recorded weights", False),
+    (GradientChanges, "_keep", "gradient at the optimizer's call", True),
+    (GradientChanges, "_compare", "gradient at the optimizer's call", True),
     (PremiseGuard, "expect", "weights of every token", True),
     (PremiseGuard, "on_pre_optimizer_step", "weights of every token", True),
     (ProbePremise, "hold", "weights of every token", True),
@@ -135,7 +138,8 @@ def report(clocks: dict[str, Clock], steps: list[float], overrides: list[str]) -
         "",
         f"`python benchmarks/check_overhead.py --steps {len(steps)}{''.join(f' {o}' for o in overrides)}`: "
         f"a step without checks took {plain:.1f} s ({', '.join(f'{s:.1f}' for s in steps)} s with them). "
-        f"{', '.join(f'{k} {v}' for k, v in environment.items() if isinstance(v, str | int))}.",
+        f"torch {environment['versions']['torch']}, {environment['hardware']['threads']} thread(s) of a shared machine: the "
+        "ratio is to be read, not the seconds.",
         "",
     ]
     return "\n".join([*header, *lines]) + "\n"

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rl_training.errors import UserError
-from rl_training.premises.gradient_premise import GradientPremise
+from rl_training.premises.gradient_changes import GradientChanges
+from rl_training.premises.gradient_premise import GradientPremise, is_sharded
 from rl_training.premises.loss_terms import unequal_weights
 
 # Difference of the loss's own weights from the recorded ones, relative to the largest, that rounding explains.
@@ -19,8 +20,8 @@ _SAME_WEIGHT = 1e-3
 
 
 class PremiseGuard(TrainerCallback):
-    """Once a run the gradient premise (rl_training.premises.gradient_premise), and in every step, for nothing, that the loss gave
-    every token the weight that is recorded of its sequence.
+    """Once a run the gradient premise (rl_training.premises.gradient_premise), in every step, for nothing, that the loss gave
+    every token the weight that is recorded of its sequence, and that the optimizer steps with that gradient.
 
     on_failure: "raise" stops the run with a UserError in every process, "warn" says so once.
     """
@@ -30,6 +31,13 @@ class PremiseGuard(TrainerCallback):
         self._trainer, self._on_failure = trainer, on_failure
         self._recorded: list[Tensor] = []
         self._said = False
+        reader = self.premise.reader
+        watchable = reader is not None and not is_sharded(trainer)
+        self._changes = GradientChanges(trainer, reader, self._stop) if watchable else None
+
+    def on_train_begin(self, *_args: Any, optimizer: Any = None, **_kwargs: Any) -> None:
+        if self._changes is not None and optimizer is not None:
+            self._changes.watch(optimizer)
 
     def expect(self, weights: Tensor) -> None:
         """(n, L) the recorded weight of each token of the micro-batch whose loss is about to be computed."""
@@ -69,6 +77,10 @@ class PremiseGuard(TrainerCallback):
                     f"the loss gives a token a weight that differs by {off:.2g} from the {largest:.2g} recorded; {why}"
                 )
         return None
+
+    def _stop(self, trouble: str) -> None:
+        self.premise.fail(trouble)
+        self._fail(trouble)
 
     def _fail(self, trouble: str) -> None:
         if self._on_failure == "raise":
