@@ -20,7 +20,8 @@ from typing import Any
 
 from rl_training.tasks.sandbox.scoring import RewardLimits
 
-# Importing a module may load a model library, which no limit of a call should count.
+# Importing a module may load a model library, and reading the first call's arguments another (the trainer's state is of
+# transformers): no limit of a call should count that.
 SECONDS_TO_START = 300.0
 # Beyond the limit, until a call is ended whose caller is no longer there to do it.
 _GRACE_SECONDS = 5.0
@@ -52,6 +53,7 @@ class RewardProcess:
             line = self._line if self._line is not None else self._start()
             try:
                 line.send({"prompts": list(prompts), "completions": list(completions), **rest})
+                self._receive(line, SECONDS_TO_START)  # it has read them, whatever it had to import for that
                 kind, value, logged = self._receive(line, self._limits.seconds)
             except BaseException:
                 self.close()
@@ -121,6 +123,7 @@ def answer(descriptor: str) -> None:
             keywords = line.recv()
         except EOFError:  # the parent has gone
             return
+        line.send(("called", None, []))
         # By the kernel, whatever the function holds: its caller may have been killed.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)

@@ -90,7 +90,8 @@ def test_the_probe_says_once_that_a_trainer_of_trl_cannot_compute_with_them(tmp_
 
     class OfSize(GRPOTrainer):
         def _calculate_rewards(self, inputs: Any, *rest: Any) -> torch.Tensor:
-            return torch.tensor([[size * (-1) ** n] for n in range(len(inputs))], dtype=torch.float64).float()
+            now = size * (1 + self.state.global_step)
+            return torch.tensor([[now * (-1) ** n] for n in range(len(inputs))], dtype=torch.float64).float()
 
     trainer = make_trainer(llama(), tmp_path, OfSize, max_steps=2)
     with warnings.catch_warnings(record=True) as caught:

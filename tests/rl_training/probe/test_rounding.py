@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from entropy_core.fold_gradients import Estimate
+from entropy_core.measurement import EntropyMeasurement
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.trl import attach_entropy_probe
+from rl_training.probe.change import EntropyChange, StepParts
+from rl_training.probe.rounding import RoundingNoise
 from tests.rl_training.law_setting import make_trainer
 from tests.rl_training.premises.test_law_words import llama
 
@@ -21,7 +25,7 @@ def adapters(model: nn.Module) -> nn.Module:
 
 
 def history(model, folder, **settings):
-    trainer = make_trainer(model, folder, max_steps=3, **settings)
+    trainer = make_trainer(model, folder, max_steps=3, **{"learning_rate": 2e-5, **settings})
     config = EntropyProbeConfig(on_error="raise", preset="accurate", eval_sequences=16)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -50,3 +54,17 @@ def test_half_precision_is_named_and_the_remedy_mends_it(tmp_path, kind):
 def test_a_frozen_model_in_half_precision_whose_steps_are_larger_than_its_rounding_is_not_warned_of(tmp_path):
     changes, told = history(adapters(llama().bfloat16()), tmp_path, learning_rate=2e-3)
     assert told == [] and noise(changes) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("measured", "derivative", "told"), [(0.02, 0.005, False), (0.002, 0.0005, True), (0.0, 0.0, False)]
+)
+def test_higher_orders_of_a_large_step_are_not_taken_for_rounding(measured, derivative, told):
+    model = nn.Linear(2, 2).bfloat16().requires_grad_(False)
+    seen = EntropyMeasurement(1.0, 1.0 + measured, measured, 0.001, 16.0, 16)
+    parts = StepParts.only_total(Estimate(derivative))
+    how = {"estimator": "split", "estimand": "", "sequences": 16, "effective_sample_size": 16.0, "entropy": 1.0}
+    change = EntropyChange(per_token=parts, per_completion=None, **how, same_tokens=derivative, measured=seen)
+    watch = RoundingNoise(model)
+    assert (watch.word(change) is not None) == told
+    assert watch.word(change) is None, "said once"

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib
 import logging
 import os
 import subprocess
@@ -209,6 +210,21 @@ def test_a_function_in_a_child_process_keeps_the_contract(in_a_process: Any) -> 
     reward, columns = in_a_process("whole"), {"answer": ["1"], "prompt_index": [0], "completion_ids": [[1]]}
     found = reward(prompts=["?"], completions=["a"], **columns, **given, log_metric=lambda *a: said.append(a))
     assert found == [7.0] and said == [("mean", 1.0), ("seen", ["a"])]
+
+
+def test_what_the_child_imports_to_read_its_arguments_is_no_part_of_the_call(here: str) -> None:
+    """As the trainer's state does: its class lies in a library that takes longer to load than the limit."""
+    Path("slow_library.py").write_text("import time\ntime.sleep(2.5)\nclass State:\n    pass\n")
+    limits = RewardLimits(seconds=1.0, on_error="raise", own_process=True)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        state = importlib.import_module("slow_library").State()
+        reward = import_reward(f"{here}:good", limits=limits)
+        given = {"answer": ["1"], "prompt_index": [0], "completion_ids": [[1]]}
+        assert reward(prompts=["?"], completions=["ab"], trainer_state=state, **given) == [2.0]
+    finally:
+        sys.path.remove(str(Path.cwd()))
+        del sys.modules["slow_library"]
 
 
 def test_a_call_ends_even_where_its_caller_was_killed(here: str) -> None:
