@@ -3,7 +3,8 @@
     value -+ t(df) se               t: the 97.5% quantile of Student's t on df degrees of freedom
     df = B - 1                      of a jackknife over B prompts, of a sum over B equal folds
     df = se^4 / sum se_k^4/df_k     of a sum of independent terms, se^2 = sum se_k^2
-    tanh(artanh(r) -+ 1.96/sqrt(n - 3))      of a correlation r of n pairs
+    tanh(z -+ t(n - 1) se_z)        of a correlation r of n pairs, z = artanh(r), its error by a jackknife over pairs;
+                                    of few pairs at least tanh(z -+ 1.96/sqrt(n - 3))
 
 An error from four prompts is itself uncertain: 95% of intervals hold the truth at 3.2 of them, not at 2.
 Source: Student 1908; Fisher 1921; Welch 1947; docs/theory/measurement-and-uncertainty.md.
@@ -15,9 +16,11 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
+import numpy as np
 from scipy.special import stdtrit
 
 LEVEL = 0.95
+MANY_PAIRS = 8
 
 
 @lru_cache(maxsize=4096)
@@ -40,11 +43,32 @@ def welch_freedom(terms: Iterable[tuple[float, float]]) -> float:
     return 1 / shares if shares > 0 else math.inf
 
 
-def correlation_interval(r: float, pairs: int) -> tuple[float, float]:
-    """(low, high) of a correlation of so many pairs, taken as independent; -1 to 1 below four."""
-    if pairs < 4:
+def correlation_interval(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """(low, high) of the correlation of (n,) pairs, taken as independent; -1 to 1 below four, the correlation itself at +-1.
+
+    A jackknife over pairs holds for heavy tails too, where Fisher's interval covers 89% (t with 5 degrees of freedom, 100 pairs);
+    of fewer than MANY_PAIRS it is the wider of both.
+    """
+    count = len(left)
+    if count < 4:
         return -1.0, 1.0
+    r = float(np.clip(np.corrcoef(left, right)[0, 1], -1.0, 1.0))
     if abs(r) >= 1 - 1e-12:
         return r, r
-    reach = t_quantile(math.inf) / math.sqrt(pairs - 3)
-    return math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)
+    z, others = math.atanh(r), np.arctanh(_without_each_pair(np.asarray(left, float), np.asarray(right, float)))
+    error = math.sqrt((count - 1) / count * float(np.square(others - others.mean()).sum()))
+    reach = t_quantile(count - 1) * error
+    if count < MANY_PAIRS or not math.isfinite(reach):
+        reach = max(reach if math.isfinite(reach) else 0.0, t_quantile(math.inf) / math.sqrt(count - 3))
+    return math.tanh(z - reach), math.tanh(z + reach)
+
+
+def _without_each_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(n,) correlations with each of n pairs left out, short of +-1."""
+    count = len(left)
+    x, y = left - left.mean(), right - right.mean()
+    # Leaving out pair p takes n/(n - 1) x_p y_p from the sum of products around the means.
+    xy, xx, yy = (total.sum() - count / (count - 1) * total for total in (x * y, x * x, y * y))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = xy / np.sqrt(xx * yy)
+    return np.clip(found, -1 + 1e-12, 1 - 1e-12)

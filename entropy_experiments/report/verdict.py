@@ -21,6 +21,7 @@ from entropy_experiments.statistics.confidence import (
     Sentence,
     agreement_sentence,
     agreement_tone,
+    few_prompts_sentence,
     freedom_of_analysis,
     known,
 )
@@ -109,6 +110,8 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
                 "warning",
             )
         )
+    if warning := few_prompts_sentence(summary):
+        found.append(Sentence(warning, "warning"))
     return found
 
 

@@ -1,8 +1,7 @@
 """A correlation with its interval (six pairs at 0.44 say anything from -0.58 to 0.92).
 
-    tanh(artanh(r) -+ 1.96 / sqrt(n - 3))         Fisher's transformation, n pairs, n at least 4
-
-It takes pairs as independent; pairs of successive steps that move alike make it too narrow.
+By a jackknife over pairs on Fisher's scale (rl_training.intervals), n pairs, n at least 4. It takes pairs as independent; those
+of successive steps that move alike make it too narrow: where neighbours correlate at 0.6, 30 pairs cover 85%.
 Source: Fisher 1921; docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -37,4 +36,4 @@ def correlation(left: np.ndarray, right: np.ndarray) -> Correlation | None:
     if len(left) < _FEWEST or min(np.ptp(left), np.ptp(right)) == 0:
         return None
     value = float(np.clip(np.corrcoef(left, right)[0, 1], -1.0, 1.0))
-    return Correlation(value, *correlation_interval(value, len(left)), len(left))
+    return Correlation(value, *correlation_interval(left, right), len(left))

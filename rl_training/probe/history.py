@@ -87,7 +87,7 @@ class ProbeHistory:
                 totals["cumulative_predicted_where_measured"] = float(predicted[both].sum())
         if both.sum() >= FEWEST_CORRELATED and predicted[both].std() > 0 and measured[both].std() > 0:
             found = float(np.corrcoef(predicted[both], measured[both])[0, 1])
-            low_end, high_end = correlation_interval(found, int(both.sum()))
+            low_end, high_end = correlation_interval(predicted[both], measured[both])
             totals |= {"correlation": found, "correlation_low": low_end, "correlation_high": high_end}
         return totals
 

@@ -24,6 +24,7 @@ from entropy_experiments.statistics.confidence import (
     agreement_sentence,
     change_word,
     correlation_words,
+    few_prompts_sentence,
     known,
 )
 from entropy_experiments.statistics.correlation import correlation
@@ -114,3 +115,19 @@ def test_no_other_module_words_a_claim():
         if CLAIMS.search(text)
     ]
     assert not found, "take the words from statistics/confidence.py:\n" + "\n".join(found)
+
+
+def test_what_few_prompts_are_worth_is_said() -> None:
+    def of(prompts: object) -> str | None:
+        return few_prompts_sentence({"sampling": {"evaluation": {"prompts": prompts}}})
+
+    assert "8 evaluation prompts: of so few, what is called 95% covers about 90%" in (of(8) or "")
+    assert of(12) is None and of(64) is None and of(None) is None and few_prompts_sentence({}) is None
+    assert of(1) is None, "a single prompt has no interval"
+
+
+def test_ends_that_are_stored_are_taken_before_students() -> None:
+    entry = {"value": 1.0, "standard_error": 0.1, "low": 0.7, "high": 1.9, "degrees_of_freedom": 5.0}
+    assert known(entry) == Known(1.0, 0.7, 1.9)
+    untrusted = known(entry | {"low": None, "high": None})
+    assert untrusted == Known(1.0) and untrusted.holds_zero is None
