@@ -4,7 +4,7 @@
 # make architecture   draw the import graph into docs/architecture.md
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
-# make calibrate   how often intervals cover and tests reject, simulated in an exact world, a minute
+# make calibrate   how often intervals cover and tests reject, simulated in an exact world, five minutes
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #

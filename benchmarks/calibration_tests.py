@@ -206,7 +206,9 @@ def correlation_intervals(repeats: int) -> Rates:
             halves = np.array([rng.permutation(members) < members // 2 for _ in range(subsets)])
             shares = rng.normal(size=members)
             predicted = halves @ shares
-            noise = rng.normal(size=subsets) * predicted.std() * 0.5
+            noise = (
+                rng.normal(size=subsets) * 0.5 * math.sqrt(members / 4) * shares.std(ddof=1)
+            )  # half of its spread over halves
             score = linear_datamodelling_score(halves, shares, predicted + noise, seed=int(rng.integers(2**31)))
             truth = 6 / math.pi * math.asin(1 / math.sqrt(1.25) / 2)  # Spearman's of a normal pair
             hits.append(score["interval"][0] <= truth <= score["interval"][1])
