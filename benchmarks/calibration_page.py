@@ -20,8 +20,8 @@ Why some are out of range:
 - A tail that is rarer than one prompt in B is in most buffers not at all: with 8 prompts, and in the last world up to 64, no
   interval that is made of the buffer can know of it. Reports say so below 12 prompts.
 - Weights of a long step are heavy-tailed though their effective sample is above half, and the reweighted change is biased,
-  which adds up in sums; leaving out what is not to be trusted is a choice by the outcome. No interval of a long step is as good as
-  it looks.
+  which adds up in sums; leaving out what is not to be trusted is a choice by the outcome. No interval of a long step is as good
+  as it looks.
 - The score function's summands have the heaviest tails. Copies that are planted within a prompt feed each other's baseline.
 - Intervals of 4 prompts are wide, so that differences of nothing are called something less often than at 5%.
 - With 4 prompts there are 24 permutations of prompts: the smallest two-sided p is 8%.
