@@ -203,8 +203,10 @@ def test_a_correlation_is_logged_from_eight_steps_on_with_its_interval_and_sums_
         assert ("correlation" in totals) == (k == 8)
     r = np.corrcoef(pairs.T)[0, 1]
     assert totals["correlation"] == pytest.approx(r)
+    others = np.arctanh([np.corrcoef(np.delete(pairs, k, 0).T)[0, 1] for k in range(8)])
+    error = np.sqrt(7 / 8 * np.square(others - others.mean()).sum())  # a jackknife over steps, Student's t on 7 degrees
     for name, sign in (("correlation_low", -1), ("correlation_high", 1)):
-        assert totals[name] == pytest.approx(np.tanh(np.arctanh(r) + sign * 1.959964 / 5**0.5), abs=1e-6)
+        assert totals[name] == pytest.approx(np.tanh(np.arctanh(r) + sign * 2.364624 * error), abs=1e-6)
     assert totals["cumulative_predicted_se"] == pytest.approx(8.0), "equal deviations add up, they do not average out"
 
 
