@@ -40,7 +40,7 @@ def test_one_prompt_only(tiny_run, tmp_path):
         "entropy_analysis.sampling.eval_completions_per_prompt=2",
     ]
     found = analyse(tiny_run, tmp_path / "both", *both)
-    assert "no standard error" in found["entropy_prediction"]["sentence"]
+    assert "(no interval)" in found["entropy_prediction"]["sentence"]
 
 
 def test_one_completion_each(tiny_run, tmp_path):
