@@ -29,6 +29,7 @@ from entropy_experiments.buffers.saved import (
     recorded_training,
     refuse_drawing,
     refuse_foreign,
+    refuse_other_vocabulary,
 )
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
@@ -93,6 +94,8 @@ def draw_buffers(
     if evaluation is None:
         rows = rows_of(training.rollouts, config) if sampling.same_prompts else rows
         evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
+    for rollouts in (evaluation, training.rollouts):
+        refuse_other_vocabulary(checkpoint, rollouts)
     return evaluation, training
 
 

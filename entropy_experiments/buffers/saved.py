@@ -97,6 +97,18 @@ def recorded_evaluation(
     return _rollouts(chosen, plan, step, ["evaluation"] * len(chosen))
 
 
+def refuse_other_vocabulary(checkpoint: Checkpoint, rollouts: Rollouts) -> None:
+    """Raises UserError for sequences with tokens that the policy does not have."""
+    get = getattr(checkpoint.model, "get_input_embeddings", None)
+    count = None if get is None else int(get().weight.shape[0])
+    largest = max((t for ids in (*rollouts.prompt_ids, *rollouts.completion_ids) for t in ids), default=0)
+    if count is not None and largest >= count:
+        raise UserError(
+            f"sequences to be analysed with {checkpoint.record.path} have the token {largest}, the policy has {count}: what "
+            "the run recorded is damaged, or of another model's run; copy its rollouts again"
+        )
+
+
 def has_drawn(row: dict[str, Any]) -> bool:
     """Whether the policy drew any token of a recorded sequence: one without has no entropy and no gradient."""
     mask = row.get("completion_mask")

@@ -7,7 +7,8 @@ completion_ids the policy drew (the others came from tools or an environment), n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,34 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
             f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random"
         )
     try:
-        return pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read ({error}): it is damaged") from error
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): it is damaged") from error
+    for row in rows:
+        odd = next((name for name, is_right in _COLUMNS.items() if not is_right(row.get(name))), None)
+        if odd is None and row["status"] != "rejected":
+            odd = next((name for name in ("weight", "advantage") if not _is_finite(row.get(name))), None)
+        if odd is not None:
+            raise UserError(
+                f"{path}: {odd} holds {str(row.get(odd))[:60]}, which no run records: it is damaged; copy it again"
+            )
+    return rows
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+_COLUMNS: dict[str, Callable[[Any], bool]] = {
+    "status": lambda value: isinstance(value, str),
+    "prompt_index": lambda value: type(value) is int,
+    "prompt_ids": _are_tokens,
+    "completion_ids": _are_tokens,
+    "completion": lambda value: isinstance(value, str),
+    "reward": lambda value: value is None or isinstance(value, int | float),
+    "completion_mask": lambda value: value is None or (isinstance(value, list) and all(type(v) is bool for v in value)),
+}

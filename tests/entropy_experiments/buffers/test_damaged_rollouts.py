@@ -1,0 +1,56 @@
+"""Recorded sequences that no run records are refused in one line, whatever their column."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from entropy_experiments.entropy_runner import run_fisher_analysis
+from rl_training.errors import UserError
+from rl_training.run.rollouts import read_rollouts, rollouts_path
+from tests.entropy_experiments.small_analysis import config
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def rewrite(run: Path, step: int, **columns: Any) -> None:
+    """Every row that was kept with other values; None: without the column."""
+    rows = [{**row, **(columns if row["status"] != "rejected" else {})} for row in read_rollouts(run, step)]
+    pq.write_table(pa.Table.from_pylist(rows), rollouts_path(run, step))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"weight": NAN}, {"weight": None}, {"weight": float("inf")}, {"weight": "x"}, {"advantage": NAN}, {"prompt_ids": [-1]},
+        {"completion_ids": None}, {"completion_ids": ["x"]}, {"completion": 1}, {"reward": "x"}, {"prompt_index": 0.5},
+        {"completion_mask": [1]}, {"status": None},
+    ],
+)  # fmt: skip
+def test_a_value_that_no_run_records(run: Path, columns: dict[str, Any]) -> None:
+    rewrite(run, 4, **columns)
+    with pytest.raises(UserError, match=f"{next(iter(columns))} holds .*which no run records: it is damaged") as caught:
+        read_rollouts(run, 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_beyond_the_vocabulary(run: Path, tmp_path: Path) -> None:
+    rewrite(run, 4, completion_ids=[10**6, 5])
+    from_run = config("entropy_analysis.sampling.train_prompts=from_run")
+    with pytest.raises(UserError, match="have the token 1000000, the policy has"):
+        run_fisher_analysis(run, from_run, folder=tmp_path / "results")
+
+
+def test_garbage_is_one_line(run: Path) -> None:
+    rollouts_path(run, 4).write_bytes(b"PAR1garbage")
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read_rollouts(run, 4)
+    assert "\n" not in str(caught.value)
