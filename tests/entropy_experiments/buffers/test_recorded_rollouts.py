@@ -156,9 +156,12 @@ def test_foreign_tokens_of_a_run_that_named_no_environment(run: Path, tmp_path) 
         run_fisher_analysis(copy / "checkpoint-2", config(FROM_RUN[0]), folder=tmp_path / "no")
 
 
-def test_a_sweep_needs_the_same_prompts_everywhere() -> None:
-    with pytest.raises(UserError, match="should be .random. or .fixed_set."):
-        load_config(SweepConfig, None, [FROM_RUN[1]])
+def test_recorded_rows_have_prompts_of_their_own() -> None:
+    """A sweep takes them too (test_sweep_from_run); the training buffer's prompts are never theirs."""
+    assert (
+        load_config(SweepConfig, None, [FROM_RUN[1]]).of_a_checkpoint().entropy_analysis.sampling.eval_prompts
+        == "from_run"
+    )
     with pytest.raises(UserError, match="takes the sequences that the run recorded"):
         config(FROM_RUN[1], f"{SAMPLING}.same_prompts=true")
 
