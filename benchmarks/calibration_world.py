@@ -15,9 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from entropy_core.directional import token_derivatives
+from entropy_core.directional import token_derivatives, weights_moved
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.step.optimizer_step import moved
 from tests.entropy_core.support import whole_space
 from tests.oracle.enumeration import (
     ExactPolicy,
@@ -106,7 +105,7 @@ class World:
     def after(self, step: float) -> tuple[TokenStatistics, float]:
         """Statistics after `step` times the direction, and the true change of entropy, nats per token."""
         if step not in self._after:
-            with moved(self.policy, self.direction, step):
+            with weights_moved(self.policy, self.direction, step):
                 statistics = token_statistics(self.policy, self.batch)
             change = entropies_along(self.policy, self.space, self.direction, step)[1] - self.token_entropy
             self._after[step] = statistics, float(change)

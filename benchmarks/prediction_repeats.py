@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 
 from entropy_core.batch import Bucket, SequenceBatch
-from entropy_core.directional import entropy_products
+from entropy_core.directional import entropy_products, weights_moved
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
@@ -31,7 +31,7 @@ from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import draw_buffers
 from entropy_experiments.statistics.agreement import Agreement, paired_agreement
-from entropy_experiments.step.optimizer_step import moved, take_next_step
+from entropy_experiments.step.optimizer_step import take_next_step
 from rl_training.configuration import load_config
 
 RESULT = Path("benchmarks/results/prediction_repeats.md")
@@ -73,7 +73,7 @@ def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement
     before = shared_statistics(model, batch, short_rows)
     along = {}
     for scale in (1 / 16, -1 / 16, 1.0):
-        with moved(model, step.taken, scale):
+        with weights_moved(model, step.taken, scale):
             along[scale] = shared_statistics(model, batch, short_rows)
     ahead, behind = along[1 / 16], along[-1 / 16]
     slopes = TokenStatistics(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import entropy_products, token_derivatives
+from entropy_core.directional import entropy_products, token_derivatives, weights_moved
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.kernel import OtherMetric
@@ -42,7 +42,6 @@ from entropy_experiments.step.effects_of_leaving_out import (
 from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
 from entropy_experiments.step.numbers import PARTS, AnalysisNumbers, Estimate, MeasuredScale
-from entropy_experiments.step.optimizer_step import moved
 from entropy_experiments.step.predictions_left_out import estimate_with_error, products_without_each_prompt
 from entropy_experiments.step.shares import attribute, horizon_factor
 from entropy_experiments.step.training_side import TrainingSide, prepare_training_side
@@ -363,7 +362,7 @@ def _measure(
     before = numbers.eval_statistics
     for scale in sorted({*scales, 1.0}):
         stage(f"measuring at {scale:g} x the step")
-        with moved(model, taken, scale):
+        with weights_moved(model, taken, scale):
             after = token_statistics(model, batch, token_batch_size)
         snis = snis_entropy_change(before, after, batch) if numbers.rows_drawn else None
         numbers.measured.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, batch)))
@@ -375,7 +374,7 @@ def _measure(
     for small in (1 / 16, 1 / 64):  # a router of experts that jumps on the way does so less on a shorter one
         changes = []
         for sign in (1, -1):
-            with moved(model, taken, sign * small):
+            with weights_moved(model, taken, sign * small):
                 changes.append(change(before, token_statistics(model, batch, token_batch_size), batch).change)
         slope = (changes[0] - changes[1]) / (2 * small)
         # A float32 forward knows entropies to a few units in the last place, so a slope over 2/16 of a step has a floor.

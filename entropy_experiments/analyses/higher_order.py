@@ -6,7 +6,7 @@
     s*         = |D / Q|                                              where |Q| s^2 = |D| s
 
 Both parts are fitted by least squares over the pairs +-s with s up to 1: rounding leaves errors of one size at every s, so
-no pair is weighted. Standard errors: jackknife over (groups of) prompts of the whole fit. fit_error: how far Q moves when
+no pair is weighted. Standard errors: jackknife over prompts of the whole fit. fit_error: how far Q moves when
 only the nearer half of the pairs is used, which is what still higher orders would move. The change is measured on the same
 tokens (SNIS) along d, forwards and backwards; d is the step that was taken. Units: nats per token.
 Source: docs/analyses/higher-order.md.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.directional import weights_moved
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
-from entropy_experiments.step.optimizer_step import moved
 from rl_training.sampling import Rollouts, SamplingLaw, draw
 
 
@@ -64,7 +64,7 @@ def measure_with_fresh_samples(
 
     The model is restored bit by bit.
     """
-    with moved(model, direction, scale):
+    with weights_moved(model, direction, scale):
         fresh = draw(model, tokenizer, evaluation.prompt_row, 1, law, seed, "evaluation")
         batch = fresh.to_batch(law).to(eval_batch.device)
         after = token_statistics(model, batch, token_batch_size)

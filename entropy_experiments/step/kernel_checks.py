@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWParameterState
 from entropy_core.batch import SequenceBatch
+from entropy_core.directional import weights_moved
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
@@ -18,7 +19,7 @@ from entropy_experiments.checkpoints.missing_entries import refuse_missing_entri
 from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord, mapping_evidence
 from entropy_experiments.kernel.store.records import StorageError
 from entropy_experiments.run.self_checks import SelfCheck, relative_error, relative_error_of_dicts
-from entropy_experiments.step.optimizer_step import NextStep, moved
+from entropy_experiments.step.optimizer_step import NextStep
 from rl_training.errors import UserError
 
 _ROWS_AT_A_TIME = 4
@@ -142,7 +143,7 @@ def check_kernel(
     for epsilon in (0.02 / size, 0.005 / size, 0.00125 / size):
         scores = []
         for sign in (1, -1):
-            with moved(model, direction, sign * epsilon):
+            with weights_moved(model, direction, sign * epsilon):
                 scores.append(token_statistics(model, eval_batch, token_batch_size).scores())
         errors.append(relative_error((scores[0] - scores[1]) / (2 * epsilon), product))
         if errors[-1] <= _FINITE_DIFFERENCE_TOLERANCE:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,19 +104,3 @@ def take_next_step(
 def plain_gradient_step(gradient: Mapping[str, Tensor], learning_rate: float, clip: float) -> dict[str, Tensor]:
     """-lr c g, the step of a checkpoint without optimizer state."""
     return {name: -learning_rate * clip * g for name, g in gradient.items()}
-
-
-@contextmanager
-def moved(model: nn.Module, direction: Mapping[str, Tensor], scale: float) -> Iterator[None]:
-    """The model at theta + scale * direction; restored bit by bit on leaving."""
-    parameters = trainable_parameters(model)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    try:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.add_(direction[name], alpha=scale)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWParameterState, after_gradient, batch_step_factor, preconditioner, read_adamw_state
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import sequence_products
+from entropy_core.directional import sequence_products, weights_moved
 from entropy_core.gradients import dot, trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
 from entropy_core.scores import TokenStatistics, token_statistics
@@ -31,13 +31,10 @@ from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import (
     NextStep,
     clip_coefficient,
-    moved,
     plain_gradient_step,
     take_next_step,
 )
 from rl_training.errors import UserError
-
-_JACKKNIFE_GROUPS = 40
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class StepMeasurement:
 
     def measure(self, weights: Tensor) -> EntropyMeasurement:
         """Entropy on the evaluation tokens before and after the step that these (n_train,) weights cause, nats per token."""
-        with moved(self._model, self.step(weights), 1.0):
+        with weights_moved(self._model, self.step(weights), 1.0):
             after = token_statistics(self._model, self._eval_batch, self._token_batch_size)
         found = self._measure(self._before, after, self._eval_batch, log_weights=self._log_weights)
         lowest = self.lowest_effective_sample_size
@@ -205,8 +202,8 @@ def token_shares(
 class MeasuredCurve:
     """h(theta + s d) - h(theta) at (S,) scales, nats per token, float64.
 
-    left_out: (G, S) the same with a group of prompts left out; None with one prompt. Groups hold equally many prompts but
-    for one. standard_errors, effective_sample_sizes: (S,), of `sequences`.
+    left_out: (G, S) the same with each of the G prompts left out; None with one prompt.
+    standard_errors, effective_sample_sizes: (S,), of `sequences`.
     """
 
     scales: Tensor
@@ -231,14 +228,14 @@ def measure_curve(
     log_weights: as in `snis_entropy_change`. The model is restored bit by bit.
     """
     prompts, index = eval_batch.prompt_index.unique(return_inverse=True)
-    groups = min(len(prompts), _JACKKNIFE_GROUPS)
-    kept = [(index % groups != group).nonzero().flatten() for group in range(groups)] if groups > 1 else []
+    count = len(prompts)
+    kept = [(index != prompt).nonzero().flatten() for prompt in range(count)] if count > 1 else []
     everything = torch.arange(len(eval_batch), device=eval_batch.device)
     before = _totals(eval_statistics)
     measured: list[EntropyMeasurement] = []
-    left_out = torch.zeros((groups, len(scales)), dtype=torch.float64)
+    left_out = torch.zeros((count, len(scales)), dtype=torch.float64)
     for column, scale in enumerate(scales):
-        with moved(model, direction, scale):
+        with weights_moved(model, direction, scale):
             after = _totals(token_statistics(model, eval_batch, token_batch_size))
         for row, rows in enumerate([everything, *kept]):
             found = snis_entropy_change(

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from entropy_core.directional import weights_moved
 from entropy_core.entropy import Estimator
 from entropy_core.gradients import dot, entropy_gradient
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.entropy_prediction import TOLERANCE, compare_prediction, prediction_rows
-from entropy_experiments.step.optimizer_step import moved
 from tests.entropy_core.support import distribution_as_batch
 from tests.oracle.enumeration import entropies_along, enumerate_completions, solve, unflatten
 from tests.oracle.policy import DYADIC_TASK, RECURRENT_TASK, DyadicPolicy, RecurrentPolicy
@@ -75,7 +75,7 @@ def test_estimators_meet_their_own_measurement_on_a_batch_that_is_the_distributi
     predicted = {e: dot(entropy_gradient(policy, batch, e), direction) for e in estimators}
     scales = []
     for s in (1e-3, 1.0):
-        with moved(policy, direction, s):
+        with weights_moved(policy, direction, s):
             after = token_statistics(policy, batch)
         scales.append(
             SimpleNamespace(

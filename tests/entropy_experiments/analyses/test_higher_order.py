@@ -11,13 +11,13 @@ import torch
 from scipy import stats
 from torch import nn
 
+from entropy_core.directional import weights_moved
 from entropy_core.gradients import dot, entropy_gradient
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_orders
 from entropy_experiments.report.figures.higher_order import plot_higher_order
 from entropy_experiments.report.figures.style import caption_of, png_bytes
-from entropy_experiments.step.optimizer_step import moved
 from entropy_experiments.step.real_steps import measure_curve
 from tests.entropy_core.support import distribution_as_batch
 from tests.entropy_experiments.analyses.tiny_step import make_step
@@ -101,12 +101,12 @@ def test_measured_curve_of_a_batch_that_is_the_distribution():
     json.dumps(found, allow_nan=False)
 
 
-def test_measured_curve_leaves_out_groups_of_prompts():
+def test_measured_curve_leaves_out_each_prompt():
     world = make_step(learning_rate=1e-2)
     curve = measure_curve(world.model, world.step.taken, (1.0, -0.5), world.evaluation, world.statistics)
     assert curve.left_out is not None and curve.left_out.shape == (24, 2)
     for column, scale in enumerate((1.0, -0.5)):
-        with moved(world.model, world.step.taken, scale):
+        with weights_moved(world.model, world.step.taken, scale):
             after = token_statistics(world.model, world.evaluation)
         whole = snis_entropy_change(world.statistics, after, world.evaluation)
         assert curve.changes[column] == pytest.approx(whole.change, rel=1e-12)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from entropy_core.directional import weights_moved
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.attribution import extreme_sequences
@@ -21,7 +22,7 @@ from entropy_experiments.analyses.intervention import (
 from entropy_experiments.report.figures.intervention import plot_intervention
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
-from entropy_experiments.step.optimizer_step import moved, take_next_step
+from entropy_experiments.step.optimizer_step import take_next_step
 from entropy_experiments.step.real_steps import StepMeasurement
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import TinyStep, make_step
@@ -293,7 +294,7 @@ def test_plain_gradient_steps():
     taken = measurement.step(world.weights)
     gradient = measurement.gradient(world.weights)
     assert all(torch.equal(taken[name], -0.1 * gradient[name]) for name in gradient)
-    with moved(world.model, taken, 1.0):
+    with weights_moved(world.model, taken, 1.0):
         after = token_statistics(world.model, world.evaluation)
     expected = snis_entropy_change(world.statistics, after, world.evaluation).change
     assert measurement.change(world.weights) == pytest.approx(expected, rel=1e-12)

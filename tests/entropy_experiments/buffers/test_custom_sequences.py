@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from entropy_core import compute_kernels, fixed_prefix_entropy_change, token_statistics
 from entropy_core.adamw import adam_preconditioner
+from entropy_core.directional import weights_moved
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments import entropy_runner
 from entropy_experiments.buffers.custom import PromptNumbers, as_sampled, read_custom_sequences
@@ -18,7 +19,6 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.double_sampling import custom_evaluation, draw_buffers, score_for_the_reader
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.step.optimizer_step import moved
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw
 from rl_training.tasks.task import Task
@@ -195,7 +195,7 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
     before = token_statistics(checkpoint.model, rows)
     changes = []
     for scale in (0.5, -0.5):
-        with moved(checkpoint.model, found.side.taken, scale):
+        with weights_moved(checkpoint.model, found.side.taken, scale):
             changes.append(fixed_prefix_entropy_change(before, token_statistics(checkpoint.model, rows), rows).change)
     assert changes[0] - changes[1] == pytest.approx(found.numbers.predicted["fixed_prefix"]["total"].value, rel=0.01)
 
