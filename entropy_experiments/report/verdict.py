@@ -133,7 +133,7 @@ def parts_sentence(parts: Mapping[str, Known], what: str) -> Sentence | None:
     others = [part for part in parts if part != largest]
     listed = [f"{PARTS[part]} {parts[part].text()}" for part in others]
     if parts[largest].smallest <= max((parts[part].largest for part in others), default=0.0):
-        named = " and ".join([f"{PARTS[largest]} {parts[largest].text()}", *listed])
+        named = ", ".join([f"{PARTS[largest]} {parts[largest].text()}", *listed])
         return Sentence(f"Which part of the {what} is the largest {UNTOLD}: {named} {_UNIT} ({BRACKETS}).")
     text = f"The largest part of the {what} came from {PARTS[largest]}: {parts[largest].text()} {_UNIT}"
     text += f" (beside it {' and '.join(listed)}; {BRACKETS})" if listed else f" ({BRACKETS})"
