@@ -22,6 +22,7 @@ from entropy_experiments.analyses.intervention import SharePrediction, half_subs
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
 from entropy_experiments.analyses.weighting_schemes import with_measurements
+from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
 from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
 from entropy_experiments.text.tokens import token_texts
@@ -107,7 +108,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
         None if curve.left_out is None else curve.left_out.numpy(),
         effective_sample_sizes=curve.effective_sample_sizes.numpy(),
         sequences=curve.sequences,
-        slope={"value": split.value, "standard_error": split.standard_error},
+        slope={"value": split.value, "standard_error": split.standard_error, **ends_of(split.value, split.left_out)},
     )
 
 

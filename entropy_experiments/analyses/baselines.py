@@ -24,6 +24,7 @@ from typing import Any
 
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero
 from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, shown
+from entropy_experiments.statistics.jackknife_interval import ends_of
 
 LABELS = {
     "rao_blackwell": "Rao–Blackwell",
@@ -83,11 +84,22 @@ def _part(predicted: Mapping[str, Mapping[str, Any]], estimator: str, part: str)
 
 
 def _known(entry: Any) -> dict[str, float | None]:
-    """{value, standard_error, degrees_of_freedom} of whatever form of estimate, None for what is missing or not finite."""
+    """{value, standard_error, degrees_of_freedom} of whatever form of estimate, None for what is missing or not finite; with
+    low and high, the ends of its interval, where its values with each prompt left out are known.
+    """
     value, error = estimate_of(entry)
-    left_out = entry.get("left_out") if isinstance(entry, Mapping) else getattr(entry, "left_out", None)
-    freedom = None if left_out is None else max(1, len(left_out) - 1)
-    return {"value": value, "standard_error": error, "degrees_of_freedom": freedom}
+
+    def held(name: str) -> Any:
+        return entry.get(name) if isinstance(entry, Mapping) else getattr(entry, name, None)
+
+    left_out, size, count = held("left_out"), held("effective_sample_size"), held("sequences")
+    found: dict[str, float | None] = {"value": value, "standard_error": error, "degrees_of_freedom": None}
+    if left_out is None:
+        return found
+    if size is not None and count and size < count / 2:  # weights that a few sequences carry have no known error
+        return found | {"low": None, "high": None}
+    found["degrees_of_freedom"] = max(1, len(left_out) - 1)
+    return found | ends_of(value, left_out, size / count if size is not None and count else 1.0)
 
 
 def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
@@ -111,9 +123,10 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
         "label": LABELS[name],
         "predicted": value,
         "standard_error": own_error,
-        "degrees_of_freedom": _known(given)["degrees_of_freedom"],
+        **{key: number for key, number in _known(given).items() if key in ("degrees_of_freedom", "low", "high")},
         "actual": truth,
         "actual_standard_error": error,
+        **{f"actual_{end}": _known(actual)[end] for end in ("low", "high") if end in _known(actual)},
         "ratio": truth / value if comparable and truth is not None and value else None,
         "z": compared.z if compared else None,
         "agrees": compared.agrees if compared else None,

@@ -23,6 +23,7 @@ import numpy as np
 
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
 from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
+from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.text.numbers import as_number, plain, value_and_error
 
 COMPARISONS = {
@@ -98,7 +99,12 @@ def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> dict[str,
     scale = float(given["scale"])
     at_scale = {name: entry.scaled(scale) for name, entry in estimates.items()}
     predicted = {
-        name: {"value": entry.value, "standard_error": entry.standard_error, "degrees_of_freedom": entry.freedom}
+        name: {
+            "value": entry.value,
+            "standard_error": entry.standard_error,
+            "degrees_of_freedom": entry.freedom,
+            **ends_of(entry.value, entry.left_out),
+        }
         for name, entry in at_scale.items()
     }
     measured = {kind: _measurement(given[kind]) for kind in COMPARISONS if given.get(kind) is not None}
@@ -118,8 +124,12 @@ def _measurement(entry: Any) -> dict[str, Any]:
     else:
         (value, error), size, count = value_and_error(entry), None, None
     trust = None if size is None or count is None else size >= count / 2
-    freedom = _estimate(entry).freedom
-    found = {"value": value, "standard_error": error, "degrees_of_freedom": freedom}
+    own = _estimate(entry)
+    found: dict[str, Any] = {"value": value, "standard_error": error, "degrees_of_freedom": own.freedom}
+    if trust is False:  # weights that a few sequences carry have no known error
+        found |= dict.fromkeys(("low", "high", "degrees_of_freedom"))
+    else:
+        found |= ends_of(value, own.left_out, 1.0 if size is None or not count else size / count)
     return found | {"effective_sample_size": size, "trustworthy": trust}
 
 

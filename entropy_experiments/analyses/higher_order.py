@@ -144,6 +144,7 @@ def _orders(
             "value": value,
             "standard_error": error,
             "degrees_of_freedom": freedom,
+            **({} if not isinstance(slope, Mapping) else {end: slope[end] for end in ("low", "high") if end in slope}),
             "fitted": None,
             "source": "split estimator",
         },

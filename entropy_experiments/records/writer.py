@@ -245,15 +245,22 @@ def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
     row = {"scale": m.scale, "actual_fixed_prefix": m.fixed_prefix.change}
     row["predicted_fixed_prefix"] = m.scale * totals["fixed_prefix"].value
     if m.snis is not None:
+        predicted, measured = estimate_entry(totals["rao_blackwell"]), measurement_entry(m.snis)
         row |= {
             "predicted": m.scale * totals["rao_blackwell"].value,
             "predicted_standard_error": m.scale * totals["rao_blackwell"].standard_error,
+            **{f"predicted_{end}": _times(m.scale, predicted.get(end)) for end in ("low", "high")},
             "predicted_split": m.scale * totals["split"].value,
             "actual_snis": m.snis.change,
             "actual_snis_standard_error": m.snis.standard_error,
+            **{f"actual_snis_{end}": measured[end] for end in ("low", "high")},
             "ess": m.snis.effective_sample_size,
         }
     return row
+
+
+def _times(scale: float, end: float | None) -> float | None:
+    return None if end is None else scale * end
 
 
 def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:

@@ -77,6 +77,15 @@ def jackknife_interval(
     return JackknifeInterval(*(np.where(known, x, nothing) for x in (low, high, error, freedom)))
 
 
+def ends_of(value: float | None, left_out: object, effective: float = 1.0) -> dict[str, float | None]:
+    """ "low", "high" and "degrees_of_freedom" of an estimate, as every sentence, table and figure shows it; {} where the values
+    with each prompt left out, (B,) as a tensor or an array, are not known.
+    """
+    if value is None or left_out is None:
+        return {}
+    return jackknife_interval(value, np.asarray(left_out, np.float64), effective).as_dict()
+
+
 def effective_degrees_of_freedom(values: np.ndarray) -> np.ndarray:
     """(...,) of the variance of (..., B) values: B - 1, and fewer (at least 1) where some weigh much more than the others.
 

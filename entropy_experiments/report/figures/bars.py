@@ -49,6 +49,19 @@ def bars_of_columns(rows: Sequence[Any], errors: str, freedoms: str) -> np.ndarr
     return np.array([reach, reach]).reshape(2, len(rows))
 
 
+def bars_of_rows(rows: Sequence[Any], key: str, reach: np.ndarray) -> np.ndarray:
+    """(2, n) lengths of the bars of (n,) rows' numbers under `key`: to the ends that a row holds under `key`_low and _high.
+
+    reach: (n,) half a width for rows that hold no such keys. A row whose ends are null has no interval.
+    """
+    bars = np.stack([reach, reach]).astype(float)
+    for side, end in enumerate(("low", "high")):
+        stored = np.array([f"{key}_{end}" in row for row in rows], dtype=bool)
+        lengths = np.abs(series(rows, f"{key}_{end}") - series(rows, key))
+        bars[side] = np.where(stored, lengths, bars[side])
+    return bars
+
+
 def plotly_bars(bars: np.ndarray, colour: str, thickness: float = 1.2, width: float = 4) -> dict[str, Any]:
     """(2, n) lengths as plotly has error bars; null where there is none."""
     below, above = ([None if np.isnan(x) else float(x) for x in side] for side in bars)

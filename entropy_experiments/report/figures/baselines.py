@@ -27,6 +27,7 @@ from entropy_experiments.report.figures.style import (
 from entropy_experiments.statistics.confidence import known, shown
 from entropy_experiments.text.numbers import as_number, lookup, signed, value_and_error
 
+_ENDS = ("standard_error", "low", "high")
 _TITLE = "How near each predictor comes to the measured change of entropy"
 _SIGN_WORDS = {True: "same sign as measured", False: "other sign than measured"}
 
@@ -81,8 +82,8 @@ def _estimate(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
     own = row["name"].startswith("fixed_prefix")
     freedom = as_number(row.get("degrees_of_freedom"))
     own_number, actual_number = (
-        known({"value": row[value], "standard_error": row[error]}, freedom)
-        for value, error in (("predicted", "standard_error"), ("actual", "actual_standard_error"))
+        known({"value": row[value], **{end: row[before + end] for end in _ENDS if before + end in row}}, freedom)
+        for value, before in (("predicted", ""), ("actual", "actual_"))
     )
     below, above = (0.0, 0.0) if own_number is None else reaches(own_number)
     colour, marker = (FIXED_PREFIX, "D") if own else (PREDICTED, "o")

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entropy_experiments.report.figures.bars import BARS, reaches
+from entropy_experiments.report.figures.bars import BARS, bars_of_rows, reaches
 from entropy_experiments.report.figures.style import (
     DELTA_H_LABEL,
     FIXED_PREFIX,
@@ -48,7 +48,9 @@ def _change_panel(
     zero_line(axes)
     predicted, spread = columns["predicted"], errors["predicted"]
     if np.isfinite(predicted).any():
-        axes.fill_between(scales, predicted - spread, predicted + spread, color=PREDICTED, alpha=0.16, linewidth=0)
+        axes.fill_between(
+            scales, predicted - spread[0], predicted + spread[1], color=PREDICTED, alpha=0.16, linewidth=0
+        )
         axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
     if np.isfinite(columns["actual_snis"]).any():
         axes.errorbar(
@@ -154,7 +156,8 @@ def plot_predicted_vs_actual(
     Parameters
     ----------
     rows: one mapping a scale with "scale", "predicted", "actual_snis" and, where known, "predicted_split",
-        "predicted_fixed_prefix", "actual_fixed_prefix", "actual_snis_standard_error", "ess"; nats per token.
+        "predicted_fixed_prefix", "actual_fixed_prefix", "actual_snis_standard_error", "ess"; nats per token. The ends of
+        95% intervals, "predicted_low", "predicted_high", "actual_snis_low" and "actual_snis_high", go before errors.
     predicted_standard_error: of the prediction at s = 1; it scales with s, as the prediction does.
     actual_standard_error: of the measurement at s = 1, drawn there (and nowhere else unless rows carry
         their own).
@@ -170,10 +173,11 @@ def plot_predicted_vs_actual(
     if actual_standard_error is not None:
         measured_error = np.where((scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error)
     t = t_quantile(math.inf if degrees_of_freedom is None else degrees_of_freedom)
-    errors = {
+    reach = {
         "predicted": t * scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
         "actual_snis": t * np.where(measured_error >= 0, measured_error, np.nan),
     }
+    errors = {key: bars_of_rows(rows, key, half) for key, half in reach.items()}
     figure = new_figure(8.6, 4.0)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
     _change_panel(left, scales, columns, errors)

@@ -1,7 +1,7 @@
 """Was the step's change of entropy predicted, and by which part of the update? The data of two plots.
 
-The same numbers as charts/step.py: predicted dh(s) = s <grad h, dtheta>, measured h(theta + s dtheta) - h(theta), nats per token,
-over the step scale s; error bars and the band are 95% intervals.
+The same numbers as report/figures/step.py: predicted dh(s) = s <grad h, dtheta>, measured h(theta + s dtheta) - h(theta),
+nats per token, over the step scale s; error bars and the band are 95% intervals.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
+from entropy_experiments.report.figures.bars import bars_of_rows, plotly_bars, values_and_bars
 from entropy_experiments.report.interactive.page import numbers
 from entropy_experiments.statistics.confidence import shown
 from entropy_experiments.text.numbers import lookup, series
@@ -62,9 +62,10 @@ def predicted_vs_actual(
         own = errors["actual_snis"]
         errors["actual_snis"] = np.where((scales == 1) & np.isnan(own), actual_standard_error, own)
     freedom = math.inf if degrees_of_freedom is None else degrees_of_freedom
-    traces = [_band(scales, series(rows, "predicted"), t_quantile(freedom) * errors["predicted"])]
+    bars = {key: bars_of_rows(rows, key, t_quantile(freedom) * error) for key, error in errors.items()}
+    traces = [_band(scales, series(rows, "predicted"), bars["predicted"])]
     traces = [trace for trace in traces if trace is not None]
-    traces += [_change(rows, scales, entry, errors.get(entry[0]), freedom) for entry in known]
+    traces += [_change(rows, scales, entry, bars.get(entry[0])) for entry in known]
     traces += [trace for entry in _RATIOS if (trace := _ratio(rows, scales, entry)) is not None]
     ticks = {"tickvals": numbers(scales), "ticktext": [f"1/{1 / s:g}" if s < 1 else f"{s:g}" for s in scales]}
     layout = {
@@ -104,9 +105,9 @@ def _change(
     rows: Sequence[Mapping[str, Any]],
     scales: np.ndarray,
     entry: tuple[str, ...],
-    errors: np.ndarray | None,
-    freedom: float,
+    bars: np.ndarray | None,
 ) -> dict[str, Any]:
+    """One line or set of markers. bars: (2, S) lengths below and above, or None."""
     key, name, colour, mode, symbol, dash = entry
     values = series(rows, key)
     trace: dict[str, Any] = {
@@ -117,24 +118,20 @@ def _change(
         "y": numbers(values),
         "line": {"color": colour, "dash": dash},
         "marker": {"color": colour, "symbol": symbol, "size": 9},
-        "customdata": [
-            shown({"value": value, "standard_error": error}, degrees_of_freedom=freedom)
-            for value, error in _pairs(values, errors)
-        ],
+        "customdata": _texts(values, bars),
         "hovertemplate": f"{name}<br>s = %{{x}}: %{{customdata}} nats per token<extra></extra>",
     }
-    if key == "actual_snis" and errors is not None and np.isfinite(errors).any():
-        reach = t_quantile(freedom) * errors
-        trace["error_y"] = plotly_bars(np.array([reach, reach]), colour)
+    if key == "actual_snis" and bars is not None and np.isfinite(bars).any():
+        trace["error_y"] = plotly_bars(bars, colour)
     return trace
 
 
-def _band(scales: np.ndarray, values: np.ndarray, errors: np.ndarray) -> dict[str, Any] | None:
-    """The interval around the prediction, as a closed line: there and back. errors: half its width."""
-    known = np.isfinite(values) & np.isfinite(errors)
+def _band(scales: np.ndarray, values: np.ndarray, bars: np.ndarray) -> dict[str, Any] | None:
+    """The interval around the prediction, as a closed line: there and back. bars: (2, S) lengths below and above."""
+    known = np.isfinite(values) & np.isfinite(bars).all(0)
     if not known.any():
         return None
-    x, low, high = scales[known], (values - errors)[known], (values + errors)[known]
+    x, low, high = scales[known], (values - bars[0])[known], (values + bars[1])[known]
     return {
         "type": "scatter",
         "mode": "lines",
@@ -148,9 +145,16 @@ def _band(scales: np.ndarray, values: np.ndarray, errors: np.ndarray) -> dict[st
     }
 
 
-def _pairs(values: np.ndarray, errors: np.ndarray | None) -> list[tuple[float, float | None]]:
-    spread = [None] * len(values) if errors is None else errors.tolist()
-    return list(zip(values.tolist(), spread, strict=True))
+def _texts(values: np.ndarray, bars: np.ndarray | None) -> list[str]:
+    """What a pointer is told of each value: the number with its interval, where it has one."""
+    if bars is None:
+        return [shown({"value": value}) for value in values.tolist()]
+    low, high = values - bars[0], values + bars[1]
+    ends = [[None if np.isnan(end) else end for end in pair] for pair in zip(low.tolist(), high.tolist(), strict=True)]
+    return [
+        shown({"value": value, "low": below, "high": above})
+        for value, (below, above) in zip(values.tolist(), ends, strict=True)
+    ]
 
 
 def _ratio(rows: Sequence[Mapping[str, Any]], scales: np.ndarray, entry: tuple[str, ...]) -> dict[str, Any] | None:

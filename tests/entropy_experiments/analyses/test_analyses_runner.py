@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -80,6 +81,32 @@ def test_every_analysis_has_a_switch_a_place_in_the_report_and_a_result(whole, a
         for figure in PRESENTATIONS[name].figures:
             assert (whole.folder / "figures" / f"{figure}.png").stat().st_size > 5000
     assert not re.search(r"\bnan\b|\bNone\b", page), "a gap must be named"
+
+
+def test_one_number_has_one_interval(whole, analyses):
+    """The step's predicted and measured change have the same 95% interval in every part of the results."""
+    summary = whole.summary
+
+    def ends(entry, name=""):
+        return [entry[f"{name}{end}"] for end in ("low", "high")]
+
+    predicted, measured = ends(summary["predicted"]["rao_blackwell"]["total"]), ends(summary["actual"]["snis"])
+    assert all(math.isfinite(end) for end in (*predicted, *measured))
+    (scaled,) = [row for row in summary["scaling"] if row["scale"] == 1.0]
+    (compared,) = [row for row in analyses["entropy_prediction"]["rows"] if row["scale"] == 1.0]
+    (baseline,) = [row for row in analyses["baselines"]["rows"] if row["name"] == "rao_blackwell"]
+    for found in (
+        ends(scaled, "predicted_"), ends(compared["predicted"]["rao_blackwell"]), ends(baseline)
+    ):  # fmt: skip
+        assert found == pytest.approx(predicted, rel=1e-6)
+    for found in (
+        ends(scaled, "actual_snis_"), ends(compared["measured"]["snis"]), ends(baseline, "actual_"),
+        ends(analyses["baselines"]["measured"]),
+    ):  # fmt: skip
+        assert found == pytest.approx(measured, rel=1e-6)
+    assert ends(analyses["higher_order"]["first_order"]) == pytest.approx(
+        ends(summary["predicted"]["split"]["total"]), rel=1e-6
+    )
 
 
 def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses):

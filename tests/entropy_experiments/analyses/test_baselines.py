@@ -18,6 +18,7 @@ from entropy_experiments.fisher_analyzer import Estimate
 from entropy_experiments.report.figures.baselines import plot_baselines
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.weighting import plot_weighting_schemes
+from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
 
 PROMPTS = 20
@@ -99,7 +100,7 @@ def test_sentence_says_who_is_near() -> None:
     near = {name: row_of(table, name)["agrees"] for name in ("rao_blackwell", "split", "score_function")}
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
     assert table["sentence"] == (
-        "The measured change was −0.250 [−0.334, −0.166] nats per token (brackets: 95% intervals); it and the predictor "
+        "The measured change was −0.250 [−0.325, −0.165] nats per token (brackets: 95% intervals); it and the predictor "
         "cannot be told apart: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of those "
         "on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
         "covariance, natural gradient."
@@ -169,14 +170,15 @@ def test_chart_of_baselines_draws_the_table() -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == list(LABELS.values())
     drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
-    t = float(stats.t.ppf(0.975, PROMPTS - 1))
-    assert drawn["Rao–Blackwell"] == pytest.approx((-0.30, t * 0.03))
-    assert drawn["without momentum"] == pytest.approx((-0.04, t * 0.01))
+    for label, estimate in (("Rao–Blackwell", "total"), ("without momentum", "batch")):
+        found = PREDICTED["rao_blackwell"][estimate]
+        ends = jackknife_interval(found.value, found.left_out.numpy())
+        assert drawn[label] == pytest.approx((found.value, float(ends.high - ends.low) / 2))
     assert "STEER" not in drawn, "a number on another scale was drawn on this one"
     words = [text.get_text() for text in axes.texts]
     assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell')['z']:.1f}"
     assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
-    assert "−0.250 [−0.334, −0.166]" in caption_of(figure)
+    assert "−0.250 [−0.325, −0.165]" in caption_of(figure)
 
 
 def test_chart_of_weightings_draws_the_table() -> None:
