@@ -327,7 +327,7 @@ ZOO: dict[str, Kind] = {
     "kernel": Kind(_kernel, "no", ("someone/kernel", "never run")),
     "pipe": Kind(_pipe, "no", ("a pipe or a device",)),
     "deep-record": Kind(_deep_record, "no", ("cannot be read",)),
-    "long-name": Kind(_recorded(lambda c: c["sha256"].update({"a" * 5000: "0"})), "no", ("tampered",)),
+    "long-name": Kind(_recorded(lambda c: c["sha256"].update({"a" * 5000: "0" * 64})), "no", ("tampered",)),
     "odd-dtype": Kind(_recorded(lambda c: c.update(dtype="int8")), "no", ("dtype should be",)),
     "no-prompts": Kind(_recorded(lambda c: c["sampling"].update(prompts_per_step=-3)), "no", ("prompts_per_step",)),
     "unknown-data-set": Kind(_recorded(lambda c: c["task"].update(name="no_such_set")), "no", ("no_such_set",)),

@@ -325,7 +325,16 @@ def test_dr_grpo_refuses_what_it_would_drop(tiny_policy, tmp_path, monkeypatch) 
 
 def test_rollouts_of_older_runs_are_read(tmp_path) -> None:
     old = pa.schema([field for field in SCHEMA if field.name != "completion_mask"])
-    row = {name: None for name in old.names} | {"completion_ids": [1, 2]}
+    row = {"step": 1, "round": 0, "rank": 0, "status": "trained", "prompt_index": 0, "draw_probability": 0.1}
+    row |= {
+        "prompt_ids": [3],
+        "completion_ids": [1, 2],
+        "completion": "a",
+        "reward": 1.0,
+        "advantage": 0.5,
+        "weight": 0.1,
+    }
+    assert set(row) == set(old.names)
     path = rollouts_path(tmp_path, 1)
     path.parent.mkdir()
     pq.write_table(pa.Table.from_pylist([row], schema=old), path)

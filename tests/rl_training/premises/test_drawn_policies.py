@@ -65,7 +65,7 @@ def run(trainer: GRPOTrainer, **probe: object) -> tuple[list[tuple[float, float]
         w = torch.tensor(weights).double().softmax(0)
         wanted.append(float(1 / w.square().sum()))
         seen = observe(batch, *rest)
-        found.append(callback._probe._observation.size_and_entropy()[1])
+        found.append(callback._probe._observation.effective_size())
         return seen
 
     trainer._generate, callback._probe.observe = generating, observing
