@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.audit.definition import Definition
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence, StepRecord
 from entropy_experiments.audit.token_definitions import groups_of, total_reward
 
 
 @dataclass(frozen=True)
-class BatchDefinition:
+class BatchDefinition(Definition):
     """Each field's values, and what each means in words, stand in `alternatives`."""
 
     of: str
@@ -29,12 +30,6 @@ class BatchDefinition:
     average: str = "rounds"
     lag: int = 0
     window: str = "mean"
-
-    def changes(self, other: BatchDefinition) -> list[tuple[str, Any]]:
-        """(field, value) of this one where the two differ."""
-        return [
-            (f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)
-        ]
 
 
 _LENGTHS = {

@@ -8,11 +8,12 @@ are the right ones.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.audit.definition import Definition
 from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence
 from rl_training.config import TrainConfig
@@ -25,7 +26,7 @@ METRICS = ("entropy", "measured", "measured_fixed_prefix")
 
 
 @dataclass(frozen=True)
-class ProbeDefinition:
+class ProbeDefinition(Definition):
     """The default is the probe's own; `PROBE_ALTERNATIVES` has the others in words."""
 
     quantity: str
@@ -36,12 +37,6 @@ class ProbeDefinition:
     average: str = "tokens"
     policy: str = "before"
     sign: int = 1
-
-    def changes(self, other: ProbeDefinition) -> list[tuple[str, Any]]:
-        """(field, value) of this one where the two differ."""
-        return [
-            (f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)
-        ]
 
 
 PROBE_ALTERNATIVES: dict[str, dict[Any, str]] = {

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.audit.definition import Definition
 from entropy_experiments.audit.policies import Policies, TokenValues
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence, StepRecord
 from rl_training.run.step_record import RunSettings
 
 
 @dataclass(frozen=True)
-class TokenDefinition:
+class TokenDefinition(Definition):
     """Each field's values, and what each means in words, stand in `ALTERNATIVES`."""
 
     quantity: str = "entropy"
@@ -33,12 +34,6 @@ class TokenDefinition:
     precision: str = "run"
     lag: int = 0
     window: str = "mean"
-
-    def changes(self, other: TokenDefinition) -> list[tuple[str, Any]]:
-        """(field, value) of this one where the two differ."""
-        return [
-            (f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)
-        ]
 
 
 ALTERNATIVES: dict[str, dict[Any, str]] = {

@@ -43,7 +43,7 @@ def outline_policy(
     resize_vocabulary(model, shapes, folder)
     try:
         return _attach(model, adapter, shapes, "meta")
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # torch's two ways to say that a tensor on meta has no values
         # A few kinds of adapter look at values as they are made (BOFT, SHiRA): any values will do.
         model = outline_model(base, local_files_only).to_empty(device="cpu")
         resize_vocabulary(model, shapes, folder)

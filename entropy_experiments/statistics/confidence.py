@@ -162,11 +162,6 @@ def change_word(change: Known) -> str:
     return FELL if change.value < 0 else ROSE
 
 
-def told_from_zero_words(found: Known) -> str:
-    """Empty where 0 lies outside the interval, else the warning to add."""
-    return "" if found.holds_zero is False else NOT_FROM_ZERO
-
-
 def agreement_word(compared: Agreement, measured: float | None) -> str:
     """Of prediction and measurement: agree, cannot be told apart, do NOT agree."""
     if not compared.agrees:
