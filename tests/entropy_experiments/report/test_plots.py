@@ -16,6 +16,7 @@ from entropy_experiments.report.figures.plots import (
     plot_training_history,
     png_bytes,
 )
+from entropy_experiments.report.interactive.predicted import predicted_vs_actual
 from tests.entropy_experiments.results_fixture import make_history, make_sequences, make_summary
 
 T31, T3 = (float(stats.t.ppf(0.975, freedom)) for freedom in (31, 3))
@@ -124,6 +125,22 @@ def test_predicted_and_measured_over_scale(summary):
         line(right, "same sample on both sides\n(must reach 1 as s → 0)")[1],
         [row["actual_snis"] / row["predicted_split"] for row in summary["scaling"]],
     )
+
+
+def test_the_ends_of_stored_intervals_are_drawn_before_errors():
+    row = {"predicted": -0.2, "predicted_low": -0.7, "predicted_high": -0.1, "actual_snis": -0.3, "actual_snis_low": -0.9,
+           "actual_snis_high": -0.25, "actual_snis_standard_error": 0.01}  # fmt: skip
+    untrusted = {"actual_snis_low": None, "actual_snis_high": None}
+    rows = [{"scale": 1.0, **row}, {"scale": 2.0, **row, **untrusted}]
+    left = plot_predicted_vs_actual(rows, predicted_standard_error=0.01, degrees_of_freedom=31).axes[0]
+    measured = next(c for c in left.containers if c.get_label() == "measured (reweighted)")
+    assert bar_spans(measured)[0] == pytest.approx((-0.9, -0.25)), "a symmetric bar in place of the stored interval"
+    assert not np.isfinite(np.asarray(bar_spans(measured)[1:], dtype=float)).any(), "an untrusted measurement has a bar"
+    band = left.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((-0.7, -0.1))
+    plot = predicted_vs_actual(rows, 0.01, None, 31)
+    trace = next(trace for trace in plot["data"] if trace["name"] == "measured (reweighted)")
+    assert trace["error_y"]["arrayminus"] == pytest.approx([0.6, None]) and "[−0.90, −0.25]" in trace["customdata"][0]
 
 
 def test_ratio_to_a_zero_prediction_is_left_out_not_clamped():
