@@ -7,7 +7,7 @@ own instead (entropy_experiments/buffers/custom.py). See docs/theory/double-samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from entropy_experiments.buffers.saved import (
 )
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
+from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
 from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, score
 from rl_training.tasks.difficulty import PassRates
@@ -59,7 +60,7 @@ def draw_buffers(
     checkpoint: Checkpoint,
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
-    stage: Callable[[str], None] = lambda name: None,
+    reporter: Reporter = SILENT,
 ) -> tuple[Rollouts, TrainingBuffer]:
     """(evaluation, training) as `entropy_analysis.sampling` says; no prompt is in both unless same_prompts says so.
 
@@ -80,7 +81,7 @@ def draw_buffers(
             training = sample_training_batch(checkpoint, plan, config, [])
         taken = training.rollouts.prompt_index if training is not None else ()
         evaluation = recorded_evaluation(checkpoint, plan, config, taken)
-    stage("drawing the training buffer")
+    reporter.stage("drawing the training buffer")
     if evaluation is not None:
         rows = evaluation.prompt_row
     else:
@@ -90,7 +91,7 @@ def draw_buffers(
     refuse_foreign(training.rollouts, sampling)
     if not sampling.same_prompts:
         _require_apart(rows, training.rollouts, config)
-    stage("drawing the evaluation buffer")
+    reporter.stage("drawing the evaluation buffer")
     if evaluation is None:
         rows = rows_of(training.rollouts, config) if sampling.same_prompts else rows
         evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,7 @@ from entropy_experiments.records.writer import (
 )
 from entropy_experiments.report.page import write_report
 from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.numbers import AnalysisNumbers
 from rl_training.configuration import dump_config
@@ -58,8 +59,6 @@ from rl_training.files import refuse_link, remove_leftovers, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 from rl_training.sampling import Rollouts
-
-Stage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,27 @@ class FisherAnalysis:
 
 
 @dataclass
-class _Clock:
-    """Seconds per stage, in order; a stage lasts until the next begins."""
+class _Clock(Reporter):
+    """Seconds per stage, in order; a stage lasts until the next begins, and so does a note. Both are passed on."""
 
-    announce: Stage
+    listener: Reporter
     stages: list[dict[str, Any]] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)
 
-    def start(self, name: str) -> None:
+    def stage(self, name: str) -> None:
+        self._begin(name)
+        self.listener.stage(name)
+
+    def note(self, line: str) -> None:
+        self._begin(line)
+        self.listener.note(line)
+
+    def block(self, matrix: str, done: int, total: int) -> None:
+        self.listener.block(matrix, done, total)
+
+    def _begin(self, name: str) -> None:
         self._end()
         self.stages.append({"name": name, "seconds": 0.0})
-        self.announce(name)
 
     def _end(self) -> None:
         now = time.perf_counter()
@@ -122,7 +131,7 @@ def run_fisher_analysis(
     resume: bool = False,
     keep_going: bool = False,
     trust: bool = False,
-    stage: Stage = lambda name: None,
+    reporter: Reporter = SILENT,
 ) -> FisherAnalysis:
     """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
 
@@ -130,7 +139,7 @@ def run_fisher_analysis(
     resume: go on with the finished pieces of a run that was interrupted. keep_going: write the results even where a self-check
     or one of the analyses fails (it is red in the report either way). trust: whether the checkpoint's record may name a task that
     opens a file, imports a function or evaluates completions.
-    stage: called with the name of each stage as it begins.
+    reporter: is told of each stage as it begins.
 
     Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis; ShareDone in all but
     the first process of a launch, when their part is done.
@@ -138,7 +147,7 @@ def run_fisher_analysis(
     config = config or FisherAnalysisConfig()
     check_trust(checkpoint_path, config, trust)
     processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
-    clock = _Clock(stage)
+    clock = _Clock(reporter)
     path = resolve_checkpoint(checkpoint_path)
     step = checkpoint_step(path)
     target = processes.from_root(lambda: _target(folder, path, step, config.output_dir, resume))
@@ -163,7 +172,7 @@ def _analyze_into(
 ) -> FisherAnalysis:
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
-    clock.start("loading the checkpoint")
+    clock.stage("loading the checkpoint")
     checkpoint = load_checkpoint(
         path,
         config.checkpoint.model,
@@ -178,17 +187,17 @@ def _analyze_into(
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(record.path, config)))
         plan = plan_sampling(checkpoint, config, trust)
-        evaluation, training = processes.from_root(lambda: _buffers(work, checkpoint, plan, config, clock.start))
-        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock.start, work, processes)
+        evaluation, training = processes.from_root(lambda: _buffers(work, checkpoint, plan, config, clock))
+        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock, work, processes)
         numbers = inputs.numbers
         if not keep_going:
             _refuse_failed_checks(numbers.checks)
         score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
-        add_training_noise(inputs, clock.start)
-        analyses = run_analyses(inputs, clock.start, work)
+        add_training_noise(inputs, clock)
+        analyses = run_analyses(inputs, clock, work)
         if not keep_going:
             _refuse_failed_analyses(analyses)
-        clock.start("writing the results")
+        clock.stage("writing the results")
         summary = _write(part, checkpoint, inputs, analyses)
         write_json(
             part / "run.json",
@@ -209,11 +218,11 @@ def _analyze_into(
 
 
 def _buffers(
-    work: UnfinishedWork, checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, stage: Stage
+    work: UnfinishedWork, checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, reporter: Reporter
 ) -> tuple[Rollouts, TrainingBuffer]:
     kept = work.kept_buffers()
     if kept is None:
-        kept = draw_buffers(checkpoint, plan, config, stage)
+        kept = draw_buffers(checkpoint, plan, config, reporter)
         work.keep_buffers(*kept)
     return kept
 
@@ -242,7 +251,7 @@ def _analyze(
     config: FisherAnalysisConfig,
     evaluation: Rollouts,
     training: TrainingBuffer,
-    stage: Stage,
+    reporter: Reporter,
     work: UnfinishedWork | None = None,
     processes: Processes | None = None,
 ) -> AnalysisInputs:
@@ -269,8 +278,8 @@ def _analyze(
             measure=settings.analysis.entropy_prediction,
             optimizer_record=checkpoint.record.optimizer_record,
             token_batch_size=settings.fisher_kernel.token_batch_size,
-            kernel=kernel_options(settings.fisher_kernel, work, processes, stage),
-            stage=stage,
+            kernel=kernel_options(settings.fisher_kernel, work, processes, reporter),
+            reporter=reporter,
         )
     except ValueError as error:
         if isinstance(error, UserError):

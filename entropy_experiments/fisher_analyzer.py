@@ -12,7 +12,6 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -32,6 +31,7 @@ from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.kernel.sketch import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
 from entropy_experiments.kernel.store.row_storage import StoredRows
+from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck, smallest_seen_gap, surprisal_z_score
 from entropy_experiments.step.effects_of_leaving_out import (
     effects_of_leaving_out,
@@ -47,7 +47,6 @@ from entropy_experiments.step.shares import attribute, horizon_factor
 from entropy_experiments.step.training_side import TrainingSide, prepare_training_side
 from rl_training.errors import ShareDone, UserError
 
-Stage = Callable[[str], None]
 _SLOPE_TOLERANCE = 0.02
 
 
@@ -79,7 +78,7 @@ def analyze_batches(
     optimizer_record: OptimizerRecord = "names",
     token_batch_size: int = 2048,
     kernel: KernelOptions | None = None,
-    stage: Stage = lambda name: None,
+    reporter: Reporter = SILENT,
 ) -> FisherComputation:
     """Run one analysis; the model and the optimizer are as before when it returns.
 
@@ -100,7 +99,7 @@ def analyze_batches(
     options = kernel or KernelOptions()
     engine = options.engine(model, train_batch, len(eval_batch), token_batch_size)
     engine.settle(eval_batch)
-    stage("training gradients, one row per sequence")
+    reporter.stage("training gradients, one row per sequence")
     training = prepare_training_side(
         model,
         optimizer,
@@ -113,7 +112,7 @@ def analyze_batches(
         token_batch_size=token_batch_size,
         engine=engine,
     )
-    stage("token statistics")
+    reporter.stage("token statistics")
     numbers = AnalysisNumbers(
         eval_statistics=engine.statistics(eval_batch, with_variances=True),
         train_statistics=training.statistics,
@@ -122,13 +121,13 @@ def analyze_batches(
         gradient_norm=training.gradient_norm,
         checks=list(training.checks),
     )
-    stage("evaluation gradients and kernels")
+    reporter.stage("evaluation gradients and kernels")
     _contract(eval_batch, training, numbers, compute_full)
     if compute_full:
-        stage("the training buffer's own kernel")
+        reporter.stage("the training buffer's own kernel")
         _contract_training(training, numbers)
     if options.save_gradients:
-        stage("storing the evaluation gradients")
+        reporter.stage("storing the evaluation gradients")
         _store_evaluation(eval_batch, training, numbers, options)
     if not options.processes.is_root:
         raise ShareDone
@@ -138,10 +137,10 @@ def analyze_batches(
     if engine.store is not None:
         numbers.checks.append(check_storage(engine.store.storage_error()))
     if engine.restricted and training.step is not None:
-        stage("predictions over all modules")
+        reporter.stage("predictions over all modules")
         _predict_by_derivatives(model, eval_batch, training, numbers, token_batch_size)
     gradients = _attribute(model, eval_batch, training, numbers, token_batch_size)
-    stage("checking the kernel against finite differences")
+    reporter.stage("checking the kernel against finite differences")
     kernels = (numbers.fisher, numbers.train_fisher)
     p, gradient = training.preconditioner, engine.restrict(training.true_gradient)
     numbers.checks.extend(
@@ -158,7 +157,7 @@ def analyze_batches(
             )
         )  # fmt: skip
     if measure and training.step is not None:
-        _measure(model, eval_batch, training.taken, step_scales, numbers, token_batch_size, stage)
+        _measure(model, eval_batch, training.taken, step_scales, numbers, token_batch_size, reporter)
     return FisherComputation(numbers, training, gradients)
 
 
@@ -356,17 +355,17 @@ def _measure(
     scales: tuple[float, ...],
     numbers: AnalysisNumbers,
     token_batch_size: int,
-    stage: Stage,
+    reporter: Reporter,
 ) -> None:
     """Fill in the measured changes along the step, and check their slope against the prediction."""
     before = numbers.eval_statistics
     for scale in sorted({*scales, 1.0}):
-        stage(f"measuring at {scale:g} x the step")
+        reporter.stage(f"measuring at {scale:g} x the step")
         with weights_moved(model, taken, scale):
             after = token_statistics(model, batch, token_batch_size)
         snis = snis_entropy_change(before, after, batch) if numbers.rows_drawn else None
         numbers.measured.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, batch)))
-    stage("checking the slope")
+    reporter.stage("checking the slope")
     estimator = "split" if numbers.rows_drawn else "fixed_prefix"
     change = snis_entropy_change if numbers.rows_drawn else fixed_prefix_entropy_change
     expected = numbers.predicted[estimator]["total"]

@@ -4,7 +4,6 @@ often another draw of evaluation prompts would have named the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,17 @@ from entropy_experiments.analyses.who_was_first import (
     who_was_first,
     why_not_these,
 )
+from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.step.effects_of_leaving_out import EARLY, decided_by_effect
 from entropy_experiments.step.training_noise import step_change, training_noise
 
 
-def add_training_noise(inputs: AnalysisInputs, stage: Callable[[str], None] = lambda name: None) -> None:
+def add_training_noise(inputs: AnalysisInputs, reporter: Reporter = SILENT) -> None:
     """Fill in what another draw of the training buffer would change, where there is a step and its sequences were drawn."""
     side, numbers, config = inputs.side, inputs.numbers, inputs.config.entropy_analysis
     if side.weights is None or numbers.shares is None or config.sampling.train_sequences_path is not None:
         return
-    stage("noise of the training side")
+    reporter.stage("noise of the training side")
     step = side.adam_step
     change = step_change(
         inputs.gradients["rao_blackwell" if numbers.rows_drawn else "fixed_prefix"],

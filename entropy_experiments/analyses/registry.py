@@ -16,8 +16,7 @@ from entropy_experiments.analyses import adapters as steps
 from entropy_experiments.analyses.adapters import NotApplicable
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
-
-Stage = Callable[[str], None]
+from entropy_experiments.run.reporter import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _missing(inputs: AnalysisInputs, need: str) -> bool:
 
 
 def run_analyses(
-    inputs: AnalysisInputs, stage: Stage = lambda name: None, work: UnfinishedWork | None = None
+    inputs: AnalysisInputs, reporter: Reporter = SILENT, work: UnfinishedWork | None = None
 ) -> dict[str, dict[str, Any]]:
     """Name -> result of every analysis that `analysis:` switches on, each JSON-able, without NaN, and with a "sentence".
 
@@ -67,7 +66,7 @@ def run_analyses(
     for analysis in ANALYSES:
         if not getattr(switches, analysis.name):
             continue
-        stage(f"analysis: {analysis.name.replace('_', ' ')}")
+        reporter.stage(f"analysis: {analysis.name.replace('_', ' ')}")
         kept = None if work is None else work.kept(f"analyses/{analysis.name}")
         if kept is not None:
             results[analysis.name] = kept

@@ -76,7 +76,7 @@ def analyze_with_progress(
             resume=resume,
             keep_going=keep_going,
             trust=trust,
-            stage=progress.stage,
+            reporter=progress,
         )
     if table and not quiet:
         print_verdict(console, read_outcome(analysis.folder))

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Column
 from rich.text import Text
 
+from entropy_experiments.run.reporter import Reporter
+
 _ENOUGH = 0.02  # of the whole, below which nothing is foretold: the seconds of loading say little about the rest
 _NARROW = 90  # columns below which the bar leaves rate and elapsed time out
 
@@ -31,12 +33,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class StageProgress:
+class StageProgress(Reporter):
     """A context in which `stage(name)` is called as each stage begins.
 
     shares: expected time of each stage relative to the others, in their order; stages that are left out were done before, and
     a name that is not among them is shown without moving the bar. runs: how many times the stages are gone through
-    (checkpoints of a sweep); `begin_run(label)` starts the next. label: what plain lines begin with.
+    (checkpoints of a sweep); `checkpoint(name, …)` starts the next. label: what plain lines begin with.
     """
 
     def __init__(
@@ -75,11 +77,15 @@ class StageProgress:
     ) -> None:
         self._bar.stop()
 
-    def begin_run(self, label: str) -> None:
-        """The next of several runs begins; `label` names it on the bar and in plain lines."""
+    def checkpoint(self, name: str, place: int, count: int) -> None:
+        """The next of several runs begins; `name` stands on the bar and in plain lines."""
         self._run += self._begun
         self._completed, self._current = self._run * self._total_of_run, 0.0
-        self._label, self._begun = label, False
+        self._label, self._begun = name, False
+
+    def note(self, line: str) -> None:
+        """A line that moves no bar."""
+        self.stage(line)
 
     def stage(self, name: str) -> None:
         """A stage begins; those before it are done."""

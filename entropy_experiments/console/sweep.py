@@ -14,9 +14,9 @@ from entropy_experiments.console.analyze import expected_shares
 from entropy_experiments.console.progress import StageProgress, progress_console
 from entropy_experiments.console.tables import print_outcomes
 from entropy_experiments.report.outcome import read_outcome
+from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.run import Sweep, run_sweep
-from entropy_experiments.sweep.targets import Target
 from entropy_experiments.sweep.verdict import read_sweep_verdict
 from entropy_experiments.text.numbers import counted
 from rl_training.errors import UserError
@@ -27,28 +27,46 @@ def sweep_with_progress(
 ) -> Sweep:
     """run_sweep with progress on stderr and, where `table` is set, the closing verdict and table there as well."""
     console = progress_console(quiet)
-    with ExitStack() as stack:
-        progress: StageProgress | None = None
-
-        def begin(target: Target, place: int, count: int) -> None:
-            nonlocal progress
-            if progress is None:
-                shares = expected_shares(config.of_a_checkpoint())
-                progress = stack.enter_context(StageProgress(console, shares, runs=count, label="sweep"))
-            progress.begin_run(target.name)
-            if not console.is_interactive:
-                console.print(f"sweep: {target.name} ({place} of {count})", markup=False, soft_wrap=True)
-
-        def stage(name: str) -> None:
-            if progress is not None:
-                progress.stage(name)
-            elif not console.is_interactive:
-                console.print(f"sweep: {name}", markup=False, soft_wrap=True)
-
-        sweep = run_sweep(runs, config, stage=stage, begin=begin, **options)
+    with _SweepProgress(console, config) as progress:
+        sweep = run_sweep(runs, config, reporter=progress, **options)
     if table and not quiet:
         _close(console, sweep)
     return sweep
+
+
+class _SweepProgress(Reporter):
+    """Opens the bar with the first checkpoint, when it is known how many there are."""
+
+    def __init__(self, console: Console, config: SweepConfig) -> None:
+        self._console, self._config = console, config
+        self._stack = ExitStack()
+        self._progress: StageProgress | None = None
+
+    def __enter__(self) -> _SweepProgress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def checkpoint(self, name: str, place: int, count: int) -> None:
+        if self._progress is None:
+            shares = expected_shares(self._config.of_a_checkpoint())
+            self._progress = self._stack.enter_context(StageProgress(self._console, shares, runs=count, label="sweep"))
+        self._progress.checkpoint(name, place, count)
+        self._line(f"{name} ({place} of {count})")
+
+    def stage(self, name: str) -> None:
+        if self._progress is None:
+            self._line(name)
+        else:
+            self._progress.stage(name)
+
+    def note(self, line: str) -> None:
+        self.stage(line)
+
+    def _line(self, text: str) -> None:
+        if not self._console.is_interactive:
+            self._console.print(f"sweep: {text}", markup=False, soft_wrap=True)
 
 
 def sweep_outcome(sweep: Sweep) -> dict[str, Any]:

@@ -33,9 +33,7 @@ from entropy_experiments.kernel.store.row_storage import StoredRows, store_rows
 from entropy_experiments.kernel.store.store import GradientStore
 from entropy_experiments.kernel.workspace import KernelWorkspace
 from entropy_experiments.run.processes import Processes
-
-Progress = Callable[[str, int, int], None]
-"""(matrix, finished blocks, all blocks)."""
+from entropy_experiments.run.reporter import SILENT, Reporter
 
 
 class KernelEngine:
@@ -62,11 +60,11 @@ class KernelEngine:
         storage: str = "float32",
         sketch: ModuleSketch | None = None,
         formation: RowFormation | None = None,
-        progress: Progress = lambda matrix, done, total: None,
+        reporter: Reporter = SILENT,
     ) -> None:
         self._model, self._batch, self.plan, self.names = model, batch, plan, list(names)
         self._token_batch_size, self._workspace = token_batch_size, workspace
-        self._processes, self._storage, self._progress = processes or Processes(), storage, progress
+        self._processes, self._storage, self._reporter = processes or Processes(), storage, reporter
         self._store_folder, self._sketch = store_folder, sketch
         self._sketched: Tensor | None = None
         self._columns: dict[str, Tensor] | None = None
@@ -217,7 +215,7 @@ class KernelEngine:
             if self._workspace is not None:
                 self._workspace.write(matrix, name, block)
             _place(out, rows, piece.place, block)
-            self._progress(matrix, done, pieces * len(chunks))
+            self._reporter.block(matrix, done, pieces * len(chunks))
 
     def _pieces(
         self, steps: Mapping[str, Tensor] | None, with_columns: bool, other_metric: OtherMetric | None = None
@@ -369,7 +367,7 @@ class KernelEngine:
                 processes=self._processes,
                 formed=self._columns if batch is self._batch else None,
                 formation=self.formation,
-                progress=self._progress,
+                reporter=self._reporter,
             )
 
 

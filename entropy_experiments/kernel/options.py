@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.row_formation import Method, RowFormation
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
-from entropy_experiments.kernel.engine import KernelEngine, Progress
+from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, plan_kernel, plan_sketch
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
 from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
 
 EVALUATION_OBJECTIVES = 4  # kinds of rows that the evaluation side is contracted with: see fisher_analyzer
@@ -46,8 +47,7 @@ class KernelOptions:
     workspace: UnfinishedWork | None = None
     store_folder: Path | None = None
     processes: Processes = field(default_factory=Processes)
-    progress: Progress = lambda matrix, done, total: None
-    announce: Callable[[str], None] = lambda line: None
+    reporter: Reporter = SILENT
 
     def plan(self, model: nn.Module, n_eval: int, n_train: int, token_batch_size: int) -> KernelPlan:
         """The same in every process. Raises UserError where nothing fits."""
@@ -104,7 +104,7 @@ class KernelOptions:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
         names = chosen_parameters(model, self.modules)
         plan = self.plan(model, n_eval, len(batch), token_batch_size)
-        self.announce(describe_plan(plan, len(batch)))
+        self.reporter.note(describe_plan(plan, len(batch)))
         return KernelEngine(
             model,
             batch,
@@ -117,7 +117,7 @@ class KernelOptions:
             storage=self.storage,
             sketch=self._sketch(model),
             formation=self.formation(batch, plan, token_batch_size),
-            progress=self.progress,
+            reporter=self.reporter,
         )
 
     def formation(self, batch: SequenceBatch, plan: KernelPlan, token_batch_size: int) -> RowFormation:
@@ -128,14 +128,14 @@ class KernelOptions:
             return plan.passes, max(2, round(plan.passes * buckets / len(batch)))
 
         root = self.processes.is_root
-        return RowFormation(self.method, announce=self.announce if root else lambda line: None, cost=cost)
+        return RowFormation(self.method, announce=(self.reporter if root else SILENT).note, cost=cost)
 
 
 def kernel_options(
     settings: FisherKernelConfig,
     work: UnfinishedWork | None = None,
     processes: Processes | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> KernelOptions:
     """What the configuration says; gradients are stored beside the work folder."""
     return KernelOptions(
@@ -150,7 +150,7 @@ def kernel_options(
         workspace=work,
         store_folder=None if work is None else work.folder.parent / "gradients",
         processes=processes or Processes(),
-        announce=announce,
+        reporter=reporter,
     )
 
 

@@ -11,13 +11,14 @@ import datetime
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.sweep.assemble import assemble_sweep
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.folder import SweepFolder, write_json_whole
@@ -29,7 +30,6 @@ from rl_training.files import write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 
-Stage = Callable[[str], None]
 _POLL_SECONDS = 1.0
 _REMIND_SECONDS = 300.0
 # Launched processes start within this of one another; an error older than it is of an earlier launch.
@@ -73,15 +73,14 @@ def run_sweep(
     trust: bool = False,
     shard: str | None = None,
     assemble: bool = False,
-    stage: Stage = lambda name: None,
-    begin: Callable[[Target, int, int], None] = lambda target, place, count: None,
+    reporter: Reporter = SILENT,
 ) -> Sweep:
     """Analyse this process's share of the checkpoints, and put the results together once everything is done.
 
     folder: where to; by default `sweep_folder_for`. resume: go on with a sweep, keeping what matches; checkpoints that failed
     are tried again. overwrite: delete a sweep that is there and start anew. keep_going, trust: as in run_fisher_analysis.
-    shard: "2/8", see sweep_shares. assemble: analyse nothing, put together what there is. stage: called with each stage's name
-    as it begins; begin: with each checkpoint that is to be done, its place (from 1) and how many there are for this process.
+    shard: "2/8", see sweep_shares. assemble: analyse nothing, put together what there is. reporter: is told of each
+    stage as it begins, and of each checkpoint that is to be done in this process.
 
     A checkpoint that cannot be analysed does not stop the others: see Sweep.failed. Raises UserError for bad input, a folder
     that is in the way, a finished checkpoint that does not match, and a full disk.
@@ -100,7 +99,7 @@ def run_sweep(
     lock = locked(place.path.with_name(f".{place.path.name}{LOCK_NAME}"), str(place.path), shared=share.count > 1)
     with nullcontext() if assemble else lock:
         return _sweep_into(
-            place, named, targets, config, share, resume, overwrite, keep_going, trust, assemble, stage, begin
+            place, named, targets, config, share, resume, overwrite, keep_going, trust, assemble, reporter
         )
 
 
@@ -115,21 +114,20 @@ def _sweep_into(
     keep_going: bool,
     trust: bool,
     assemble: bool,
-    stage: Stage,
-    begin: Callable[[Target, int, int], None],
+    reporter: Reporter,
 ) -> Sweep:
     started = time.time()
     if not assemble:
         _prepare(place, named, targets, config, share, resume, overwrite)
         with single_process():
             _use_own_device(share)
-            _analyze_share(place, share.of(targets), config, resume, keep_going, trust, stage, begin)
+            _analyze_share(place, share.of(targets), config, resume, keep_going, trust, reporter)
         if share.kind == "rank" and share.index == 0:
-            _wait_for_the_others(place, targets, started, stage)
+            _wait_for_the_others(place, targets, started, reporter)
     report = None
     left = place.open_targets(targets)
     if assemble or (not left and (share.kind != "rank" or share.index == 0)):
-        stage("putting the sweep together")
+        reporter.stage("putting the sweep together")
         with place.locked("assemble", wait=True):
             report = assemble_sweep(place, named, targets, config)
     failed = {t.name: error["error"] for t in targets if (error := place.error_of(t)) is not None}
@@ -191,8 +189,7 @@ def _analyze_share(
     resume: bool,
     keep_going: bool,
     trust: bool,
-    stage: Stage,
-    begin: Callable[[Target, int, int], None],
+    reporter: Reporter,
 ) -> None:
     single = config.of_a_checkpoint()
     configuration = dump_config(single)
@@ -205,23 +202,23 @@ def _analyze_share(
     for target in todo:
         check_trust(target.path, single, trust)
     for number, target in enumerate(todo, start=1):
-        begin(target, number, len(todo))
+        reporter.checkpoint(target.name, number, len(todo))
         with place.locked(target.name, wait=False) as ours:
             if not ours or place.outcome(target) != "open":
                 continue  # another process of the same share is at it, or was
             try:
                 place.write_source(target)
-                options = {"resume": True, "keep_going": keep_going, "trust": trust, "stage": stage}
+                options = {"resume": True, "keep_going": keep_going, "trust": trust, "reporter": reporter}
                 run_fisher_analysis(target.path, single, folder=place.results(target), **options)
             except Exception as error:  # whatever it is: it is told at the end, and the others are still done
                 if disk_is_full(error):
                     raise
                 place.write_error(target, error)
-                stage(f"FAILED: {target.name}")
+                reporter.stage(f"FAILED: {target.name}")
         gc.collect()
 
 
-def _wait_for_the_others(place: SweepFolder, targets: list[Target], started: float, stage: Stage) -> None:
+def _wait_for_the_others(place: SweepFolder, targets: list[Target], started: float, reporter: Reporter) -> None:
     """Until every checkpoint of the other launched processes is done, or failed in this launch."""
     reminded = 0.0
     while True:
@@ -233,5 +230,5 @@ def _wait_for_the_others(place: SweepFolder, targets: list[Target], started: flo
             return
         if time.monotonic() - reminded > _REMIND_SECONDS:
             reminded = time.monotonic()
-            stage(f"waiting for other processes: {', '.join(left[:3])}{', …' if len(left) > 3 else ''}")
+            reporter.stage(f"waiting for other processes: {', '.join(left[:3])}{', …' if len(left) > 3 else ''}")
         time.sleep(_POLL_SECONDS)

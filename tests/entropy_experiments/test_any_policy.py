@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.run.reporter import Reporter
 from rl_training.errors import UserError
 from tests.entropy_experiments.made_checkpoint import make_checkpoint
 from tests.entropy_experiments.small_analysis import config
@@ -51,17 +52,25 @@ POLICIES = {
 }
 
 
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_analysed_end_to_end(name: str, tiny_run: Path, tmp_path: Path) -> None:
     build, adapt, method = POLICIES[name]
     path = make_checkpoint(build(), adapt, tmp_path, tiny_run / "checkpoint-4")
-    said: list[str] = []
+    reporter = Heard()
     step = "entropy_analysis.fisher_kernel.preconditioning=step"
-    found = run_fisher_analysis(path, config(step), folder=tmp_path / "results", stage=said.append)
+    found = run_fisher_analysis(path, config(step), folder=tmp_path / "results", reporter=reporter)
     assert not found.failed_checks and not found.failed_analyses
     rows = found.summary["gradient_rows"]
     assert rows["method"] == method
-    lines = [line for line in said if "one backward pass per sequence" in line]
+    lines = [line for line in reporter.notes if "one backward pass per sequence" in line]
     assert len(lines) == (method == "loop")
     page = found.report.read_text()
     if method == "loop":

@@ -9,7 +9,7 @@ Source: docs/guides/gradient-store.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from entropy_experiments.kernel.store.fingerprint import store_fingerprint
 from entropy_experiments.kernel.store.layout import RowKind
 from entropy_experiments.kernel.store.store import GradientStore
 from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.reporter import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def store_rows(
     processes: Processes | None = None,
     formed: Mapping[str, Tensor] | None = None,
     formation: RowFormation | None = None,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    reporter: Reporter = SILENT,
 ) -> list[GradientStore]:
     """Rows of `batch` over the trainable parameters, one store for each of `wanted`; finished shards are kept as they are.
 
@@ -74,7 +75,7 @@ def store_rows(
         for one, store, unfinished, rows in zip(wanted, stores, missing, found, strict=True):
             if number in unfinished:
                 store.write_shard(number, {name: part.to(batch.device) for name, part in rows.items()})
-                progress(one.folder.name, number + 1, layout.shard_count)
+                reporter.block(one.folder.name, number + 1, layout.shard_count)
     processes.meet()
     for store in stores:
         store.check_complete()

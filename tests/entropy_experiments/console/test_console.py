@@ -20,6 +20,7 @@ from entropy_experiments.console.analyze import expected_shares
 from entropy_experiments.console.progress import StageProgress, duration
 from entropy_experiments.console.tables import outcome_facts, print_comparison, print_outcomes, print_verdict
 from entropy_experiments.report.outcome import read_outcome
+from entropy_experiments.run.reporter import Reporter
 from tests.entropy_experiments.comparison_fixture import build_side
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, config
@@ -202,12 +203,12 @@ def test_plain_progress_names_each_stage_once(monkeypatch):
 def test_progress_over_several_runs(monkeypatch):
     clock = Time(monkeypatch)
     with StageProgress(console(terminal=False), {"a": 1.0, "b": 1.0}, runs=2) as progress:
-        progress.begin_run("step 4")
+        progress.checkpoint("step 4", 1, 2)
         progress.stage("a")
         clock.now += 10
         progress.stage("b")
         clock.now += 10
-        progress.begin_run("step 8")
+        progress.checkpoint("step 8", 2, 2)
         progress.stage("a")
         assert progress.seconds_left() == pytest.approx(20)
 
@@ -241,9 +242,12 @@ def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path):
     """Every stage that an analysis announces is expected, in that order, and nothing else is."""
     from entropy_experiments.entropy_runner import run_fisher_analysis
 
-    announced: list[str] = []
-    run_fisher_analysis(tiny_run, config(), folder=tmp_path / "out", stage=announced.append)
-    stages = [name for name in announced if not name.startswith("kernel: ")]  # what fits into memory, no stage
+    class Announced(Reporter):
+        def stage(self, name: str) -> None:
+            stages.append(name)
+
+    stages: list[str] = []
+    run_fisher_analysis(tiny_run, config(), folder=tmp_path / "out", reporter=Announced())
     assert stages == list(expected_shares(config()))
     assert "the training buffer's own kernel" in expected_shares(FisherAnalysisConfig())
 

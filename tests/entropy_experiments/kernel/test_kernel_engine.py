@@ -20,6 +20,7 @@ from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, fixed_bytes, plan_kernel
 from entropy_experiments.kernel.workspace import KernelWorkspace
 from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import CASE, sample_batch
@@ -42,6 +43,14 @@ def world():
     return model, train, evaluation, p
 
 
+class Pausing(Reporter):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def block(self, matrix: str, done: int, total: int) -> None:
+        time.sleep(self.seconds)
+
+
 def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = None, pause: float = 0.0):
     """K1 and two extra columns, through the engine, which rests for `pause` seconds after each block."""
     model, train, evaluation, p = world()
@@ -50,7 +59,7 @@ def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = 
         model, train, plan, names, token_batch_size=64, processes=processes,
         workspace=None if folder is None else KernelWorkspace(folder / "work"),
         store_folder=None if folder is None else folder / "gradients",
-        progress=lambda matrix, done, total: time.sleep(pause),
+        reporter=Pausing(pause),
     )  # fmt: skip
     engine.prepare()
     engine.precondition(p)

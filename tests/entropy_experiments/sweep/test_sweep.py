@@ -132,7 +132,7 @@ def quick(monkeypatch):
     """Analyses that write a synthetic results folder at once; calls are counted, steps in `broken` raise."""
     calls, broken = [], set()
 
-    def analyse(path, config, *, folder, resume, keep_going, trust, stage):
+    def analyse(path, config, *, folder, resume, keep_going, trust, reporter):
         step = int(Path(path).name.rpartition("-")[2])
         calls.append(step)
         assert "WORLD_SIZE" not in os.environ, "an analysis would take this for a process group to join"
