@@ -13,10 +13,9 @@ import datetime
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +43,18 @@ from entropy_experiments.records.policy import describe_policy
 from entropy_experiments.records.writer import (
     describe_environment,
     summarize,
+    write_history,
     write_json,
     write_kernels,
+    write_run,
     write_sequences,
+    write_summary,
 )
 from entropy_experiments.report.page import write_report
 from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck
+from entropy_experiments.run.stage_times import StageTimes
 from entropy_experiments.step.numbers import AnalysisNumbers
 from rl_training.configuration import dump_config
 from rl_training.errors import ResumableError, UserError
@@ -80,40 +83,6 @@ class FisherAnalysis:
     def failed_analyses(self) -> dict[str, str]:
         """Name -> what went wrong."""
         return failed_analyses(self.summary["analyses"])
-
-
-@dataclass
-class _Clock(Reporter):
-    """Seconds per stage, in order; a stage lasts until the next begins, and so does a note. Both are passed on."""
-
-    listener: Reporter
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def stage(self, name: str) -> None:
-        self._begin(name)
-        self.listener.stage(name)
-
-    def note(self, line: str) -> None:
-        self._begin(line)
-        self.listener.note(line)
-
-    def block(self, matrix: str, done: int, total: int) -> None:
-        self.listener.block(matrix, done, total)
-
-    def _begin(self, name: str) -> None:
-        self._end()
-        self.stages.append({"name": name, "seconds": 0.0})
-
-    def _end(self) -> None:
-        now = time.perf_counter()
-        if self.stages:
-            self.stages[-1]["seconds"] = round(now - self._since, 3)
-        self._since = now
-
-    def finished(self) -> list[dict[str, Any]]:
-        self._end()
-        return self.stages
 
 
 def results_folder_for(checkpoint_path: Path, step: int, output_dir: str) -> Path:
@@ -147,7 +116,7 @@ def run_fisher_analysis(
     config = config or FisherAnalysisConfig()
     check_trust(checkpoint_path, config, trust)
     processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
-    clock = _Clock(reporter)
+    clock = StageTimes(reporter)
     path = resolve_checkpoint(checkpoint_path)
     step = checkpoint_step(path)
     target = processes.from_root(lambda: _target(folder, path, step, config.output_dir, resume))
@@ -168,7 +137,7 @@ def _analyze_into(
     resume: bool,
     keep_going: bool,
     trust: bool,
-    clock: _Clock,
+    clock: StageTimes,
 ) -> FisherAnalysis:
     settings = config.entropy_analysis
     with_adam = settings.fisher_kernel.preconditioning != "none"
@@ -199,7 +168,7 @@ def _analyze_into(
             _refuse_failed_analyses(analyses)
         clock.stage("writing the results")
         summary = _write(part, checkpoint, inputs, analyses)
-        write_json(
+        write_run(
             part / "run.json",
             {
                 "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -339,12 +308,10 @@ def _write(
     )
     write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers)
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
-    write_json(part / "summary.json", summary)
+    write_summary(part / "summary.json", summary)
     write_json(part / "evaluation_set.json", evaluation_set(config, inputs.evaluation))
-    write_json(
-        part / "training_history.json",
-        training_history(checkpoint.record.log_history, stored_state(checkpoint.record.path)),
-    )
+    record = checkpoint.record
+    write_history(part / "training_history.json", training_history(record.log_history, stored_state(record.path)))
     return summary
 
 

@@ -111,8 +111,8 @@ _PART_LABELS = {"total": "Predicted change", **{part: f"Predicted, from {name}" 
 def quantities(analyses: Sequence[ResultsFolder]) -> list[Quantity]:
     """What can be compared, in the report's order; the estimator is side A's default one."""
     per_token = "nats per token"
-    given = lookup(analyses[0].summary, "rows_drawn") is False
-    estimator = "fixed_prefix" if given else primary_estimator(analyses[0].summary) or "rao_blackwell"
+    given = lookup(analyses[0].raw, "rows_drawn") is False
+    estimator = "fixed_prefix" if given else primary_estimator(analyses[0].raw) or "rao_blackwell"
     measured = "actual.fixed_prefix" if given else "actual.snis"
     return [
         Quantity("entropy.per_token", "Entropy before the step", per_token),
@@ -166,7 +166,7 @@ def _known(row: Compared) -> bool:
 
 def _value(results: ResultsFolder, key: str) -> tuple[float | None, float | None]:
     """(value, standard error) from the summary, or from the evaluation sequences where it does not say."""
-    entry = lookup(results.summary, *key.split("."))
+    entry = lookup(results.raw, *key.split("."))
     if entry is not None:
         return value_and_error(entry)
     found = _ratio_of_rows(results, key)
@@ -179,7 +179,7 @@ def _value(results: ResultsFolder, key: str) -> tuple[float | None, float | None
 
 def _number(results: ResultsFolder, key: str) -> dict[str, float | None]:
     """The same with its 95% interval."""
-    freedom, entry = freedom_of_analysis(results.summary), lookup(results.summary, *key.split("."))
+    freedom, entry = freedom_of_analysis(results.raw), lookup(results.raw, *key.split("."))
     found = None if entry is not None else _ratio_of_rows(results, key)
     if found is None:
         return number_entry(entry, freedom)
@@ -274,14 +274,14 @@ def _paired_difference(change: float, one: tuple[str, ...], a: Tensor, other: tu
 
 def settings_that_differ(points: Sequence[ResultsFolder]) -> list[tuple[str, list[Any]]]:
     """Names and values of everything recorded about law, training and sampling that is not the same on all sides."""
-    flat = [_flatten({"policy": lookup(p.summary, "policy") or {}, "attribution": _step_settings(p)}) for p in points]
+    flat = [_flatten({"policy": lookup(p.raw, "policy") or {}, "attribution": _step_settings(p)}) for p in points]
     names = list(dict.fromkeys(name for values in flat for name in values))
     rows = [(name, [values.get(name) for values in flat]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
 def _step_settings(results: ResultsFolder) -> dict[str, Any]:
-    shares, kernel = preconditioner_labels(results.summary)
+    shares, kernel = preconditioner_labels(results.raw)
     return {"preconditioner of the shares": shares, "preconditioner of the kernel": kernel}
 
 

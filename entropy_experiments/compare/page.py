@@ -144,7 +144,7 @@ def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str,
                 plot_compared_changes(names, values, gaps, labels),
                 compared_changes(names, values, gaps, labels),
             )
-    histories = [side.points[-1].history for side in sides]
+    histories = [side.points[-1].raw_history for side in sides]
     courses = compared_histories(histories, labels)
     if courses is not None:
         add("courses", plot_compared_histories(histories, labels), courses)

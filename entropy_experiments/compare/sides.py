@@ -52,7 +52,7 @@ class Side:
 
 def step_of(results: ResultsFolder) -> float | None:
     """The training step of the checkpoint that was analysed."""
-    return as_number(lookup(results.summary, "checkpoint", "step"))
+    return as_number(lookup(results.raw, "checkpoint", "step"))
 
 
 def open_sides(paths: Sequence[Path | str]) -> list[Side]:
@@ -158,15 +158,15 @@ def _inside(path: Path, folder: str) -> Path:
 def _refuse_other_quantities(sides: list[Side]) -> None:
     first = sides[0]
     for other in sides[1:]:
-        drawn = [lookup(side.first.summary, "rows_drawn") is not False for side in (first, other)]
+        drawn = [lookup(side.first.raw, "rows_drawn") is not False for side in (first, other)]
         if drawn[0] != drawn[1]:
             given = other if drawn[0] else first
             raise UserError(
                 f"{given.path} was analysed on given texts and the other folder on texts drawn from the policy: changes of "
                 "entropy on given texts are another quantity and cannot be compared"
             )
-        tokenizers = [lookup(side.first.summary, "policy", "tokenizer") for side in (first, other)]
-        models = [lookup(side.first.summary, "checkpoint", "model") for side in (first, other)]
+        tokenizers = [lookup(side.first.raw, "policy", "tokenizer") for side in (first, other)]
+        models = [lookup(side.first.raw, "checkpoint", "model") for side in (first, other)]
         if None not in tokenizers and tokenizers[0] != tokenizers[1]:
             raise UserError(
                 f"{first.path} and {other.path} have different tokenizers (models {_said(models)}): entropies per token are "
@@ -195,11 +195,11 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
             return None
         return ", ".join(f"{side.letter} {_shown(value)}" for side, value in zip(sides, values, strict=True))
 
-    models = differing([lookup(point.summary, "checkpoint", "model") for point in points])
+    models = differing([lookup(point.raw, "checkpoint", "model") for point in points])
     if models:
         found.append(f"Different models with the same tokenizer: {models}.")
     for key, name in _LAW.items():
-        values = [lookup(point.summary, "policy", "law", key) for point in points]
+        values = [lookup(point.raw, "policy", "law", key) for point in points]
         if None in values and any(value is not None for value in values):
             unknown = ", ".join(s.letter for s, value in zip(sides, values, strict=True) if value is None)
             found.append(
@@ -212,10 +212,10 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
     steps = differing([step_of(point) for point in points])
     if steps:
         found.append(f"Checkpoints of different training steps: {steps}.")
-    tasks = differing([lookup(point.summary, "policy", "task") for point in points])
-    if tasks and None not in [lookup(point.summary, "policy", "task") for point in points]:
+    tasks = differing([lookup(point.raw, "policy", "task") for point in points])
+    if tasks and None not in [lookup(point.raw, "policy", "task") for point in points]:
         found.append(f"Different tasks: {tasks}.")
-    clean = [preconditioner_labels(point.summary)[1] == "none" for point in points]
+    clean = [preconditioner_labels(point.raw)[1] == "none" for point in points]
     if any(clean) and not all(clean):
         plain_steps = ", ".join(side.letter for side, is_plain in zip(sides, clean, strict=True) if is_plain)
         found.append(f"The analysed step of {plain_steps} is a plain gradient step, that of the others AdamW's.")

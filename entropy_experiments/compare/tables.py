@@ -48,7 +48,7 @@ def side_table(sides: Sequence[Side], point: Point | None) -> Table:
             step = plain(step_of(results))
         else:
             step = ", ".join(plain(step_of(results)) for results in side.points)
-        model = one_line(str(lookup(results.summary, "checkpoint", "model") or "not recorded"), 60)
+        model = one_line(str(lookup(results.raw, "checkpoint", "model") or "not recorded"), 60)
         counts = [f"{len(rows_)} sequences" for rows_ in (results.evaluation, results.training)]
         rows.append([side.letter, clip(str(side.path), 200, "end"), model, step, *counts])
     return Table("What is compared", columns, rows)
@@ -104,10 +104,10 @@ def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
         ("Mean length in the training buffer, tokens", ("sampling", "training", "mean_length")),
         ("Mean of |K₁|", ("kernel", "mean_abs")),
     ):
-        values = [as_number(lookup(results.summary, *path)) for results in point.analyses]
+        values = [as_number(lookup(results.raw, *path)) for results in point.analyses]
         if any(value is not None for value in values):
             entries.append((label, [plain(value) for value in values]))
-    same = [same_prompt_effect(results.summary) for results in point.analyses]
+    same = [same_prompt_effect(results.raw) for results in point.analyses]
     for label, key in (("one prompt", "cosine"), ("two prompts", "cosine_other_prompts")):
         if any(effect[key] is not None for effect in same):
             entries.append((f"Mean cosine of gradients, {label}", [signed(effect[key]) for effect in same]))
@@ -121,7 +121,7 @@ def _weightings(sides: Sequence[Side], point: Point) -> Table:
     """Predicted changes of the weightings that every analysis tries on its own buffer."""
     by_side = []
     for results in point.analyses:
-        rows = lookup(results.summary, "analyses", "weighting_schemes", "rows")
+        rows = lookup(results.raw, "analyses", "weighting_schemes", "rows")
         rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         by_side.append({str(row.get("label")): lookup(row, "delta_h", "equal_length") for row in rows})
     labels = list(dict.fromkeys(label for rows in by_side for label in rows))

@@ -151,9 +151,9 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
 def _training_sentence(sides: Sequence[Side], point: Point) -> Sentence | None:
     """What entropy did in training on each side, up to the analysed checkpoint."""
     told = [
-        f"of {side.letter} {entropy_course_words(analysis.history)[0]}"
+        f"of {side.letter} {entropy_course_words(analysis.raw_history)[0]}"
         for side, analysis in zip(sides, point.analyses, strict=True)
-        if len(entropy_column(analysis.history).steps)
+        if len(entropy_column(analysis.raw_history).steps)
     ]
     if not told:
         return None
@@ -165,12 +165,12 @@ def _failed_checks(sides: Sequence[Side]) -> list[Sentence]:
     found = []
     for side in sides:
         for results in side.points:
-            checks = results.run.get("self_checks")
+            checks = results.raw_run.get("self_checks")
             checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
             failed = [
                 one_line(str(check.get("name", "unnamed")), 80) for check in checks if check.get("passed") is not True
             ]
-            step = lookup(results.summary, "checkpoint", "step")
+            step = lookup(results.raw, "checkpoint", "step")
             where = side.letter if side.kind == "analysis" else f"{side.letter} at step {plain(step)}"
             if failed:
                 found.append(

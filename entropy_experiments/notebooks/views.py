@@ -59,11 +59,11 @@ def verdict_html(results: ResultsFolder) -> str:
 def verdict_of(results: ResultsFolder) -> list[Sentence]:
     """The verdict on an analysis."""
     prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
-    return write_verdict(results.summary, results.history, _checks(results), results.training, prompts)
+    return write_verdict(results.raw, results.raw_history, _checks(results), results.training, prompts)
 
 
 def _checks(results: ResultsFolder) -> list[dict[str, Any]]:
-    checks = results.run.get("self_checks")
+    checks = results.raw_run.get("self_checks")
     return [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
 
 
@@ -217,10 +217,10 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
     """What does not depend on the preconditioner P: the buffers (of one training prompt where given), entropies, checks."""
     own = sequences_of(results, "training", prompt)
     which = "training buffer" if prompt is None else f"training sequences of prompt {prompt}"
-    sampling = lookup(results.summary, "sampling") if prompt is None else None
+    sampling = lookup(results.raw, "sampling") if prompt is None else None
     parts = [
         table_html(("", "evaluation buffer", which), buffer_rows(results.evaluation, own, sampling)),
-        table_html(("Entropy before the step", ""), entropy_rows(results.summary)),
+        table_html(("Entropy before the step", ""), entropy_rows(results.raw)),
         table_html(
             (
                 "Estimator, nats per token",
@@ -233,7 +233,7 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
             ),
             [
                 [row[key] for key in ("label", "total", "batch", "momentum", "weight_decay", "measured", "z")]
-                for row in estimator_rows(results.summary)
+                for row in estimator_rows(results.raw)
             ],
         ),
         table_html(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -41,12 +41,12 @@ def training_history(
     rows: dict[int, dict[str, Any]] = {}
     before = steps_before = 0
     for entry in log_history:
-        if "loss" not in entry:
+        step = entry.get("step")
+        if "loss" not in entry or not _is_step(step):
             continue
-        step = entry["step"]
         row = rows[step] = {"step": step}
         row |= _logged(entry)
-        probe = {new: entry[old] for new, old in _PROBE.items() if entry.get(old) is not None}
+        probe = {new: entry[old] for new, old in _PROBE.items() if as_number(entry.get(old)) is not None}
         if probe and not own:
             # The probe counts its steps; logs of before it did are only known to be of single steps if none was left out.
             count = as_number(entry.get("entropy_probe/steps"))
@@ -59,15 +59,19 @@ def training_history(
     return [rows[step] for step in sorted(rows)]
 
 
+def _is_step(step: object) -> TypeGuard[int]:
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= 2**53
+
+
 def _logged(entry: Mapping[str, Any]) -> dict[str, Any]:
     row = {}
     for name, candidates in _LOGGED.items():
-        old = next((candidate for candidate in candidates if entry.get(candidate) is not None), None)
+        old = next((candidate for candidate in candidates if as_number(entry.get(candidate)) is not None), None)
         if old is not None:
             row |= {
                 f"{name}{end}": entry[f"{old}{end}"]
                 for end in ("", "_se", "_df")
-                if entry.get(f"{old}{end}") is not None
+                if as_number(entry.get(f"{old}{end}")) is not None
             }
     return row
 
@@ -86,17 +90,22 @@ def _probed_steps(trainer_state: Mapping[str, Any]) -> dict[int, dict[str, Any]]
     steps = columns.get("step") if isinstance(columns, Mapping) else None
     if not isinstance(columns, Mapping) or not isinstance(steps, list):
         return {}
-    out: dict[int, dict[str, Any]] = {step: {} for step in steps if isinstance(step, int)}
+    out: dict[int, dict[str, Any]] = {step: {} for step in steps if _is_step(step)}
     for name in KEPT:
         values = columns.get(name)
         if isinstance(values, list) and len(values) == len(steps):
             for step, value in zip(steps, values, strict=True):
-                if step in out and as_number(value) is not None:
+                if _is_step(step) and step in out and as_number(value) is not None:
                     out[step][f"probe/{name}"] = value
     folds = columns.get(DEVIATIONS)
     if isinstance(folds, list) and len(folds) == len(steps):
         for step, values in zip(steps, folds, strict=True):
-            if step in out and isinstance(values, list) and all(as_number(value) is not None for value in values):
+            if (
+                _is_step(step)
+                and step in out
+                and isinstance(values, list)
+                and all(as_number(value) is not None for value in values)
+            ):
                 out[step][f"probe/{DEVIATIONS}"] = values
     return out
 

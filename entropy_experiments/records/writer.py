@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.records.estimate_entries import estimate_entry, measurement_entry, ratio_entry
+from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.leave_one_out import agreements
 from entropy_experiments.records.preconditioner_labels import of_shares
-from entropy_experiments.records.reader import RESULTS_FORMAT
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.run_record import RunRecord
+from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
 from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale
 from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_whole, write_whole_by
@@ -37,16 +40,32 @@ from rl_training.sampling import Rollouts
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
+def write_summary(path: Path, content: Mapping[str, Any]) -> None:
+    """summary.json; what is not finite becomes null. Raises pydantic's ValidationError where this program made a mistake."""
+    write_json(path, json_of(Summary.model_validate(finite(content))))
+
+
+def write_run(path: Path, content: Mapping[str, Any]) -> None:
+    """run.json, as `write_summary`."""
+    write_json(path, json_of(RunRecord.model_validate(finite(content))))
+
+
+def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """training_history.json, as `write_summary`."""
+    write_json(path, json_of([HistoryRow.model_validate(finite(row)) for row in rows]))
+
+
 def write_json(path: Path, content: Any) -> None:
     """JSON without NaN or infinity (they become null), so that any reader takes it."""
-    write_whole(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """`content` with null in place of NaN and infinities, and lists in place of tuples."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

@@ -34,16 +34,16 @@ def analysis_outcome(results: ResultsFolder) -> dict[str, Any]:
     "checks" ("passed", "failed": their names); "failed_analyses": name -> what went wrong; "verdict": the report's sentences,
     each {"tone", "text"}.
     """
-    summary = results.summary
+    summary = results.raw
     given = lookup(summary, "rows_drawn") is False
     estimator = "fixed_prefix" if given else primary_estimator(summary)
     predicted = lookup(summary, "predicted", estimator) if estimator else None
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
-    checks = lookup(results.run, "self_checks")
+    checks = lookup(results.raw_run, "self_checks")
     checks = [check for check in checks if isinstance(check, Mapping)] if isinstance(checks, list) else []
     compared, freedom = stored_agreement(summary, estimator), freedom_of_analysis(summary)
     prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
-    verdict = write_verdict(summary, results.history, checks, results.training, prompts)
+    verdict = write_verdict(summary, results.raw_history, checks, results.training, prompts)
     return {
         "folder": str(results.path),
         "report": str(results.path / "report.html"),

@@ -88,7 +88,7 @@ def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
 def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
     """File name -> what draws the figure: `draw_figures`, one at a time."""
     training, evaluation = results.training, results.evaluation
-    numbers = _step_numbers(results.summary)
+    numbers = _step_numbers(results.raw)
     prompts = [row["prompt_index"] for row in evaluation], [row["prompt_index"] for row in training]
 
     def kernel(quantity: Quantity) -> Figure:
@@ -98,7 +98,7 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
         return plot_kernel_heatmap(values, *prompts, quantity=quantity)
 
     return {
-        "training_history": lambda: plot_training_history(results.history, analysed_step=numbers["step"]),
+        "training_history": lambda: plot_training_history(results.raw_history, analysed_step=numbers["step"]),
         "predicted_vs_actual": lambda: plot_predicted_vs_actual(
             numbers["rows"],
             predicted_standard_error=numbers["predicted_error"],
@@ -121,10 +121,10 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
 
 def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
     """Figure name -> plotly's data and layout, of the figures that have an interactive version and numbers for it."""
-    numbers = _step_numbers(results.summary)
-    weightings = lookup(results.summary, "analyses", "weighting_schemes")
+    numbers = _step_numbers(results.raw)
+    weightings = lookup(results.raw, "analyses", "weighting_schemes")
     plots = {
-        "training_history": training_history(results.history, numbers["step"]),
+        "training_history": training_history(results.raw_history, numbers["step"]),
         "predicted_vs_actual": predicted_vs_actual(
             numbers["rows"], numbers["predicted_error"], numbers["measured_error"], numbers["freedom"]
         ),
@@ -160,14 +160,14 @@ def _numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) -> str:
     """The page for ``results`` as HTML; ``images`` maps a figure's name to (PNG, alternative text)."""
-    checks = results.run.get("self_checks")
+    checks = results.raw_run.get("self_checks")
     checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
     prompts = [row["prompt"] for row in results.evaluation + results.training]
     frame = prompt_frame(prompts)
     prompt_table, prompts_left_out = tables.prompt_rows(results.training, frame)
-    summary = results.summary
+    summary = results.raw
     checkpoint = lookup(summary, "checkpoint")
-    verdict = write_verdict(summary, results.history, checks, results.training, prompts)
+    verdict = write_verdict(summary, results.raw_history, checks, results.training, prompts)
     plots = interactive_figures(results)
     figures = {
         name: PageFigure(name, *_FIGURES.get(name, ("", "")), alternative, png, plots.get(name), f"figures/{name}.png")
@@ -212,7 +212,7 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
         prompts_left_out=prompts_left_out,
         buffers=tables.buffer_rows(results.evaluation, results.training, lookup(summary, "sampling")),
         checks=tables.check_rows(checks),
-        provenance=tables.provenance_rows(results.run, summary),
+        provenance=tables.provenance_rows(results.raw_run, summary),
         horizon=tables.plain(lookup(summary, "attribution", "horizon_factor")),
     )
 

@@ -107,7 +107,7 @@ def analysis_figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Fig
     """File name -> what draws the figure, for every analysis that has a result; one that cannot be drawn says so."""
     makers = {}
     for key, presentation in PRESENTATIONS.items():
-        result = _result(results.summary, key)
+        result = _result(results.raw, key)
         for name, draw in presentation.figures.items() if result is not None else ():
             makers[name] = partial(_drawn_or_reason, draw, result or {}, results, presentation.question)
     return makers

@@ -40,7 +40,7 @@ def assemble_sweep(
     evolutions: dict[str, tuple[dict[str, Any], list[ResultsFolder]]] = {}
     for run, folders in by_run.items():
         log = read_metrics(runs[run] / "metrics.jsonl")
-        history = max([training_history(log), *(results.history for results in folders)], key=len)
+        history = max([training_history(log), *(results.raw_history for results in folders)], key=len)
         evolutions[run] = (describe_evolution(folders, history, seed=_BAND_SEED), folders)
     sweep = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -76,7 +76,7 @@ def _read_all(
             try:
                 results = read_results_folder(place.results(target))
                 by_run.setdefault(target.run, []).append(results)
-                seconds = results.run.get("seconds")
+                seconds = results.raw_run.get("seconds")
             except UserError as broken:
                 status, error = "unreadable", str(broken)
         else:

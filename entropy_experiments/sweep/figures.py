@@ -48,7 +48,7 @@ def _kernels(folders: Sequence[ResultsFolder]) -> list[tuple[int, np.ndarray, np
             rows, columns = (
                 np.array([row["prompt_index"] for row in side]) for side in (results.evaluation, results.training)
             )
-            step = int(lookup(results.summary, "checkpoint", "step"))
+            step = int(lookup(results.raw, "checkpoint", "step"))
             found.append((step, results.kernels["fisher"], rows, columns))
     return found
 

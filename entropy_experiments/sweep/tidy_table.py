@@ -36,7 +36,7 @@ _Cell = tuple[str, str, str, Any, str]
 
 def checkpoint_cells(results: ResultsFolder, row: Mapping[str, Any]) -> Iterator[_Cell]:
     """(quantity, part, estimator, number, unit) of one checkpoint; row: its `evolution_rows.checkpoint_row`."""
-    summary = results.summary
+    summary = results.raw
     entropy = lookup(summary, "entropy") or {}
     yield "entropy", "", "", entropy.get("per_token"), _TOKEN
     yield "entropy", "", "", entropy.get("per_completion"), _COMPLETION

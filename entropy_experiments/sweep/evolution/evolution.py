@@ -74,7 +74,7 @@ def describe_evolution(
 
     Raises ValueError without checkpoints, or for two of one step.
     """
-    folders = sorted(checkpoints, key=lambda results: int(lookup(results.summary, "checkpoint", "step")))
+    folders = sorted(checkpoints, key=lambda results: int(lookup(results.raw, "checkpoint", "step")))
     rows = [checkpoint_row(results) for results in folders]
     steps = [row["step"] for row in rows]
     if not rows or len(set(steps)) < len(steps):
@@ -154,7 +154,7 @@ def _change(
     left, right = folders[k], folders[k + 1]
     gap = rows[k + 1]["step"] - rows[k]["step"]
     columns = [np.array([row["prompt_index"] for row in side.training]) for side in (left, right)]
-    clusters = [lookup(side.summary, "analyses", "sequence_clustering", "labels") for side in (left, right)]
+    clusters = [lookup(side.raw, "analyses", "sequence_clustering", "labels") for side in (left, right)]
     change = {"from": rows[k]["step"], "to": rows[k + 1]["step"]}
     change |= _comparison(sums, _observed(k, k + 1), _expected(k, k + 1, gap))
     change |= {"losers": _losers(sums[k], sums[k + 1]), "price": price_between(sums, k, k + 1)}

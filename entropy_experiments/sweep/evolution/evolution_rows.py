@@ -33,7 +33,7 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
     {"above", "below"}: shares of the change by sequences with a reward above and below their prompt's mean; failed_checks,
     failed_analyses.
     """
-    summary = results.summary
+    summary = results.raw
     given = lookup(summary, "rows_drawn") is False
     estimator = "fixed_prefix" if given else primary_estimator(summary)
     measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
@@ -55,8 +55,8 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
         "trustworthy": None if effective is None or not n else effective >= 0.5 * n,
         "by_advantage": _by_advantage(results.training),
         "sequences": {"evaluation": len(results.evaluation), "training": len(results.training)},
-        "failed_checks": [c["name"] for c in results.run["self_checks"] if c.get("passed") is not True],
-        "failed_analyses": sorted(results.run.get("failed_analyses") or {}),
+        "failed_checks": [c["name"] for c in results.raw_run["self_checks"] if c.get("passed") is not True],
+        "failed_analyses": sorted(results.raw_run.get("failed_analyses") or {}),
     }
     return row | _kernel(results)
 

@@ -35,7 +35,7 @@ def test_every_preconditioning_has_a_label_for_its_shares():
 def test_comparisons_name_both():
     class Folder:
         def __init__(self, kernel):
-            self.summary = {"attribution": {"preconditioner": "step", "kernel_preconditioner": kernel}}
+            self.raw = {"attribution": {"preconditioner": "step", "kernel_preconditioner": kernel}}
 
     (row,) = settings_that_differ([Folder("step"), Folder("checkpoint")])
     assert row == ("attribution.preconditioner of the kernel", ["step", "checkpoint"])

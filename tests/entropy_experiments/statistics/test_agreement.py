@@ -128,14 +128,14 @@ def test_older_folders_are_judged_by_what_they_stored_prompt_by_prompt(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     del summary["agreement"]
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert stored_agreement(read_results_folder(folder).summary, "rao_blackwell") is None, (
+    assert stored_agreement(read_results_folder(folder).raw, "rao_blackwell") is None, (
         "nothing is stored, nothing is said"
     )
     series, noise = np.random.default_rng(0).normal(size=(2, 12))
     columns = {"prompt_index": list(range(12)), "predicted.rao_blackwell.total": -0.074 + 0.01 * series}
     columns["actual.snis"] = -0.08 + 0.01 * series + 0.001 * noise
     pq.write_table(pa.table(columns), folder / "leave_one_out.parquet")
-    found = stored_agreement(read_results_folder(folder).summary, "rao_blackwell")
+    found = stored_agreement(read_results_folder(folder).raw, "rao_blackwell")
     wanted = paired_agreement(0.006, -0.001 * noise)
     assert found is not None and found.z == pytest.approx(wanted.z)
     assert found.degrees_of_freedom == pytest.approx(float(effective_degrees_of_freedom(noise)))

@@ -27,7 +27,7 @@ def test_entropy_and_its_predicted_path(whole):
     by_hand = [sum(r["entropy_sum"] for r in f.evaluation) / sum(r["length"] for r in f.evaluation) for f in folders]
     path = evolution["path"]
     assert [x["value"] for x in path["observed"]] == pytest.approx([h - by_hand[0] for h in by_hand])
-    totals = [f.summary["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
+    totals = [f.raw["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
     assert [x["value"] for x in path["expected"]] == pytest.approx(np.cumsum([0, *totals[:-1]]).tolist())
     z = evolution["whole"]["difference"]
     assert abs(z["value"]) < 3 * z["standard_error"], "planted predictions are what happens"
@@ -50,7 +50,7 @@ def test_gaps_between_checkpoints_are_bridged_evenly():
     """Every third checkpoint: rates r(a), r(b) three steps apart add up to 3 r(a) + (r(b) - r(a))."""
     folders, history = planted_run(12, every=3)
     evolution = describe_evolution(folders, history, permutations=19)
-    rates = [f.summary["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
+    rates = [f.raw["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
     expected = [2 * rates[k] + rates[k + 1] for k in range(len(rates) - 1)]
     assert [c["expected"]["value"] for c in evolution["changes"]] == pytest.approx(expected)
     assert evolution["whole"]["expected"]["value"] == pytest.approx(sum(expected))
@@ -157,7 +157,7 @@ def test_poor_folders_leave_gaps_with_reasons():
     folders, _ = planted_run(3)
     poor = []
     for folder in folders:
-        summary = {key: value for key, value in folder.summary.items() if key not in ("actual", "analyses")}
+        summary = {key: value for key, value in folder.raw.items() if key not in ("actual", "analyses")}
         evaluation = [row | {"reward": None, "delta_h_lost": None} for row in folder.evaluation]
         poor.append(replace(folder, summary=summary, evaluation=evaluation, kernels={}))
     evolution = describe_evolution(poor, [])

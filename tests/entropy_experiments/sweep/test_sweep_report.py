@@ -47,7 +47,7 @@ def run():
 
 
 def entry(results, **changes):
-    step = results.summary["checkpoint"]["step"]
+    step = results.raw["checkpoint"]["step"]
     known = {
         "name": results.path.name,
         "run": "planted",

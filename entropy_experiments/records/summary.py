@@ -1,0 +1,389 @@
+"""`summary.json`: the numbers of one analysis. Changes of entropy are in nats per token unless a field says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag
+
+from entropy_experiments.records.analysis_results import AnalysesRecord
+from entropy_experiments.records.estimates import Estimate, Measurement, NoiseOverBuffers
+from entropy_experiments.records.record import Count, Finite, Index, Nonnegative, Number, Probability, Record, Rows
+from entropy_experiments.records.run_record import CheckpointRecord
+from entropy_experiments.records.step_results import Estimator, Unit
+
+RESULTS_FORMAT = 2
+"""summary.json's "format_version". 1: folders that do not say."""
+
+
+class EntropyRecord(Record):
+    """Entropy of the policy, from the evaluation buffer."""
+
+    per_token: Estimate
+    """Nats per token: sum over tokens over their number."""
+    per_completion: Estimate
+    """Nats per completion."""
+    surprisal_per_completion: Estimate
+    """Mean of -log-probability, nats per completion: another estimate of the same."""
+
+
+class StepParts(Record):
+    """A predicted change and its parts, which add up to it."""
+
+    total: Estimate
+    """By the whole step."""
+    batch: Estimate
+    """By this batch's gradient."""
+    momentum: Estimate
+    """By the momentum of earlier batches."""
+    weight_decay: Estimate
+    """By weight decay."""
+
+
+class ActualRecord(Record):
+    """The measured change at the whole step; empty where none was measured."""
+
+    snis: Measurement | None = None
+    """Change of the policy's entropy, by reweighting its own tokens; null where the texts were given."""
+    fixed_prefix: Measurement | None = None
+    """Change of entropy on the given tokens: another quantity."""
+
+
+class AgreementRecord(Record):
+    """A prediction against the measurement of the same quantity."""
+
+    difference: Finite
+    """Predicted - measured."""
+    standard_error: Nonnegative
+    """Of the difference, prompts left out of both sides at once."""
+    degrees_of_freedom: Nonnegative
+    """Behind that error."""
+    z: Nonnegative
+    """|difference| over its standard error."""
+    p_value: Probability
+    """Two-sided."""
+    low: Finite
+    """Lower end of the 95% interval of the difference."""
+    high: Finite
+    """Upper end."""
+    paired: bool
+    """Whether prompts were left out of both sides at once."""
+    agrees: bool
+    """Whether that interval holds 0."""
+
+
+class ScaleRow(Record):
+    """Prediction and measurement at one scale of the step."""
+
+    scale: Finite
+    """Times the step."""
+    actual_fixed_prefix: Number
+    """Measured change on the given tokens."""
+    predicted_fixed_prefix: Number
+    """Predicted change on the given tokens."""
+    predicted: Number = None
+    """Predicted change of the policy's entropy, Rao-Blackwell. This and what follows: absent where the texts were given."""
+    predicted_standard_error: Nonnegative = None
+    """Of that."""
+    predicted_low: Number = None
+    """Lower end of its 95% interval."""
+    predicted_high: Number = None
+    """Upper end."""
+    predicted_split: Number = None
+    """Predicted by the split estimator, the derivative of the measurement."""
+    actual_snis: Number = None
+    """Measured change of the policy's entropy."""
+    actual_snis_standard_error: Nonnegative = None
+    """Of that."""
+    actual_snis_low: Number = None
+    """Lower end of its 95% interval."""
+    actual_snis_high: Number = None
+    """Upper end."""
+    ess: Nonnegative = None
+    """Effective sample size, in sequences."""
+
+
+PreconditionerName = Literal["checkpoint", "step", "none"]
+
+
+class StepRecord(Record):
+    """The analysed step; null where there is none (training sequences without weights)."""
+
+    delta_h_batch: Number
+    """The step's batch part."""
+    sum_of_shares: Number
+    """Sum of the sequences' shares, which is the same."""
+    horizon_factor: Number
+    """A batch's change over the life of the momentum buffer over that in its own step."""
+    preconditioner: PreconditionerName
+    """P of the shares: "step", or "none" for a plain gradient step."""
+    kernel_preconditioner: PreconditionerName
+    """P of the kernel."""
+    gradient_norm: Nonnegative
+    """Norm of the loss gradient before clipping."""
+    clip_coefficient: Nonnegative
+    """What the gradient was multiplied by."""
+    step_factor: Number
+    """Share = step_factor x weight x <grad h, P dS>."""
+
+
+class KernelRecord(Record):
+    """The kernel K1 between the buffers, nats^2 x P."""
+
+    n_eval: Count
+    """Evaluation sequences."""
+    n_train: Count
+    """Training sequences."""
+    mean: Number
+    """Mean entry."""
+    mean_abs: Number
+    """Mean absolute entry."""
+    same_prompt_pairs: Count
+    """Pairs of one prompt."""
+    same_prompt_mean: Number
+    """Their mean; null without such pairs."""
+    cross_prompt_mean: Number
+    """Mean of the others; null without such pairs."""
+    same_prompts: bool
+    """Whether both buffers were drawn from the same prompts on purpose."""
+
+
+class BufferRecord(Record):
+    """One buffer."""
+
+    prompts: Count
+    """Prompts."""
+    sequences: Count
+    """Sequences."""
+    mean_reward: Number
+    """Of those with a reward."""
+    mean_length: Nonnegative
+    """Tokens."""
+
+
+class TrainingBufferRecord(BufferRecord):
+    """The training buffer, with how it was filled."""
+
+    rounds: Count
+    """Rounds of drawing."""
+    generated: Count
+    """Sequences that were drawn."""
+    rejected: Count
+    """Those of prompts whose completions were rewarded alike, left out."""
+    kept: Count
+    """Those that were kept."""
+    filler: Count
+    """Sequences taken in to fill the buffer all the same."""
+
+
+class SamplingRecord(Record):
+    """Both buffers."""
+
+    evaluation: BufferRecord
+    """The evaluation buffer."""
+    training: TrainingBufferRecord
+    """The training buffer."""
+
+
+class PromptEffect(Record):
+    """What leaving one training prompt out does."""
+
+    prompt_index: Index
+    """Its number."""
+    share: Finite
+    """Sum of its sequences' shares."""
+    effect: Finite
+    """Sum of their effects."""
+    real: Number
+    """What a step without the whole prompt does at first order; null where it was not computed."""
+
+
+class FirstPlace(Record):
+    """Sequences that are named together, and in what part of the bootstraps."""
+
+    rows: Rows[Rows[Count]]
+    """Training indices of each unit."""
+    value: Finite
+    """Sum over the units."""
+    first_in: Probability
+    """Part of the bootstraps in which one of them is first."""
+
+
+class FirstUnit(Record):
+    """The unit (a sequence with its copies, or a prompt) that moved entropy most in one direction."""
+
+    rows: Rows[Count]
+    """Its training indices."""
+    value: Finite
+    """Its number."""
+    first_in: Probability
+    """Part of the bootstraps in which it is first."""
+    set: FirstPlace
+    """The smallest set of units that is first in nine of ten."""
+
+
+class FirstByDirection(Record):
+    """Either direction."""
+
+    lowering: FirstUnit | None
+    """Lowered entropy most; null where none did."""
+    raising: FirstUnit | None
+    """Raised it most."""
+
+
+class WhoWasFirst(Record):
+    """Who moved entropy most, by a bootstrap over evaluation prompts."""
+
+    bootstraps: Count
+    """Bootstraps."""
+    evaluation_prompts: Count
+    """Prompts that were drawn from."""
+    sequences: FirstByDirection
+    """By training sequence, copies together."""
+    prompts: FirstByDirection
+    """By training prompt."""
+    distinct: Count
+    """Distinct training sequences."""
+
+
+class NotKnown(Record):
+    """Why there is no such number."""
+
+    reason: str
+    """Why."""
+
+
+def _first_kind(entry: Any) -> str:
+    return "unknown" if isinstance(entry, NotKnown) or (isinstance(entry, Mapping) and "reason" in entry) else "known"
+
+
+class LeavingOut(Record):
+    """What leaving sequences out of the step does; null without a step."""
+
+    unit: Unit
+    """Of all changes."""
+    sum_of_effects: Finite
+    """Sum over the sequences, which is not the step's change."""
+    own_part_of_second_moment: Finite
+    """(1 - beta2)/(1 - beta2^t), the part of P_t that this batch makes."""
+    early_above: Finite
+    """Above which the effect of leaving out names who was first, below it the share."""
+    headline: Literal["effect", "share"]
+    """Which of both does here."""
+    by_prompt: Rows[PromptEffect]
+    """By training prompt."""
+    slope_of_real: Number
+    """Least squares of real on effect, through 0."""
+    first: Annotated[
+        Annotated[WhoWasFirst, Tag("known")] | Annotated[NotKnown, Tag("unknown")], Discriminator(_first_kind)
+    ]
+    """Who was first, or why that is not known."""
+
+
+class LawRecord(Record):
+    """How completions are drawn."""
+
+    temperature: Finite
+    """Of the softmax."""
+    max_completion_length: Count
+    """Tokens."""
+
+
+class TrainingSettings(Record):
+    """How the run was trained."""
+
+    scheme: str
+    """Weighting scheme."""
+    length_normalizer: str
+    """What dr_grpo divides by."""
+    difficulty_weighting: bool
+    """Whether prompts are weighted by difficulty."""
+    reject_zero_advantage: bool
+    """Whether prompts rewarded alike are left out."""
+    max_grad_norm: Number
+    """Clipping; null: none."""
+    learning_rate: Number
+    """Of the first parameter group."""
+    prompts_per_step: Count
+    """Prompts a step."""
+    completions_per_prompt: Count
+    """Completions a prompt."""
+
+
+class PolicyRecord(Record):
+    """What must be alike for two analyses to be compared."""
+
+    tokenizer: str
+    """Fingerprint of the vocabulary."""
+    law: LawRecord
+    """How completions are drawn."""
+    task: str
+    """The task in words."""
+    training: TrainingSettings | None
+    """How the run was trained; null where that is not recorded."""
+
+
+class KernelModules(Record):
+    """Which parameters the kernel's rows are formed of."""
+
+    parameters: Count
+    """How many."""
+    trainable: Count
+    """Of how many that are trained."""
+    patterns: Rows[str] | None
+    """Shell patterns of their names; null: all."""
+    left_out_share: Number
+    """Share of the predicted change by the parameters left out; null where none is."""
+
+
+class GradientRows(Record):
+    """How per-sequence gradients were formed."""
+
+    method: str
+    """By hooks in one pass, or one sequence after the other."""
+    reason: str | None
+    """Why the latter."""
+
+
+class Summary(Record):
+    """summary.json."""
+
+    format_version: Literal[2]
+    """Version of this format."""
+    checkpoint: CheckpointRecord
+    """The analysed checkpoint."""
+    entropy: EntropyRecord
+    """The policy's entropy."""
+    predicted: dict[Estimator, StepParts]
+    """Predicted change by estimator, nats per token; empty without a step."""
+    predicted_per_completion: dict[Estimator, StepParts]
+    """The same in nats per completion."""
+    actual: ActualRecord
+    """Measured change."""
+    agreement: dict[Estimator, AgreementRecord]
+    """Estimator -> its total against the measurement of the same quantity."""
+    scaling: Rows[ScaleRow]
+    """Prediction and measurement by scale of the step."""
+    attribution: StepRecord
+    """The step and its shares."""
+    training_noise: NoiseOverBuffers | None
+    """Spread of the predicted change over training buffers; null where it is not known."""
+    rows_drawn: bool
+    """Whether the policy drew the evaluation sequences; else predictions are of the fixed prefix alone."""
+    step_analysed: bool
+    """Whether there is a step."""
+    kernel: KernelRecord | None
+    """The kernel; null where it was not computed."""
+    sampling: SamplingRecord
+    """Both buffers."""
+    leaving_out: LeavingOut | None
+    """What leaving sequences out of the step does."""
+    policy: PolicyRecord
+    """The policy."""
+    kernel_modules: KernelModules
+    """The kernel's parameters."""
+    gradient_rows: GradientRows
+    """How rows were formed."""
+    analyses: AnalysesRecord
+    """One entry an analysis."""
