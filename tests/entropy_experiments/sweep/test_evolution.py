@@ -159,7 +159,7 @@ def test_poor_folders_leave_gaps_with_reasons():
     for folder in folders:
         summary = {key: value for key, value in folder.raw.items() if key not in ("actual", "analyses")}
         evaluation = [row | {"reward": None, "delta_h_lost": None} for row in folder.evaluation]
-        poor.append(replace(folder, summary=summary, evaluation=evaluation, kernels={}))
+        poor.append(replace(folder, raw=summary, evaluation=evaluation, kernels={}))
     evolution = describe_evolution(poor, [])
     json.dumps(evolution, allow_nan=False)
     change = evolution["changes"][0]
