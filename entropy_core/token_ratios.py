@@ -1,0 +1,129 @@
+"""The change of entropy that an update made, from log-probabilities and entropies before and after it: forward passes alone.
+
+    rho_k  = pi'(a_k | c_k) / pi(a_k | c_k)
+    dh     = [ sum_t sum_k (H'_k - H_k) + sum_t sum_k (rho_k - 1) A_k ] / [ sum_t T_t + sum_t sum_k (rho_k - 1) B_k ]
+
+A_k are advantages of the entropy to go (entropy_core.temporal_differences) with the entropy *after* the update as the reward,
+centred by h before it; B_k those of the number of tokens to go, so that the denominator is the mean length after the update.
+The first sum is the entropy's change on given tokens, the second what comes of tokens that became likelier. Unlike weights of
+whole sequences, ratios of tokens stay near 1: there is no effective sample size to lose.
+
+With decay 1 the first order in the update is exact for any V of c_k; what is left out is of second order: the prefixes c_k are
+drawn from pi and not pi'. (By the identity E_pi'[sum r'] - E_pi[sum r'] = E_pi'[sum_k A_k], Kakade & Langford 2002.)
+
+Symbols: pi, H_k, h before, pi', H'_k after the update; t a completion of T_t drawn tokens a_k at prefixes c_k. Units: nats.
+Source: docs/theory/entropy-critic.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.scores import TokenStatistics
+from entropy_core.temporal_differences import entropy_advantages, temporal_difference_advantages
+from entropy_core.uncertainty import effective_degrees_of_freedom, jackknife_standard_error, sums_over_prompts
+
+# A single token's ratio beyond this is no small step's: it is held there, and the step counts as too long.
+_LARGEST_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class TokenRatioChange:
+    """dh of the module's docstring.
+
+    Attributes:
+        change: nats per token.
+        standard_error: over prompts, by a jackknife of the whole statistic (centre and lengths included).
+        degrees_of_freedom: behind it.
+        fixed_prefix: the change on given tokens alone, nats per token: another estimand.
+        left_out: (B,) `change` with each prompt left out, prompts in ascending order of index.
+    """
+
+    change: float
+    standard_error: float
+    degrees_of_freedom: float
+    fixed_prefix: float
+    left_out: Tensor = field(compare=False, repr=False)
+
+
+def token_ratio_change(
+    before: TokenStatistics,
+    after: TokenStatistics,
+    batch: SequenceBatch,
+    values: Tensor | None = None,
+    decay: float = 1.0,
+    log_weights: Tensor | None = None,
+) -> TokenRatioChange:
+    """Change of h (nats per token) from one pass before and one after an update.
+
+    Args:
+        before, after: statistics of `batch` under both policies.
+        batch: sequences drawn by the policy before, or weighted to it.
+        values: (N, L, 2) of `EntropyCritic.values`, fitted without these sequences; None for V = 0.
+        decay: lambda in [0, 1] of the advantages.
+        log_weights: (N,) log-ratio of the policy before to the one that drew the batch; None where it drew it.
+
+    Returns:
+        The change with its error.
+
+    Raises:
+        ValueError: log-probabilities that are not finite before or after, naming the sequence.
+    """
+    numbers = sequence_sums(before, after, batch, values, decay)
+    weights = torch.ones(len(batch), dtype=torch.float64, device=batch.device)
+    if log_weights is not None:
+        weights = torch.softmax(log_weights.double(), 0) * len(batch)
+    by_prompt = sums_over_prompts(numbers * weights[:, None], batch.prompt_index)
+    total = by_prompt.sum(0)
+    left_out = _change(total - by_prompt)
+    pseudo = left_out - left_out.mean()
+    return TokenRatioChange(
+        change=float(_change(total)),
+        standard_error=jackknife_standard_error(left_out),
+        degrees_of_freedom=effective_degrees_of_freedom(pseudo.cpu()),
+        fixed_prefix=float(total[2] / total[1]),
+        left_out=left_out,
+    )
+
+
+def sequence_sums(
+    before: TokenStatistics, after: TokenStatistics, batch: SequenceBatch, values: Tensor | None, decay: float
+) -> Tensor:
+    """What each sequence adds to the sums that `token_ratio_change` is made of.
+
+    Args:
+        before, after, batch, values, decay: as there.
+
+    Returns:
+        (N, 5) float64: sum_k H_k, T, sum_k (H'_k - H_k), sum_k (rho_k - 1) A_k with uncentred rewards, sum_k (rho_k - 1) B_k.
+
+    Raises:
+        ValueError: log-probabilities that are not finite.
+    """
+    mask = batch.completion_mask
+    log_ratio = (after.logprobs.double() - before.logprobs.double()) * mask
+    if not bool(torch.isfinite(log_ratio).all()):
+        bad = int((~torch.isfinite(log_ratio)).any(1).nonzero()[0, 0])
+        raise ValueError(f"sequence {bad}: its log-probability is not finite before or after the update")
+    moved = torch.expm1(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
+    to_go, tokens_to_go = (None, None) if values is None else (values[..., 0], values[..., 1])
+    # Without values the own entropy is noise that nothing takes off; its term has mean zero.
+    own = values is not None
+    of_entropy = entropy_advantages(after.entropies, mask, 0.0, to_go, decay, own)
+    of_length = temporal_difference_advantages(mask.double(), mask, tokens_to_go, decay) - (
+        0.0 if own else mask.double()
+    )
+    change = (after.entropies.double() - before.entropies.double()) * mask
+    columns = (before.entropies.double() * mask, mask.double(), change, moved * of_entropy, moved * of_length)
+    return torch.stack([column.sum(1) for column in columns], 1)
+
+
+def _change(sums: Tensor) -> Tensor:
+    """(...,) dh of (..., 5) sums over sequences: advantages are linear in their centre, so h is put in at the end."""
+    entropy, tokens, fixed, ratio, length = sums.unbind(-1)
+    h = entropy / tokens
+    return (fixed + ratio - h * length) / (tokens + length)
