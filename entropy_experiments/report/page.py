@@ -99,12 +99,7 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
 
     return {
         "training_history": lambda: plot_training_history(results.raw_history, analysed_step=numbers["step"]),
-        "predicted_vs_actual": lambda: plot_predicted_vs_actual(
-            numbers["rows"],
-            predicted_standard_error=numbers["predicted_error"],
-            actual_standard_error=numbers["measured_error"],
-            degrees_of_freedom=numbers["freedom"],
-        ),
+        "predicted_vs_actual": lambda: plot_predicted_vs_actual(numbers["rows"], **numbers["errors"]),
         "entropy_split": lambda: plot_entropy_split(
             numbers["parts"], numbers["measured"], degrees_of_freedom=numbers["freedom"]
         ),
@@ -125,9 +120,7 @@ def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
     weightings = lookup(results.raw, "analyses", "weighting_schemes")
     plots = {
         "training_history": training_history(results.raw_history, numbers["step"]),
-        "predicted_vs_actual": predicted_vs_actual(
-            numbers["rows"], numbers["predicted_error"], numbers["measured_error"], numbers["freedom"]
-        ),
+        "predicted_vs_actual": predicted_vs_actual(numbers["rows"], **numbers["errors"]),
         "entropy_split": entropy_split(numbers["parts"], numbers["measured"], numbers["freedom"]),
         "attribution": sequence_shares(results.training),
         "weighting_schemes": attempt(lambda: weighting_schemes(weightings)),
@@ -148,8 +141,11 @@ def _step_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "freedom": freedom_of_analysis(summary),
         "rows": [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else [],
-        "predicted_error": None if given else value_and_error(lookup(parts, "total"))[1],
-        "measured_error": None if given else value_and_error(measured)[1],
+        "errors": {
+            "predicted_standard_error": None if given else value_and_error(lookup(parts, "total"))[1],
+            "actual_standard_error": None if given else value_and_error(measured)[1],
+            "degrees_of_freedom": freedom_of_analysis(summary),
+        },
     }
 
 

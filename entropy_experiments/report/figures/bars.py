@@ -60,10 +60,3 @@ def bars_of_rows(rows: Sequence[Any], key: str, reach: np.ndarray) -> np.ndarray
         lengths = np.abs(series(rows, f"{key}_{end}") - series(rows, key))
         bars[side] = np.where(stored, lengths, bars[side])
     return bars
-
-
-def plotly_bars(bars: np.ndarray, colour: str, thickness: float = 1.2, width: float = 4) -> dict[str, Any]:
-    """(2, n) lengths as plotly has error bars; null where there is none."""
-    below, above = ([None if np.isnan(x) else float(x) for x in side] for side in bars)
-    style = {"color": colour, "thickness": thickness, "width": width}
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below} | style

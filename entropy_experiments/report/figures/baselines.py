@@ -11,28 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS, reaches
-from entropy_experiments.report.figures.style import (
-    DELTA_H_LABEL,
-    FIXED_PREFIX,
-    FIXED_PREFIX_MEASURED,
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data_figure,
-)
+from entropy_experiments.report.figures.lines import DELTA_H_LABEL
 from entropy_experiments.statistics.confidence import known, shown
 from entropy_experiments.text.numbers import as_number, lookup, signed, value_and_error
 
 _ENDS = ("standard_error", "low", "high")
 _TITLE = "How near each predictor comes to the measured change of entropy"
+_ON_GIVEN = "fixed_prefix_on_given_tokens"
 _SIGN_WORDS = {True: "same sign as measured", False: "other sign than measured"}
 
 
-@in_house_style
+@style.in_house_style
 def plot_baselines(table: Mapping[str, Any]) -> Figure:
     """Predicted Δh of every predictor beside the measured one.
 
@@ -42,27 +33,32 @@ def plot_baselines(table: Mapping[str, Any]) -> Figure:
     """
     rows = [row for row in table.get("rows", ()) if as_number(row.get("predicted")) is not None]
     if not rows:
-        return no_data_figure(_TITLE, "no predictor of the change of entropy was computed for this step.")
+        return style.no_data_figure(_TITLE, "no predictor of the change of entropy was computed for this step.")
     measured, error = value_and_error(lookup(table, "measured"))
     truth = known(lookup(table, "measured"))
-    figure = new_figure(8.6, 0.9 + 0.34 * len(rows))
+    figure = style.new_figure(8.6, 0.9 + 0.34 * len(rows))
     axes = figure.add_subplot()
     axes.axvline(0.0, color="#444444", linewidth=0.9, zorder=1.5)
     axes.grid(False, axis="y")
     comparable = any(row["comparable_in_scale"] for row in rows)
-    handles: list[Any] = [Line2D([], [], color=PREDICTED, marker="o", label="predicted")] if comparable else []
+    handles: list[Any] = [Line2D([], [], color=style.PREDICTED, marker="o", label="predicted")] if comparable else []
     if measured is not None:
         below, above = (0.0, 0.0) if truth is None else reaches(truth)
-        axes.axvspan(measured - below, measured + above, color=MEASURED, alpha=0.16, linewidth=0)
-        axes.axvline(measured, color=MEASURED, linestyle="--", linewidth=1.4)
-        handles.append(Patch(color=MEASURED, alpha=0.4, label="measured (reweighted)"))
+        axes.axvspan(measured - below, measured + above, color=style.MEASURED, alpha=0.16, linewidth=0)
+        axes.axvline(measured, color=style.MEASURED, linestyle="--", linewidth=1.4)
+        handles.append(Patch(color=style.MEASURED, alpha=0.4, label="measured (reweighted)"))
     for place, row in enumerate(rows):
         if row["comparable_in_scale"]:
             _estimate(axes, place, row)
-    if any(row["name"] == "fixed_prefix_on_given_tokens" and row["actual"] is not None for row in rows):
+    if any(row["name"] == _ON_GIVEN and row["actual"] is not None for row in rows):
         handles.append(
             Line2D(
-                [], [], color=FIXED_PREFIX_MEASURED, marker="s", markerfacecolor="white", label="measured, given tokens"
+                [],
+                [],
+                color=style.FIXED_PREFIX_MEASURED,
+                marker="s",
+                markerfacecolor="white",
+                label="measured, given tokens",
             )
         )
     if not comparable and measured is None:
@@ -75,30 +71,24 @@ def plot_baselines(table: Mapping[str, Any]) -> Figure:
     axes.set_xlabel(DELTA_H_LABEL.replace("\n", " "))
     if handles:
         axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles), frameon=False)
-    return finish(figure, _TITLE, _caption(rows, lookup(table, "measured")))
+    return style.finish(figure, _TITLE, _caption(rows, lookup(table, "measured")))
 
 
 def _estimate(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
-    own = row["name"].startswith("fixed_prefix")
-    freedom = as_number(row.get("degrees_of_freedom"))
-    own_number, actual_number = (
-        known({"value": row[value], **{end: row[before + end] for end in _ENDS if before + end in row}}, freedom)
-        for value, before in (("predicted", ""), ("actual", "actual_"))
-    )
-    below, above = (0.0, 0.0) if own_number is None else reaches(own_number)
-    colour, marker = (FIXED_PREFIX, "D") if own else (PREDICTED, "o")
-    axes.errorbar(row["predicted"], place, xerr=[[below], [above]], fmt=marker, color=colour, capsize=3.5)
-    if row["name"] == "fixed_prefix_on_given_tokens" and row["actual"] is not None:
-        below, above = (0.0, 0.0) if actual_number is None else reaches(actual_number)
-        axes.errorbar(
-            row["actual"],
-            place + 0.26,
-            xerr=[[below], [above]],
-            fmt="s",
-            color=FIXED_PREFIX_MEASURED,
-            markerfacecolor="white",
-            capsize=3.5,
+    given = row["name"].startswith("fixed_prefix")
+    predicted, actual = (
+        known(
+            {"value": row[value], **{end: row[prefix + end] for end in _ENDS if prefix + end in row}},
+            as_number(row.get("degrees_of_freedom")),
         )
+        for value, prefix in (("predicted", ""), ("actual", "actual_"))
+    )
+    if predicted is not None:
+        colour, marker = (style.FIXED_PREFIX, "D") if given else (style.PREDICTED, "o")
+        style.row_bar(axes, predicted.value, place, reaches(predicted), color=colour, marker=marker)
+    if row["name"] == _ON_GIVEN and actual is not None:
+        colour = style.FIXED_PREFIX_MEASURED
+        style.row_bar(axes, actual.value, place + 0.26, reaches(actual), color=colour, marker="s", hollow=True)
 
 
 def _words(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -111,16 +101,7 @@ def _words(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         words = f"{signed(row['predicted'])} on another scale"
         if row["sign_agrees"] is not None:
             words += f": {_SIGN_WORDS[row['sign_agrees']]}"
-        axes.annotate(
-            words,
-            (0.99, place),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="center",
-            color=NEUTRAL,
-            fontsize=8.8,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
-        )
+        style.row_note(axes, words, place)
 
 
 def _caption(rows: Sequence[Mapping[str, Any]], truth_entry: Any) -> str:

@@ -12,16 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import reaches, values_and_bars
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-)
 from entropy_experiments.statistics.confidence import known
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain
 
@@ -35,18 +27,18 @@ _PANELS = {
 _OPACITY = 0.75
 # buffer -> (colour, hatch, word)
 _BUFFERS = {
-    "evaluation": (PREDICTED, "", "evaluation buffer"),
-    "training": (MEASURED, "////", "training buffer"),
+    "evaluation": (style.PREDICTED, "", "evaluation buffer"),
+    "training": (style.MEASURED, "////", "training buffer"),
 }
 
 
-@in_house_style
+@style.in_house_style
 def plot_buffers(result: Mapping[str, Any]) -> Figure:
     """Four panels, one a quantity, of what `analyses.buffers.compare_buffers` returned."""
     quantities = lookup(result, "quantities")
     if not isinstance(quantities, Mapping) or not any(lookup(quantities, n, "histogram", "edges") for n in _PANELS):
-        return no_data_figure(_TITLE, "no numbers of the two buffers were stored.")
-    figure = new_figure(8.6, 5.7)
+        return style.no_data_figure(_TITLE, "no numbers of the two buffers were stored.")
+    figure = style.new_figure(8.6, 5.7)
     grid = figure.add_gridspec(3, 2, height_ratios=(0.12, 1, 1))
     _legend(figure.add_subplot(grid[0, :]))
     for place, (name, label) in enumerate(_PANELS.items()):
@@ -54,14 +46,14 @@ def plot_buffers(result: Mapping[str, Any]) -> Figure:
         quantity = lookup(quantities, name)
         axes.set_xlabel(label)
         if not lookup(quantity, "histogram", "edges"):
-            no_data(axes, f"{name}: {lookup(quantity, 'reason') or 'not recorded'}")
+            style.no_data(axes, f"{name}: {lookup(quantity, 'reason') or 'not recorded'}")
             continue
         axes.set_title(_finding(quantity), fontsize=9)
         if name == "truncated":
             _share_panel(axes, quantity)
         else:
             _histogram_panel(axes, quantity)
-    return finish(figure, _TITLE, _caption(quantities))
+    return style.finish(figure, _TITLE, _caption(quantities))
 
 
 def _legend(axes: Axes) -> None:

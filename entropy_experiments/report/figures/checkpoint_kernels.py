@@ -5,23 +5,23 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.kernel import color_limit
-from entropy_experiments.report.figures.style import finish, in_house_style, new_figure, no_data_figure
 
 _TITLE = "Fisher kernels of the checkpoints"
 _MOST_PANELS = 16
 _ACROSS = 4
 
 
-@in_house_style
+@style.in_house_style
 def plot_checkpoint_kernels(kernels: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Figure:
     """kernels: (step, (n_eval, n_train) K1, (n_eval,) and (n_train,) prompts) of each checkpoint; at most 16 are shown."""
     if not kernels:
-        return no_data_figure(_TITLE, "no checkpoint has a kernel.")
+        return style.no_data_figure(_TITLE, "no checkpoint has a kernel.")
     chosen = np.unique(np.linspace(0, len(kernels) - 1, min(len(kernels), _MOST_PANELS)).round().astype(int))
     across = min(_ACROSS, len(chosen))
     down = -(-len(chosen) // across)
-    figure = new_figure(max(4.6, 2.2 * across + 0.6), 2.1 * down + 0.3)
+    figure = style.new_figure(max(4.6, 2.2 * across + 0.6), 2.1 * down + 0.3)
     panels = np.atleast_1d(figure.subplots(down, across, squeeze=False)).ravel()
     image = None
     for axes, place in zip(panels, chosen, strict=False):
@@ -48,4 +48,4 @@ def plot_checkpoint_kernels(kernels: Sequence[tuple[int, np.ndarray, np.ndarray,
         "Red: making the training completion likelier makes the evaluation completion likelier too; blue: less likely. Each "
         f"picture has its own scale: compare patterns, not sizes.{left_out}"
     )
-    return finish(figure, _TITLE, caption)
+    return style.finish(figure, _TITLE, caption)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entropy_experiments.report.figures.style import NEUTRAL, finish, in_house_style, new_figure, no_data_figure
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import lookup, signed
 
 _TITLE = "Clusters of training gradients from checkpoint to checkpoint"
@@ -19,17 +19,17 @@ _MOST_PANELS = 12
 _ACROSS = 4
 
 
-@in_house_style
+@style.in_house_style
 def plot_cluster_flow(evolution: Mapping[str, Any]) -> Figure:
     """Colour: likeness of two clusters' columns over the evaluation prompts; number: share of common prompts' sequences."""
     changes = [change for change in lookup(evolution, "changes") or [] if change["likeness"]]
     if not changes:
         reasons = {lookup(change, "flow", "reason") for change in lookup(evolution, "changes") or []} - {None}
-        return no_data_figure(_TITLE, f"{next(iter(reasons), 'clusters need two checkpoints')}.")
+        return style.no_data_figure(_TITLE, f"{next(iter(reasons), 'clusters need two checkpoints')}.")
     shown = changes if len(changes) <= _MOST_PANELS else changes[-_MOST_PANELS:]
     across = min(_ACROSS, len(shown))
     down = -(-len(shown) // across)
-    figure = new_figure(max(4.8, 2.3 * across + 0.9), 2.3 * down + 0.4)
+    figure = style.new_figure(max(4.8, 2.3 * across + 0.9), 2.3 * down + 0.4)
     panels = np.atleast_1d(figure.subplots(down, across, squeeze=False)).ravel()
     image = None
     for axes, change in zip(panels, shown, strict=False):
@@ -44,7 +44,7 @@ def plot_cluster_flow(evolution: Mapping[str, Any]) -> Figure:
         "both training buffers hold, where their sequences lie at one checkpoint and at the next; no percentage where no "
         f"prompt is in both. Sequences are drawn anew and cannot be followed. Numbers are each checkpoint's own.{left_out}"
     )
-    return finish(figure, _TITLE, caption)
+    return style.finish(figure, _TITLE, caption)
 
 
 def _panel(axes: Axes, change: Mapping[str, Any]) -> Any:
@@ -66,6 +66,6 @@ def _panel(axes: Axes, change: Mapping[str, Any]) -> Any:
     axes.set_xlabel(f"cluster at step {change['to']}", fontsize=8)
     axes.set_ylabel(f"at step {change['from']}", fontsize=8)
     common = flow["prompts"]
-    axes.set_title(f"{common} prompt{'' if common == 1 else 's'} in both", fontsize=8, color=NEUTRAL)
+    axes.set_title(f"{common} prompt{'' if common == 1 else 's'} in both", fontsize=8, color=style.NEUTRAL)
     axes.grid(False)
     return image

@@ -18,22 +18,14 @@ from numpy.typing import ArrayLike
 
 from entropy_experiments.analyses.distinct_sequences import duplicates_in_words
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-)
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain
 
 _TITLE = "Do the gradients of the training sequences fall into groups?"
 _MOST_NUMBERS = 16
 
 
-@in_house_style
+@style.in_house_style
 def plot_sequence_clusters(clustering: Mapping[str, Any], train_fisher: ArrayLike | None = None) -> Figure:
     """Cosine kernel in leaf order with its tree, silhouettes over the number of clusters, and eigenvalues.
 
@@ -48,8 +40,8 @@ def plot_sequence_clusters(clustering: Mapping[str, Any], train_fisher: ArrayLik
     ValueError: a train_fisher of another size than was clustered.
     """
     if not clustering or not lookup(clustering, "sequences"):
-        return no_data_figure(_TITLE, "no training sequence has a gradient, or clusters were not analysed.")
-    figure = new_figure(8.6, 5.6)
+        return style.no_data_figure(_TITLE, "no training sequence has a gradient, or clusters were not analysed.")
+    figure = style.new_figure(8.6, 5.6)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1.0))
     left = grid[:, 0].subgridspec(2, 1, height_ratios=(0.16, 1.0), hspace=0.0)
     tree, picture = figure.add_subplot(left[0]), figure.add_subplot(left[1])
@@ -57,7 +49,7 @@ def plot_sequence_clusters(clustering: Mapping[str, Any], train_fisher: ArrayLik
     limit = _draw_cosines(figure, picture, clustering, train_fisher)
     _draw_silhouettes(figure.add_subplot(grid[0, 1]), clustering)
     _draw_spectrum(figure.add_subplot(grid[1, 1]), clustering)
-    return finish(figure, _TITLE, _caption(clustering, limit))
+    return style.finish(figure, _TITLE, _caption(clustering, limit))
 
 
 def _draw_tree(axes: Axes, clustering: Mapping[str, Any]) -> None:
@@ -88,7 +80,7 @@ def _draw_cosines(
 ) -> float | None:
     """The cosine kernel in leaf order, clusters framed; returns where the colour scale ends."""
     if train_fisher is None:
-        no_data(axes, "the kernel between training sequences\nwas not stored")
+        style.no_data(axes, "the kernel between training sequences\nwas not stored")
         return None
     kernel = np.asarray(train_fisher, dtype=np.float64)
     if kernel.shape != (clustering["n_train"],) * 2:
@@ -129,11 +121,13 @@ def _draw_silhouettes(axes: Axes, clustering: Mapping[str, Any]) -> None:
     axes.set_title("how well separated")
     silhouette = lookup(clustering, "silhouette")
     if not silhouette:
-        no_data(axes, "too few sequences\nfor clusters")
+        style.no_data(axes, "too few sequences\nfor clusters")
         return
     ks = silhouette["k"]
-    axes.plot(ks, silhouette["hierarchical"], color=PREDICTED, marker="o", markersize=4, label="tree")
-    axes.plot(ks, silhouette["spectral"], color=MEASURED, marker="s", markersize=4, linestyle="--", label="spectral")
+    axes.plot(ks, silhouette["hierarchical"], color=style.PREDICTED, marker="o", markersize=4, label="tree")
+    axes.plot(
+        ks, silhouette["spectral"], color=style.MEASURED, marker="s", markersize=4, linestyle="--", label="spectral"
+    )
     axes.axhline(silhouette["null_95"], color="#444444", linestyle=":", linewidth=1.5, label="best of one cloud, 95%")
     best = silhouette["best_k"]
     axes.plot(best, silhouette["best"], marker="o", markersize=11, fillstyle="none", color="black", linestyle="none")
@@ -147,9 +141,9 @@ def _draw_silhouettes(axes: Axes, clustering: Mapping[str, Any]) -> None:
 
 def _draw_spectrum(axes: Axes, clustering: Mapping[str, Any]) -> None:
     axes.set_title("how many directions")
-    for name, words, colour, style in (
-        ("cosine", "cosines", PREDICTED, "-"),
-        ("fisher", "$K_1$ itself", MEASURED, "--"),
+    for name, words, colour, dash in (
+        ("cosine", "cosines", style.PREDICTED, "-"),
+        ("fisher", "$K_1$ itself", style.MEASURED, "--"),
     ):
         spectrum = lookup(clustering, "spectrum", name) or {}
         rank = as_number(spectrum.get("effective_rank"))
@@ -160,7 +154,7 @@ def _draw_spectrum(axes: Axes, clustering: Mapping[str, Any]) -> None:
             np.arange(1, len(shares) + 1),
             np.cumsum(shares),
             color=colour,
-            linestyle=style,
+            linestyle=dash,
             marker="." if len(shares) < 40 else None,
             label=f"{words}: effective rank {plain(rank, 2)}",
         )

@@ -1,81 +1,122 @@
 """Reward against entropy over training, the curve R = −a·e^H + b with its band, and what its first third foretold.
 
-Numbers of `analyses.entropy_law.law_over_training`; docs/analyses/evolution.md.
+Numbers of `sweep.evolution.entropy_law.law_over_training`; docs/analyses/evolution.md.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    REWARD,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-)
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import lookup, plain
 
 _TITLE = "Does reward follow entropy by R = −a·e^H + b?"
+H_LABEL, R_LABEL = "entropy H (nats per token)", "mean reward R"
 
 
-@in_house_style
-def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
-    """Left: all steps and the curve fitted to them. Right: the first third's curve, and the later steps against it."""
+@dataclass(frozen=True)
+class Curve:
+    """A fitted curve with its 95% band, (m,) each. colour: as `lines.Look` has it."""
+
+    name: str
+    colour: str
+    entropy: Sequence[float]
+    reward: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class LawPoints:
+    """(n,) steps with their entropy (nats per token) and mean reward; the first `first` of them were fitted for the forecast.
+
+    fit, forecast: the curve of all steps, and that of the first ones, None where there is none. held: what `law_over_training`
+    says of the steps after them, None without a forecast.
+    """
+
+    step: list[int]
+    entropy: np.ndarray
+    reward: np.ndarray
+    first: int
+    fit: Curve | None
+    forecast: Curve | None
+    held: Mapping[str, Any] | None
+
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Ends of the vertical axis."""
+        span = float(np.ptp(self.reward)) or 1.0
+        return float(self.reward.min()) - 0.6 * span, float(self.reward.max()) + 0.6 * span
+
+
+def law_points(law: Mapping[str, Any]) -> LawPoints | None:
+    """What both drawings show of `law_over_training`; None where no step has both entropy and reward."""
     points = lookup(law, "points")
     if not points or not points["step"]:
-        return no_data_figure(_TITLE, "no step has both entropy and reward.")
-    entropy, reward = (np.asarray(points[key], dtype=float) for key in ("entropy", "reward"))
-    figure = new_figure(9.2, 4.4)
-    left, right = figure.subplots(1, 2, sharey=True)
-    _curve(left, law["fit"], PREDICTED, "fit, 95% band of the curve")
-    left.plot(
-        entropy, reward, "o", color=REWARD, markersize=5, markerfacecolor="white", markeredgewidth=1.3, label="steps"
+        return None
+    held = lookup(law, "forecast", "held_out") or None
+    return LawPoints(
+        points["step"],
+        *(np.asarray(points[key], dtype=float) for key in ("entropy", "reward")),
+        law["forecast"]["n"] if held else len(points["step"]),
+        _curve(law["fit"], "fit to all steps", "predicted"),
+        _curve(law["forecast"], "forecast of the first third", "measured") if held else None,
+        held,
     )
+
+
+def _curve(fit: Mapping[str, Any], name: str, colour: str) -> Curve | None:
+    curve = lookup(fit, "curve")
+    return Curve(name, colour, *(curve[key] for key in ("entropy", "reward", "low", "high"))) if curve else None
+
+
+@style.in_house_style
+def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
+    """Left: all steps and the curve fitted to them. Right: the first third's curve, and the later steps against it."""
+    points = law_points(law)
+    if points is None:
+        return style.no_data_figure(_TITLE, "no step has both entropy and reward.")
+    entropy, reward, first = points.entropy, points.reward, points.first
+    figure = style.new_figure(9.2, 4.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    hollow: dict[str, Any] = {
+        "color": style.REWARD, "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.3
+    }  # fmt: skip
+    _draw_curve(left, points.fit)
+    left.plot(entropy, reward, "o", label="steps", **hollow)
     left.set_title("all steps")
-    held = lookup(law, "forecast", "held_out")
-    if held:
-        first = law["forecast"]["n"]
+    if points.held is not None:
         order = np.argsort(entropy[first:])
-        low, high = (np.asarray(held[key], dtype=float)[order] for key in ("low", "high"))
+        low, high = (np.asarray(points.held[key], dtype=float)[order] for key in ("low", "high"))
         right.fill_between(
-            entropy[first:][order], low, high, color=MEASURED, alpha=0.16, linewidth=0, label="95% band of a step"
+            entropy[first:][order], low, high, color=style.MEASURED, alpha=0.16, linewidth=0, label="95% band of a step"
         )
-        _curve(right, law["forecast"], MEASURED, "forecast of the first third")
-        right.plot(entropy[:first], reward[:first], "s", color=NEUTRAL, markersize=5, label=f"first {first} steps")
+        _draw_curve(right, points.forecast)
         right.plot(
-            entropy[first:], reward[first:], "o", color=REWARD, markersize=5, markerfacecolor="white", markeredgewidth=1.3,
-            label=f"the {held['n']} steps that came",
-        )  # fmt: skip
-        right.set_title(f"{held['inside']:.0%} of what came lies in the band")
-        right.set_xlabel("entropy H (nats per token)")
+            entropy[:first], reward[:first], "s", color=style.NEUTRAL, markersize=5, label=f"first {first} steps"
+        )
+        right.plot(entropy[first:], reward[first:], "o", label=f"the {points.held['n']} steps that came", **hollow)
+        right.set_title(f"{points.held['inside']:.0%} of what came lies in the band")
+        right.set_xlabel(H_LABEL)
         right.legend(loc="best", fontsize=7.5)
     else:
-        no_data(right, "no forecast: too few steps")
-    left.set_xlabel("entropy H (nats per token)")
-    left.set_ylabel("mean reward R")
+        style.no_data(right, "no forecast: too few steps")
+    left.set_xlabel(H_LABEL)
+    left.set_ylabel(R_LABEL)
     left.legend(loc="best", fontsize=7.5)
-    span = float(np.ptp(reward)) or 1.0
-    left.set_ylim(reward.min() - 0.6 * span, reward.max() + 0.6 * span)
-    return finish(
-        figure,
-        _TITLE,
-        f"{law['sentence']} Bands: {law['band']}. Range of H: {plain(entropy.min())} to {plain(entropy.max())}.",
-    )
+    left.set_ylim(*points.reward_range)
+    bands = f"Bands: {law['band']}. Range of H: {plain(entropy.min())} to {plain(entropy.max())}."
+    return style.finish(figure, _TITLE, f"{law['sentence']} {bands}")
 
 
-def _curve(axes: Axes, fit: Mapping[str, Any], colour: str, label: str) -> None:
-    curve = lookup(fit, "curve")
-    if not curve:
-        axes.set_xlabel("entropy H (nats per token)")
-        return
-    at = curve["entropy"]
-    axes.fill_between(at, curve["low"], curve["high"], color=colour, alpha=0.25, linewidth=0)
-    axes.plot(at, curve["reward"], color=colour, label=label)
+def _draw_curve(axes: Axes, curve: Curve | None) -> None:
+    if curve is not None:
+        colour = style.COLOURS[curve.colour]
+        axes.fill_between(curve.entropy, curve.low, curve.high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(curve.entropy, curve.reward, color=colour, label=curve.name)

@@ -13,19 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS
-from entropy_experiments.report.figures.style import (
-    DELTA_H_LABEL,
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-    zero_line,
-)
+from entropy_experiments.report.figures.lines import DELTA_H_LABEL
 from entropy_experiments.statistics.confidence import shown
 from entropy_experiments.text.numbers import as_number, lookup, plain, series
 from rl_training.intervals import t_quantile
@@ -34,7 +24,7 @@ _TITLE = "How far the first order carries, and what the second adds"
 _SECOND = "#117733"
 
 
-@in_house_style
+@style.in_house_style
 def plot_higher_order(result: Mapping[str, Any]) -> Figure:
     """The measured change along the step with its first- and second-order approximations; the even part by itself.
 
@@ -42,7 +32,7 @@ def plot_higher_order(result: Mapping[str, Any]) -> Figure:
     """
     points = lookup(result, "points")
     if not isinstance(points, list) or not points:
-        return no_data_figure(_TITLE, "no change was measured along the step.")
+        return style.no_data_figure(_TITLE, "no change was measured along the step.")
     first = as_number(lookup(result, "first_order", "value"))
     second = as_number(lookup(result, "second_order", "value"))
     scales, changes = series(points, "scale"), series(points, "change")
@@ -50,11 +40,11 @@ def plot_higher_order(result: Mapping[str, Any]) -> Figure:
     reach = t_quantile(math.inf if freedom is None else freedom)
     errors = reach * np.nan_to_num(series(points, "standard_error"))
     used = np.array([bool(point.get("used")) for point in points])
-    figure = new_figure(8.6, 4.2)
+    figure = style.new_figure(8.6, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
     _curve(left, scales, changes, errors, used, first, second, as_number(lookup(result, "equal_at", "value")))
     _even_part(right, scales, changes, used, second, as_number(lookup(result, "fourth")))
-    return finish(figure, _TITLE, _caption(result, errors))
+    return style.finish(figure, _TITLE, _caption(result, errors))
 
 
 def _curve(
@@ -67,20 +57,20 @@ def _curve(
     second: float | None,
     equal_at: float | None,
 ) -> None:
-    zero_line(axes)
+    style.zero_line(axes)
     axes.axvline(0.0, color="#444444", linewidth=0.9)
     s = np.linspace(scales.min(), scales.max(), 201)
     if first is not None:
-        axes.plot(s, first * s, "-", color=PREDICTED, label="first order")
+        axes.plot(s, first * s, "-", color=style.PREDICTED, label="first order")
         if second is not None:
             axes.plot(s, first * s + second * s * s, "--", color=_SECOND, label="first and second order")
     for mask, face, label in (
         (used, "white", "measured (reweighted)"),
-        (~used, MEASURED, "measured, not used in the fit"),
+        (~used, style.MEASURED, "measured, not used in the fit"),
     ):
         if mask.any():
             axes.errorbar(
-                scales[mask], changes[mask], yerr=errors[mask], fmt="s", color=MEASURED, markerfacecolor=face,
+                scales[mask], changes[mask], yerr=errors[mask], fmt="s", color=style.MEASURED, markerfacecolor=face,
                 markeredgewidth=1.5, capsize=3, elinewidth=1.1, label=label,
             )  # fmt: skip
     span = scales.max() - scales.min()
@@ -88,11 +78,11 @@ def _curve(
         # On the side where the second order works against the first, the curve is back at 0 there.
         side = -equal_at if second is not None and first * second > 0 else equal_at
         if scales.min() <= side <= scales.max():
-            axes.axvline(side, color=NEUTRAL, linestyle=":", linewidth=1.6)
+            axes.axvline(side, color=style.NEUTRAL, linestyle=":", linewidth=1.6)
             axes.annotate(
                 f"{'−' if side < 0 else ''}s* = {'−' if side < 0 else ''}{plain(equal_at, 2)}",
                 (side, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
-                color=NEUTRAL, fontsize=8.8,
+                color=style.NEUTRAL, fontsize=8.8,
             )  # fmt: skip
     axes.set_xlim(scales.min() - 0.04 * span - 0.01, scales.max() + 0.04 * span + 0.01)
     axes.set_xlabel("step scale s  (1: the step as it was taken; below 0: backwards)")
@@ -106,18 +96,20 @@ def _even_part(
     place = {float(s): k for k, s in enumerate(scales)}
     pairs = sorted((s, k, place[-s]) for s, k in place.items() if s > 0 and -s in place)
     if second is None or not pairs:
-        no_data(axes, "no pair of scales ±s\nto tell orders apart")
+        style.no_data(axes, "no pair of scales ±s\nto tell orders apart")
         return
-    zero_line(axes)
+    style.zero_line(axes)
     s = np.array([pair[0] for pair in pairs])
     even = np.array([0.5 * (changes[k] + changes[m]) for _, k, m in pairs])
     in_fit = np.array([used[k] and used[m] for _, k, m in pairs])
     fine = np.linspace(0.0, s.max(), 101)
     axes.plot(fine, second * fine**2, "--", color=_SECOND, label="second order Q s²")
     if fourth is not None:
-        axes.plot(fine, second * fine**2 + fourth * fine**4, ":", color=NEUTRAL, label="and fourth")
-    for mask, face in ((in_fit, "white"), (~in_fit, MEASURED)):
-        axes.plot(s[mask], even[mask], "s", color=MEASURED, markerfacecolor=face, markeredgewidth=1.5, linestyle="none")
+        axes.plot(fine, second * fine**2 + fourth * fine**4, ":", color=style.NEUTRAL, label="and fourth")
+    for mask, face in ((in_fit, "white"), (~in_fit, style.MEASURED)):
+        axes.plot(
+            s[mask], even[mask], "s", color=style.MEASURED, markerfacecolor=face, markeredgewidth=1.5, linestyle="none"
+        )
     axes.set_xlabel("step scale s")
     axes.set_ylabel("even part [Δh(s) + Δh(−s)] / 2\n(nats per token)")
     axes.legend(loc="best", fontsize=8)

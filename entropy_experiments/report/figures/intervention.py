@@ -13,16 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-)
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain, signed
 
 _TITLE = "Do the shares say what happens when sequences are left out?"
@@ -34,7 +25,7 @@ _NAMES = {
 _SUBSETS_AT_LEAST = 3
 
 
-@in_house_style
+@style.in_house_style
 def plot_intervention(result: Mapping[str, Any]) -> Figure:
     """Predicted against measured change over half-subsets, and the change without the extreme sequences.
 
@@ -44,17 +35,17 @@ def plot_intervention(result: Mapping[str, Any]) -> Figure:
     score = lookup(result, "scores", headline) if isinstance(headline, str) else None
     measured = lookup(result, "measured")
     if not isinstance(score, Mapping) or not isinstance(measured, list) or len(measured) < _SUBSETS_AT_LEAST:
-        return no_data_figure(_TITLE, "no steps with part of the training sequences were taken.")
+        return style.no_data_figure(_TITLE, "no steps with part of the training sequences were taken.")
     largest = max(
         np.abs([*measured, *score["predicted"]]).max(), abs(as_number(result["full_step"]["measured"]) or 0.0)
     )
     power = int(np.floor(np.log10(largest))) if largest > 0 else 0
     unit, label = 10.0**power, "nats per token" if power == 0 else f"10$^{{{power}}}$ nats per token"
-    figure = new_figure(8.6, 4.3)
+    figure = style.new_figure(8.6, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
     _scatter(left, np.asarray(score["predicted"]) / unit, np.asarray(measured) / unit, result, label)
     _removals(right, result, unit, label)
-    return finish(figure, _TITLE, _caption(result, score))
+    return style.finish(figure, _TITLE, _caption(result, score))
 
 
 def _scatter(axes: Axes, predicted: np.ndarray, measured: np.ndarray, result: Mapping[str, Any], label: str) -> None:
@@ -67,13 +58,18 @@ def _scatter(axes: Axes, predicted: np.ndarray, measured: np.ndarray, result: Ma
     if score["slope"] is not None:
         line = score["slope"] * ends + (measured.mean() - score["slope"] * predicted.mean())
         axes.plot(
-            ends, line, "--", color=NEUTRAL, linewidth=1.3, label=f"least squares, slope {plain(score['slope'], 3)}"
+            ends,
+            line,
+            "--",
+            color=style.NEUTRAL,
+            linewidth=1.3,
+            label=f"least squares, slope {plain(score['slope'], 3)}",
         )
     axes.plot(
         predicted,
         measured,
         "o",
-        color=PREDICTED,
+        color=style.PREDICTED,
         markerfacecolor="white",
         markeredgewidth=1.4,
         linestyle="none",
@@ -107,17 +103,17 @@ def _removals(axes: Axes, result: Mapping[str, Any], unit: float, label: str) ->
                 (f"without the {len(removal['sequences'])}\n{words}", removal["measured"] / unit, predicted, "////")
             )
     if len(rows) == 1 and removals.get("random") is None:
-        no_data(axes, "nothing to remove:\nno sequence has a share")
+        style.no_data(axes, "nothing to remove:\nno sequence has a share")
         return
     axes.axvline(0.0, color="#444444", linewidth=0.9)
     axes.grid(False, axis="y")
     for place, (_, value, predicted, hatch) in enumerate(rows):
         axes.barh(
-            place, value, height=0.6, color=MEASURED, hatch=hatch, edgecolor="white", linewidth=0,
+            place, value, height=0.6, color=style.MEASURED, hatch=hatch, edgecolor="white", linewidth=0,
             label="measured" if place == 0 else None,
         )  # fmt: skip
         axes.plot(
-            [predicted], [place], "D", color=PREDICTED, markeredgecolor="white", markersize=7, zorder=3,
+            [predicted], [place], "D", color=style.PREDICTED, markeredgecolor="white", markersize=7, zorder=3,
             linestyle="none", label="predicted" if place == 0 else None,
         )  # fmt: skip
     names = [name for name, *_ in rows]
@@ -125,7 +121,7 @@ def _removals(axes: Axes, result: Mapping[str, Any], unit: float, label: str) ->
         place = len(rows)
         values = full + np.asarray(removals["random"]["differences"]) / unit
         axes.plot(
-            values, np.full(len(values), place), "|", color=MEASURED, markersize=15, markeredgewidth=1.8,
+            values, np.full(len(values), place), "|", color=style.MEASURED, markersize=15, markeredgewidth=1.8,
             label=f"measured, {len(values)} random removals",
         )  # fmt: skip
         names.append(f"without {removals['random']['sequences']}\nat random")

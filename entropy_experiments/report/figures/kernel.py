@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from entropy_experiments.report.figures.style import finish, in_house_style, new_figure, no_data_figure
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import plain
 
 Quantity = Literal["fisher", "entropy_fisher"]
@@ -62,7 +62,7 @@ def color_limit(kernel: ArrayLike, percentile: float = 99.0) -> float:
     return float(np.percentile(magnitudes, percentile)) or float(magnitudes.max()) or 1.0
 
 
-@in_house_style
+@style.in_house_style
 def plot_kernel_heatmap(
     kernel: ArrayLike,
     eval_prompt_index: ArrayLike,
@@ -98,7 +98,7 @@ def plot_kernel_heatmap(
         raise ValueError(f"percentile {percentile} is outside (0, 100]")
     finite = np.isfinite(values)
     if not finite.any():
-        return no_data_figure(_TITLES[quantity], "the kernel has no finite entry.")
+        return style.no_data_figure(_TITLES[quantity], "the kernel has no finite entry.")
     row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
     if order is not None:
         row_order, column_order = np.asarray(order[1]), np.asarray(order[2])
@@ -107,7 +107,7 @@ def plot_kernel_heatmap(
     beyond = int((magnitudes > limit).sum())
 
     n_eval, n_train = values.shape
-    figure = new_figure(8.6, float(np.clip(7.0 * n_eval / n_train, 3.2, 6.5)))
+    figure = style.new_figure(8.6, float(np.clip(7.0 * n_eval / n_train, 3.2, 6.5)))
     axes = figure.add_subplot()
     axes.grid(False)
     axes.set_facecolor("#9A9A9A")
@@ -152,4 +152,4 @@ def plot_kernel_heatmap(
         caption += " Nearly every row is a prompt of its own, so no lines are drawn between rows."
     if order is None and max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
         caption += f" An axis of more than {_MOST_BOUNDARIES + 1} prompts has no lines between them."
-    return finish(figure, _TITLES[quantity], caption)
+    return style.finish(figure, _TITLES[quantity], caption)

@@ -5,89 +5,95 @@ on the same tokens (SNIS). They must touch as s → 0; the gap at s = 1 is curva
 momentum + weight decay, exactly. See docs/theory, "The step that was taken" and "Actual change".
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS, bars_of_rows, reaches
-from entropy_experiments.report.figures.style import (
-    DELTA_H_LABEL,
-    FIXED_PREFIX,
-    FIXED_PREFIX_MEASURED,
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-    zero_line,
-)
-from entropy_experiments.statistics.confidence import known, shown
+from entropy_experiments.report.figures.drawing import colour_of, draw_line, draw_panel
+from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, in_words
+from entropy_experiments.statistics.confidence import Known, known, shown
 from entropy_experiments.text.numbers import lookup, plain, series, signed
 from rl_training.intervals import t_quantile
 
 _SCALING_TITLE = "Predicted and measured change of entropy along the step"
 _SPLIT_TITLE = "Which part of the update moved entropy"
-_RATIO_RANGE = (-1.0, 3.0)
-_PARTS = (
-    ("batch", "this batch"),
-    ("momentum", "momentum\n(earlier batches)"),
-    ("weight_decay", "weight decay"),
+RATIO_RANGE = (-1.0, 3.0)
+"""Ratios beyond it are of a prediction that is wrong many times over: named at the edge, not drawn to scale."""
+_CHANGES = (
+    ("predicted", "predicted (first order)", Look("predicted")),
+    ("actual_snis", "measured (reweighted)", Look("measured", "square-open", "none")),
+    ("predicted_fixed_prefix", "predicted, given tokens only", Look("fixed", "none", "dash")),
+    ("actual_fixed_prefix", "measured, given tokens only", Look("fixed-measured", "x", "none")),
 )
+_RATIOS = (
+    ("actual_snis", "predicted", "measured / predicted", Look("measured", "circle-open")),
+    ("actual_snis", "predicted_split", "same sample on both sides", Look("neutral", "triangle-up", "dash")),
+    ("actual_fixed_prefix", "predicted_fixed_prefix", "ratio, given tokens only", Look("fixed-measured", "x", "dot")),
+)
+_PARTS = (("batch", "this batch"), ("momentum", "momentum (earlier batches)"), ("weight_decay", "weight decay"))
 
 
-def _change_panel(
-    axes: Axes, scales: np.ndarray, columns: dict[str, np.ndarray], errors: dict[str, np.ndarray]
-) -> None:
-    zero_line(axes)
-    predicted, spread = columns["predicted"], errors["predicted"]
-    if np.isfinite(predicted).any():
-        axes.fill_between(
-            scales, predicted - spread[0], predicted + spread[1], color=PREDICTED, alpha=0.16, linewidth=0
-        )
-        axes.plot(scales, predicted, "-", marker="o", color=PREDICTED, label="predicted (first order)")
-    if np.isfinite(columns["actual_snis"]).any():
-        axes.errorbar(
-            scales,
-            columns["actual_snis"],
-            yerr=errors["actual_snis"],
-            fmt="s",
-            color=MEASURED,
-            markerfacecolor="white",
-            markeredgewidth=1.6,
-            capsize=4,
-            label="measured (reweighted)",
-        )
-    if np.isfinite(columns["predicted_fixed_prefix"]).any():
-        axes.plot(
-            scales,
-            columns["predicted_fixed_prefix"],
-            "--",
-            color=FIXED_PREFIX,
-            linewidth=1.4,
-            label="predicted, given tokens only",
-        )
-    if np.isfinite(columns["actual_fixed_prefix"]).any():
-        axes.plot(
-            scales,
-            columns["actual_fixed_prefix"],
-            "x",
-            color=FIXED_PREFIX_MEASURED,
-            markeredgewidth=1.8,
-            label="measured, given tokens only",
-        )
-    axes.set_xlim(-0.02 * scales.max(), 1.06 * scales.max())
-    axes.set_xlabel("step scale s  (1: the step as it was taken)")
-    axes.set_ylabel(DELTA_H_LABEL)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: ("given tokens" in labels[place], "measured" in labels[place]))
-    axes.legend([handles[place] for place in order], [labels[place] for place in order], loc="best")
+@dataclass(frozen=True)
+class StepScaling:
+    """Changes and ratios over the scale of the step; ess: (S,) effective sample sizes."""
+
+    scales: np.ndarray
+    changes: Panel
+    ratios: Panel
+    ess: np.ndarray
+
+
+def step_scaling(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    predicted_standard_error: float | None = None,
+    actual_standard_error: float | None = None,
+    degrees_of_freedom: float | None = None,
+) -> StepScaling | None:
+    """Predicted and measured Δh over the step scale, and their ratio; None where no number is known.
+
+    Args:
+        rows: one mapping a scale with "scale", "predicted", "actual_snis" and, where known, "predicted_split",
+            "predicted_fixed_prefix", "actual_fixed_prefix", "actual_snis_standard_error", "ess"; nats per token. The ends of
+            95% intervals, "predicted_low", "predicted_high", "actual_snis_low" and "actual_snis_high", go before errors.
+        predicted_standard_error: of the prediction at s = 1; it scales with s, as the prediction does.
+        actual_standard_error: of the measurement at s = 1, used there (and nowhere else unless rows carry their own).
+        degrees_of_freedom: behind these errors, one less than there are evaluation prompts; None: as many as it takes.
+    """
+    rows = sorted((row for row in rows if (series([row], "scale") > 0).all()), key=lambda row: row["scale"])
+    columns = {key: series(rows, key) for key in {*(c[0] for c in _CHANGES), *(r[1] for r in _RATIOS)}}
+    if not any(np.isfinite(column).any() for column in columns.values()):
+        return None
+    scales, measured_error = series(rows, "scale"), series(rows, "actual_snis_standard_error")
+    if actual_standard_error is not None:
+        measured_error = np.where((scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error)
+    t = t_quantile(math.inf if degrees_of_freedom is None else degrees_of_freedom)
+    half_widths = {
+        "predicted": t * scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
+        "actual_snis": t * np.where(measured_error >= 0, measured_error, np.nan),
+    }
+    changes = []
+    for key, name, look in _CHANGES:
+        bars = bars_of_rows(rows, key, half_widths[key]) if key in half_widths else None
+        texts = in_words(columns[key], bars)
+        bars = bars if bars is not None and np.isfinite(bars).any() else None
+        changes.append(Line(name, look, scales, columns[key], bars, texts, band=key == "predicted"))
+    ratios = [Line(name, look, scales, _ratio(columns[above], columns[below])) for above, below, name, look in _RATIOS]
+    return StepScaling(
+        scales,
+        Panel(DELTA_H_LABEL, changes, zero=True),
+        Panel("measured / predicted", ratios, empty="no ratio:\nthe predicted change is zero"),
+        series(rows, "ess"),
+    )
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -95,182 +101,150 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator != 0)
 
 
-def _ratio_panel(axes: Axes, scales: np.ndarray, columns: dict[str, np.ndarray]) -> None:
-    low, high = _RATIO_RANGE
-    lines = (
-        ("actual_snis", "predicted", "measured / predicted", "o-", MEASURED),
-        (
-            "actual_snis",
-            "predicted_split",
-            "same sample on both sides\n(must reach 1 as s → 0)",
-            "^--",
-            NEUTRAL,
-        ),
-        ("actual_fixed_prefix", "predicted_fixed_prefix", "given tokens only", "x:", FIXED_PREFIX_MEASURED),
-    )
+@style.in_house_style
+def plot_predicted_vs_actual(rows: Sequence[Mapping[str, Any]], **errors: float | None) -> Figure:
+    """`step_scaling` as a picture, with its arguments."""
+    scaling = step_scaling(rows, **errors)
+    if scaling is None:
+        return style.no_data_figure(_SCALING_TITLE, "no measurement along the step was stored.")
+    figure = style.new_figure(8.6, 4.0)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
+    draw_panel(left, scaling.changes)
+    left.set_xlim(-0.02 * scaling.scales.max(), 1.06 * scaling.scales.max())
+    left.set_xlabel("step scale s  (1: the step as it was taken)")
+    _draw_ratios(right, scaling)
+    return style.finish(figure, _SCALING_TITLE, _scaling_caption(scaling))
+
+
+def _draw_ratios(axes: Axes, scaling: StepScaling) -> None:
+    (low, high), lines = RATIO_RANGE, scaling.ratios.shown
     axes.axhline(1.0, color="#444444", linewidth=0.9)
-    shown = []
-    for above, below, label, form, colour in lines:
-        ratio = _ratio(columns[above], columns[below])
-        if not np.isfinite(ratio).any():
-            continue
-        inside = np.where((ratio >= low) & (ratio <= high), ratio, np.nan)
-        axes.plot(scales, inside, form, color=colour, label=label, markerfacecolor="white", markeredgewidth=1.5)
-        shown.append(inside[np.isfinite(inside)])
-        for scale, value in zip(scales, ratio, strict=True):
-            if np.isfinite(value) and not low <= value <= high:
-                axes.annotate(
-                    f"{value:.1f}",
-                    (scale, high if value > high else low),
-                    color=colour,
-                    fontsize=8,
-                    ha="center",
-                    va="top" if value > high else "bottom",
-                    annotation_clip=False,
-                )
-                shown.append(np.array([high if value > high else low]))
-    if not shown:
-        no_data(axes, "no ratio:\nthe predicted change is zero")
+    if not lines:
+        style.no_data(axes, scaling.ratios.empty)
         return
-    everything = np.concatenate([*shown, [1.0]])
-    margin = max(0.1, 0.15 * float(np.ptp(everything)))
-    axes.set_ylim(everything.min() - margin, everything.max() + 2.2 * margin)
+    reached = [1.0]
+    for line in lines:
+        inside = np.where((line.y >= low) & (line.y <= high), line.y, np.nan)
+        draw_line(axes, Line(line.name, line.look, line.x, inside))
+        reached += np.clip(line.y[np.isfinite(line.y)], low, high).tolist()
+        for scale, value in zip(line.x, line.y, strict=True):
+            if np.isfinite(value) and not low <= value <= high:
+                edge, anchor = (high, "top") if value > high else (low, "bottom")
+                axes.annotate(
+                    f"{value:.1f}", (scale, edge), color=colour_of(line.look.colour), fontsize=8, ha="center", va=anchor,
+                    annotation_clip=False,
+                )  # fmt: skip
+    margin = max(0.1, 0.15 * float(np.ptp(reached)))
+    axes.set_ylim(min(reached) - margin, max(reached) + 2.2 * margin)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(scales, [f"1/{1 / scale:g}" if scale < 1 else f"{scale:g}" for scale in scales])
+    axes.set_xticks(scaling.scales, scale_names(scaling.scales))
     axes.minorticks_off()
     axes.set_xlabel("step scale s")
-    axes.set_ylabel("measured / predicted")
+    axes.set_ylabel(scaling.ratios.label)
     axes.legend(loc="upper left")
 
 
-@in_house_style
-def plot_predicted_vs_actual(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    predicted_standard_error: float | None = None,
-    actual_standard_error: float | None = None,
-    degrees_of_freedom: float | None = None,
-) -> Figure:
-    """Predicted and measured Δh over the step scale, and their ratio.
-
-    Parameters
-    ----------
-    rows: one mapping a scale with "scale", "predicted", "actual_snis" and, where known, "predicted_split",
-        "predicted_fixed_prefix", "actual_fixed_prefix", "actual_snis_standard_error", "ess"; nats per token. The ends of
-        95% intervals, "predicted_low", "predicted_high", "actual_snis_low" and "actual_snis_high", go before errors.
-    predicted_standard_error: of the prediction at s = 1; it scales with s, as the prediction does.
-    actual_standard_error: of the measurement at s = 1, drawn there (and nowhere else unless rows carry
-        their own).
-    degrees_of_freedom: behind these errors, one less than there are evaluation prompts; None: as many as it takes.
-    """
-    rows = sorted((row for row in rows if (series([row], "scale") > 0).all()), key=lambda row: row["scale"])
-    keys = ("predicted", "predicted_split", "actual_snis", "predicted_fixed_prefix", "actual_fixed_prefix")
-    columns = {key: series(rows, key) for key in keys}
-    if not any(np.isfinite(column).any() for column in columns.values()):
-        return no_data_figure(_SCALING_TITLE, "no measurement along the step was stored.")
-    scales = series(rows, "scale")
-    measured_error = series(rows, "actual_snis_standard_error")
-    if actual_standard_error is not None:
-        measured_error = np.where((scales == 1) & np.isnan(measured_error), actual_standard_error, measured_error)
-    t = t_quantile(math.inf if degrees_of_freedom is None else degrees_of_freedom)
-    reach = {
-        "predicted": t * scales * (np.nan if predicted_standard_error is None else predicted_standard_error),
-        "actual_snis": t * np.where(measured_error >= 0, measured_error, np.nan),
-    }
-    errors = {key: bars_of_rows(rows, key, half) for key, half in reach.items()}
-    figure = new_figure(8.6, 4.0)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1.0))
-    _change_panel(left, scales, columns, errors)
-    _ratio_panel(right, scales, columns)
-    return finish(figure, _SCALING_TITLE, _scaling_caption(scales, columns, errors, series(rows, "ess")))
+def scale_names(scales: np.ndarray) -> list[str]:
+    """``1/16``, ``1``, ``2``."""
+    return [f"1/{1 / scale:g}" if scale < 1 else f"{scale:g}" for scale in scales]
 
 
-def _scaling_caption(
-    scales: np.ndarray, columns: dict[str, np.ndarray], errors: dict[str, np.ndarray], ess: np.ndarray
-) -> str:
+def _scaling_caption(scaling: StepScaling) -> str:
+    lines, scales = scaling.changes.lines, scaling.scales
     last, first = int(np.argmax(scales)), int(np.argmin(scales))
-    known = any(np.isfinite(columns[key]).any() for key in ("predicted", "actual_snis"))
-    predicted, measured, where = ("predicted", "actual_snis", "") if known else (
-        "predicted_fixed_prefix", "actual_fixed_prefix", " on given tokens"
-    )  # fmt: skip
+    drawn = lines[0].known or lines[1].known
+    (predicted, measured), where = (lines[:2], "") if drawn else (lines[2:], " on given tokens")
     parts = [
-        f"Left: at s = {plain(scales[last])} the predicted change{where} is {signed(columns[predicted][last])} "
-        f"and the measured one {signed(columns[measured][last])} nats per token. The prediction is a straight line by "
-        f"construction; where the {'squares' if known else 'crosses'} leave it, the step is too long for the first order (or "
+        f"Left: at s = {plain(scales[last])} the predicted change{where} is {signed(predicted.y[last])} "
+        f"and the measured one {signed(measured.y[last])} nats per token. The prediction is a straight line by "
+        f"construction; where the {'squares' if drawn else 'crosses'} leave it, the step is too long for the first order (or "
         "the measurement is noisy)."
     ]
-    if any(np.isfinite(error).any() for error in errors.values()):
+    if any(line.bars is not None for line in lines):
         parts.append(f"Band and bars: {BARS}.")
-    ratio = _ratio(columns["actual_snis"], columns["predicted_split"])[first]
+    ratio = scaling.ratios.lines[1].y[first]
     if np.isfinite(ratio):
-        parts.append(f"Right: with the same sample on both sides the ratio at s = {scales[first]:g} is {ratio:.2f}.")
-    if np.isfinite(ess).any():
-        parts.append(f"Smallest effective sample size: {plain(np.nanmin(ess))}.")
+        parts.append(
+            f"Right: with the same sample on both sides the ratio at s = {scales[first]:g} is {ratio:.2f}; it must reach 1 as "
+            "s → 0."
+        )
+    if np.isfinite(scaling.ess).any():
+        parts.append(f"Smallest effective sample size: {plain(np.nanmin(scaling.ess))}.")
     return " ".join(parts)
 
 
-@in_house_style
+@dataclass(frozen=True)
+class SplitBar:
+    """One bar of the split: a part of the predicted change, its total, or the measured one."""
+
+    label: str
+    number: Known | None
+    colour: str
+    opacity: float = 1.0
+    hatched: bool = False
+
+
+def split_bars(
+    predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None, degrees_of_freedom: float | None = None
+) -> list[SplitBar]:
+    """Bars of the predicted Δh of batch, momentum, weight decay and their total, and of the measured Δh.
+
+    Args:
+        predicted: "batch", "momentum", "weight_decay", "total" -> {"value", "standard_error"}, nats per token.
+        actual: {"value", "standard_error"} of the measured change, or None. Either may hold "low" and "high", its 95% interval.
+        degrees_of_freedom: of errors that do not say.
+    """
+
+    def number(key: str) -> Known | None:
+        return known(lookup(predicted, key), degrees_of_freedom)
+
+    return [
+        *(SplitBar(label, number(key), "predicted", opacity=0.55) for key, label in _PARTS),
+        SplitBar("total predicted", number("total"), "predicted"),
+        SplitBar("measured", known(actual, degrees_of_freedom), "measured", hatched=True),
+    ]
+
+
+@style.in_house_style
 def plot_entropy_split(
     predicted: Mapping[str, Any] | None,
     actual: Mapping[str, Any] | None = None,
     *,
     degrees_of_freedom: float | None = None,
 ) -> Figure:
-    """Bars of the predicted Δh of batch, momentum, weight decay and their total, beside the measured Δh.
-
-    Parameters
-    ----------
-    predicted: "batch", "momentum", "weight_decay", "total" -> {"value", "standard_error"}, nats per token.
-    actual: {"value", "standard_error"} of the measured change, or None. Either may hold "low" and "high", its 95% interval.
-    degrees_of_freedom: of errors that do not say.
-    """
-    entries = [(label, lookup(predicted, key), "#7FB2D6", "") for key, label in _PARTS]
-    entries.append(("total\npredicted", lookup(predicted, "total"), PREDICTED, ""))
-    entries.append(("measured", actual, MEASURED, "///"))
-    numbers = [known(entry, degrees_of_freedom) for _, entry, _, _ in entries]
-    if all(number is None for number in numbers):
-        return no_data_figure(_SPLIT_TITLE, "no predicted or measured change of entropy was stored.")
-    figure = new_figure(8.6, 3.7)
+    """`split_bars` as a picture, with its arguments."""
+    bars = split_bars(predicted, actual, degrees_of_freedom)
+    if all(bar.number is None for bar in bars):
+        return style.no_data_figure(_SPLIT_TITLE, "no predicted or measured change of entropy was stored.")
+    figure = style.new_figure(8.6, 3.7)
     axes = figure.add_subplot()
-    zero_line(axes)
+    style.zero_line(axes)
     axes.grid(False, axis="x")
-    for place, ((_, _, colour, hatch), number) in enumerate(zip(entries, numbers, strict=True)):
-        if number is None:
-            axes.text(place, 0, "no data", ha="center", va="bottom", color=NEUTRAL)
+    for place, bar in enumerate(bars):
+        if bar.number is None:
+            axes.text(place, 0, "no data", ha="center", va="bottom", color=style.NEUTRAL)
             continue
-        value, (below, above) = number.value, reaches(number)
+        value, (below, above) = bar.number.value, reaches(bar.number)
         axes.bar(
-            place,
-            value,
-            width=0.62,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white" if hatch else colour,
-            yerr=[[below], [above]] if below or above else None,
-            capsize=5,
-            ecolor="#222222",
-        )
+            place, value, width=0.62, color=colour_of(bar.colour), alpha=bar.opacity, hatch="///" if bar.hatched else "",
+            edgecolor="white", linewidth=0 if bar.opacity < 1 else 1,
+            yerr=[[below], [above]] if below or above else None, capsize=5, ecolor=style.INK,
+        )  # fmt: skip
         tip = min(value, 0.0) - below if value < 0 else max(value, 0.0) + above
         axes.annotate(
-            number.text().replace(" [", "\n["),
-            (place, tip),
-            (0, -4 if value < 0 else 4),
-            textcoords="offset points",
-            ha="center",
-            va="top" if value < 0 else "bottom",
-            fontsize=8.8,
-        )
+            bar.number.text().replace(" [", "\n["), (place, tip), (0, -4 if value < 0 else 4),
+            textcoords="offset points", ha="center", va="top" if value < 0 else "bottom", fontsize=8.8,
+        )  # fmt: skip
     axes.axvline(2.5, color="#AAAAAA", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(entries)), [label for label, *_ in entries])
+    axes.set_xticks(range(len(bars)), [bar.label.replace(" (", "\n(").replace("total ", "total\n") for bar in bars])
     axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.6, len(entries) - 0.4)
+    axes.set_xlim(-0.6, len(bars) - 0.4)
     axes.margins(y=0.18)
     axes.set_ylabel(DELTA_H_LABEL)
+    total, measured = (shown(None) if bar.number is None else bar.number.text() for bar in bars[3:])
     caption = (
-        "The optimizer's step is exactly the sum of three parts, so the three predicted changes on the "
-        "left add up to "
+        "The optimizer's step is exactly the sum of three parts, so the three predicted changes on the left add up to "
         f"the total. Below zero: entropy falls. Bars and brackets: {BARS}. "
-        f"Total predicted {shown(entries[3][1], True, degrees_of_freedom)}, "
-        f"measured {shown(entries[4][1], True, degrees_of_freedom)} nats per token."
+        f"Total predicted {total}, measured {measured} nats per token."
     )
-    return finish(figure, _SPLIT_TITLE, caption)
+    return style.finish(figure, _SPLIT_TITLE, caption)

@@ -15,22 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data,
-    no_data_figure,
-)
 from entropy_experiments.text.numbers import as_number, counted, lookup, plain, plus_minus, signed, value_and_error
 from rl_training.intervals import t_quantile
 
 _TITLE = "Do sequences of one prompt move each other more than others?"
-_BOX_COLOURS = {"prompt": PREDICTED, "correctness": MEASURED}
+_BOX_COLOURS = {"prompt": style.PREDICTED, "correctness": style.MEASURED}
 # (path to the block, label, which comparison it belongs to)
 _BLOCKS = (
     (("train", "cosine", "same_prompt"), "same prompt", "prompt"),
@@ -57,21 +48,21 @@ _UNIT = 1e-3
 _LINEAR_UP_TO = 4
 
 
-@in_house_style
+@style.in_house_style
 def plot_prompt_structure(structure: Mapping[str, Any]) -> Figure:
     """Three panels of the analysis "prompt_structure": blocks of the cosine kernel, permutation tests, and the single batch.
 
     structure: the dict that ``prompt_structure`` returns; parts that are missing or None are drawn as "no data".
     """
     if not structure:
-        return no_data_figure(_TITLE, "the prompt structure was not analysed.")
-    figure = new_figure(8.6, 5.6)
+        return style.no_data_figure(_TITLE, "the prompt structure was not analysed.")
+    figure = style.new_figure(8.6, 5.6)
     grid = figure.add_gridspec(2, 1, height_ratios=(1.25, 1.0))
     top = grid[0].subgridspec(1, 2)
     _draw_blocks(figure.add_subplot(top[0]), structure)
     _draw_tests(figure.add_subplot(top[1]), structure)
     _draw_single_batch(figure.add_subplot(grid[1]), structure)
-    return finish(figure, _TITLE, _caption(structure))
+    return style.finish(figure, _TITLE, _caption(structure))
 
 
 def _draw_blocks(axes: Axes, structure: Mapping[str, Any]) -> None:
@@ -83,7 +74,7 @@ def _draw_blocks(axes: Axes, structure: Mapping[str, Any]) -> None:
             pairs = counted(int(lookup(structure, *path, "pairs") or 0), "pair")
             rows.append((mean, quantiles, f"{label}\n({pairs})", _BOX_COLOURS[kind]))
     if not rows:
-        no_data(axes, "no pair of training\nsequences has a cosine")
+        style.no_data(axes, "no pair of training\nsequences has a cosine")
         return
     for place, (mean, (low, first, median, third, high), _, colour) in enumerate(rows):
         axes.plot([low, high], [place, place], color=colour, linewidth=1.2)
@@ -110,11 +101,11 @@ def _draw_tests(axes: Axes, structure: Mapping[str, Any]) -> None:
             standardised = [(value - values[3]) / deviation for value in values[:3]]
             rows.append((*standardised, label, as_number(lookup(test, "p_value"))))
     if not rows:
-        no_data(axes, "no comparison can be tested")
+        style.no_data(axes, "no comparison can be tested")
         return
     for place, (observed, low, high, label, _) in enumerate(rows):
         axes.barh(place, high - low, left=low, height=0.55, color="#CFCFCF", linewidth=0)
-        colour = MEASURED if label.startswith("equally") else PREDICTED
+        colour = style.MEASURED if label.startswith("equally") else style.PREDICTED
         axes.plot(observed, place, marker="o", color=colour, linestyle="none", markersize=7)
     for place, row in enumerate(rows):
         beside = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "center", "fontsize": 8.5}
@@ -141,15 +132,15 @@ def _draw_single_batch(axes: Axes, structure: Mapping[str, Any]) -> None:
     single = lookup(structure, "single_batch")
     total, independent = as_number(lookup(single, "value")), as_number(lookup(single, "evaluation_value"))
     u_value, u_error = value_and_error(lookup(single, "u_statistic"))
-    entries = [(label, as_number(lookup(single, name, "value")), NEUTRAL, "....") for name, label in _TERMS]
+    entries = [(label, as_number(lookup(single, name, "value")), style.NEUTRAL, "....") for name, label in _TERMS]
     entries += [
-        ("sum: single batch", total, MEASURED, "////"),
-        (_U_LABEL, u_value, PREDICTED, ""),
-        ("independent evaluation batch", independent, PREDICTED, ""),
+        ("sum: single batch", total, style.MEASURED, "////"),
+        (_U_LABEL, u_value, style.PREDICTED, ""),
+        ("independent evaluation batch", independent, style.PREDICTED, ""),
     ]
     bars = [(label, value / _UNIT, colour, hatch) for label, value, colour, hatch in entries if value is not None]
     if not bars:
-        no_data(axes, "not computed")
+        style.no_data(axes, "not computed")
         return
     for place, (label, value, colour, hatch) in enumerate(bars):
         axes.barh(place, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
@@ -166,9 +157,9 @@ def _draw_single_batch(axes: Axes, structure: Mapping[str, Any]) -> None:
     axes.margins(x=0.12)
     axes.set_xlabel("δh of the step's batch part (10⁻³ nats per token)")
     handles = [
-        Patch(facecolor=NEUTRAL, hatch="....", edgecolor="white", label="terms, by pair"),
-        Patch(facecolor=MEASURED, hatch="////", edgecolor="white", label="their sum"),
-        Patch(facecolor=PREDICTED, label="without self-pairing"),
+        Patch(facecolor=style.NEUTRAL, hatch="....", edgecolor="white", label="terms, by pair"),
+        Patch(facecolor=style.MEASURED, hatch="////", edgecolor="white", label="their sum"),
+        Patch(facecolor=style.PREDICTED, label="without self-pairing"),
     ]
     if u_error is not None:
         handles.append(Line2D([], [], color="black", marker="|", label=BARS))

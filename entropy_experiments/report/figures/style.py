@@ -26,8 +26,18 @@ REWARD = "#117733"
 NEUTRAL = "#6E6E6E"
 FIXED_PREFIX = "#56B4E9"
 FIXED_PREFIX_MEASURED = "#E69F00"
-
-DELTA_H_LABEL = "change of entropy Δh\n(nats per token)"
+INK = "#222222"
+COLOURS = {
+    "predicted": PREDICTED,
+    "measured": MEASURED,
+    "entropy": ENTROPY,
+    "reward": REWARD,
+    "neutral": NEUTRAL,
+    "fixed": FIXED_PREFIX,
+    "fixed-measured": FIXED_PREFIX_MEASURED,
+    "ink": INK,
+}
+"""By the names that the page has for them (templates/page.css): there each theme has its own shade."""
 
 _HOUSE_STYLE = {
     "font.size": 9.5,
@@ -131,6 +141,37 @@ def no_data(axes: Axes, reason: str) -> None:
 def zero_line(axes: Axes) -> None:
     """The horizontal line of no change."""
     axes.axhline(0.0, color="#444444", linewidth=0.9, zorder=1.5)
+
+
+def row_bar(
+    axes: Axes,
+    value: float,
+    place: float,
+    reach: tuple[float, float],
+    *,
+    color: str,
+    marker: str = "o",
+    hollow: bool = False,
+) -> None:
+    """A number at the height ``place`` with its interval, whose halves are ``reach`` long."""
+    below, above = reach
+    axes.errorbar(
+        value,
+        place,
+        xerr=[[below], [above]],
+        fmt=marker,
+        color=color,
+        capsize=3,
+        markerfacecolor="white" if hollow else color,
+    )
+
+
+def row_note(axes: Axes, words: str, place: float, fontsize: float = 8.8) -> None:
+    """Words at the right end of the row ``place``, in place of a number."""
+    axes.annotate(
+        words, (0.99, place), xycoords=("axes fraction", "data"), ha="right", va="center", color=NEUTRAL, fontsize=fontsize,
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
 
 
 def step_axis(axes: Axes, low: float, high: float) -> None:

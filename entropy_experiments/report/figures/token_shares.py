@@ -11,15 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data_figure,
-    zero_line,
-)
+from entropy_experiments.report.figures import style
 from entropy_experiments.text.numbers import counted, lookup, plain, signed
 
 _TITLE = "Which tokens of the sequences with the largest shares moved entropy"
@@ -27,10 +19,10 @@ _MOST_TOKENS = 60
 # More names than this would overlap.
 _MOST_NAMES = 40
 FOREIGN = "#9a9a9a"
-_LOWERING, _RAISING = (MEASURED, "////"), (PREDICTED, "")
+_LOWERING, _RAISING = (style.MEASURED, "////"), (style.PREDICTED, "")
 
 
-@in_house_style
+@style.in_house_style
 def plot_token_shares(result: Mapping[str, Any], *, sequences: int = 4) -> Figure:
     """Bars of token shares for the ``sequences`` of largest absolute share.
 
@@ -40,11 +32,11 @@ def plot_token_shares(result: Mapping[str, Any], *, sequences: int = 4) -> Figur
     rows = lookup(result, "tokens", "sequences")
     rows = [row for row in rows if row.get("tokens")] if isinstance(rows, list) else []
     if not rows:
-        return no_data_figure(_TITLE, "no shares of tokens were stored.")
+        return style.no_data_figure(_TITLE, "no shares of tokens were stored.")
     rows = sorted(rows, key=lambda row: -abs(row["share"]))[:sequences]
     largest = max(float(np.abs(row["tokens"]).max()) for row in rows)
     power = int(np.floor(np.log10(largest))) if largest > 0 else 0
-    figure = new_figure(8.6, 1.0 + 1.45 * len(rows))
+    figure = style.new_figure(8.6, 1.0 + 1.45 * len(rows))
     grid = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     cut = sum(_panel(axes, row, 10.0**power) for axes, row in zip(grid, rows, strict=True))
     unit = "nats per token" if power == 0 else f"10$^{{{power}}}$ nats per token"
@@ -61,7 +53,7 @@ def plot_token_shares(result: Mapping[str, Any], *, sequences: int = 4) -> Figur
         fontsize=8,
         borderaxespad=0.1,
     )
-    return finish(figure, _TITLE, _caption(rows, cut))
+    return style.finish(figure, _TITLE, _caption(rows, cut))
 
 
 def _panel(axes: Axes, row: Mapping[str, Any], unit: float) -> bool:
@@ -75,7 +67,7 @@ def _panel(axes: Axes, row: Mapping[str, Any], unit: float) -> bool:
     for place, value in enumerate(shown):
         colour, hatch = _LOWERING if value < 0 else _RAISING
         axes.bar(place, value, width=0.85, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-    zero_line(axes)
+    style.zero_line(axes)
     axes.grid(False, axis="x")
     texts = row.get("texts")
     names = [str(start + k + 1) for k in range(len(shown))]

@@ -3,120 +3,129 @@
 Rows are weighting schemes and filters of the run's own weights. See docs/analyses/weighting-schemes.md.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS, reaches
-from entropy_experiments.report.figures.style import (
-    MEASURED,
-    NEUTRAL,
-    PREDICTED,
-    finish,
-    in_house_style,
-    new_figure,
-    no_data_figure,
-)
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known
-from entropy_experiments.text.numbers import counted, lookup, signed, value_and_error
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, known
+from entropy_experiments.text.numbers import counted, lookup, signed
 
 _TITLE = "What other weightings of the same sequences would have cost in entropy"
-_PANELS = (("equal_gain", "for the run's gain of reward"), ("equal_length", "for a step of the run's length"))
-_KINDS = {"run": (PREDICTED, "D"), "scheme": (PREDICTED, "o"), "filter": ("#56B4E9", "^")}
+_PANELS = (("equal_length", "for a step of the run's length"), ("equal_gain", "for the run's gain of reward"))
+_MARKERS = {"run": "D", "scheme": "o", "filter": "^"}
+BELOW = 0.26
+"""Part of a row by which measurements stand below the predictions."""
 
 
-@in_house_style
-def plot_weighting_schemes(table: Mapping[str, Any]) -> Figure:
-    """Predicted (and, where there is one, measured) batch part of Δh of every scheme, under two normalisations.
+@dataclass(frozen=True)
+class WeightingPanel:
+    """One normalisation. predicted, measured: batch part of Δh of each row, nats per token; run: that of the run's weights."""
 
-    Parameters
-    ----------
-    table: what `entropy_experiments.analyses.weighting_schemes` returns, with or without measurements.
-    """
+    key: str
+    words: str
+    predicted: list[Known | None]
+    measured: list[Known | None]
+    run: float | None
+
+
+@dataclass(frozen=True)
+class Weightings:
+    """Rows that can be compared with the run's own, and the panels that hold a number."""
+
+    rows: list[Mapping[str, Any]]
+    panels: list[WeightingPanel]
+
+
+def weighting_rows(table: Mapping[str, Any]) -> Weightings:
+    """What `analyses.weighting_schemes` returned, with or without measurements, as both drawings show it."""
     rows = [row for row in table.get("rows", ()) if "delta_h" in row]
-    shown = [row for row in rows if any(_value(row, key) is not None for key, _ in _PANELS)]
-    if not shown:
-        return no_data_figure(_TITLE, "none of the weightings makes a step that can be compared with the run's own.")
-    drawn = [(key, words) for key, words in _PANELS if any(_value(row, key) is not None for row in shown)]
-    figure = new_figure(9.2, 0.85 + 0.32 * len(shown))
-    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
-    for axes, (key, words) in zip(panels, drawn, strict=True):
-        _panel(axes, shown, key)
-        axes.set_title(words)
-        axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(shown)), [row["label"] for row in shown])
-    panels[0].set_ylim(len(shown) - 0.5, -0.5)
-    if any("actual" in row for row in shown):
-        predicted = Line2D([], [], color=PREDICTED, marker="o", linestyle="", label="predicted")
-        measured = Line2D([], [], color=MEASURED, marker="s", markerfacecolor="white", linestyle="", label="measured")
-        panels[-1].legend(handles=[predicted, measured], loc="best")
-    return finish(figure, _TITLE, _caption(table, shown, [key for key, _ in drawn]))
+    rows = [row for row in rows if any(known(lookup(row, "delta_h", key)) is not None for key, _ in _PANELS)]
+    panels = []
+    for key, words in _PANELS:
+        predicted, measured = ([known(lookup(row, part, key)) for row in rows] for part in ("delta_h", "actual"))
+        if any(number is not None for number in predicted):
+            own = predicted[0] if rows[0]["kind"] == "run" else None
+            panels.append(WeightingPanel(key, words, predicted, measured, None if own is None else own.value))
+    return Weightings(rows, panels)
 
 
-def _value(row: Mapping[str, Any], key: str) -> float | None:
-    return value_and_error(lookup(row, "delta_h", key))[0]
+@style.in_house_style
+def plot_weighting_schemes(table: Mapping[str, Any]) -> Figure:
+    """`weighting_rows` of `table` as a picture: predicted and, where there is one, measured batch part of Δh."""
+    found = weighting_rows(table)
+    if not found.rows:
+        reason = "none of the weightings makes a step that can be compared with the run's own."
+        return style.no_data_figure(_TITLE, reason)
+    figure = style.new_figure(9.2, 0.85 + 0.32 * len(found.rows))
+    grid = figure.subplots(1, len(found.panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(grid, found.panels, strict=True):
+        _draw(axes, found.rows, panel)
+    grid[0].set_yticks(range(len(found.rows)), [row["label"] for row in found.rows])
+    grid[0].set_ylim(len(found.rows) - 0.5, -0.5)
+    if any(number is not None for panel in found.panels for number in panel.measured):
+        predicted = Line2D([], [], color=style.PREDICTED, marker="o", linestyle="", label="predicted")
+        measured = Line2D(
+            [], [], color=style.MEASURED, marker="s", markerfacecolor="white", linestyle="", label="measured"
+        )
+        grid[-1].legend(handles=[predicted, measured], loc="best")
+    return style.finish(figure, _TITLE, _caption(table, found))
 
 
-def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]], panel: WeightingPanel) -> None:
     axes.axvline(0.0, color="#444444", linewidth=0.9, zorder=1.5)
     axes.grid(False, axis="y")
-    run = _value(rows[0], key) if rows[0]["kind"] == "run" else None
-    if run is not None:
-        axes.axvline(run, color=PREDICTED, linewidth=0.9, linestyle=":")
-    for place, row in enumerate(rows):
-        found, actual = known(row["delta_h"][key]), known(lookup(row, "actual", key))
-        colour, marker = _KINDS[row["kind"]]
-        if found is None:
-            words = "no length" if key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is below it"
-            axes.annotate(
-                words,
-                (0.98, place),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="center",
-                color=NEUTRAL,
-                fontsize=8,
-            )
+    if panel.run is not None:
+        axes.axvline(panel.run, color=style.PREDICTED, linewidth=0.9, linestyle=":")
+    for place, (row, own, actual) in enumerate(zip(rows, panel.predicted, panel.measured, strict=True)):
+        if own is None:
+            words = "no length" if panel.key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is below it"
+            style.row_note(axes, words, place, fontsize=8)
         else:
-            below, above = reaches(found)
-            axes.errorbar(found.value, place, xerr=[[below], [above]], fmt=marker, color=colour, capsize=3)
+            style.row_bar(
+                axes, own.value, place, reaches(own), color=style.FIXED_PREFIX if row["kind"] == "filter" else style.PREDICTED,
+                marker=_MARKERS[row["kind"]],
+            )  # fmt: skip
         if actual is not None:
-            below, above = reaches(actual)
-            axes.errorbar(
-                actual.value,
-                place + 0.24,
-                xerr=[[below], [above]],
-                fmt="s",
-                color=MEASURED,
-                markerfacecolor="white",
-                capsize=3,
+            style.row_bar(
+                axes, actual.value, place + BELOW, reaches(actual), color=style.MEASURED, marker="s", hollow=True
             )
+    axes.set_title(panel.words)
+    axes.tick_params(axis="y", length=0)
     axes.margins(x=0.08)
     axes.set_xlabel("batch part of Δh (nats per token)")
     axes.locator_params(axis="x", nbins=5)
 
 
-def _caption(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], drawn: Sequence[str]) -> str:
+def _caption(table: Mapping[str, Any], found: Weightings) -> str:
     parts = ["Left of zero: entropy falls. Dotted: the step as trained. Triangles: filters of the run's own weights."]
-    priced = sorted((value, row["label"]) for row in rows if (value := _value(row, "equal_gain")) is not None)
-    if len(priced) > 1:
-        (low, lowest), (high, highest) = priced[0], priced[-1]
-        parts.append(
-            f"For the same predicted gain of reward entropy changes by {signed(low)} ({lowest}) to {signed(high)} ({highest})."
-        )
-    if any(row["delta_h"][key]["standard_error"] is not None for row in rows for key in drawn):
+    panels = {panel.key: panel for panel in found.panels}
+    if "equal_gain" in panels:
+        named = zip(panels["equal_gain"].predicted, found.rows, strict=True)
+        priced = sorted((own.value, row["label"]) for own, row in named if own is not None)
+        if len(priced) > 1:
+            (low, lowest), (high, highest) = priced[0], priced[-1]
+            parts.append(
+                f"For the same predicted gain of reward entropy changes by {signed(low)} ({lowest}) to {signed(high)} "
+                f"({highest})."
+            )
+    if any(own is not None and own.low is not None for panel in found.panels for own in panel.predicted):
         parts.append(
             f"Bars: {BARS} over evaluation prompts; rows share them, so that differences "
             "between rows are surer than the bars suggest."
         )
     parts.append(f"Reward: {table['gain_note']}.")
-    reason = lookup(rows[0], "delta_h", "equal_gain", "reason")
-    if "equal_gain" not in drawn and reason:
+    reason = lookup(found.rows[0], "delta_h", "equal_gain", "reason")
+    if "equal_gain" not in panels and reason:
         parts.append(f"No panel at equal gain: as trained, {reason.removeprefix('as trained: ')}.")
-    left_out = len(table["rows"]) - len(rows)
+    left_out = len(table["rows"]) - len(found.rows)
     if left_out:
         parts.append(f"{counted(left_out, 'row')} without a step left out.")
     return " ".join(parts)

@@ -1,93 +1,84 @@
-"""What would other weightings have cost in entropy? The data of a plot, from what analyses/weighting_schemes.py returned.
-
-The same numbers as charts/weighting.py: the batch part of dh, nats per token, for the run's gain of reward and for a step of the
-run's length; error bars are 95% intervals.
-"""
+"""What would other weightings have cost in entropy? `weighting_rows` for the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from entropy_experiments.report.figures.bars import plotly_bars, values_and_bars
+from entropy_experiments.report.figures.bars import reaches
+from entropy_experiments.report.figures.weighting import BELOW, weighting_rows
+from entropy_experiments.report.interactive.drawing import Plot, error_bars, suffix, vertical_line
 from entropy_experiments.report.interactive.page import numbers, plot_text
-from entropy_experiments.statistics.confidence import shown
-from entropy_experiments.text.numbers import lookup, value_and_error
+from entropy_experiments.statistics.confidence import Known, shown
 
-_OFFSET = 0.28  # of a row: measurements stand below the predictions
-_PANELS = (("equal_length", "for a step of the run's length"), ("equal_gain", "for the run's gain of reward"))
 _SYMBOLS = {"run": "diamond", "scheme": "circle", "filter": "triangle-up"}
+_GAP = 0.03
 
 
-def weighting_schemes(table: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Plotly's data and layout: a row a weighting, a panel a normalisation that has numbers; None without any number."""
-    rows = [row for row in table.get("rows", ()) if isinstance(row, Mapping) and "delta_h" in row]
-    panels = [(key, words) for key, words in _PANELS if any(_value(row, "delta_h", key) is not None for row in rows)]
-    rows = [row for row in rows if any(_value(row, "delta_h", key) is not None for key, _ in panels)]
-    if not rows:
+def weighting_schemes(table: Mapping[str, Any]) -> Plot | None:
+    """Plotly's data and layout: a row a weighting, a panel a normalisation that has numbers; None without any number.
+
+    Args:
+        table: as `weighting_rows` takes it.
+    """
+    found = weighting_rows(table)
+    if not found.rows:
         return None
-    traces = []
-    width = 1 / len(panels)
+    labels = [plot_text(str(row["label"]), 60) for row in found.rows]
+    symbols = [_SYMBOLS[row["kind"]] for row in found.rows]
+    width = 1 / len(found.panels)
+    traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
-        "height": 150 + 27 * len(rows),
+        "height": 150 + 27 * len(labels),
         "margin": {"l": 20, "r": 20, "t": 60, "b": 60},
         "yaxis": {
-            "range": [len(rows) - 0.4, -0.6],
-            "tickvals": list(range(len(rows))),
-            "ticktext": [_label(row) for row in rows],
+            "range": [len(labels) - 0.4, -0.6],
+            "tickvals": list(range(len(labels))),
+            "ticktext": labels,
             "showgrid": False,
             "zeroline": False,
         },
         "shapes": [],
     }
-    for place, (key, words) in enumerate(panels):
-        suffix = "" if place == 0 else str(place + 1)
-        for part, name, colour in (("delta_h", "predicted", "$predicted"), ("actual", "measured", "$measured")):
-            trace = _trace(rows, part, key, name, colour)
-            if trace is not None:
-                traces.append(trace | {"xaxis": f"x{suffix}", "showlegend": place == 0})
-        run = _value(rows[0], "delta_h", key) if rows[0].get("kind") == "run" else None
-        if run is not None:
-            mark = {"type": "line", "xref": f"x{suffix}", "yref": "paper", "x0": run, "x1": run, "y0": 0, "y1": 1}
-            layout["shapes"].append(mark | {"line": {"color": "$predicted", "width": 1, "dash": "dot"}})
-        layout[f"xaxis{suffix}"] = {
-            "domain": [place * width + 0.03 * place, (place + 1) * width],
-            "title": {"text": f"batch part of Δh (nats per token)<br>{words}"},
-            "zeroline": True,
-            "nticks": 6 if len(panels) == 1 else 4,
-        }
     narrow: dict[str, Any] = {"yaxis": {"tickfont": {"size": 9}}, "margin": {"l": 10, "r": 10, "b": 90}}
-    for place, (_, words) in enumerate(panels):
-        title = f"batch part of Δh<br>(nats per token)<br>{words.replace(' of the', '<br>of the')}"
-        narrow[f"xaxis{'' if place == 0 else place + 1}"] = {"title": {"text": title}, "nticks": 3}
+    for place, panel in enumerate(found.panels):
+        axis = f"x{suffix(place)}"
+        for name, known, symbol, below in (
+            ("predicted", panel.predicted, symbols, 0.0),
+            ("measured", panel.measured, "square-open", BELOW),
+        ):
+            if any(number is not None for number in known):
+                trace = _trace(name, labels, known, below)
+                trace["marker"]["symbol"] = symbol
+                traces.append(trace | {"xaxis": axis, "showlegend": place == 0})
+        if panel.run is not None:
+            line = {"color": "$predicted", "width": 1, "dash": "dot"}
+            layout["shapes"].append(vertical_line(panel.run, axis) | {"line": line})
+        layout[f"xaxis{suffix(place)}"] = {
+            "domain": [place * width + _GAP * place, (place + 1) * width],
+            "title": {"text": f"batch part of Δh (nats per token)<br>{panel.words}"},
+            "zeroline": True,
+            "nticks": 6 if len(found.panels) == 1 else 4,
+        }
+        title = f"batch part of Δh<br>(nats per token)<br>{panel.words.replace(' of the', '<br>of the')}"
+        narrow[f"xaxis{suffix(place)}"] = {"title": {"text": title}, "nticks": 3}
     return {"data": traces, "layout": layout, "narrow": narrow}
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    return plot_text(str(row.get("label", row.get("name", ""))), 60)
-
-
-def _value(row: Mapping[str, Any], part: str, key: str) -> float | None:
-    return value_and_error(lookup(row, part, key))[0]
-
-
-def _trace(rows: list[Mapping[str, Any]], part: str, key: str, name: str, colour: str) -> dict[str, Any] | None:
-    entries = [lookup(row, part, key) for row in rows]
-    values, bars = values_and_bars(entries)
-    if not np.isfinite(values).any():
-        return None
-    offset = 0.0 if part == "delta_h" else _OFFSET
-    symbols = [_SYMBOLS.get(str(row.get("kind")), "circle") for row in rows]
+def _trace(name: str, labels: Sequence[str], known: Sequence[Known | None], below: float) -> dict[str, Any]:
+    nan = (np.nan, np.nan)
+    ends = [nan if number is None or number.low is None else reaches(number) for number in known]
+    texts = [shown(None) if number is None else number.text() for number in known]
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": numbers(values),
-        "y": [place + offset for place in range(len(rows))],
-        "error_x": plotly_bars(bars, colour),
-        "marker": {"color": colour, "size": 10, "symbol": symbols if part == "delta_h" else "square-open"},
-        "customdata": [[_label(row), shown(entry)] for row, entry in zip(rows, entries, strict=True)],
+        "x": numbers([np.nan if number is None else number.value for number in known]),
+        "y": [place + below for place in range(len(labels))],
+        "error_x": error_bars(np.array(ends).T, f"${name}"),
+        "marker": {"color": f"${name}", "size": 10},
+        "customdata": [list(pair) for pair in zip(labels, texts, strict=True)],
         "hovertemplate": f"%{{customdata[0]}}<br>{name} %{{customdata[1]}} nats per token<extra></extra>",
     }

@@ -49,7 +49,9 @@ def every_text(tree):
 
 def test_predicted_against_actual_shows_both_and_their_ratio():
     summary = make_summary(ROWS)
-    plot = predicted_vs_actual(summary["scaling"], 0.018, 0.022, 31)
+    plot = predicted_vs_actual(
+        summary["scaling"], predicted_standard_error=0.018, actual_standard_error=0.022, degrees_of_freedom=31
+    )
     json.dumps(plot, allow_nan=False)
     predicted, measured = named(plot, "predicted (first"), named(plot, "measured (rew")
     assert predicted["x"] == measured["x"] == [0.0625, 0.125, 0.25, 0.5, 1.0]
@@ -131,7 +133,7 @@ def test_history_has_a_panel_for_each_quantity():
     assert named(plot, "entropy in training")["y"] == pytest.approx([row["entropy"] for row in history], rel=1e-5)
     assert named(plot, "predicted")["error_y"]["array"] == [pytest.approx(float(stats.t.ppf(0.975, 3)) * 0.02)] * 13
     assert "error_y" not in named(plot, "measured"), "no standard error was stored"
-    assert [trace["yaxis"] for trace in plot["data"]] == ["y", "y", "y2", "y3", "y3"]
+    assert [trace["yaxis"] for trace in plot["data"]] == ["y", "y", "y2", "y3", "y3", "y3"]
     assert plot["layout"]["shapes"][0]["x0"] == 8
     short = training_history([{"step": 1, "reward": 0.5}])
     assert [trace["name"] for trace in short["data"]] == ["reward"] and short["layout"]["yaxis"]["domain"] == [0.0, 1]

@@ -122,7 +122,7 @@ def test_predicted_and_measured_over_scale(summary):
     band = left.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(-0.074 - T31 * 0.018)
     np.testing.assert_allclose(
-        line(right, "same sample on both sides\n(must reach 1 as s → 0)")[1],
+        line(right, "same sample on both sides")[1],
         [row["actual_snis"] / row["predicted_split"] for row in summary["scaling"]],
     )
 
@@ -138,7 +138,7 @@ def test_the_ends_of_stored_intervals_are_drawn_before_errors():
     assert not np.isfinite(np.asarray(bar_spans(measured)[1:], dtype=float)).any(), "an untrusted measurement has a bar"
     band = left.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((-0.7, -0.1))
-    plot = predicted_vs_actual(rows, 0.01, None, 31)
+    plot = predicted_vs_actual(rows, predicted_standard_error=0.01, degrees_of_freedom=31)
     trace = next(trace for trace in plot["data"] if trace["name"] == "measured (reweighted)")
     assert trace["error_y"]["arrayminus"] == pytest.approx([0.6, None]) and "[−0.90, −0.25]" in trace["customdata"][0]
 
@@ -188,11 +188,11 @@ def test_split_without_data_says_so(parts):
 def test_history_draws_every_series():
     history = make_history()
     top, middle, bottom = plot_training_history(history, analysed_step=8).axes
-    np.testing.assert_allclose(line(top, "training buffer")[1], [row["entropy"] for row in history])
+    np.testing.assert_allclose(line(top, "entropy in training")[1], [row["entropy"] for row in history])
     np.testing.assert_allclose(line(middle, "reward")[1], [row["reward"] for row in history])
-    np.testing.assert_allclose(line(bottom, "predicted")[1], [row["probe/predicted"] for row in history])
-    np.testing.assert_allclose(line(bottom, "measured")[1], [row["probe/measured"] for row in history])
-    predicted = next(c for c in bottom.containers if c.get_label() == "predicted")
+    np.testing.assert_allclose(line(bottom, "predicted change")[1], [row["probe/predicted"] for row in history])
+    np.testing.assert_allclose(line(bottom, "measured change")[1], [row["probe/measured"] for row in history])
+    predicted = next(c for c in bottom.containers if c.get_label() == "predicted change")
     low, high = bar_spans(predicted)[0]
     assert (high - low) / 2 == pytest.approx(T3 * 0.02)
 
@@ -201,8 +201,8 @@ def test_history_with_gaps_keeps_the_other_points():
     history = make_history()
     history[3]["probe/predicted"], history[4]["entropy"], history[5] = None, float("nan"), {"step": 5}
     top, _, bottom = plot_training_history(history).axes
-    assert np.isnan(line(top, "training buffer")[1][[4, 5]]).all()
-    assert np.isfinite(line(bottom, "predicted")[1]).sum() == len(history) - 2
+    assert np.isnan(line(top, "entropy in training")[1][[4, 5]]).all()
+    assert np.isfinite(line(bottom, "predicted change")[1]).sum() == len(history) - 2
 
 
 @pytest.mark.parametrize("history", [[], [{}], [{"entropy": 1.0}]])
@@ -220,7 +220,7 @@ def test_short_histories_can_be_saved(steps):
 def test_long_history_is_drawn_as_lines_with_a_band():
     history = make_history(61)
     top, _, bottom = plot_training_history(history).axes
-    np.testing.assert_allclose(line(bottom, "measured")[1], [row["probe/measured"] for row in history])
+    np.testing.assert_allclose(line(bottom, "measured change")[1], [row["probe/measured"] for row in history])
     band = bottom.collections[0].get_paths()[0].vertices[:, 1]
     wanted = max(row["probe/predicted"] + T3 * 0.02 for row in history)
     assert band.max() == pytest.approx(wanted) and top.lines[0].get_markersize() == 0
