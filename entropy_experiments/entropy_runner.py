@@ -13,7 +13,7 @@ import datetime
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.stopped_gradients import true_derivatives
-from entropy_experiments.analyses.headline_units import add_training_noise, leaving_out_summary
+from entropy_experiments.analyses.headline_units import leaving_out_summary, with_training_noise
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import failed_analyses, run_analyses
@@ -56,6 +56,7 @@ from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.run.stage_times import StageTimes
 from entropy_experiments.step.numbers import AnalysisNumbers
+from entropy_experiments.step.settings import settings_of
 from rl_training.configuration import dump_config
 from rl_training.errors import ResumableError, UserError
 from rl_training.files import refuse_link, remove_leftovers, write_whole
@@ -162,7 +163,7 @@ def _analyze_into(
         if not keep_going:
             _refuse_failed_checks(numbers.checks)
         score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
-        add_training_noise(inputs, clock)
+        inputs = with_training_noise(inputs, clock)
         analyses = run_analyses(inputs, clock, work)
         if not keep_going:
             _refuse_failed_analyses(analyses)
@@ -196,7 +197,7 @@ def _buffers(
     return kept
 
 
-def _refuse_failed_checks(checks: list[SelfCheck]) -> None:
+def _refuse_failed_checks(checks: Sequence[SelfCheck]) -> None:
     worst = next((check for check in checks if not check.passed), None)
     if worst is not None:
         raise UserError(
@@ -224,12 +225,7 @@ def _analyze(
     work: UnfinishedWork | None = None,
     processes: Processes | None = None,
 ) -> AnalysisInputs:
-    settings, sidecar = config.entropy_analysis, checkpoint.record.sidecar
     device = input_device(checkpoint.model)
-    norm = config.checkpoint.max_grad_norm or (sidecar.algorithm.max_grad_norm if sidecar else 1.0)
-    # With an optimizer its groups hold their rates.
-    rates = checkpoint.record.learning_rates
-    rate = rates[0] if checkpoint.optimizer is None and rates else None
     eval_batch = evaluation.to_batch(plan.law).to(device)
     try:
         found = analyze_batches(
@@ -238,17 +234,10 @@ def _analyze(
             eval_batch,
             training.rollouts.to_batch(plan.law).to(device),
             training.weights,
-            rows_drawn=settings.sampling.rows_are_drawn,
-            preconditioning=settings.fisher_kernel.preconditioning,
-            max_grad_norm=norm,
-            learning_rate=rate,
-            step_scales=settings.analysis.step_scales,
-            compute_full=settings.fisher_kernel.compute_full,
-            measure=settings.analysis.entropy_prediction,
-            optimizer_record=checkpoint.record.optimizer_record,
-            token_batch_size=settings.fisher_kernel.token_batch_size,
-            kernel=kernel_options(settings.fisher_kernel, work, processes, reporter),
-            reporter=reporter,
+            settings_of(
+                checkpoint, config, kernel_options(config.entropy_analysis.fisher_kernel, work, processes, reporter)
+            ),
+            reporter,
         )
     except ValueError as error:
         if isinstance(error, UserError):
@@ -276,7 +265,7 @@ def _modules(inputs: AnalysisInputs) -> dict[str, Any]:
         "parameters": sum(parameters[name] for name in inputs.side.engine.names),
         "trainable": sum(parameters.values()),
         "patterns": inputs.config.entropy_analysis.fisher_kernel.filter_modules,
-        "left_out_share": inputs.numbers.left_out,
+        "left_out_share": None if inputs.numbers.step is None else inputs.numbers.step.predictions.left_out,
     }
 
 
@@ -286,11 +275,19 @@ def _write(
     numbers, config = inputs.numbers, inputs.config
     kernel, settings = config.entropy_analysis.fisher_kernel, config.entropy_analysis
     structure = None
-    if numbers.fisher is not None:
+    if numbers.kernels is not None:
         labels = (np.array(rollouts.prompt_index) for rollouts in (inputs.evaluation, inputs.training.rollouts))
-        structure = kernel_structure(numbers.fisher.cpu().numpy(), *labels)
+        structure = kernel_structure(numbers.kernels.fisher.cpu().numpy(), *labels)
         structure["same_prompts"] = settings.sampling.same_prompts
-    summary = summarize(checkpoint, inputs.evaluation, inputs.training, numbers, structure, kernel.preconditioning)
+    summary = summarize(
+        checkpoint,
+        inputs.evaluation,
+        inputs.training,
+        numbers,
+        structure,
+        kernel.preconditioning,
+        inputs.training_noise,
+    )
     summary["leaving_out"] = leaving_out_summary(inputs)
     summary["policy"] = describe_policy(checkpoint, inputs.plan)
     summary["kernel_modules"] = _modules(inputs)

@@ -51,4 +51,4 @@ def test_smollm2_trains_and_is_analysed(tmp_path):
     actual = analysis.summary["actual"]["snis"]
     predicted = analysis.summary["predicted"]["split"]["total"]
     assert abs(actual["value"] - predicted["value"]) < 3 * (actual["standard_error"] + predicted["standard_error"])
-    assert analysis.numbers.fisher is not None and analysis.numbers.fisher.shape == (12, 12)
+    assert analysis.numbers.kernels is not None and analysis.numbers.kernels.fisher.shape == (12, 12)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.analyses.attribution import attribute_step
@@ -24,6 +23,8 @@ from entropy_experiments.analyses.weighting_schemes import weighting_schemes as 
 from entropy_experiments.analyses.weighting_schemes import with_measurements
 from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
+from entropy_experiments.step.measured_changes import entropy_change, resolution
+from entropy_experiments.step.numbers import StepNumbers
 from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
 from entropy_experiments.text.tokens import token_texts
 
@@ -55,17 +56,17 @@ def sequence_clustering(inputs: AnalysisInputs) -> dict[str, Any]:
 
 def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/entropy_prediction.py, with fresh samples at the scales that the configuration names."""
-    numbers, settings = inputs.numbers, inputs.config.entropy_analysis
+    numbers, step, settings = inputs.numbers, step_numbers(inputs), inputs.config.entropy_analysis
     predicted = {
         name: {
             "value": parts["total"].value,
             "standard_error": parts["total"].standard_error,
             "left_out": None if parts["total"].left_out is None else parts["total"].left_out.cpu().numpy(),
         }
-        for name, parts in numbers.predicted.items()
+        for name, parts in step.predictions.per_token.items()
     }
-    measured = {m.scale for m in numbers.measured}
-    anew = numbers.rows_drawn and not any(inputs.evaluation.drawn)  # no environment can be run here
+    measured = {m.scale for m in step.measured}
+    anew = numbers.estimand.rows_drawn and not any(inputs.evaluation.drawn)  # no environment can be run here
     wanted = [s for s in settings.analysis.fresh_scales if s in measured] if anew else []
     fresh = {}
     for number, scale in enumerate(wanted):
@@ -81,12 +82,15 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
             inputs.config.seed + _FRESH_STREAM + number,
             settings.fisher_kernel.token_batch_size,
         )
-    return compare_prediction(predicted, prediction_rows(numbers.measured, fresh), _resolution(inputs))
+    smallest = resolution(step.measured[0].fixed_prefix.before)
+    return compare_prediction(predicted, prediction_rows(step.measured, fresh), smallest)
 
 
-def _resolution(inputs: AnalysisInputs) -> float:
-    """A float32 forward knows entropies to a few units in the last place."""
-    return 32 * torch.finfo(torch.float32).eps * inputs.numbers.measured[0].fixed_prefix.before
+def step_numbers(inputs: AnalysisInputs) -> StepNumbers:
+    """Of the analysed step. Raises NotApplicable where there is none."""
+    if inputs.numbers.step is None:
+        raise NotApplicable("the training sequences have neither weights nor rewards, so there is no step")
+    return inputs.numbers.step
 
 
 def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
         inputs.numbers.eval_statistics,
         token_batch_size=settings.fisher_kernel.token_batch_size,
     )
-    split = inputs.numbers.predicted["split"]["total"]
+    split = step_numbers(inputs).predictions.per_token["split"]["total"]
     return measure_orders(
         curve.scales.numpy(),
         curve.changes.numpy(),
@@ -114,15 +118,13 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
 
 def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/attribution.py, down to the tokens of the sequences that moved entropy most."""
-    numbers, side = inputs.numbers, inputs.side
-    shares, contributions, own = numbers.shares, numbers.contributions, numbers.own_changes
-    assert shares is not None and contributions is not None and own is not None
+    step, side = step_numbers(inputs), inputs.side
     texts = [token_texts(inputs.tokenizer, ids) for ids in inputs.training.rollouts.completion_ids]
     return attribute_step(
         inputs.training_labels(),
-        shares.numpy(),
-        numbers.horizon_factor or 1.0,
-        effects=None if numbers.effects is None else numbers.effects.numpy(),
+        step.attribution.shares.numpy(),
+        step.attribution.horizon_factor,
+        effects=step.attribution.effects.numpy(),
         token_shares=inputs.token_shares.numpy(),
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,
@@ -130,8 +132,8 @@ def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
         endings=(inputs.training.rollouts.endings(inputs.plan.law), inputs.evaluation.endings(inputs.plan.law)),
         advantages=None if inputs.training.advantages is None else inputs.training.advantages.double().numpy(),
         evaluation=inputs.evaluation_labels(),
-        contributions=contributions.cpu().numpy(),
-        own_changes=own.cpu().numpy(),
+        contributions=step.predictions.contributions.cpu().numpy(),
+        own_changes=step.predictions.own_changes.cpu().numpy(),
     )
 
 
@@ -146,15 +148,16 @@ def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
         numbers.eval_statistics,
         max_grad_norm=side.max_grad_norm,
         learning_rate=side.learning_rate,
-        measure=snis_entropy_change if numbers.rows_drawn else fixed_prefix_entropy_change,
+        measure=entropy_change(numbers.estimand),
         token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
     )
 
 
 def intervention(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/intervention.py: shares of the measurement's own derivative first, then those of the report."""
-    numbers, side, settings = inputs.numbers, inputs.side, inputs.config.entropy_analysis
-    assert side.weights is not None and numbers.shares is not None
+    found, estimand, side = step_numbers(inputs).attribution, inputs.numbers.estimand, inputs.side
+    settings = inputs.config.entropy_analysis
+    assert side.weights is not None
     weights, seed = side.weights.double().cpu(), inputs.config.seed
     active = int((weights != 0).sum())
     possible = math.comb(active, active // 2) if active > 1 else 0
@@ -162,23 +165,21 @@ def intervention(inputs: AnalysisInputs) -> dict[str, Any]:
     if count < _FEWEST_SUBSETS:
         raise NotApplicable(f"the {active} training sequences with a weight can be halved in {possible} ways only")
     steps = step_measurement(inputs)
-    own = "split" if numbers.rows_drawn else "fixed_prefix"
-    own_shares = numbers.split_shares if numbers.rows_drawn else numbers.shares
-    assert own_shares is not None
-    predictions = {own: SharePrediction(own_shares.numpy(), _rest(inputs, own))}
+    own = estimand.derivative
+    predictions = {own: SharePrediction(found.measurement_shares.numpy(), _rest(inputs, own))}
     if side.adam_step is not None:
         others = torch.zeros(min(_RESPONSE_SUBSETS, count), len(weights), dtype=torch.float64)
         others[:, weights != 0] = torch.from_numpy(half_subsets(active, len(others), seed + 1)).double()
         response = steps.response_shares(inputs.gradients[own], weights, others)
         predictions["response"] = SharePrediction(response.shares.numpy(), response.rest, with_clipping=False)
-    if numbers.rows_drawn:
-        predictions["rao_blackwell"] = SharePrediction(numbers.shares.numpy(), _rest(inputs, "rao_blackwell"))
+    if estimand.gradient != own:
+        predictions[estimand.gradient] = SharePrediction(found.shares.numpy(), _rest(inputs, estimand.gradient))
     return prove_by_intervention(steps.change, weights.numpy(), predictions, clip=steps.clip, count=count, seed=seed)
 
 
 def _rest(inputs: AnalysisInputs, estimator: str) -> float:
     """What momentum and decay are predicted to do."""
-    parts = inputs.numbers.predicted[estimator]
+    parts = step_numbers(inputs).predictions.per_token[estimator]
     return parts["momentum"].value + parts["weight_decay"].value
 
 
@@ -220,16 +221,16 @@ def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
 
 def baselines(inputs: AnalysisInputs) -> dict[str, Any]:
     """analyses/baselines.py; the predictors from the literature see the training buffer's tokens, as their papers do."""
-    numbers, side = inputs.numbers, inputs.side
-    full = next((m for m in numbers.measured if m.scale == 1.0), None)
+    step, side = step_numbers(inputs), inputs.side
+    full = step.measured_step
     tokens = (side.statistics.logprobs.cpu(), side.batch.completion_mask.cpu())
     advantages, rate = torch.from_numpy(inputs.advantages()), next(iter(side.rates().values()))
     entropies = side.statistics.entropies.cpu()
     return baseline_table(
-        numbers.predicted,
+        step.predictions.per_token,
         full.snis if full else None,
         measured_fixed_prefix=full.fixed_prefix if full else None,
-        without_preconditioner=numbers.without_preconditioner,
+        without_preconditioner=step.predictions.without_preconditioner,
         covariance=covariance_predictor(*tokens, advantages, rate),
         natural_covariance=covariance_predictor(*tokens, advantages, rate, natural_gradient=True),
         steer=steer_predictor(tokens[0], entropies, tokens[1], advantages, rate),

@@ -4,6 +4,7 @@ often another draw of evaluation prompts would have named the same one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,19 @@ from entropy_experiments.analyses.who_was_first import (
     why_not_these,
 )
 from entropy_experiments.run.reporter import SILENT, Reporter
-from entropy_experiments.step.effects_of_leaving_out import EARLY, decided_by_effect
+from entropy_experiments.step.effects_of_leaving_out import EARLY, HeadlineProducts, decided_by_effect
 from entropy_experiments.step.training_noise import step_change, training_noise
 
 
-def add_training_noise(inputs: AnalysisInputs, reporter: Reporter = SILENT) -> None:
-    """Fill in what another draw of the training buffer would change, where there is a step and its sequences were drawn."""
-    side, numbers, config = inputs.side, inputs.numbers, inputs.config.entropy_analysis
-    if side.weights is None or numbers.shares is None or config.sampling.train_sequences_path is not None:
-        return
+def with_training_noise(inputs: AnalysisInputs, reporter: Reporter = SILENT) -> AnalysisInputs:
+    """With what another draw of the training buffer would change, where there is a step and its sequences were drawn."""
+    side, config = inputs.side, inputs.config.entropy_analysis
+    if side.weights is None or config.sampling.train_sequences_path is not None:
+        return inputs
     reporter.stage("noise of the training side")
     step = side.adam_step
     change = step_change(
-        inputs.gradients["rao_blackwell" if numbers.rows_drawn else "fixed_prefix"],
+        inputs.gradients[inputs.numbers.estimand.gradient],
         None if step is None else step.state,
         trainable_parameters(inputs.model),
         side.max_grad_norm,
@@ -39,9 +40,8 @@ def add_training_noise(inputs: AnalysisInputs, reporter: Reporter = SILENT) -> N
     )
     weights = side.weights
     prompts = torch.from_numpy(prompt_units(inputs))
-    numbers.training_noise = training_noise(
-        change, side.gradient, lambda rows: side.rows.gradient_of(rows, weights), prompts
-    )
+    noise = training_noise(change, side.gradient, lambda rows: side.rows.gradient_of(rows, weights), prompts)
+    return replace(inputs, training_noise=noise)
 
 
 def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
@@ -52,12 +52,11 @@ def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
     prompts were left out in groups, or there is one); slope_of_real: of real on effect through 0; first: `who_was_first`, or
     {"reason"}.
     """
-    numbers = inputs.numbers
-    if numbers.effects is None or numbers.shares is None or numbers.own_part_of_second_moment is None:
+    if inputs.numbers.step is None:
         return None
-    effects, shares = numbers.effects.numpy(), numbers.shares.numpy()
-    early = decided_by_effect(numbers.own_part_of_second_moment)
-    noise = numbers.training_noise
+    attribution, noise = inputs.numbers.step.attribution, inputs.training_noise
+    effects, shares = attribution.effects.numpy(), attribution.shares.numpy()
+    early = decided_by_effect(attribution.own_part_of_second_moment)
     real = None if noise is None or noise.prompt_effects is None else noise.prompt_effects.numpy()
     prompts = prompt_units(inputs)
     order = np.array(list(dict.fromkeys(prompts.tolist())))
@@ -69,12 +68,12 @@ def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
     return {
         "unit": "nats per token",
         "sum_of_effects": float(effects.sum()),
-        "own_part_of_second_moment": numbers.own_part_of_second_moment,
+        "own_part_of_second_moment": attribution.own_part_of_second_moment,
         "early_above": EARLY,
         "headline": "effect" if early else "share",
         "by_prompt": rows,
         "slope_of_real": _slope(np.array([row["effect"] for row in rows]), real),
-        "first": _first(inputs, effects if early else shares),
+        "first": _first(inputs, inputs.numbers.step.headline, effects if early else shares),
     }
 
 
@@ -96,10 +95,9 @@ def _slope(effects: np.ndarray, real: np.ndarray | None) -> float | None:
     return float(effects @ real / np.square(effects).sum())
 
 
-def _first(inputs: AnalysisInputs, values: np.ndarray) -> dict[str, Any]:
-    numbers = inputs.numbers
-    headline, gram = numbers.headline, numbers.train_fisher
-    if headline is None or gram is None:
+def _first(inputs: AnalysisInputs, headline: HeadlineProducts | None, values: np.ndarray) -> dict[str, Any]:
+    kernels = inputs.numbers.kernels
+    if headline is None or kernels is None:
         return {"reason": "the training rows were not kept in memory, or the kernel was not computed"}
     evaluation, training = inputs.evaluation_labels(), inputs.training_labels()
     _, prompts = np.unique(
@@ -114,7 +112,7 @@ def _first(inputs: AnalysisInputs, values: np.ndarray) -> dict[str, Any]:
     why = why_not_these(values, numbers_of_draws(np.ones((1, count)), *arrays)[0])
     if why is not None:
         return {"reason": why}
-    equal: DistinctSequences = distinct_sequences(training, gram.double().cpu().numpy())
+    equal: DistinctSequences = distinct_sequences(training, kernels.train_fisher.double().cpu().numpy())
     draw = numbers_of_draws(bootstrap_counts(count, seed=inputs.config.seed), *arrays)
     units = {"sequences": equal.first[equal.of], "prompts": equal.prompts}
     return who_was_first(values, draw, units, count) | {"distinct": len(equal.first)}

@@ -18,6 +18,7 @@ from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.real_steps import share_direction, token_shares
+from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.step.training_side import TrainingSide
 from rl_training.sampling import Rollouts
 
@@ -37,6 +38,8 @@ class AnalysisInputs:
     numbers: AnalysisNumbers
     side: TrainingSide
     gradients: dict[str, dict[str, Tensor]]
+    training_noise: TrainingNoise | None = None
+    """What another draw of the training buffer would change; None before `with_training_noise`, and where nothing was drawn."""
 
     def evaluation_labels(self) -> SequenceLabels:
         """Of the rows."""
@@ -62,7 +65,7 @@ class AnalysisInputs:
         """
         side = self.side
         assert side.weights is not None
-        gradient = self.gradients["rao_blackwell" if self.numbers.rows_drawn else "fixed_prefix"]
+        gradient = self.gradients[self.numbers.estimand.gradient]
         return token_shares(
             self.model,
             side.batch,
@@ -77,27 +80,25 @@ class AnalysisInputs:
 
         Raises ValueError where kernels, or the step, are missing.
         """
-        n, count = self.numbers, len(self.training.rollouts)
-        kernels = (n.fisher, n.entropy_fisher, n.train_fisher, n.train_entropy_fisher)
-        step = (self.side.weights, n.shares, n.products)
-        arrays = [None if values is None else values.double().cpu().numpy() for values in (*kernels, *step)]
-        if n.step_factor is None and not step_needed:
-            arrays[len(kernels) :] = [np.zeros(count)] * len(step)
-        if any(values is None for values in arrays):
+        kernels, step, nothing = self.numbers.kernels, self.numbers.step, np.zeros(len(self.training.rollouts))
+        if kernels is None or (step is None and step_needed):
             raise ValueError("this analysis has no kernels, or no step")
-        fisher, entropy_fisher, train_fisher, train_entropy_fisher, weights, shares, products = arrays
+
+        def array(values: Tensor | None) -> np.ndarray:
+            return nothing if values is None else values.double().cpu().numpy()
+
         return KernelArrays(
             evaluation=self.evaluation_labels(),
             training=self.training_labels(),
-            fisher=fisher,
-            entropy_fisher=entropy_fisher,
-            train_fisher=train_fisher,
-            train_entropy_fisher=train_entropy_fisher,
-            weights=weights,
-            advantages=np.zeros(count) if n.step_factor is None else self.advantages(),
-            shares=shares,
-            products=products,
-            step_factor=n.step_factor or 0.0,
+            fisher=array(kernels.fisher),
+            entropy_fisher=array(kernels.entropy_fisher),
+            train_fisher=array(kernels.train_fisher),
+            train_entropy_fisher=array(kernels.train_entropy_fisher),
+            weights=array(self.side.weights),
+            advantages=nothing if step is None else self.advantages(),
+            shares=array(None if step is None else step.attribution.shares),
+            products=array(None if step is None else step.attribution.products),
+            step_factor=0.0 if step is None else step.attribution.step_factor,
         )
 
     def advantages(self) -> np.ndarray:

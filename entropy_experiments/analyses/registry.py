@@ -50,8 +50,8 @@ _WHY_NOT = {
 
 def _missing(inputs: AnalysisInputs, need: str) -> bool:
     if need == "kernel":
-        return inputs.numbers.fisher is None
-    return inputs.side.step is None if need == "step" else not inputs.numbers.rows_drawn
+        return inputs.numbers.kernels is None
+    return inputs.numbers.step is None if need == "step" else not inputs.numbers.estimand.rows_drawn
 
 
 def run_analyses(

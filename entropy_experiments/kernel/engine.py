@@ -26,6 +26,7 @@ from entropy_core.kernel import OtherMetric, contract_rows
 from entropy_core.passes.row_formation import RowFormation
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.sketch import ModuleSketch
+from entropy_experiments.kernel.contraction import Products, RowKind
 from entropy_experiments.kernel.modules import only_trainable
 from entropy_experiments.kernel.plan import BLOCK_ROWS, KernelPlan
 from entropy_experiments.kernel.sketch import sketch_rows
@@ -156,17 +157,38 @@ class KernelEngine:
         self,
         matrix: str,
         batch: SequenceBatch,
-        objectives: Sequence[TokenCoefficients],
+        rows: Mapping[RowKind, TokenCoefficients],
+        kernel: Sequence[RowKind] = (),
         steps: Mapping[str, Tensor] | None = None,
-        with_columns: bool = True,
         other_metric: OtherMetric | None = None,
-    ) -> list[Tensor] | None:
-        """For each objective (N, n_train + n_steps) float32, rows of `batch` against the columns, then against `steps`.
+    ) -> Products | None:
+        """Rows of `batch`, of every kind in `rows`, multiplied with the columns, and with `steps`.
 
-        matrix: the name its blocks are kept under. steps: name -> (n_steps, *shape), not multiplied by P. with_columns=False
-        leaves the columns out. other_metric: the columns once more at the end, only where they are kept in memory. The root
+        matrix: the name its blocks are kept under. kernel: kinds whose products with the columns are wanted. steps: name ->
+        (n_steps, *shape), not multiplied by P. other_metric: the columns once more, only where they are kept in memory. The root
         process gets the result, the others None.
         """
+        found = self._contract(matrix, batch, list(rows.values()), steps, bool(kernel), other_metric)
+        if found is None:
+            return None
+        kinds, n = list(rows), len(self._batch) if kernel else 0
+        width = n + (0 if steps is None else len(next(iter(steps.values()))))
+        other = () if other_metric is None or found[0].shape[1] == width else other_metric.objectives
+        return Products(
+            {kind: found[kinds.index(kind)][:, :n] for kind in kernel},
+            {kind: one[:, n:width] for kind, one in zip(kinds, found, strict=True)},
+            {kinds[number]: found[number][:, width:] for number in other},
+        )
+
+    def _contract(
+        self,
+        matrix: str,
+        batch: SequenceBatch,
+        objectives: Sequence[TokenCoefficients],
+        steps: Mapping[str, Tensor] | None,
+        with_columns: bool,
+        other_metric: OtherMetric | None,
+    ) -> list[Tensor] | None:
         pieces = self._pieces(steps, with_columns, other_metric)
         width = max((piece.place.stop for piece in pieces), default=0)
         out = [torch.zeros((len(batch), width), device=batch.device) for _ in objectives]

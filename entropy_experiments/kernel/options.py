@@ -15,6 +15,7 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.row_formation import Method, RowFormation
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
+from entropy_experiments.kernel.contraction import ROW_KINDS
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, plan_kernel, plan_sketch
@@ -23,7 +24,6 @@ from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
 
-EVALUATION_OBJECTIVES = 4  # kinds of rows that the evaluation side is contracted with: see fisher_analyzer
 _DEFAULT_SHARE = 0.8  # of the free memory, where no budget is given
 _GIBIBYTE = 2**30
 LOGIT_BYTES = 2**27  # logits of a few hundred tokens at a time, and what is made of them
@@ -98,7 +98,7 @@ class KernelOptions:
     def size(self, model: nn.Module, n_eval: int, n_train: int) -> KernelSize:
         names = set(chosen_parameters(model, self.modules))
         counts = [p.numel() for name, p in model.named_parameters() if name in names]
-        return KernelSize(n_eval, n_train, sum(counts), EVALUATION_OBJECTIVES, self.storage, max(counts))
+        return KernelSize(n_eval, n_train, sum(counts), len(ROW_KINDS), self.storage, max(counts))
 
     def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, token_batch_size: int) -> KernelEngine:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""

@@ -17,13 +17,21 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from entropy_experiments.kernel.contraction import PARTS, ROW_KINDS, STEP_VECTORS
 from rl_training.errors import UserError
 
 Strategy = Literal["memory", "disk", "tiles", "sketch"]
 BLOCK_ROWS = 32  # rows of the evaluation side that are one finished block
-EXTRA_COLUMNS = 5  # the step, its parts, and the plain gradient step
-# P, gradient, moments, the step and its parts, gradients of entropy: tensors of D numbers held beside the rows.
-HELD_VECTORS = 16
+HELD_VECTORS = {
+    "P, and the step's own": 2,
+    "gradient of the loss, and clipped": 2,
+    "moments in the optimizer, and saved before the step": 4,
+    "weights before the step": 1,
+    "the step and its parts": len(PARTS),
+    "gradients of entropy": 2,
+    "metric of the number that decides who is first": 1,
+}
+"""Tensors of D numbers that are held beside the rows, at most."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -36,7 +44,7 @@ class KernelSize:
     n_eval: int
     n_train: int
     parameters: int
-    objectives: int = 4
+    objectives: int = len(ROW_KINDS)
     storage: str = "float32"
     largest: int = 0
 
@@ -72,7 +80,7 @@ class KernelPlan:
 
 def fixed_bytes(size: KernelSize) -> int:
     """Bytes that are held whatever the strategy: vectors over all parameters, and one parameter's rows of a block."""
-    return (EXTRA_COLUMNS + HELD_VECTORS) * size.row_bytes + BLOCK_ROWS * 4 * size.largest
+    return (len(STEP_VECTORS) + sum(HELD_VECTORS.values())) * size.row_bytes + BLOCK_ROWS * 4 * size.largest
 
 
 def plan_kernel(

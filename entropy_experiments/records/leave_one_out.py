@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entropy_core.uncertainty import leave_one_prompt_out
 from entropy_experiments.statistics.agreement import compare
+from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.step.numbers import AnalysisNumbers
 from rl_training.errors import UserError
 from rl_training.files import write_whole_by
@@ -35,11 +36,12 @@ def leave_one_out_columns(evaluation: Rollouts, numbers: AnalysisNumbers) -> dic
     statistics, index = numbers.eval_statistics, torch.tensor(evaluation.prompt_index)
     lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
     columns = {"entropy.per_token": leave_one_prompt_out(statistics.entropy_sums().cpu(), index, lengths)}
-    for estimator, parts in numbers.predicted.items():
+    step = numbers.step
+    for estimator, parts in ({} if step is None else step.predictions.per_token).items():
         for part, estimate in parts.items():
             if estimate.left_out is not None:
                 columns[f"predicted.{estimator}.{part}"] = estimate.left_out.cpu()
-    full = next((m for m in numbers.measured if m.scale == 1.0), None)
+    full = None if step is None else step.measured_step
     for name in ("snis", "fixed_prefix"):
         measurement = getattr(full, name, None)
         if measurement is not None and measurement.left_out is not None:
@@ -51,12 +53,12 @@ def agreements(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
     """Estimator -> its total against the measurement of the same quantity at the whole step
     (entropy_experiments.statistics.agreement); those without one are left out.
     """
-    full = next((m for m in numbers.measured if m.scale == 1.0), None)
-    if full is None:
+    step = numbers.step
+    if step is None or (full := step.measured_step) is None:
         return {}
     found = {
-        name: compare(parts["total"], full.fixed_prefix if name == "fixed_prefix" else full.snis)
-        for name, parts in numbers.predicted.items()
+        name: compare(parts["total"], getattr(full, measure_of(name)))
+        for name, parts in step.predictions.per_token.items()
     }
     return {name: compared.as_dict() for name, compared in found.items() if compared is not None}
 

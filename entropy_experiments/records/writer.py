@@ -32,7 +32,8 @@ from entropy_experiments.records.preconditioner_labels import of_shares
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
-from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale
+from entropy_experiments.step.numbers import AnalysisNumbers, MeasuredScale, PartsByEstimator
+from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_whole, write_whole_by
 from rl_training.sampling import Rollouts
@@ -82,8 +83,10 @@ def write_sequences(
 
     token_shares: (n_train, L) shares of the completion tokens, None where they were not computed.
     """
+    step = numbers.step
     rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
-    for row, lost in zip(rows, _floats(numbers.contributions, len(rows)), strict=True):
+    contributions = None if step is None else step.predictions.contributions
+    for row, lost in zip(rows, _floats(contributions, len(rows)), strict=True):
         row["delta_h_lost"] = lost
     trained = _rows(training.rollouts, numbers.train_statistics, plan, "training", tokenizer)
     if token_shares is not None:
@@ -94,13 +97,12 @@ def write_sequences(
     columns = (
         _floats(training.advantages, len(trained)),
         _floats(training.weights, len(trained)),
-        _floats(numbers.shares, len(trained)),
-        _floats(numbers.effects, len(trained)),
+        _floats(None if step is None else step.attribution.shares, len(trained)),
+        _floats(None if step is None else step.attribution.effects, len(trained)),
     )
     for row, advantage, weight, share, effect in zip(trained, *columns, strict=True):
         row.update(advantage=advantage, weight=weight, delta_h=share, effect_of_leaving_out=effect)
-        factor = numbers.horizon_factor
-        row["delta_h_horizon"] = None if share is None or factor is None else share * factor
+        row["delta_h_horizon"] = None if share is None or step is None else share * step.attribution.horizon_factor
     table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
     write_whole_by(path, lambda part: pq.write_table(table, part))
 
@@ -171,11 +173,11 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
     from safetensors.torch import save_file
 
     names = ("fisher", "entropy_fisher", "train_fisher", "train_entropy_fisher")
-    tensors = {name: getattr(numbers, name) for name in names if getattr(numbers, name) is not None}
-    if not tensors:
+    if numbers.kernels is None:
         return
+    tensors: dict[str, torch.Tensor] = {name: getattr(numbers.kernels, name) for name in names}
     rows = "Rao-Blackwell terms whose mean is the gradient of entropy per token"
-    if not numbers.rows_drawn:
+    if not numbers.estimand.rows_drawn:
         rows = "fixed-prefix terms whose mean is the gradient of entropy per token on the given tokens"
     optimizer = checkpoint.optimizer
     metadata = {
@@ -202,13 +204,15 @@ def summarize(
     numbers: AnalysisNumbers,
     structure: dict[str, Any] | None,
     preconditioning: str,
+    training_noise: TrainingNoise | None,
 ) -> dict[str, Any]:
     """The content of summary.json but for the analyses."""
     record = checkpoint.record
     index = torch.tensor(evaluation.prompt_index)
     lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
     sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
-    full_step = next((m for m in numbers.measured if m.scale == 1.0), None)
+    step = numbers.step
+    full_step = None if step is None else step.measured_step
     return {
         "format_version": RESULTS_FORMAT,
         "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
@@ -217,8 +221,8 @@ def summarize(
             "per_completion": ratio_entry(sums, index),
             "surprisal_per_completion": ratio_entry(surprisal, index),
         },
-        "predicted": _estimates(numbers.predicted),
-        "predicted_per_completion": _estimates(numbers.predicted_per_completion),
+        "predicted": {} if step is None else _estimates(step.predictions.per_token),
+        "predicted_per_completion": {} if step is None else _estimates(step.predictions.per_completion),
         "actual": {}
         if full_step is None
         else {
@@ -226,20 +230,20 @@ def summarize(
             "fixed_prefix": measurement_entry(full_step.fixed_prefix),
         },
         "agreement": agreements(numbers),
-        "scaling": [_scaled(m, numbers) for m in numbers.measured],
+        "scaling": [] if step is None else [_scaled(m, step.predictions.per_token) for m in step.measured],
         "attribution": {
-            "delta_h_batch": numbers.batch_change,
-            "sum_of_shares": None if numbers.shares is None else float(numbers.shares.sum()),
-            "horizon_factor": numbers.horizon_factor,
+            "delta_h_batch": None if step is None else step.attribution.batch_change,
+            "sum_of_shares": None if step is None else float(step.attribution.shares.sum()),
+            "horizon_factor": None if step is None else step.attribution.horizon_factor,
             "preconditioner": of_shares(preconditioning),
             "kernel_preconditioner": preconditioning,
-            "gradient_norm": numbers.gradient_norm,
-            "clip_coefficient": numbers.clip,
-            "step_factor": numbers.step_factor,
+            "gradient_norm": None if step is None else step.gradient_norm,
+            "clip_coefficient": None if step is None else step.clip,
+            "step_factor": None if step is None else step.attribution.step_factor,
         },
-        "training_noise": None if numbers.training_noise is None else numbers.training_noise.to_json(),
-        "rows_drawn": numbers.rows_drawn,
-        "step_analysed": numbers.shares is not None,
+        "training_noise": None if training_noise is None else training_noise.to_json(),
+        "rows_drawn": numbers.estimand.rows_drawn,
+        "step_analysed": step is not None,
         "kernel": structure,
         "sampling": {
             "evaluation": _buffer_summary(evaluation),
@@ -255,12 +259,12 @@ def summarize(
     }
 
 
-def _estimates(predicted: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
+def _estimates(predicted: PartsByEstimator) -> dict[str, Any]:
     return {name: {part: estimate_entry(e) for part, e in parts.items()} for name, parts in predicted.items()}
 
 
-def _scaled(m: MeasuredScale, numbers: AnalysisNumbers) -> dict[str, Any]:
-    totals = {name: parts["total"] for name, parts in numbers.predicted.items()}
+def _scaled(m: MeasuredScale, predicted_parts: PartsByEstimator) -> dict[str, Any]:
+    totals = {name: parts["total"] for name, parts in predicted_parts.items()}
     row = {"scale": m.scale, "actual_fixed_prefix": m.fixed_prefix.change}
     row["predicted_fixed_prefix"] = m.scale * totals["fixed_prefix"].value
     if m.snis is not None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_experiments.statistics.agreement import compare
+from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.text.numbers import as_number, lookup
 
 
@@ -26,7 +27,7 @@ def agreements_of_folder(path: Path, summary: Mapping[str, Any]) -> dict[str, di
         return {}
     found = {}
     for estimator in lookup(summary, "predicted") or {}:
-        kind = "fixed_prefix" if estimator == "fixed_prefix" else "snis"
+        kind = measure_of(estimator)
         predicted = _side(columns, f"predicted.{estimator}.total", lookup(summary, "predicted", estimator, "total"))
         compared = compare(predicted, _side(columns, f"actual.{kind}", lookup(summary, "actual", kind)))
         if compared is not None:

@@ -75,7 +75,7 @@ class HeadlineProducts:
 
     by_effect: whether it is the effect of leaving out, else the accounting share. per_completion, per_token: (n_eval, n_train)
     float64 contributions to each training sequence's number whose combination is the number of *any* set of evaluation sequences
-    (entropy_experiments.step.predictions_left_out): nats per completion and, with this buffer's own entropy taken off, per token.
+    (entropy_experiments.step.evaluation_products): nats per completion and, with this buffer's own entropy taken off, per token.
     per_token is None where evaluation sequences are given texts.
     """
 

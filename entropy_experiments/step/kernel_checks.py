@@ -12,7 +12,6 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
-from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_by_gradients
 from entropy_experiments.checkpoints.missing_entries import refuse_missing_entries
@@ -116,20 +115,14 @@ def mean_squares(rows: Tensor) -> Tensor:
 def check_kernel(
     model: nn.Module,
     eval_batch: SequenceBatch,
-    train_batch: SequenceBatch,
     gradient: dict[str, Tensor],
     weights: Tensor,
     p: dict[str, Tensor] | None,
-    fisher: Tensor | None,
-    train_fisher: Tensor | None,
+    fisher: Tensor,
+    train_fisher: Tensor,
     token_batch_size: int,
 ) -> list[SelfCheck]:
-    """`fisher` times the weights against finite differences along P g, and a kernel of equal batches against its laws.
-
-    train_fisher: that kernel, where it is known; else one of six training sequences is made.
-    """
-    if fisher is None:
-        return []
+    """`fisher` times the weights against finite differences along P g, and `train_fisher`, of equal batches, against its laws."""
     direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
     sample = torch.arange(min(16, len(eval_batch)))
     eval_batch = eval_batch.select(sample)
@@ -148,9 +141,6 @@ def check_kernel(
         errors.append(relative_error((scores[0] - scores[1]) / (2 * epsilon), product))
         if errors[-1] <= _FINITE_DIFFERENCE_TOLERANCE:
             break
-    if train_fisher is None:
-        few = train_batch.select(range(min(6, len(train_batch))))
-        train_fisher = compute_cross_fisher_kernel(model, few, few, p, token_batch_size)
     return [
         SelfCheck(
             "K w = finite difference", min(errors), _FINITE_DIFFERENCE_TOLERANCE,

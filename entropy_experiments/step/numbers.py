@@ -1,4 +1,7 @@
-"""What one analysis computes: kernels, predictions with standard errors, measurements, shares, self-checks."""
+"""What one analysis finds: kernels, and of the analysed step predictions, shares and measurements, with self-checks.
+
+Every record is whole when it is made. What an analysis was not asked for, or cannot know, is None as a whole.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,15 @@ from torch import Tensor
 
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.scores import TokenStatistics
+from entropy_experiments.kernel.contraction import PARTS as PARTS
 from entropy_experiments.run.self_checks import SelfCheck
+from entropy_experiments.statistics.estimand import Estimand
 from entropy_experiments.step.effects_of_leaving_out import HeadlineProducts
-from entropy_experiments.step.training_noise import TrainingNoise
-
-PARTS = ("total", "batch", "momentum", "weight_decay")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the standard error of it (not the spread of its summands).
+    """A value with its standard error (not the spread of its summands).
 
     left_out: (B,) the value with each evaluation prompt left out, prompts in ascending order of index.
     """
@@ -25,6 +27,63 @@ class Estimate:
     value: float
     standard_error: float
     left_out: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+PartsByEstimator = dict[str, dict[str, Estimate]]
+"""estimator -> part of the step (PARTS) -> its predicted change."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Float32; rows E_t are those of the estimand's own gradient estimator, per token.
+
+    fisher: (n_eval, n_train) dS_t^T P dS_i; entropy_fisher: (n_eval, n_train) E_t^T P dS_i; train_fisher and
+    train_entropy_fisher: the same with the training sequences on both sides, (n_train, n_train).
+    """
+
+    fisher: Tensor
+    entropy_fisher: Tensor
+    train_fisher: Tensor
+    train_entropy_fisher: Tensor
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """First order of the change of entropy along the step.
+
+    per_token: nats per token; per_completion: nats per completion. without_preconditioner: what -lr c g in the place of the step
+    is predicted to do, by the estimand's own estimator, nats per token. contributions: (n_eval,) each evaluation sequence's part
+    of the predicted total; own_changes: (n_eval,) predicted change of sum_k H_k on its own tokens, nats per completion.
+    left_out: share of the predicted total that comes from parameters which the kernel leaves out (filter_modules); None where
+    it leaves out none, or the total is 0.
+    """
+
+    per_token: PartsByEstimator
+    per_completion: PartsByEstimator
+    without_preconditioner: Estimate
+    contributions: Tensor
+    own_changes: Tensor
+    left_out: float | None = None
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Which training sequence moved entropy by how much; (n_train,) float64, nats per token.
+
+    shares: dH_i, which add up to batch_change and are step_factor * weights * products, products = <grad h, P_t dS_i>.
+    measurement_shares: the same with the gradient of the estimand's `derivative`, so that they add up to the derivative of what
+    is measured. effects: what leaving each sequence out of the step does (entropy_experiments.step.effects_of_leaving_out);
+    own_part_of_second_moment: (1 - beta2)/(1 - beta2^t), which decides whether effects or shares name who is first.
+    """
+
+    shares: Tensor
+    measurement_shares: Tensor
+    products: Tensor
+    step_factor: float
+    horizon_factor: float
+    batch_change: float
+    effects: Tensor
+    own_part_of_second_moment: float
 
 
 @dataclass(frozen=True)
@@ -36,51 +95,35 @@ class MeasuredScale:
     fixed_prefix: EntropyMeasurement
 
 
-@dataclass
-class AnalysisNumbers:
-    """Everything computed. Kernels are (n_eval, n_train) float32, train_* (n_train, n_train); the rest float64.
+@dataclass(frozen=True)
+class StepNumbers:
+    """The analysed step.
 
-    rows_drawn: whether the evaluation sequences come from the policy. Where they are given instead, they say nothing of its
-    entropy: E_t, predictions, shares and measurements are then those of the fixed-prefix estimand alone.
-    predicted[estimator][part]: nats per token, predicted_per_completion: nats per completion; empty without weights, as are
-    all numbers of the step. shares: (n_train,) dH_i of this step, nats per token, adding up to batch_change and equal to
-    step_factor * weights * products, products = <grad h, P_t dS_i>; split_shares: the same with the split estimator's
-    gradient, whose total is the derivative of the reweighted measurement. contributions: (n_eval,) each evaluation
-    sequence's part of the predicted total; without_preconditioner: what -lr c g in place of the step is predicted to do, by
-    the kernel's own estimator, nats per token; own_changes: (n_eval,) the predicted change of sum_k H_k on its own tokens, nats
-    per completion. left_out: the share of the predicted total that comes from parameters which the kernel leaves out
-    (filter_modules), None where it leaves out none.
-
-    effects: (n_train,) r_i, what leaving each sequence out of the step does, nats per token
-    (entropy_experiments.step.effects_of_leaving_out); own_part_of_second_moment: (1 - beta2)/(1 - beta2^t), by which effects or
-    shares decide who is named first; headline: that number by evaluation sequence, None where training rows are not kept.
-    training_noise: what another training buffer would change.
+    headline: what decides who is named first, by evaluation sequence; None where training rows are not kept, or kernels were not
+    asked for. measured: in ascending order of scale, 1 among them; empty where nothing was to be measured. gradient_norm: before
+    clipping by `clip`.
     """
 
+    predictions: Predictions
+    attribution: StepShares
+    headline: HeadlineProducts | None
+    measured: tuple[MeasuredScale, ...]
+    gradient_norm: float
+    clip: float
+
+    @property
+    def measured_step(self) -> MeasuredScale | None:
+        """The measurement at the whole step."""
+        return next((m for m in self.measured if m.scale == 1.0), None)
+
+
+@dataclass(frozen=True)
+class AnalysisNumbers:
+    """Everything that `analyze_batches` finds. kernels: None where they were not asked for; step: None without weights."""
+
+    estimand: Estimand
     eval_statistics: TokenStatistics
     train_statistics: TokenStatistics
-    rows_drawn: bool = True
-    fisher: Tensor | None = None
-    entropy_fisher: Tensor | None = None
-    train_fisher: Tensor | None = None
-    train_entropy_fisher: Tensor | None = None
-    predicted: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    predicted_per_completion: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    without_preconditioner: Estimate | None = None
-    contributions: Tensor | None = None
-    own_changes: Tensor | None = None
-    shares: Tensor | None = None
-    split_shares: Tensor | None = None
-    products: Tensor | None = None
-    step_factor: float | None = None
-    horizon_factor: float | None = None
-    batch_change: float | None = None
-    left_out: float | None = None
-    effects: Tensor | None = None
-    own_part_of_second_moment: float | None = None
-    headline: HeadlineProducts | None = None
-    training_noise: TrainingNoise | None = None
-    measured: list[MeasuredScale] = field(default_factory=list)
-    gradient_norm: float | None = None
-    clip: float | None = None
-    checks: list[SelfCheck] = field(default_factory=list)
+    kernels: Kernels | None
+    step: StepNumbers | None
+    checks: tuple[SelfCheck, ...]

@@ -21,7 +21,7 @@ from entropy_core.passes.forward import masks_padding
 from entropy_core.passes.stopped_gradients import stops_gradients
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
-from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
+from entropy_experiments.kernel.contraction import PARTS
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
@@ -32,9 +32,9 @@ from entropy_experiments.step.kernel_checks import (
     check_unseen_parameters,
     mean_squares,
 )
-from entropy_experiments.step.numbers import PARTS
 from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
 from entropy_experiments.step.padding_embeddings import hold_unmoved_padding
+from entropy_experiments.step.settings import AnalysisSettings
 from rl_training.errors import UserError
 
 
@@ -87,15 +87,14 @@ class TrainingSide:
         """`gradient` of the kernel's own rows."""
         return self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.push)
 
-    def step_parts(self) -> dict[str, dict[str, Tensor]]:
-        """The step and its parts, by the names in PARTS; empty without a step."""
-        if self.step is None:
-            return {}
+    def step_vectors(self) -> dict[str, dict[str, Tensor]]:
+        """The step, its parts and what it would be without P and momentum, by the names in STEP_VECTORS; there must be one."""
+        taken = self.taken
+        parts = (taken, taken, *[{name: torch.zeros_like(d) for name, d in taken.items()}] * 2)
         if isinstance(self.step, NextStep):
             u = self.step.update
-            return dict(zip(PARTS, (self.step.taken, u.batch, u.momentum, u.weight_decay), strict=True))
-        nothing = {name: torch.zeros_like(d) for name, d in self.step.items()}
-        return dict(zip(PARTS, (self.step, self.step, nothing, nothing), strict=True))
+            parts = (taken, u.batch, u.momentum, u.weight_decay)
+        return {**dict(zip(PARTS, parts, strict=True)), "without_preconditioner": self._plain_step()}
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each parameter in the step."""
@@ -103,8 +102,8 @@ class TrainingSide:
             return {name: state.lr for name, state in self.adam_step.state.items()}
         return dict.fromkeys(self.gradient, self.learning_rate or 0.0)
 
-    def plain_step(self) -> dict[str, Tensor]:
-        """-lr c g: what the step would be without P and momentum."""
+    def _plain_step(self) -> dict[str, Tensor]:
+        """-lr c g."""
         clip, rates = self.clip or 0.0, self.rates()
         return {name: -rates[name] * clip * g for name, g in self.gradient.items()}
 
@@ -114,12 +113,7 @@ def prepare_training_side(
     optimizer: torch.optim.AdamW | None,
     batch: SequenceBatch,
     weights: Tensor | None,
-    *,
-    preconditioning: str,
-    max_grad_norm: float | None,
-    learning_rate: float | None,
-    optimizer_record: OptimizerRecord,
-    token_batch_size: int,
+    settings: AnalysisSettings,
     engine: KernelEngine,
 ) -> TrainingSide:
     """Rows, P and the step; model and optimizer are as before when it returns. Arguments as in `analyze_batches`.
@@ -127,6 +121,7 @@ def prepare_training_side(
     engine: of this model and batch, not prepared yet. Raises UserError for a missing optimizer or learning rate and for a P
     that needs a step where there are no weights; ValueError where rows cannot be formed.
     """
+    preconditioning, token_batch_size = settings.preconditioning, settings.token_batch_size
     if preconditioning == "none":
         optimizer = None
     elif optimizer is None:
@@ -154,16 +149,16 @@ def prepare_training_side(
     checks = [check_gradient(model, few, used[span.start : span.stop], part, token_batch_size)]
     step, clip, norm = None, None, None
     if weights is not None:
-        step, clip, norm = _take_step(model, optimizer, gradient, max_grad_norm, learning_rate)
+        step, clip, norm = _take_step(model, optimizer, gradient, settings.max_grad_norm, settings.learning_rate)
     p = None
     if optimizer is not None:
         state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
         if isinstance(step, NextStep):
-            checks.extend(check_optimizer(step, gradient, optimizer_record))
+            checks.extend(check_optimizer(step, gradient, settings.optimizer_record))
         else:  # the squares of rows have the profile of second moments too
             root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
             some = {name: state[name] for name in sample}
-            checks.append(check_optimizer_entries(some, root_mean_square, optimizer_record))
+            checks.append(check_optimizer_entries(some, root_mean_square, settings.optimizer_record))
         at_checkpoint = preconditioning == "checkpoint"
         p = step.preconditioner if isinstance(step, NextStep) else {}
         if at_checkpoint:
@@ -179,8 +174,8 @@ def prepare_training_side(
     rows = RecomputedRows(model, batch, token_batch_size) if masked else true_rows
     statistics = engine.statistics(batch)
     return TrainingSide(
-        batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, max_grad_norm, learning_rate,
-        checks,
+        batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, settings.max_grad_norm,
+        settings.learning_rate, checks,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from entropy_core.batch import SequenceBatch
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
+from entropy_experiments.statistics.estimand import GIVEN_TOKENS
+from entropy_experiments.step.settings import AnalysisSettings
 
 TOKEN_BATCH_SIZE, EVALUATION = 256, 8
 
@@ -58,8 +60,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     tile = more.plan(model, EVALUATION, n, TOKEN_BATCH_SIZE).tile
     before = most_memory()
     analyze_batches(
-        model, optimizer, evaluation, train, weights, kernel=options, token_batch_size=TOKEN_BATCH_SIZE,
-        rows_drawn=False,
+        model, optimizer, evaluation, train, weights,
+        AnalysisSettings(GIVEN_TOKENS, kernel=options, token_batch_size=TOKEN_BATCH_SIZE),
     )  # fmt: skip
     peak = most_memory()
     return {

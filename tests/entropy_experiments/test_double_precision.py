@@ -43,4 +43,4 @@ def test_every_plan_runs_in_float64(tiny_run, tmp_path, strategy):
     plan = [f"entropy_analysis.fisher_kernel.{key}" for key in (f"strategy={strategy}", "disk_budget=1GiB")]
     analysis = run_fisher_analysis(tiny_run, config("checkpoint.dtype=float64", *plan), folder=tmp_path / "double")
     assert all(check.passed for check in analysis.numbers.checks)
-    assert analysis.numbers.fisher.isfinite().all() and analysis.numbers.fisher.any()
+    assert analysis.numbers.kernels.fisher.isfinite().all() and analysis.numbers.kernels.fisher.any()

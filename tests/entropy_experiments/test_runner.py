@@ -19,6 +19,7 @@ from entropy_experiments.double_sampling import (
     sample_training_batch,
 )
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.run.reporter import SILENT
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
@@ -86,30 +87,31 @@ def test_score_function_prediction_equals_the_kernel_formula(tiny_run, tmp_path)
 def test_the_checkpoints_p_and_the_steps_own_differ_but_shares_do_not(analysis, tiny_run, tmp_path):
     step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
     other = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
-    torch.testing.assert_close(other.numbers.shares, analysis.numbers.shares, rtol=1e-3, atol=1e-9)
-    assert not torch.allclose(other.numbers.fisher, analysis.numbers.fisher, rtol=1e-2)
-    assert analysis.numbers.batch_change == pytest.approx(
-        analysis.numbers.predicted["rao_blackwell"]["batch"].value, rel=1e-4
+    again, found = other.numbers.step.attribution, analysis.numbers.step.attribution
+    torch.testing.assert_close(again.shares, found.shares, rtol=1e-3, atol=1e-9)
+    assert not torch.allclose(other.numbers.kernels.fisher, analysis.numbers.kernels.fisher, rtol=1e-2)
+    assert found.batch_change == pytest.approx(
+        analysis.numbers.step.predictions.per_token["rao_blackwell"]["batch"].value, rel=1e-4
     ), "the shares must add up to the batch part that the report shows"
 
 
 def test_parts_sum_to_the_total_and_errors_are_of_means(analysis):
-    for predicted in (analysis.numbers.predicted, analysis.numbers.predicted_per_completion):
+    for predicted in (analysis.numbers.step.predictions.per_token, analysis.numbers.step.predictions.per_completion):
         for parts in predicted.values():
             total = sum(parts[name].value for name in ("batch", "momentum", "weight_decay"))
             assert total == pytest.approx(parts["total"].value, rel=2e-3, abs=1e-7)
-    contributions = analysis.numbers.contributions.numpy() * 16
+    contributions = analysis.numbers.step.predictions.contributions.numpy() * 16
     spread = contributions.std(ddof=1)
-    error = analysis.numbers.predicted["rao_blackwell"]["total"].standard_error
+    error = analysis.numbers.step.predictions.per_token["rao_blackwell"]["total"].standard_error
     assert error == pytest.approx(spread / 4, rel=0.01), "16 prompts: the error of the mean is a quarter of the spread"
 
 
 def test_first_order_becomes_exact_as_the_step_shrinks(analysis):
-    split = analysis.numbers.predicted["split"]["total"].value
-    gaps = {m.scale: abs(m.snis.change / (m.scale * split) - 1) for m in analysis.numbers.measured}
+    split = analysis.numbers.step.predictions.per_token["split"]["total"].value
+    gaps = {m.scale: abs(m.snis.change / (m.scale * split) - 1) for m in analysis.numbers.step.measured}
     assert gaps[0.25] < 0.75 * gaps[1.0] or gaps[1.0] < 2e-3
-    fixed = analysis.numbers.predicted["fixed_prefix"]["total"].value
-    quarter = next(m for m in analysis.numbers.measured if m.scale == 0.25)
+    fixed = analysis.numbers.step.predictions.per_token["fixed_prefix"]["total"].value
+    quarter = next(m for m in analysis.numbers.step.measured if m.scale == 0.25)
     assert quarter.fixed_prefix.change == pytest.approx(0.25 * fixed, rel=0.1)
 
 
@@ -120,7 +122,7 @@ def test_the_model_is_left_as_it_was(tiny_run):
     rows = choose_evaluation_rows(plan, config())
     training = sample_training_batch(checkpoint, plan, config(), keep_out=rows)
     evaluation = sample_evaluation_batch(checkpoint, plan, config(), rows)
-    entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, lambda name: None)
+    entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, SILENT)
     assert all(torch.equal(p, before[name]) for name, p in checkpoint.model.named_parameters())
 
 

@@ -160,17 +160,17 @@ def test_the_step_without_p_is_the_plain_gradient_step(whole, tiny_run, tmp_path
     """As an analysis with P = 1 and the same rate predicts it."""
     plain = ["entropy_analysis.fisher_kernel.preconditioning=none", "checkpoint.learning_rate=1e-3"]
     other = run_fisher_analysis(tiny_run, config(*plain), folder=tmp_path / "plain")
-    expected = other.numbers.predicted["rao_blackwell"]["total"]
-    found = whole.numbers.without_preconditioner
+    expected = other.numbers.step.predictions.per_token["rao_blackwell"]["total"]
+    found = whole.numbers.step.predictions.without_preconditioner
     assert found.value == pytest.approx(expected.value, rel=1e-3)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-3)
 
 
 def test_split_shares_add_up_to_the_split_estimators_batch_part(whole):
-    expected = whole.numbers.predicted["split"]["batch"].value
-    assert float(whole.numbers.split_shares.sum()) == pytest.approx(expected, rel=1e-3)
-    products = whole.numbers.products.numpy() * whole.training.weights.numpy() * whole.numbers.step_factor
-    np.testing.assert_allclose(whole.numbers.shares.numpy(), products, rtol=1e-9)
+    found, expected = whole.numbers.step.attribution, whole.numbers.step.predictions.per_token["split"]["batch"].value
+    assert float(found.measurement_shares.sum()) == pytest.approx(expected, rel=1e-3)
+    products = found.products.numpy() * whole.training.weights.numpy() * found.step_factor
+    np.testing.assert_allclose(found.shares.numpy(), products, rtol=1e-9)
 
 
 def stub_inputs(*overrides):

@@ -19,6 +19,7 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.double_sampling import custom_evaluation, draw_buffers, score_for_the_reader
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.run.reporter import SILENT
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw
 from rl_training.tasks.task import Task
@@ -177,7 +178,7 @@ def test_given_rows_are_held_against_the_kernel_of_the_core(tiny_run, texts, tmp
     summary = result.summary
     assert set(summary["predicted"]) == {"fixed_prefix"} and summary["rows_drawn"] is False
     assert summary["actual"]["snis"] is None and summary["actual"]["fixed_prefix"]["value"]
-    assert sum(result.numbers.shares) == pytest.approx(
+    assert sum(result.numbers.step.attribution.shares) == pytest.approx(
         summary["predicted"]["fixed_prefix"]["batch"]["value"], rel=1e-3
     ), "shares of given rows are shares of the fixed-prefix change"
     page = re.sub(r"(?s)<script>.*?</script>", "", (result.folder / "report.html").read_text())  # programs, not data
@@ -190,19 +191,21 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
     checkpoint, settings = load_checkpoint(tiny_run), own("eval", texts)
     plan = plan_sampling(checkpoint, settings)
     evaluation, training = draw_buffers(checkpoint, plan, settings)
-    found = entropy_runner._analyze(checkpoint, plan, settings, evaluation, training, lambda name: None)
+    found = entropy_runner._analyze(checkpoint, plan, settings, evaluation, training, SILENT)
     rows = evaluation.to_batch(plan.law)
     before = token_statistics(checkpoint.model, rows)
     changes = []
     for scale in (0.5, -0.5):
         with weights_moved(checkpoint.model, found.side.taken, scale):
             changes.append(fixed_prefix_entropy_change(before, token_statistics(checkpoint.model, rows), rows).change)
-    assert changes[0] - changes[1] == pytest.approx(found.numbers.predicted["fixed_prefix"]["total"].value, rel=0.01)
+    assert changes[0] - changes[1] == pytest.approx(
+        found.numbers.step.predictions.per_token["fixed_prefix"]["total"].value, rel=0.01
+    )
 
 
 def test_columns_without_weights_have_a_kernel_and_no_step(tiny_run, texts, tmp_path):
     result = run_fisher_analysis(tiny_run, own("train", texts), folder=tmp_path / "columns")
-    assert not result.failed_checks and result.numbers.shares is None
+    assert not result.failed_checks and result.numbers.step is None
     assert result.summary["predicted"] == {} and result.summary["scaling"] == []
     kernels = load_file(result.folder / "kernel.safetensors")
     assert kernels["fisher"].shape == (16, 12) and kernels["train_fisher"].shape == (12, 12)
@@ -223,7 +226,9 @@ def test_weights_of_ones_own_make_the_step(tiny_run, tmp_path):
     result = run_fisher_analysis(tiny_run, own("train", path), folder=tmp_path / "weighted")
     assert not result.failed_checks
     np.testing.assert_allclose(result.training.weights, [line["weight"] for line in lines])
-    assert sum(result.numbers.shares) == pytest.approx(result.numbers.batch_change, rel=1e-4)
+    assert sum(result.numbers.step.attribution.shares) == pytest.approx(
+        result.numbers.step.attribution.batch_change, rel=1e-4
+    )
 
 
 def test_rewards_of_ones_own_become_dr_grpo_weights(tiny_run, tmp_path):
@@ -311,8 +316,8 @@ def test_two_files_need_no_task(checkpoint_copy, texts, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint\.task"):
         run_fisher_analysis(checkpoint_copy, own("eval", texts), folder=tmp_path / "no")
     result = run_fisher_analysis(checkpoint_copy, settings, folder=tmp_path / "both")
-    assert not result.failed_checks and result.numbers.fisher.shape == (12, 12)
-    torch.testing.assert_close(result.numbers.fisher, result.numbers.train_fisher, rtol=1e-4, atol=1e-4)
+    assert not result.failed_checks and result.numbers.kernels.fisher.shape == (12, 12)
+    torch.testing.assert_close(result.numbers.kernels.fisher, result.numbers.kernels.train_fisher, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

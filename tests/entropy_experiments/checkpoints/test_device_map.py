@@ -92,9 +92,10 @@ def test_an_analysis_of_an_offloaded_model_is_that_of_the_model_in_memory(tiny_r
     for name, matrix in kernels[0].items():
         error = (kernels[1][name] - matrix).norm() / matrix.norm()
         assert error <= 1e-6, f"{name}: {error:.1e}"
-    for part, value in here.numbers.predicted["rao_blackwell"].items():
-        assert placed.numbers.predicted["rao_blackwell"][part].value == pytest.approx(value.value, rel=1e-5, abs=1e-9)
-    for found, expected in zip(placed.numbers.measured, here.numbers.measured, strict=True):
+    again = placed.numbers.step.predictions.per_token["rao_blackwell"]
+    for part, value in here.numbers.step.predictions.per_token["rao_blackwell"].items():
+        assert again[part].value == pytest.approx(value.value, rel=1e-5, abs=1e-9)
+    for found, expected in zip(placed.numbers.step.measured, here.numbers.step.measured, strict=True):
         assert found.fixed_prefix.change == pytest.approx(expected.fixed_prefix.change, rel=1e-3, abs=1e-7)
 
 

@@ -44,10 +44,11 @@ def assert_same(found: FisherAnalysis, expected: FisherAnalysis, tolerance: floa
     for name, matrix in kernels(expected).items():
         error = (kernels(found)[name] - matrix).norm() / matrix.norm()
         assert error <= tolerance, f"{name}: {error:.1e}"
-    a, b = found.numbers.shares, expected.numbers.shares
+    a, b = found.numbers.step.attribution.shares, expected.numbers.step.attribution.shares
     assert (a - b).norm() / b.norm() <= tolerance
-    for part, value in expected.numbers.predicted["rao_blackwell"].items():
-        assert found.numbers.predicted["rao_blackwell"][part].value == pytest.approx(value.value, rel=1e-4, abs=1e-8)
+    again = found.numbers.step.predictions.per_token["rao_blackwell"]
+    for part, value in expected.numbers.step.predictions.per_token["rao_blackwell"].items():
+        assert again[part].value == pytest.approx(value.value, rel=1e-4, abs=1e-8)
 
 
 @pytest.mark.parametrize("strategy", ["tiles", "disk"])
@@ -88,10 +89,13 @@ def test_rows_of_some_modules_and_what_they_leave_out(plain, tiny_run, tmp_path)
     """The kernel is that of the chosen modules; predictions and shares are still those of the whole step."""
     found = run_fisher_analysis(tiny_run, config(f"{KERNEL}filter_modules=['*q_proj*']"), folder=tmp_path / "some")
     assert not torch.allclose(kernels(found)["fisher"], kernels(plain)["fisher"])
-    for part, value in plain.numbers.predicted["rao_blackwell"].items():
-        assert found.numbers.predicted["rao_blackwell"][part].value == pytest.approx(value.value, rel=1e-3, abs=1e-7)
-    torch.testing.assert_close(found.numbers.shares, plain.numbers.shares, rtol=1e-3, atol=1e-8)
-    left_out = found.numbers.left_out
+    again = found.numbers.step.predictions.per_token["rao_blackwell"]
+    for part, value in plain.numbers.step.predictions.per_token["rao_blackwell"].items():
+        assert again[part].value == pytest.approx(value.value, rel=1e-3, abs=1e-7)
+    torch.testing.assert_close(
+        found.numbers.step.attribution.shares, plain.numbers.step.attribution.shares, rtol=1e-3, atol=1e-8
+    )
+    left_out = found.numbers.step.predictions.left_out
     assert left_out is not None and found.summary["kernel_modules"]["left_out_share"] == left_out
     assert found.summary["kernel_modules"]["parameters"] < found.summary["kernel_modules"]["trainable"]
     assert plain.summary["kernel_modules"]["left_out_share"] is None
@@ -107,9 +111,12 @@ def test_a_sketch_says_how_far_off_it_is(plain, tiny_run, tmp_path):
     exact, sketched = kernels(plain)["fisher"], kernels(found)["fisher"]
     assert check.value == pytest.approx(float((sketched - exact).norm() / exact.norm()), rel=1e-3)
     assert 0 < check.value < 1
-    for part, value in plain.numbers.predicted["rao_blackwell"].items():
-        assert found.numbers.predicted["rao_blackwell"][part].value == pytest.approx(value.value, rel=1e-3, abs=1e-7)
-    torch.testing.assert_close(found.numbers.shares, plain.numbers.shares, rtol=1e-3, atol=1e-8)
+    again = found.numbers.step.predictions.per_token["rao_blackwell"]
+    for part, value in plain.numbers.step.predictions.per_token["rao_blackwell"].items():
+        assert again[part].value == pytest.approx(value.value, rel=1e-3, abs=1e-7)
+    torch.testing.assert_close(
+        found.numbers.step.attribution.shares, plain.numbers.step.attribution.shares, rtol=1e-3, atol=1e-8
+    )
     with pytest.raises(UserError, match="projection_dim keeps sketches"):
         run_fisher_analysis(
             tiny_run, config(f"{KERNEL}projection_dim=8", f"{KERNEL}strategy=tiles"), folder=tmp_path / "no"
@@ -127,16 +134,16 @@ def test_budgets_too_small_are_refused_and_leave_nothing(tiny_run, tmp_path):
 def test_an_interrupted_analysis_is_gone_on_with(plain, tiny_run, tmp_path, monkeypatch):
     """Stopped after the kernels: buffers and blocks are read, not made again, and the kernels have the same bits."""
     target = tmp_path / "one"
-    measure = fisher_analyzer._measure
+    measure = fisher_analyzer.measure_scales
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fisher_analyzer, "_measure", interrupted)
+    monkeypatch.setattr(fisher_analyzer, "measure_scales", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_fisher_analysis(tiny_run, config(), folder=target)
     assert not target.exists() and UnfinishedWork(tmp_path / "one.part").begun
-    monkeypatch.setattr(fisher_analyzer, "_measure", measure)
+    monkeypatch.setattr(fisher_analyzer, "measure_scales", measure)
     with pytest.raises(UserError, match="unfinished work .*--resume, or start anew with --overwrite"):
         run_fisher_analysis(tiny_run, config(), folder=target)
     with pytest.raises(UserError, match=r"another analysis \(config.seed was 0, now it is 1\)"):

@@ -25,6 +25,7 @@ from entropy_experiments.kernel.options import KernelOptions, held_memory
 from entropy_experiments.run.self_checks import relative_error
 from entropy_experiments.step import training_side
 from entropy_experiments.step.real_steps import StepMeasurement
+from entropy_experiments.step.settings import AnalysisSettings
 from tests.two_devices import FAR, second_device
 
 NEAR, THERE = "cpu", str(FAR)
@@ -81,8 +82,13 @@ def batch(count: int, seed: int) -> SequenceBatch:
 def analyse(model: torch.nn.Module, **options: object) -> FisherComputation:
     kernel = KernelOptions(**options)
     return analyze_batches(
-        model, optimizer(model), batch(6, 3), batch(4, 4), WEIGHTS, token_batch_size=40, kernel=kernel
+        model, optimizer(model), batch(6, 3), batch(4, 4), WEIGHTS, AnalysisSettings(token_batch_size=40, kernel=kernel)
     )
+
+
+def array_of(found: FisherComputation, name: str) -> torch.Tensor:
+    numbers = found.numbers
+    return getattr(numbers.step.attribution if name == "shares" else numbers.kernels, name)
 
 
 @pytest.fixture
@@ -114,13 +120,14 @@ def test_an_analysis_over_two_devices(adapter, tmp_path, comparable, modules, st
         assert {str(p.device) for p in model.parameters()} == {NEAR, THERE}
         found = analyse(model, **options, store_folder=tmp_path / "there")
     for name in ("fisher", "entropy_fisher", "train_fisher", "shares"):
-        a, b = (getattr(side.numbers, name) for side in (found, here))
+        a, b = (array_of(side, name) for side in (found, here))
         # shares without kept rows come from a central difference here
         tolerance = 1e-3 if name == "shares" and strategy != "memory" else 1e-5
         assert relative_error(a, b) <= tolerance, name
-    assert found.numbers.gradient_norm == pytest.approx(here.numbers.gradient_norm, rel=1e-5)
-    for part, value in here.numbers.predicted["rao_blackwell"].items():
-        assert found.numbers.predicted["rao_blackwell"][part].value == pytest.approx(value.value, rel=1e-4, abs=1e-8)
+    assert found.numbers.step.gradient_norm == pytest.approx(here.numbers.step.gradient_norm, rel=1e-5)
+    again = found.numbers.step.predictions.per_token["rao_blackwell"]
+    for part, value in here.numbers.step.predictions.per_token["rao_blackwell"].items():
+        assert again[part].value == pytest.approx(value.value, rel=1e-4, abs=1e-8)
 
 
 @pytest.mark.parametrize("modules", [SECOND_LAYER, SECOND_HALF, HEAD_ALONE])
@@ -152,7 +159,7 @@ def test_sketches_and_real_steps_over_two_devices(adapter, comparable):
             )
             halves = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]])
             responses = steps.response_shares(side.gradients["split"], WEIGHTS, halves)
-            found.append((numbers.fisher, torch.tensor(steps.change(WEIGHTS)), responses.shares))
+            found.append((numbers.kernels.fisher, torch.tensor(steps.change(WEIGHTS)), responses.shares))
     for here, there in zip(*found, strict=True):
         assert relative_error(there, here) <= 1e-3
 
@@ -168,10 +175,10 @@ def test_layers_kept_on_the_cpu_and_computed_elsewhere(adapter, comparable):
     assert {kind for name, kind in devices.items() if "lora" in name} == {FAR.type}
     assert {kind for name, kind in devices.items() if "layers.0." in name and "lora" not in name} == {"meta"}
     # A share is a mean over evaluation sequences whose terms cancel: its rounding is that of the terms.
-    terms = here.numbers.entropy_fisher.double()
+    terms = here.numbers.kernels.entropy_fisher.double()
     cancelled = float(terms.abs().mean(0).norm() / terms.mean(0).norm())
     for name, allowed in (("fisher", 1e-5), ("entropy_fisher", 1e-5), ("shares", 1e-5 * cancelled)):
-        assert relative_error(getattr(found.numbers, name), getattr(here.numbers, name)) <= allowed, name
+        assert relative_error(array_of(found, name), array_of(here, name)) <= allowed, name
 
 
 def test_the_device_with_the_least_room_for_its_share_of_the_rows_decides(adapter, monkeypatch):

@@ -25,6 +25,7 @@ from entropy_experiments.statistics.agreement import (
 )
 from entropy_experiments.statistics.correlation import correlation
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
+from entropy_experiments.step.settings import AnalysisSettings
 from rl_training.intervals import t_quantile
 from tests.entropy_core.support import right_padded
 from tests.entropy_experiments.results_fixture import build_results
@@ -107,10 +108,15 @@ def test_values_without_a_prompt_are_the_estimates_of_the_other_prompts_alone(mo
     batch, weights = right_padded(lists), torch.linspace(-1, 1.5, 7, dtype=torch.float64) / 7
     options = KernelOptions() if modules is None else KernelOptions(modules=modules)
     found = analyze_batches(
-        model, some_optimizer(model), batch, batch, weights, kernel=options, measure=False, compute_full=False
+        model,
+        some_optimizer(model),
+        batch,
+        batch,
+        weights,
+        AnalysisSettings(kernel=options, measure=False, compute_full=False),
     )
-    taken = found.training.taken
-    for per_token, numbers in ((True, found.numbers.predicted), (False, found.numbers.predicted_per_completion)):
+    taken, predictions = found.training.taken, found.numbers.step.predictions
+    for per_token, numbers in ((True, predictions.per_token), (False, predictions.per_completion)):
         for estimator, parts in numbers.items():
             estimate = parts["total"]
             for place, prompt in enumerate(batch.prompt_index.unique().tolist()):

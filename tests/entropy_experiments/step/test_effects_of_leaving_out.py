@@ -12,9 +12,11 @@ from entropy_core.gradients import entropy_gradient, trainable_parameters
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
 from entropy_experiments.fisher_analyzer import analyze_batches
+from entropy_experiments.statistics.estimand import Estimand
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.step.effects_of_leaving_out import effects_of_leaving_out, own_part_of_second_moment
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
+from entropy_experiments.step.settings import AnalysisSettings
 from entropy_experiments.step.shares import attribute
 from entropy_experiments.step.training_noise import MOST_GROUPS, step_change, training_noise
 from tests.entropy_experiments.analyses.tiny_step import TinyStep, make_step, sample_batch
@@ -111,9 +113,10 @@ def test_a_bootstrap_is_the_analysis_of_the_evaluation_sequences_drawn(settled: 
     tiny = make_step(max_norm=1e-3, settled=settled)
     evaluation = sample_batch(tiny.model, 6, 3, torch.Generator().manual_seed(5))
     found = analyze_batches(
-        tiny.model, tiny.optimizer, evaluation, tiny.train, tiny.weights, max_grad_norm=1e-3, measure=False, rows_drawn=drawn
+        tiny.model, tiny.optimizer, evaluation, tiny.train, tiny.weights,
+        AnalysisSettings(Estimand.of(drawn), max_grad_norm=1e-3, measure=False),
     )  # fmt: skip
-    numbers, headline = found.numbers, found.numbers.headline
+    numbers, headline = found.numbers.step.attribution, found.numbers.step.headline
     assert headline is not None and headline.by_effect == (not settled)
     values = numbers.effects if headline.by_effect else numbers.shares
     assert values is not None and (headline.per_token is None) == (not drawn)

@@ -1,0 +1,36 @@
+"""What the two sides of a kernel are multiplied with: kinds of rows on the evaluation side, vectors beside the training rows.
+
+Estimators whose coefficients are equal over a sequence's tokens are combinations of `score` and `own_tokens`, so that four
+backward passes serve every estimator in both units (entropy_experiments.step.evaluation_products).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+RowKind = Literal["score", "own_tokens", "per_token", "per_completion"]
+"""score: dS_t. own_tokens: the gradient of sum_k H_k with the tokens as they are. per_token, per_completion: Rao-Blackwell terms
+of the gradient of h and of H."""
+ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
+
+PARTS = ("total", "batch", "momentum", "weight_decay")
+"""The step, and what it is made of."""
+STEP_VECTORS = (*PARTS, "without_preconditioner")
+"""Vectors that every row is multiplied with: the parts, and the step without P and momentum."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of one side's rows, kind -> (N, columns) float32.
+
+    kernel: with the training rows under P; steps: with vectors as they are; other: with the training rows under another metric.
+    A kind that was not asked for is missing.
+    """
+
+    kernel: Mapping[RowKind, Tensor]
+    steps: Mapping[RowKind, Tensor]
+    other: Mapping[RowKind, Tensor]
