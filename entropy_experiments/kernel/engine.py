@@ -19,16 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import SequenceBatch, length_buckets, pass_order
+from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import emptied, keeping, stream_rows
 from entropy_core.kernel import OtherMetric, contract_rows
 from entropy_core.passes.row_formation import RowFormation
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.scores import TokenStatistics
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.kernel.contraction import Products, RowKind
 from entropy_experiments.kernel.modules import only_trainable
 from entropy_experiments.kernel.plan import BLOCK_ROWS, KernelPlan
+from entropy_experiments.kernel.shared_statistics import shared_statistics
 from entropy_experiments.kernel.sketch import sketch_rows
 from entropy_experiments.kernel.store.row_storage import StoredRows, store_rows
 from entropy_experiments.kernel.store.store import GradientStore
@@ -138,20 +139,8 @@ class KernelEngine:
             self._sketched = self._sketch_columns(self._sketch)
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
-        """`token_statistics` of a batch, each process taking some of its length buckets: the same bits with any number."""
-        if self._processes.size == 1:
-            return token_statistics(self._model, batch, self._token_batch_size, with_variances, all_digits=True)
-        full = [torch.zeros(batch.input_ids.shape, dtype=torch.float64, device=batch.device) for _ in range(3)]
-        buckets = length_buckets(batch, self._token_batch_size)
-        for number in self._processes.mine(range(len(buckets))):
-            rows = buckets[number].indices
-            part = batch.select(rows)
-            found = token_statistics(self._model, part, self._token_batch_size, with_variances, all_digits=True)
-            for whole, own in zip(full, (found.logprobs, found.entropies, found.surprisal_variances), strict=True):
-                if own is not None:
-                    whole[rows] = own.double()
-        logprobs, entropies, variances = (self._processes.sum(whole) for whole in full)
-        return TokenStatistics(logprobs, entropies, variances if with_variances else None)
+        """`shared_statistics` of this model and these processes."""
+        return shared_statistics(self._model, batch, self._token_batch_size, with_variances, self._processes)
 
     def contract(
         self,

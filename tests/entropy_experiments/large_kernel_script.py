@@ -40,7 +40,7 @@ def main() -> None:
     engine = KernelEngine(model, train, plan, list(trainable_parameters(model)), token_batch_size=256)
     engine.prepare()
     engine.precondition(None)
-    found = engine.contract("evaluation", evaluation, [score_coefficients(evaluation)])
+    found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
     assert found is not None
     few = [0, plan.tile - 1, plan.tile, 2 * plan.tile - 1]
     exact = compute_cross_fisher_kernel(model, evaluation.select([0, 1]), train.select(few), token_batch_size=256)
@@ -50,7 +50,7 @@ def main() -> None:
                 "plan": plan.to_json(),
                 "parameters": sum(p.numel() for p in trainable_parameters(model).values()),
                 "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "error": float((found[0][:2][:, few] - exact).norm() / exact.norm()),
+                "error": float((found.kernel["score"][:2][:, few] - exact).norm() / exact.norm()),
             }
         )
     )

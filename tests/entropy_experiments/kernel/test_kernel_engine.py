@@ -64,7 +64,8 @@ def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = 
     engine.prepare()
     engine.precondition(p)
     steps = {name: torch.stack([p[name], 2 * p[name]]) for name in names}
-    return engine.contract("evaluation", evaluation, [score_coefficients(evaluation)], steps)
+    found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",), steps)
+    return None if found is None else [torch.cat([found.kernel["score"], found.steps["score"]], 1)]
 
 
 def expected() -> Tensor:
@@ -200,12 +201,12 @@ def test_rows_of_chosen_modules(tmp_path: Path) -> None:
     engine = KernelEngine(model, train, PLANS["memory"], names, token_batch_size=64)
     engine.prepare()
     engine.precondition(p)
-    found = engine.contract("evaluation", evaluation, [score_coefficients(evaluation)])
+    found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
     assert found is not None
     zeros = {name: q if name in names else torch.zeros_like(q) for name, q in p.items()}
     with only_trainable(model, names):
         reference = compute_cross_fisher_kernel(model, evaluation, train, {n: p[n] for n in names})
-    assert_close(found[0], reference, 1e-6, "kernel over some modules")
+    assert_close(found.kernel["score"], reference, 1e-6, "kernel over some modules")
     assert engine.restricted and float(engine.restrict(p)[next(n for n in p if n not in names)].abs().sum()) == 0.0
     assert all(torch.equal(engine.restrict(p)[n], zeros[n]) for n in p)
     assert all(q.requires_grad for n, q in model.named_parameters() if n in p)
