@@ -2,10 +2,8 @@
 
     block (chunk I, tile J) = rows of I (every objective) times diag(P) times columns of J
 
-Chunks cut the sequences of one side in the order of passes (so that these are as full as those of the whole side); tiles
-cut the training side in its own order. A block depends on its own sequences and on nothing else: whichever process computes
-it, before or after whatever interruption, its bits are the same. Columns are held, read or formed anew as
-entropy_experiments.kernel.plan says; other vectors (the step and its parts) are contracted with the same rows.
+Chunks cut one side in the order of passes, tiles the training side in its own. A block depends on its own sequences alone:
+whichever process computes it, after whatever interruption, its bits are the same.
 
 Source: docs/theory/fisher-kernel.md, docs/guides/large-kernels.md.
 """
@@ -94,11 +92,6 @@ class KernelEngine:
         """`vector` with zeros for parameters that rows leave out."""
         own = set(self.names)
         return {name: part if name in own else torch.zeros_like(part) for name, part in vector.items()}
-
-    @property
-    def tiles(self) -> list[range]:
-        n, tile = len(self._batch), self.plan.tile
-        return [range(start, min(start + tile, n)) for start in range(0, n, tile)]
 
     def settle(self, other: SequenceBatch) -> None:
         """Find out on the shortest and the longest sequences of both sides whether hooks will do, before any row is kept:
@@ -235,9 +228,10 @@ class KernelEngine:
         sets = [] if steps is None else [{name: steps[name] for name in self.names}]
         n_steps = len(next(iter(sets[0].values()))) if sets else 0
         if with_columns and self.plan.strategy == "tiles":
+            tiles = [range(start, min(start + self.plan.tile, n)) for start in range(0, n, self.plan.tile)]
             found = [
                 _Piece(k, slice(t.start, t.stop), lambda t=t: [self._times_p(self._rows(t))], whole=True)
-                for k, t in enumerate(self.tiles)
+                for k, t in enumerate(tiles)
             ]
             return [*found, _Piece(len(found), slice(n, n + n_steps), lambda: sets)] if sets else found
         if with_columns and self._sketched is not None:
