@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entropy_experiments.run.launch_end import ending_the_launch
+from entropy_experiments.run.endings import run_to_the_end
 from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
 
@@ -27,6 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Why does policy entropy fall? Train with a probe that predicts it; analyse checkpoints for what moved it.",
 )
+
+
+@app.callback()
+def every_command(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of what ends a command; may stand anywhere")
+    ] = False,
+) -> None:
+    """Options of every command. `--debug` is taken off the command line before it is parsed (run_to_the_end)."""
+
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=20")
@@ -264,11 +274,13 @@ def _stdout_kept_for_results() -> Iterator[None]:
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    """One JSON object on stdout; text stays readable, and half characters are escaped rather than fatal."""
+    """One JSON object on stdout; text stays readable, and what the terminal cannot encode is escaped as JSON has it."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     try:
-        print(json.dumps(content, ensure_ascii=False, allow_nan=False))
-    except UnicodeEncodeError:  # a terminal or a text without full Unicode
-        print(json.dumps(content, allow_nan=False))
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal without Unicode, or half characters in the text
+        text = json.dumps(content, allow_nan=False)
+    print(text)
 
 
 def _quiet_libraries() -> None:
@@ -286,22 +298,8 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one line on stderr and exit code 2."""
-    try:
-        with ending_the_launch():
-            app()
-    except UserError as error:
-        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            os._exit(2)  # others of the launch may be gone: a process group would wait for them
-        sys.exit(2)
-    except OSError as error:
-        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        print(f"error: {what}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Run the command line; whatever ends it is one line on stderr and an exit status."""
+    run_to_the_end(app)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_who_never_comes_is_not_waited_for_without_end():
         "from entropy_experiments import cli\n"
         "from entropy_experiments.run import processes\n"
         "processes.JOINING = timedelta(seconds=2)\n"
-        "cli.app = lambda: processes.Processes.join(on_cpu=True)\n"
+        "cli.app = lambda **_: processes.Processes.join(on_cpu=True)\n"
         "cli.main()"
     )
     alone, never = start_two([["-c", script], ["-c", ""]])
