@@ -12,6 +12,7 @@ from entropy_core.entropy import ESTIMATORS, entropy_estimate
 from entropy_core.gradients import entropy_gradient, entropy_rows, per_sequence_gradients
 from entropy_core.kernel import CrossKernels, compute_cross_fisher_kernel, compute_kernels
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_over_prompts, u_statistic
 from entropy_core.weighting import WEIGHTING_SCHEMES, advantages, sequence_weights
@@ -23,6 +24,7 @@ __all__ = [
     "AdamWUpdate",
     "CrossKernels",
     "EntropyMeasurement",
+    "PassSettings",
     "SequenceBatch",
     "TokenStatistics",
     "adam_preconditioner",

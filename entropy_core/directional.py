@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
-from entropy_core.entropy import Estimator, entropy_coefficients, score_coefficients
-from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.batch import Bucket, SequenceBatch, length_buckets
+from entropy_core.entropy import Estimator, entropy_coefficients
+from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import completion_logits, evaluation_mode
 from entropy_core.passes.logits import bounded_logprobs, logit_chunks
 from entropy_core.passes.position_table import check_length
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.passes.shared_tokens import repeated_tokens_once
 from entropy_core.passes.stopped_gradients import attached_norms
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
@@ -54,7 +55,7 @@ def token_derivatives(
     model: nn.Module,
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    passes: PassSettings = DEFAULT_PASSES,
     method: Method = "auto",
     hold_padding: bool = False,
 ) -> TokenStatistics:
@@ -77,56 +78,20 @@ def token_derivatives(
         held.enter_context(_padding_embeddings_held(model) if hold_padding else attached_norms(model))
         if method in ("auto", "forward"):
             try:
-                return _forward_mode(model, batch, direction, parameters, token_batch_size)
+                return _forward_mode(model, batch, direction, parameters, passes)
             except _NoForwardModeError:
                 if method == "forward":
                     raise
         if method in ("auto", "central"):
-            return _central_difference(model, batch, direction, token_batch_size)
+            return _central_difference(model, batch, direction, passes)
     raise ValueError(f"unknown method {method!r}: choose 'auto', 'forward' or 'central'")
-
-
-def row_sums(
-    model: nn.Module,
-    eval_batch: SequenceBatch,
-    train_batch: SequenceBatch,
-    weights: Tensor,
-    preconditioner: Mapping[str, Tensor] | None = None,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method = "auto",
-) -> Tensor:
-    """(n_eval,) float64: sum_i w_i K1(t, i) for every evaluation sequence, at the price of one backward and one forward pass.
-
-    weights: (n_train,). preconditioner: name -> P over all trainable parameters; None means P = 1.
-
-    Raises ValueError as `token_derivatives` does, and where P or the weights do not fit.
-    """
-    direction = weighted_direction(model, train_batch, weights, preconditioner, token_batch_size)
-    return token_derivatives(model, eval_batch, direction, token_batch_size, method).scores()
-
-
-def weighted_direction(
-    model: nn.Module,
-    batch: SequenceBatch,
-    weights: Tensor,
-    preconditioner: Mapping[str, Tensor] | None = None,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-) -> dict[str, Tensor]:
-    """P sum_i w_i dS_i, name -> tensor: the direction whose score derivatives are the row sums of K1 with weights (N,) w."""
-    if weights.shape != (len(batch),):
-        raise ValueError(f"the weights are {tuple(weights.shape)}, but there are {len(batch)} training sequences")
-    gradient = batch_gradients(model, batch, [score_coefficients(batch, weights.to(batch.device))], token_batch_size)[0]
-    if preconditioner is None:
-        return gradient
-    _check_covers("the preconditioner", preconditioner, gradient)
-    return {name: preconditioner[name] * g for name, g in gradient.items()}
 
 
 def sequence_products(
     model: nn.Module,
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    passes: PassSettings = DEFAULT_PASSES,
     method: Method = "auto",
     hold_padding: bool = True,
 ) -> SequenceProducts:
@@ -135,7 +100,7 @@ def sequence_products(
     With hold_padding the rows dS_i are those of the training step, by torch's rule for padding embeddings (`as_trained`);
     without, true derivatives, as in kernels. They differ only where such an embedding is trained.
     """
-    found = token_derivatives(model, batch, direction, token_batch_size, method, hold_padding)
+    found = token_derivatives(model, batch, direction, passes, method, hold_padding)
     return SequenceProducts(found.scores(), found.logprobs)
 
 
@@ -192,13 +157,13 @@ def _forward_mode(
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
-    token_batch_size: int,
+    passes: PassSettings,
 ) -> TokenStatistics:
     with evaluation_mode(model):
         # Building the wrapper inside: it must not leave a mark on the model's training flags.
         wrapper = _CompletionLogits(model).eval()
         places, values = [], []
-        for bucket in length_buckets(batch, token_batch_size):
+        for bucket in length_buckets(batch, passes.token_batch_size):
             with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
                 duals = {
                     f"model.{name}": forward_ad.make_dual(p.detach(), direction[name].detach().to(p))
@@ -249,33 +214,33 @@ def _culprit(trace: TracebackType | None, wrapper: nn.Module) -> str:
 
 
 def _central_difference(
-    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], token_batch_size: int
+    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], passes: PassSettings
 ) -> TokenStatistics:
     pilot = batch.select(torch.linspace(0, len(batch) - 1, min(len(batch), _PILOT_SEQUENCES)).round().long())
-    step = _central_step(model, pilot, direction, token_batch_size)
+    step = _central_step(model, pilot, direction, passes)
     if step is None:
-        nothing = torch.zeros_like(token_statistics(model, batch, token_batch_size).logprobs)
+        nothing = torch.zeros_like(token_statistics(model, batch, passes).logprobs)
         return TokenStatistics(nothing, nothing.clone())
-    near, far = (_difference(model, batch, direction, e, token_batch_size) for e in (step, 2 * step))
+    near, far = (_difference(model, batch, direction, e, passes) for e in (step, 2 * step))
     return TokenStatistics(
         *((4 * n - f) / 3 for n, f in ((near.logprobs, far.logprobs), (near.entropies, far.entropies)))
     )
 
 
 def _difference(
-    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], step: float, token_batch_size: int
+    model: nn.Module, batch: SequenceBatch, direction: Mapping[str, Tensor], step: float, passes: PassSettings
 ) -> TokenStatistics:
     with weights_moved(model, direction, step):
-        above = token_statistics(model, batch, token_batch_size)
+        above = token_statistics(model, batch, passes)
     with weights_moved(model, direction, -step):
-        below = token_statistics(model, batch, token_batch_size)
+        below = token_statistics(model, batch, passes)
     return TokenStatistics(
         (above.logprobs - below.logprobs) / (2 * step), (above.entropies - below.entropies) / (2 * step)
     )
 
 
 def _central_step(
-    model: nn.Module, pilot: SequenceBatch, direction: Mapping[str, Tensor], token_batch_size: int
+    model: nn.Module, pilot: SequenceBatch, direction: Mapping[str, Tensor], passes: PassSettings
 ) -> float | None:
     """The e at which curvature and rounding cost about the same; None where nothing moves.
 
@@ -289,19 +254,19 @@ def _central_step(
     size = sum(float(p.detach().double().square().sum()) for p in parameters.values()) ** 0.5
     step = 1e-3 * (size or 1.0) / length
     for _ in range(20):  # until the fastest token moves by about as much as it may
-        moved_by = step * float(_difference(model, pilot, direction, step, token_batch_size).logprobs.abs().max())
+        moved_by = step * float(_difference(model, pilot, direction, step, passes).logprobs.abs().max())
         too_far = step * length > 10 * (size or 1.0)
         if too_far and moved_by == 0.0:
             return None
         if too_far or 0.3 < moved_by / _LARGEST_CHANGE <= 1:
             break
         step *= min(1e3, max(1e-3, 0.7 * _LARGEST_CHANGE / moved_by)) if moved_by > 0 else 1e3
-    own = token_statistics(model, pilot, token_batch_size).logprobs.dtype
+    own = token_statistics(model, pilot, passes).logprobs.dtype
     longest = step
     for precision in (own, torch.float32):  # a float64 model may hold modules that round to float32 inside
         wanted, step = (10 * torch.finfo(precision).eps / 16) ** 0.4, longest
         for _ in range(3):
-            near, far = (_difference(model, pilot, direction, e, token_batch_size).logprobs for e in (step, 2 * step))
+            near, far = (_difference(model, pilot, direction, e, passes).logprobs for e in (step, 2 * step))
             error = float((near - far).norm() / (3 * near.norm()).clamp(min=torch.finfo(near.dtype).tiny))
             if error < 3 * wanted:
                 return step

@@ -21,11 +21,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
+from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
 from entropy_core.passes.forward import evaluation_mode, true_embedding_gradients
-from entropy_core.passes.row_formation import Method, RowFormation
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.passes.stopped_gradients import attached_norms
 from entropy_core.row_stream import RowSink, RowStream
 from entropy_core.scores import TokenStatistics, token_statistics
@@ -69,7 +69,7 @@ def batch_gradients(
     model: nn.Module,
     batch: SequenceBatch,
     coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> list[dict[str, Tensor]]:
     """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd, from one forward pass.
@@ -79,9 +79,8 @@ def batch_gradients(
     """
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
-    passes = GraphPasses(model, batch, coefficients, token_batch_size)
     with evaluation_mode(model), gradient_rule(model, as_trained), torch.enable_grad():
-        for _, objectives in passes.run():
+        for _, objectives in GraphPasses(model, batch, coefficients, passes).run():
             for number, objective in enumerate(objectives):
                 if number == len(totals):
                     totals.append({name: torch.zeros_like(p) for name, p in parameters.items()})
@@ -101,7 +100,7 @@ def entropy_gradient(
     estimator: Estimator = "rao_blackwell",
     per_token: bool = True,
     statistics: TokenStatistics | None = None,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> dict[str, Tensor]:
     """Estimate of the gradient of h (per_token) or H, name -> tensor; see entropy_core.entropy for the estimators.
 
@@ -112,7 +111,7 @@ def entropy_gradient(
         return [entropy_coefficients(known, batch, estimator, per_token).scaled(1.0 / len(batch))]
 
     wanted = coefficients if statistics is None else coefficients(statistics)
-    return batch_gradients(model, batch, wanted, token_batch_size)[0]
+    return batch_gradients(model, batch, wanted, passes)[0]
 
 
 def stream_rows(
@@ -120,33 +119,33 @@ def stream_rows(
     batch: SequenceBatch,
     coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
     sink: RowSink,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    verify: bool = True,
-    method: Method | RowFormation = "auto",
+    passes: PassSettings = DEFAULT_PASSES,
     restart: Callable[[], None] | None = None,
     as_trained: bool = False,
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
 
-    coefficients: or a function of the batch's statistics under this model, which saves the pass that finds these, in whole or
-    in part (entropy_core.graph_passes). verify: check in the bucket that passes first (the smallest, where coefficients are no
-    function), and in those twice as large, that rows add up to autograd's gradient over all trainable parameters, and once that
-    a row does not depend on the sequences it passes with (entropy_core.passes.row_check).
-    method: see entropy_core.passes.row_formation; a RowFormation remembers over several calls what was checked and
-    what failed, and says itself whether to verify. restart: empties what the sink has filled; with it "auto" can
-    fall back at any time,
-    without it only until the first rows were sent. as_trained: by torch's rules for padding embeddings
-    (entropy_core.passes.forward.true_embedding_gradients), as the gradient that the trainer's optimizer gets.
+    Args:
+        model: any model of causal language; its trainable parameters have rows.
+        batch: N sequences.
+        coefficients: one an objective, each (N, L); or a function from the batch's statistics under this model to them, which
+            saves the pass that finds these statistics, in whole or in part (`entropy_core.graph_passes`).
+        sink: called with (objective, parameter name, (n,) indices, (n, *shape) rows).
+        passes: how the batch is cut and rows are formed. Unless its `verify` is false, rows are held against autograd's gradient
+            over all trainable parameters in the bucket that passes first (the smallest, where coefficients are no function) and
+            in those twice as large, and one row against that of its sequence alone (`entropy_core.passes.row_check`).
+        restart: empties what the sink has filled. With it the method "auto" can fall back to the loop at any time, without it
+            only until the first rows were sent.
+        as_trained: by torch's rules for padding embeddings (`entropy_core.passes.forward.true_embedding_gradients`), as the
+            gradient that the trainer's optimizer gets.
 
-    Raises
-    ------
-    RowsNotFormedError (a ValueError): with method="hooks", or too late to fall back, for a parameter whose rows cannot be formed
-        (its module mixes sequences, takes several tensors, or is used other than by being called), naming both.
+    Raises:
+        RowsNotFormedError: (a ValueError) with method="hooks", or too late to fall back, for a parameter whose rows cannot be
+            formed (its module mixes sequences, takes several tensors, or is used other than by being called), naming both.
     """
-    formation = method if isinstance(method, RowFormation) else RowFormation(method, verify)
     with gradient_rule(model, as_trained):
-        stream = RowStream(model, trainable_parameters(model), batch, coefficients, token_batch_size)
-        stream.run(formation, sink, restart)
+        stream = RowStream(model, trainable_parameters(model), batch, coefficients, passes)
+        stream.run(passes.formation(), sink, restart)
 
 
 def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> RowSink:
@@ -184,35 +183,29 @@ def gradient_rows(
     model: nn.Module,
     batch: SequenceBatch,
     coefficients: TokenCoefficients,
-    method: Method | RowFormation = "auto",
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    verify: bool = True,
+    passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> dict[str, Tensor]:
     """All rows at once: name -> (N, *parameter.shape). The memory is N times the trainable parameters.
 
-    method, as_trained: as in `stream_rows`.
+    passes, as_trained: as in `stream_rows`.
     """
     parameters = trainable_parameters(model)
     rows = {name: torch.zeros((len(batch), *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
 
-    stream_rows(
-        model, batch, [coefficients], keeping([rows]), token_batch_size, verify,
-        method, restart=lambda: emptied([rows]), as_trained=as_trained,
-    )  # fmt: skip
+    sink, restart = keeping([rows]), lambda: emptied([rows])
+    stream_rows(model, batch, [coefficients], sink, passes, restart, as_trained)
     return rows
 
 
 def per_sequence_gradients(
     model: nn.Module,
     batch: SequenceBatch,
-    method: Method | RowFormation = "auto",
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    verify: bool = True,
+    passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> dict[str, Tensor]:
     """Rows of the score, dS(t)/dtheta: name -> (N, *parameter.shape). No advantage, no length, no preconditioner inside."""
-    return gradient_rows(model, batch, score_coefficients(batch), method, token_batch_size, verify, as_trained)
+    return gradient_rows(model, batch, score_coefficients(batch), passes, as_trained)
 
 
 def entropy_rows(
@@ -220,11 +213,9 @@ def entropy_rows(
     batch: SequenceBatch,
     estimator: Estimator = "rao_blackwell",
     per_token: bool = True,
-    method: Method | RowFormation = "auto",
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    verify: bool = True,
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> dict[str, Tensor]:
     """Each sequence's term E_t of an entropy-gradient estimate: name -> (N, *shape). Their mean over N is the estimate."""
-    statistics = token_statistics(model, batch, token_batch_size)
+    statistics = token_statistics(model, batch, passes)
     coefficients = entropy_coefficients(statistics, batch, estimator, per_token)
-    return gradient_rows(model, batch, coefficients, method, token_batch_size, verify)
+    return gradient_rows(model, batch, coefficients, passes)

@@ -18,6 +18,7 @@ from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.passes.frozen_head import CompletionValues, completion_values
 from entropy_core.passes.position_table import check_length
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.token_plan import TokenPlan
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
@@ -36,16 +37,16 @@ class GraphPasses:
         model: nn.Module,
         batch: SequenceBatch,
         coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
-        token_batch_size: int,
+        settings: PassSettings,
         smallest_first: bool = False,
     ) -> None:
         self._model, self._batch, self._coefficients = model, batch, coefficients
-        self._token_batch_size = token_batch_size
+        self._settings = settings
         check_length(model, int(batch.scored_lengths.max()) - 1)
-        self._buckets = length_buckets(batch, token_batch_size, fewest=False)
+        self._buckets = length_buckets(batch, settings.token_batch_size, fewest=False)
         if callable(coefficients):
             # Held side by side, small buckets save no memory: one in which many beginnings are alike takes less time.
-            few = length_buckets(batch, token_batch_size)
+            few = length_buckets(batch, settings.token_batch_size)
             if len(few) == 1 < len(self._buckets):
                 plan = TokenPlan(few[0])
                 if 2 * len(plan.distinct) <= len(plan.seen):
@@ -84,7 +85,7 @@ class GraphPasses:
         tokens, held = 0, []
         for bucket in self._buckets:
             tokens += bucket.input_ids.numel()
-            if held and tokens > self._token_batch_size:
+            if held and tokens > self._settings.token_batch_size:
                 break
             held.append(bucket)
         return held
@@ -97,7 +98,7 @@ class GraphPasses:
         whole = scatter_statistics(self._batch, (sequences, columns), logprobs, entropies)
         if len(passed) < len(self._buckets):
             rest = torch.cat([bucket.indices for bucket in self._buckets[len(passed) :]])
-            others = token_statistics(self._model, self._batch.select(rest), self._token_batch_size, all_digits=True)
+            others = token_statistics(self._model, self._batch.select(rest), self._settings, all_digits=True)
             whole.logprobs[rest], whole.entropies[rest] = others.logprobs, others.entropies.to(whole.entropies.dtype)
         return whole
 

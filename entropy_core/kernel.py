@@ -19,11 +19,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
+from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
 from entropy_core.graph_passes import CoefficientsOf
-from entropy_core.passes.row_formation import Method, RowFormation
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.scores import TokenStatistics
 
 
@@ -50,20 +50,19 @@ def compute_cross_fisher_kernel(
     eval_batch: SequenceBatch,
     train_batch: SequenceBatch,
     preconditioner: Mapping[str, Tensor] | None = None,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method | RowFormation = "auto",
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> Tensor:
     """K1, (n_eval, n_train) float32. preconditioner: name -> P over all trainable parameters; None means P = 1.
 
-    method: how rows are formed, as in `stream_rows`. Raises ValueError where P does not cover the trainable parameters or
+    Raises ValueError where P does not cover the trainable parameters or
     holds values that are not positive and finite, and as `stream_rows` does.
     """
-    formation = method if isinstance(method, RowFormation) else RowFormation(method)
+    passes = passes.remembering()
     turned = len(eval_batch) < len(train_batch)
     stored, streamed = (eval_batch, train_batch) if turned else (train_batch, eval_batch)
-    columns = _columns(model, stored, preconditioner, token_batch_size, formation)
+    columns = _columns(model, stored, preconditioner, passes)
     objectives = [score_coefficients(streamed)]
-    found = contract_rows(model, streamed, objectives, [columns], token_batch_size, formation)[0]
+    found = inner_products(model, streamed, objectives, [columns], passes)[0]
     return found.T.contiguous() if turned else found
 
 
@@ -75,18 +74,17 @@ def compute_kernels(
     estimator: Estimator = "rao_blackwell",
     per_token: bool = True,
     statistics: TokenStatistics | None = None,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method | RowFormation = "auto",
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> CrossKernels:
     """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
-    formation = method if isinstance(method, RowFormation) else RowFormation(method)
-    columns = _columns(model, train_batch, preconditioner, token_batch_size, formation)
+    passes = passes.remembering()
+    columns = _columns(model, train_batch, preconditioner, passes)
 
     def objectives(known: TokenStatistics) -> list[TokenCoefficients]:
         return [score_coefficients(eval_batch), entropy_coefficients(known, eval_batch, estimator, per_token)]
 
     wanted = objectives if statistics is None else objectives(statistics)
-    found = contract_rows(model, eval_batch, wanted, [columns], token_batch_size, formation, kinds=2)
+    found = inner_products(model, eval_batch, wanted, [columns], passes, kinds=2)
     return CrossKernels(*found)
 
 
@@ -94,32 +92,30 @@ def _columns(
     model: nn.Module,
     batch: SequenceBatch,
     preconditioner: Mapping[str, Tensor] | None,
-    token_batch_size: int,
-    formation: RowFormation,
+    passes: PassSettings,
 ) -> dict[str, Tensor]:
     """Score rows of the side that is stored, times P."""
     check_preconditioner(preconditioner, trainable_parameters(model))
-    columns = per_sequence_gradients(model, batch, formation, token_batch_size)
+    columns = per_sequence_gradients(model, batch, passes)
     if preconditioner is not None:
         for name, rows in columns.items():
             rows.mul_(preconditioner[name])
     return columns
 
 
-def contract_rows(
+def inner_products(
     model: nn.Module,
     batch: SequenceBatch,
     objectives: Sequence[TokenCoefficients] | CoefficientsOf,
     column_sets: Sequence[Mapping[str, Tensor]],
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
-    method: Method | RowFormation = "auto",
+    passes: PassSettings = DEFAULT_PASSES,
     kinds: int = 1,
     other_metric: OtherMetric | None = None,
 ) -> list[Tensor]:
     """For each objective the (N, n_columns) float32 matrix  row_t^T column_i , rows of `batch` streamed.
 
     column_sets: each name -> (n, *shape), stored rows of the other side times P, or any other vectors; the columns of all
-    sets stand side by side in the result, in order. objectives, method: as in `stream_rows`; one RowFormation for all calls
+    sets stand side by side in the result, in order. objectives, passes: as in `stream_rows`; one RowFormation for all calls
     checks what is new to it. kinds: how many objectives there are, where a function gives them. other_metric: a last block
     of columns, as many as the first set has. Columns lie on their parameters' devices; products are added up on the batch's.
     """
@@ -145,7 +141,7 @@ def contract_rows(
         for products in out:
             products.zero_()
 
-    stream_rows(model, batch, objectives, contract, token_batch_size, method=method, restart=restart)
+    stream_rows(model, batch, objectives, contract, passes, restart)
     return out
 
 

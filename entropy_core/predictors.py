@@ -48,16 +48,6 @@ def covariance_predictor(
     return float(-learning_rate * covariance)
 
 
-def token_covariances(logprobs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """(N, L) float64 (log pi - mean)(A - mean), the means over completion tokens, 0 elsewhere.
-
-    Clip-Cov and KL-Cov choose tokens by these. Their mean over completion tokens is Cov(log pi, A). Arguments and errors
-    as in `covariance_predictor`.
-    """
-    (logprob,), advantage = _tokens(mask, advantages, logprobs=logprobs)
-    return _scatter(mask, (logprob - logprob.mean()) * (advantage - advantage.mean()))
-
-
 def steer_predictor(
     logprobs: Tensor, entropies: Tensor, mask: Tensor, advantages: Tensor, learning_rate: float
 ) -> float:

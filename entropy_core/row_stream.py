@@ -19,6 +19,7 @@ from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.gradient_hooks import RowTaps
 from entropy_core.passes.row_check import RowCheck, RowSums, RowSumsDifferError
 from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
@@ -37,10 +38,10 @@ class RowStream:
         parameters: dict[str, nn.Parameter],
         batch: SequenceBatch,
         coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
-        token_batch_size: int,
+        passes: PassSettings,
     ) -> None:
         self._model, self._parameters, self._batch = model, parameters, batch
-        self._coefficients, self._token_batch_size = coefficients, token_batch_size
+        self._coefficients, self._settings = coefficients, passes
 
     def run(self, formation: RowFormation, sink: RowSink, restart: Callable[[], None] | None) -> None:
         """Send all rows. Raises RowsNotFormedError where `formation` allows no other way."""
@@ -56,7 +57,7 @@ class RowStream:
                 self._model,
                 self._batch,
                 self._coefficients,
-                self._token_batch_size,
+                self._settings,
                 smallest_first=formation.check is not None,
             )
             try:
@@ -170,9 +171,7 @@ class RowStream:
     def _by_loop(self, sink: RowSink) -> None:
         coefficients = self._coefficients
         if callable(coefficients):
-            coefficients = coefficients(
-                token_statistics(self._model, self._batch, self._token_batch_size, all_digits=True)
-            )
+            coefficients = coefficients(token_statistics(self._model, self._batch, self._settings, all_digits=True))
         self._one_by_one(range(len(self._batch)), coefficients, sink)
 
     def _one_by_one(self, indices: Sequence[int], coefficients: Sequence[TokenCoefficients], sink: RowSink) -> None:
@@ -182,7 +181,7 @@ class RowStream:
             for index in indices:
                 own = slice(index, index + 1)
                 chosen = [TokenCoefficients(c.entropy[own], c.logprob[own]) for c in coefficients]
-                passes = GraphPasses(self._model, self._batch.select([index]), chosen, self._token_batch_size)
+                passes = GraphPasses(self._model, self._batch.select([index]), chosen, self._settings)
                 for _, objectives in passes.run():
                     for number, objective in enumerate(objectives):
                         more = number + 1 < len(objectives)

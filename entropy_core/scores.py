@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch, length_buckets
+from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.position_table import check_length
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class TokenStatistics:
 def token_statistics(
     model: nn.Module,
     batch: SequenceBatch,
-    token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+    passes: PassSettings = DEFAULT_PASSES,
     with_variances: bool = False,
     all_digits: bool = False,
 ) -> TokenStatistics:
     """Log-probabilities and entropies of every completion token, without gradients.
 
-    Runs in length buckets of at most `token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
+    Runs in length buckets of at most `passes.token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
     with_variances: fill in `surprisal_variances` as well. all_digits: entropies in float64 where they were found so, for
     what is made of their differences.
     """
     check_length(model, int(batch.scored_lengths.max()) - 1)
     places, values = [], []
     with torch.no_grad(), evaluation_mode(model):
-        for bucket in length_buckets(batch, token_batch_size):
+        for bucket in length_buckets(batch, passes.token_batch_size):
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
             places.append((bucket.sequences, bucket.columns))
             values.append([v for v in found if v is not None])

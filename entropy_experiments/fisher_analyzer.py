@@ -21,6 +21,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.kernel import OtherMetric
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.contraction import STEP_VECTORS, Products
 from entropy_experiments.kernel.sketch import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
@@ -86,7 +87,7 @@ def analyze_batches(
         raise UserError(
             "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
-    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.token_batch_size)
+    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes)
     engine.settle(eval_batch)
     reporter.stage("training gradients, one row per sequence")
     training = prepare_training_side(model, optimizer, train_batch, weights, settings, engine)
@@ -116,8 +117,8 @@ def analyze_batches(
         if engine.restricted:
             reporter.stage("predictions over all modules")
             vectors = training.step_vectors()
-            predictions = predictions_by_derivatives(model, side, vectors, predictions, settings.token_batch_size)
-    gradients = _entropy_gradients(model, side, settings.token_batch_size)
+            predictions = predictions_by_derivatives(model, side, vectors, predictions, settings.passes)
+    gradients = _entropy_gradients(model, side, settings.passes)
     if kernels is not None:
         p, own = training.preconditioner, engine.restrict(gradients[settings.estimand.gradient])
         towards = own if p is None else {name: p[name] * g for name, g in own.items()}
@@ -130,7 +131,7 @@ def analyze_batches(
         gradient = engine.restrict(training.true_gradient)
         checks += check_kernel(
             model, eval_batch, gradient, training.push, training.preconditioner, kernels.fisher, kernels.train_fisher,
-            settings.token_batch_size,
+            settings.passes,
         )  # fmt: skip
     if settings.estimand.rows_drawn:
         checks.append(_check_sampler(side))
@@ -204,11 +205,11 @@ def _store_evaluation(side: EvaluationSide, training: TrainingSide, settings: An
         write_preconditioner(beside.parent, chosen, what, overwrite=True)
 
 
-def _entropy_gradients(model: nn.Module, side: EvaluationSide, token_batch_size: int) -> Gradients:
+def _entropy_gradients(model: nn.Module, side: EvaluationSide, passes: PassSettings) -> Gradients:
     """By the estimand's `gradient` and `derivative`, from one forward pass."""
     wanted = dict.fromkeys((side.estimand.gradient, side.estimand.derivative))
     objectives = [entropy_coefficients(side.statistics, side.batch, e).scaled(1.0 / len(side.batch)) for e in wanted]
-    return dict(zip(wanted, batch_gradients(model, side.batch, objectives, token_batch_size), strict=True))
+    return dict(zip(wanted, batch_gradients(model, side.batch, objectives, passes), strict=True))
 
 
 def _attribution(settings: AnalysisSettings, training: TrainingSide, gradients: Gradients) -> StepShares | None:
@@ -259,7 +260,7 @@ def _measured_step(
     """The step's numbers with the measured changes, where they are wanted; the check of their slope is added to `checks`."""
     measured = ()
     if settings.measure:
-        size = settings.token_batch_size
+        size = settings.passes
         measured = measure_scales(model, side, training.taken, settings.step_scales, size, reporter)
         reporter.stage("checking the slope")
         predicted = predictions.per_token[settings.estimand.derivative]["total"]

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from entropy_core.passes.frozen_head import _PROBE_TOKENS
+from entropy_core.passes.settings import PassSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -133,7 +134,7 @@ def _flop_of_kernel(case):
     in_place = {torch.ops.aten.addmm_: added}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         rows, columns = (
-            gradient_rows(case.model, side, score_coefficients(side), verify=False)
+            gradient_rows(case.model, side, score_coefficients(side), passes=PassSettings(verify=False))
             for side in (case.rows, case.columns)
         )
         for name in rows:

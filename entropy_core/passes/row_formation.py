@@ -22,7 +22,7 @@ METHODS: tuple[Method, ...] = ("auto", "hooks", "loop")
 
 # What an operation that taps or vmap cannot follow raises; a model that is broken raises it in the loop as well.
 _FAILURES = (RuntimeError, NotImplementedError, TypeError, AttributeError)
-REMEDY = "use method='loop' (of an analysis: entropy_analysis.fisher_kernel.method=loop), or freeze it"
+REMEDY = "use PassSettings(method='loop') (of an analysis: entropy_analysis.fisher_kernel.method=loop), or freeze it"
 
 
 class RowsNotFormedError(ValueError):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.analyses.attribution import attribute_step
@@ -80,7 +81,7 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
             numbers.eval_statistics,
             inputs.plan.law,
             inputs.config.seed + _FRESH_STREAM + number,
-            settings.fisher_kernel.token_batch_size,
+            PassSettings(settings.fisher_kernel.token_batch_size),
         )
     smallest = resolution(step.measured[0].fixed_prefix.before)
     return compare_prediction(predicted, prediction_rows(step.measured, fresh), smallest)
@@ -103,7 +104,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
         [sign * s for s in forward for sign in (1, -1)],
         inputs.eval_batch,
         inputs.numbers.eval_statistics,
-        token_batch_size=settings.fisher_kernel.token_batch_size,
+        passes=PassSettings(settings.fisher_kernel.token_batch_size),
     )
     split = step_numbers(inputs).predictions.per_token["split"]["total"]
     return measure_orders(
@@ -149,7 +150,7 @@ def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
         max_grad_norm=side.max_grad_norm,
         learning_rate=side.learning_rate,
         measure=entropy_change(numbers.estimand),
-        token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
+        passes=PassSettings(inputs.config.entropy_analysis.fisher_kernel.token_batch_size),
     )
 
 
@@ -203,7 +204,7 @@ def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
             (1.0,),
             inputs.eval_batch,
             inputs.numbers.eval_statistics,
-            token_batch_size=inputs.config.entropy_analysis.fisher_kernel.token_batch_size,
+            passes=PassSettings(inputs.config.entropy_analysis.fisher_kernel.token_batch_size),
         )
         return curve.changes if curve.left_out is None else torch.cat([curve.changes, curve.left_out[:, 0]])
 

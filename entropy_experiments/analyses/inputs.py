@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
@@ -72,7 +73,7 @@ class AnalysisInputs:
             share_direction(gradient, side.adam_step, side.learning_rate),
             side.weights,
             side.clip or 1.0,
-            self.config.entropy_analysis.fisher_kernel.token_batch_size,
+            PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size),
         ).cpu()
 
     def kernel_arrays(self, step_needed: bool = True) -> KernelArrays:

@@ -15,6 +15,7 @@ from typing import Any
 
 from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.passes.forward import input_device
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.analyses.candidate_weights import MOST_ROWS
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
@@ -100,12 +101,12 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     loading = time.perf_counter() - begun
     sampling_plan = plan_sampling(checkpoint, config, trust)
     options = kernel_options(settings.fisher_kernel)
-    model, token_batch_size = checkpoint.model, settings.fisher_kernel.token_batch_size
+    model, passes = checkpoint.model, PassSettings(settings.fisher_kernel.token_batch_size)
     given = given_buffers(checkpoint, sampling_plan, config)
     n_eval = settings.eval_batch_size if given.evaluation is None else len(given.evaluation)
     n_train = settings.train_batch_size if given.training is None else len(given.training)
     held = held_memory(model)
-    plan = options.plan(model, n_eval, n_train, token_batch_size)
+    plan = options.plan(model, n_eval, n_train, passes)
     size = options.size(model, n_eval, n_train)
     pilot = run_pilot(checkpoint, sampling_plan, config, given)
     drawn = pilot.drawing.seconds(n_eval) if given.evaluation is None else 0.0
@@ -118,7 +119,9 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     ]
     stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
     on_cpu = input_device(model).type == "cpu"
-    tokens = min(max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens), token_batch_size)
+    tokens = min(
+        max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens), passes.token_batch_size
+    )
     if on_cpu:  # as entropy_core.batch.length_buckets cuts passes with gradients: a group is not torn apart
         tokens = min(tokens, ENOUGH_TOKENS + sampling_plan.completions_per_prompt * pilot.training.tokens)
     one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES

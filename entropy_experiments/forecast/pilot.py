@@ -26,6 +26,7 @@ from entropy_core.gradients import stream_rows, trainable_parameters
 from entropy_core.passes.forward import evaluation_mode, input_device
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.buffers.custom import PromptNumbers
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
@@ -258,30 +259,30 @@ def _time_passes(
 ) -> tuple[PassRates, float]:
     """Rates of one side of `count` sequences, and bytes of a token of a pass."""
     settings = config.entropy_analysis.fisher_kernel
-    names, token_batch_size = chosen_parameters(model, settings.filter_modules), settings.token_batch_size
+    names, passes = (
+        chosen_parameters(model, settings.filter_modules),
+        PassSettings(settings.token_batch_size, formation),
+    )
     many = more_of_the_kind(batch, count)
-    token_statistics(model, many, token_batch_size)  # first calls are slower, and run in memory that is not there yet
-    forward, _ = _timed(lambda: token_statistics(model, many, token_batch_size))
-    statistics = token_statistics(model, batch, token_batch_size)
+    token_statistics(model, many, passes)  # first calls are slower, and run in memory that is not there yet
+    forward, _ = _timed(lambda: token_statistics(model, many, passes))
+    statistics = token_statistics(model, batch, passes)
     one = [score_coefficients(batch)]
     four = [*one, entropy_coefficients(statistics, batch, "rao_blackwell")] * 2
 
     def rows_of(objectives: list[Any]) -> None:
         with only_trainable(model, names):
-            stream_rows(
-                model, batch, objectives, lambda *_: None, token_batch_size,
-                method=formation, restart=lambda: None,
-            )  # fmt: skip
+            stream_rows(model, batch, objectives, lambda *_: None, passes, restart=lambda: None)
 
     with torch.enable_grad(), evaluation_mode(model), _kept_for_backward(model) as kept:
-        bucket = max(length_buckets(batch, token_batch_size, fewest=False), key=lambda b: b.input_ids.numel())
+        bucket = max(length_buckets(batch, passes.token_batch_size, fewest=False), key=lambda b: b.input_ids.numel())
         graph = completion_values(model, bucket, batch.temperature)
         del graph
     rows_of(one)  # checks rows, or finds out that hooks will not do
     single, _ = _timed(lambda: rows_of(one))
     several, _ = _timed(lambda: rows_of(four))
     direction = {name: torch.ones_like(p) for name, p in trainable_parameters(model).items()}
-    derivatives, _ = _timed(lambda: token_derivatives(model, many, direction, token_batch_size))
+    derivatives, _ = _timed(lambda: token_derivatives(model, many, direction, passes))
     n, tokens, more = len(batch), int(batch.attention_mask.sum()), len(many) / len(batch)
     forward, derivatives = forward / more, derivatives / more
     backward = max((several - single) / (len(four) - 1), 0.2 * forward)

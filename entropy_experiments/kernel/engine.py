@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import emptied, keeping, stream_rows
-from entropy_core.kernel import OtherMetric, contract_rows
-from entropy_core.passes.row_formation import RowFormation
+from entropy_core.kernel import OtherMetric, inner_products
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.kernel.contraction import Products, RowKind
@@ -39,7 +39,7 @@ from entropy_experiments.run.reporter import SILENT, Reporter
 class KernelEngine:
     """The training side as columns of kernels. Model and batch stay as they are.
 
-    names: parameters that rows are formed of. formation: how (entropy_core.passes.row_formation), by hooks or a loop.
+    names: parameters that rows are formed of. passes: how they are formed and passes are cut.
     workspace: where finished blocks go; None keeps them in memory (one process only). store_folder: where the gradient store
     lies, for plans that have one.
 
@@ -53,23 +53,22 @@ class KernelEngine:
         plan: KernelPlan,
         names: Sequence[str],
         *,
-        token_batch_size: int,
+        passes: PassSettings,
         workspace: KernelWorkspace | None = None,
         processes: Processes | None = None,
         store_folder: Path | None = None,
         storage: str = "float32",
         sketch: ModuleSketch | None = None,
-        formation: RowFormation | None = None,
         reporter: Reporter = SILENT,
     ) -> None:
         self._model, self._batch, self.plan, self.names = model, batch, plan, list(names)
-        self._token_batch_size, self._workspace = token_batch_size, workspace
+        self._passes, self._workspace = passes.remembering(), workspace
         self._processes, self._storage, self._reporter = processes or Processes(), storage, reporter
         self._store_folder, self._sketch = store_folder, sketch
         self._sketched: Tensor | None = None
         self._columns: dict[str, Tensor] | None = None
         self._preconditioner: Mapping[str, Tensor] | None = None
-        self.formation = formation or RowFormation()
+        self.formation = self._passes.formation()
         self.store: GradientStore | None = None
         if self._processes.size > 1 and workspace is None:
             raise ValueError("several processes need a workspace to meet in")
@@ -102,9 +101,8 @@ class KernelEngine:
             few = batch.select(sorted({int(lengths.argmin()), int(lengths.argmax())}))
             with only_trainable(self._model, self.names):
                 stream_rows(
-                    self._model, few, [score_coefficients(few)], lambda *_: None, self._token_batch_size,
-                    method=self.formation, restart=lambda: None,
-                )  # fmt: skip
+                    self._model, few, [score_coefficients(few)], lambda *_: None, self._passes, restart=lambda: None
+                )
 
     def prepare(self) -> None:
         """Form and keep, or store, the training rows; tiles form theirs when they are needed."""
@@ -133,7 +131,7 @@ class KernelEngine:
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """`shared_statistics` of this model and these processes."""
-        return shared_statistics(self._model, batch, self._token_batch_size, with_variances, self._processes)
+        return shared_statistics(self._model, batch, self._passes, with_variances, self._processes)
 
     def contract(
         self,
@@ -247,9 +245,8 @@ class KernelEngine:
         other_metric: OtherMetric | None = None,
     ) -> Tensor:  # fmt: skip
         """(objectives, rows, columns) of one chunk against column sets, the rows streamed."""
-        size, how = self._token_batch_size, self.formation
         with only_trainable(self._model, self.names):
-            found = contract_rows(self._model, batch, objectives, sets, size, how, other_metric=other_metric)
+            found = inner_products(self._model, batch, objectives, sets, self._passes, other_metric=other_metric)
         return torch.stack(found)
 
     def _block_past_the_store(
@@ -263,10 +260,7 @@ class KernelEngine:
             {name: torch.zeros((n, *q.shape), device=q.device) for name, q in parameters.items()} for _ in objectives
         ]
         with only_trainable(self._model, self.names):
-            stream_rows(
-                self._model, batch, objectives, keeping(rows), self._token_batch_size,
-                method=self.formation, restart=lambda: emptied(rows),
-            )  # fmt: skip
+            stream_rows(self._model, batch, objectives, keeping(rows), self._passes, restart=lambda: emptied(rows))
         layout = self.store.layout
         spans = [layout.shard_range(k) for k in range(layout.shard_count)]
         width = len(self._batch) + sum(len(next(iter(s.values()))) for s in sets)
@@ -287,7 +281,7 @@ class KernelEngine:
             with only_trainable(self._model, self.names):
                 found, _ = sketch_rows(
                     self._model, part, [score_coefficients(part)], sketch, self._preconditioner, None,
-                    self._token_batch_size, self.formation,
+                    self._passes,
                 )  # fmt: skip
             out[chunks[number]] = found[0]
         return self._processes.sum(out)
@@ -300,7 +294,7 @@ class KernelEngine:
         with only_trainable(self._model, self.names):
             rows, products = sketch_rows(
                 self._model, batch, objectives, self._sketch, self._preconditioner, sets[0] if sets else None,
-                self._token_batch_size, self.formation,
+                self._passes,
             )  # fmt: skip
         return torch.cat([rows @ self._sketched.T, products], 2)
 
@@ -330,8 +324,8 @@ class KernelEngine:
             part = whole.select(places)
             with only_trainable(self._model, self.names):
                 stream_rows(
-                    self._model, part, [score_coefficients(part)], keeping([found], places), self._token_batch_size,
-                    method=self.formation, restart=lambda places=places: emptied([found], places),
+                    self._model, part, [score_coefficients(part)], keeping([found], places), self._passes,
+                    restart=lambda places=places: emptied([found], places),
                 )  # fmt: skip
         return found
 
@@ -368,10 +362,9 @@ class KernelEngine:
                 wanted,
                 storage=self._storage,
                 shard_rows=min(self.plan.tile, BLOCK_ROWS),
-                token_batch_size=self._token_batch_size,
+                passes=self._passes,
                 processes=self._processes,
                 formed=self._columns if batch is self._batch else None,
-                formation=self.formation,
                 reporter=self._reporter,
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +13,7 @@ from torch import nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.row_formation import Method, RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel.contraction import ROW_KINDS
@@ -49,10 +50,10 @@ class KernelOptions:
     processes: Processes = field(default_factory=Processes)
     reporter: Reporter = SILENT
 
-    def plan(self, model: nn.Module, n_eval: int, n_train: int, token_batch_size: int) -> KernelPlan:
+    def plan(self, model: nn.Module, n_eval: int, n_train: int, passes: PassSettings) -> KernelPlan:
         """The same in every process. Raises UserError where nothing fits."""
         size = self.size(model, n_eval, n_train)
-        left = self._room(model, pass_bytes(model, token_batch_size))
+        left = self._room(model, pass_bytes(model, passes.token_batch_size))
 
         def make() -> KernelPlan:
             kept = None if self.workspace is None else self.workspace.kept("plan")
@@ -100,31 +101,30 @@ class KernelOptions:
         counts = [p.numel() for name, p in model.named_parameters() if name in names]
         return KernelSize(n_eval, n_train, sum(counts), len(ROW_KINDS), self.storage, max(counts))
 
-    def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, token_batch_size: int) -> KernelEngine:
+    def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, passes: PassSettings) -> KernelEngine:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
         names = chosen_parameters(model, self.modules)
-        plan = self.plan(model, n_eval, len(batch), token_batch_size)
+        plan = self.plan(model, n_eval, len(batch), passes)
         self.reporter.note(describe_plan(plan, len(batch)))
         return KernelEngine(
             model,
             batch,
             plan,
             names,
-            token_batch_size=token_batch_size,
+            passes=replace(passes, method=self.formation(batch, plan, passes)),
             workspace=self.workspace,
             processes=self.processes,
             store_folder=self.store_folder,
             storage=self.storage,
             sketch=self._sketch(model),
-            formation=self.formation(batch, plan, token_batch_size),
             reporter=self.reporter,
         )
 
-    def formation(self, batch: SequenceBatch, plan: KernelPlan, token_batch_size: int) -> RowFormation:
+    def formation(self, batch: SequenceBatch, plan: KernelPlan, passes: PassSettings) -> RowFormation:
         """How rows are formed; what a loop costs is told in passes of the whole kernel, `batch` being one side."""
 
         def cost() -> tuple[int, int]:
-            buckets = len(length_buckets(batch, token_batch_size, fewest=False))
+            buckets = len(length_buckets(batch, passes.token_batch_size, fewest=False))
             return plan.passes, max(2, round(plan.passes * buckets / len(batch)))
 
         root = self.processes.is_root

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import stream_rows
-from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.run.self_checks import SelfCheck
 
@@ -22,8 +22,7 @@ def sketch_rows(
     sketch: ModuleSketch,
     preconditioner: Mapping[str, Tensor] | None,
     steps: Mapping[str, Tensor] | None,
-    token_batch_size: int,
-    formation: RowFormation,
+    passes: PassSettings,
 ) -> tuple[Tensor, Tensor]:
     """(objectives, N, size) sketches of rows times sqrt(P), and (objectives, N, n_steps) exact products of rows and steps."""
     count = 0 if steps is None else len(next(iter(steps.values())))
@@ -44,7 +43,7 @@ def sketch_rows(
         sketched.zero_()
         products.zero_()
 
-    stream_rows(model, batch, objectives, add, token_batch_size, method=formation, restart=restart)
+    stream_rows(model, batch, objectives, add, passes, restart)
     return sketched, products
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
 from entropy_core.measurement import EntropyMeasurement
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
 from rl_training.sampling import Rollouts, SamplingLaw, draw
@@ -58,7 +59,7 @@ def measure_with_fresh_samples(
     eval_statistics: TokenStatistics,
     law: SamplingLaw,
     seed: int,
-    token_batch_size: int,
+    passes: PassSettings,
 ) -> EntropyMeasurement:
     """Draw one completion for each evaluation sequence's prompt at theta + scale * direction, and compare entropies.
 
@@ -67,5 +68,5 @@ def measure_with_fresh_samples(
     with weights_moved(model, direction, scale):
         fresh = draw(model, tokenizer, evaluation.prompt_row, 1, law, seed, "evaluation")
         batch = fresh.to_batch(law).to(eval_batch.device)
-        after = token_statistics(model, batch, token_batch_size)
+        after = token_statistics(model, batch, passes)
     return fresh_entropy_change(eval_statistics, eval_batch, after, batch)

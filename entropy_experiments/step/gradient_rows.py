@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, SequenceBatch
+from entropy_core.batch import SequenceBatch
 from entropy_core.directional import sequence_products
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_experiments.run.processes import Processes
 
 
@@ -76,11 +77,11 @@ class RecomputedRows:
         self,
         model: nn.Module,
         batch: SequenceBatch,
-        token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE,
+        passes: PassSettings = DEFAULT_PASSES,
         processes: Processes | None = None,
         as_trained: bool = True,
     ) -> None:
-        self._model, self._batch, self._token_batch_size = model, batch, token_batch_size
+        self._model, self._batch, self._passes = model, batch, passes
         self._as_trained = as_trained
         self._processes = processes or Processes()
         self.sequences = len(batch)
@@ -90,7 +91,7 @@ class RecomputedRows:
         if mine:
             part = self._batch.select(mine)
             objective = score_coefficients(part, -weights[mine].to(part.device))
-            own = batch_gradients(self._model, part, [objective], self._token_batch_size, self._as_trained)[0]
+            own = batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
         else:  # more processes than sequences
             own = {name: torch.zeros_like(p) for name, p in trainable_parameters(self._model).items()}
         return {name: self._processes.sum(gradient) for name, gradient in own.items()}
@@ -98,10 +99,8 @@ class RecomputedRows:
     def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
         part = self._batch.select(sequences.tolist())
         objective = score_coefficients(part, -weights[sequences.to(weights.device)].to(part.device))
-        return batch_gradients(self._model, part, [objective], self._token_batch_size, self._as_trained)[0]
+        return batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
-        found = sequence_products(
-            self._model, self._batch, direction, self._token_batch_size, hold_padding=self._as_trained
-        )
+        found = sequence_products(self._model, self._batch, direction, self._passes, hold_padding=self._as_trained)
         return found.sequences.double().cpu()

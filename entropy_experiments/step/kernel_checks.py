@@ -12,6 +12,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_by_gradients
 from entropy_experiments.checkpoints.missing_entries import refuse_missing_entries
@@ -26,12 +27,10 @@ _FINITE_DIFFERENCE_TOLERANCE = 0.02
 
 
 def check_gradient(
-    model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], token_batch_size: int
+    model: nn.Module, batch: SequenceBatch, weights: Tensor, gradient: dict[str, Tensor], passes: PassSettings
 ) -> SelfCheck:
     """The weighted sum of (n_train,) weights times rows, `gradient`, against autograd's gradient of -sum_i w_i S_i."""
-    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], token_batch_size)[
-        0
-    ]
+    autograd = batch_gradients(model, batch, [score_coefficients(batch, -weights.to(batch.device))], passes)[0]
     autograd = {name: autograd[name] for name in gradient}
     return SelfCheck(
         "rows = autograd", relative_error_of_dicts(gradient, autograd), 1e-4,
@@ -120,7 +119,7 @@ def check_kernel(
     p: dict[str, Tensor] | None,
     fisher: Tensor,
     train_fisher: Tensor,
-    token_batch_size: int,
+    passes: PassSettings,
 ) -> list[SelfCheck]:
     """`fisher` times the weights against finite differences along P g, and `train_fisher`, of equal batches, against its laws."""
     direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
@@ -137,7 +136,7 @@ def check_kernel(
         scores = []
         for sign in (1, -1):
             with weights_moved(model, direction, sign * epsilon):
-                scores.append(token_statistics(model, eval_batch, token_batch_size).scores())
+                scores.append(token_statistics(model, eval_batch, passes).scores())
         errors.append(relative_error((scores[0] - scores[1]) / (2 * epsilon), product))
         if errors[-1] <= _FINITE_DIFFERENCE_TOLERANCE:
             break

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from entropy_core.directional import weights_moved
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.run.self_checks import SelfCheck
@@ -35,7 +36,7 @@ def measure_scales(
     side: EvaluationSide,
     step: Mapping[str, Tensor],
     scales: Sequence[float],
-    token_batch_size: int,
+    passes: PassSettings,
     reporter: Reporter,
 ) -> tuple[MeasuredScale, ...]:
     """The measured changes at these multiples of the step and at 1, in ascending order."""
@@ -43,7 +44,7 @@ def measure_scales(
     for scale in sorted({*scales, 1.0}):
         reporter.stage(f"measuring at {scale:g} x the step")
         with weights_moved(model, step, scale):
-            after = token_statistics(model, side.batch, token_batch_size)
+            after = token_statistics(model, side.batch, passes)
         snis = snis_entropy_change(before, after, side.batch) if side.estimand.measure == "snis" else None
         found.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, side.batch)))
     return tuple(found)
@@ -55,7 +56,7 @@ def check_slope(
     step: Mapping[str, Tensor],
     predicted: Estimate,
     entropy: float,
-    token_batch_size: int,
+    passes: PassSettings,
 ) -> SelfCheck:
     """The slope of the measurement at no step against `predicted`, the total by the estimand's `derivative`.
 
@@ -66,7 +67,7 @@ def check_slope(
         changes = []
         for sign in (1, -1):
             with weights_moved(model, step, sign * small):
-                after = token_statistics(model, side.batch, token_batch_size)
+                after = token_statistics(model, side.batch, passes)
             changes.append(change(side.statistics, after, side.batch).change)
         slope = (changes[0] - changes[1]) / (2 * small)
         error = 0.0 if math.isnan(predicted.standard_error) else predicted.standard_error  # unknown with one prompt

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from entropy_core.directional import entropy_products, token_derivatives
 from entropy_core.entropy import Estimator
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import contributions_without_each_prompt
 from entropy_experiments.kernel.contraction import PARTS, STEP_VECTORS, RowKind
@@ -35,14 +36,14 @@ def predictions_by_derivatives(
     side: EvaluationSide,
     vectors: Mapping[str, Mapping[str, Tensor]],
     restricted: Predictions,
-    token_batch_size: int,
+    passes: PassSettings,
 ) -> Predictions:
     """Over all trainable parameters, from one pass in forward mode along each of the step's vectors.
 
     vectors: STEP_VECTORS -> name -> tensor. restricted: those over the kernel's modules, to say what these leave out.
     """
     estimators, own, count = side.estimand.estimators, side.estimand.gradient, len(side.batch)
-    along = {name: token_derivatives(model, side.batch, vectors[name], token_batch_size) for name in STEP_VECTORS}
+    along = {name: token_derivatives(model, side.batch, vectors[name], passes) for name in STEP_VECTORS}
 
     def predicted(per_token: bool) -> PartsByEstimator:
         return {e: {part: _estimate(side, along[part], e, per_token) for part in PARTS} for e in estimators}

@@ -26,6 +26,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.directional import sequence_products, weights_moved
 from entropy_core.gradients import dot, trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import (
@@ -69,14 +70,14 @@ class StepMeasurement:
         learning_rate: float | None = None,
         log_weights: Tensor | None = None,
         measure: Callable[..., EntropyMeasurement] = snis_entropy_change,
-        token_batch_size: int = 2048,
+        passes: PassSettings = DEFAULT_PASSES,
     ) -> None:
         if optimizer is None and not learning_rate:
             raise UserError("without optimizer state the step's size is unknown: give a learning rate")
         self._model, self._optimizer, self._rows = model, optimizer, rows
         self._eval_batch, self._before = eval_batch, eval_statistics
         self._max_grad_norm, self._learning_rate = max_grad_norm, learning_rate
-        self._log_weights, self._measure, self._token_batch_size = log_weights, measure, token_batch_size
+        self._log_weights, self._measure, self._passes = log_weights, measure, passes
         self.sequences = rows.sequences
         self.lowest_effective_sample_size: float | None = None
 
@@ -103,7 +104,7 @@ class StepMeasurement:
     def measure(self, weights: Tensor) -> EntropyMeasurement:
         """Entropy on the evaluation tokens before and after the step that these (n_train,) weights cause, nats per token."""
         with weights_moved(self._model, self.step(weights), 1.0):
-            after = token_statistics(self._model, self._eval_batch, self._token_batch_size)
+            after = token_statistics(self._model, self._eval_batch, self._passes)
         found = self._measure(self._before, after, self._eval_batch, log_weights=self._log_weights)
         lowest = self.lowest_effective_sample_size
         self.lowest_effective_sample_size = min(found.effective_sample_size, lowest or found.effective_sample_size)
@@ -188,13 +189,13 @@ def token_shares(
     direction: Mapping[str, Tensor],
     weights: Tensor,
     clip: float,
-    token_batch_size: int = 2048,
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> Tensor:
     """(n_train, L) float64 share of every completion token, nats per token of h, 0 elsewhere; a row adds up to dh_i.
 
     direction: of `share_direction`. One pass over the training sequences (entropy_core.directional).
     """
-    tokens = sequence_products(model, train_batch, direction, token_batch_size).tokens.double()
+    tokens = sequence_products(model, train_batch, direction, passes).tokens.double()
     return clip * weights.double().to(tokens.device)[:, None] * tokens
 
 
@@ -221,7 +222,7 @@ def measure_curve(
     eval_batch: SequenceBatch,
     eval_statistics: TokenStatistics,
     log_weights: Tensor | None = None,
-    token_batch_size: int = 2048,
+    passes: PassSettings = DEFAULT_PASSES,
 ) -> MeasuredCurve:
     """The reweighted change of entropy on the same tokens along a direction, forwards and backwards (negative scales).
 
@@ -236,7 +237,7 @@ def measure_curve(
     left_out = torch.zeros((count, len(scales)), dtype=torch.float64)
     for column, scale in enumerate(scales):
         with weights_moved(model, direction, scale):
-            after = _totals(token_statistics(model, eval_batch, token_batch_size))
+            after = _totals(token_statistics(model, eval_batch, passes))
         for row, rows in enumerate([everything, *kept]):
             found = snis_entropy_change(
                 _select(before, rows),

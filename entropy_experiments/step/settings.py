@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
 from entropy_experiments.config import FisherAnalysisConfig
@@ -22,8 +23,8 @@ class AnalysisSettings:
     moments in the optimizer), "step" (from those of the analysed step, which hold its gradient already) or "none" (P = 1, and the
     step is -lr g). learning_rate: needed without an optimizer; overrides every group's with one. optimizer_record: what the
     checkpoint's own record says of the optimizer's entries. step_scales: multiples of the step at which the change is measured
-    (1 is always among them), where `measure`. compute_full: whether kernels are wanted. token_batch_size: padded tokens of a
-    pass. kernel: budgets, modules, where finished blocks go, and the processes that share the work.
+    (1 is always among them), where `measure`. compute_full: whether kernels are wanted. passes: how batches pass
+    through the model. kernel: budgets, modules, where finished blocks go, and the processes that share the work.
     """
 
     estimand: Estimand = POLICY
@@ -34,7 +35,7 @@ class AnalysisSettings:
     compute_full: bool = True
     measure: bool = True
     optimizer_record: OptimizerRecord = "names"
-    token_batch_size: int = 2048
+    passes: PassSettings = DEFAULT_PASSES
     kernel: KernelOptions = field(default_factory=KernelOptions)
 
 
@@ -53,6 +54,6 @@ def settings_of(checkpoint: Checkpoint, config: FisherAnalysisConfig, kernel: Ke
         compute_full=analysis.fisher_kernel.compute_full,
         measure=analysis.analysis.entropy_prediction,
         optimizer_record=record.optimizer_record,
-        token_batch_size=analysis.fisher_kernel.token_batch_size,
+        passes=PassSettings(analysis.fisher_kernel.token_batch_size),
         kernel=kernel,
     )

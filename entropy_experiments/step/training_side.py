@@ -121,7 +121,7 @@ def prepare_training_side(
     engine: of this model and batch, not prepared yet. Raises UserError for a missing optimizer or learning rate and for a P
     that needs a step where there are no weights; ValueError where rows cannot be formed.
     """
-    preconditioning, token_batch_size = settings.preconditioning, settings.token_batch_size
+    preconditioning, passes = settings.preconditioning, settings.passes
     if preconditioning == "none":
         optimizer = None
     elif optimizer is None:
@@ -136,7 +136,7 @@ def prepare_training_side(
     parameters = trainable_parameters(model)
     engine.prepare()
     used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
-    rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, engine.processes)
+    rows: TrainingRows = RecomputedRows(model, batch, passes, engine.processes)
     span, sample = engine.sample_rows()
     few = batch.select(list(span))
     # Kept rows are the kernel's: not the step's own where torch masks a padding token, or a module stops gradients.
@@ -146,7 +146,7 @@ def prepare_training_side(
         rows = KeptRows(engine.columns)
     gradient = rows.weighted_gradient(used)
     part = KeptRows(sample).weighted_gradient(used[span.start : span.stop])
-    checks = [check_gradient(model, few, used[span.start : span.stop], part, token_batch_size)]
+    checks = [check_gradient(model, few, used[span.start : span.stop], part, passes)]
     step, clip, norm = None, None, None
     if weights is not None:
         step, clip, norm = _take_step(model, optimizer, gradient, settings.max_grad_norm, settings.learning_rate)
@@ -168,10 +168,10 @@ def prepare_training_side(
             checks.append(check_unseen_parameters(state, sample, p))
         engine.precondition(p)
     # What is asked later, one process asks alone.
-    true_rows: TrainingRows = RecomputedRows(model, batch, token_batch_size, as_trained=False)
+    true_rows: TrainingRows = RecomputedRows(model, batch, passes, as_trained=False)
     if engine.columns is not None and kept:
         true_rows = KeptRows(engine.columns, p)
-    rows = RecomputedRows(model, batch, token_batch_size) if masked else true_rows
+    rows = RecomputedRows(model, batch, passes) if masked else true_rows
     statistics = engine.statistics(batch)
     return TrainingSide(
         batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, settings.max_grad_norm,

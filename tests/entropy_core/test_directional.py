@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import (
     entropy_products,
-    row_sums,
     sequence_products,
     token_derivatives,
-    weighted_direction,
     weights_moved,
 )
-from entropy_core.entropy import ESTIMATORS
-from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients
+from entropy_core.entropy import ESTIMATORS, score_coefficients
+from entropy_core.gradients import batch_gradients, dot, entropy_gradient, per_sequence_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from tests.entropy_core.support import left_padded, right_padded
 from tests.oracle import brute_force
@@ -103,6 +102,13 @@ def test_both_methods_in_both_precisions(case: ModelCase, method, dtype: torch.d
     assert_close(found.entropies, expected.entropies, 2 * tolerance, "the step is too long or too short")
 
 
+def row_sums(model, evaluation, train, weights, p=None, method="auto"):  # noqa: ANN001
+    """(n_eval,) sums over i of w_i K1(t, i): derivatives of evaluation scores along P times the weighted training gradient."""
+    (gradient,) = batch_gradients(model, train, [score_coefficients(train, weights)])
+    direction = gradient if p is None else {name: p[name] * g for name, g in gradient.items()}
+    return token_derivatives(model, evaluation, direction, method=method).scores()
+
+
 def test_row_sums_equal_the_oracles_kernel(case: ModelCase) -> None:
     model, lists = case.make(), random_sequences(case.vocabulary)
     train = random_sequences(case.vocabulary, seed=3)
@@ -169,7 +175,9 @@ def test_layout_and_buckets_change_nothing(method) -> None:
     direction = random_direction(model)
     expected = sequence_products(model, right_padded(lists), direction).sequences
     for token_batch_size in (1, 20):
-        found = sequence_products(model, left_padded(lists, 9), direction, token_batch_size, method).sequences
+        found = sequence_products(
+            model, left_padded(lists, 9), direction, PassSettings(token_batch_size), method
+        ).sequences
         assert_close(found, expected, CENTRAL[torch.float64], "padding or buckets move derivatives")
 
 
@@ -298,7 +306,3 @@ def test_bad_input() -> None:
             token_derivatives(model, batch, direction)
     with pytest.raises(ValueError, match="unknown method 'backward'"):
         token_derivatives(model, batch, good, method="backward")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="weights are"):
-        weighted_direction(model, batch, torch.ones(3))
-    with pytest.raises(ValueError, match="the preconditioner lacks"):
-        weighted_direction(model, batch, torch.ones(len(batch)), {})

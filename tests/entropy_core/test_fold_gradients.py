@@ -23,6 +23,7 @@ from entropy_core.fold_gradients import (
 )
 from entropy_core.gradients import dot, entropy_gradient, entropy_rows
 from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_prefix import shared_prefix_buckets
 from entropy_core.scores import token_statistics
 from tests.entropy_core.shared_work import OBJECTIVES, numbers_of_every_setting, objectives_of, random_direction
@@ -243,7 +244,9 @@ def test_models_without_rows_take_a_plain_pass_over_each_fold() -> None:
     assert len(model.mix._forward_hooks) == hooks, "hooks are left behind after a refusal"
     for fold in range(3):  # by the prompts of each fold alone, normalised as the whole batch
         members = [n for n, prompt in enumerate(lists.prompt_index) if prompt % 3 == fold]
-        expected = [entropy_rows(model, batch, *objective, method="loop") for objective in objectives]
+        expected = [
+            entropy_rows(model, batch, *objective, passes=PassSettings(method="loop")) for objective in objectives
+        ]
         for gradient, row in zip(found, expected, strict=True):
             part = {name: r[members].sum(0) / len(batch) for name, r in row.items()}
             assert_named_close({n: f[fold] for n, f in gradient.folds.items()}, part, EXACT, f"fold {fold}")

@@ -17,6 +17,7 @@ from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.gradients import batch_gradients, per_sequence_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.measurement import snis_entropy_change
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_prefix import common_prefix_buckets, shared_prefix_buckets, shares_prefixes
 from entropy_core.scores import token_statistics
 from tests.oracle.comparison import assert_close, assert_named_close
@@ -166,7 +167,7 @@ def test_statistics_in_every_layout(case) -> None:
     wanted = torch.cat([torch.stack(f[:2]) for f in found], 1)
     kinds = [length_buckets, shared_prefix_buckets, lambda b: shared_prefix_buckets(b, 14), common_prefix_buckets]
     for layout in (batch, left_padded(batch)):
-        plain = token_statistics(model, layout, token_batch_size=20)
+        plain = token_statistics(model, layout, passes=PassSettings(20))
         assert_close(
             torch.stack([plain.logprobs, plain.entropies])[:, layout.completion_mask], wanted, EXACT, "buckets"
         )
@@ -183,7 +184,7 @@ def test_rows_products_and_folds(case) -> None:
     names = list(parameters_of(model))
     rows = {name: torch.stack([f[2][name] for f in found]) for name in names}
     for layout in (batch, left_padded(batch)):
-        assert_named_close(per_sequence_gradients(model, layout, token_batch_size=20), rows, 1e-9, "rows of ∇S")
+        assert_named_close(per_sequence_gradients(model, layout, passes=PassSettings(20)), rows, 1e-9, "rows of ∇S")
     flat = flatten_rows(rows)
     like = {name: parameters_of(model)[name].detach() for name in names}
     direction = unflatten(flat[0] - 2 * flat[3], like)

@@ -21,6 +21,7 @@ from entropy_core.gradients import (
     trainable_parameters,
 )
 from entropy_core.passes.row_check import RowSums, RowSumsDifferError
+from entropy_core.passes.settings import PassSettings
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_close, assert_named_close
@@ -36,7 +37,7 @@ DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 def test_score_rows_equal_brute_force(case: ModelCase, method: str, dtype, tolerance: float) -> None:
     lists = random_sequences(case.vocabulary)
     expected = brute_force.score_rows(case.make(), lists, 0.8)
-    rows = per_sequence_gradients(case.make(dtype), right_padded(lists, 0.8), method)
+    rows = per_sequence_gradients(case.make(dtype), right_padded(lists, 0.8), passes=PassSettings(method=method))
     assert list(rows) == list(expected), "parameters are missing, renamed or in another order"
     assert all(row.dtype == dtype for row in rows.values())
     smell = "a hook misses a use, or x and dy are paired wrongly"
@@ -50,13 +51,13 @@ def test_score_rows_equal_brute_force(case: ModelCase, method: str, dtype, toler
 def test_entropy_rows_equal_brute_force(case: ModelCase, method: str) -> None:
     lists = random_sequences(case.vocabulary)
     model = case.make()
-    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=False, method=method)
+    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=False, passes=PassSettings(method=method))
     expected = brute_force.entropy_terms(model, lists, 1.2)
     assert_named_close(rows, expected, 1e-10, "E_t = Σ_k ∇H_k + Σ_k G_k ∇log π_k")
     h = brute_force.token_entropy(model, lists, 1.2)
     mean_length = sum(map(len, lists.completion_ids)) / len(lists.completion_ids)
     centred = brute_force.entropy_terms(model, lists, 1.2, centre=h)
-    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=True, method=method)
+    rows = entropy_rows(model, right_padded(lists, 1.2), per_token=True, passes=PassSettings(method=method))
     expected = {name: row / mean_length for name, row in centred.items()}
     assert_named_close(rows, expected, 1e-10, "per-token rows are centred by h and divided by the mean length")
 
@@ -92,7 +93,7 @@ def test_rows_do_not_see_padding_or_neighbours(case: ModelCase, dtype, tolerance
 def test_rows_do_not_depend_on_the_bucket_size(case: ModelCase, token_batch_size: int) -> None:
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary))
     expected = per_sequence_gradients(model, batch)
-    actual = per_sequence_gradients(model, batch, token_batch_size=token_batch_size)
+    actual = per_sequence_gradients(model, batch, passes=PassSettings(token_batch_size))
     assert_named_close(actual, expected, 1e-11, "buckets scatter rows to the wrong sequences")
 
 
@@ -101,7 +102,7 @@ def test_training_mode_does_not_matter(case: ModelCase, method: str) -> None:
     """Dropout off, flags restored, no hook left behind, `p.grad` and `requires_grad` untouched, checkpointing
     idle."""
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary))
-    expected = per_sequence_gradients(model, batch, method)
+    expected = per_sequence_gradients(model, batch, passes=PassSettings(method=method))
     model.train()
     for enable in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, enable):  # the newer of its two names
@@ -112,7 +113,7 @@ def test_training_mode_does_not_matter(case: ModelCase, method: str) -> None:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     trainable = [p.requires_grad for p in model.parameters()]
     with torch.no_grad():  # a caller's no_grad must not silence the rows
-        actual = per_sequence_gradients(model, batch, method)
+        actual = per_sequence_gradients(model, batch, passes=PassSettings(method=method))
     assert_named_close(actual, expected, 1e-11, "dropout is on, or checkpointing replays the forward")
     assert [module.training for module in model.modules()] == flags, "training flags are not restored"
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks, "a hook was left"
@@ -148,7 +149,9 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
 
 def test_unknown_methods_are_refused() -> None:
     with pytest.raises(ValueError, match="hooks"):
-        per_sequence_gradients(BY_NAME["recurrent_policy"].make(), right_padded(random_sequences(4)), "vmap")
+        per_sequence_gradients(
+            BY_NAME["recurrent_policy"].make(), right_padded(random_sequences(4)), passes=PassSettings(method="vmap")
+        )
 
 
 class Odd(nn.Module):
@@ -224,10 +227,10 @@ def test_what_hooks_cannot_cover_is_refused_by_name_and_the_loop_covers_it(kind:
     batch = right_padded(lists)
     hooks = [len(m._forward_hooks) for m in model.modules()]
     with pytest.raises(ValueError, match=UNCOVERED[kind]) as refusal:
-        per_sequence_gradients(model, batch, "hooks")
+        per_sequence_gradients(model, batch, passes=PassSettings(method="hooks"))
     assert "loop" in str(refusal.value), "the message does not say how to mend it"
     assert [len(m._forward_hooks) for m in model.modules()] == hooks, "a hook was left behind after the refusal"
-    rows = per_sequence_gradients(model, batch, "loop")
+    rows = per_sequence_gradients(model, batch, passes=PassSettings(method="loop"))
     assert_named_close(rows, brute_force.score_rows(model, lists), 1e-10, f"{kind}: the loop is plain autograd")
 
 
@@ -238,9 +241,9 @@ def test_a_use_is_refused_though_the_smallest_bucket_has_no_gradient() -> None:
     shortest = int(batch.attention_mask.sum(1).argmin())
     c.logprob[shortest] = 0.0
     with pytest.raises(ValueError, match="inner"):
-        gradient_rows(model, batch, c, "hooks", token_batch_size=1)
+        gradient_rows(model, batch, c, passes=PassSettings(1, "hooks"))
     c.logprob.zero_()
-    rows = gradient_rows(model, batch, c, "hooks", token_batch_size=1)
+    rows = gradient_rows(model, batch, c, passes=PassSettings(1, "hooks"))
     assert not any(row.any() for row in rows.values())
 
 
@@ -282,7 +285,7 @@ def test_buckets_are_checked_as_they_double_and_no_other_is_asked_for_gradients(
     model, lengths = Odd("module once"), (2, 3, 3, 5, 7, 9)
     batch = SequenceBatch.from_sequences([[1]] * 6, [[2] * n for n in lengths], list(range(6)), 0)
     objectives, parameters = [score_coefficients(batch)] * 2, len(trainable_parameters(model))
-    stream_rows(model, batch, objectives, lambda *_: None, token_batch_size=1, restart=lambda: None)
+    stream_rows(model, batch, objectives, lambda *_: None, passes=PassSettings(1), restart=lambda: None)
     expected, checked = [], 0
     for length in lengths:
         due = length >= 2 * checked
@@ -290,7 +293,7 @@ def test_buckets_are_checked_as_they_double_and_no_other_is_asked_for_gradients(
         expected += [1 + parameters * due] * 2
     assert asked == expected and asked.count(1 + parameters) == 4
     asked.clear()
-    stream_rows(model, batch, [score_coefficients(batch)], lambda *_: None, token_batch_size=1, verify=False)
+    stream_rows(model, batch, [score_coefficients(batch)], lambda *_: None, passes=PassSettings(1, verify=False))
     assert asked == [1] * len(batch)
 
 
@@ -303,7 +306,9 @@ def test_the_smallest_bucket_passes_first_where_rows_are_checked() -> None:
 
     for verify, order in ((True, [[3], [0, 1, 2]]), (False, [[0, 1, 2], [3]])):
         seen.clear()
-        stream_rows(Odd("module once"), batch, [score_coefficients(batch)], note, token_batch_size=16, verify=verify)
+        stream_rows(
+            Odd("module once"), batch, [score_coefficients(batch)], note, passes=PassSettings(16, verify=verify)
+        )
         assert seen == order
 
 
@@ -355,6 +360,8 @@ def test_a_walked_graph_keeps_no_inputs() -> None:
     for module in tapped:
         module.register_forward_pre_hook(watch)
     with torch.enable_grad():
-        stream_rows(model, batch, [score_coefficients(batch)] * 2, lambda *_: None, token_batch_size=1, verify=False)
+        stream_rows(
+            model, batch, [score_coefficients(batch)] * 2, lambda *_: None, passes=PassSettings(1, verify=False)
+        )
     assert layers > 0 and len(seen) == len(batch) * layers
     assert alive == [0] * len(batch), "a bucket's inputs outlive it"

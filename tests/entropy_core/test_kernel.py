@@ -13,6 +13,7 @@ from entropy_core.adamw import AdamWParameterState, split_adamw_update
 from entropy_core.entropy import ESTIMATORS
 from entropy_core.gradients import dot, entropy_gradient, per_sequence_gradients
 from entropy_core.kernel import compute_cross_fisher_kernel, compute_kernels
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_core.weighting import sequence_weights
 from tests.entropy_core.support import left_padded, right_padded
@@ -96,7 +97,7 @@ def test_the_smaller_sides_rows_are_stored(taken, monkeypatch) -> None:
 
     monkeypatch.setattr(kernel_module, "per_sequence_gradients", note)
     kernel = compute_cross_fisher_kernel(model, *sides, preconditioner)
-    rows = [flatten_rows(per_sequence_gradients(model, side, method="loop")) for side in sides]
+    rows = [flatten_rows(per_sequence_gradients(model, side, passes=PassSettings(method="loop"))) for side in sides]
     assert_close(kernel, fisher_kernel(*rows, flatten(preconditioner)), SINGLE, "[eval, train], whichever is stored")
     assert stored == [2] and kernel.is_contiguous()
 
@@ -125,7 +126,7 @@ def test_layout_and_bucket_size_change_nothing(name: str) -> None:
             left_padded(lists, 9),
             left_padded(lists, 5),
             preconditioner,
-            token_batch_size=token_batch_size,
+            passes=PassSettings(token_batch_size),
         )
         assert_close(actual.fisher, expected.fisher, SINGLE, "padding or buckets move rows of the kernel")
         assert_close(

@@ -14,6 +14,7 @@ from entropy_core import (
 )
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, dot
+from entropy_core.passes.settings import PassSettings
 
 
 def setting() -> tuple[LlamaForCausalLM, SequenceBatch]:
@@ -63,8 +64,10 @@ def test_rows_are_true_derivatives_and_those_of_the_step_keep_to_torchs_rule(met
     true = torch.stack([torch.autograd.grad(score(n), embedding.weight)[0] for n in range(2)])
     embedding.padding_idx = 0
     assert (true - trained).norm() > 0.01 * true.norm(), "this policy does not read its padding token"
-    torch.testing.assert_close(per_sequence_gradients(model, batch, method)[name], true)
-    torch.testing.assert_close(per_sequence_gradients(model, batch, method, as_trained=True)[name], trained)
+    torch.testing.assert_close(per_sequence_gradients(model, batch, passes=PassSettings(method=method))[name], true)
+    torch.testing.assert_close(
+        per_sequence_gradients(model, batch, passes=PassSettings(method=method), as_trained=True)[name], trained
+    )
     score = [score_coefficients(batch)]
     torch.testing.assert_close(batch_gradients(model, batch, score)[0][name], true.sum(0))
     torch.testing.assert_close(batch_gradients(model, batch, score, as_trained=True)[0][name], trained.sum(0))
@@ -80,10 +83,10 @@ def test_the_kernel_of_equal_sides_is_symmetric():
 
 def test_gradients_that_are_scaled_by_a_tokens_frequency_are_the_true_ones_all_the_same():
     model, batch = setting()
-    expected = per_sequence_gradients(model, batch, "loop")
+    expected = per_sequence_gradients(model, batch, passes=PassSettings(method="loop"))
     model.model.embed_tokens.scale_grad_by_freq = True
     for method in ("hooks", "loop"):
-        found = per_sequence_gradients(model, batch, method)
+        found = per_sequence_gradients(model, batch, passes=PassSettings(method=method))
         torch.testing.assert_close(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
     assert model.model.embed_tokens.scale_grad_by_freq
 

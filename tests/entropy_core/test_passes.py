@@ -14,6 +14,7 @@ from entropy_core import scores
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients
 from entropy_core.gradients import batch_gradients, gradient_rows, keeping, stream_rows
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import right_padded
 from tests.oracle.model_cases import CASES, random_sequences
@@ -60,9 +61,13 @@ def test_statistics_take_a_pass_only_where_graphs_do_not_show_them(
         assert again == sum(len(bucket.indices) for bucket in buckets[held:]), "a graph showed the statistics already"
 
     rows: dict[str, Tensor] = {n: torch.zeros_like(row) for n, row in expected_rows.items()}
-    once_or_twice(lambda: stream_rows(model, batch, coefficients, keeping([rows]), token_batch_size))
+    once_or_twice(
+        lambda: stream_rows(model, batch, coefficients, keeping([rows]), passes=PassSettings(token_batch_size))
+    )
     gradients: list[dict[str, Tensor]] = []
-    once_or_twice(lambda: gradients.extend(batch_gradients(model, batch, coefficients, token_batch_size)))
+    once_or_twice(
+        lambda: gradients.extend(batch_gradients(model, batch, coefficients, passes=PassSettings(token_batch_size)))
+    )
     for parameter, row in expected_rows.items():
         torch.testing.assert_close(
             rows[parameter], row, rtol=1e-9, atol=1e-11, msg=f"inputs of {parameter} are mixed up"

@@ -19,6 +19,7 @@ from entropy_core.fold_gradients import fold_gradients
 from entropy_core.gradients import entropy_gradient, gradient_rows
 from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes
 from entropy_core.scores import token_statistics
 from tests.entropy_core.policy_table import CASES, INSERT_POSITIONS, VOCABULARY, PolicyCase
@@ -111,7 +112,7 @@ def _measured(case: PolicyCase, dtype: torch.dtype) -> Measured:
     batch = SequenceBatch.from_sequences(prompts, completions, INDEX, pad_token_id=0)
     said: list[str] = []
     formation = RowFormation(announce=said.append)
-    rows = gradient_rows(model, batch, score_coefficients(batch), formation)
+    rows = gradient_rows(model, batch, score_coefficients(batch), passes=PassSettings(method=formation))
     assert len(said) == (formation.in_use == "loop")
     gradient = entropy_gradient(model, batch)
 

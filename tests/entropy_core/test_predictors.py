@@ -12,7 +12,6 @@ from entropy_core.predictors import (
     covariance_predictor,
     steer_predictor,
     steer_token_changes,
-    token_covariances,
 )
 
 RATE = 0.3
@@ -128,18 +127,14 @@ def test_pooling_contexts_adds_the_covariance_of_their_means(batch: tuple[Tensor
     assert pooled == pytest.approx(sum(own) / 2 - between, rel=1e-12)
 
 
-def test_token_covariances_by_hand_on_ragged_completions() -> None:
+def test_the_covariance_of_ragged_completions_by_hand() -> None:
     """Means are over tokens: the long completion counts three times, the short one once."""
     logprobs = torch.tensor([[9.0, -1.0, -2.0, -3.0], [-6.0, 9.0, 9.0, 9.0]])
     mask = torch.tensor([[False, True, True, True], [True, False, False, False]])
     advantages = torch.tensor([2.0, -2.0])
-    # mean log pi = -12/4 = -3, mean A = (2 + 2 + 2 - 2)/4 = 1
-    by_hand = torch.tensor([[0.0, 2.0, 1.0, 0.0], [9.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    found = token_covariances(logprobs, mask, advantages)
-    assert found.dtype == torch.float64
-    assert torch.equal(found, by_hand)
+    # mean log pi = -12/4 = -3, mean A = (2 + 2 + 2 - 2)/4 = 1: products 2 * 1, 1 * 1, 0 * 1 and -3 * -3
     predicted = covariance_predictor(logprobs, mask, advantages, 0.5, natural_gradient=True)
-    assert predicted == pytest.approx(-0.5 * 12 / 4)
+    assert predicted == pytest.approx(-0.5 * (2 + 1 + 0 + 9) / 4)
 
 
 def test_steer_is_the_change_from_the_sampled_logit_alone(
@@ -206,7 +201,6 @@ def test_no_advantage_moves_nothing(batch: tuple[Tensor, ...]) -> None:
     nothing = torch.zeros_like(advantages)
     assert covariance_predictor(logprobs, mask, nothing, RATE) == 0
     assert steer_predictor(logprobs, entropies, mask, nothing, RATE) == 0
-    assert not token_covariances(logprobs, mask, nothing).any()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from entropy_core.passes.logits import logprobs_and_entropies
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from tests.entropy_core.support import alone, left_padded, padded, right_padded
 from tests.oracle import brute_force
@@ -97,7 +98,10 @@ def test_padding_may_hold_any_number(case: ModelCase, pad_token: int) -> None:
 def test_statistics_do_not_depend_on_the_bucket_size(case: ModelCase, token_batch_size: int) -> None:
     batch = left_padded(random_sequences(case.vocabulary))
     model = case.make()
-    expected, actual = token_statistics(model, batch), token_statistics(model, batch, token_batch_size)
+    expected, actual = (
+        token_statistics(model, batch),
+        token_statistics(model, batch, passes=PassSettings(token_batch_size)),
+    )
     assert_close(actual.logprobs, expected.logprobs, 1e-12, "buckets scatter their tokens to the wrong rows")
     assert_close(actual.entropies, expected.entropies, 1e-12, "buckets scatter their tokens to the wrong rows")
 

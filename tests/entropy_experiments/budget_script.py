@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
@@ -57,11 +58,11 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     options = KernelOptions(**budgets, **places, save_gradients=case.get("save", False))
     weights = torch.linspace(-1, 1, n, dtype=torch.float64) / n
     more = KernelOptions(strategy="tiles", memory_budget=case["budget"] + 2**27)  # 128 MiB
-    tile = more.plan(model, EVALUATION, n, TOKEN_BATCH_SIZE).tile
+    tile = more.plan(model, EVALUATION, n, PassSettings(TOKEN_BATCH_SIZE)).tile
     before = most_memory()
     analyze_batches(
         model, optimizer, evaluation, train, weights,
-        AnalysisSettings(GIVEN_TOKENS, kernel=options, token_batch_size=TOKEN_BATCH_SIZE),
+        AnalysisSettings(GIVEN_TOKENS, kernel=options, passes=PassSettings(TOKEN_BATCH_SIZE)),
     )  # fmt: skip
     peak = most_memory()
     return {

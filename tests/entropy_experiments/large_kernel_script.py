@@ -15,6 +15,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.options import KernelOptions
 
@@ -35,15 +36,15 @@ def batch(count: int, seed: int) -> SequenceBatch:
 def main() -> None:
     torch.set_num_threads(1)
     model = policy()
-    plan = KernelOptions(memory_budget=BUDGET).plan(model, SEQUENCES, SEQUENCES, 256)
+    plan = KernelOptions(memory_budget=BUDGET).plan(model, SEQUENCES, SEQUENCES, PassSettings(256))
     train, evaluation = batch(2 * plan.tile, 1), batch(EVALUATION, 2)
-    engine = KernelEngine(model, train, plan, list(trainable_parameters(model)), token_batch_size=256)
+    engine = KernelEngine(model, train, plan, list(trainable_parameters(model)), passes=PassSettings(256))
     engine.prepare()
     engine.precondition(None)
     found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
     assert found is not None
     few = [0, plan.tile - 1, plan.tile, 2 * plan.tile - 1]
-    exact = compute_cross_fisher_kernel(model, evaluation.select([0, 1]), train.select(few), token_batch_size=256)
+    exact = compute_cross_fisher_kernel(model, evaluation.select([0, 1]), train.select(few), passes=PassSettings(256))
     print(
         json.dumps(
             {

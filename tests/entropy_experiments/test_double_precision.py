@@ -6,6 +6,7 @@ import torch
 from entropy_core.batch import SequenceBatch
 from entropy_core.gradients import per_sequence_gradients, trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.kernel.options import LOGIT_BYTES, pass_bytes
@@ -27,7 +28,7 @@ def test_adapters_and_base_are_loaded_in_float64_and_kernels_have_its_digits(tin
         pass_memory[dtype] = pass_bytes(model, 10**6) - LOGIT_BYTES
         kernels[dtype] = compute_cross_fisher_kernel(model, batch(0), batch(1)).double()
     assert pass_memory["float64"] == 2 * pass_memory["float32"], "plans count numbers of eight bytes"
-    rows, columns = (per_sequence_gradients(model, batch(seed), method="loop") for seed in (0, 1))
+    rows, columns = (per_sequence_gradients(model, batch(seed), passes=PassSettings(method="loop")) for seed in (0, 1))
     exact = sum(rows[name].flatten(1) @ columns[name].flatten(1).T for name in trainable_parameters(model))
     errors = {dtype: float((found - exact).norm() / exact.norm()) for dtype, found in kernels.items()}
     assert errors["float64"] < 2e-7 < errors["float32"] < 1e-4

@@ -94,13 +94,13 @@ def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_path, monkeypatch, keep_going):
     """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
-    original = kernel_engine.contract_rows
+    original = kernel_engine.inner_products
 
     def doubled(model, batch, objectives, sets, *rest, **options):
         twice = [{n: 2 * c for n, c in columns.items()} for columns in sets]
         return original(model, batch, objectives, twice, *rest, **options)
 
-    monkeypatch.setattr(kernel_engine, "contract_rows", doubled)
+    monkeypatch.setattr(kernel_engine, "inner_products", doubled)
     target = tmp_path / "checked"
     if not keep_going:
         with pytest.raises(UserError, match="self-check failed"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import emptied, keeping, stream_rows, trainable_parameters
-from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.store.fingerprint import store_fingerprint
 from entropy_experiments.kernel.store.layout import RowKind
 from entropy_experiments.kernel.store.store import GradientStore
@@ -44,20 +44,19 @@ def store_rows(
     *,
     storage: str,
     shard_rows: int,
-    token_batch_size: int,
+    passes: PassSettings,
     processes: Processes | None = None,
     formed: Mapping[str, Tensor] | None = None,
-    formation: RowFormation | None = None,
     reporter: Reporter = SILENT,
 ) -> list[GradientStore]:
     """Rows of `batch` over the trainable parameters, one store for each of `wanted`; finished shards are kept as they are.
 
     storage: their precision. shard_rows: sequences in a shard. processes: who share the shards, each calling this. formed:
-    name -> (N, *shape), the rows themselves where only one kind is wanted and they are at hand. formation: how rows are formed;
+    name -> (N, *shape), the rows themselves where only one kind is wanted and they are at hand. passes: how rows are formed;
     a store does not depend on it (the same numbers to rounding).
     Raises UserError as `GradientStore.resume` and `write_shard` do.
     """
-    processes, formation = processes or Processes(), formation or RowFormation()
+    processes, passes = processes or Processes(), passes.remembering()
     shapes = {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
     stores = []
     for one in wanted:
@@ -71,7 +70,7 @@ def store_rows(
         if formed is not None:
             found = [{name: kept[span.start : span.stop] for name, kept in formed.items()}]
         else:
-            found = _rows(model, batch, list(span), wanted, token_batch_size, formation)
+            found = _rows(model, batch, list(span), wanted, passes)
         for one, store, unfinished, rows in zip(wanted, stores, missing, found, strict=True):
             if number in unfinished:
                 store.write_shard(number, {name: part.to(batch.device) for name, part in rows.items()})
@@ -87,8 +86,7 @@ def _rows(
     batch: SequenceBatch,
     span: list[int],
     wanted: Sequence[StoredRows],
-    token_batch_size: int,
-    formation: RowFormation,
+    passes: PassSettings,
 ) -> list[dict[str, Tensor]]:
     """For every kind name -> (len(span), *shape): all kinds even where one is finished, so that bytes never differ."""
     parameters = trainable_parameters(model)
@@ -96,8 +94,5 @@ def _rows(
         {name: torch.zeros((len(span), *p.shape), device=p.device) for name, p in parameters.items()} for _ in wanted
     ]
     objectives = [TokenCoefficients(w.coefficients.entropy[span], w.coefficients.logprob[span]) for w in wanted]
-    stream_rows(
-        model, batch.select(span), objectives, keeping(rows), token_batch_size,
-        method=formation, restart=lambda: emptied(rows),
-    )  # fmt: skip
+    stream_rows(model, batch.select(span), objectives, keeping(rows), passes, restart=lambda: emptied(rows))
     return rows

@@ -19,6 +19,7 @@ from entropy_core.passes import lora as adapter_layers
 from entropy_core.passes import shared_tokens as repeated_tokens
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.lora import _AdaptedLinear, plain_adapter
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_tokens import repeated_tokens_once
 from entropy_core.passes.token_plan import TokenPlan
 from tests.entropy_core.support import right_padded
@@ -86,13 +87,13 @@ def test_derivatives_are_those_of_the_formula(bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_pass_calls_no_adapter_and_has_the_ordinary_gradients(name: str, dtype: torch.dtype, monkeypatch) -> None:
     model, batch = BY_NAME[name].make(torch.float64), right_padded(random_sequences(VOCABULARY))
-    expected = flatten_rows(per_sequence_gradients(model, batch, method="loop"))
+    expected = flatten_rows(per_sequence_gradients(model, batch, passes=PassSettings(method="loop")))
     model.to(dtype)
     assert len(adapters(model)) == 14 and all(plain_adapter(layer) for layer in adapters(model))
     calls = Calls().watch(monkeypatch)
 
     def errors() -> list[float]:
-        rows = flatten_rows(per_sequence_gradients(model, batch, verify=dtype != torch.bfloat16))
+        rows = flatten_rows(per_sequence_gradients(model, batch, passes=PassSettings(verify=dtype != torch.bfloat16)))
         gradient = batch_gradients(model, batch, [score_coefficients(batch)])[0]
         whole = flatten_rows({name: g[None] for name, g in gradient.items()})[0]
         return [relative_error(rows, expected), relative_error(whole, expected.sum(0))]
@@ -108,7 +109,7 @@ def test_a_pass_calls_no_adapter_and_has_the_ordinary_gradients(name: str, dtype
 
 def test_rows_of_one_factor_alone() -> None:
     model, batch = BY_NAME["llama_tied_lora"].make(), right_padded(random_sequences(VOCABULARY))
-    expected = per_sequence_gradients(model, batch, method="loop")
+    expected = per_sequence_gradients(model, batch, passes=PassSettings(method="loop"))
     for factor, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
         for name, p in model.named_parameters():
             p.requires_grad_(factor in name)
@@ -198,7 +199,9 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch) -> None:
     rows = flatten_rows(per_sequence_gradients(model, batch))
     assert not any(plain_adapter(layer) for layer in adapters(model)), "it is not remembered"
     monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
-    assert_close(rows, flatten_rows(per_sequence_gradients(model, batch, method="loop")), 1e-9, "rows")
+    assert_close(
+        rows, flatten_rows(per_sequence_gradients(model, batch, passes=PassSettings(method="loop"))), 1e-9, "rows"
+    )
 
 
 class Twice(nn.Module):

@@ -21,6 +21,7 @@ from entropy_core.gradients import gradient_rows
 from entropy_core.passes import shared_tokens as repeated_tokens
 from entropy_core.passes import token_plan
 from entropy_core.passes.frozen_head import completion_values
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_tokens import repeated_tokens_once
 from entropy_core.passes.token_plan import TokenPlan
 from entropy_core.scores import token_statistics
@@ -98,12 +99,12 @@ def test_rows_are_those_of_one_sequence_at_a_time(
     if kind == "entropy":
         coefficients = entropy_coefficients(token_statistics(model, batch), batch, "rao_blackwell")
     with ForwardProducts(model) as products:
-        found = gradient_rows(model, batch, coefficients, verify=False)
+        found = gradient_rows(model, batch, coefficients, passes=PassSettings(verify=False))
     inside = len(frozen_layers(model)) - 1  # the output layer sees completion tokens alone
     assert products.tokens[:-2] == [distinct_beginnings(batch)] * inside
     assert distinct_beginnings(batch) < 0.5 * batch.input_ids.numel()
     pass_the_ordinary_way(monkeypatch)
-    expected = gradient_rows(model, batch, coefficients, method="loop")
+    expected = gradient_rows(model, batch, coefficients, passes=PassSettings(method="loop"))
     for name, rows in expected.items():
         torch.testing.assert_close(found[name], rows, rtol=1e-9, atol=1e-11)
 
@@ -261,6 +262,8 @@ def test_coefficients_of_zero_leave_no_trace(narrow_layers: None) -> None:
     model, batch = adapted_llama(), shared_batch()
     c = score_coefficients(batch)
     weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])[:, None]
-    rows = gradient_rows(model, batch, TokenCoefficients(c.entropy, c.logprob * weights), verify=False)
+    rows = gradient_rows(
+        model, batch, TokenCoefficients(c.entropy, c.logprob * weights), passes=PassSettings(verify=False)
+    )
     for row in rows.values():
         assert not row[[1, 3]].any() and row[[0, 2, 4, 5]].flatten(1).any(1).all()

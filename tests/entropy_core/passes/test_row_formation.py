@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import gradient_rows, keeping, per_sequence_gradients, stream_rows, trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError, SlowRowsWarning
+from entropy_core.passes.settings import PassSettings
 from tests.entropy_core.support import right_padded
 from tests.oracle import brute_force
 from tests.oracle.comparison import assert_close, assert_named_close
@@ -82,7 +82,7 @@ def test_the_loop_takes_over_whenever_hooks_fail(kind: str, token_batch_size: in
     with pytest.warns(
         SlowRowsWarning, match=r"one backward pass per sequence instead: about 6 passes in place of \d"
     ) as said:
-        found = per_sequence_gradients(model, right_padded(tokens), token_batch_size=token_batch_size)
+        found = per_sequence_gradients(model, right_padded(tokens), passes=PassSettings(token_batch_size))
     assert len([w for w in said if w.category is SlowRowsWarning]) == 1
     assert_named_close(found, reference(model, tokens), 1e-12, "rows of two attempts are mixed")
     assert "'inner.weight'" in str(said[0].message) and "'inner' (Linear)" in str(said[0].message)
@@ -119,9 +119,9 @@ def test_a_parameter_without_gradient_in_the_first_bucket_is_checked_later() -> 
     model, tokens = Policy("one token"), lists(rare=4)
     batch = right_padded(tokens)
     with pytest.raises(RowsNotFormedError, match=r"rare\.weight"):
-        per_sequence_gradients(model, batch, "hooks", token_batch_size=1)
+        per_sequence_gradients(model, batch, passes=PassSettings(1, "hooks"))
     with pytest.warns(SlowRowsWarning, match=r"rare\.weight"):
-        found = per_sequence_gradients(model, batch, token_batch_size=1)
+        found = per_sequence_gradients(model, batch, passes=PassSettings(1))
     assert_named_close(found, reference(model, tokens), 1e-12, "the rare token's parameter is missing")
 
 
@@ -135,14 +135,14 @@ def test_a_small_gradient_that_is_missing_is_noticed() -> None:
     share = float(whole["rare.weight"].norm() / flatten_rows(whole).norm())
     assert 2e-5 < share < 1e-4, share
     with pytest.raises(RowsNotFormedError, match=r"rare\.weight"):
-        per_sequence_gradients(model, right_padded(tokens), "hooks")
+        per_sequence_gradients(model, right_padded(tokens), passes=PassSettings(method="hooks"))
 
 
 def test_outputs_that_the_model_overwrites_are_copied() -> None:
     model, tokens = Policy("overwritten"), lists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = per_sequence_gradients(model, right_padded(tokens), "hooks")
+        found = per_sequence_gradients(model, right_padded(tokens), passes=PassSettings(method="hooks"))
     assert_named_close(found, reference(model, tokens), 1e-12, "taps see what was overwritten")
 
 
@@ -150,7 +150,7 @@ def test_a_model_that_mixes_sequences_is_passed_one_by_one() -> None:
     """Its rows add up, but to the gradient of another function: each sequence's own is that of it alone."""
     model, tokens = Policy("mixes"), lists()
     with pytest.raises(RowsNotFormedError, match="mixes sequences.*token_batch_size=1"):
-        per_sequence_gradients(model, right_padded(tokens), "hooks")
+        per_sequence_gradients(model, right_padded(tokens), passes=PassSettings(method="hooks"))
     with pytest.warns(SlowRowsWarning):
         found = per_sequence_gradients(model, right_padded(tokens))
     assert_named_close(found, reference(model, tokens), 1e-12, "rows depend on their neighbours")
@@ -166,11 +166,11 @@ def test_a_sink_that_cannot_be_emptied_is_never_fed_twice() -> None:
     batch = right_padded(lists())
     score = [score_coefficients(batch)]
     with pytest.warns(SlowRowsWarning):
-        stream_rows(Policy("always"), batch, score, sink, token_batch_size=1)
+        stream_rows(Policy("always"), batch, score, sink, passes=PassSettings(1))
     assert sorted(seen) == list(range(len(LENGTHS)))
     for kind in ("where it is long", "flattened where it is long"):
-        with pytest.raises(RowsNotFormedError, match=r"method='loop' .*entropy_analysis\.fisher_kernel\.method=loop"):
-            stream_rows(Policy(kind), batch, score, sink, token_batch_size=1)
+        with pytest.raises(RowsNotFormedError, match=r"method='loop'\) .*entropy_analysis\.fisher_kernel\.method=loop"):
+            stream_rows(Policy(kind), batch, score, sink, passes=PassSettings(1))
 
 
 def test_what_was_learnt_of_a_model_holds_for_later_calls() -> None:
@@ -178,7 +178,7 @@ def test_what_was_learnt_of_a_model_holds_for_later_calls() -> None:
     formation = RowFormation(announce=said.append, cost=lambda: (70, 8))
     model, batch = Policy("always"), right_padded(lists())
     for _ in range(2):
-        gradient_rows(model, batch, score_coefficients(batch), formation)
+        gradient_rows(model, batch, score_coefficients(batch), passes=PassSettings(method=formation))
     assert formation.in_use == "loop" and formation.to_json()["reason"] in said[0]
     assert len(said) == 1 and said[0].endswith("about 70 passes in place of 8")
 
@@ -188,7 +188,7 @@ def test_a_kernel_by_the_loop_is_the_kernel() -> None:
     batch = right_padded(tokens)
     rows = flatten_rows(reference(model, tokens))
     with pytest.warns(SlowRowsWarning):
-        kernel = compute_cross_fisher_kernel(model, batch, batch.select([1, 4]), token_batch_size=20)
+        kernel = compute_cross_fisher_kernel(model, batch, batch.select([1, 4]), passes=PassSettings(20))
     assert_close(kernel, fisher_kernel(rows, rows[[1, 4]]), 1e-6, "kernel")
 
 
@@ -210,10 +210,11 @@ def test_less_than_float32_is_refused_and_not_looped_over() -> None:
             per_sequence_gradients(model, batch)
 
 
-def test_unknown_methods_are_refused() -> None:
-    batch = SequenceBatch.from_sequences([[1]], [[2]], [0], 0)
+def test_unknown_methods_and_empty_passes_are_refused() -> None:
+    with pytest.raises(ValueError, match="token_batch_size must be at least 1, not 0"):
+        PassSettings(0)
     with pytest.raises(ValueError, match="auto"):
-        per_sequence_gradients(Policy("fine"), batch, "vmap")  # pyright: ignore[reportArgumentType]
+        PassSettings(method="vmap")  # pyright: ignore[reportArgumentType]
 
 
 def test_random_sequences_need_no_loop() -> None:

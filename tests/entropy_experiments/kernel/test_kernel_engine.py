@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entropy_core.entropy import score_coefficients
 from entropy_core.kernel import compute_cross_fisher_kernel
+from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, fixed_bytes, plan_kernel
@@ -56,7 +57,7 @@ def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = 
     model, train, evaluation, p = world()
     names = list(p)
     engine = KernelEngine(
-        model, train, plan, names, token_batch_size=64, processes=processes,
+        model, train, plan, names, passes=PassSettings(64), processes=processes,
         workspace=None if folder is None else KernelWorkspace(folder / "work"),
         store_folder=None if folder is None else folder / "gradients",
         reporter=Pausing(pause),
@@ -198,7 +199,7 @@ def test_rows_of_chosen_modules(tmp_path: Path) -> None:
     model, train, evaluation, p = world()
     names = chosen_parameters(model, ["*q_proj*"])
     assert names and len(names) < len(p)
-    engine = KernelEngine(model, train, PLANS["memory"], names, token_batch_size=64)
+    engine = KernelEngine(model, train, PLANS["memory"], names, passes=PassSettings(64))
     engine.prepare()
     engine.precondition(p)
     found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
@@ -216,7 +217,7 @@ def test_rows_of_chosen_modules(tmp_path: Path) -> None:
 
 def test_rows_kept_and_rows_formed_anew_answer_alike() -> None:
     model, train, _, p = world()
-    engine = KernelEngine(model, train, PLANS["memory"], list(p), token_batch_size=64)
+    engine = KernelEngine(model, train, PLANS["memory"], list(p), passes=PassSettings(64))
     engine.prepare()
     assert engine.columns is not None
     weights = torch.linspace(-1, 1, len(train), dtype=torch.float64)

@@ -15,6 +15,7 @@ from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
 from entropy_core.passes import frozen_head as output_head
 from entropy_core.passes.row_formation import RowFormation
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.kernel.store import row_storage
 from entropy_experiments.kernel.store.row_storage import StoredRows, store_rows
@@ -42,7 +43,9 @@ def kinds(folder: Path, coefficients) -> list[StoredRows]:
 def both(folder: Path, case=MODELS[0], processes: Processes | None = None) -> list[GradientStore]:
     model, batch, coefficients = world(case)
     wanted = kinds(folder, coefficients)
-    return store_rows(model, batch, wanted, storage="float32", shard_rows=4, token_batch_size=64, processes=processes)
+    return store_rows(
+        model, batch, wanted, storage="float32", shard_rows=4, passes=PassSettings(64), processes=processes
+    )
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
@@ -51,12 +54,12 @@ def test_bytes_are_those_of_each_kind_alone(case, tmp_path: Path) -> None:
     for store in both(tmp_path / "together", case):
         kind = store.layout.kind
         wanted = kinds(tmp_path / "alone", {kind: coefficients[kind]})
-        alone = store_rows(model, batch, wanted, storage="float32", shard_rows=4, token_batch_size=64)[0]
+        alone = store_rows(model, batch, wanted, storage="float32", shard_rows=4, passes=PassSettings(64))[0]
         assert content(store.folder) == content(alone.folder), kind
         some = range(4, 8)  # the second shard, formed by the function that forms rows of one kind
         c = coefficients[kind]
         chosen = type(c)(c.entropy[list(some)], c.logprob[list(some)])
-        rows = gradient_rows(model, batch.select(list(some)), chosen, token_batch_size=64)
+        rows = gradient_rows(model, batch.select(list(some)), chosen, passes=PassSettings(64))
         for name, part in store.shard(1).items():
             assert torch.equal(part, rows[name]), f"{kind} rows of {name}"
 
@@ -69,7 +72,7 @@ def test_the_model_is_passed_once_for_both_kinds(tmp_path: Path, monkeypatch: py
         output_head, "_one_pass", lambda m, b, *rest: (seen.append(len(b.indices)), one_pass(m, b, *rest))[1]
     )
     unchecked = RowFormation("hooks", verify=False)
-    arguments = {"storage": "float32", "shard_rows": 4, "token_batch_size": 64, "formation": unchecked}
+    arguments = {"storage": "float32", "shard_rows": 4, "passes": PassSettings(64, unchecked)}
     store_rows(model, batch, kinds(tmp_path, coefficients), **arguments)
     assert sum(seen) == len(batch)
     seen.clear()
@@ -117,7 +120,7 @@ def test_killed_between_the_kinds_and_resumed(tmp_path: Path, monkeypatch: pytes
         lambda self, number, rows: (written.append((self.layout.kind, number)), write(self, number, rows))[1],
     )
     wanted = kinds(tmp_path / "killed", coefficients)
-    stores = store_rows(model, batch, wanted, storage="float32", shard_rows=4, token_batch_size=64)
+    stores = store_rows(model, batch, wanted, storage="float32", shard_rows=4, passes=PassSettings(64))
     assert written[3:5] == [("entropy", 1), ("score", 2)] and len(set(written)) == len(written) == 12
     assert [content(store.folder) for store in stores] == expected
 

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from entropy_core import directional
 from entropy_core.batch import SequenceBatch
 from entropy_core.gradients import per_sequence_gradients, trainable_parameters
+from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.checkpoint_loader import _attach_adapter
 from entropy_experiments.checkpoints.offloading import read_again_in_backward
@@ -82,7 +83,12 @@ def batch(count: int, seed: int) -> SequenceBatch:
 def analyse(model: torch.nn.Module, **options: object) -> FisherComputation:
     kernel = KernelOptions(**options)
     return analyze_batches(
-        model, optimizer(model), batch(6, 3), batch(4, 4), WEIGHTS, AnalysisSettings(token_batch_size=40, kernel=kernel)
+        model,
+        optimizer(model),
+        batch(6, 3),
+        batch(4, 4),
+        WEIGHTS,
+        AnalysisSettings(passes=PassSettings(40), kernel=kernel),
     )
 
 
@@ -96,8 +102,8 @@ def comparable(monkeypatch):
     """Made-up moments are recognised by nobody; and the second device has no forward mode: it is torch's own affair."""
     monkeypatch.setattr(training_side, "check_optimizer", lambda *_: [])
 
-    def central(model, part, direction, _parameters, token_batch_size):
-        return directional._central_difference(model, part, direction, token_batch_size)
+    def central(model, part, direction, _parameters, passes):
+        return directional._central_difference(model, part, direction, passes)
 
     monkeypatch.setattr(directional, "_forward_mode", central)
 
@@ -133,10 +139,10 @@ def test_an_analysis_over_two_devices(adapter, tmp_path, comparable, modules, st
 @pytest.mark.parametrize("modules", [SECOND_LAYER, SECOND_HALF, HEAD_ALONE])
 def test_rows_of_all_weights_over_two_devices(modules):
     """Embeddings, norms and a trained output layer: their modules get what lay on another device a moment before."""
-    expected = per_sequence_gradients(base(), batch(4, 3), token_batch_size=40)
+    expected = per_sequence_gradients(base(), batch(4, 3), passes=PassSettings(40))
     with second_device():
         found = per_sequence_gradients(
-            dispatch_model(base(), modules, main_device=NEAR), batch(4, 3), token_batch_size=40
+            dispatch_model(base(), modules, main_device=NEAR), batch(4, 3), passes=PassSettings(40)
         )
     for name, rows in expected.items():
         assert relative_error(found[name].to("cpu"), rows) <= 1e-5, name

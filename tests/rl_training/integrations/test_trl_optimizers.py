@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entropy_core.gradients import entropy_rows
+from entropy_core.passes.settings import PassSettings
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
@@ -48,7 +49,7 @@ def test_any_optimizer_is_predicted_along_the_step_it_takes(tiny_policy, tmp_pat
     observe, after = probe.observe, probe.after_step
 
     def watching(batch, *rest):
-        rows = entropy_rows(model, batch, "split", method="loop")
+        rows = entropy_rows(model, batch, "split", passes=PassSettings(method="loop"))
         kept["gradient"] = {n: r.double().mean(0) for n, r in rows.items()}
         kept["before"] = {n: p.detach().double() for n, p in model.named_parameters()}
         return observe(batch, *rest)
