@@ -260,11 +260,10 @@ def _measured_step(
     """The step's numbers with the measured changes, where they are wanted; the check of their slope is added to `checks`."""
     measured = ()
     if settings.measure:
-        size = settings.passes
-        measured = measure_scales(model, side, training.taken, settings.step_scales, size, reporter)
+        measured = measure_scales(model, side, training.taken, settings.step_scales, settings.passes, reporter)
         reporter.stage("checking the slope")
         predicted = predictions.per_token[settings.estimand.derivative]["total"]
         before = measured[0].fixed_prefix.before
-        checks.append(check_slope(model, side, training.taken, predicted, before, size))
+        checks.append(check_slope(model, side, training.taken, predicted, before, settings.passes))
     norm, clip = training.gradient_norm or 0.0, training.clip or 0.0
     return StepNumbers(predictions, attribution, headline, measured, norm, clip)
