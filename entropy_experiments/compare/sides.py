@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from entropy_experiments.records.preconditioner_labels import preconditioner_labels
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import as_number, lookup, plain
+from entropy_experiments.text.numbers import as_number, plain
 from rl_training.errors import UserError
 
 LETTERS = "ABCDEFGH"
@@ -50,9 +49,9 @@ class Side:
         return f"{self.letter}: {self.name}"
 
 
-def step_of(results: ResultsFolder) -> float | None:
+def step_of(results: ResultsFolder) -> int:
     """The training step of the checkpoint that was analysed."""
-    return as_number(lookup(results.raw, "checkpoint", "step"))
+    return results.summary.checkpoint.step
 
 
 def open_sides(paths: Sequence[Path | str]) -> list[Side]:
@@ -140,7 +139,7 @@ def _open_sweep(path: Path) -> list[Side]:
         told = (
             (f"Not in the comparison, because the sweep has no results of it: {', '.join(failed)}.",) if failed else ()
         )
-        points.sort(key=lambda results: step_of(results) or 0.0)
+        points.sort(key=step_of)
         sides.append(Side("", one_line(run, 60), path, "sweep", tuple(points), told))
     if len(sides) == 1:
         sides = [replace(sides[0], name="")]
@@ -158,32 +157,24 @@ def _inside(path: Path, folder: str) -> Path:
 def _refuse_other_quantities(sides: list[Side]) -> None:
     first = sides[0]
     for other in sides[1:]:
-        drawn = [lookup(side.first.raw, "rows_drawn") is not False for side in (first, other)]
+        drawn = [side.first.summary.rows_drawn for side in (first, other)]
         if drawn[0] != drawn[1]:
             given = other if drawn[0] else first
             raise UserError(
                 f"{given.path} was analysed on given texts and the other folder on texts drawn from the policy: changes of "
                 "entropy on given texts are another quantity and cannot be compared"
             )
-        tokenizers = [lookup(side.first.raw, "policy", "tokenizer") for side in (first, other)]
-        models = [lookup(side.first.raw, "checkpoint", "model") for side in (first, other)]
-        if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        tokenizers = [side.first.summary.policy.tokenizer for side in (first, other)]
+        if tokenizers[0] != tokenizers[1]:
+            models = [side.first.summary.checkpoint.model for side in (first, other)]
             raise UserError(
                 f"{first.path} and {other.path} have different tokenizers (models {_said(models)}): entropies per token are "
                 "then different quantities and cannot be compared"
-            )
-        if None in tokenizers and models[0] != models[1]:
-            raise UserError(
-                f"{first.path} and {other.path} have different base models ({_said(models)}), and at least one does not say "
-                "which tokenizer it has: analyse both again with this version to compare them"
             )
 
 
 def _said(values: Sequence[object]) -> str:
     return " and ".join(one_line(str(value), 80) for value in values)
-
-
-_LAW = {"temperature": "temperature", "max_completion_length": "longest completion"}
 
 
 def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]:
@@ -195,27 +186,25 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
             return None
         return ", ".join(f"{side.letter} {_shown(value)}" for side, value in zip(sides, values, strict=True))
 
-    models = differing([lookup(point.raw, "checkpoint", "model") for point in points])
+    models = differing([point.summary.checkpoint.model for point in points])
     if models:
         found.append(f"Different models with the same tokenizer: {models}.")
-    for key, name in _LAW.items():
-        values = [lookup(point.raw, "policy", "law", key) for point in points]
-        if None in values and any(value is not None for value in values):
-            unknown = ", ".join(s.letter for s, value in zip(sides, values, strict=True) if value is None)
-            found.append(
-                f"Not recorded for {unknown}: {name}. If it differs, the policies follow different sampling laws."
-            )
-        elif None not in values and (law := differing(values)):
+    laws = [point.summary.policy.law for point in points]
+    for name, values in (
+        ("temperature", [law.temperature for law in laws]),
+        ("longest completion", [law.max_completion_length for law in laws]),
+    ):
+        if law := differing(values):
             found.append(
                 f"Another sampling law, {name}: {law}. Each entropy is of its own law, so part of a difference may be the law's."
             )
     steps = differing([step_of(point) for point in points])
     if steps:
         found.append(f"Checkpoints of different training steps: {steps}.")
-    tasks = differing([lookup(point.raw, "policy", "task") for point in points])
-    if tasks and None not in [lookup(point.raw, "policy", "task") for point in points]:
+    tasks = differing([point.summary.policy.task for point in points])
+    if tasks:
         found.append(f"Different tasks: {tasks}.")
-    clean = [preconditioner_labels(point.raw)[1] == "none" for point in points]
+    clean = [point.summary.attribution.kernel_preconditioner == "none" for point in points]
     if any(clean) and not all(clean):
         plain_steps = ", ".join(side.letter for side, is_plain in zip(sides, clean, strict=True) if is_plain)
         found.append(f"The analysed step of {plain_steps} is a plain gradient step, that of the others AdamW's.")

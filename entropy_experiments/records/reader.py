@@ -19,34 +19,34 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from entropy_experiments.records.history_rows import HistoryRow
-from entropy_experiments.records.record import REMEDY, validated
+from entropy_experiments.records.record import REMEDY, json_of, validated
 from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
-from entropy_experiments.statistics.paired_differences import agreements_of_folder
 from rl_training.errors import UserError
 
-_REQUIRED_COLUMNS = (
+_COLUMNS = (
     "buffer",
     "row",
     "prompt_index",
     "prompt",
     "completion",
     "length",
+    "truncated",
     "reward",
     "advantage",
-    "delta_h",
-)
-_OPTIONAL_COLUMNS = (
-    "truncated",
+    "weight",
     "score",
     "entropy_sum",
-    "weight",
+    "delta_h",
     "delta_h_horizon",
     "delta_h_lost",
     "effect_of_leaving_out",
+    "token_texts",
+    "token_shares",
+    "logprobs",
+    "entropies",
 )
-# One entry a completion token. Folders of format 1 have neither token_texts nor token_shares.
-_TOKEN_COLUMNS = ("token_texts", "token_shares", "logprobs", "entropies")
+"""Of sequences.parquet, those that readers use. The last four have one entry a completion token."""
 _KERNELS = ("fisher", "entropy_fisher")
 _TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 
@@ -55,36 +55,34 @@ _TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 class ResultsFolder:
     """The content of one results folder.
 
-    ``evaluation`` and ``training`` are the rows of sequences.parquet in the order of the kernel's axes; of the
-    per-token columns, those that the folder's format has (``token_texts``, ``token_shares``, ``logprobs``,
-    ``entropies``: lists, one entry a completion token, or None). ``kernels`` maps "fisher" and "entropy_fisher"
-    to (n_eval, n_train) float arrays, "train_fisher" and "train_entropy_fisher" to (n_train, n_train) ones; what
-    was not computed is absent. ``summary``, ``run`` and ``history`` are the typed records of the JSON files (docs/guides/
-    results-format.md); ``raw...`` the same as plain data, until every reader takes the records.
+    ``summary``, ``run`` and ``history`` are the records of the JSON files (docs/guides/results-format.md). ``evaluation`` and
+    ``training`` are the rows of sequences.parquet in the order of the kernel's axes. ``kernels`` maps "fisher" and
+    "entropy_fisher" to (n_eval, n_train) float arrays, "train_fisher" and "train_entropy_fisher" to (n_train, n_train) ones;
+    what was not computed is absent.
     """
 
     path: Path
-    raw_run: dict[str, Any]
-    raw: dict[str, Any]
-    raw_history: list[dict[str, Any]]
+    run: RunRecord
+    summary: Summary
+    history: list[HistoryRow]
     evaluation: list[dict[str, Any]]
     training: list[dict[str, Any]]
     kernels: dict[str, np.ndarray]
 
     @cached_property
-    def summary(self) -> Summary:
-        """summary.json. Raises UserError naming the first field that is not of this format."""
-        return validated(Summary, self.raw, self.path / "summary.json")
+    def raw(self) -> dict[str, Any]:
+        """`summary` as plain data, for readers that do not take the record yet."""
+        return json_of(self.summary)
 
     @cached_property
-    def run(self) -> RunRecord:
-        """run.json. Raises UserError naming the first field that is not of this format."""
-        return validated(RunRecord, self.raw_run, self.path / "run.json")
+    def raw_run(self) -> dict[str, Any]:
+        """`run` as plain data, for readers that do not take the record yet."""
+        return json_of(self.run)
 
     @cached_property
-    def history(self) -> list[HistoryRow]:
-        """training_history.json. Raises UserError naming the first field that is not of this format."""
-        return validated(list[HistoryRow], self.raw_history, self.path / "training_history.json")
+    def raw_history(self) -> list[dict[str, Any]]:
+        """`history` as plain data, for readers that do not take the record yet."""
+        return json_of(self.history)
 
 
 def _read_json(path: Path, kind: type) -> Any:
@@ -111,11 +109,10 @@ def _read_json(path: Path, kind: type) -> Any:
 def _read_sequences(path: Path) -> list[dict[str, Any]]:
     try:
         names = pq.read_schema(path).names
-        missing = [name for name in _REQUIRED_COLUMNS if name not in names]
+        missing = [name for name in _COLUMNS if name not in names]
         if missing:
             raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {REMEDY}")
-        wanted = [name for name in _REQUIRED_COLUMNS + _OPTIONAL_COLUMNS + _TOKEN_COLUMNS if name in names]
-        return pq.read_table(path, columns=wanted).to_pylist()
+        return pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file ({_first_line(error)}): {REMEDY}") from error
 
@@ -163,18 +160,26 @@ def _refuse_other_formats(path: Path, summary: dict[str, Any]) -> None:
         raise UserError(f"{path}: format_version is {str(version)[:40]!r}, not a whole number from 1: {REMEDY}")
     if version > RESULTS_FORMAT:
         raise UserError(
-            f"{path} has results format {version}, and this version of entropy-experiments reads up to {RESULTS_FORMAT}: upgrade "
+            f"{path} has results format {version}, and this version of entropy-experiments reads {RESULTS_FORMAT}: upgrade "
             "entropy-experiments, or analyse the checkpoint again with this version"
         )
+    if version < RESULTS_FORMAT:
+        raise UserError(f"{path} is of an older version of entropy-experiments (results format {version}): {REMEDY}")
 
 
 def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFolder:
-    """Read and check the results folder at ``path``; one still being written only where ``unfinished`` is set.
+    """Read and check a results folder.
 
-    Raises
-    ------
-    rl_training.errors.UserError: no such folder, an unfinished one (``….part``), a missing or broken file,
-        or files that contradict each other.
+    Args:
+        path: The folder.
+        unfinished: Whether one that is still being written (``....part``) may be read.
+
+    Returns:
+        Its whole content, every field of it validated.
+
+    Raises:
+        UserError: No such folder, an unfinished one, a missing or broken file, a field that is not of this format, another
+            format, or files that contradict each other.
     """
     path = Path(path)
     if not path.is_dir():
@@ -187,14 +192,12 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
         raise UserError(f"{path} is not the results folder of an analysis: it has none of {', '.join(needed)}")
     if missing:
         raise UserError(f"{path} is incomplete, {', '.join(missing)} is missing: {REMEDY}")
-    summary = _read_json(path / "summary.json", dict)
-    _refuse_other_formats(path / "summary.json", summary)
-    if "agreement" not in summary:  # folders written before it was decided by the error of the difference
-        summary["agreement"] = agreements_of_folder(path, summary)
-    run = _read_json(path / "run.json", dict)
-    history = _read_json(path / "training_history.json", list)
-    if not all(isinstance(entry, dict) for entry in history):
-        raise UserError(f"{path / 'training_history.json'} must be a list of objects, one a training step: {REMEDY}")
+    content = _read_json(path / "summary.json", dict)
+    _refuse_other_formats(path / "summary.json", content)
+    summary = validated(Summary, content, path / "summary.json")
+    run = validated(RunRecord, _read_json(path / "run.json", dict), path / "run.json")
+    history_path = path / "training_history.json"
+    history = validated(list[HistoryRow], _read_json(history_path, list), history_path)
     sequences = path / "sequences.parquet"
     rows = _read_sequences(sequences)
     evaluation, training = _buffer(sequences, rows, "evaluation"), _buffer(sequences, rows, "training")
@@ -202,6 +205,6 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
     kernels: dict[str, np.ndarray] = {}
     if kernel_path.is_file():
         kernels = _read_kernels(kernel_path, len(evaluation), len(training))
-    elif summary.get("kernel"):
+    elif summary.kernel is not None:
         raise UserError(f"{path} is incomplete, kernel.safetensors is missing: {REMEDY}")
     return ResultsFolder(path, run, summary, history, evaluation, training, kernels)

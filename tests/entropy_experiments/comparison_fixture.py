@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.entropy_experiments.results_fixture import build_results
+from tests.entropy_experiments.whole_summary import estimate
 
 PARTS = ("total", "batch", "momentum", "weight_decay")
 
@@ -35,20 +36,9 @@ def add_prompt_values(folder: Path, effects: dict[str, np.ndarray], order: np.nd
         node = summary
         for key in path:
             node = node.setdefault(key, {})
-        node[last] = dict(node.get(last) or {}, value=float(values.mean()), standard_error=float(spread))
+        node[last] = (node.get(last) or {}) | estimate(float(values.mean()), float(spread), len(values) - 1.0)
     pq.write_table(pa.table(table), folder / "leave_one_out.parquet")
-    summary |= {"format_version": 2, "rows_drawn": True, "step_analysed": True}
-    summary["policy"] = policy()
     (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def policy(**law) -> dict:
-    return {
-        "tokenizer": "0123456789abcdef",
-        "law": {"temperature": 1.0, "max_completion_length": 24} | law,
-        "task": "sums",
-        "training": {"scheme": "dr_grpo", "learning_rate": 1e-4},
-    }
 
 
 def prompt_effects(

@@ -4,13 +4,26 @@ Entropy falls by planted steps, predictions are these steps (times `bias`), kern
 slowly (`drift`), rewards follow R = b - a e^h.
 """
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.record import validated
+from entropy_experiments.records.run_record import RunRecord
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.statistics.agreement import paired_agreement
+from tests.entropy_experiments.whole_summary import (
+    buffer_record,
+    clustering,
+    estimate,
+    measurement,
+    parts,
+    whole_run,
+    whole_summary,
+)
 
 PROMPTS, TRAIN_PROMPTS, PER_PROMPT, FEATURES = 24, 6, 4, 10
 A, B = 0.12, 1.0
@@ -19,10 +32,6 @@ A, B = 0.12, 1.0
 def entropies(steps: int) -> np.ndarray:
     """A collapse from 1.9 to 0.3 nats per token."""
     return 0.3 + 1.6 / (1 + np.exp((np.arange(steps) - steps / 2) / (steps / 8)))
-
-
-def number(value, error=0.01):
-    return {"value": float(value), "standard_error": error}
 
 
 def _sequences(buffer, prompts, rng, entropy, reward, **columns):
@@ -65,26 +74,34 @@ def checkpoint(step, h, change, reward, features, rng, *, bias=1.0, clusters=Tru
     total = change * bias
     spent, tokens = (sum(row[key] for row in evaluation) for key in ("entropy_sum", "length"))
     series = 0.02 * np.tile([1.0, -1.0], PROMPTS // 2) / math.sqrt(PROMPTS - 1)  # a jackknife error of 0.02
-    summary = {
-        "checkpoint": {"path": f"runs/planted/checkpoint-{step}", "step": step, "model": "planted"},
-        "entropy": {"per_token": number(spent / tokens, 0.05), "per_completion": number(6 * h, 0.3)},
-        "predicted": {
-            "rao_blackwell": {
-                "total": number(total, 0.02),
-                "batch": number(0.2 * total, 0.01),
-                "momentum": number(0.75 * total, 0.015),
-                "weight_decay": number(0.05 * total, 0.001),
-            }
+    summary = whole_summary(
+        checkpoint={"path": f"runs/planted/checkpoint-{step}", "step": step, "model": "planted"},
+        entropy={
+            "per_token": estimate(spent / tokens, 0.05, PROMPTS - 1),
+            "per_completion": estimate(6 * h, 0.3, PROMPTS - 1),
+            "surprisal_per_completion": estimate(6 * h, 0.4, PROMPTS - 1),
         },
-        "actual": {"snis": number(change, 0.02) | {"effective_sample_size": 20.0, "n": PROMPTS}},
-        "agreement": {"rao_blackwell": paired_agreement(total - change, total - change + series).as_dict()},
-        "rows_drawn": True,
-        "sampling": {"training": {"mean_reward": 0.5}, "evaluation": {"prompts": PROMPTS}},
-        "analyses": {"sequence_clustering": {"labels": [1 + i % 2 for i in range(len(training))]}} if clusters else {},
-    }
+        predicted={
+            "rao_blackwell": parts(
+                total, 0.2 * total, 0.75 * total, 0.05 * total, (0.02, 0.01, 0.015, 0.001), PROMPTS - 1
+            )
+        },
+        actual={"snis": measurement(change, 0.02, h, 20.0, PROMPTS, PROMPTS - 1)},
+        agreement={"rao_blackwell": paired_agreement(float(total - change), total - change + series).as_dict()},
+        sampling={
+            "evaluation": buffer_record(PROMPTS, PROMPTS),
+            "training": buffer_record(TRAIN_PROMPTS, len(training))
+            | {"rounds": 1, "generated": len(training), "rejected": 0, "kept": len(training), "filler": 0},
+        },
+        analyses={"sequence_clustering": clustering([1 + i % 2 for i in range(len(training))])} if clusters else {},
+    )
     checks = [{"name": "rows = autograd", "passed": True, "value": 1e-6, "tolerance": 1e-4, "explanation": ""}]
-    run = {"self_checks": checks, "failed_analyses": {}, "seconds": 60.0}
-    return ResultsFolder(Path(f"planted_checkpoint-{step}"), run, summary, [], evaluation, training, kernels)
+    run = whole_run(self_checks=checks, seconds=60.0)
+    records = (
+        validated(RunRecord, run, "run.json"),
+        validated(Summary, json.loads(json.dumps(summary)), "summary.json"),
+    )
+    return ResultsFolder(Path(f"planted_checkpoint-{step}"), *records, [], evaluation, training, kernels)
 
 
 def planted_run(steps=12, *, every=1, bias=1.0, drift=0.15, seed=0, noise=0.02):

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from entropy_experiments.statistics.agreement import paired_agreement
 from tests.entropy_experiments.analysis_fixture import make_analyses, train_kernel
+from tests.entropy_experiments.whole_summary import measurement, parts, step_record, whole_run, whole_summary
 
 N_EVALUATION, N_PROMPTS, PER_PROMPT = 32, 8, 8
 # A difference with each of 32 prompts left out, up to its size: jackknife error 1.
@@ -143,17 +144,15 @@ def make_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     evaluation = [row for row in rows if row["buffer"] == "evaluation"]
     batch = float(sum(row["delta_h"] for row in training))
 
-    def parts(total: float, error: float) -> dict[str, Any]:
-        values = {"total": total, "batch": batch * total / -0.074, "weight_decay": -0.0004}
-        values["momentum"] = total - values["batch"] - values["weight_decay"]
-        shrink = {"total": 1.0, "batch": 0.3, "momentum": 0.9, "weight_decay": 0.01}
-        return {key: {"value": value, "standard_error": error * shrink[key]} for key, value in values.items()}
+    def split(total: float, error: float) -> dict[str, Any]:
+        own, decay = batch * total / -0.074, -0.0004
+        return parts(total, own, total - own - decay, decay, tuple(error * shrink for shrink in (1.0, 0.3, 0.9, 0.01)))
 
     predicted = {
-        "rao_blackwell": parts(-0.074, 0.018),
-        "split": parts(-0.0785, 0.024),
-        "fixed_prefix": parts(-0.031, 0.003),
-        "score_function": parts(-0.101, 0.046),
+        "rao_blackwell": split(-0.074, 0.018),
+        "split": split(-0.0785, 0.024),
+        "fixed_prefix": split(-0.031, 0.003),
+        "score_function": split(-0.101, 0.046),
     }
     scaling = [
         {
@@ -174,25 +173,15 @@ def make_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "mean_length": float(np.mean([row["length"] for row in members])),
         }
 
-    return {
-        "checkpoint": {"path": "runs/collapse/checkpoint-8", "step": 8, "model": "smollm2-135m"},
-        "entropy": {
-            "per_token": {"value": 0.842, "standard_error": 0.071},
-            "per_completion": {"value": 5.9, "standard_error": 0.6},
-            "surprisal_per_completion": {"value": 6.1, "standard_error": 0.8},
+    return whole_summary(
+        checkpoint={"path": "runs/collapse/checkpoint-8", "step": 8, "model": "smollm2-135m"},
+        predicted=predicted,
+        predicted_per_completion=predicted,
+        actual={
+            "snis": measurement(-0.08, 0.022, 0.842, 27.5, N_EVALUATION),
+            "fixed_prefix": measurement(-0.029, 0.004, 0.842, N_EVALUATION, N_EVALUATION),
         },
-        "predicted": predicted,
-        "predicted_per_completion": predicted,
-        "actual": {
-            "snis": {
-                "value": -0.08,
-                "standard_error": 0.022,
-                "effective_sample_size": 27.5,
-                "n": N_EVALUATION,
-            },
-            "fixed_prefix": {"value": -0.029, "standard_error": 0.004},
-        },
-        "agreement": {
+        agreement={
             name: paired_agreement(gap, gap + error * SERIES).as_dict()
             for name, gap, error in (
                 ("rao_blackwell", 0.006, 0.005),
@@ -201,27 +190,25 @@ def make_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 ("fixed_prefix", -0.002, 0.002),
             )
         },
-        "scaling": scaling,
-        "attribution": {
-            "delta_h_batch": batch,
-            "sum_of_shares": batch,
-            "horizon_factor": 10.0,
-            "preconditioner": "1/(sqrt(v_t/(1-beta2^t))+eps)",
-        },
-        "kernel": {
+        scaling=scaling,
+        attribution=step_record(batch),
+        kernel={
             "n_eval": N_EVALUATION,
             "n_train": len(training),
+            "mean": 12.0,
+            "mean_abs": 3105.0,
+            "same_prompt_pairs": 0,
             "same_prompt_mean": None,
             "cross_prompt_mean": 812.0,
-            "mean_abs": 3105.0,
             "same_prompts": False,
         },
-        "sampling": {
+        sampling={
             "evaluation": {"prompts": N_EVALUATION, "sequences": N_EVALUATION} | buffer_means(evaluation),
-            "training": {"rounds": 2, "generated": 96, "rejected": 32, "kept": 64, "filler": 0}
+            "training": {"prompts": N_PROMPTS, "sequences": len(training), "rounds": 2, "generated": 96, "rejected": 32}
+            | {"kept": 64, "filler": 0}
             | buffer_means(training),
         },
-    }
+    )
 
 
 def make_history(steps: int = 13) -> list[dict[str, Any]]:
@@ -274,35 +261,15 @@ def make_run() -> dict[str, Any]:
         ("split_sums_to_step", 8.0e-8, 1e-6, "batch + momentum + weight decay against the step taken"),
         ("shares_sum_to_batch", 5.0e-9, 1e-6, "sum of the shares against the batch part"),
     )
-    return {
-        "created": "2026-01-05T10:20:30+00:00",
-        "command": "entropy-experiments analyze runs/collapse --config configs/fisher_analysis.yaml",
-        "versions": {
-            "entropy-experiments": "0.1.0",
-            "python": "3.11.9",
-            "torch": "2.13.0",
-            "transformers": "5.23.0",
-        },
-        "git_sha": "0123456789abcdef0123456789abcdef01234567",
-        "hardware": {"device": "cpu", "cpu_count": 2, "memory_gib": 15.6},
-        "checkpoint": {
-            "path": "runs/collapse/checkpoint-8",
-            "step": 8,
-            "model": "smollm2-135m",
-            "run_dir": "runs/collapse",
-        },
-        "stages": [
-            {"name": "load checkpoint", "seconds": 1.9},
-            {"name": "sample", "seconds": 31.2},
-            {"name": "gradients", "seconds": 88.4},
-            {"name": "measure", "seconds": 20.5},
-        ],
-        "seconds": 142.0,
-        "self_checks": [
+    stages = (("load checkpoint", 1.9), ("sample", 31.2), ("gradients", 88.4), ("measure", 20.5))
+    return whole_run(
+        stages=[{"name": name, "seconds": seconds} for name, seconds in stages],
+        seconds=142.0,
+        self_checks=[
             {"name": name, "passed": True, "value": value, "tolerance": tolerance, "explanation": explanation}
             for name, value, tolerance, explanation in checks
         ],
-    }
+    )
 
 
 def write_sequences(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -267,25 +267,6 @@ def test_every_question_has_its_sentence_figures_and_table(written):
     assert [float(cell.split(" ")[0]) for cell in length[1:3]] == pytest.approx(means, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "odd",
-    [
-        lambda analyses: {name: {} for name in analyses},
-        lambda analyses: {name: "text" for name in analyses},
-        lambda analyses: {name: dict.fromkeys(result, "text") for name, result in analyses.items()},
-        lambda analyses: {name: {key: [] for key in result} for name, result in analyses.items()},
-        lambda analyses: {name: {key: [{}] for key in result} for name, result in analyses.items()},
-        lambda analyses: {"unheard_of": {"sentence": "x"}, "buffers": {"error": "x", "sentence": "FAILED: x"}},
-        lambda analyses: [1, 2],
-    ],
-)
-def test_odd_analyses_leave_a_report(tmp_path, odd):
-    folder = build_results(tmp_path, analyses=True)
-    edit_json("summary.json", lambda s: s | {"analyses": odd(s["analyses"])})(folder)
-    page = Page(write_report(folder).read_text(encoding="utf-8"))
-    assert "Verdict" in page.text and "Traceback" not in page.text
-
-
 def edit_json(name, change):
     def apply(folder):
         content = json.loads((folder / name).read_text())
@@ -297,24 +278,33 @@ def edit_json(name, change):
 @pytest.mark.parametrize(
     "change",
     [
-        edit_json("summary.json", lambda s: {"checkpoint": {}, "kernel": s["kernel"]}),
-        edit_json("summary.json", lambda s: {key: "odd" for key in s}),
-        edit_json("summary.json", lambda s: s["predicted"].pop("rao_blackwell") and None),
-        edit_json("run.json", lambda r: {"self_checks": "none", "stages": [1], "versions": []}),
-        edit_json("training_history.json", lambda h: [{}]),
+        edit_json("summary.json", lambda s: s | {"predicted": {}, "predicted_per_completion": {}, "agreement": {}}),
+        edit_json("summary.json", lambda s: s | {"actual": {}, "agreement": {}, "scaling": []}),
         edit_json("training_history.json", lambda h: h[:1]),
+        lambda folder: write_json(folder, "training_history.json", []),
         lambda folder: write_sequences(
             folder, [row | {"delta_h": None, "advantage": None} for row in training_rows()[0]]
         ),
     ],
 )
-def test_missing_keys_leave_a_report_that_says_so(tmp_path, change):
+def test_what_was_not_computed_leaves_a_report_that_says_so(tmp_path, change):
     folder = build_results(tmp_path)
     change(folder)
     assert re.search(
         "no data|not known|not recorded|only one recorded|largest part",
         write_report(folder).read_text(encoding="utf-8"),
     )
+
+
+def test_failed_and_skipped_analyses_are_named(tmp_path):
+    folder = build_results(tmp_path)
+    odd = {
+        "buffers": {"error": "ValueError: x", "sentence": "FAILED: ValueError: x"},
+        "baselines": {"skipped": "no step", "sentence": "Not analysed: no step."},
+    }
+    edit_json("summary.json", lambda s: s | {"analyses": odd})(folder)
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "FAILED: ValueError: x" in page.text and "Not analysed: no step." in page.text
 
 
 def test_analysis_without_a_kernel_has_a_report(tmp_path):

@@ -34,16 +34,20 @@ def edit_json(name, change):
 def test_older_and_newer_formats(tmp_path):
     folder = build_results(tmp_path)
     rows, _ = training_rows()
-    write_sequences(folder, [{k: v for k, v in row.items() if not k.startswith("token_")} for row in rows])
-    assert "token_texts" not in read_results_folder(folder).training[0]  # format 1: no version, no tokens
     for version, words in (
-        (RESULTS_FORMAT + 1, "reads up to 2: upgrade"),
+        (RESULTS_FORMAT + 1, "reads 2: upgrade"),
+        (1, "older version .* run `entropy-experiments analyze` again"),
         ("2", "not a whole number"),
         (True, "whole"),
     ):
         write_json(folder, "summary.json", make_summary(rows) | {"format_version": version})
         with pytest.raises(UserError, match=words):
             write_report(folder)
+    summary = make_summary(rows)
+    del summary["format_version"]  # the first versions did not say
+    write_json(folder, "summary.json", summary)
+    with pytest.raises(UserError, match="older version"):
+        read_results_folder(folder)
     assert not (folder / "report.html").exists()
 
 
@@ -61,7 +65,25 @@ def drop_training_rows(folder):
         (lambda f: (f / "run.json").write_text("[]"), "holds list where an object"),
         (lambda f: (f / "run.json").write_bytes(b"\xff\xfe"), "not UTF-8"),
         (lambda f: (f / "summary.json").write_text("[" * 100_000), "nested too deeply|not valid JSON"),
-        (lambda f: (f / "training_history.json").write_text("[1]"), "a list of objects"),
+        (lambda f: (f / "training_history.json").write_text("[1]"), r"\[0\] should be an object"),
+        (lambda f: (f / "training_history.json").write_text("[{}]"), r"\[0\].step is missing"),
+        (lambda f: (f / "summary.json").write_text('{"a": 1' + "0" * 5000 + "}"), "not valid JSON"),
+        (
+            edit_json("summary.json", lambda s: s["predicted"]["split"].pop("total") and None),
+            "predicted.split.total is missing",
+        ),
+        (edit_json("summary.json", lambda s: s | {"analyses": [1, 2]}), "analyses should be an object"),
+        (edit_json("summary.json", lambda s: s | {"analyses": {"unheard_of": {}}}), "analyses.unheard_of is no field"),
+        (
+            edit_json("summary.json", lambda s: s | {"analyses": {"buffers": {}}}),
+            "analyses.buffers.sentence is missing",
+        ),
+        (edit_json("summary.json", lambda s: s | {"analyses": {"buffers": "text"}}), "analyses.buffers should be"),
+        (
+            edit_json("summary.json", lambda s: s | dict.fromkeys(s.keys() - {"format_version"}, "odd")),
+            "checkpoint should be",
+        ),
+        (edit_json("run.json", lambda r: r | {"self_checks": "none"}), "self_checks should be a"),
         (lambda f: (f / "sequences.parquet").write_bytes(b"PAR1 not really"), "not a readable parquet"),
         (
             lambda f: write_sequences(f, [{"buffer": "training", "row": 0}]),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
@@ -15,20 +12,16 @@ from scipy import stats
 from entropy_core.gradients import dot, entropy_gradient
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.kernel.options import KernelOptions
-from entropy_experiments.records.reader import read_results_folder
 from entropy_experiments.statistics.agreement import (
     compare,
     paired_agreement,
-    stored_agreement,
     told_from_zero,
     unpaired_agreement,
 )
 from entropy_experiments.statistics.correlation import correlation
-from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from entropy_experiments.step.settings import AnalysisSettings
 from rl_training.intervals import t_quantile
 from tests.entropy_core.support import right_padded
-from tests.entropy_experiments.results_fixture import build_results
 from tests.oracle.comparison import assert_close
 from tests.oracle.model_cases import CASES, VOCABULARY, random_sequences
 
@@ -127,24 +120,6 @@ def test_values_without_a_prompt_are_the_estimates_of_the_other_prompts_alone(mo
                     estimate.left_out[place], wanted, 1e-5, f"{estimator}, per_token={per_token}, without {prompt}",
                     {"the whole": held},
                 )  # fmt: skip
-
-
-def test_older_folders_are_judged_by_what_they_stored_prompt_by_prompt(tmp_path):
-    folder = build_results(tmp_path / "older")
-    summary = json.loads((folder / "summary.json").read_text())
-    del summary["agreement"]
-    (folder / "summary.json").write_text(json.dumps(summary))
-    assert stored_agreement(read_results_folder(folder).raw, "rao_blackwell") is None, (
-        "nothing is stored, nothing is said"
-    )
-    series, noise = np.random.default_rng(0).normal(size=(2, 12))
-    columns = {"prompt_index": list(range(12)), "predicted.rao_blackwell.total": -0.074 + 0.01 * series}
-    columns["actual.snis"] = -0.08 + 0.01 * series + 0.001 * noise
-    pq.write_table(pa.table(columns), folder / "leave_one_out.parquet")
-    found = stored_agreement(read_results_folder(folder).raw, "rao_blackwell")
-    wanted = paired_agreement(0.006, -0.001 * noise)
-    assert found is not None and found.z == pytest.approx(wanted.z)
-    assert found.degrees_of_freedom == pytest.approx(float(effective_degrees_of_freedom(noise)))
 
 
 def test_correlations_have_fishers_interval_and_small_ones_none():

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from entropy_experiments.records.analysis_results import AnalysesRecord
+from entropy_experiments.records.summary import ActualRecord
 from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, prompt_sums
@@ -157,9 +159,9 @@ def test_poor_folders_leave_gaps_with_reasons():
     folders, _ = planted_run(3)
     poor = []
     for folder in folders:
-        summary = {key: value for key, value in folder.raw.items() if key not in ("actual", "analyses")}
+        summary = folder.summary.model_copy(update={"actual": ActualRecord(), "analyses": AnalysesRecord()})
         evaluation = [row | {"reward": None, "delta_h_lost": None} for row in folder.evaluation]
-        poor.append(replace(folder, raw=summary, evaluation=evaluation, kernels={}))
+        poor.append(replace(folder, summary=summary, evaluation=evaluation, kernels={}))
     evolution = describe_evolution(poor, [])
     json.dumps(evolution, allow_nan=False)
     change = evolution["changes"][0]
