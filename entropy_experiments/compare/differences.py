@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
+from entropy_core.uncertainty import leave_one_prompt_out
 from entropy_experiments.compare.sides import Side, step_of
+from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
-from entropy_experiments.records.preconditioner_labels import preconditioner_labels
 from entropy_experiments.records.reader import ResultsFolder
-from entropy_experiments.report.verdict import PARTS, primary_estimator
-from entropy_experiments.statistics.agreement import told_from_zero, unpaired_agreement
-from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry, shown
+from entropy_experiments.records.record import json_of
+from entropy_experiments.report.verdict import PARTS
+from entropy_experiments.statistics.agreement import unpaired_agreement
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.text.numbers import NOT_KNOWN, as_number
 
 
 @dataclass(frozen=True)
@@ -41,54 +41,54 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Difference:
-    """value: this side minus side A. standard_error: None where it is not known. prompts: paired over so many, 0: unpaired;
-    `reason` then says why. low, high: its 95% interval, of the differences with each prompt left out where they are paired, else
-    Student's on `degrees_of_freedom`; None without an error.
+    """This side minus side A.
+
+    number: the difference with its 95% interval: of the differences with each prompt left out where they are paired, else
+    Student's. prompts: paired over so many, 0: unpaired; `reason` then says why.
     """
 
-    value: float
-    standard_error: float | None
+    number: Estimate
     prompts: int
     reason: str = ""
-    low: float | None = None
-    high: float | None = None
-    degrees_of_freedom: float = math.inf
+
+    @property
+    def value(self) -> float:
+        """The difference itself."""
+        return self.number.value or 0.0
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether both sides are the same number, without an error."""
+        return self.value == 0.0 and not self.number.standard_error
 
     @property
     def told_from_zero(self) -> bool | None:
         """Whether 0 lies outside its 95% interval; None without an error."""
-        if self.low is None or self.high is None:
-            return told_from_zero(self.value, self.standard_error, self.degrees_of_freedom)
-        return not self.low <= 0.0 <= self.high
-
-    def as_number(self) -> dict[str, float | None]:
-        """{"value", "standard_error", "low", "high", "degrees_of_freedom"}."""
-        freedom = self.degrees_of_freedom if math.isfinite(self.degrees_of_freedom) else None
-        ends = {"low": self.low, "high": self.high}
-        return {"value": self.value, "standard_error": self.standard_error, **ends, "degrees_of_freedom": freedom}
+        low, high = self.number.low, self.number.high
+        return None if low is None or high is None else not low <= 0.0 <= high
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity: (value, standard error) of every side, the differences from side A (None for A itself, and where either value
-    is missing), and the values with their intervals (entropy_experiments.statistics.confidence.number_entry).
+    """One quantity: the number of every side, None where it has none, and the differences from side A (None for A itself, and
+    where either number is missing).
     """
 
     quantity: Quantity
-    values: tuple[tuple[float | None, float | None], ...]
+    numbers: tuple[Estimate | None, ...]
     differences: tuple[Difference | None, ...]
-    numbers: tuple[dict[str, float | None], ...] = ()
 
     def text(self, place: int, plus: bool = True) -> str:
         """A side's value with its 95% interval."""
-        return shown(self.numbers[place], plus)
+        number = self.numbers[place]
+        return NOT_KNOWN if number is None else number.shown(plus)
 
 
 @dataclass(frozen=True)
 class Point:
     """One analysis of each side, at one training step (of sweeps; of single analyses the steps may differ)."""
 
-    step: float | None
+    step: int
     analyses: tuple[ResultsFolder, ...]
     rows: tuple[Compared, ...]
 
@@ -111,9 +111,8 @@ _PART_LABELS = {"total": "Predicted change", **{part: f"Predicted, from {name}" 
 def quantities(analyses: Sequence[ResultsFolder]) -> list[Quantity]:
     """What can be compared, in the report's order; the estimator is side A's default one."""
     per_token = "nats per token"
-    given = lookup(analyses[0].raw, "rows_drawn") is False
-    estimator = "fixed_prefix" if given else primary_estimator(analyses[0].raw) or "rao_blackwell"
-    measured = "actual.fixed_prefix" if given else "actual.snis"
+    summary = analyses[0].summary
+    estimator, measured = summary.estimator or summary.estimand.gradient, f"actual.{summary.estimand.measure}"
     return [
         Quantity("entropy.per_token", "Entropy before the step", per_token),
         Quantity(measured, "Measured change", per_token),
@@ -129,23 +128,12 @@ def compare_analyses(analyses: Sequence[ResultsFolder]) -> Point:
     stored = [read_leave_one_out(results.path) for results in analyses]
     rows = []
     for quantity in quantities(analyses):
-        values = tuple(_value(results, quantity.key) for results in analyses)
+        numbers = [_number(results, quantity.key) for results in analyses]
         series = [_left_out(results, table, quantity.key) for results, table in zip(analyses, stored, strict=True)]
-        rows.append(
-            Compared(
-                quantity,
-                values,
-                (
-                    None,
-                    *(
-                        _difference(values[0], value, series[0], s)
-                        for value, s in zip(values[1:], series[1:], strict=True)
-                    ),
-                ),
-                tuple(_number(results, quantity.key) for results in analyses),
-            )
-        )
-    return Point(step_of(analyses[-1]), tuple(analyses), tuple(row for row in rows if _known(row)))
+        gaps = [_difference(numbers[0], n, series[0], s) for n, s in zip(numbers[1:], series[1:], strict=True)]
+        if any(number is not None for number in numbers):
+            rows.append(Compared(quantity, tuple(numbers), (None, *gaps)))
+    return Point(step_of(analyses[-1]), tuple(analyses), tuple(rows))
 
 
 def compare_sides(sides: Sequence[Side]) -> list[Point]:
@@ -156,38 +144,32 @@ def compare_sides(sides: Sequence[Side]) -> list[Point]:
     if sides[0].kind == "analysis":
         return [compare_analyses([side.first for side in sides])]
     by_step = [{step_of(results): results for results in side.points} for side in sides]
-    shared = sorted(step for step in by_step[0] if step is not None and all(step in steps for steps in by_step[1:]))
+    shared = sorted(step for step in by_step[0] if all(step in steps for steps in by_step[1:]))
     return [compare_analyses([steps[step] for steps in by_step]) for step in shared]
 
 
-def _known(row: Compared) -> bool:
-    return any(value is not None for value, _ in row.values)
+def _number(results: ResultsFolder, key: str) -> Estimate | None:
+    """From the summary, or from the evaluation sequences where that does not hold it; None where there is no value."""
+    summary, (kind, *rest) = results.summary, key.split(".")
+    found: Estimate | None = None
+    if kind == "entropy":
+        found = getattr(summary.entropy, rest[0])
+    elif kind == "actual":
+        found = getattr(summary.actual, rest[0])
+    elif kind == "predicted":
+        parts = {str(name): parts for name, parts in summary.predicted.items()}.get(rest[0])
+        found = None if parts is None else getattr(parts, rest[1])
+    elif (ratio := _ratio_of_rows(results, key)) is not None:
+        above, below, index, _ = ratio
+        found = _with_interval(float(above.sum() / below.sum()), leave_one_prompt_out(above, index, below))
+    return None if found is None or found.value is None else found
 
 
-def _value(results: ResultsFolder, key: str) -> tuple[float | None, float | None]:
-    """(value, standard error) from the summary, or from the evaluation sequences where it does not say."""
-    entry = lookup(results.raw, *key.split("."))
-    if entry is not None:
-        return value_and_error(entry)
-    found = _ratio_of_rows(results, key)
-    if found is None:
-        return None, None
-    above, below, index, _ = found
-    error = jackknife_standard_error(leave_one_prompt_out(above, index, below))
-    return float(above.sum() / below.sum()), error if math.isfinite(error) else None
-
-
-def _number(results: ResultsFolder, key: str) -> dict[str, float | None]:
-    """The same with its 95% interval."""
-    freedom, entry = freedom_of_analysis(results.raw), lookup(results.raw, *key.split("."))
-    found = None if entry is not None else _ratio_of_rows(results, key)
-    if found is None:
-        return number_entry(entry, freedom)
-    above, below, index, _ = found
-    value = float(above.sum() / below.sum())
-    ends = jackknife_interval(value, leave_one_prompt_out(above, index, below).numpy())
+def _with_interval(value: float, left_out: Tensor) -> Estimate:
+    """A value with the interval of its values with each prompt left out, (B,)."""
+    ends = jackknife_interval(value, left_out.numpy())
     error = float(ends.standard_error)
-    return {"value": value, "standard_error": error if math.isfinite(error) else None, **ends.as_dict()}
+    return Estimate(value=value, standard_error=error if math.isfinite(error) else None, **ends.as_dict())
 
 
 # Numbers that are a ratio of sums over the evaluation sequences: key -> (numerator, denominator; None: their number).
@@ -225,64 +207,61 @@ def _left_out(results: ResultsFolder, stored: LeftOut | None, key: str) -> tuple
 
 
 def _difference(
-    left: tuple[float | None, float | None],
-    right: tuple[float | None, float | None],
+    left: Estimate | None,
+    right: Estimate | None,
     left_out: tuple[tuple[str, ...], Tensor] | None,
     right_out: tuple[tuple[str, ...], Tensor] | None,
 ) -> Difference | None:
     """right - left, paired where both series are over the same prompts."""
-    if left[0] is None or right[0] is None:
+    if left is None or right is None or left.value is None or right.value is None:
         return None
-    change = right[0] - left[0]
+    change = right.value - left.value
     reason = "not stored prompt by prompt" if left_out is None or right_out is None else ""
     if left_out is not None and right_out is not None:
         (one, a), (other, b) = left_out, right_out
         if sorted(one) == sorted(other):
-            if len(one) > 1:
-                return _paired_difference(change, one, a, other, b)
+            if len(one) > 1:  # the prompts of both brought into one order
+                first, second = (sorted(range(len(texts)), key=texts.__getitem__) for texts in (one, other))
+                return Difference(_with_interval(change, b[second] - a[first]), len(one))
             reason = "a single prompt"
         else:
             shared = len(set(one) & set(other))
             reason = f"other evaluation prompts ({shared} of {len(one)} shared)"
-    if left[1] is None or right[1] is None:
-        return Difference(change, None, 0, reason)
+    if left.standard_error is None or right.standard_error is None:
+        nothing = Estimate(value=change, standard_error=None, low=None, high=None, degrees_of_freedom=None)
+        return Difference(nothing, 0, reason)
     series = [None if side is None or len(side[1]) < 2 else side[1].numpy() for side in (left_out, right_out)]
     counts = [math.inf if known is None else float(effective_degrees_of_freedom(known)) + 1 for known in series]
-    compared = unpaired_agreement((right[0], right[1]), (left[0], left[1]), (counts[1], counts[0]))
+    sides = (right.value, right.standard_error), (left.value, left.standard_error)
+    compared = unpaired_agreement(*sides, (counts[1], counts[0]))
     if compared is None:
-        return Difference(change, 0.0, 0, reason)
-    return Difference(
-        change, compared.standard_error, 0, reason, compared.low, compared.high, compared.degrees_of_freedom
+        exact = Estimate(value=change, standard_error=0.0, low=change, high=change, degrees_of_freedom=None)
+        return Difference(exact, 0, reason)
+    freedom = compared.degrees_of_freedom
+    number = Estimate(
+        value=change,
+        standard_error=compared.standard_error,
+        low=compared.low,
+        high=compared.high,
+        degrees_of_freedom=freedom if math.isfinite(freedom) else None,
     )
-
-
-def _paired_difference(change: float, one: tuple[str, ...], a: Tensor, other: tuple[str, ...], b: Tensor) -> Difference:
-    """Of b - a with the prompts of both brought into one order."""
-    first, second = (sorted(range(len(texts)), key=texts.__getitem__) for texts in (one, other))
-    found = jackknife_interval(change, (b[second] - a[first]).numpy())
-    ends = found.as_dict()
-    error, freedom = float(found.standard_error), ends["degrees_of_freedom"]
-    return Difference(
-        change,
-        error if math.isfinite(error) else None,
-        len(one),
-        low=ends["low"],
-        high=ends["high"],
-        degrees_of_freedom=math.inf if freedom is None else freedom,
-    )
+    return Difference(number, 0, reason)
 
 
 def settings_that_differ(points: Sequence[ResultsFolder]) -> list[tuple[str, list[Any]]]:
     """Names and values of everything recorded about law, training and sampling that is not the same on all sides."""
-    flat = [_flatten({"policy": lookup(p.raw, "policy") or {}, "attribution": _step_settings(p)}) for p in points]
+    flat = [_flatten({"policy": json_of(p.summary.policy), "attribution": _step_settings(p)}) for p in points]
     names = list(dict.fromkeys(name for values in flat for name in values))
     rows = [(name, [values.get(name) for values in flat]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-def _step_settings(results: ResultsFolder) -> dict[str, Any]:
-    shares, kernel = preconditioner_labels(results.raw)
-    return {"preconditioner of the shares": shares, "preconditioner of the kernel": kernel}
+def _step_settings(results: ResultsFolder) -> dict[str, str]:
+    step = results.summary.attribution
+    return {
+        "preconditioner of the shares": step.preconditioner,
+        "preconditioner of the kernel": step.kernel_preconditioner,
+    }
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

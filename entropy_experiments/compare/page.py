@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from entropy_experiments.compare import tables
 from entropy_experiments.compare.differences import Point, compare_sides
-from entropy_experiments.compare.sides import Side, caveats, open_sides
+from entropy_experiments.compare.sides import Side, caveats, open_sides, step_of
 from entropy_experiments.compare.verdict import comparison_verdict
 from entropy_experiments.records.writer import write_json
 from entropy_experiments.report.figures.comparison import (
@@ -133,9 +133,9 @@ def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str,
     if points:
         rows = [(name, row) for key, name in _CHANGES.items() if (row := points[-1].row(key)) is not None]
         if rows:
-            values = [[row.numbers[k] for _, row in rows] for k in range(len(sides))]
+            values = [[tables.entry_of(row.numbers[k]) for _, row in rows] for k in range(len(sides))]
             gaps = [
-                [None if (d := row.differences[k]) is None else d.as_number() for _, row in rows]
+                [None if (d := row.differences[k]) is None else tables.entry_of(d.number) for _, row in rows]
                 for k in range(1, len(sides))
             ]
             names = [name for name, _ in rows]
@@ -179,21 +179,19 @@ def write_tidy(path: Path, sides: Sequence[Side], points: Sequence[Point]) -> No
             for k, (side, results) in enumerate(zip(sides, point.analyses, strict=True)):
                 common = {
                     "run": side.label,
-                    "step": tables.whole_step(results),
+                    "step": step_of(results),
                     "quantity": name,
                     "part": part,
                     "estimator": estimator,
                     "unit": row.quantity.unit,
                 }
-                value, error = row.values[k]
-                if value is not None:
-                    rows.append(
-                        common | {"value": value, "standard_error": error, "minus": None, "paired_prompts": None}
-                    )
-                gap = row.differences[k]
+                number, gap = row.numbers[k], row.differences[k]
+                if number is not None:
+                    values = {"value": number.value, "standard_error": number.standard_error}
+                    rows.append(common | values | {"minus": None, "paired_prompts": None})
                 if gap is not None:
-                    numbers = {"value": gap.value, "standard_error": gap.standard_error}
-                    rows.append(common | numbers | {"minus": "A", "paired_prompts": gap.prompts})
+                    values = {"value": gap.value, "standard_error": gap.number.standard_error}
+                    rows.append(common | values | {"minus": "A", "paired_prompts": gap.prompts})
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     schema = pa.schema(
         [("run", text), ("step", whole), ("quantity", text), ("part", text), ("estimator", text), ("value", number)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from entropy_experiments.compare.differences import Compared, Difference, Point, compare_analyses, settings_that_differ
 from entropy_experiments.compare.sides import Side, step_of
-from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.estimates import Estimate, StudentEstimate
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.analysis_tables import Table
 from entropy_experiments.report.outcome import same_prompt_effect
 from entropy_experiments.text.display import clip, one_line
-from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+from entropy_experiments.text.numbers import NOT_KNOWN, as_number, plain, plus_minus, signed
 
 _UNIT = "nats per token"
 _PANELS = {"entropy": "entropy h", "measured": "measured Δh", "predicted": "predicted Δh"}
@@ -48,7 +50,7 @@ def side_table(sides: Sequence[Side], point: Point | None) -> Table:
             step = plain(step_of(results))
         else:
             step = ", ".join(plain(step_of(results)) for results in side.points)
-        model = one_line(str(lookup(results.raw, "checkpoint", "model") or "not recorded"), 60)
+        model = one_line(results.summary.checkpoint.model, 60)
         counts = [f"{len(rows_)} sequences" for rows_ in (results.evaluation, results.training)]
         rows.append([side.letter, clip(str(side.path), 200, "end"), model, step, *counts])
     return Table("What is compared", columns, rows)
@@ -70,21 +72,24 @@ def _differences(sides: Sequence[Side], point: Point) -> Table:
         columns += [(f"{side.letter} minus A", True), (f"Standard errors from 0, {side.letter}", True), ("How", False)]
     rows = []
     for row in point.rows:
-        cells = [row.quantity.label, row.quantity.unit, *(plus_minus(*pair, plus=False) for pair in row.values)]
+        cells = [row.quantity.label, row.quantity.unit, *(_cell(number, plus=False) for number in row.numbers)]
         for gap in row.differences[1:]:
             cells += ["not known", "–", "–"] if gap is None else [_gap(gap), _distance(gap), _how(gap)]
         rows.append(cells)
     return Table(f"Values ± standard errors and differences{step}", tuple(columns), rows)
 
 
+def _cell(number: Estimate | StudentEstimate | None, plus: bool = True) -> str:
+    return NOT_KNOWN if number is None else plus_minus(number.value, number.standard_error, plus)
+
+
 def _gap(gap: Difference) -> str:
-    return plus_minus(gap.value, gap.standard_error)
+    return _cell(gap.number)
 
 
 def _distance(gap: Difference) -> str:
-    if not gap.standard_error:
-        return "–"
-    return f"{abs(gap.value) / gap.standard_error:.1f}"
+    error = gap.number.standard_error
+    return f"{abs(gap.value) / error:.1f}" if error else "–"
 
 
 def _how(gap: Difference) -> str:
@@ -93,42 +98,48 @@ def _how(gap: Difference) -> str:
     return f"unpaired: {gap.reason}" if gap.reason else "unpaired"
 
 
+def _effective_sample(summary: Summary) -> float | None:
+    return None if summary.actual.snis is None else summary.actual.snis.effective_sample_size
+
+
+_PLAIN_NUMBERS: tuple[tuple[str, Callable[[Summary], float | None]], ...] = (
+    ("Effective sample of the measurement, sequences", _effective_sample),
+    ("Gradient norm of the training buffer", lambda s: s.attribution.gradient_norm),
+    ("Clip coefficient", lambda s: s.attribution.clip_coefficient),
+    ("Change over the life of the momentum buffer, multiple of the step's", lambda s: s.attribution.horizon_factor),
+    ("Mean reward of the training buffer", lambda s: s.sampling.training.mean_reward),
+    ("Mean length in the training buffer, tokens", lambda s: s.sampling.training.mean_length),
+    ("Mean of |K₁|", lambda s: None if s.kernel is None else s.kernel.mean_abs),
+)
+
+
 def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
-    entries: list[tuple[str, list[str]]] = []
-    for label, path in (
-        ("Effective sample of the measurement, sequences", ("actual", "snis", "effective_sample_size")),
-        ("Gradient norm of the training buffer", ("attribution", "gradient_norm")),
-        ("Clip coefficient", ("attribution", "clip_coefficient")),
-        ("Change over the life of the momentum buffer, multiple of the step's", ("attribution", "horizon_factor")),
-        ("Mean reward of the training buffer", ("sampling", "training", "mean_reward")),
-        ("Mean length in the training buffer, tokens", ("sampling", "training", "mean_length")),
-        ("Mean of |K₁|", ("kernel", "mean_abs")),
-    ):
-        values = [as_number(lookup(results.raw, *path)) for results in point.analyses]
+    rows: list[list[str]] = []
+    for label, number in _PLAIN_NUMBERS:
+        values = [number(results.summary) for results in point.analyses]
         if any(value is not None for value in values):
-            entries.append((label, [plain(value) for value in values]))
+            rows.append([label, *(plain(value) for value in values)])
     same = [same_prompt_effect(results.raw) for results in point.analyses]
     for label, key in (("one prompt", "cosine"), ("two prompts", "cosine_other_prompts")):
         if any(effect[key] is not None for effect in same):
-            entries.append((f"Mean cosine of gradients, {label}", [signed(effect[key]) for effect in same]))
+            rows.append([f"Mean cosine of gradients, {label}", *(signed(effect[key]) for effect in same)])
     columns = (("Quantity", False), *((side.letter, True) for side in sides))
-    return Table(
-        "Numbers without a standard error, side by side", columns, [[label, *cells] for label, cells in entries]
-    )
+    return Table("Numbers without a standard error, side by side", columns, rows)
 
 
 def _weightings(sides: Sequence[Side], point: Point) -> Table:
     """Predicted changes of the weightings that every analysis tries on its own buffer."""
-    by_side = []
+    by_side: list[dict[str, StudentEstimate]] = []
     for results in point.analyses:
-        rows = lookup(results.raw, "analyses", "weighting_schemes", "rows")
-        rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        by_side.append({str(row.get("label")): lookup(row, "delta_h", "equal_length") for row in rows})
+        found = finished(results.summary.analyses.weighting_schemes)
+        rows = () if found is None else found.rows
+        numbers = {row.label: row.delta_h.equal_length for row in rows if row.delta_h is not None}
+        by_side.append({label: number for label, number in numbers.items() if number.value is not None})
     labels = list(dict.fromkeys(label for rows in by_side for label in rows))
     table = [
-        [one_line(label, 80), *(plus_minus(*value_and_error(rows.get(label))) for rows in by_side)]
+        [one_line(label, 80), *(_cell(rows.get(label)) for rows in by_side)]
         for label in labels
-        if sum(value_and_error(rows.get(label))[0] is not None for rows in by_side) > 1
+        if sum(label in rows for rows in by_side) > 1
     ]
     columns = (("Weighting", False), *((side.letter, True) for side in sides))
     return Table(f"Predicted change by weighting, each in a step as long as the run's, {_UNIT}", columns, table)
@@ -173,18 +184,21 @@ def _quantity_record(sides: Sequence[Side], row: Compared) -> dict[str, Any]:
         "label": row.quantity.label,
         "unit": row.quantity.unit,
         "values": {
-            side.letter: {"value": value, "standard_error": error}
-            for side, (value, error) in zip(sides, row.values, strict=True)
+            side.letter: {
+                "value": None if number is None else number.value,
+                "standard_error": None if number is None else number.standard_error,
+            }
+            for side, number in zip(sides, row.numbers, strict=True)
         },
         "minus_a": {
             side.letter: {
                 "value": gap.value,
-                "standard_error": gap.standard_error,
-                "low": gap.low,
-                "high": gap.high,
+                "standard_error": gap.number.standard_error,
+                "low": gap.number.low,
+                "high": gap.number.high,
                 "paired_prompts": gap.prompts,
                 "why_unpaired": gap.reason or None,
-                "degrees_of_freedom": gap.as_number()["degrees_of_freedom"],
+                "degrees_of_freedom": gap.number.degrees_of_freedom,
                 "told_from_zero": gap.told_from_zero,
             }
             for side, gap in zip(sides, row.differences, strict=True)
@@ -207,33 +221,32 @@ def tidy_names(key: str) -> tuple[str, str | None, str | None]:
     )
 
 
-def whole_step(results: ResultsFolder) -> int | None:
-    """The training step as a whole number."""
-    step = step_of(results)
-    return None if step is None else int(step)
-
-
 def checkpoint_panels(
     sides: Sequence[Side], points: Sequence[Point]
 ) -> tuple[list[list[float]], dict[str, list[list[Entry]]], dict[str, tuple[list[float], list[list[Entry]]]]]:
     """The arguments of plot_compared_checkpoints: steps, values of every side, differences at the shared steps."""
     alone = [[compare_analyses([results]) for results in side.points] for side in sides]
-    steps = [[point.step or 0.0 for point in own] for own in alone]
+    steps = [[float(point.step) for point in own] for own in alone]
     panels: dict[str, list[list[Entry]]] = {}
     differences: dict[str, tuple[list[float], list[list[Entry]]]] = {}
     for name, title in _PANELS.items():
         panels[title] = [[_value(point, name) for point in own] for own in alone]
         gaps = [[_difference(point, name, k) for point in points] for k in range(1, len(sides))]
-        differences[title] = ([point.step or 0.0 for point in points], gaps)
+        differences[title] = ([float(point.step) for point in points], gaps)
     return steps, panels, differences
 
 
 def _value(point: Point, name: str) -> Entry:
     row = point.row(name)
-    return None if row is None else row.numbers[0]
+    return None if row is None else entry_of(row.numbers[0])
 
 
 def _difference(point: Point, name: str, place: int) -> Entry:
     row = point.row(name)
     gap = None if row is None else row.differences[place]
-    return None if gap is None else gap.as_number()
+    return None if gap is None else entry_of(gap.number)
+
+
+def entry_of(number: Estimate | None) -> Entry:
+    """A number as figures take it."""
+    return None if number is None else number.model_dump(include=set(Estimate.model_fields))

@@ -12,9 +12,9 @@ from entropy_experiments.compare.differences import Compared, Difference, Point
 from entropy_experiments.compare.sides import Side
 from entropy_experiments.records.training_course import entropy_column, entropy_course_words
 from entropy_experiments.report.verdict import PARTS
-from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence, shown
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import counted, lookup, plain
+from entropy_experiments.text.numbers import counted, plain
 
 _UNIT = "nats per token"
 
@@ -50,22 +50,22 @@ def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:
         difference = row.differences[place] if row else None
         if row is None or difference is None:
             continue
-        a, b = row.values[0][0], row.values[place][0]
-        assert a is not None and b is not None
+        a, b = row.numbers[0], row.numbers[place]
+        assert a is not None and a.value is not None and b is not None and b.value is not None
         beside = f"({word}: {letter} {row.text(place)}, A {row.text(0)}; {_how(difference)}; {BRACKETS})"
         size = _size(difference)
-        if difference.value == 0.0 and not difference.standard_error:
+        if difference.is_nothing:
             return Sentence(f"{at}In the analysed step {letter} and A change entropy by the same amount {beside}.")
         if difference.told_from_zero is None:
             text = f"In the analysed step {letter}'s change of entropy differs from A's by {size} {_UNIT}"
             return Sentence(f"{at}{text}; whether that is more than chance {UNTOLD} {beside}.", "warning")
         if not difference.told_from_zero:
-            gap = shown(difference.as_number())
+            gap = difference.number.shown()
             text = (
                 f"In the analysed step {letter}'s change of entropy minus A's is {gap} {_UNIT}, which {NOT_FROM_ZERO}"
             )
             return Sentence(f"{at}{text} {beside}.")
-        return Sentence(f"{at}{_in_words(letter, a, b, size)} in the analysed step {beside}.")
+        return Sentence(f"{at}{_in_words(letter, a.value, b.value, size)} in the analysed step {beside}.")
     return Sentence(
         f"{at}Changes of entropy cannot be compared: not both A and {letter} have an analysed step.", "warning"
     )
@@ -73,7 +73,7 @@ def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:
 
 def _size(difference: Difference) -> str:
     """How far apart, with the interval of that."""
-    return shown(difference.as_number() | {"value": abs(difference.value)}, plus=False)
+    return difference.number.model_copy(update={"value": abs(difference.value)}).shown(plus=False)
 
 
 def _in_words(letter: str, a: float, b: float, size: str) -> str:
@@ -91,10 +91,10 @@ def _level_sentence(point: Point, place: int, letter: str, at: str) -> Sentence 
     if row is None or difference is None:
         return None
     levels = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
-    if difference.value == 0.0 and not difference.standard_error:
+    if difference.is_nothing:
         return Sentence(f"{at}Before the step the policies of {letter} and A have the same entropy {levels}.")
     if difference.told_from_zero is not True:
-        gap = shown(difference.as_number())
+        gap = difference.number.shown()
         text = f"Before the step the entropies of {letter}'s and A's policies {ALIKE}, {letter} minus A is {gap}"
         return Sentence(f"{at}{text} {_UNIT} {levels}.")
     more = "more" if difference.value > 0 else "less"
@@ -108,10 +108,10 @@ def _part_sentence(point: Point, place: int, letter: str, at: str) -> Sentence |
     difference = row.differences[place] if row else None
     if row is None or difference is None:
         return None
-    gap = shown(difference.as_number())
+    gap = difference.number.shown()
     text = f"The first-order prediction puts the difference {letter} minus A at {gap} {_UNIT}"
     parts = [(name, _difference(point.row(part), place)) for part, name in PARTS.items()]
-    listed = [f"{name} {shown(d.as_number())}" for name, d in parts if d is not None and d.value]
+    listed = [f"{name} {d.number.shown()}" for name, d in parts if d is not None and d.value]
     doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
     return Sentence(f"{at}{text}{doubt}{': ' if listed else ''}{', '.join(listed)} ({BRACKETS}).")
 
@@ -125,18 +125,20 @@ def _reward_sentence(point: Point, place: int, letter: str, at: str) -> Sentence
     difference = row.differences[place] if row else None
     if row is None or difference is None:
         return None
-    if not difference.value and not difference.standard_error:
+    if difference.is_nothing:
         return Sentence(f"{at}Mean reward on the evaluation prompts is the same for {letter} and A.")
     doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
     rewards = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
-    gap = shown(difference.as_number())
+    gap = difference.number.shown()
     return Sentence(f"{at}Mean reward on the evaluation prompts, {letter} minus A: {gap}{doubt} {rewards}.")
 
 
 def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Sentence | None:
     """Over several steps: where entropy differs beyond chance."""
     known = [_difference(point.row("entropy"), place) for point in points]
-    known = [difference for difference in known if difference is not None and difference.standard_error is not None]
+    known = [
+        difference for difference in known if difference is not None and difference.number.standard_error is not None
+    ]
     if len(points) < 2 or not known:
         return None
     more = sum(bool(d.told_from_zero) and d.value > 0 for d in known)
@@ -165,12 +167,9 @@ def _failed_checks(sides: Sequence[Side]) -> list[Sentence]:
     found = []
     for side in sides:
         for results in side.points:
-            checks = results.raw_run.get("self_checks")
-            checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
-            failed = [
-                one_line(str(check.get("name", "unnamed")), 80) for check in checks if check.get("passed") is not True
-            ]
-            step = lookup(results.raw, "checkpoint", "step")
+            checks = results.run.self_checks
+            failed = [one_line(check.name, 80) for check in checks if not check.passed]
+            step = results.summary.checkpoint.step
             where = side.letter if side.kind == "analysis" else f"{side.letter} at step {plain(step)}"
             if failed:
                 found.append(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
-
-from pydantic import Discriminator, Tag
+from typing import Literal
 
 from entropy_experiments.records.analysis_results import AnalysesRecord
 from entropy_experiments.records.estimates import Estimate, Measurement, NoiseOverBuffers
-from entropy_experiments.records.record import Count, Finite, Index, Nonnegative, Number, Probability, Record, Rows
+from entropy_experiments.records.leaving_out import LeavingOut
+from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Probability, Record, Rows
 from entropy_experiments.records.run_record import CheckpointRecord
-from entropy_experiments.records.step_results import Estimator, Unit
+from entropy_experiments.records.step_results import Estimator
+from entropy_experiments.statistics.estimand import Estimand, measure_of
 
 RESULTS_FORMAT = 2
 """summary.json's "format_version". 1: folders that do not say."""
@@ -186,101 +185,6 @@ class SamplingRecord(Record):
     """The training buffer."""
 
 
-class PromptEffect(Record):
-    """What leaving one training prompt out does."""
-
-    prompt_index: Index
-    """Its number."""
-    share: Finite
-    """Sum of its sequences' shares."""
-    effect: Finite
-    """Sum of their effects."""
-    real: Number
-    """What a step without the whole prompt does at first order; null where it was not computed."""
-
-
-class FirstPlace(Record):
-    """Sequences that are named together, and in what part of the bootstraps."""
-
-    rows: Rows[Rows[Count]]
-    """Training indices of each unit."""
-    value: Finite
-    """Sum over the units."""
-    first_in: Probability
-    """Part of the bootstraps in which one of them is first."""
-
-
-class FirstUnit(Record):
-    """The unit (a sequence with its copies, or a prompt) that moved entropy most in one direction."""
-
-    rows: Rows[Count]
-    """Its training indices."""
-    value: Finite
-    """Its number."""
-    first_in: Probability
-    """Part of the bootstraps in which it is first."""
-    set: FirstPlace
-    """The smallest set of units that is first in nine of ten."""
-
-
-class FirstByDirection(Record):
-    """Either direction."""
-
-    lowering: FirstUnit | None
-    """Lowered entropy most; null where none did."""
-    raising: FirstUnit | None
-    """Raised it most."""
-
-
-class WhoWasFirst(Record):
-    """Who moved entropy most, by a bootstrap over evaluation prompts."""
-
-    bootstraps: Count
-    """Bootstraps."""
-    evaluation_prompts: Count
-    """Prompts that were drawn from."""
-    sequences: FirstByDirection
-    """By training sequence, copies together."""
-    prompts: FirstByDirection
-    """By training prompt."""
-    distinct: Count
-    """Distinct training sequences."""
-
-
-class NotKnown(Record):
-    """Why there is no such number."""
-
-    reason: str
-    """Why."""
-
-
-def _first_kind(entry: Any) -> str:
-    return "unknown" if isinstance(entry, NotKnown) or (isinstance(entry, Mapping) and "reason" in entry) else "known"
-
-
-class LeavingOut(Record):
-    """What leaving sequences out of the step does; null without a step."""
-
-    unit: Unit
-    """Of all changes."""
-    sum_of_effects: Finite
-    """Sum over the sequences, which is not the step's change."""
-    own_part_of_second_moment: Finite
-    """(1 - beta2)/(1 - beta2^t), the part of P_t that this batch makes."""
-    early_above: Finite
-    """Above which the effect of leaving out names who was first, below it the share."""
-    headline: Literal["effect", "share"]
-    """Which of both does here."""
-    by_prompt: Rows[PromptEffect]
-    """By training prompt."""
-    slope_of_real: Number
-    """Least squares of real on effect, through 0."""
-    first: Annotated[
-        Annotated[WhoWasFirst, Tag("known")] | Annotated[NotKnown, Tag("unknown")], Discriminator(_first_kind)
-    ]
-    """Who was first, or why that is not known."""
-
-
 class LawRecord(Record):
     """How completions are drawn."""
 
@@ -387,3 +291,27 @@ class Summary(Record):
     """How rows were formed."""
     analyses: AnalysesRecord
     """One entry an analysis."""
+
+    @property
+    def estimand(self) -> Estimand:
+        """What predictions and measurements are of."""
+        return Estimand.of(self.rows_drawn)
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """The first estimator of the estimand's measured quantity that has a predicted total."""
+        for name in self.estimand.estimators:
+            parts = self.predicted.get(name)
+            if measure_of(name) == self.estimand.measure and parts is not None and parts.total.value is not None:
+                return name
+        return None
+
+    @property
+    def prediction(self) -> StepParts | None:
+        """The predicted change by that estimator."""
+        return None if self.estimator is None else self.predicted[self.estimator]
+
+    @property
+    def measured(self) -> Measurement | None:
+        """The measured change of the same quantity."""
+        return self.actual.snis if self.estimand.measure == "snis" else self.actual.fixed_prefix
