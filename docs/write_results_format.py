@@ -119,7 +119,7 @@ def _type(field: dict[str, Any]) -> str:
         keys = field.get("propertyNames", {}).get("enum")
         by = f" by {', '.join(f'`{key}`' for key in keys)}" if keys else ""
         return f"object{by} of {_type(field.get('additionalProperties', {}))}"
-    return {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(kind, kind)
+    return {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(str(kind), str(kind))
 
 
 if __name__ == "__main__":

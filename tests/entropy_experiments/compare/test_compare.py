@@ -57,21 +57,23 @@ def test_paired_differences_are_those_of_the_prompts_themselves(pair):
             continue
         gap, by_prompt = row.differences[1], b[row.quantity.key] - a[row.quantity.key]
         assert gap.value == pytest.approx(by_prompt.mean(), abs=1e-12), f"{row.quantity.key}: sign or side swapped"
-        assert gap.standard_error == pytest.approx(jackknife(by_prompt), rel=1e-9, abs=1e-12), (
+        assert gap.number.standard_error == pytest.approx(jackknife(by_prompt), rel=1e-9, abs=1e-12), (
             f"{row.quantity.key}: rows matched by place rather than by prompt, or errors added as if unpaired"
         )
         assert gap.prompts == 32
     measured = point.row("measured").differences[1]
-    assert measured.standard_error < 0.5 * np.hypot(*(row[1] for row in point.row("measured").values)), (
-        "pairing buys nothing"
-    )
+    assert measured.number.standard_error < 0.5 * np.hypot(
+        *(number.standard_error for number in point.row("measured").numbers)
+    ), "pairing buys nothing"
 
 
 def test_other_prompts_are_compared_unpaired_and_say_so(tmp_path):
     folders = build_side(tmp_path / "a", 1), build_side(tmp_path / "b", 2, shift=0.05, prompts="other")
     row = point_of(*folders).row("measured")
     assert row.differences[1].prompts == 0
-    assert row.differences[1].standard_error == pytest.approx(np.hypot(row.values[0][1], row.values[1][1]), rel=1e-12)
+    assert row.differences[1].number.standard_error == pytest.approx(
+        np.hypot(*(number.standard_error for number in row.numbers)), rel=1e-12
+    )
     text = " ".join(sentences(*folders))
     assert "unpaired, other evaluation prompts (0 of 32 shared)" in text and "as if independent" in text
 
@@ -81,7 +83,9 @@ def test_numbers_of_the_sequences_are_paired_too(pair):
     rows = {row.quantity.key: row for row in point_of(*pair).rows}
     sequences = pq.read_table(pair[0] / "sequences.parquet").to_pylist()
     rewards = [row["reward"] for row in sequences if row["buffer"] == "evaluation"]
-    assert rows["reward"].values[0] == (pytest.approx(np.mean(rewards)), pytest.approx(jackknife(np.array(rewards))))
+    number = rows["reward"].numbers[0]
+    assert number.value == pytest.approx(np.mean(rewards))
+    assert number.standard_error == pytest.approx(jackknife(np.array(rewards)))
     assert rows["reward"].differences[1].prompts == 32 and rows["reward"].differences[1].value == 0
 
 
@@ -203,7 +207,7 @@ def test_three_sides_are_each_compared_with_the_first(pair, tmp_path):
     a, b, c = (prompt_effects(seed, shift)["actual.snis"] for seed, shift in ((1, 0.0), (2, 0.05), (3, -0.05)))
     assert row.differences[1].value == pytest.approx((b - a).mean())
     assert row.differences[2].value == pytest.approx((c - a).mean())
-    assert row.differences[2].standard_error == pytest.approx(jackknife(c - a), rel=1e-9)
+    assert row.differences[2].number.standard_error == pytest.approx(jackknife(c - a), rel=1e-9)
 
 
 def test_caveats_name_what_does_not_match(pair):
@@ -289,7 +293,7 @@ def test_sweeps_are_compared_at_the_steps_they_share(sweeps, tmp_path):
     points = compare_sides(sides)
     assert [point.step for point in points] == [8, 12]
     a, b = prompt_effects(112)["actual.snis"], prompt_effects(212, 0.06)["actual.snis"]
-    assert points[1].row("measured").differences[1].standard_error == pytest.approx(jackknife(b - a), rel=1e-9)
+    assert points[1].row("measured").differences[1].number.standard_error == pytest.approx(jackknife(b - a), rel=1e-9)
     text = " ".join(sentences(*sweeps))
     assert "At step 12, the last that all have: B loses" in text and "Of 2 shared checkpoints" in text
     assert "run_checkpoint-20" in text
@@ -391,6 +395,6 @@ def test_a_single_prompt_has_no_paired_error(tmp_path):
         edit_summary(folder, lambda s: s["actual"]["snis"].update(standard_error=None))
         folders.append(folder)
     gap = point_of(*folders).row("measured").differences[1]
-    assert gap.standard_error is None and gap.told_from_zero is None
+    assert gap.number.standard_error is None and gap.told_from_zero is None
     found = write_comparison(folders, tmp_path / "out")
     assert "NaN" not in json.dumps(found)
