@@ -1,10 +1,13 @@
 """Labels say what a number is of."""
 
+from dataclasses import replace
+
 import pytest
 
 from entropy_experiments.compare.differences import settings_that_differ
 from entropy_experiments.records.preconditioner_labels import of_shares, preconditioner_labels
 from entropy_experiments.report.tables import provenance_rows
+from tests.entropy_experiments.planted_run import planted_run
 
 
 @pytest.mark.parametrize(
@@ -33,9 +36,10 @@ def test_every_preconditioning_has_a_label_for_its_shares():
 
 
 def test_comparisons_name_both():
-    class Folder:
-        def __init__(self, kernel):
-            self.raw = {"attribution": {"preconditioner": "step", "kernel_preconditioner": kernel}}
+    def folder(kernel):
+        (found,), _ = planted_run(1)
+        step = found.summary.attribution.model_copy(update={"kernel_preconditioner": kernel})
+        return replace(found, summary=found.summary.model_copy(update={"attribution": step}))
 
-    (row,) = settings_that_differ([Folder("step"), Folder("checkpoint")])
+    (row,) = settings_that_differ([folder("step"), folder("checkpoint")])
     assert row == ("attribution.preconditioner of the kernel", ["step", "checkpoint"])
