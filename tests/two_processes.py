@@ -1,4 +1,4 @@
-"""One function in two gloo processes: started afresh, importing no more than the function's own module does."""
+"""One function in two gloo processes, forked from a server that has the libraries and nothing of this process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.warm_python import WarmProcess
 
 
 def in_two_processes(function: Callable[[], Any], size: int = 2) -> list[Any]:
     """What `function`, of a module's top level, returns in each of `size` processes that form one process group."""
+    module, name = function.__module__, function.__qualname__
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (function, size, folder), nprocs=size)
+        work = f"import {module}; from tests.two_processes import work; work({{}}, {module}.{name}, {size}, {folder!r})"
+        started = [WarmProcess("-c", work.format(rank)) for rank in range(size)]
+        try:
+            ended = [process.communicate(500)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == [0] * size, "\n".join(ended)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _work(rank: int, function: Callable[[], Any], size: int, folder: str) -> None:
+def work(rank: int, function: Callable[[], Any], size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-point", rank=rank, world_size=size)
     try:

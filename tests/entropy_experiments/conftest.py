@@ -3,25 +3,30 @@
 import shutil
 
 import pytest
-from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
 from entropy_experiments.buffers import recorded_task
-from entropy_experiments.report.figures import style
+from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.report.page import write_report
 from rl_training.train import run_training
 from tests.entropy_experiments.browser_visit import launch
 from tests.entropy_experiments.results_fixture import build_results
+from tests.entropy_experiments.small_analysis import config, whole_config
+from tests.shared_artefacts import made_once
 from tests.tiny_policy import save_tiny_policy, tiny_train_config
+from tests.unpainted import paint, paint_nothing, painted
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A run folder with checkpoint-2 and checkpoint-4 of ours, its policy beside it."""
-    root = tmp_path_factory.mktemp("tier2")
-    policy = save_tiny_policy(root / "policy")
-    config = tiny_train_config(policy, root / "run", training={"steps": 4, "save_every": 2})
-    return run_training(config, quiet=True)
+    """A run folder with checkpoint-2 and checkpoint-4 of ours, its policy beside it; not to be changed."""
+
+    def train(root):
+        policy = save_tiny_policy(root / "policy")
+        config = tiny_train_config(policy, root / "run", training={"steps": 4, "save_every": 2})
+        return run_training(config, quiet=True)
+
+    return made_once(tmp_path_factory, "tier2", train)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,13 +42,47 @@ def _trust_in_rewards_of_the_tests():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unpainted():
+    """Reports of tests draw their figures and do not paint them: who looks at pictures asks for `pictures`."""
+    paint_nothing()
+    yield
+    paint()
+
+
 @pytest.fixture(scope="module")
-def unpainted():
-    """Reports draw their figures and do not paint them, half of an analysis' time here: for tests that look at numbers."""
-    picture = style.png_bytes(Figure(figsize=(0.1, 0.1)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_experiments.report.page.png_bytes", lambda figure: picture)
+def pictures():
+    """Reports are painted."""
+    with painted():
         yield
+
+
+@pytest.fixture(scope="module")
+def small_analysis(tiny_run, _trust_in_rewards_of_the_tests, tmp_path_factory):
+    """The analysis of `small_analysis.config()`; its folder is not to be changed."""
+    return _analysed(tiny_run, tmp_path_factory, "small", config())
+
+
+@pytest.fixture(scope="module")
+def step_analysis(tiny_run, _trust_in_rewards_of_the_tests, tmp_path_factory):
+    """The same with the P of the step itself."""
+    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
+    return _analysed(tiny_run, tmp_path_factory, "step", step_p)
+
+
+@pytest.fixture(scope="module")
+def whole_analysis(tiny_run, _trust_in_rewards_of_the_tests, tmp_path_factory):
+    """Every analysis, as configured by default, with its pictures."""
+    with painted():
+        return _analysed(tiny_run, tmp_path_factory, "whole", whole_config())
+
+
+def _analysed(run, tmp_path_factory, name, settings):
+    return made_once(
+        tmp_path_factory,
+        f"analysis-{name}",
+        lambda root: run_fisher_analysis(run, settings, folder=root / name),
+    )
 
 
 @pytest.fixture
@@ -57,9 +96,14 @@ def checkpoint_copy(tiny_run, tmp_path):
 @pytest.fixture(scope="session")
 def whole_report(tmp_path_factory):
     """A synthetic results folder with every analysis, its pictures and its report; not to be changed."""
-    folder = build_results(tmp_path_factory.mktemp("whole_report") / "results", analyses=True)
-    write_report(folder)
-    return folder
+
+    def build(root):
+        folder = build_results(root / "results", analyses=True)
+        write_report(folder)
+        return folder
+
+    with painted():
+        return made_once(tmp_path_factory, "whole_report", build)
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,10 @@ from entropy_experiments.run.reporter import SILENT
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 @pytest.fixture(scope="module")
-def analysis(tiny_run, tmp_path_factory):
-    return run_fisher_analysis(tiny_run, config(), folder=tmp_path_factory.mktemp("results") / "one")
+def analysis(small_analysis):
+    return small_analysis
 
 
 def test_the_folder_holds_what_the_contract_says(analysis):
@@ -46,10 +44,9 @@ def test_the_folder_holds_what_the_contract_says(analysis):
     assert replayed == config()
 
 
-def test_shares_follow_from_the_kernel_by_the_documented_formula(tiny_run, tmp_path):
+def test_shares_follow_from_the_kernel_by_the_documented_formula(step_analysis):
     """delta h_i = lr (1 - beta1)/(1 - beta1^t) c w_i mean_eval K_H(:, i), from the files alone."""
-    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
-    analysis = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
+    analysis = step_analysis
     kernels = load_file(analysis.folder / "kernel.safetensors")
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
     training = [r for r in rows if r["buffer"] == "training"]
@@ -66,10 +63,9 @@ def test_shares_follow_from_the_kernel_by_the_documented_formula(tiny_run, tmp_p
     assert lost == pytest.approx(summary["predicted"]["rao_blackwell"]["total"]["value"], rel=1e-4)
 
 
-def test_score_function_prediction_equals_the_kernel_formula(tiny_run, tmp_path):
+def test_score_function_prediction_equals_the_kernel_formula(step_analysis):
     """delta H_batch = -factor (1/n) sum_t (S_t - b_t) sum_i w_i K1(t, i), b_t the mean of the other sequences."""
-    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
-    analysis = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
+    analysis = step_analysis
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
     scores = np.array([r["score"] for r in rows if r["buffer"] == "evaluation"])
     weights = np.array([r["weight"] for r in rows if r["buffer"] == "training"])
@@ -84,9 +80,8 @@ def test_score_function_prediction_equals_the_kernel_formula(tiny_run, tmp_path)
     )
 
 
-def test_the_checkpoints_p_and_the_steps_own_differ_but_shares_do_not(analysis, tiny_run, tmp_path):
-    step_p = config("entropy_analysis.fisher_kernel.preconditioning=step")
-    other = run_fisher_analysis(tiny_run, step_p, folder=tmp_path / "step")
+def test_the_checkpoints_p_and_the_steps_own_differ_but_shares_do_not(analysis, step_analysis):
+    other = step_analysis
     again, found = other.numbers.step.attribution, analysis.numbers.step.attribution
     torch.testing.assert_close(again.shares, found.shares, rtol=1e-3, atol=1e-9)
     assert not torch.allclose(other.numbers.kernels.fisher, analysis.numbers.kernels.fisher, rtol=1e-2)

@@ -16,12 +16,10 @@ from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.entropy_experiments.small_analysis import config
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 @pytest.fixture(scope="module")
-def analysis(tiny_run, tmp_path_factory):
-    return run_fisher_analysis(tiny_run, config(), folder=tmp_path_factory.mktemp("results") / "one")
+def analysis(small_analysis):
+    return small_analysis
 
 
 def test_without_optimizer_state_only_the_plain_step_is_analysed(checkpoint_copy, tmp_path):

@@ -24,8 +24,8 @@ NAMES = [analysis.name for analysis in ANALYSES]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_run, tmp_path_factory):
-    return run_fisher_analysis(tiny_run, whole_config(), folder=tmp_path_factory.mktemp("results") / "whole")
+def whole(whole_analysis):
+    return whole_analysis
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from rl_training.tasks.task import Task
 from tests.entropy_experiments.small_analysis import config
 from tests.tiny_policy import character_tokenizer
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 LAW = SamplingLaw(1.0, 8, (1,), 0)
 
 

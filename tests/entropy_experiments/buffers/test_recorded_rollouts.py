@@ -28,8 +28,6 @@ from tests.oracle.environment import drawn_terms
 from tests.rl_training.two_turns import FOREIGN, two_turns
 from tests.tiny_policy import save_tiny_policy, tiny_train_config
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 SAMPLING = "entropy_analysis.sampling"
 FROM_RUN = (f"{SAMPLING}.train_prompts=from_run", f"{SAMPLING}.eval_prompts=from_run")
 

@@ -117,7 +117,7 @@ def test_doctor_and_analyze_say_it_on_the_command_line(strangers: Path) -> None:
     assert not Path("imported").exists()
 
 
-def test_the_remedies_work(strangers: Path, unpainted: None) -> None:
+def test_the_remedies_work(strangers: Path) -> None:
     """--trust runs what the record names; a task of the user's own goes before it."""
     _record(strangers, reward="stranger.py:f")
     trusted = run_fisher_analysis(strangers, config(), folder=strangers.parent / "trusted", trust=True)
@@ -157,7 +157,7 @@ def hostile_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_hostile_completions_through_train_analyze_and_sweep(
-    tiny_run: Path, hostile_policy: None, tmp_path: Path, unpainted: None
+    tiny_run: Path, hostile_policy: None, tmp_path: Path
 ) -> None:
     task = {
         "name": "countdown",
@@ -191,7 +191,7 @@ def test_a_reward_that_exits_stops_training_in_one_line(tiny_run: Path, tmp_path
         run_training(tiny_train_config(tiny_run.parent / "policy", tmp_path / "run", task=task), quiet=True)
 
 
-def test_trls_contract_in_training_and_in_analysis(tiny_run: Path, tmp_path: Path, unpainted: None) -> None:
+def test_trls_contract_in_training_and_in_analysis(tiny_run: Path, tmp_path: Path) -> None:
     """An async reward that takes everything, logs, and judges only a part of the completions."""
     (tmp_path / "own.py").write_text(
         "async def judge(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer, prompt_index):\n"

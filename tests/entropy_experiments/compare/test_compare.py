@@ -24,8 +24,6 @@ from tests.entropy_experiments.comparison_fixture import (
 from tests.entropy_experiments.small_analysis import config
 from tests.entropy_experiments.whole_summary import policy
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 
 def point_of(*folders):
     return compare_sides(open_sides(folders))[-1]

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from tests.tiny_policy import save_tiny_policy
+from tests.warm_python import UNPAINTED, warm_run
 
 SMALL = [
     "entropy_analysis.eval_batch_size=8",
@@ -17,19 +17,12 @@ SMALL = [
 ]
 
 
-def run(*arguments: object, cwd=None) -> subprocess.CompletedProcess:
+def run(*arguments: object, cwd=None, prelude=UNPAINTED) -> subprocess.CompletedProcess:
     trust = (
         ["--trust"] if arguments[0] in ("analyze", "sweep", "doctor") else []
     )  # the tiny run's reward is the tests' own
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "entropy_experiments", *map(str, arguments), *trust],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-        timeout=300,
-    )
+    return warm_run("-m", "entropy_experiments", *arguments, *trust, env=environment, cwd=cwd, prelude=prelude)
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -151,6 +144,6 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_half_written(tiny_run, small_disk):
-    result = run("analyze", tiny_run, *SMALL, f"output_dir={small_disk}/results")
+    result = run("analyze", tiny_run, *SMALL, f"output_dir={small_disk}/results", prelude="")  # figures fill it
     assert_one_clear_line(result, "no space left")
     assert not list(small_disk.rglob("*checkpoint-4*"))

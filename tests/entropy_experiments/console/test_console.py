@@ -24,6 +24,7 @@ from entropy_experiments.run.reporter import Reporter
 from tests.entropy_experiments.comparison_fixture import build_side
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, config
+from tests.warm_python import UNPAINTED, warm_run
 
 SMALL = [
     "entropy_analysis.eval_batch_size=8",
@@ -254,8 +255,7 @@ def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path):
 
 def run(*arguments, **environment):
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "COLUMNS": "90", **environment}
-    command = [sys.executable, "-m", "entropy_experiments", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return warm_run("-m", "entropy_experiments", *arguments, env=env, prelude=UNPAINTED)
 
 
 def test_json_is_one_object_on_stdout_and_progress_stays_on_stderr(tiny_run, tmp_path):
@@ -298,6 +298,7 @@ def test_on_a_real_terminal(tiny_run, tmp_path):
         *SMALL,
         f"output_dir={tmp_path}",
     ]
+    # A real interpreter: here it is seen that libraries write nothing to the terminal.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=env)
     os.close(slave)
     seen = b""
@@ -313,6 +314,7 @@ def test_on_a_real_terminal(tiny_run, tmp_path):
     text = ESCAPES.sub("", seen.decode(errors="replace"))
     assert process.returncode == 0, text
     assert stdout.strip().endswith("report.html") and len(stdout.splitlines()) == 1
+    assert "Loading weights" not in text, "a library's own progress"
     assert "left" in text and "%" in text and "Predicted change" in text and "Verdict on checkpoint 4" in text
     table = text[text.index("Verdict on checkpoint") :].splitlines()
     assert max(len(line.rstrip()) for line in table) <= 70

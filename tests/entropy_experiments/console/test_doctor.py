@@ -2,9 +2,6 @@
 refuses nothing that can be analysed.
 """
 
-import subprocess
-import sys
-
 import pytest
 
 from entropy_experiments.buffers.sampling_plan import plan_sampling
@@ -13,6 +10,7 @@ from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.configuration import validate_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_zoo import ZOO, Zoo, build_zoo
+from tests.warm_python import warm_run
 
 TOLD = {
     "checkpoint": {"task": {"name": "chain_sum", "size": 8, "heldout_size": 8}, "device": "cpu"},
@@ -29,8 +27,7 @@ def zoo(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(zoo):
     """Name -> its row, as the command prints it."""
-    command = [sys.executable, "-m", "entropy_experiments", "doctor", str(zoo)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = warm_run("-m", "entropy_experiments", "doctor", zoo)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     print(done.stdout)
     lines = done.stdout.splitlines()

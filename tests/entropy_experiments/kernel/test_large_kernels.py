@@ -26,14 +26,12 @@ from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
 
-pytestmark = pytest.mark.usefixtures("unpainted")
-
 KERNEL = "entropy_analysis.fisher_kernel."
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_run, tmp_path_factory) -> FisherAnalysis:
-    return run_fisher_analysis(tiny_run, config(), folder=tmp_path_factory.mktemp("large") / "plain")
+def plain(small_analysis) -> FisherAnalysis:
+    return small_analysis
 
 
 def kernels(analysis: FisherAnalysis) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from entropy_experiments.entropy_runner import FisherAnalysis, run_fisher_analysis
 from rl_training.configuration import dump_config
 from tests.entropy_experiments.small_analysis import config
+from tests.warm_python import UNPAINTED, WarmProcess
 
 SIZES = ("entropy_analysis.eval_batch_size=72", "entropy_analysis.fisher_kernel.strategy=memory")  # three blocks
 SOON = 30.0  # seconds, on a busy machine; nothing is waited for
@@ -43,7 +44,7 @@ def undisturbed(tiny_run, tmp_path_factory) -> FisherAnalysis:
         torch.set_num_threads(threads)
 
 
-def start_two(commands: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
+def start_two(commands: Sequence[Sequence[str]]) -> list[WarmProcess]:
     """A process a command, of one group, without a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,15 +52,12 @@ def start_two(commands: Sequence[Sequence[str]]) -> list[subprocess.Popen]:
     group = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common = {**os.environ, **group, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return [
-        subprocess.Popen(
-            [sys.executable, *command], env={**common, "RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
+        WarmProcess(*command, env={**common, "RANK": str(rank)}, prelude=UNPAINTED)
         for rank, command in enumerate(commands)
-    ]  # fmt: skip
+    ]
 
 
-def said(process: subprocess.Popen, within: float) -> list[str]:
+def said(process: WarmProcess, within: float) -> list[str]:
     """Lines on stderr that are not progress, once the process has ended."""
     try:
         _, errors = process.communicate(timeout=within)

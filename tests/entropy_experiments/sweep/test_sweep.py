@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import edit_optimizer
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, SMALL
-
-pytestmark = pytest.mark.usefixtures("unpainted")
+from tests.warm_python import UNPAINTED, WarmProcess, warm_run
 
 REAL = [
     *SMALL, *(f"entropy_analysis.analysis.{name}=false" for name in OFF if name != "sequence_clustering"),
@@ -56,12 +54,12 @@ def run(tiny_run, tmp_path_factory):
 
 def command(*arguments, **environment):
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    return [sys.executable, "-m", "entropy_experiments", "sweep", "--trust", *map(str, arguments)], env
+    return ["-m", "entropy_experiments", "sweep", "--trust", *arguments], env
 
 
 def sweep(*arguments, **environment) -> subprocess.CompletedProcess:
     line, env = command(*arguments, **environment)
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=500)
+    return warm_run(*line, env=env, prelude=UNPAINTED)
 
 
 @pytest.mark.slow
@@ -70,7 +68,7 @@ def test_real_sweep_killed_and_resumed_with_a_broken_checkpoint(run, tmp_path):
     arguments = [run, *REAL, "--folder", tmp_path / "out"]
     first, part = tmp_path / "out/checkpoints/mine_checkpoint-4", tmp_path / "out/checkpoints/mine_checkpoint-5.part"
     line, env = command(*arguments)
-    process = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = WarmProcess(*line, env=env, prelude=UNPAINTED)
     deadline = time.time() + 400
     while not (first.is_dir() and part.is_dir()):
         assert process.poll() is None and time.time() < deadline, "it ended before it could be killed"
@@ -119,7 +117,7 @@ def test_two_launched_processes_share_without_a_word(tiny_run, tmp_path):
     for rank in (0, 1):
         launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         line, env = command(*arguments, **launcher, MASTER_PORT="9")
-        running.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(WarmProcess(*line, env=env, prelude=UNPAINTED))
     outs = [process.communicate(timeout=500) for process in running]
     assert [process.returncode for process in running] == [0, 0], outs
     assert outs[0][0].strip() == str(tmp_path / "out/report.html") and outs[1][0] == ""

@@ -14,7 +14,6 @@ from rl_training.configuration import load_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import OFF, SMALL
 
-pytestmark = pytest.mark.usefixtures("unpainted")
 QUICK = [*SMALL, *(f"entropy_analysis.analysis.{name}=false" for name in (*OFF, "buffers", "prompt_structure"))]
 FROM_RUN = "entropy_analysis.sampling.eval_prompts=from_run"
 
