@@ -2,6 +2,7 @@
 # make test    the test suite                 (PYTEST_ARGS="-k kernel -x" is passed on)
 # make check   ruff, format, pyright, floors
 # make architecture   draw the import graph into docs/architecture.md
+# make results-format write the fields of a results folder into docs/guides/results-format.md
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, five minutes
@@ -25,7 +26,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check architecture format bench bench-probe bench-kernel calibrate clean distclean
+.PHONY: help venv demo test check architecture results-format format bench bench-probe bench-kernel calibrate clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -66,6 +67,9 @@ check: $(STAMP)
 
 architecture: $(STAMP)
 	$(BIN)/python docs/draw_architecture.py
+
+results-format: $(STAMP)
+	$(BIN)/python docs/write_results_format.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -244,6 +244,18 @@ def audit(
 
 
 @app.command()
+def schema(
+    file: Annotated[
+        str | None, typer.Argument(help="summary.json, run.json or training_history.json; default: all")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a results folder's files (docs/guides/results-format.md)."""
+    from entropy_experiments.records.schema import schema, schemas
+
+    _print_json(schemas() if file is None else schema(file))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs and results")] = Path("runs"),
 ) -> None:

@@ -20,6 +20,7 @@ from entropy_experiments.compare import tables
 from entropy_experiments.compare.differences import Point, compare_sides
 from entropy_experiments.compare.sides import Side, caveats, open_sides, step_of
 from entropy_experiments.compare.verdict import comparison_verdict
+from entropy_experiments.records.estimates import entry_of
 from entropy_experiments.records.writer import write_json
 from entropy_experiments.report.figures.comparison import (
     plot_compared_changes,
@@ -133,9 +134,9 @@ def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str,
     if points:
         rows = [(name, row) for key, name in _CHANGES.items() if (row := points[-1].row(key)) is not None]
         if rows:
-            values = [[tables.entry_of(row.numbers[k]) for _, row in rows] for k in range(len(sides))]
+            values = [[entry_of(row.numbers[k]) for _, row in rows] for k in range(len(sides))]
             gaps = [
-                [None if (d := row.differences[k]) is None else tables.entry_of(d.number) for _, row in rows]
+                [None if (d := row.differences[k]) is None else entry_of(d.number) for _, row in rows]
                 for k in range(1, len(sides))
             ]
             names = [name for name, _ in rows]

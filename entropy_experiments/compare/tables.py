@@ -8,7 +8,7 @@ from typing import Any
 from entropy_experiments.compare.differences import Compared, Difference, Point, compare_analyses, settings_that_differ
 from entropy_experiments.compare.sides import Side, step_of
 from entropy_experiments.records.analysis_results import finished
-from entropy_experiments.records.estimates import Estimate, StudentEstimate
+from entropy_experiments.records.estimates import Estimate, StudentEstimate, entry_of
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.analysis_tables import Table
 from entropy_experiments.report.outcome import same_prompt_effect
@@ -245,8 +245,3 @@ def _difference(point: Point, name: str, place: int) -> Entry:
     row = point.row(name)
     gap = None if row is None else row.differences[place]
     return None if gap is None else entry_of(gap.number)
-
-
-def entry_of(number: Estimate | None) -> Entry:
-    """A number as figures take it."""
-    return None if number is None else number.model_dump(include=set(Estimate.model_fields))

@@ -15,7 +15,7 @@ from rich.text import Text
 from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, agreement_tone, agreement_word, shown
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+from entropy_experiments.text.numbers import as_number, plain, plus_minus, signed, value_and_error
 
 _PARTS = {"batch": "this step's batch", "momentum": "momentum", "weight_decay": "weight decay"}
 _STYLES = {"good": "green", "bad": "bold red", "warning": "yellow", "plain": ""}
@@ -60,7 +60,7 @@ def print_outcomes(console: Console, outcomes: Sequence[Mapping[str, Any]]) -> N
     for name in columns:
         table.add_column(name, justify="left" if name == "checks" else "right", no_wrap=True)
     for outcome, row in rows:
-        failed = "error" in row or lookup(outcome, "checks", "failed")
+        failed = "error" in row or outcome["checks"]["failed"]
         cells = row | ({"checks": "failed"} if "error" in row else {})
         table.add_row(*(cells.get(name, "") for name in columns), style=_STYLES["bad"] if failed else "")
     console.print(table)
@@ -84,12 +84,12 @@ def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, tone) of every line of the closing table; units are in the values, brackets hold 95% intervals."""
     unit = outcome["unit"]
     facts = [("Entropy before the step", f"{shown(outcome['entropy'], plus=False)} {unit}", "plain")]
-    if as_number(lookup(outcome, "predicted", "value")) is not None:
+    if outcome["predicted"]["value"] is not None:
         facts.append(("Predicted change", f"{shown(outcome['predicted'])} {unit}", "plain"))
         for part, name in _PARTS.items():
-            if as_number(lookup(outcome, "parts", part, "value")) is not None:
+            if outcome["parts"][part]["value"] is not None:
                 facts.append((f"  from {name}", shown(outcome["parts"][part]), "plain"))
-    if as_number(lookup(outcome, "measured", "value")) is not None:
+    if outcome["measured"]["value"] is not None:
         facts.append(_measured(outcome))
     noise = outcome.get("training_noise")
     if noise is not None:
@@ -138,14 +138,12 @@ def _checks(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _title(outcome: Mapping[str, Any]) -> Text:
-    step, model = lookup(outcome, "checkpoint", "step"), lookup(outcome, "checkpoint", "model")
-    where = "the analysis" if as_number(step) is None else f"checkpoint {step:g}"
-    return Text(f"Verdict on {where} of {one_line(str(model or 'an unnamed model'), 60)}", style="bold")
+    checkpoint = outcome["checkpoint"]
+    return Text(f"Verdict on checkpoint {checkpoint['step']} of {one_line(checkpoint['model'], 60)}", style="bold")
 
 
 def _row(outcome: Mapping[str, Any]) -> dict[str, str]:
-    step = as_number(lookup(outcome, "checkpoint", "step"))
-    row = {"step": "–" if step is None else f"{step:g}"}
+    row = {"step": str(outcome["checkpoint"]["step"])}
     if outcome.get("error") is not None:
         return row | {"error": one_line(str(outcome["error"]), _TEXT_CHARACTERS)}
     failed = len(outcome["checks"]["failed"]) + len(outcome.get("failed_analyses") or {})
@@ -155,8 +153,8 @@ def _row(outcome: Mapping[str, Any]) -> dict[str, str]:
         "predicted": _amount(outcome["predicted"]),
         "measured": _amount(outcome["measured"]),
         "apart": "–" if compared is None else f"{compared['z']:.1f} SE",
-        "batch": _amount(lookup(outcome, "parts", "batch")),
-        "momentum": _amount(lookup(outcome, "parts", "momentum")),
+        "batch": _amount(outcome["parts"]["batch"]),
+        "momentum": _amount(outcome["parts"]["momentum"]),
         "checks": f"{outcome['checks']['passed']} passed" + (f", {failed} FAILED" if failed else ""),
     }
 

@@ -66,6 +66,13 @@ class Estimate(Record):
         return NOT_KNOWN if found is None else found.text(plus)
 
 
+def entry_of(estimate: Estimate | None) -> dict[str, float | None] | None:
+    """Value, standard error, interval and degrees of freedom as plain data; None where there is no value."""
+    if estimate is None or estimate.value is None:
+        return None
+    return {name: getattr(estimate, name) for name in Estimate.model_fields}
+
+
 class Mean(Record):
     """A number with its standard error, of which no interval is made."""
 

@@ -76,7 +76,7 @@ def _read_all(
             try:
                 results = read_results_folder(place.results(target))
                 by_run.setdefault(target.run, []).append(results)
-                seconds = results.raw_run.get("seconds")
+                seconds = results.run.seconds
             except UserError as broken:
                 status, error = "unreadable", str(broken)
         else:

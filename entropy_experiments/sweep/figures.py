@@ -17,7 +17,6 @@ from entropy_experiments.report.figures.plots import (
     plot_fisher_evolution,
     plot_kernel_evolution,
 )
-from entropy_experiments.text.numbers import lookup
 
 CHARTS = ("evolution", "changes", "law", "kernel", "kernels", "clusters")
 """Of every run, in the order of the report."""
@@ -48,8 +47,7 @@ def _kernels(folders: Sequence[ResultsFolder]) -> list[tuple[int, np.ndarray, np
             rows, columns = (
                 np.array([row["prompt_index"] for row in side]) for side in (results.evaluation, results.training)
             )
-            step = int(lookup(results.raw, "checkpoint", "step"))
-            found.append((step, results.kernels["fisher"], rows, columns))
+            found.append((results.summary.checkpoint.step, results.kernels["fisher"], rows, columns))
     return found
 
 
@@ -59,10 +57,10 @@ def evolution_rows(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "step": row["step"],
             "entropy": row["entropy"],
-            "reward": lookup(row["reward"], "value"),
+            "reward": row["reward"] and row["reward"]["value"],
             "predicted": row["predicted"]["total"],
             "actual": row["actual"],
-            "kernel_norm": lookup(row["kernel_norm"], "value"),
+            "kernel_norm": row["kernel_norm"] and row["kernel_norm"]["value"],
         }
         for row in evolution["checkpoints"]
     ]

@@ -22,7 +22,7 @@ from entropy_experiments.statistics.confidence import ALIKE, shown
 from entropy_experiments.sweep.figures import CHARTS
 from entropy_experiments.sweep.verdict import write_sweep_verdict
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import lookup, plus_minus, value_and_error
+from entropy_experiments.text.numbers import plus_minus, value_and_error
 from rl_training.files import write_whole
 
 _TEXTS = {
@@ -181,7 +181,7 @@ def _checkpoint(entry: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
 
 
 def _provenance(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = lookup(sweep, "versions") or {}
+    versions = sweep["versions"]
     settings = sweep["config"]["entropy_analysis"]
     seconds = sum(entry["seconds"] or 0 for entry in sweep["checkpoints"])
     return [

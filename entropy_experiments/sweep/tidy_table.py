@@ -16,8 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entropy_experiments.records.estimates import entry_of
 from entropy_experiments.records.reader import ResultsFolder
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.records.summary import StepParts
+from entropy_experiments.text.numbers import value_and_error
 from rl_training.files import write_whole_by
 
 _TOKEN, _COMPLETION = "nats per token", "nats per completion"
@@ -36,28 +38,25 @@ _Cell = tuple[str, str, str, Any, str]
 
 def checkpoint_cells(results: ResultsFolder, row: Mapping[str, Any]) -> Iterator[_Cell]:
     """(quantity, part, estimator, number, unit) of one checkpoint; row: its `evolution_rows.checkpoint_row`."""
-    summary = results.raw
-    entropy = lookup(summary, "entropy") or {}
-    yield "entropy", "", "", entropy.get("per_token"), _TOKEN
-    yield "entropy", "", "", entropy.get("per_completion"), _COMPLETION
-    yield "surprisal", "", "", entropy.get("surprisal_per_completion"), _COMPLETION
+    summary = results.summary
+    yield "entropy", "", "", entry_of(summary.entropy.per_token), _TOKEN
+    yield "entropy", "", "", entry_of(summary.entropy.per_completion), _COMPLETION
+    yield "surprisal", "", "", entry_of(summary.entropy.surprisal_per_completion), _COMPLETION
     yield "reward", "", "evaluation buffer", row["reward"], "reward"
-    trained = lookup(summary, "sampling", "training", "mean_reward")
-    yield "reward", "", "training buffer", trained, "reward"
-    for section, unit in (("predicted", _TOKEN), ("predicted_per_completion", _COMPLETION)):
-        for estimator, parts in (lookup(summary, section) or {}).items():
-            for part, number in parts.items():
-                yield "predicted", part, estimator, number, unit
-    for measure, number in (lookup(summary, "actual") or {}).items():
-        yield "actual", "total", measure, number, _TOKEN
-        yield "effective_sample_size", "", measure, lookup(number, "effective_sample_size"), "sequences"
-    for scaled in lookup(summary, "scaling") or []:
-        for measure in ("snis", "fixed_prefix"):
-            number = {
-                "value": scaled.get(f"actual_{measure}"),
-                "standard_error": scaled.get(f"actual_{measure}_standard_error"),
-            }
-            yield f"actual at {scaled['scale']:g} x the step", "total", measure, number, _TOKEN
+    yield "reward", "", "training buffer", summary.sampling.training.mean_reward, "reward"
+    for predicted, unit in ((summary.predicted, _TOKEN), (summary.predicted_per_completion, _COMPLETION)):
+        for estimator, parts in predicted.items():
+            for part in StepParts.model_fields:
+                yield "predicted", part, estimator, entry_of(getattr(parts, part)), unit
+    for measure, found in (("snis", summary.actual.snis), ("fixed_prefix", summary.actual.fixed_prefix)):
+        if found is not None:
+            yield "actual", "total", measure, entry_of(found), _TOKEN
+            yield "effective_sample_size", "", measure, found.effective_sample_size, "sequences"
+    for scaled in summary.scaling:
+        name = f"actual at {scaled.scale:g} x the step"
+        snis = {"value": scaled.actual_snis, "standard_error": scaled.actual_snis_standard_error}
+        yield name, "total", "snis", snis, _TOKEN
+        yield name, "total", "fixed_prefix", scaled.actual_fixed_prefix, _TOKEN
     for name, unit in _KERNEL_UNITS.items():
         yield name, "", "", row[name], unit
     yield "same_prompt_pairs", "", "", row["same_prompt_pairs"], "share"
@@ -89,6 +88,6 @@ def write_table(path: Path, evolutions: Mapping[str, tuple[Mapping[str, Any], li
         for step, (quantity, part, estimator, number, unit) in cells:
             value, error = value_and_error(number)
             if value is not None:
-                content = (run, step, quantity, part, estimator, value, as_number(error), unit)
+                content = (run, step, quantity, part, estimator, value, error, unit)
                 table.append(dict(zip(SCHEMA.names, content, strict=True)))
     write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), part))

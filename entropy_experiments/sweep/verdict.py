@@ -28,7 +28,7 @@ from entropy_experiments.statistics.confidence import (
 )
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
-from entropy_experiments.text.numbers import counted, lookup, plain, signed
+from entropy_experiments.text.numbers import counted, plain, signed
 
 _UNIT = "nats per token"
 
@@ -187,11 +187,9 @@ def _kernel(evolution: Mapping[str, Any]) -> Sentence | None:
         f"Successive kernels couple the evaluation prompts alike beyond chance at {clear} of {counted(len(known), 'pair')} "
         f"(p ≤ 0.05; debiased alignment {plain(min(values), 2)} to {plain(max(values), 2)})"
     )
-    ranks = [
-        lookup(row["effective_rank"], "value") for row in (evolution["checkpoints"][0], evolution["checkpoints"][-1])
-    ]
-    if None not in ranks:
-        text += f"; their effective rank went from {plain(ranks[0], 2)} to {plain(ranks[1], 2)}"
+    first, last = (evolution["checkpoints"][k]["effective_rank"] for k in (0, -1))
+    if first and last and None not in (first["value"], last["value"]):
+        text += f"; their effective rank went from {plain(first['value'], 2)} to {plain(last['value'], 2)}"
     return Sentence(text + ".")
 
 

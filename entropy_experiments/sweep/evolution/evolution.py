@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.training_course import unfiltered_points
 from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
@@ -43,7 +44,7 @@ from entropy_experiments.sweep.evolution.left_out_prompts import (
 )
 from entropy_experiments.sweep.evolution.reward_price import price_between
 from entropy_experiments.sweep.evolution.summed_changes import sums_with_errors, weighted_sum
-from entropy_experiments.text.numbers import as_number, counted, lookup
+from entropy_experiments.text.numbers import as_number, counted
 
 _COSTLIEST = 5
 
@@ -74,7 +75,7 @@ def describe_evolution(
 
     Raises ValueError without checkpoints, or for two of one step.
     """
-    folders = sorted(checkpoints, key=lambda results: int(lookup(results.raw, "checkpoint", "step")))
+    folders = sorted(checkpoints, key=lambda results: results.summary.checkpoint.step)
     rows = [checkpoint_row(results) for results in folders]
     steps = [row["step"] for row in rows]
     if not rows or len(set(steps)) < len(steps):
@@ -154,11 +155,12 @@ def _change(
     left, right = folders[k], folders[k + 1]
     gap = rows[k + 1]["step"] - rows[k]["step"]
     columns = [np.array([row["prompt_index"] for row in side.training]) for side in (left, right)]
-    clusters = [lookup(side.raw, "analyses", "sequence_clustering", "labels") for side in (left, right)]
+    found = [finished(side.summary.analyses.sequence_clustering) for side in (left, right)]
+    clusters = [list(result.labels) for result in found if result is not None]
     change = {"from": rows[k]["step"], "to": rows[k + 1]["step"]}
     change |= _comparison(sums, _observed(k, k + 1), _expected(k, k + 1, gap))
     change |= {"losers": _losers(sums[k], sums[k + 1]), "price": price_between(sums, k, k + 1)}
-    if all(isinstance(labels, list) for labels in clusters):
+    if len(clusters) == 2:
         flow = cluster_flow(clusters[0], columns[0], clusters[1], columns[1])
     else:
         reason = "clusters were not looked for at both checkpoints (analysis.sequence_clustering)"
@@ -269,7 +271,7 @@ def _costliest_prompts(folders: Sequence[ResultsFolder]) -> list[dict[str, Any]]
 
 
 def _flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"step": r["step"], **{key: lookup(r[key], "value") for key in ("entropy", "reward")}} for r in rows]
+    return [{"step": r["step"], **{key: r[key] and r[key]["value"] for key in ("entropy", "reward")}} for r in rows]
 
 
 def _points(entries: Sequence[Mapping[str, Any]], *keys: str) -> list[list[float]]:

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from entropy_experiments.records.estimate_entries import ratio_entry
+from entropy_experiments.records.estimates import entry_of
 from entropy_experiments.records.reader import ResultsFolder
-from entropy_experiments.report.verdict import primary_estimator
-from entropy_experiments.statistics.agreement import stored_agreement
-from entropy_experiments.statistics.confidence import freedom_of_analysis, number_entry
+from entropy_experiments.records.record import json_of
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.text.numbers import as_number
 
 PARTS = ("total", "batch", "momentum", "weight_decay")
 
@@ -33,36 +32,26 @@ def checkpoint_row(results: ResultsFolder) -> dict[str, Any]:
     {"above", "below"}: shares of the change by sequences with a reward above and below their prompt's mean; failed_checks,
     failed_analyses.
     """
-    summary = results.raw
-    given = lookup(summary, "rows_drawn") is False
-    estimator = "fixed_prefix" if given else primary_estimator(summary)
-    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
-    effective, n = as_number(lookup(measured, "effective_sample_size")), as_number(lookup(measured, "n"))
-    compared, freedom = stored_agreement(summary, estimator), freedom_of_analysis(summary)
+    summary, measured, parts = results.summary, results.summary.measured, results.summary.prediction
+    estimator = summary.estimator
+    compared = None if estimator is None else summary.agreement.get(estimator)
     row: dict[str, Any] = {
-        "step": int(lookup(summary, "checkpoint", "step")),
+        "step": summary.checkpoint.step,
         "folder": results.path.name,
-        "entropy": _number(lookup(summary, "entropy", "per_token"), freedom),
+        "entropy": entry_of(summary.entropy.per_token),
         "reward": _mean_reward(results.evaluation),
         "estimator": estimator,
-        "predicted": {
-            part: _number(lookup(summary, "predicted", estimator, part), freedom) if estimator else None
-            for part in PARTS
-        },
-        "actual": _number(measured, freedom),
-        "agreement": None if compared is None else compared.as_dict(),
-        "effective_sample_size": effective,
-        "trustworthy": None if effective is None or not n else effective >= 0.5 * n,
+        "predicted": {part: None if parts is None else entry_of(getattr(parts, part)) for part in PARTS},
+        "actual": entry_of(measured),
+        "agreement": None if compared is None else json_of(compared),
+        "effective_sample_size": None if measured is None else measured.effective_sample_size,
+        "trustworthy": None if measured is None else measured.trustworthy,
         "by_advantage": _by_advantage(results.training),
         "sequences": {"evaluation": len(results.evaluation), "training": len(results.training)},
-        "failed_checks": [c["name"] for c in results.raw_run["self_checks"] if c.get("passed") is not True],
-        "failed_analyses": sorted(results.raw_run.get("failed_analyses") or {}),
+        "failed_checks": [check.name for check in results.run.self_checks if not check.passed],
+        "failed_analyses": sorted(results.run.failed_analyses),
     }
     return row | _kernel(results)
-
-
-def _number(entry: Any, freedom: float | None) -> dict[str, float | None] | None:
-    return None if value_and_error(entry)[0] is None else number_entry(entry, freedom)
 
 
 def _mean_reward(rows: list[dict[str, Any]]) -> dict[str, float | None] | None:
