@@ -36,13 +36,16 @@ from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, ev
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.kernel.options import kernel_options
 from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
+from entropy_experiments.records.estimate_entries import finite_number
 from entropy_experiments.records.history import stored_state, training_history
 from entropy_experiments.records.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
 from entropy_experiments.records.leave_one_out import write_leave_one_out
 from entropy_experiments.records.policy import describe_policy
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.summarize import summarize
+from entropy_experiments.records.summary import KernelModules, Summary
 from entropy_experiments.records.writer import (
     describe_environment,
-    summarize,
     write_history,
     write_json,
     write_kernels,
@@ -71,7 +74,7 @@ class FisherAnalysis:
 
     folder: Path
     report: Path
-    summary: dict[str, Any]
+    summary: Summary
     numbers: AnalysisNumbers
     evaluation: Rollouts
     training: TrainingBuffer
@@ -83,7 +86,7 @@ class FisherAnalysis:
     @property
     def failed_analyses(self) -> dict[str, str]:
         """Name -> what went wrong."""
-        return failed_analyses(self.summary["analyses"])
+        return self.summary.analyses.failed()
 
 
 def results_folder_for(checkpoint_path: Path, step: int, output_dir: str) -> Path:
@@ -176,7 +179,7 @@ def _analyze_into(
                 "command": " ".join(sys.argv),
                 **describe_environment(),
                 "processes": processes.size,
-                "checkpoint": {**summary["checkpoint"], "run_dir": str(record.run_dir)},
+                "checkpoint": {**json_of(summary.checkpoint), "run_dir": str(record.run_dir)},
                 "stages": clock.finished(),
                 "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
                 "self_checks": [check.to_json() for check in numbers.checks],
@@ -258,20 +261,18 @@ def _analyze(
     )
 
 
-def _modules(inputs: AnalysisInputs) -> dict[str, Any]:
+def _modules(inputs: AnalysisInputs) -> KernelModules:
     """Parameters that the kernel's rows are formed of, of all that are trained, and the share of the prediction without them."""
     parameters = {name: p.numel() for name, p in inputs.model.named_parameters() if p.requires_grad}
-    return {
-        "parameters": sum(parameters[name] for name in inputs.side.engine.names),
-        "trainable": sum(parameters.values()),
-        "patterns": inputs.config.entropy_analysis.fisher_kernel.filter_modules,
-        "left_out_share": None if inputs.numbers.step is None else inputs.numbers.step.predictions.left_out,
-    }
+    return KernelModules(
+        parameters=sum(parameters[name] for name in inputs.side.engine.names),
+        trainable=sum(parameters.values()),
+        patterns=inputs.config.entropy_analysis.fisher_kernel.filter_modules,
+        left_out_share=None if inputs.numbers.step is None else finite_number(inputs.numbers.step.predictions.left_out),
+    )
 
 
-def _write(
-    part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: dict[str, dict[str, Any]]) -> Summary:
     numbers, config = inputs.numbers, inputs.config
     kernel, settings = config.entropy_analysis.fisher_kernel, config.entropy_analysis
     structure = None
@@ -279,20 +280,23 @@ def _write(
         labels = (np.array(rollouts.prompt_index) for rollouts in (inputs.evaluation, inputs.training.rollouts))
         structure = kernel_structure(numbers.kernels.fisher.cpu().numpy(), *labels)
         structure["same_prompts"] = settings.sampling.same_prompts
+    sections = {
+        "kernel": structure,
+        "leaving_out": leaving_out_summary(inputs),
+        "policy": describe_policy(checkpoint, inputs.plan),
+        "kernel_modules": _modules(inputs),
+        "gradient_rows": inputs.side.engine.formation.to_json(),
+        "analyses": analyses,
+    }
     summary = summarize(
         checkpoint,
         inputs.evaluation,
         inputs.training,
         numbers,
-        structure,
         kernel.preconditioning,
         inputs.training_noise,
+        sections,
     )
-    summary["leaving_out"] = leaving_out_summary(inputs)
-    summary["policy"] = describe_policy(checkpoint, inputs.plan)
-    summary["kernel_modules"] = _modules(inputs)
-    summary["gradient_rows"] = inputs.side.engine.formation.to_json()
-    summary["analyses"] = analyses
     write_whole(part / "config.yaml", dump_config(config))
     write_sequences(
         part / "sequences.parquet",

@@ -6,6 +6,7 @@ import pytest
 
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.records.record import json_of
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.train import run_training
@@ -48,7 +49,7 @@ def test_smollm2_trains_and_is_analysed(tmp_path):
         folder=tmp_path / "analysis",
     )
     assert not analysis.failed_checks
-    actual = analysis.summary["actual"]["snis"]
-    predicted = analysis.summary["predicted"]["split"]["total"]
+    actual = json_of(analysis.summary.actual.snis)
+    predicted = json_of(analysis.summary.predicted["split"].total)
     assert abs(actual["value"] - predicted["value"]) < 3 * (actual["standard_error"] + predicted["standard_error"])
     assert analysis.numbers.kernels is not None and analysis.numbers.kernels.fisher.shape == (12, 12)

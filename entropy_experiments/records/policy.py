@@ -8,29 +8,30 @@ from typing import Any
 
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.records.summary import LawRecord, PolicyRecord, TrainingSettings
 
 
-def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> dict[str, Any]:
-    """summary.json's "policy": "tokenizer" (a fingerprint of the vocabulary), "law" and, where recorded, "training"."""
+def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> PolicyRecord:
+    """The policy's tokenizer, its law and, where recorded, how it was trained."""
     law, sidecar = plan.law, checkpoint.record.sidecar
     training = None
     if sidecar is not None:
-        training = {
-            "scheme": sidecar.algorithm.scheme,
-            "length_normalizer": sidecar.algorithm.length_normalizer,
-            "difficulty_weighting": sidecar.algorithm.difficulty_weighting,
-            "reject_zero_advantage": sidecar.algorithm.reject_zero_advantage,
-            "max_grad_norm": sidecar.algorithm.max_grad_norm,
-            "learning_rate": sidecar.learning_rates_used[0] if sidecar.learning_rates_used else None,
-            "prompts_per_step": sidecar.sampling.prompts_per_step,
-            "completions_per_prompt": sidecar.sampling.completions_per_prompt,
-        }
-    return {
-        "tokenizer": tokenizer_fingerprint(checkpoint.tokenizer),
-        "law": {"temperature": law.temperature, "max_completion_length": law.max_completion_length},
-        "task": plan.task.origin,
-        "training": training,
-    }
+        training = TrainingSettings(
+            scheme=sidecar.algorithm.scheme,
+            length_normalizer=sidecar.algorithm.length_normalizer,
+            difficulty_weighting=sidecar.algorithm.difficulty_weighting,
+            reject_zero_advantage=sidecar.algorithm.reject_zero_advantage,
+            max_grad_norm=sidecar.algorithm.max_grad_norm,
+            learning_rate=sidecar.learning_rates_used[0] if sidecar.learning_rates_used else None,
+            prompts_per_step=sidecar.sampling.prompts_per_step,
+            completions_per_prompt=sidecar.sampling.completions_per_prompt,
+        )
+    return PolicyRecord(
+        tokenizer=tokenizer_fingerprint(checkpoint.tokenizer),
+        law=LawRecord(temperature=law.temperature, max_completion_length=law.max_completion_length),
+        task=plan.task.origin,
+        training=training,
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -25,15 +25,11 @@ from entropy_core.scores import TokenStatistics
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
-from entropy_experiments.records.estimate_entries import estimate_entry, measurement_entry, ratio_entry
 from entropy_experiments.records.history_rows import HistoryRow
-from entropy_experiments.records.leave_one_out import agreements
-from entropy_experiments.records.preconditioner_labels import of_shares
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.run_record import RunRecord
-from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
-from entropy_experiments.step.numbers import AnalysisNumbers, MeasuredScale, PartsByEstimator
-from entropy_experiments.step.training_noise import TrainingNoise
+from entropy_experiments.records.summary import Summary
+from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_whole, write_whole_by
 from rl_training.sampling import Rollouts
@@ -41,18 +37,18 @@ from rl_training.sampling import Rollouts
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
-def write_summary(path: Path, content: Mapping[str, Any]) -> None:
-    """summary.json; what is not finite becomes null. Raises pydantic's ValidationError where this program made a mistake."""
-    write_json(path, json_of(Summary.model_validate(finite(content))))
+def write_summary(path: Path, summary: Summary) -> None:
+    """summary.json."""
+    write_json(path, json_of(summary))
 
 
 def write_run(path: Path, content: Mapping[str, Any]) -> None:
-    """run.json, as `write_summary`."""
+    """run.json; what is not finite becomes null. Raises pydantic's ValidationError where this program made a mistake."""
     write_json(path, json_of(RunRecord.model_validate(finite(content))))
 
 
 def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """training_history.json, as `write_summary`."""
+    """training_history.json, as `write_run`."""
     write_json(path, json_of([HistoryRow.model_validate(finite(row)) for row in rows]))
 
 
@@ -195,105 +191,6 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
     }
     content = {k: v.contiguous().cpu().float() for k, v in tensors.items()}
     write_whole_by(path, lambda part: save_file(content, part, metadata))
-
-
-def summarize(
-    checkpoint: Checkpoint,
-    evaluation: Rollouts,
-    training: TrainingBuffer,
-    numbers: AnalysisNumbers,
-    structure: dict[str, Any] | None,
-    preconditioning: str,
-    training_noise: TrainingNoise | None,
-) -> dict[str, Any]:
-    """The content of summary.json but for the analyses."""
-    record = checkpoint.record
-    index = torch.tensor(evaluation.prompt_index)
-    lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
-    sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
-    step = numbers.step
-    full_step = None if step is None else step.measured_step
-    return {
-        "format_version": RESULTS_FORMAT,
-        "checkpoint": {"path": str(record.path), "step": record.step, "model": record.model_name},
-        "entropy": {
-            "per_token": ratio_entry(sums, index, lengths),
-            "per_completion": ratio_entry(sums, index),
-            "surprisal_per_completion": ratio_entry(surprisal, index),
-        },
-        "predicted": {} if step is None else _estimates(step.predictions.per_token),
-        "predicted_per_completion": {} if step is None else _estimates(step.predictions.per_completion),
-        "actual": {}
-        if full_step is None
-        else {
-            "snis": None if full_step.snis is None else measurement_entry(full_step.snis),
-            "fixed_prefix": measurement_entry(full_step.fixed_prefix),
-        },
-        "agreement": agreements(numbers),
-        "scaling": [] if step is None else [_scaled(m, step.predictions.per_token) for m in step.measured],
-        "attribution": {
-            "delta_h_batch": None if step is None else step.attribution.batch_change,
-            "sum_of_shares": None if step is None else float(step.attribution.shares.sum()),
-            "horizon_factor": None if step is None else step.attribution.horizon_factor,
-            "preconditioner": of_shares(preconditioning),
-            "kernel_preconditioner": preconditioning,
-            "gradient_norm": None if step is None else step.gradient_norm,
-            "clip_coefficient": None if step is None else step.clip,
-            "step_factor": None if step is None else step.attribution.step_factor,
-        },
-        "training_noise": None if training_noise is None else training_noise.to_json(),
-        "rows_drawn": numbers.estimand.rows_drawn,
-        "step_analysed": step is not None,
-        "kernel": structure,
-        "sampling": {
-            "evaluation": _buffer_summary(evaluation),
-            "training": {
-                **_buffer_summary(training.rollouts),
-                "rounds": training.counts.rounds,
-                "generated": training.counts.generated,
-                "rejected": training.counts.rejected,
-                "kept": training.counts.kept,
-                "filler": training.counts.filler,
-            },
-        },
-    }
-
-
-def _estimates(predicted: PartsByEstimator) -> dict[str, Any]:
-    return {name: {part: estimate_entry(e) for part, e in parts.items()} for name, parts in predicted.items()}
-
-
-def _scaled(m: MeasuredScale, predicted_parts: PartsByEstimator) -> dict[str, Any]:
-    totals = {name: parts["total"] for name, parts in predicted_parts.items()}
-    row = {"scale": m.scale, "actual_fixed_prefix": m.fixed_prefix.change}
-    row["predicted_fixed_prefix"] = m.scale * totals["fixed_prefix"].value
-    if m.snis is not None:
-        predicted, measured = estimate_entry(totals["rao_blackwell"]), measurement_entry(m.snis)
-        row |= {
-            "predicted": m.scale * totals["rao_blackwell"].value,
-            "predicted_standard_error": m.scale * totals["rao_blackwell"].standard_error,
-            **{f"predicted_{end}": _times(m.scale, predicted.get(end)) for end in ("low", "high")},
-            "predicted_split": m.scale * totals["split"].value,
-            "actual_snis": m.snis.change,
-            "actual_snis_standard_error": m.snis.standard_error,
-            **{f"actual_snis_{end}": measured[end] for end in ("low", "high")},
-            "ess": m.snis.effective_sample_size,
-        }
-    return row
-
-
-def _times(scale: float, end: float | None) -> float | None:
-    return None if end is None else scale * end
-
-
-def _buffer_summary(rollouts: Rollouts) -> dict[str, Any]:
-    rewards = [float(r) for r in rollouts.reward if r is not None]
-    return {
-        "prompts": len(set(rollouts.prompt_index)),
-        "sequences": len(rollouts),
-        "mean_reward": sum(rewards) / len(rewards) if rewards else None,
-        "mean_length": sum(rollouts.lengths) / len(rollouts),
-    }
 
 
 def describe_environment() -> dict[str, Any]:

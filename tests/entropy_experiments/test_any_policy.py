@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.records.record import json_of
 from entropy_experiments.run.reporter import Reporter
 from rl_training.errors import UserError
 from tests.entropy_experiments.made_checkpoint import make_checkpoint
@@ -66,7 +67,7 @@ def test_a_policy_is_analysed_end_to_end(name: str, tiny_run: Path, tmp_path: Pa
     step = "entropy_analysis.fisher_kernel.preconditioning=step"
     found = run_fisher_analysis(path, config(step), folder=tmp_path / "results", reporter=reporter)
     assert not found.failed_checks and not found.failed_analyses
-    rows = found.summary["gradient_rows"]
+    rows = json_of(found.summary.gradient_rows)
     assert rows["method"] == method
     lines = [line for line in reporter.notes if "one backward pass per sequence" in line]
     assert len(lines) == (method == "loop")

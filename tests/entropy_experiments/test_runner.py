@@ -72,9 +72,9 @@ def test_score_function_prediction_equals_the_kernel_formula(step_analysis):
     fisher = load_file(analysis.folder / "kernel.safetensors")["fisher"].double().numpy()
     n = len(scores)
     centred = scores - (scores.sum() - scores) / (n - 1)
-    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * analysis.summary["attribution"]["clip_coefficient"]
+    factor = 1e-3 * (1 - 0.9) / (1 - 0.9**5) * analysis.summary.attribution.clip_coefficient
     from_kernel = -factor * (centred / n) @ fisher @ weights
-    predicted = analysis.summary["predicted_per_completion"]["score_function"]["batch"]["value"]
+    predicted = analysis.summary.predicted_per_completion["score_function"].batch.value
     assert from_kernel == pytest.approx(predicted, rel=1e-3), (
         "the kernel's P or the baseline differs from the prediction's"
     )
@@ -209,7 +209,7 @@ def test_same_prompts_and_disjoint_prompts(tiny_run, tmp_path):
         tiny_run, config("entropy_analysis.sampling.same_prompts=true"), folder=tmp_path / "same"
     )
     assert set(same.evaluation.prompt_index) <= set(same.training.rollouts.prompt_index)
-    assert same.summary["kernel"]["same_prompt_pairs"] > 0
+    assert same.summary.kernel.same_prompt_pairs > 0
     apart = run_fisher_analysis(
         tiny_run, config("entropy_analysis.sampling.eval_split=train"), folder=tmp_path / "apart"
     )

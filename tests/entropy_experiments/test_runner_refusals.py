@@ -28,7 +28,7 @@ def test_without_optimizer_state_only_the_plain_step_is_analysed(checkpoint_copy
         run_fisher_analysis(checkpoint_copy, config(), folder=tmp_path / "no")
     plain = "entropy_analysis.fisher_kernel.preconditioning=none"
     result = run_fisher_analysis(checkpoint_copy, config(plain), folder=tmp_path / "plain")
-    assert result.summary["predicted"]["rao_blackwell"]["momentum"]["value"] == 0.0
+    assert result.summary.predicted["rao_blackwell"].momentum.value == 0.0
     assert not result.failed_checks
 
 
@@ -48,7 +48,7 @@ def test_a_plain_trl_checkpoint_needs_to_be_told_task_and_law(checkpoint_copy, t
     )
     foreign = run_fisher_analysis(checkpoint_copy, told, folder=tmp_path / "foreign")
     assert not foreign.failed_checks
-    assert foreign.summary["attribution"]["horizon_factor"] > 1
+    assert foreign.summary.attribution.horizon_factor > 1
 
 
 def test_optimizer_entries_permuted_within_a_shape_are_refused(checkpoint_copy, tmp_path):
@@ -321,4 +321,4 @@ def test_a_checkpoint_of_trls_own_trainer_is_analysed(tmp_path):
             assert theirs[0] == name
             assert torch.equal(checkpoint.optimizer.state[ours]["exp_avg_sq"], saved[id(theirs[1])])
     result = run_fisher_analysis(tmp_path / "run", config(*told), folder=tmp_path / "analysis")
-    assert not result.failed_checks and result.summary["predicted"]["rao_blackwell"]["momentum"]["value"] != 0
+    assert not result.failed_checks and result.summary.predicted["rao_blackwell"].momentum.value != 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_experiments.records.estimate_entries import ratio_entry
+from entropy_experiments.records.estimate_entries import ratio_estimate
 from entropy_experiments.records.estimates import entry_of
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.record import json_of
@@ -59,7 +59,7 @@ def _mean_reward(rows: list[dict[str, Any]]) -> dict[str, float | None] | None:
     if not scored:
         return None
     rewards = torch.tensor([float(row["reward"]) for row in scored], dtype=torch.float64)
-    return ratio_entry(rewards, torch.tensor([row["prompt_index"] for row in scored]))
+    return entry_of(ratio_estimate(rewards, torch.tensor([row["prompt_index"] for row in scored])))
 
 
 def _by_advantage(rows: list[dict[str, Any]]) -> dict[str, float] | None:

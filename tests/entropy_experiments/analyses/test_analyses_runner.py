@@ -16,6 +16,7 @@ from entropy_experiments.analyses.registry import ANALYSES, _checked, failed_ana
 from entropy_experiments.config import AnalysisConfig
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.records.reader import RESULTS_FORMAT
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.sections import PRESENTATIONS
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
@@ -85,7 +86,7 @@ def test_every_analysis_has_a_switch_a_place_in_the_report_and_a_result(whole, a
 
 def test_one_number_has_one_interval(whole, analyses):
     """The step's predicted and measured change have the same 95% interval in every part of the results."""
-    summary = whole.summary
+    summary = json_of(whole.summary)
 
     def ends(entry, name=""):
         return [entry[f"{name}{end}"] for end in ("low", "high")]
@@ -110,7 +111,7 @@ def test_one_number_has_one_interval(whole, analyses):
 
 
 def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses):
-    summary = whole.summary
+    summary = json_of(whole.summary)
     batch = summary["attribution"]["delta_h_batch"]
     assert analyses["attribution"]["total"] == pytest.approx(batch, rel=1e-4)
     assert analyses["attribution"]["evaluation"]["total"] == pytest.approx(
@@ -134,7 +135,7 @@ def test_own_changes_are_those_of_the_fixed_prefix_prediction(whole, analyses):
     """sum_t of <sum_k grad H_k, step> over all tokens is the fixed-prefix prediction of h."""
     own = np.array(analyses["attribution"]["evaluation"]["own_change"])
     tokens = sum(map(len, whole.evaluation.completion_ids))
-    expected = whole.summary["predicted"]["fixed_prefix"]["total"]["value"]
+    expected = json_of(whole.summary)["predicted"]["fixed_prefix"]["total"]["value"]
     assert own.sum() / tokens == pytest.approx(expected, rel=1e-3)
 
 
@@ -146,7 +147,7 @@ def test_train_kernels_follow_from_the_rows_that_the_folder_holds(whole):
     from entropy_experiments.buffers.sampling_plan import plan_sampling
     from entropy_experiments.checkpoint_loader import load_checkpoint
 
-    checkpoint = load_checkpoint(whole.summary["checkpoint"]["path"])
+    checkpoint = load_checkpoint(json_of(whole.summary)["checkpoint"]["path"])
     batch = whole.training.rollouts.to_batch(plan_sampling(checkpoint, whole_config()).law)
     p = adam_preconditioner(checkpoint.optimizer, trainable_parameters(checkpoint.model))
     expected = compute_kernels(checkpoint.model, batch, batch, p)
@@ -225,7 +226,7 @@ def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monke
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("no*"))
     kept = run_fisher_analysis(tiny_run, config(), folder=tmp_path / "kept", keep_going=True)
     assert list(kept.failed_analyses) == ["buffers"]
-    assert "entropy_prediction" in kept.summary["analyses"], "the others still run"
+    assert "entropy_prediction" in json_of(kept.summary)["analyses"], "the others still run"
     stored = json.loads((kept.folder / "run.json").read_text())
     assert "no rows" in stored["failed_analyses"]["buffers"]
     page = (kept.folder / "report.html").read_text()
@@ -241,7 +242,9 @@ def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     no_kernel = "entropy_analysis.fisher_kernel.compute_full=false"
     small = run_fisher_analysis(tiny_run, whole_config(two, no_kernel), folder=tmp_path / "small")
     assert not small.failed_analyses
-    skipped = {name: result["skipped"] for name, result in small.summary["analyses"].items() if "skipped" in result}
+    skipped = {
+        name: result["skipped"] for name, result in json_of(small.summary)["analyses"].items() if "skipped" in result
+    }
     assert set(skipped) == {
         "intervention", "prompt_structure", "sequence_clustering", "weighting_schemes",
     }  # fmt: skip
@@ -255,7 +258,7 @@ def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run,
     rows = run_fisher_analysis(
         tiny_run, whole_config(f"entropy_analysis.sampling.eval_sequences_path={path}"), folder=tmp_path / "rows"
     )
-    results = rows.summary["analyses"]
+    results = json_of(rows.summary)["analyses"]
     assert not rows.failed_analyses
     assert {name for name in results if "skipped" in results[name]} == {
         "higher_order",
@@ -266,7 +269,7 @@ def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run,
     columns = run_fisher_analysis(
         tiny_run, whole_config(f"entropy_analysis.sampling.train_sequences_path={path}"), folder=tmp_path / "columns"
     )
-    results = columns.summary["analyses"]
+    results = json_of(columns.summary)["analyses"]
     assert not columns.failed_analyses
     assert {name for name in results if "skipped" not in results[name]} == {"buffers", "sequence_clustering"}
     assert "no step" in results["attribution"]["skipped"]

@@ -19,6 +19,7 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.double_sampling import custom_evaluation, draw_buffers, score_for_the_reader
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.records.record import json_of
 from entropy_experiments.run.reporter import SILENT
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingLaw
@@ -173,7 +174,7 @@ def test_given_rows_are_held_against_the_kernel_of_the_core(tiny_run, texts, tmp
     torch.testing.assert_close(stored["fisher"], expected.fisher, rtol=1e-3, atol=1e-3 * expected.fisher.abs().max())
     entropy = expected.entropy_fisher
     torch.testing.assert_close(stored["entropy_fisher"], entropy, rtol=1e-3, atol=1e-3 * entropy.abs().max())
-    summary = result.summary
+    summary = json_of(result.summary)
     assert set(summary["predicted"]) == {"fixed_prefix"} and summary["rows_drawn"] is False
     assert summary["actual"]["snis"] is None and summary["actual"]["fixed_prefix"]["value"]
     assert sum(result.numbers.step.attribution.shares) == pytest.approx(
@@ -204,7 +205,7 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
 def test_columns_without_weights_have_a_kernel_and_no_step(tiny_run, texts, tmp_path):
     result = run_fisher_analysis(tiny_run, own("train", texts), folder=tmp_path / "columns")
     assert not result.failed_checks and result.numbers.step is None
-    assert result.summary["predicted"] == {} and result.summary["scaling"] == []
+    assert result.summary.predicted == {} and result.summary.scaling == ()
     kernels = load_file(result.folder / "kernel.safetensors")
     assert kernels["fisher"].shape == (16, 12) and kernels["train_fisher"].shape == (12, 12)
     rows = pq.read_table(result.folder / "sequences.parquet").to_pylist()

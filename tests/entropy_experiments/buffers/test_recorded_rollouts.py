@@ -15,6 +15,7 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.double_sampling import draw_buffers
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.interactive.sequences import sequence_details
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.text.display import PromptFrame
@@ -77,7 +78,7 @@ def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: P
         sums[row["buffer"]] += [float(entropies.sum()), len(logprobs)]
     endings = {row["ending"] for row in rows}
     assert "environment" in endings and "truncated" in endings, "the test is blind"
-    summary = analysis.summary
+    summary = json_of(analysis.summary)
     value = summary["entropy"]["per_token"]["value"]
     assert value == pytest.approx(sums["evaluation"][0] / sums["evaluation"][1], rel=1e-5)
     training = [row for row in rows if row["buffer"] == "training"]
@@ -96,7 +97,7 @@ def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: P
 
 def test_shares_and_contributions_by_group(analysis) -> None:
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()
-    groups = analysis.summary["analyses"]["attribution"]["groups"]
+    groups = json_of(analysis.summary)["analyses"]["attribution"]["groups"]
     assert {(g["side"], g["by"]) for g in groups} == {
         ("training", "ending"), ("training", "advantage"), ("evaluation", "ending"),
     }  # fmt: skip
@@ -121,7 +122,7 @@ def test_the_page_shows_foreign_tokens_as_such(analysis) -> None:
         drawn = row["completion_mask"] or [True] * len(row["completion_ids"])
         assert shown["tokens"]["foreign"] == [k for k, own in enumerate(drawn) if not own]
         assert any("ended by the environment" in value for _, value in shown["facts"]) == (not drawn[-1])
-    tokens = analysis.summary["analyses"]["attribution"]["tokens"]["sequences"]
+    tokens = json_of(analysis.summary)["analyses"]["attribution"]["tokens"]["sequences"]
     for entry in tokens:
         drawn = training[entry["sequence"]]["completion_mask"]
         assert entry["drawn"] == drawn and len(entry["tokens"]) == len(training[entry["sequence"]]["completion_ids"])

@@ -22,6 +22,7 @@ from entropy_experiments.kernel.store.kernel_from_stores import kernel_from_stor
 from entropy_experiments.kernel.store.preconditioner_file import read_preconditioner
 from entropy_experiments.kernel.store.store import GradientStore
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
+from entropy_experiments.records.record import json_of
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
@@ -62,7 +63,7 @@ def test_analyses_of_real_steps_work_without_kept_rows(tiny_run, tmp_path):
     switches = ("entropy_analysis.analysis.fresh_scales=[]", "entropy_analysis.analysis.intervention_subsets=4")
     kept = run_fisher_analysis(tiny_run, whole_config(*switches), folder=tmp_path / "kept")
     anew = run_fisher_analysis(tiny_run, whole_config(*switches, f"{KERNEL}strategy=tiles"), folder=tmp_path / "anew")
-    a, b = (x.summary["analyses"]["intervention"] for x in (kept, anew))
+    a, b = (json_of(x.summary)["analyses"]["intervention"] for x in (kept, anew))
     assert not anew.failed_analyses
     assert a["subsets"] == b["subsets"]
     assert b["measured"] == pytest.approx(a["measured"], rel=2e-2, abs=2e-6)
@@ -94,9 +95,9 @@ def test_rows_of_some_modules_and_what_they_leave_out(plain, tiny_run, tmp_path)
         found.numbers.step.attribution.shares, plain.numbers.step.attribution.shares, rtol=1e-3, atol=1e-8
     )
     left_out = found.numbers.step.predictions.left_out
-    assert left_out is not None and found.summary["kernel_modules"]["left_out_share"] == left_out
-    assert found.summary["kernel_modules"]["parameters"] < found.summary["kernel_modules"]["trainable"]
-    assert plain.summary["kernel_modules"]["left_out_share"] is None
+    assert left_out is not None and found.summary.kernel_modules.left_out_share == left_out
+    assert found.summary.kernel_modules.parameters < found.summary.kernel_modules.trainable
+    assert plain.summary.kernel_modules.left_out_share is None
     with pytest.raises(UserError, match="filter_modules: 'nothing' matches none"):
         run_fisher_analysis(tiny_run, config(f"{KERNEL}filter_modules=['nothing']"), folder=tmp_path / "none")
 
@@ -160,7 +161,7 @@ def test_an_interrupted_analysis_is_gone_on_with(plain, tiny_run, tmp_path, monk
     found = run_fisher_analysis(tiny_run, config(), folder=target, resume=True)
     assert made == [] and not (tmp_path / "one.part").exists()
     assert all(torch.equal(kernels(found)[name], matrix) for name, matrix in kernels(plain).items())
-    assert found.summary["predicted"] == plain.summary["predicted"]
+    assert found.summary.predicted == plain.summary.predicted
 
 
 def _launch(arguments: list[str], processes: int, cwd: Path) -> subprocess.Popen:
