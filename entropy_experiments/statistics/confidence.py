@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.correlation import Correlation
-from entropy_experiments.statistics.jackknife_interval import FEWEST_FOR_LEVEL
+from entropy_experiments.statistics.jackknife_interval import FEWEST_FOR_LEVEL, carried_by_few
 from entropy_experiments.text.numbers import (
     NOT_KNOWN,
     as_number,
@@ -141,17 +141,31 @@ def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
     return None if prompts is None else max(1.0, prompts - 1)
 
 
-def few_prompts_sentence(summary: Mapping[str, Any]) -> str | None:
-    """What intervals are worth on few evaluation prompts; None from FEWEST_FOR_LEVEL on, or where their number is not stored.
+def few_prompts_sentence(summary: Mapping[str, Any], shown_entries: Mapping[str, object] | None = None) -> str | None:
+    """What intervals are worth where few evaluation prompts are behind them; None where enough are, or nothing is known.
 
-    benchmarks/results/calibration: of 8 prompts 90 to 92% in the world of the tests, of 4 prompts 84 to 91%.
+    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (of 8 prompts 89 to
+    92% cover in the world of the tests, of 4 prompts 86 to 98%), else those that few prompts carry
+    (jackknife_interval.carried_by_few).
     """
     prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
-    if prompts is None or not 1 < prompts < FEWEST_FOR_LEVEL:
+    if prompts is None or prompts <= 1:
+        return None
+    if prompts < FEWEST_FOR_LEVEL:
+        return (
+            f"Intervals rest on {counted(int(prompts), 'evaluation prompt')}: of so few, what is called 95% covers about 90%, and "
+            f"less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
+        )
+    few = {
+        name: freedom
+        for name, entry in (shown_entries or {}).items()
+        if math.isfinite(freedom := freedom_of(entry)) and carried_by_few(freedom, prompts)
+    }
+    if not few:
         return None
     return (
-        f"Intervals rest on {counted(int(prompts), 'evaluation prompt')}: of so few, what is called 95% covers about 90%, and "
-        f"less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
+        f"Few of the {int(prompts)} evaluation prompts carry the error of the {' and the '.join(few)} change (worth "
+        f"{min(few.values()):.0f} degrees of freedom of {int(prompts) - 1}): other prompts may tell another number; take more."
     )
 
 

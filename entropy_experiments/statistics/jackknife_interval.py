@@ -1,17 +1,24 @@
 """The 95% interval of an estimate from its values with each prompt left out: wide enough where few prompts and skew meet.
 
-    x_p = B t - (B - 1) t_{-p}                    pseudo-values: as many as prompts, their mean is t but for the ratio's bias
+    x_p = B t - (B - 1) t_{-p}                    pseudo-values, one a prompt
     se^2 = sum_p (x_p - mean x)^2 / (B (B - 1))   the jackknife
-    1/df = 1/(B - 1) + max(0, k) / 2B             k: excess kurtosis of x; Satterthwaite's, as Var(s^2)/s^4 = 2/(B - 1) + k/B
-    g(z) = z + G z^2 / 3 sqrt(B) + G^2 z^3 / 27 B + G / 6 sqrt(B)     z = (t - truth)/se,  G: skewness of x
+    1/df = 1/(B - 1) + max(0, k) / 2B             degrees of freedom behind se; k: excess kurtosis of x
+    g = skewness(x) / sqrt(B)                     how far their sum is from a normal law
+    t - u(B, -g) se  to  t + u(B, g) se           the interval
 
-Student's interval |z| <= q(df) assumes that mean and spread are independent. With skewness they are not: where the long tail
-is not in the sample, the estimate lies to one side *and* its error is too small, which costs 0.25 G^2/B of coverage (six
-points at 16 prompts and the skewness of an exponential). |g(z)| <= q(df) is Hall's interval, right to second order, longer on the
-side of the tail. From B prompts G and k are themselves uncertain, so that each end is the wider one of the two; with many prompts
-both are Student's. It stays below 95% where a tail is rarer than one prompt in B: how far is in benchmarks/results/calibration.
+u is Student's quantile on B - 1 degrees of freedom where the pseudo-values are not skewed, and on the side away from the tail. On
+the side of the tail it is larger: an estimate whose tail is only partly in the sample lies to the other side *and* has too small
+an error (in the exact world of benchmarks/calibration.py they correlate at 0.5 to 0.9), so that Student's interval covers 80 to
+88% at 4 to 16 prompts. With g near its largest value, 1, it is smaller again: one prompt is then most of the error, and what it
+adds to the error is more than what the truth can lie beyond. u is a table (.reach_table), as Student's quantiles are one:
+of all intervals that are nowhere shorter than Student's, the shortest that cover at least 93% (skewness 4 and more: 91%) of the
+means of every law in a list that benchmarks/interval_reach.py holds. Below 8 prompts, at least 91%, and less of the heaviest.
 
-Source: Satterthwaite 1946; Johnson, JASA 73 (1978); Hall, JRSS B 54 (1992); docs/theory/measurement-and-uncertainty.md.
+A tail that is in fewer than 5 of B prompts on average is often not in the sample at all, and no interval made of it knows of it.
+`carried_by_few` says where few prompts carry what is there.
+
+Source: Johnson, JASA 73 (1978), and Hall, JRSS B 54 (1992), for the part of skewness; Satterthwaite 1946 for df, as
+Var(s^2)/s^4 = 2/(B - 1) + k/B; docs/theory/measurement-and-uncertainty.md.
 """
 
 from __future__ import annotations
@@ -21,10 +28,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from entropy_experiments.statistics.reach_table import COUNTS, KNOTS, REACH
 from rl_training.intervals import LEVEL
 
 FEWEST_FOR_LEVEL = 12
 """Prompts below which an interval may cover less often than it says, by ten points where the influence of prompts is skewed."""
+
+FEWEST_DEGREES, LEAST_PART_OF_DEGREES = 8.0, 0.4
+"""Degrees of freedom behind an error, and their part of the number of prompts, below which few prompts carry it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,6 @@ def jackknife_interval(
     value: float | np.ndarray,
     left_out: np.ndarray,
     effective: float | np.ndarray = 1.0,
-    level: float = LEVEL,
 ) -> JackknifeInterval:
     """Of estimates (...,) and their values with each of B prompts left out (..., B).
 
@@ -66,15 +76,52 @@ def jackknife_interval(
     known = np.isfinite(left_out).all(-1) & np.isfinite(value)
     with np.errstate(all="ignore"):
         error = np.sqrt((count - 1) / count * np.square(left_out - left_out.mean(-1, keepdims=True)).sum(-1))
-        units = np.maximum(count * np.asarray(effective, np.float64) - 1, 1.0)
-        skewness, freedom = _skewness(-left_out), np.minimum(effective_degrees_of_freedom(left_out), units)
-        reach = stdtrit(freedom, 0.5 + level / 2)
-        # The ends of Hall's interval, z at g(z) = +-reach; (1 + a z)^3 = 1 + 3a(g - shift) for a = G/(3 sqrt B).
-        bend, shift = skewness / (3 * count**0.5), skewness / (6 * count**0.5)
-        low = value - error * np.maximum(reach, _inverse(reach, bend, shift))
-        high = value + error * np.maximum(reach, -_inverse(-reach, bend, shift))
+        units = np.maximum(count * np.asarray(effective, np.float64), 2.0)
+        freedom = np.minimum(effective_degrees_of_freedom(left_out), units - 1)
+        skewness = sample_skewness(-left_out) / count**0.5
+        low, high = (
+            value + sign * error * (reach(units, sign * skewness) if count >= COUNTS[0] else student_reach(units))
+            for sign in (-1, 1)
+        )
     nothing = np.full_like(error, np.nan)
     return JackknifeInterval(*(np.where(known, x, nothing) for x in (low, high, error, freedom)))
+
+
+def reach(units: np.ndarray, skewness: np.ndarray) -> np.ndarray:
+    """u(B, g), (...,): standard errors to the end on the side that positive skewness points to.
+
+    units: (...,) prompts behind the error, at least 2. skewness: (...,) over the square root of the number of prompts. Linear
+    between the table's rows in 1/sqrt(B), to 1.96 at infinitely many; nowhere less than Student's.
+    """
+    units, skewness = np.broadcast_arrays(np.asarray(units, np.float64), np.clip(skewness, -1.0, 1.0))
+    counts = np.array([*COUNTS, np.inf])
+    table = np.vstack([REACH, np.full(len(KNOTS), stdtrit(1e9, 0.5 + LEVEL / 2))])
+    places = 1 / np.sqrt(counts)  # descending
+    at = np.clip(1 / np.sqrt(units), 0.0, places[0])
+    row = np.clip(np.searchsorted(-places, -at, side="right") - 1, 0, len(places) - 2)
+    column = np.clip(np.searchsorted(KNOTS, skewness, side="right") - 1, 0, len(KNOTS) - 2)
+    knots = np.array(KNOTS)
+    down = (places[row] - at) / (places[row] - places[row + 1])
+    across = (skewness - knots[column]) / (knots[column + 1] - knots[column])
+    above, below = (
+        (1 - across) * table[r, column] + across * table[r, column + 1] for r in (row, row + 1)
+    )  # fmt: skip
+    found = (1 - down) * above + down * below
+    return np.maximum(found, student_reach(units))
+
+
+def student_reach(units: np.ndarray) -> np.ndarray:
+    """(...,) Student's quantile on one degree of freedom less than there are units."""
+    return stdtrit(np.maximum(np.asarray(units, np.float64) - 1, 1.0), 0.5 + LEVEL / 2)
+
+
+def carried_by_few(degrees_of_freedom: float, prompts: float) -> bool:
+    """Whether so few of the prompts carry an error that other prompts may tell another number.
+
+    True of at most 2% of samples of a normal law, 25% of an exponential one at 16 prompts and 3% at 64; of 58 to 70% where the
+    skewness is 30 (lognormal, sigma 1.5), and of 60 to 78% in the exact world in which rare completions carry the influence.
+    """
+    return degrees_of_freedom < min(FEWEST_DEGREES, LEAST_PART_OF_DEGREES * (prompts - 1))
 
 
 def ends_of(value: float | None, left_out: object, effective: float = 1.0) -> dict[str, float | None]:
@@ -104,7 +151,7 @@ def effective_degrees_of_freedom(values: np.ndarray) -> np.ndarray:
     return np.maximum(1 / (1 / (n - 1) + excess / (2 * n)), 1.0)
 
 
-def _skewness(values: np.ndarray) -> np.ndarray:
+def sample_skewness(values: np.ndarray) -> np.ndarray:
     """(...,) adjusted sample skewness of (..., B) values; 0 below three, or without spread."""
     n = values.shape[-1]
     if n < 3:
@@ -114,8 +161,3 @@ def _skewness(values: np.ndarray) -> np.ndarray:
     found = (deviations**3).mean(-1) / variance**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
     return np.where(np.isfinite(found), found, 0.0)
 
-
-def _inverse(target: np.ndarray, bend: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    straight = np.abs(bend) < 1e-9
-    safe = np.where(straight, 1.0, bend)
-    return np.where(straight, target - shift, (np.cbrt(1 + 3 * safe * (target - shift)) - 1) / safe)
