@@ -131,7 +131,7 @@ def main() -> None:
         found, held = reach(count)
         rows.append(found)
         print(count, {name: round(100 * rate, 1) for name, rate in held.items()}, np.round(found, 2), flush=True)
-    body = "\n".join(f"    ({', '.join(f'{u:.2f}' for u in row)},)," for row in rows).replace(",),", "),")
+    body = "\n".join(f"    ({', '.join(f'{u:.3f}' for u in row)},)," for row in rows).replace(",),", "),")
     RESULT.write_text(
         '"""How many standard errors a 95% interval reaches on the side of the skewness that was seen.\n\n'
         "Made by `python benchmarks/interval_reach.py`, which says what it is; read by .jackknife_interval. Not edited by hand.\n"

@@ -23,8 +23,10 @@ from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import contributions_without_each_prompt, leave_one_prompt_out
 
 BUFFERS = 600
-LOWEST = {"64 prompts x 1": 0.93, "16 prompts x 1 to 7": 0.93, "8 prompts x 8": 0.90, "4 prompts x 1": 0.89}
-"""Coverage that benchmarks/results/calibration shows to be reached; the aim is 93%, below 8 prompts 90%."""
+LOWEST = {"64 prompts x 1": 0.93, "16 prompts x 1 to 7": 0.93, "8 prompts x 8": 0.90, "4 prompts x 1": 0.90}
+LOWEST_OF_SUMS = LOWEST | {"8 prompts x 8": 0.85}
+"""Coverage that benchmarks/results/calibration shows to be reached; the aim is 93%, below 8 prompts 90%. Of 8 prompts 43% of
+buffers hold none of the four that carry half of the variance."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,8 @@ def test_intervals_cover_and_the_rule_rejects_at_its_level(world: World, name: s
         if name == "4 prompts x 1" and quantity in ("predicted", "measured"):
             assert before < 0.85, "Student's t alone would do: the check is blind"
     sums_of = [rate for label, rate in rates.items() if label.startswith("coverage of a")]
-    assert len(sums_of) == 9 and min(sums_of) >= least
+    assert len(sums_of) == 9
+    assert min(sums_of) >= stats.binom.ppf(0.001, BUFFERS, LOWEST_OF_SUMS[name]) / BUFFERS
     level = rates["level of the agreement rule"]
     assert 0.005 <= level <= stats.binom.ppf(0.999, BUFFERS, 0.07) / BUFFERS, (
         f"{level:.1%}: below, predictions are held at the whole batch's entropy without a prompt; above, an error is too small"

@@ -110,7 +110,8 @@ def prediction_sentences(summary: Mapping[str, Any]) -> list[Sentence]:
                 "warning",
             )
         )
-    if warning := few_prompts_sentence(summary):
+    shown_entries = {"predicted": lookup(summary, "predicted", estimator, "total"), "measured": measured}
+    if warning := few_prompts_sentence(summary, shown_entries):
         found.append(Sentence(warning, "warning"))
     return found
 

@@ -126,6 +126,17 @@ def test_what_few_prompts_are_worth_is_said() -> None:
     assert of(1) is None, "a single prompt has no interval"
 
 
+def test_few_prompts_that_carry_an_interval_are_said() -> None:
+    summary = {"sampling": {"evaluation": {"prompts": 48}}}
+    carried, ordinary = ({"value": 1.0, "standard_error": 0.1, "degrees_of_freedom": df} for df in (6.3, 31.0))
+    of = few_prompts_sentence(summary, {"predicted": carried, "measured": ordinary})
+    assert of is not None and "Few of the 48 evaluation prompts carry the error of the predicted change" in of
+    assert "worth 6 degrees of freedom of 47" in of
+    both = few_prompts_sentence(summary, {"predicted": carried, "measured": carried})
+    assert both is not None and "predicted and the measured change" in both
+    assert few_prompts_sentence(summary, {"predicted": ordinary, "measured": None}) is None
+
+
 def test_ends_that_are_stored_are_taken_before_students() -> None:
     entry = {"value": 1.0, "standard_error": 0.1, "low": 0.7, "high": 1.9, "degrees_of_freedom": 5.0}
     assert known(entry) == Known(1.0, 0.7, 1.9)
