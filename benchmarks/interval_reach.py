@@ -2,7 +2,7 @@
 
     python benchmarks/interval_reach.py            one minute of one core; writes the table and prints the coverage of each law
 
-Let x be B draws of a law, t their mean, se its jackknife error, g = skewness/sqrt(B) their scaled skewness and z = (truth - t)/se.
+Let x be B draws of a law, t their mean, se its jackknife error, g = skewness/sqrt(B) their scaled skewness, z = (truth - t)/se.
 An interval is a function u(B, g): it reaches from t - u(B, -g) se to t + u(B, g) se. Of all such functions that are nowhere
 shorter than Student's, the table holds the one that minimises the mean length over the laws below, subject to a coverage of at
 least `floor(B)` for each of them: the minimum of

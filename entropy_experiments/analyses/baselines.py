@@ -106,8 +106,13 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
     (value, own_error), (truth, error) = estimate_of(given), estimate_of(actual)
     comparable = name not in ANOTHER_SCALE
     compared = compare(given, actual) if comparable else None
-    freedom = math.inf if compared is None else compared.degrees_of_freedom
-    told = truth is not None and told_from_zero(truth, error, freedom) is not False
+    known = _known(actual)
+    low, high = known.get("low"), known.get("high")
+    if low is None or high is None:
+        freedom = math.inf if compared is None else compared.degrees_of_freedom
+        told = truth is not None and told_from_zero(truth, error, freedom) is not False
+    else:
+        told = not low <= 0.0 <= high
     if value is None:
         reason = "not computed"
     elif truth is None:
@@ -126,7 +131,7 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
         **{key: number for key, number in _known(given).items() if key in ("degrees_of_freedom", "low", "high")},
         "actual": truth,
         "actual_standard_error": error,
-        **{f"actual_{end}": _known(actual)[end] for end in ("low", "high") if end in _known(actual)},
+        **{f"actual_{end}": known[end] for end in ("low", "high") if end in known},
         "ratio": truth / value if comparable and truth is not None and value else None,
         "z": compared.z if compared else None,
         "agrees": compared.agrees if compared else None,

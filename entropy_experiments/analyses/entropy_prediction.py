@@ -140,7 +140,7 @@ def _comparison(name: str, kind: str, predicted: _Known, entry: Any) -> dict[str
         compared = unpaired_agreement((value, error), (found.value, 0.0), (prompts, math.inf))
     else:
         compared = compare(asdict(predicted), asdict(found))
-    told = told_from_zero(value, error, prompts - 1)
+    told = told_from_zero(value, error, prompts - 1, predicted.left_out)
     numbers = dict.fromkeys(("standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees"))
     if compared is not None:
         numbers |= {key: number for key, number in compared.as_dict().items() if key in numbers}

@@ -36,6 +36,7 @@ from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
 from entropy_experiments.statistics.agreement import compare
 from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, known, shown
+from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.text.numbers import counted
 from rl_training.intervals import welch_freedom
 
@@ -62,8 +63,8 @@ def weighting_schemes(
     {raw, equal_length, equal_gain}, minus_run: {equal_length, equal_gain} (difference to the run's own row), reward_gain,
     entropy_cost_per_reward, update_length, cosine_with_run (of the two updates, metric 1/P), scale: {equal_length,
     equal_gain} (factors on the weights), spared (drop_top_k only: see `_spared`)}. Estimates are {value, standard_error,
-    degrees_of_freedom} and, where one is None, `reason`; a row without weights has `reason` in place of all numbers. `weights`:
-    name -> list of n_train floats. `gain_side`: "evaluation", "training" or None, `gain_note` the same in words. `n_eval`,
+    degrees_of_freedom}, low and high where one set of prompts is behind them, and, where one is None, `reason`; a row without
+    weights has `reason` in place of all numbers. `weights`: name -> list of n_train floats. `gain_side`: "evaluation", "training" or None, `gain_note` the same in words. `n_eval`,
     `n_train`, `eval_prompts`, `sentence`.
 
     Raises ValueError for arrays of other shapes than the labels', or entries that are not finite.
@@ -242,7 +243,8 @@ def _estimates(
     left: _Statistic,
     right: _Statistic | None = None,
 ) -> list[dict[str, Any]]:
-    """formula(left, right) of every column with its jackknife standard error; two sets of prompts count in quadrature.
+    """formula(left, right) of every column with its jackknife error and interval; two sets of prompts count in quadrature, with
+    Student's interval on Welch's degrees of freedom.
 
     closed: for every column the reason why there is no such number, or "".
     """
@@ -257,12 +259,20 @@ def _estimates(
             terms = [_jackknife(of_left), _jackknife(of_right)]
     counts = [len(left.left_out) - 1, len(right.left_out) - 1]
     found = zip(value, zip(*terms, strict=True), closed, strict=True)
-    return [
+    entries = [
         _nothing(why)
         if why
         else _estimate(float(v), math.hypot(*errors), welch_freedom(zip(map(float, errors), counts, strict=False)))
         for v, errors, why in found
     ]
+    if left.same_prompts == right.same_prompts:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            series = formula(left.left_out, right.left_out).T
+        entries = [
+            entry | ends_of(entry["value"], of_column) if entry["standard_error"] is not None else entry
+            for entry, of_column in zip(entries, series, strict=True)
+        ]
+    return entries
 
 
 def _jackknife(left_out: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from rl_training.intervals import interval
 
 
 class StudentEstimate(Record):
-    """An estimate whose interval is Student's: value -+ t(degrees of freedom) standard errors."""
+    """An estimate whose interval, where its ends are not stored, is Student's: value -+ t(degrees of freedom) standard errors."""
 
     value: Number
     """The estimate."""
@@ -24,6 +24,10 @@ class StudentEstimate(Record):
     """Its standard error, a jackknife over prompts."""
     degrees_of_freedom: Nonnegative
     """Degrees of freedom behind the standard error; null: as many as it takes (a normal interval)."""
+    low: Number = None
+    """Lower end of the 95% interval; absent where two sets of prompts are behind the error."""
+    high: Number = None
+    """Upper end of the 95% interval."""
     reason: str | None = None
     """Why a number is null; absent where all are known."""
 
@@ -31,6 +35,8 @@ class StudentEstimate(Record):
         """The value with its 95% interval; None where there is no value."""
         if self.value is None:
             return None
+        if self.low is not None and self.high is not None:
+            return Known(self.value, self.low, self.high)
         if self.standard_error is None:
             return Known(self.value)
         freedom = math.inf if self.degrees_of_freedom is None else self.degrees_of_freedom

@@ -23,6 +23,7 @@ from torch import Tensor
 from entropy_core.uncertainty import leave_one_prompt_out
 from entropy_experiments.statistics.agreement import compare
 from entropy_experiments.statistics.estimand import measure_of
+from entropy_experiments.statistics.largest_part import largest_part
 from entropy_experiments.step.numbers import AnalysisNumbers
 from rl_training.errors import UserError
 from rl_training.files import write_whole_by
@@ -61,6 +62,20 @@ def agreements(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
         for name, parts in step.predictions.per_token.items()
     }
     return {name: compared.as_dict() for name, compared in found.items() if compared is not None}
+
+
+def largest_parts(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
+    """Estimator -> the largest of batch, momentum and weight decay (entropy_experiments.statistics.largest_part)."""
+    found = {}
+    predictions = {} if numbers.step is None else numbers.step.predictions.per_token
+    for name, parts in predictions.items():
+        known = {
+            part: (e.value, e.left_out.cpu().numpy())
+            for part, e in parts.items()
+            if part != "total" and e.left_out is not None
+        }
+        found[name] = largest_part(known)
+    return {name: one.as_dict() for name, one in found.items() if one is not None}
 
 
 def write_leave_one_out(path: Path, evaluation: Rollouts, numbers: AnalysisNumbers) -> None:

@@ -15,7 +15,7 @@ from entropy_experiments.records.estimate_entries import (
     stored_estimate,
     stored_measurement,
 )
-from entropy_experiments.records.leave_one_out import agreements
+from entropy_experiments.records.leave_one_out import agreements, largest_parts
 from entropy_experiments.records.preconditioner_labels import of_shares
 from entropy_experiments.records.run_record import CheckpointRecord
 from entropy_experiments.records.summary import (
@@ -78,6 +78,7 @@ def summarize(
             "predicted_per_completion": {} if predictions is None else _parts(predictions.per_completion),
             "actual": _actual(None if step is None else step.measured_step),
             "agreement": agreements(numbers),
+            "largest_part": largest_parts(numbers),
             "scaling": [] if step is None else [_scaled(m, step.predictions.per_token) for m in step.measured],
             "attribution": _step(numbers, preconditioning),
             "training_noise": None if training_noise is None else finite(training_noise.to_json()),

@@ -49,6 +49,23 @@ class ActualRecord(Record):
     """Change of entropy on the given tokens: another quantity."""
 
 
+class LargestPartRecord(Record):
+    """Which part of a predicted change is the largest in size, nats per token."""
+
+    part: str
+    """The part of the largest size."""
+    beside: str
+    """The part that comes nearest to it."""
+    difference: Finite
+    """By how much it is larger in size."""
+    low: Finite
+    """Lower end of the 95% interval of the difference."""
+    high: Finite
+    """Upper end."""
+    certain: bool
+    """Whether that interval lies above 0."""
+
+
 class AgreementRecord(Record):
     """A prediction against the measurement of the same quantity."""
 
@@ -267,6 +284,8 @@ class Summary(Record):
     """Measured change."""
     agreement: dict[Estimator, AgreementRecord]
     """Estimator -> its total against the measurement of the same quantity."""
+    largest_part: dict[Estimator, LargestPartRecord] = {}
+    """Estimator -> the largest part of the predicted change, by the paired difference; absent in older folders."""
     scaling: Rows[ScaleRow]
     """Prediction and measurement by scale of the step."""
     attribution: StepRecord

@@ -123,17 +123,26 @@ def part_sentence(summary: Mapping[str, Any]) -> Sentence | None:
         return None
     freedom = freedom_of_analysis(summary)
     found = {part: known(lookup(summary, "predicted", estimator, part), freedom) for part in PARTS}
-    return parts_sentence({part: number for part, number in found.items() if number is not None}, "predicted change")
+    certain = lookup(summary, "largest_part", estimator, "certain")
+    return parts_sentence(
+        {part: number for part, number in found.items() if number is not None}, "predicted change", certain
+    )
 
 
-def parts_sentence(parts: Mapping[str, Known], what: str) -> Sentence | None:
-    """Which part was largest, said where its interval lies beyond those of all others; None where no part is known or moves."""
+def parts_sentence(parts: Mapping[str, Known], what: str, certain: bool | None = None) -> Sentence | None:
+    """Which part was largest; None where no part is known or moves.
+
+    certain: whether it is larger than every other by the paired difference (statistics.largest_part); where that is not known it
+    is said where its interval lies beyond those of all others.
+    """
     if not any(number.value for number in parts.values()):
         return None
     largest = max(parts, key=lambda part: abs(parts[part].value))
     others = [part for part in parts if part != largest]
     listed = [f"{PARTS[part]} {parts[part].text()}" for part in others]
-    if parts[largest].smallest <= max((parts[part].largest for part in others), default=0.0):
+    if certain is None:
+        certain = parts[largest].smallest > max((parts[part].largest for part in others), default=0.0)
+    if not certain:
         named = ", ".join([f"{PARTS[largest]} {parts[largest].text()}", *listed])
         return Sentence(f"Which part of the {what} is the largest {UNTOLD}: {named} {_UNIT} ({BRACKETS}).")
     text = f"The largest part of the {what} came from {PARTS[largest]}: {parts[largest].text()} {_UNIT}"

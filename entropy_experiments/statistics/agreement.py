@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr
 
-from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
 from entropy_experiments.text.numbers import as_number, lookup, value_and_error
 from rl_training.intervals import interval, t_quantile, welch_freedom
 
@@ -55,10 +55,21 @@ class Agreement:
         return asdict(self) | {"agrees": self.agrees}
 
 
-def told_from_zero(value: float | None, error: float | None, degrees_of_freedom: float = math.inf) -> bool | None:
-    """Whether 0 lies outside the 95% interval of an estimate; None where value or error are not known."""
+def told_from_zero(
+    value: float | None,
+    error: float | None,
+    degrees_of_freedom: float = math.inf,
+    left_out: np.ndarray | None = None,
+) -> bool | None:
+    """Whether 0 lies outside the 95% interval of an estimate; None where value or error are not known.
+
+    left_out: (B,) its values with each prompt left out, which make the interval; without them it is Student's.
+    """
     if value is None or error is None:
         return None
+    if left_out is not None:
+        ends = jackknife_interval(value, left_out)
+        return None if np.isnan(ends.low) else not float(ends.low) <= 0.0 <= float(ends.high)
     return abs(value) > t_quantile(degrees_of_freedom) * error
 
 

@@ -144,17 +144,16 @@ def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
 def few_prompts_sentence(summary: Mapping[str, Any], shown_entries: Mapping[str, object] | None = None) -> str | None:
     """What intervals are worth where few evaluation prompts are behind them; None where enough are, or nothing is known.
 
-    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (of 8 prompts 89 to
-    92% cover in the world of the tests, of 4 prompts 86 to 98%), else those that few prompts carry
-    (jackknife_interval.carried_by_few).
+    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (in the world of the
+    tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (jackknife_interval.carried_by_few).
     """
     prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
     if prompts is None or prompts <= 1:
         return None
     if prompts < FEWEST_FOR_LEVEL:
         return (
-            f"Intervals rest on {counted(int(prompts), 'evaluation prompt')}: of so few, what is called 95% covers about 90%, and "
-            f"less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
+            f"Intervals rest on {counted(int(prompts), 'evaluation prompt')}: of so few, what is called 95% covers about 90%, "
+            f"and less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
         )
     few = {
         name: freedom
@@ -208,8 +207,11 @@ def agreement_tone(compared: Agreement, measured: float) -> Tone:
 
 
 def correlation_words(found: Correlation | None, pairs: int) -> str:
-    """A correlation with its interval, undetermined where that holds 0; below four pairs there is none."""
+    """A correlation with its interval, undetermined where that holds 0; below four pairs there is none. Steps count as
+    independent in it, which the words say.
+    """
     if found is None:
         return f"no correlation of {counted(pairs, 'step')}"
     text = with_interval(found.value, found.low, found.high, plus=False)
-    return f"correlation {UNDETERMINED}, {text}" if found.low <= 0.0 <= found.high else f"correlation {text}"
+    word = f"{UNDETERMINED}, " if found.low <= 0.0 <= found.high else ""
+    return f"correlation {word}{text}, steps taken as independent"

@@ -160,4 +160,3 @@ def sample_skewness(values: np.ndarray) -> np.ndarray:
     variance = np.square(deviations).mean(-1)
     found = (deviations**3).mean(-1) / variance**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
     return np.where(np.isfinite(found), found, 0.0)
-

@@ -78,8 +78,7 @@ def test_it_covers_laws_that_the_table_was_not_made_of(law: str, count: int) -> 
 
 
 def test_it_is_a_third_as_long_as_halls_corrected_interval_where_two_prompts_carry_the_estimate() -> None:
-    """48 prompts of which two are ten times as large as the rest: 0.06 -+ ... was ten standard errors long on one side, though the
-    spread that makes the error is in the sample."""
+    """48 prompts, two of them ten times as large as the rest: Hall's reached ten standard errors to one side."""
     draws = np.r_[np.linspace(0.0, 0.3, 44), 0.7, 0.8, 2.0, 2.2]
     value, left_out = means(draws)
     found = jackknife_interval(value, left_out)
@@ -118,7 +117,9 @@ def test_few_prompts_that_carry_an_error_are_named_and_ordinary_ones_are_not() -
     rng = np.random.default_rng(5)
     for count in (16, 48):
         ordinary, heavy = rng.normal(size=(2000, count)), rng.lognormal(sigma=1.5, size=(2000, count))
-        alarms = [np.mean([carried_by_few(f, count) for f in effective_degrees_of_freedom(x)]) for x in (ordinary, heavy)]
+        alarms = [
+            np.mean([carried_by_few(f, count) for f in effective_degrees_of_freedom(x)]) for x in (ordinary, heavy)
+        ]
         assert alarms[0] <= 0.03 and alarms[1] >= 0.55, alarms
 
 
