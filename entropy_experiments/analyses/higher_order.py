@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from entropy_experiments.statistics.confidence import BRACKETS, shown
+from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.text.numbers import plain, value_and_error
 from rl_training.intervals import t_quantile
 
@@ -50,8 +51,8 @@ def measure_orders(
         points          [{"scale", "change", "standard_error", "first_order", "second_order", "effective_sample_size", "used"}],
                         ascending; second_order is D s + Q s^2; None where not known
         first_order     {"value", "standard_error", "degrees_of_freedom", "fitted", "source"}: D, from "split estimator" or "fit"
-        second_order    {"value", "standard_error", "fit_error", "total_error", "degrees_of_freedom"}: Q; total_error adds both
-                        in quadrature
+        second_order    {"value", "standard_error", "fit_error", "total_error", "low", "high", "degrees_of_freedom"}: Q;
+                        total_error, low and high add both in quadrature
         third, fourth   C and R, None where too few pairs were given
         residual        root mean square of what the fit leaves, over all used points
         ratio           Q / D, signed: second over first order for the step itself
@@ -171,6 +172,7 @@ def _orders(
     out["first_order"]["fitted"] = float(fitted[0])
     if value is None:
         out["first_order"] |= {"value": float(fitted[0]), "standard_error": errors[0], "source": "fit"}
+        out["first_order"] |= {} if replicates is None else ends_of(float(fitted[0]), replicates[0])
     fit_error = None
     if len(pairs) > 2:
         fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
@@ -181,12 +183,26 @@ def _orders(
         "fit_error": fit_error,
         "total_error": math.hypot(*known) if known else None,
     }
+    if replicates is not None:
+        out["second_order"] |= _with_fit_error(float(fitted[1]), replicates[1], fit_error)
     if len(pairs) > 1:
         out["third"], out["fourth"] = float(fitted[2]), float(fitted[3])
     columns = [column for pair in pairs for column in pair]
     powers = np.stack([scales[columns] ** k for k in (1, 2, 3, 4)], axis=1)
     out["residual"] = float(np.sqrt(np.mean((powers @ fitted - changes[columns]) ** 2)))
     return out | _equality(out["first_order"], out["second_order"])
+
+
+def _with_fit_error(value: float, left_out: np.ndarray, fit_error: float | None) -> dict[str, float | None]:
+    """low, high and degrees_of_freedom: each end of the interval over prompts and the fit's error in quadrature."""
+    ends = ends_of(value, left_out)
+    if ends.get("low") is None or ends.get("high") is None or not fit_error:
+        return ends
+    more = t_quantile(ends["degrees_of_freedom"] or math.inf) * fit_error
+    low, high = (
+        value + sign * math.hypot(value - (ends[end] or 0.0), more) for sign, end in ((-1, "low"), (1, "high"))
+    )
+    return {**ends, "low": low, "high": high}
 
 
 def _equality(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def weighting_schemes(
     entropy_cost_per_reward, update_length, cosine_with_run (of the two updates, metric 1/P), scale: {equal_length,
     equal_gain} (factors on the weights), spared (drop_top_k only: see `_spared`)}. Estimates are {value, standard_error,
     degrees_of_freedom}, low and high where one set of prompts is behind them, and, where one is None, `reason`; a row without
-    weights has `reason` in place of all numbers. `weights`: name -> list of n_train floats. `gain_side`: "evaluation", "training" or None, `gain_note` the same in words. `n_eval`,
-    `n_train`, `eval_prompts`, `sentence`.
+    weights has `reason` in place of all numbers. `weights`: name -> list of n_train floats. `gain_side`: "evaluation", "training"
+    or None, `gain_note` the same in words. `n_eval`, `n_train`, `eval_prompts`, `sentence`.
 
     Raises ValueError for arrays of other shapes than the labels', or entries that are not finite.
     """

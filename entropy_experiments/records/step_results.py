@@ -150,6 +150,10 @@ class SecondOrder(Record):
     """How far Q moves when only the nearer half of the pairs is fitted."""
     total_error: Nonnegative
     """Both in quadrature."""
+    low: Number = None
+    """Lower end of the 95% interval of both; absent without an error over prompts."""
+    high: Number = None
+    """Upper end."""
     degrees_of_freedom: Nonnegative
     """Behind the standard error."""
 

@@ -144,8 +144,8 @@ def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
 def few_prompts_sentence(summary: Mapping[str, Any], shown_entries: Mapping[str, object] | None = None) -> str | None:
     """What intervals are worth where few evaluation prompts are behind them; None where enough are, or nothing is known.
 
-    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (in the world of the
-    tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (jackknife_interval.carried_by_few).
+    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (in the world of
+    the tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (`carried_by_few`).
     """
     prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
     if prompts is None or prompts <= 1:

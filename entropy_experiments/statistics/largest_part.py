@@ -2,8 +2,8 @@
 
     d(k, -+) = s_l x_l -+ x_k       l: the part of the largest |x|, s_l its sign, k: any other
 
-x_l is the largest where both intervals of d (.jackknife_interval: every prompt left out of both sides at once) lie above 0 for all
-k: then |x_l| > |x_k| whatever the sign of x_k. Parts share their evaluation prompts and err together, so that their own
+x_l is the largest where both intervals of d (.jackknife_interval: every prompt left out of both sides at once) lie above 0 for
+all k: then |x_l| > |x_k| whatever the sign of x_k. Parts share their evaluation prompts and err together, so that their own
 intervals overlap long before the order is in doubt. It is an intersection-union test: no correction for the number of parts is
 due, and where two parts tie it names one in at most 5% of buffers (2.5% for either).
 Source: Berger, Technometrics 24 (1982); docs/theory/measurement-and-uncertainty.md.

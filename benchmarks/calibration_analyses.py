@@ -1,0 +1,254 @@
+"""Checks of what analyses and sweeps print beside the numbers of a step: each function returns name -> {shape: rate}.
+
+Every interval, rule and frequency is the product's own, of buffers drawn from laws whose truth is known: gradients of evaluation
+sequences with heavy tails, rewards that go with them, curves of entropy along a step, rewards over training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.candidate_weights import costliest
+from entropy_experiments.analyses.higher_order import measure_orders
+from entropy_experiments.analyses.weighting_schemes import weighting_schemes
+from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
+from entropy_experiments.statistics.confidence import known
+from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
+from entropy_experiments.statistics.largest_part import largest_part
+from entropy_experiments.sweep.evolution.entropy_law import law_over_training
+from entropy_experiments.sweep.evolution.reward_price import price_between
+
+Rates = dict[str, dict[str, float]]
+Held = dict[str, list[bool]]
+
+
+def _note(held: Held, name: str, entry: Mapping[str, Any] | None, truth: float) -> None:
+    """Whether the interval of an entry holds the truth; nothing where it has none."""
+    number = None if entry is None else known(entry)
+    if number is not None and number.low is not None and number.high is not None:
+        held.setdefault(name, []).append(number.low <= truth <= number.high)
+
+
+def _collect(found: Rates, shape: str, held: Held) -> None:
+    for name, hits in held.items():
+        if len(hits) >= 50:
+            found.setdefault(name, {})[shape] = float(np.mean(hits))
+
+
+def weighting_tests(repeats: int) -> Rates:
+    """Intervals of other weightings' changes, gains and costs over evaluation prompts, and of what is spared by leaving out."""
+    found: Rates = {}
+    dimensions, train = 6, 16
+    for prompts, each in ((8, 4), (16, 2), (64, 1)):
+        rng = np.random.default_rng((11, prompts))
+        of_train = np.repeat(np.arange(4), 4)
+        rows = rng.normal(size=(train, dimensions))
+        reward = np.tile([1.0, 0.0, 0.0, 1.0], 4)
+        rows += 1.5 * (reward[:, None] - 0.5)
+        length = rng.integers(3, 9, train)
+        training = SequenceLabels(
+            of_train, reward, length, 1.0 * length, -1.0 * length, [f"p{p}" for p in of_train], [f"c{i}" for i in range(train)]
+        )  # fmt: skip
+        weights = (reward - 0.5) / train
+        slope, of_reward = rng.normal(size=dimensions), np.full(dimensions, 2.0)
+        inner = rows @ rows.T
+        own = np.repeat(np.arange(prompts), each)
+        held: Held = {}
+        for _ in range(repeats):
+            reward_seen = (rng.random(len(own)) < 0.4).astype(float)
+            of_prompt = rng.standard_t(5, size=(prompts, dimensions))[own]
+            heavy = rng.exponential(size=(len(own), 1)) * rng.standard_t(5, size=(len(own), dimensions))
+            scores = of_reward * (reward_seen[:, None] - 0.4) + 0.5 * heavy
+            entropies = slope + 0.7 * of_prompt + 0.7 * heavy
+            evaluation = SequenceLabels(
+                own, reward_seen, np.full(len(own), 5), np.ones(len(own)), -np.ones(len(own)),
+                [f"e{p}" for p in own], [f"d{i}" for i in range(len(own))],
+            )  # fmt: skip
+            kh = entropies @ rows.T
+            products = kh.mean(0)
+            arrays = KernelArrays(
+                evaluation, training, scores @ rows.T, kh, inner, inner, weights, reward - 0.5, weights * products, products, 1.0
+            )  # fmt: skip
+            table = weighting_schemes(arrays, 8, drop_top=(1,))
+            run = np.asarray(table["weights"]["run"])
+            for row in table["rows"]:
+                if row["name"] not in ("grpo", "reinforce", "positives_only", "drop_top_1") or "delta_h" not in row:
+                    continue
+                w = np.asarray(table["weights"][row["name"]])
+                dh, gain = (slope @ rows.T @ w, 0.24 * of_reward @ rows.T @ w)
+                dh_run, gain_run = (slope @ rows.T @ run, 0.24 * of_reward @ rows.T @ run)
+                scale = row["scale"]["equal_length"]
+                _note(
+                    held, "coverage of a weighting's change at equal length", row["delta_h"]["equal_length"], dh * scale
+                )
+                _note(held, "coverage of a weighting's gain of reward", row["reward_gain"], gain)
+                _note(held, "coverage of a weighting's cost in entropy", row["entropy_cost_per_reward"], -dh / gain)
+                _note(
+                    held,
+                    "coverage of a weighting's change at equal gain",
+                    row["delta_h"]["equal_gain"],
+                    dh * gain_run / gain,
+                )
+                difference = dh * gain_run / gain - dh_run
+                _note(
+                    held,
+                    "coverage of a weighting minus the run's, equal gain",
+                    row["minus_run"]["equal_gain"],
+                    difference,
+                )
+                if "spared" in row:
+                    place = own % prompts
+                    true = [
+                        -(weights[c] * (slope @ rows[c].T)).sum()
+                        for half in (0, 1)
+                        for c in [costliest((kh * weights)[place % 2 == half].mean(0), 1)]
+                    ]
+                    _note(
+                        held, "coverage of what leaving out the costliest spares", row["spared"], float(np.mean(true))
+                    )
+        _collect(found, f"{prompts} prompts x {each}", held)
+    return found
+
+
+def law_tests(repeats: int) -> Rates:
+    """R = b - a e^H over training: independent noise, and noise that neighbours share (where a warning is to be given)."""
+    found: Rates = {}
+    for steps in (12, 30):
+        for label, alike in (("", 0.0), (" of noise that neighbours share", 0.6)):
+            rng = np.random.default_rng((12, steps))
+            held: Held = {}
+            for _ in range(4 * repeats):
+                entropy = np.linspace(1.2, 0.3, steps) + 0.05 * rng.normal(size=steps)
+                noise = rng.normal(size=steps)
+                for t in range(1, steps):
+                    noise[t] = alike * noise[t - 1] + np.sqrt(1 - alike**2) * noise[t]
+                law = law_over_training(range(steps), entropy, 0.9 - 0.2 * np.exp(entropy) + 0.05 * noise)
+                _note(held, f"coverage of the law's slope{label}", law["fit"]["a"], 0.2)
+                _note(held, f"coverage of reward at zero entropy{label}", law["fit"]["at_zero_entropy"], 0.7)
+                inside = law["forecast"]["held_out"]["mean_error_inside"]
+                held.setdefault(f"level of a forecast called outside{label}", []).append(not inside)
+                if alike:
+                    held.setdefault("power of the warning that residuals go together", []).append(
+                        law["fit"]["bands_too_narrow"]
+                    )
+            _collect(found, f"{steps} steps", held)
+    return found
+
+
+def order_tests(repeats: int) -> Rates:
+    """Second order of a measured curve, and where both orders are equal in size."""
+    found: Rates = {}
+    half = np.array([0.125, 0.25, 0.5, 0.75, 1.0])
+    scales = np.concatenate([-half[::-1], half])
+    powers = np.stack([scales**k for k in (1, 2, 3, 4)])
+    mean = np.array([-1.0, 0.4, 0.1, 0.05])
+    for prompts in (8, 16, 64):
+        rng = np.random.default_rng((13, prompts))
+        held: Held = {}
+        for _ in range(repeats):
+            draws = mean + np.array([0.8, 0.5, 0.2, 0.1]) * (rng.gamma(1.0, size=(prompts, 4)) - 1)
+            curves = draws @ powers
+            left_out = (curves.sum(0) - curves) / (prompts - 1)
+            result = measure_orders(scales, curves.mean(0), left_out)
+            _note(held, "coverage of the second order", result["second_order"], mean[1])
+            _note(held, "coverage of the first order of the curve", result["first_order"], mean[0])
+            at, truth = result["equal_at"], abs(mean[0] / mean[1])
+            high = np.inf if at["high"] is None else at["high"]
+            held.setdefault("coverage of where both orders are equal", []).append(at["low"] <= truth <= high)
+        _collect(found, f"{prompts} prompts", held)
+    return found
+
+
+def price_tests(repeats: int) -> Rates:
+    """Entropy paid for a unit of reward between two checkpoints, where the change of reward is told from 0."""
+    found: Rates = {}
+    for prompts, each in ((8, 8), (16, 4), (64, 1)):
+        rng = np.random.default_rng((14, prompts))
+        held: Held = {}
+        for _ in range(repeats):
+            sums, tendency = [], rng.gamma(2.0, size=prompts) / 2
+            for entropy, rate in ((1.0, 0.2), (0.6, 0.7)):
+                tokens = rng.integers(4, 9, (prompts, each))
+                spent = (entropy * tendency[:, None] * rng.gamma(4.0, size=(prompts, each)) / 4 * tokens).sum(1)
+                right = (rng.random((prompts, each)) < rate).sum(1)
+                sums.append([spent, tokens.sum(1), right, np.full(prompts, float(each))])
+            price = price_between(np.array(sums, np.float64), 0, 1)
+            _note(held, "coverage of a change of mean reward between checkpoints", price["reward_change"], 0.5)
+            _note(held, "coverage of the price of reward in entropy", price["price"], 0.4 / 0.5)
+        _collect(found, f"{prompts} prompts x {each}", held)
+    return found
+
+
+def first_tests(repeats: int) -> Rates:
+    """Which training sequence is named first, by its frequency in bootstraps over prompts, and the set of nine in ten."""
+    found: Rates = {}
+    train = 12
+    for prompts in (8, 16, 64):
+        rng = np.random.default_rng((15, prompts))
+        held: Held = {}
+        for _ in range(repeats):
+            true = -rng.gamma(2.0, size=train)
+            seen = true + 3.0 * rng.exponential(size=(prompts, 1)) * rng.standard_t(5, size=(prompts, train))
+            ones = np.ones(prompts)
+            draws = numbers_of_draws(
+                bootstrap_counts(prompts, 200, int(rng.integers(2**31))), np.arange(prompts), seen, None, ones, ones
+            )
+            result = who_was_first(seen.mean(0), draws, {"sequence": np.arange(train)}, prompts)["sequence"]["lowering"]
+            lowest = int(true.argmin())
+            members = [row for rows in result["set"]["rows"] for row in rows]
+            held.setdefault("the set named first holds the first (asked: 90%)", []).append(lowest in members)
+            if result["first_in"] > 0.5:
+                held.setdefault("one that is named first is the first (asked: above half)", []).append(
+                    result["rows"] == [lowest]
+                )
+        _collect(found, f"{prompts} prompts", held)
+    return found
+
+
+def largest_part_tests(repeats: int) -> Rates:
+    """Two parts of equal size, of like and of opposite sign, that share most of their noise; and one half as large again."""
+    found: Rates = {}
+    for prompts in (8, 16, 64):
+        rng = np.random.default_rng((16, prompts))
+        held: Held = {}
+        for _ in range(4 * repeats):
+            shared = rng.gamma(1.0, size=prompts) - 1
+            for name, second in (("level of naming the largest of two equal parts", 1.0), ("power at 1.5 to 1", 1.5)):
+                sign = rng.choice([-1.0, 1.0])
+                parts = {}
+                for part, mean in (("momentum", 1.0), ("batch", sign * second), ("weight_decay", 0.02)):
+                    draws = mean * (1 + shared) + 0.3 * rng.standard_t(5, size=prompts)
+                    parts[part] = float(draws.mean()), (draws.sum() - draws) / (prompts - 1)
+                decided = largest_part(parts)
+                label = (
+                    name
+                    if name.startswith("level")
+                    else f"power of naming the largest part, {name.removeprefix('power ')}"
+                )
+                held.setdefault(label, []).append(decided is not None and decided.certain)
+        _collect(found, f"{prompts} prompts", held)
+    return found
+
+
+def few_prompts_tests(repeats: int) -> Rates:
+    """How often it is said that few prompts carry an error: of laws that it is a false alarm for, and of heavy ones."""
+    found: Rates = {}
+    laws = {
+        "normal": lambda rng, size: rng.normal(size=size),
+        "exponential": lambda rng, size: rng.exponential(size=size),
+        "of lognormal, skewness 33,": lambda rng, size: rng.lognormal(sigma=1.5, size=size),
+    }
+    for prompts in (16, 32, 64):
+        rng = np.random.default_rng((17, prompts))
+        for name, law in laws.items():
+            freedoms = effective_degrees_of_freedom(law(rng, (5 * repeats, prompts)))
+            rate = float(np.mean([carried_by_few(float(f), prompts) for f in freedoms]))
+            found.setdefault(f"few prompts said to carry an error, {name} influence", {})[f"{prompts} prompts"] = rate
+    return found
+
+
+ANALYSES = (weighting_tests, law_tests, order_tests, price_tests, first_tests, largest_part_tests, few_prompts_tests)
