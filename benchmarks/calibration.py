@@ -9,6 +9,8 @@ buffer:
     coverage    how often a 95% interval holds the truth (93 to 97%; below 8 prompts 90 to 98%)
     level       how often a rule or test rejects what is right, at 5% (3 to 7%)
     power       how often "they do not agree" is said of a prediction 15% too large
+    carries     how often a buffer holds none of the completions (or prompts) that carry half of the variance of a prediction,
+                and how often the interval holds the truth with and without: what no interval made of the buffer can know
 
 "as before": the rule that was replaced, on the same buffers. The other worlds were not looked at when rules were chosen.
 """
@@ -17,16 +19,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.calibration_analyses import ANALYSES
 from benchmarks.calibration_checks import (
+    Hits,
     agreement_checks,
     checkpoint_checks,
     fold_checks,
     interval_checks,
     running_average_checks,
+    tail_checks,
 )
 from benchmarks.calibration_page import write_page
 from benchmarks.calibration_tests import TESTS
@@ -46,6 +52,9 @@ SHAPES = (
     Shape("64 prompts x 1, long step", 64, (1, 1), 1.0),
 )
 
+LARGE = Shape("64 prompts x 64", 64, (64, 64), 0.05)
+"""In which the rule of agreement alone is looked at, in a fifth of the buffers."""
+
 WORLDS = {
     "another policy, 5 tokens": dict(seed=1, policy_seed=11, vocabulary=5, longest=3),
     "a sharper policy, 5 tokens": dict(seed=2, policy_seed=21, vocabulary=5, longest=3, sharpness=1.6),
@@ -58,23 +67,30 @@ def simulate(world: World, shape: Shape, buffers: int, seed: int = 0) -> dict[st
     """Name of a check -> its rate over `buffers` simulated buffers."""
     rng = np.random.default_rng((seed, shape.prompts, shape.completions[1]))
     found: dict[str, np.ndarray] = {}
-    for checks in (interval_checks, agreement_checks, fold_checks, checkpoint_checks, running_average_checks):
+    for checks in checks_of(shape):
         found |= checks(world, shape, buffers, rng)
     return {name: float(np.mean(hits)) for name, hits in found.items() if len(hits)}
+
+
+def checks_of(shape: Shape) -> tuple[Callable[[World, Shape, int, np.random.Generator], Hits], ...]:
+    if shape == LARGE:
+        return (agreement_checks,)
+    return (interval_checks, agreement_checks, fold_checks, checkpoint_checks, running_average_checks, tail_checks)
 
 
 def main(buffers: int = 2000) -> None:
     world = World()
     tables: dict[str, dict[str, dict[str, float]]] = {"": {}}
-    for shape in SHAPES:
-        tables[""][shape.name] = simulate(world, shape, buffers)
+    for shape in (*SHAPES, LARGE):
+        tables[""][shape.name] = simulate(world, shape, buffers // 5 if shape == LARGE else buffers)
         print(shape.name, {name: round(rate, 3) for name, rate in tables[""][shape.name].items()}, flush=True)
     for name, settings in WORLDS.items():
         other = World(**settings)
         tables[name] = {shape.name: simulate(other, shape, buffers) for shape in SHAPES}
+        tables[name][LARGE.name] = simulate(other, LARGE, buffers // 5)
         print(name, "done", flush=True)
     tests: dict[str, dict[str, float]] = {}
-    for test in TESTS:
+    for test in (*TESTS, *ANALYSES):
         tests |= test(min(buffers, 400))
         print({name: rates for name, rates in list(tests.items())[-3:]}, flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,10 @@ import numpy as np
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import costliest
 from entropy_experiments.analyses.higher_order import measure_orders
+from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
 from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
+from entropy_experiments.records.training_course import Column, course
 from entropy_experiments.statistics.confidence import known
 from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
 from entropy_experiments.statistics.largest_part import largest_part
@@ -234,6 +236,50 @@ def largest_part_tests(repeats: int) -> Rates:
     return found
 
 
+def course_tests(repeats: int) -> Rates:
+    """What a quantity did over training: last third minus first, by the steps' own errors and by their scatter."""
+    found: Rates = {}
+    for steps in (6, 12, 30):
+        rng = np.random.default_rng((18, steps))
+        held: Held = {}
+        for _ in range(4 * repeats):
+            true = 1.0 - 0.5 * np.arange(steps) / (steps - 1)
+            draws = true[:, None] * rng.gamma(4.0, size=(steps, 16)) / 4
+            third, gap = steps // 3, 0.5 * (steps - steps // 3) / (steps - 1)
+            flat = draws - true[:, None]
+            errors = draws.std(axis=1, ddof=1) / 4
+            for label, values, se, truth in (
+                ("errors of steps", draws.mean(1), errors, -gap),
+                ("scatter", flat.mean(1), np.full(steps, np.nan), 0.0),
+            ):
+                column = Column(np.arange(steps, dtype=float), values, se, np.full(steps, 15.0), True)
+                change = course(column)
+                assert change is not None and third >= 2
+                number = {"value": change.change.value, "low": change.change.low, "high": change.change.high}
+                _note(held, f"coverage of a change over training, by the {label}", number, truth)
+        _collect(found, f"{steps} steps", held)
+    return found
+
+
+def response_tests(repeats: int) -> Rates:
+    """Slope and intercept of the response over halves, whose noise is larger for some subsets."""
+    found: Rates = {}
+    for subsets in (10, 20, 40):
+        rng = np.random.default_rng((19, subsets))
+        held: Held = {}
+        for _ in range(4 * repeats):
+            halves = np.array([rng.permutation(16) < 8 for _ in range(subsets)])
+            shares = rng.normal(size=16)
+            predicted = halves @ shares
+            noise = 0.3 * (0.5 + np.abs(predicted)) * rng.standard_t(5, size=subsets)
+            score = linear_datamodelling_score(halves, shares, 0.1 + 0.8 * predicted + noise, seed=1)
+            for name, truth in (("slope", 0.8), ("intercept", 0.1)):
+                low, high = score[f"{name}_interval"]
+                held.setdefault(f"coverage of the {name} of the response over halves", []).append(low <= truth <= high)
+        _collect(found, f"{subsets} subsets", held)
+    return found
+
+
 def few_prompts_tests(repeats: int) -> Rates:
     """How often it is said that few prompts carry an error: of laws that it is a false alarm for, and of heavy ones."""
     found: Rates = {}
@@ -251,4 +297,14 @@ def few_prompts_tests(repeats: int) -> Rates:
     return found
 
 
-ANALYSES = (weighting_tests, law_tests, order_tests, price_tests, first_tests, largest_part_tests, few_prompts_tests)
+ANALYSES = (
+    weighting_tests,
+    law_tests,
+    order_tests,
+    price_tests,
+    first_tests,
+    largest_part_tests,
+    course_tests,
+    response_tests,
+    few_prompts_tests,
+)

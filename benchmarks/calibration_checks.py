@@ -61,6 +61,36 @@ def interval_checks(world: World, shape: Shape, buffers: int, rng: np.random.Gen
     return hits | {"measurements not to be trusted": ~trusted}
 
 
+def tail_checks(world: World, shape: Shape, buffers: int, rng: np.random.Generator) -> Hits:
+    """How often a buffer holds none of what carries half of the variance of a prediction, and what an interval is worth then.
+
+    Carriers: of one completion a prompt, the completions whose influence psi (of the ratio) is largest, as few as have half of
+    E[psi^2]; of several, prompts by the mean influence of theirs.
+    """
+    values, truth = columns(world, shape.step), truths(world, shape.step)
+    drawn = draw(world, shape, buffers, rng)
+    whole, left_out, _ = with_each_left_out(sums(values, drawn))
+    held = jackknife_interval(whole["rao_blackwell"], left_out["rao_blackwell"]).holds(truth["rao_blackwell"])
+    chance = world.by_prompt.numpy() / len(world.by_prompt)
+    mean = {name: float((chance.ravel() * values[name]).sum()) for name in ("T", "R")}
+    h, of_entropy = truth["entropy"], values["A"] - truth["entropy"] * values["T"]
+    psi = values["C"] - h * values["R"] - truth["rao_blackwell"] * values["T"] - mean["R"] / mean["T"] * of_entropy
+    psi = psi.reshape(chance.shape)
+    if shape.completions[1] == 1:
+        variance, of_each, place = chance.ravel() * psi.ravel() ** 2, psi.ravel() ** 2, drawn.index
+    else:
+        of_each = ((chance * psi).sum(1) / chance.sum(1)) ** 2
+        variance, place = chance.sum(1) * of_each, drawn.prompts[..., None]
+    order = np.argsort(-of_each)
+    few = order[: int(np.searchsorted(np.cumsum(variance[order]), variance.sum() / 2)) + 1]
+    holds = np.isin(place, few).reshape(buffers, -1).any(1)
+    return {
+        "buffers without what carries half of the variance": ~holds,
+        "interval of predicted holds, of buffers with it": held[holds],
+        "interval of predicted holds, of buffers without it": held[~holds],
+    }
+
+
 def agreement_checks(world: World, shape: Shape, buffers: int, rng: np.random.Generator) -> Hits:
     """Of a prediction that is right (its expectation is the true change, whatever the second order does), and 15% too large."""
     drawn, truth = draw(world, shape, buffers, rng), truths(world, shape.step)
