@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def sites() -> set[str]:
-    """``entropy_experiments.compare.differences._number``, ... of all three packages."""
+    """``differences._number``, ... of all three packages: file and function, so that a move between folders changes nothing."""
     found = set()
     for package in ("entropy_core", "rl_training", "entropy_experiments"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -36,7 +36,7 @@ def sites() -> set[str]:
             makers = {alias.asname or alias.name for alias in _imported(tree, module)} | HOMES.get(module, set())
             for function in _functions(tree):
                 if _calls(function) & (makers | QUANTILES) or _writes_p_value(function):
-                    found.add(f"{module}.{function.name}")
+                    found.add(f"{path.stem}.{function.name}")
     return found
 
 

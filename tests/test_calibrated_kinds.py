@@ -39,4 +39,4 @@ def test_a_new_interval_without_a_check_is_seen(tmp_path: Path, monkeypatch) -> 
         "from rl_training.intervals import interval as ends\n\n\ndef told(value):\n    return ends(value, 1.0, 3)\n"
     )
     monkeypatch.setattr("tests.calibrated_sites.ROOT", tmp_path)
-    assert sites() == {"entropy_experiments.new.told"}
+    assert sites() == {"new.told"}

@@ -200,3 +200,36 @@ def test_nan_in_a_measurement_stays_out_of_the_table():
 def test_bad_scales(scales):
     with pytest.raises(ValueError, match="scales must be positive and all different"):
         compare_prediction({"split": 1.0}, [{"scale": s} for s in scales])
+
+
+def test_sides_on_the_same_prompts_disagree_where_the_interval_of_their_difference_leaves_out_zero():
+    """A gap of 10% that both sides' own errors would hide: they share their prompts."""
+    shared = np.linspace(-0.1, 0.1, 20)
+    own = 0.002 * np.cos(np.arange(20.0))
+    means = {"far": -0.33, "near": -0.301, "truth": -0.3}
+    sides = {name: mean + shared + (-own if name == "truth" else own) for name, mean in means.items()}
+    known = {
+        name: {"value": float(x.mean()), "standard_error": float(x.std(ddof=1) / 20**0.5), "left_out": (x.sum() - x) / 19}
+        for name, x in sides.items()
+    }
+    for name, agrees in (("far", False), ("near", True)):
+        truth = {**known["truth"], "change": known["truth"]["value"], "effective_sample_size": 60.0, "sequences": 64}
+        result = compare_prediction({"rao_blackwell": known[name]}, [{"scale": 1.0, "snis": truth}])
+        found = only(result, 1.0, "rao_blackwell", "snis")
+        assert found["agrees"] is agrees and (found["low"] <= 0 <= found["high"]) is agrees
+        assert found["difference"] == pytest.approx(known[name]["value"] - known["truth"]["value"])
+        quadrature = np.hypot(known[name]["standard_error"], known["truth"]["standard_error"])
+        assert abs(found["difference"]) < 2 * quadrature, "by the errors of both sides nothing would be seen"
+
+
+def test_a_prediction_is_near_zero_where_the_interval_that_is_shown_holds_zero():
+    """16 prompts, one of them 20 times the rest: 2.3 standard errors from 0 by Student's, but skewed."""
+    draws = np.r_[np.linspace(0.0, 0.1, 15), -1.0]
+    for sign in (1.0, -1.0):
+        x = sign * (draws + 0.2)
+        entry = {"value": float(x.mean()), "standard_error": float(x.std(ddof=1) / 4), "left_out": (x.sum() - x) / 15}
+        found = compare_prediction({"split": entry}, [{"scale": 1.0, "snis": {**entry, "change": entry["value"]}}])
+        row = found["rows"][0]
+        shown = row["predicted"]["split"]
+        assert shown["low"] <= 0 <= shown["high"] and abs(x.mean()) > 2.2 * entry["standard_error"]
+        assert only(found, 1.0, "split", "snis")["near_zero"] is True
