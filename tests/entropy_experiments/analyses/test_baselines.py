@@ -14,11 +14,11 @@ from scipy import stats
 
 from entropy_experiments.analyses.baselines import LABELS, baseline_table
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
-from entropy_experiments.fisher_analyzer import Estimate
 from entropy_experiments.report.figures.baselines import plot_baselines
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.weighting import plot_weighting_schemes
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
+from entropy_experiments.step.numbers import Estimate
 from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
 
 PROMPTS = 20
