@@ -103,6 +103,7 @@ COVERED: dict[str, tuple[str, ...]] = {
         "coverage of the price of reward in entropy",
     ),
     "summed_changes._of_independent": (SUM_APART,),
+    "summed_changes.largest_of_sums": (PARTS,),
     "summed_changes.weighted_sum": (SUM,),
     "intervals.correlation_interval": (CORRELATION,),
     "intervals.interval": (FOLDS, PROBED),

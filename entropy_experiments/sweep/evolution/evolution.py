@@ -43,7 +43,7 @@ from entropy_experiments.sweep.evolution.left_out_prompts import (
     prompt_sums,
 )
 from entropy_experiments.sweep.evolution.reward_price import price_between
-from entropy_experiments.sweep.evolution.summed_changes import sums_with_errors, weighted_sum
+from entropy_experiments.sweep.evolution.summed_changes import largest_of_sums, sums_with_errors, weighted_sum
 from entropy_experiments.text.numbers import as_number, counted
 
 _COSTLIEST = 5
@@ -213,6 +213,7 @@ def _whole(
         "to": steps[last],
         **_comparison(sums, _observed(0, last), _summed(steps)),
         "parts": _parts(folders, rows, steps),
+        "largest_part": largest_of_sums(list(zip(folders, rows, strict=True)), PARTS[1:], _weights(steps)),
         "prediction": _prediction(folders, rows),
         "price": price_between(sums, 0, last) if last else None,
         "costliest_prompts": _costliest_prompts(folders),
@@ -223,14 +224,19 @@ def _parts(
     folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]], steps: Sequence[int]
 ) -> dict[str, dict[str, float | None]]:
     """What each part of the steps was predicted to do over the run, added up as `expected` is; of one step, what it does."""
-    weights = np.ones(1)
-    if len(rows) > 1:  # expected(a, b) is linear in r(a) and r(b)
-        gaps = np.diff(steps)
-        weights = np.zeros(len(rows))
-        weights[:-1] += gaps - (gaps - 1) / 2
-        weights[1:] += (gaps - 1) / 2
     points = list(zip(folders, rows, strict=True))
-    return {part: weighted_sum(points, part, weights.tolist()) for part in PARTS[1:]}
+    return {part: weighted_sum(points, part, _weights(steps)) for part in PARTS[1:]}
+
+
+def _weights(steps: Sequence[int]) -> list[float]:
+    """How often the step after each checkpoint counts in the sum over the run: expected(a, b) is linear in r(a) and r(b)."""
+    if len(steps) == 1:
+        return [1.0]
+    gaps = np.diff(steps)
+    weights = np.zeros(len(steps))
+    weights[:-1] += gaps - (gaps - 1) / 2
+    weights[1:] += (gaps - 1) / 2
+    return weights.tolist()
 
 
 def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

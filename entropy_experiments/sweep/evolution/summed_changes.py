@@ -19,6 +19,7 @@ from entropy_experiments.records.leave_one_out import read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.statistics.confidence import freedom_of
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
+from entropy_experiments.statistics.largest_part import largest_part
 from rl_training.intervals import interval, welch_freedom
 
 
@@ -45,13 +46,10 @@ def weighted_sum(
     entries = [row["actual"] if kind == "actual" else row["predicted"][kind] for _, row in points]
     if not points or any(entry is None for entry in entries):
         return nothing
-    tables = [read_leave_one_out(folder.path) for folder, _ in points]
-    keys = [_column(row, kind) for _, row in points]
-    series = [t.columns.get(key) if t else None for t, key in zip(tables, keys, strict=True)]
-    prompts = [t.prompts if t else () for t in tables]
+    series, shared = _series(points, kind)
     value = float(sum(w * entry["value"] for w, entry in zip(weights, entries, strict=True)))
     found = nothing | {"value": value}
-    if all(s is not None for s in series) and all(p == prompts[0] for p in prompts):
+    if shared:
         total = np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True) if s is not None], axis=0)
         known = jackknife_interval(value, total)
         error = float(known.standard_error)
@@ -60,6 +58,35 @@ def weighted_sum(
         errors = [abs(w) * entry["standard_error"] for w, entry in zip(weights, entries, strict=True)]
         found |= _of_independent(errors, [_freedom(*pair) for pair in zip(entries, series, strict=True)], value)
     return found
+
+
+def largest_of_sums(
+    points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], parts: Sequence[str], weights: Sequence[float]
+) -> dict[str, Any] | None:
+    """Which part's sum is the largest, by the paired difference (statistics.largest_part); None where checkpoints do not share
+    their evaluation prompts, or a part is not known at all of them.
+    """
+    found = {}
+    for part in parts:
+        entries = [row["predicted"][part] for _, row in points]
+        series, shared = _series(points, part)
+        if not shared or any(entry is None for entry in entries):
+            return None
+        value = float(sum(w * entry["value"] for w, entry in zip(weights, entries, strict=True)))
+        total = np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True)], axis=0)
+        found[part] = value, total
+    largest = largest_part(found)
+    return None if largest is None else largest.as_dict()
+
+
+def _series(points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], kind: str) -> tuple[list[Any], bool]:
+    """(values with each prompt left out of every checkpoint, None where not known; whether all have them on the same prompts)."""
+    tables = [read_leave_one_out(folder.path) for folder, _ in points]
+    keys = [_column(row, kind) for _, row in points]
+    series = [t.columns.get(key) if t else None for t, key in zip(tables, keys, strict=True)]
+    prompts = [t.prompts if t else () for t in tables]
+    shared = bool(points) and all(s is not None for s in series) and all(p == prompts[0] for p in prompts)
+    return series, shared
 
 
 def _freedom(entry: Mapping[str, Any], series: Any) -> float:
