@@ -172,7 +172,8 @@ def _orders(
     out["first_order"]["fitted"] = float(fitted[0])
     if value is None:
         out["first_order"] |= {"value": float(fitted[0]), "standard_error": errors[0], "source": "fit"}
-        out["first_order"] |= {} if replicates is None else ends_of(float(fitted[0]), replicates[0])
+        if replicates is not None:
+            out["first_order"] |= _with_fit_error(float(fitted[0]), replicates[0], None)
     fit_error = None
     if len(pairs) > 2:
         fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
@@ -194,15 +195,16 @@ def _orders(
 
 
 def _with_fit_error(value: float, left_out: np.ndarray, fit_error: float | None) -> dict[str, float | None]:
-    """low, high and degrees_of_freedom: each end of the interval over prompts and the fit's error in quadrature."""
+    """low and high: each end of the interval over prompts and the fit's error in quadrature."""
     ends = ends_of(value, left_out)
-    if ends.get("low") is None or ends.get("high") is None or not fit_error:
-        return ends
-    more = t_quantile(ends["degrees_of_freedom"] or math.inf) * fit_error
-    low, high = (
-        value + sign * math.hypot(value - (ends[end] or 0.0), more) for sign, end in ((-1, "low"), (1, "high"))
-    )
-    return {**ends, "low": low, "high": high}
+    found = {end: ends.get(end) for end in ("low", "high")}
+    if not fit_error:
+        return found
+    more = t_quantile(ends.get("degrees_of_freedom") or math.inf) * fit_error
+    return {
+        end: None if at is None else value + math.copysign(math.hypot(value - at, more), at - value)
+        for end, at in found.items()
+    }
 
 
 def _equality(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

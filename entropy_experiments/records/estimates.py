@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from entropy_experiments.records.record import Count, Nonnegative, Number, Record
+from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Record
 from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.text.numbers import NOT_KNOWN
 from rl_training.intervals import interval
@@ -110,3 +110,20 @@ class NoiseOverBuffers(Estimate):
     """Training prompts."""
     groups: Count
     """Groups of training prompts that were left out in turn."""
+
+
+class LargestPartRecord(Record):
+    """Which part of a predicted change is the largest in size, nats per token."""
+
+    part: str
+    """The part of the largest size."""
+    beside: str
+    """The part that comes nearest to it."""
+    difference: Finite
+    """By how much it is larger in size."""
+    low: Finite
+    """Lower end of the 95% interval of the difference."""
+    high: Finite
+    """Upper end."""
+    certain: bool
+    """Whether that interval lies above 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from entropy_experiments.records.analysis_results import AnalysesRecord
-from entropy_experiments.records.estimates import Estimate, Measurement, NoiseOverBuffers
+from entropy_experiments.records.estimates import Estimate, LargestPartRecord, Measurement, NoiseOverBuffers
 from entropy_experiments.records.leaving_out import LeavingOut
 from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Probability, Record, Rows
 from entropy_experiments.records.run_record import CheckpointRecord
@@ -47,23 +47,6 @@ class ActualRecord(Record):
     """Change of the policy's entropy, by reweighting its own tokens; null where the texts were given."""
     fixed_prefix: Measurement | None = None
     """Change of entropy on the given tokens: another quantity."""
-
-
-class LargestPartRecord(Record):
-    """Which part of a predicted change is the largest in size, nats per token."""
-
-    part: str
-    """The part of the largest size."""
-    beside: str
-    """The part that comes nearest to it."""
-    difference: Finite
-    """By how much it is larger in size."""
-    low: Finite
-    """Lower end of the 95% interval of the difference."""
-    high: Finite
-    """Upper end."""
-    certain: bool
-    """Whether that interval lies above 0."""
 
 
 class AgreementRecord(Record):

@@ -209,7 +209,11 @@ def test_sides_on_the_same_prompts_disagree_where_the_interval_of_their_differen
     means = {"far": -0.33, "near": -0.301, "truth": -0.3}
     sides = {name: mean + shared + (-own if name == "truth" else own) for name, mean in means.items()}
     known = {
-        name: {"value": float(x.mean()), "standard_error": float(x.std(ddof=1) / 20**0.5), "left_out": (x.sum() - x) / 19}
+        name: {
+            "value": float(x.mean()),
+            "standard_error": float(x.std(ddof=1) / 20**0.5),
+            "left_out": (x.sum() - x) / 19,
+        }
         for name, x in sides.items()
     }
     for name, agrees in (("far", False), ("near", True)):

