@@ -186,8 +186,8 @@ def test_chart_of_weightings_draws_the_table() -> None:
     table = weighting_schemes(make_world().arrays, LONGEST, drop_top=(1,))
     measured = {"grpo": {"equal_length": {"value": -1e-4, "standard_error": 2e-5}}}
     figure = plot_weighting_schemes(with_measurements(table, measured))
-    gain, length = figure.axes
-    labels = [label.get_text() for label in gain.get_yticklabels()]
+    length, gain = figure.axes
+    labels = [label.get_text() for label in length.get_yticklabels()]
     assert labels == [row["label"] for row in table["rows"]]
     for axes, key in ((gain, "equal_gain"), (length, "equal_length")):
         drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
