@@ -16,7 +16,7 @@ HOMES = {
     "entropy_experiments.statistics.correlation": {"correlation"},
     "entropy_experiments.statistics.jackknife_interval": {"jackknife_interval", "ends_of"},
     "entropy_experiments.statistics.largest_part": {"largest_part"},
-    "entropy_experiments.records.estimate_entries": {"ratio_entry", "estimate_entry", "measurement_entry"},
+    "entropy_experiments.records.estimate_entries": {"ratio_estimate", "stored_estimate", "stored_measurement"},
     "entropy_core.uncertainty": {"jackknife_standard_error", "jackknife_over_prompts"},
     "entropy_core.fold_gradients": {"fold_estimate"},
     "rl_training.probe.history": {"error_of_sum"},
