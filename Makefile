@@ -1,5 +1,8 @@
 # make demo    train a small model until its entropy collapses, analyse its checkpoints, write the report
-# make test    the test suite                 (PYTEST_ARGS="-k kernel -x" is passed on)
+# make test    the test suite, five minutes on two cores   (PYTEST_ARGS="-k kernel -x" is passed on)
+# make test-long   what it leaves out: real launches and models, repeated kills, simulated rates
+# make test-all   both
+# make durations   both, and how long each test took into tests/durations.md
 # make check   ruff, format, pyright, floors
 # make architecture   draw the import graph into docs/architecture.md
 # make results-format write the fields of a results folder into docs/guides/results-format.md
@@ -26,7 +29,8 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check architecture results-format format bench bench-probe bench-kernel calibrate clean distclean
+.PHONY: help venv demo test test-long test-all durations check architecture results-format format bench bench-probe \
+  bench-kernel calibrate clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -56,8 +60,20 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/entropy-experiments demo $(DEMO_ARGS)
 
+# -n 2: processes of tests share what is expensive to make (tests/shared_artefacts.py); one thread each.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long $(PYTEST_ARGS)
+
+test-all: test test-long
+
+durations: $(STAMP)
+	$(PYTEST) -m "not long" -p tests.durations $(PYTEST_ARGS)
+	$(PYTEST) -m long -p tests.durations $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.durations import recorded_seconds  # noqa: E402
 from tests.shared_artefacts import changed_artefacts  # noqa: E402
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
@@ -44,10 +45,10 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first, so that no process is left alone with one of them at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files go first, so that no process is left alone with one of them at the end."""
+    seconds = recorded_seconds()
+    items.sort(key=lambda item: -seconds.get(item.path.relative_to(config.rootpath).as_posix(), 3.0))
 
 
 @pytest.fixture(scope="module", autouse=True)

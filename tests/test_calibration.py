@@ -88,6 +88,7 @@ def test_the_truths_are_those_of_the_enumerated_world(world: World) -> None:
     assert world.at(0.5).token_entropy - world.token_entropy == pytest.approx(found["measured"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(LOWEST))
 def test_intervals_cover_and_the_rule_rejects_at_its_level(world: World, name: str) -> None:
     """Bounds are what 600 buffers of a rate inside the stated range give in all but 1 of 1000 repetitions."""
@@ -113,6 +114,7 @@ def test_intervals_cover_and_the_rule_rejects_at_its_level(world: World, name: s
         assert rates["power at a gap of 15% of the agreement rule"] >= 0.5
 
 
+@pytest.mark.long
 def test_a_second_world_that_no_rule_was_chosen_in() -> None:
     other = World(**WORLDS["another policy, 5 tokens"])
     rates = simulate(other, shape_of("16 prompts x 1"), BUFFERS, seed=2)
@@ -121,6 +123,7 @@ def test_a_second_world_that_no_rule_was_chosen_in() -> None:
         assert rates[f"coverage of {quantity}"] >= least
 
 
+@pytest.mark.long
 def test_p_values_are_uniform_also_with_duplicates() -> None:
     repeats = 60
     most = stats.binom.ppf(0.9999, repeats, 0.05) / repeats

@@ -12,8 +12,8 @@ from rl_training.configuration import load_config
 from rl_training.train import run_training
 
 
+@pytest.mark.long
 @pytest.mark.model
-@pytest.mark.slow
 def test_smollm2_trains_and_is_analysed(tmp_path):
     small = [
         "rollouts.prompts_per_step=4",

@@ -16,6 +16,7 @@ def trainer() -> Trainer:
     return Trainer(World())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["8 prompts x 6, step 4, clipped", "16 prompts x 2 to 8, step 8"])
 def test_the_training_sides_interval_covers_redraws_and_effects_are_real(trainer: Trainer, name: str) -> None:
     """Coverage: what 200 buffers of a rate of 93% give in all but 1 of 1000 repetitions. Without torch's own clip and P in each

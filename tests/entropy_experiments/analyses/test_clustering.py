@@ -124,6 +124,7 @@ def test_every_prompt_may_be_a_cluster_of_its_own():
     assert result["shared"]["prompt"]["value"] == pytest.approx(1.0)
 
 
+@pytest.mark.long
 def test_one_cloud_is_called_clusters_at_the_nominal_rate_only():
     """Isotropic, with a strong mean, with a steep spectrum: all have directions that cosines can be cut along."""
     sets, generator, p_values = 210, rng(8), []
@@ -205,6 +206,7 @@ def test_what_is_shared_within_prompts_is_found_and_corrected_for_many_tests():
     assert sorted(entry["p_holm"] for entry in shared.values()) == pytest.approx(holm)
 
 
+@pytest.mark.long
 def test_unrelated_labels_are_called_shared_at_the_nominal_rate_only():
     sets, generator, found = 200, rng(11), {"prompt": [], "length": [], "correctness": [], "first_word": []}
     prompts = np.repeat(np.arange(5), 4)

@@ -24,6 +24,7 @@ def test_score_equals_scipys_on_noisy_shares():
         assert (low + high) / 2 == pytest.approx(found[name]) and high - low == pytest.approx(4.05 * error, rel=0.3)
 
 
+@pytest.mark.long
 def test_bootstrap_interval_covers():
     """Over 60 repeats at correlation 0.7, the 95% interval holds the true rank correlation at least 50 times (median 57)."""
     true = 6 / np.pi * np.arcsin(0.7 / 2)
@@ -38,6 +39,7 @@ def test_bootstrap_interval_covers():
     assert inside >= 50
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [5, 40])
 def test_slope_and_intercept_have_intervals_that_cover(count):
     """Truth 0.8 and -0.3 with noise that grows with the prediction: over 300 repeats the 95% intervals cover 268 times and more

@@ -84,6 +84,7 @@ def test_sequences_are_equal_only_with_equal_prompt_text_length_and_gradient():
     assert part.first.tolist() == [0, 1] and part.of.tolist() == [0, 1, 1]
 
 
+@pytest.mark.long
 def test_copies_do_not_make_structure():
     """The null hypotheses with half of the sequences duplicated: all five tests reject at their level, where the tests over
     single sequences reject nearly always."""
@@ -140,6 +141,7 @@ def with_copies(rows, generator, extra):
     return rows[of], [f"text {k}" for k in of], of // 4, of
 
 
+@pytest.mark.long
 def test_copies_of_one_cloud_are_called_clusters_at_the_nominal_rate_only():
     """16 distinct sequences and 16 copies: counted as 32 sequences, they are called clusters nearly always."""
     sets, generator, p_values, as_single = 200, rng(21), [], []

@@ -168,6 +168,7 @@ def test_opposed_sequences_of_one_prompt_are_found_too():
     assert result["train"]["cosine"]["test"]["p_value"] <= 0.002 and "less than" in result["sentence"]
 
 
+@pytest.mark.long
 def test_absent_structure_is_found_at_the_nominal_rate_only():
     """The three null hypotheses, all five tests. Training sequences of one prompt are alike in the second half of the data
     sets: a test that permuted single training sequences against the evaluation buffer would then cry wolf.

@@ -116,6 +116,7 @@ def test_two_sets_of_prompts_count_in_quadrature() -> None:
     assert row["entropy_cost_per_reward"]["standard_error"] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.long
 def test_the_leave_one_out_gain_is_unbiased_and_its_error_honest() -> None:
     """Rewards that depend on nothing: the gain is zero in the mean, and within 2 standard errors as often as it should."""
     z = []

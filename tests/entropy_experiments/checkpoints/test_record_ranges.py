@@ -22,6 +22,11 @@ HOSTILE: list[Any] = [
     float("nan"), float("inf"), -1, -1.5, 0, 1, True, False, None, 1e308, 10**30, "x", "", "\0", "x" * 10**6, [], {}, [[]], ["x"],
     [True], [-1], [10**12], [7, 7], {"x": 1}, {"x": "y"}, {"x": float("nan")},
 ]  # fmt: skip
+# One of each type, out of range each in its own way, in `make test`; every value in `make test-long`.
+KINDS = [v for v in HOSTILE if repr(v) in ("nan", "-1", "0", "True", "None", "1e+308", "'x'", "[]", "{}", "[True]")]
+every_kind = pytest.mark.parametrize(
+    "values", [KINDS, pytest.param(HOSTILE, marks=pytest.mark.long)], ids=["kinds", "all"]
+)
 # What a value of the list means something for: nothing was recorded, or so a run could have had it. Field -> values by repr.
 _NOT_RECORDED = ("None",)
 _TEXT = ("'x'",)
@@ -148,7 +153,8 @@ def test_template_arguments_are_for_the_template_alone(ours: Path, key: str) -> 
 @pytest.mark.parametrize(
     "setting", ["temperature", "top_p", "eos_token_id", "max_new_tokens", "do_sample", "watermarking_config"]
 )
-def test_settings_of_the_recorded_generator(ours: Path, setting: str) -> None:
+@every_kind
+def test_settings_of_the_recorded_generator(ours: Path, setting: str, values: list[Any]) -> None:
     """Each value is the neutral one, or refused in a line."""
     path = ours / SIDECAR_NAME
     data = json.loads(path.read_text())
@@ -158,7 +164,9 @@ def test_settings_of_the_recorded_generator(ours: Path, setting: str) -> None:
         "top_p": ("1", "True", "1e+308", str(10**30)),
         "temperature": ("1", "True"),
     }
-    for value in HOSTILE[2:]:
+    for value in values:
+        if value != value or value == float("inf"):
+            continue  # no JSON
         generation = {**data["sampling"]["generation"], setting: value}
         path.write_text(json.dumps(put(data, "sampling.generation", generation)))
         found = diagnose(ours)
@@ -168,12 +176,13 @@ def test_settings_of_the_recorded_generator(ours: Path, setting: str) -> None:
         assert all("\n" not in line for line in found.remedies)
 
 
-def test_the_trainers_state_and_the_optimizers_groups(ours: Path) -> None:
+@every_kind
+def test_the_trainers_state_and_the_optimizers_groups(ours: Path, values: list[Any]) -> None:
     """Of a plain checkpoint: refused, or the rate is known to be unknown, and never a traceback."""
     (ours / SIDECAR_NAME).unlink()
     state = read_trainer_state(ours)
     optimizer = torch.load(ours / "optimizer.pt", weights_only=True)
-    for value in HOSTILE:
+    for value in values:
         rows = [{**row, "learning_rate": value} if "learning_rate" in row else row for row in state["log_history"]]
         for changed in ({"log_history": rows}, {"max_steps": value}, {"global_step": value}, {"log_history": value}):
             (ours / "trainer_state.json").write_text(json.dumps({**state, **changed}))
@@ -189,7 +198,7 @@ def test_the_trainers_state_and_the_optimizers_groups(ours: Path) -> None:
         "params": (), "initial_lr": tuple(map(repr, HOSTILE)), "foreach": tuple(map(repr, HOSTILE)),
     }  # fmt: skip
     for key, fine in meant.items():
-        for value in HOSTILE:
+        for value in values:
             groups = [{**group, key: value} for group in optimizer["param_groups"]]
             torch.save({**optimizer, "param_groups": groups}, ours / "optimizer.pt")
             found = examine_checkpoint(ours)

@@ -140,8 +140,14 @@ def _killed_at_random(plan: KernelPlan, folder: Path, size: int, kills: int, see
     return killed
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("plan", ["memory", "tiles", "disk"])
+# The plan that keeps most between its blocks is killed in `make test`, the others in `make test-long`.
+@pytest.mark.parametrize(
+    ("plan", "size"),
+    [
+        ("tiles", 1), *(pytest.param(p, k, marks=pytest.mark.long) for p in ("memory", "tiles", "disk") for k in (1, 2)
+                        if (p, k) != ("tiles", 1)),
+    ],
+)  # fmt: skip
 def test_killed_ten_times_and_resumed_it_has_the_same_bits(plan: str, size: int, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

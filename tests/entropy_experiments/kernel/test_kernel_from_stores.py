@@ -142,6 +142,7 @@ def work_within_budget(folder: Path, budget: int, allowed: int) -> None:
     assert grown <= allowed, f"{grown / 2**20:.0f} MiB"
 
 
+@pytest.mark.long
 def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     """Measured: two sides of 64 MiB and a budget of 24 MiB, with 16 MiB allowed to what is not ours."""
     shapes = {"a": (512, 256), "b": (512, 256)}

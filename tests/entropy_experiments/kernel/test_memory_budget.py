@@ -32,7 +32,7 @@ def measured() -> dict[str, dict]:
     return dict(zip(CASES, found, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_under_the_budget(measured, name):
     found = measured[name]
@@ -45,7 +45,7 @@ def test_the_peak_is_under_the_budget(measured, name):
     assert plan["strategy"] != "memory" or budget - peak < 0.25 * budget, f"the budget is far from binding: {told}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_budget_decides(measured):
     """What was too much for one budget is the plan of a larger one, and tiles grow with it."""
     for size in ("wide", "wordy"):

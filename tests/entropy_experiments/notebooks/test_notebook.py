@@ -188,7 +188,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_a_browser(hostile):
     """Served by the command, opened in Chromium: everything is drawn, a choice redraws, and no text runs."""
     port = free_port()

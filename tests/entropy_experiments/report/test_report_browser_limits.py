@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from entropy_experiments.records.reader import read_results_folder
@@ -93,6 +94,7 @@ def seconds_of_work(session):
     return {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
 
 
+@pytest.mark.long
 def test_a_large_analysis_stays_small_and_quick(browser, tmp_path, images, whole_report, record_property):
     """128 x 256 sequences of 200 tokens: below 20 MB, and below 3 s of the page's own time until the figures are drawn."""
     folder = build_results(tmp_path / "large")

@@ -112,10 +112,10 @@ def comparable(monkeypatch):
     ("modules", "strategy"),
     [
         (SECOND_LAYER, "memory"),
-        (SECOND_HALF, "memory"),
+        pytest.param(SECOND_HALF, "memory", marks=pytest.mark.long),
         (HEAD_ALONE, "memory"),
-        (SECOND_LAYER, "tiles"),
-        (SECOND_LAYER, "disk"),
+        pytest.param(SECOND_LAYER, "tiles", marks=pytest.mark.long),
+        pytest.param(SECOND_LAYER, "disk", marks=pytest.mark.long),
     ],
 )
 def test_an_analysis_over_two_devices(adapter, tmp_path, comparable, modules, strategy):
@@ -148,6 +148,7 @@ def test_rows_of_all_weights_over_two_devices(modules):
         assert relative_error(found[name].to("cpu"), rows) <= 1e-5, name
 
 
+@pytest.mark.long
 def test_sketches_and_real_steps_over_two_devices(adapter, comparable):
     found = []
     for modules in (None, SECOND_LAYER):

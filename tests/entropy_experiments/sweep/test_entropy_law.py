@@ -36,6 +36,7 @@ def test_agrees_with_another_fitter():
     assert errors == pytest.approx(np.sqrt(np.diag(covariance)), rel=1e-4), "residual degrees of freedom?"
 
 
+@pytest.mark.long
 def test_bands_cover_as_often_as_they_say():
     """95% bands hold the true curve, and held-out points, in 95% of 2000 runs: within 4 binomial standard deviations."""
     rng = np.random.default_rng(2)

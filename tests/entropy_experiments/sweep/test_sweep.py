@@ -108,7 +108,7 @@ def test_real_sweep_killed_and_resumed_with_a_broken_checkpoint(run, tmp_path):
     assert len(list((out / "figures").glob("mine_*.png"))) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_launched_processes_share_without_a_word(tiny_run, tmp_path):
     """RANK and WORLD_SIZE of a launcher, a meeting point where nobody is: each does its own, rank 0 puts it together."""
     run = make_run(tiny_run, tmp_path / "mine", (4, 5))

@@ -39,7 +39,7 @@ def oldest_trl(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_probe_and_trainer_at_the_oldest_release(oldest_trl):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(oldest_trl), str(ROOT)])}
     asked = subprocess.run(

@@ -36,7 +36,7 @@ def test_two_processes_predict_and_measure_what_one_does():
     assert alone["everything, five prompts"][2]["shares"].shape == (8,)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_fill_one_buffer(tiny_policy, tmp_path):
     config = tiny_train_config(
         tiny_policy,
@@ -87,7 +87,7 @@ os._exit(0)  # gloo's threads can abort an interpreter that is being taken apart
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_ranks_of_a_trl_run_log_the_same_numbers(tiny_policy, tmp_path):
     """Each rank trains on sequences of its own; the probe watches those of both, and both log what it says."""
     probe = {"eval_sequences": 12, "mode": "attribution", "predictors": True}

@@ -148,7 +148,13 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"standard_error_folds": 0}, {"predictors": True, "per_completion": True}], ids=str
+    "config",
+    [
+        {},
+        pytest.param({"standard_error_folds": 0}, marks=pytest.mark.long),
+        pytest.param({"predictors": True, "per_completion": True}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_memory_stays_within_what_is_stated(tiny_policy, config: dict) -> None:
     """Held between calls, and in between while the step is taken apart (no activations there): all weights are trained."""
