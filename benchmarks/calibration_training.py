@@ -140,14 +140,14 @@ def _without(
     """((3, k) effects, shares and real differences of single sequences; (2, B) sums of effects and real ones of prompts)."""
 
     def real(some: Tensor) -> float:
-        taken = take_next_step(trainer.model, optimizer, rows.weighted_gradient(some), max_norm).taken
+        taken = take_next_step(trainer.model, optimizer, rows.weighted_gradient(some), max_norm).parameter_delta
         return sum(float((trainer.gradient_of_h[name] * d).sum()) for name, d in taken.items())
 
     gradient = rows.weighted_gradient(weights)
     step = take_next_step(trainer.model, optimizer, gradient, max_norm)
     effects = effects_of_leaving_out(trainer.gradient_of_h, gradient, rows, weights, step, step.clip, None)
     held = {
-        name: batch_step_factor(step.state[name]) * step.preconditioner[name] * g
+        name: batch_step_factor(step.state[name]) * step.step_preconditioner[name] * g
         for name, g in trainer.gradient_of_h.items()
     }
     shares = step.clip * weights * rows.products(held)

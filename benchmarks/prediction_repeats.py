@@ -73,7 +73,7 @@ def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement
     before = shared_statistics(model, batch, short_rows)
     along = {}
     for scale in (1 / 16, -1 / 16, 1.0):
-        with weights_moved(model, step.taken, scale):
+        with weights_moved(model, step.parameter_delta, scale):
             along[scale] = shared_statistics(model, batch, short_rows)
     ahead, behind = along[1 / 16], along[-1 / 16]
     slopes = TokenStatistics(

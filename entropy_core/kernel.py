@@ -26,15 +26,26 @@ from entropy_core.graph_passes import CoefficientsOf
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.scores import TokenStatistics
 
+# Numbers of a side that are multiplied with a metric at a time: on a CPU they stay in its cache.
+_CPU_PIECE, _DEVICE_PIECE = 2**18, 2**24
+
 
 @dataclass(frozen=True)
-class OtherMetric:
-    """A further block against the first column set, with rows times `factor` (name -> tensor of the parameter's shape), for these
-    objectives by number; 0 for the others.
+class Columns:
+    """Vectors that the rows of a stream are multiplied with.
+
+    vectors: name -> (n, *shape). metric: name -> tensor of the parameter's shape, the diagonal that stands between row and
+    vector (P); None: 1. objectives: numbers of those whose products are wanted, None: all; the products of others are 0.
     """
 
-    factor: Mapping[str, Tensor]
-    objectives: tuple[int, ...]
+    vectors: Mapping[str, Tensor]
+    metric: Mapping[str, Tensor] | None = None
+    objectives: Sequence[int] | None = None
+
+    @property
+    def count(self) -> int:
+        """n"""
+        return len(next(iter(self.vectors.values())))
 
 
 @dataclass(frozen=True)
@@ -93,56 +104,69 @@ def _columns(
     batch: SequenceBatch,
     preconditioner: Mapping[str, Tensor] | None,
     passes: PassSettings,
-) -> dict[str, Tensor]:
-    """Score rows of the side that is stored, times P."""
+) -> Columns:
+    """Score rows of the side that is stored, under P."""
     check_preconditioner(preconditioner, trainable_parameters(model))
-    columns = per_sequence_gradients(model, batch, passes)
-    if preconditioner is not None:
-        for name, rows in columns.items():
-            rows.mul_(preconditioner[name])
-    return columns
+    return Columns(per_sequence_gradients(model, batch, passes), preconditioner)
 
 
 def inner_products(
     model: nn.Module,
     batch: SequenceBatch,
     objectives: Sequence[TokenCoefficients] | CoefficientsOf,
-    column_sets: Sequence[Mapping[str, Tensor]],
+    columns: Sequence[Columns],
     passes: PassSettings = DEFAULT_PASSES,
     kinds: int = 1,
-    other_metric: OtherMetric | None = None,
 ) -> list[Tensor]:
-    """For each objective the (N, n_columns) float32 matrix  row_t^T column_i , rows of `batch` streamed.
+    """For each objective the (N, n_columns) float32 matrix of products of rows and columns, the rows streamed.
 
-    column_sets: each name -> (n, *shape), stored rows of the other side times P, or any other vectors; the columns of all
-    sets stand side by side in the result, in order. objectives, passes: as in `stream_rows`; one RowFormation for all calls
-    checks what is new to it. kinds: how many objectives there are, where a function gives them. other_metric: a last block
-    of columns, as many as the first set has. Columns lie on their parameters' devices; products are added up on the batch's.
+    Args:
+        objectives, passes: as in `stream_rows`; as many as `kinds` where a function gives them.
+        columns: sets of columns that stand side by side in the result, in this order. They lie on their parameters' devices;
+            products are added up on the batch's.
+
+    Raises:
+        ValueError: where columns name other parameters than the trainable ones; and as `stream_rows` does.
     """
     parameters = trainable_parameters(model)
-    if any(columns.keys() != parameters.keys() for columns in column_sets):
+    if any(one.vectors.keys() != parameters.keys() for one in columns):
         raise ValueError("the stored rows do not name the model's trainable parameters: they belong to another model")
     count = kinds if callable(objectives) else len(objectives)
-    ends = list(accumulate(len(next(iter(columns.values()))) for columns in column_sets))
-    width = ends[-1] + (ends[0] if other_metric is not None else 0)
-    out = [torch.zeros((len(batch), width), dtype=torch.float32, device=batch.device) for _ in range(count)]
+    ends = list(accumulate(one.count for one in columns))
+    out = [torch.zeros((len(batch), ends[-1]), dtype=torch.float32, device=batch.device) for _ in range(count)]
 
     def contract(number: int, name: str, indices: Tensor, rows: Tensor) -> None:
-        for start, end, columns in zip([0, *ends], ends, column_sets, strict=False):
-            other = columns[name].flatten(1)
-            products = rows.flatten(1).to(other.dtype) @ other.T
-            out[number][:, start:end].index_add_(0, indices.to(batch.device), products.to(out[number]))
-        if other_metric is not None and number in other_metric.objectives:
-            other = column_sets[0][name].flatten(1)
-            products = (rows.flatten(1).to(other.dtype) * other_metric.factor[name].flatten().to(other)) @ other.T
-            out[number][:, ends[-1] :].index_add_(0, indices.to(batch.device), products.to(out[number]))
+        at = indices.to(batch.device)
+        for start, end, one in zip([0, *ends], ends, columns, strict=False):
+            if one.objectives is None or number in one.objectives:
+                metric = None if one.metric is None else one.metric[name]
+                found = products(rows, one.vectors[name], metric)
+                out[number][:, start:end].index_add_(0, at, found.to(out[number]))
 
     def restart() -> None:
-        for products in out:
-            products.zero_()
+        for matrix in out:
+            matrix.zero_()
 
     stream_rows(model, batch, objectives, contract, passes, restart)
     return out
+
+
+def products(rows: Tensor, vectors: Tensor, metric: Tensor | None = None) -> Tensor:
+    """(m, n) of rows (m, *shape) and vectors (n, *shape), with the diagonal `metric` (*shape) between them.
+
+    Both sides stay as they are: what a metric is multiplied into is a copy of a few columns of the smaller side at a time.
+    """
+    left, right = rows.flatten(1).to(vectors.dtype), vectors.flatten(1)
+    if metric is None:
+        return left @ right.T
+    weights, turned = metric.flatten().to(left), len(right) < len(left)
+    small, large = (right, left) if turned else (left, right)
+    out = torch.zeros((len(small), len(large)), dtype=left.dtype, device=left.device)
+    step = max(1, (_CPU_PIECE if left.device.type == "cpu" else _DEVICE_PIECE) // len(small))
+    for start in range(0, left.shape[1], step):
+        piece = slice(start, start + step)
+        out.addmm_(small[:, piece] * weights[piece], large[:, piece].T)
+    return out.T if turned else out
 
 
 def check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:

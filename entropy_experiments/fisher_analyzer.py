@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, dot
-from entropy_core.kernel import OtherMetric
 from entropy_core.passes.settings import PassSettings
-from entropy_experiments.kernel.contraction import STEP_VECTORS, Products
-from entropy_experiments.kernel.sketch import check_sketch
+from entropy_experiments.kernel.contraction import STEP_VECTORS, OtherMetric, Products
+from entropy_experiments.kernel.sketched import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
 from entropy_experiments.kernel.store.row_storage import StoredRows
 from entropy_experiments.run.reporter import SILENT, Reporter
@@ -105,34 +104,31 @@ def analyze_batches(
     if products is None:
         raise ShareDone
     kernels = None if train_products is None else _kernels(side, products, *train_products)
-    checks = list(training.checks)
-    if engine.plan.strategy == "sketch" and kernels is not None:
-        exact = engine.exact_tile(eval_batch)
+    checks, passes = list(training.checks), engine.setup.passes
+    if engine.setup.plan.strategy == "sketch" and kernels is not None:
+        exact = training.kernel.exact_tile(eval_batch)
         checks.append(check_sketch(kernels.fisher[: exact.shape[0], : exact.shape[1]], exact))
-    if engine.store is not None:
-        checks.append(check_storage(engine.store.storage_error()))
+    if training.kernel.rows.store is not None:
+        checks.append(check_storage(training.kernel.rows.store.storage_error()))
     predictions = None
     if training.step is not None:
         predictions = predictions_from_products(side, products.steps)
-        if engine.restricted:
+        if passes.restricted:
             reporter.stage("predictions over all modules")
             vectors = training.step_vectors()
             predictions = predictions_by_derivatives(model, side, vectors, predictions, settings.passes)
     gradients = _entropy_gradients(model, side, settings.passes)
     if kernels is not None:
-        p, own = training.preconditioner, engine.restrict(gradients[settings.estimand.gradient])
-        towards = own if p is None else {name: p[name] * g for name, g in own.items()}
+        towards = training.under_p(passes.restrict(gradients[settings.estimand.gradient]))
         checks.append(check_entropy_kernel(kernels.entropy_fisher, training.true_rows.products(towards)))
     attribution = _attribution(settings, training, gradients)
     if attribution is not None:
         checks.append(check_attribution(attribution.shares, attribution.batch_change))
     reporter.stage("checking the kernel against finite differences")
     if kernels is not None:
-        gradient = engine.restrict(training.true_gradient)
-        checks += check_kernel(
-            model, eval_batch, gradient, training.push, training.preconditioner, kernels.fisher, kernels.train_fisher,
-            settings.passes,
-        )  # fmt: skip
+        towards = training.under_p(passes.restrict(training.true_gradient))
+        weights, own = training.effective_weights, (kernels.fisher, kernels.train_fisher)
+        checks += check_kernel(model, eval_batch, towards, weights, *own, settings.passes)
     if settings.estimand.rows_drawn:
         checks.append(_check_sampler(side))
     step = None
@@ -149,20 +145,20 @@ def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_f
     steps = None
     if training.step is not None:
         vectors = training.step_vectors()
-        steps = {name: torch.stack([vectors[v][name] for v in STEP_VECTORS]) for name in training.engine.names}
+        steps = {
+            name: torch.stack([vectors[v][name] for v in STEP_VECTORS])
+            for name in training.kernel.rows.setup.passes.names
+        }
     kinds = side.kernel_kinds if compute_full else ()
-    return training.engine.contract("evaluation", side.batch, side.coefficients(), kinds, steps, other)
+    return training.kernel.contract("evaluation", side.batch, side.coefficients(), kinds, steps, other)
 
 
 def _headline_metric(side: EvaluationSide, training: TrainingSide) -> OtherMetric | None:
-    """headline_metric over P; None without a step, and where the step's own rows are not kept."""
+    """Of the products that decide who is named first; None without a step, and where the step's own rows are not kept."""
     if training.step is None or not isinstance(training.rows, KeptRows):
         return None
     metric = headline_metric(training.gradient, training.adam_step, training.clip or 0.0, training.learning_rate)
-    if (p := training.preconditioner) is not None:
-        metric = {name: a / p[name] for name, a in metric.items()}
-    kinds = list(side.coefficients())
-    return OtherMetric(metric, tuple(kinds.index(kind) for kind in side.headline_kinds))
+    return OtherMetric(metric, side.headline_kinds)
 
 
 def _headline(training: TrainingSide, products: Products) -> HeadlineProducts | None:
@@ -179,7 +175,7 @@ def _training_products(side: EvaluationSide, training: TrainingSide) -> tuple[Te
     batch, own = training.batch, side.kernel_kinds[1]
     terms = entropy_coefficients(training.statistics, batch, side.estimand.gradient, per_token=True)
     rows = {"score": score_coefficients(batch), own: terms}
-    found = training.engine.contract("training", batch, rows, tuple(rows))
+    found = training.kernel.contract("training", batch, rows, tuple(rows))
     return None if found is None else (found.kernel["score"], found.kernel[own])
 
 
@@ -191,17 +187,17 @@ def _kernels(side: EvaluationSide, products: Products, train_fisher: Tensor, tra
 
 def _store_evaluation(side: EvaluationSide, training: TrainingSide, settings: AnalysisSettings) -> None:
     """Rows of the evaluation side and P beside the training side's, so that kernels under another P need no model."""
-    engine, estimator, beside = training.engine, side.estimand.gradient, settings.kernel.store_folder
+    setup, estimator, beside = training.kernel.rows.setup, side.estimand.gradient, settings.kernel.store_folder
     if beside is None:
         raise ValueError("gradients are to be stored, and there is no folder for them")
     score, entropy = (beside.with_name(f"{beside.name}_{kind}") for kind in ("evaluation", "entropy"))
     terms = entropy_coefficients(side.statistics, side.batch, estimator)
     wanted = [StoredRows(score, "score", score_coefficients(side.batch))]
     wanted.append(StoredRows(entropy, "entropy", terms, {"estimator": estimator}))
-    engine.store_rows(side.batch, wanted)
-    if training.preconditioner is not None and settings.kernel.processes.is_root:
+    setup.store(side.batch, wanted)
+    if (p := training.kernel_preconditioner) is not None and settings.kernel.processes.is_root:
         what = {"formula": "1/(sqrt(v/(1-beta2^t))+eps)"}
-        chosen = {name: training.preconditioner[name] for name in engine.names}
+        chosen = {name: p[name] for name in setup.passes.names}
         write_preconditioner(beside.parent, chosen, what, overwrite=True)
 
 
@@ -260,10 +256,11 @@ def _measured_step(
     """The step's numbers with the measured changes, where they are wanted; the check of their slope is added to `checks`."""
     measured = ()
     if settings.measure:
-        measured = measure_scales(model, side, training.taken, settings.step_scales, settings.passes, reporter)
+        delta = training.parameter_delta
+        measured = measure_scales(model, side, delta, settings.step_scales, settings.passes, reporter)
         reporter.stage("checking the slope")
         predicted = predictions.per_token[settings.estimand.derivative]["total"]
         before = measured[0].fixed_prefix.before
-        checks.append(check_slope(model, side, training.taken, predicted, before, settings.passes))
+        checks.append(check_slope(model, side, delta, predicted, before, settings.passes))
     norm, clip = training.gradient_norm or 0.0, training.clip or 0.0
     return StepNumbers(predictions, attribution, headline, measured, norm, clip)

@@ -74,7 +74,7 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
         fresh[scale] = measure_with_fresh_samples(
             inputs.model,
             inputs.tokenizer,
-            inputs.side.taken,
+            inputs.side.parameter_delta,
             scale,
             inputs.evaluation,
             inputs.eval_batch,
@@ -100,7 +100,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
     forward = sorted(s for s in {*settings.analysis.step_scales, 1.0} if s <= 1)
     curve = measure_curve(
         inputs.model,
-        inputs.side.taken,
+        inputs.side.parameter_delta,
         [sign * s for s in forward for sign in (1, -1)],
         inputs.eval_batch,
         inputs.numbers.eval_statistics,

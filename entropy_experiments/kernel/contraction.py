@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from entropy_core.kernel import Columns
+
 RowKind = Literal["score", "own_tokens", "per_token", "per_completion"]
 """score: dS_t. own_tokens: the gradient of sum_k H_k with the tokens as they are. per_token, per_completion: Rao-Blackwell terms
 of the gradient of h and of H."""
@@ -21,6 +23,14 @@ PARTS = ("total", "batch", "momentum", "weight_decay")
 """The step, and what it is made of."""
 STEP_VECTORS = (*PARTS, "without_preconditioner")
 """Vectors that every row is multiplied with: the parts, and the step without P and momentum."""
+
+
+@dataclass(frozen=True)
+class OtherMetric:
+    """Training rows once more, with another diagonal than P in between, for these kinds of rows."""
+
+    metric: Mapping[str, Tensor]
+    kinds: tuple[RowKind, ...]
 
 
 @dataclass(frozen=True)
@@ -34,3 +44,25 @@ class Products:
     kernel: Mapping[RowKind, Tensor]
     steps: Mapping[RowKind, Tensor]
     other: Mapping[RowKind, Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which products are wanted of `kinds` of rows.
+
+    kernel: of which kinds with the training rows; steps: name -> (n_steps, *shape), for all kinds.
+    """
+
+    kinds: tuple[RowKind, ...]
+    kernel: tuple[RowKind, ...] = ()
+    steps: Mapping[str, Tensor] | None = None
+    other: OtherMetric | None = None
+
+    def numbers(self, kinds: tuple[RowKind, ...]) -> tuple[int, ...]:
+        """Where these kinds stand among all."""
+        return tuple(self.kinds.index(kind) for kind in kinds)
+
+    @property
+    def step_columns(self) -> list[Columns]:
+        """The steps, without a metric; empty where there are none."""
+        return [] if self.steps is None else [Columns(self.steps)]

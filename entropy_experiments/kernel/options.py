@@ -20,6 +20,8 @@ from entropy_experiments.kernel.contraction import ROW_KINDS
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, plan_kernel, plan_sketch
+from entropy_experiments.kernel.row_passes import RowPasses
+from entropy_experiments.kernel.strategy import KernelSetup
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
 from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
@@ -107,17 +109,17 @@ class KernelOptions:
         plan = self.plan(model, n_eval, len(batch), passes)
         self.reporter.note(describe_plan(plan, len(batch)))
         return KernelEngine(
-            model,
-            batch,
-            plan,
-            names,
-            passes=replace(passes, method=self.formation(batch, plan, passes)),
-            workspace=self.workspace,
-            processes=self.processes,
-            store_folder=self.store_folder,
-            storage=self.storage,
-            sketch=self._sketch(model),
-            reporter=self.reporter,
+            KernelSetup(
+                RowPasses(model, tuple(names), replace(passes, method=self.formation(batch, plan, passes))),
+                batch,
+                plan,
+                self.processes,
+                self.workspace,
+                self.store_folder,
+                self.storage,
+                self._sketch(model),
+                self.reporter,
+            )
         )
 
     def formation(self, batch: SequenceBatch, plan: KernelPlan, passes: PassSettings) -> RowFormation:

@@ -41,28 +41,23 @@ class TrainingRows(Protocol):
 
 
 class KeptRows:
-    """name -> (n_train, *shape) rows in memory, which hold `preconditioner` as a factor already (None: raw rows)."""
+    """name -> (n_train, *shape) rows in memory."""
 
-    def __init__(self, columns: Mapping[str, Tensor], preconditioner: Mapping[str, Tensor] | None = None) -> None:
-        self._columns, self._preconditioner = columns, preconditioner
+    def __init__(self, columns: Mapping[str, Tensor]) -> None:
+        self._columns = columns
         self.sequences = len(next(iter(columns.values())))
 
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        out = {}
-        for name, rows in self._columns.items():
-            total = -torch.einsum("n,n...->...", weights.to(rows), rows)
-            out[name] = total if self._preconditioner is None else total / self._preconditioner[name]
-        return out
+        return {name: -torch.einsum("n,n...->...", weights.to(rows), rows) for name, rows in self._columns.items()}
 
     def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
         some = {name: rows[sequences.to(rows.device)] for name, rows in self._columns.items()}
-        return KeptRows(some, self._preconditioner).weighted_gradient(weights[sequences.to(weights.device)])
+        return KeptRows(some).weighted_gradient(weights[sequences.to(weights.device)])
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(self.sequences, dtype=torch.float64)
         for name, rows in self._columns.items():
-            towards = direction[name] if self._preconditioner is None else direction[name] / self._preconditioner[name]
-            total += (rows.flatten(1) @ towards.flatten().to(rows)).double().cpu()
+            total += (rows.flatten(1) @ direction[name].flatten().to(rows)).double().cpu()
         return total
 
 

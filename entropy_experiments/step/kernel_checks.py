@@ -44,7 +44,7 @@ def check_optimizer(step: NextStep, gradient: dict[str, Tensor], record: Optimiz
     entries = check_optimizer_entries(step.state, gradient, record)
     return [
         SelfCheck(
-            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.taken), 1e-3,
+            "AdamW split = optimizer's step", relative_error_of_dicts(step.update.total(), step.parameter_delta), 1e-3,
             "batch + momentum + decay against the step that torch.optim.AdamW takes, relative; float32 parameters round the "
             "step that is taken.",
         ),
@@ -114,15 +114,17 @@ def mean_squares(rows: Tensor) -> Tensor:
 def check_kernel(
     model: nn.Module,
     eval_batch: SequenceBatch,
-    gradient: dict[str, Tensor],
+    towards: Mapping[str, Tensor],
     weights: Tensor,
-    p: dict[str, Tensor] | None,
     fisher: Tensor,
     train_fisher: Tensor,
     passes: PassSettings,
 ) -> list[SelfCheck]:
-    """`fisher` times the weights against finite differences along P g, and `train_fisher`, of equal batches, against its laws."""
-    direction = {name: -g if p is None else -p[name] * g for name, g in gradient.items()}
+    """`fisher` times the weights against finite differences, and `train_fisher`, of equal batches, against its laws.
+
+    towards: P g, with g the gradient that these (n_train,) weights make of the training rows.
+    """
+    direction = {name: -part for name, part in towards.items()}
     sample = torch.arange(min(16, len(eval_batch)))
     eval_batch = eval_batch.select(sample)
     product = fisher[sample].double() @ weights.double().to(fisher.device)

@@ -25,16 +25,16 @@ from rl_training.errors import UserError
 class NextStep:
     """The step that AdamW takes next with a given loss gradient.
 
-    update: its exact parts; taken: theta_after - theta_before of the real optimizer; clip: c in g_clipped = c g, with
-    gradient_norm before clipping; state: the moments before it; preconditioner: the step's own P_t.
+    update: its exact parts; parameter_delta: theta_after - theta_before of the real optimizer; clip: c in g_clipped = c g, with
+    gradient_norm before clipping; state: the moments before it; step_preconditioner: the step's own P_t.
     """
 
     update: AdamWUpdate
-    taken: dict[str, Tensor]
+    parameter_delta: dict[str, Tensor]
     clip: float
     gradient_norm: float
     state: dict[str, AdamWParameterState]
-    preconditioner: dict[str, Tensor]
+    step_preconditioner: dict[str, Tensor]
 
 
 def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> tuple[float, float]:
@@ -82,7 +82,7 @@ def take_next_step(
         group["lr"] = group["lr"] if learning_rate is None else learning_rate
     try:
         optimizer.step()
-        taken = {name: p.detach() - before[name] for name, p in parameters.items()}
+        delta = {name: p.detach() - before[name] for name, p in parameters.items()}
     finally:
         optimizer.zero_grad(set_to_none=True)
         optimizer.load_state_dict(saved)
@@ -98,7 +98,7 @@ def take_next_step(
         else preconditioner(after_gradient(s, clip * gradient[name]))
         for name, s in state.items()
     }
-    return NextStep(update, taken, clip, norm, state, own_p)
+    return NextStep(update, delta, clip, norm, state, own_p)
 
 
 def plain_gradient_step(gradient: Mapping[str, Tensor], learning_rate: float, clip: float) -> dict[str, Tensor]:

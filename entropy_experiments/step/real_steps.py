@@ -97,7 +97,7 @@ class StepMeasurement:
         if self._optimizer is not None:
             return take_next_step(
                 self._model, self._optimizer, gradient, self._max_grad_norm, self._learning_rate
-            ).taken
+            ).parameter_delta
         clip, _ = clip_coefficient(gradient, self._max_grad_norm)
         return plain_gradient_step(gradient, self._learning_rate or 0.0, clip)
 
@@ -179,7 +179,8 @@ def share_direction(
             raise UserError("without optimizer state the step's size is unknown: give a learning rate")
         return {name: learning_rate * g for name, g in gradient_of_h.items()}
     return {
-        name: batch_step_factor(step.state[name]) * step.preconditioner[name] * g for name, g in gradient_of_h.items()
+        name: batch_step_factor(step.state[name]) * step.step_preconditioner[name] * g
+        for name, g in gradient_of_h.items()
     }
 
 

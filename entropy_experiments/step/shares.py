@@ -51,7 +51,7 @@ def attribute(
     }  # of which at least one is not 0: such a step is refused
     first = next(f for f in factors.values() if f)
     direction = {
-        name: factors[name] / first * (towards if step is None else towards * step.preconditioner[name])
+        name: factors[name] / first * (towards if step is None else towards * step.step_preconditioner[name])
         for name, towards in gradient.items()
     }
     products = rows.products(direction)

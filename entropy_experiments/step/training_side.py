@@ -1,14 +1,16 @@
 """The training side of an analysis: its rows, P, and the step that these sequences cause.
 
-    columns_i = P dS_i            g(w) = -sum_i w_i dS_i
+    g(w) = -sum_i w_i dS_i
 
 Where all rows are kept they are formed once: the evaluation side streams past them, and the step of any other weights follows
-from them. Otherwise (entropy_experiments.kernel.plan) gradients of weighted sums come from a backward pass.
+from them. Otherwise (entropy_experiments.kernel.plan) gradients of weighted sums come from a backward pass. Rows stay as they
+are: P stands in the kernel's products.
 Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,7 @@ from entropy_core.passes.stopped_gradients import stops_gradients
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
 from entropy_experiments.kernel.contraction import PARTS
-from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.kernel.engine import Kernel, KernelEngine
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
 from entropy_experiments.step.kernel_checks import (
@@ -42,19 +44,18 @@ from rl_training.errors import UserError
 class TrainingSide:
     """Training sequences as columns of the kernel.
 
-    engine: the kernel's columns, rows dS_i times `preconditioner` (None: P = 1), over the parameters of filter_modules. rows:
-    the same over all trainable parameters, without P, as the trainer's loss has them; true_rows: as the kernel has them (they
-    differ where the embedding of a padding token is trained, and with DoRA). weights: (n_train,), or None where there is no
-    step; gradient then is that of equal weights 1/n. step: AdamW's, or name -> tensor of the plain gradient step, or None.
-    max_grad_norm, learning_rate: what the step was taken with (learning_rate None: the optimizer's own).
+    kernel: rows dS_i over the parameters of filter_modules, under P. rows: over all trainable parameters, as the trainer's loss
+    has them; true_rows: as the kernel has them (they differ where the embedding of a padding token is trained, and with DoRA).
+    weights: (n_train,), or None where there is no step; gradient then is that of equal weights 1/n. step: AdamW's, or name ->
+    tensor of the plain gradient step, or None. max_grad_norm, learning_rate: what the step was taken with (learning_rate None:
+    the optimizer's own).
     """
 
     batch: SequenceBatch
     statistics: TokenStatistics
-    engine: KernelEngine
+    kernel: Kernel
     rows: TrainingRows
     true_rows: TrainingRows
-    preconditioner: dict[str, Tensor] | None
     weights: Tensor | None
     gradient: dict[str, Tensor]
     step: NextStep | dict[str, Tensor] | None
@@ -65,19 +66,29 @@ class TrainingSide:
     checks: list[SelfCheck]
 
     @property
+    def kernel_preconditioner(self) -> Mapping[str, Tensor] | None:
+        """The kernel's P, name -> tensor; None: P = 1."""
+        return self.kernel.preconditioner
+
+    def under_p(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """P times a vector."""
+        p = self.kernel_preconditioner
+        return dict(vector) if p is None else {name: p[name] * part for name, part in vector.items()}
+
+    @property
     def adam_step(self) -> NextStep | None:
         """The step, where AdamW took it."""
         return self.step if isinstance(self.step, NextStep) else None
 
     @property
-    def taken(self) -> dict[str, Tensor]:
+    def parameter_delta(self) -> dict[str, Tensor]:
         """theta_after - theta_before."""
         if self.step is None:
             raise ValueError("columns without weights make no step")
-        return self.step.taken if isinstance(self.step, NextStep) else self.step
+        return self.step.parameter_delta if isinstance(self.step, NextStep) else self.step
 
     @property
-    def push(self) -> Tensor:
+    def effective_weights(self) -> Tensor:
         """(n_train,) weights of `gradient`: the loss's own, or equal ones."""
         n = len(self.batch)
         return torch.full((n,), 1 / n, dtype=torch.float64) if self.weights is None else self.weights
@@ -85,15 +96,17 @@ class TrainingSide:
     @property
     def true_gradient(self) -> dict[str, Tensor]:
         """`gradient` of the kernel's own rows."""
-        return self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.push)
+        return (
+            self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.effective_weights)
+        )
 
     def step_vectors(self) -> dict[str, dict[str, Tensor]]:
         """The step, its parts and what it would be without P and momentum, by the names in STEP_VECTORS; there must be one."""
-        taken = self.taken
-        parts = (taken, taken, *[{name: torch.zeros_like(d) for name, d in taken.items()}] * 2)
+        delta = self.parameter_delta
+        parts = (delta, delta, *[{name: torch.zeros_like(d) for name, d in delta.items()}] * 2)
         if isinstance(self.step, NextStep):
             u = self.step.update
-            parts = (taken, u.batch, u.momentum, u.weight_decay)
+            parts = (delta, u.batch, u.momentum, u.weight_decay)
         return {**dict(zip(PARTS, parts, strict=True)), "without_preconditioner": self._plain_step()}
 
     def rates(self) -> dict[str, float]:
@@ -118,7 +131,7 @@ def prepare_training_side(
 ) -> TrainingSide:
     """Rows, P and the step; model and optimizer are as before when it returns. Arguments as in `analyze_batches`.
 
-    engine: of this model and batch, not prepared yet. Raises UserError for a missing optimizer or learning rate and for a P
+    engine: of this model and batch. Raises UserError for a missing optimizer or learning rate and for a P
     that needs a step where there are no weights; ValueError where rows cannot be formed.
     """
     preconditioning, passes = settings.preconditioning, settings.passes
@@ -134,22 +147,24 @@ def prepare_training_side(
             "rewards: give them, or set preconditioning=checkpoint"
         )
     parameters = trainable_parameters(model)
-    engine.prepare()
+    formed = engine.prepare()
     used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
-    rows: TrainingRows = RecomputedRows(model, batch, passes, engine.processes)
-    span, sample = engine.sample_rows()
-    few = batch.select(list(span))
-    # Kept rows are the kernel's: not the step's own where torch masks a padding token, or a module stops gradients.
-    kept, masked = engine.columns is not None and sample.keys() == parameters.keys(), masks_padding(model)
-    masked = masked or stops_gradients(model)
-    if engine.columns is not None and kept and not masked:
-        rows = KeptRows(engine.columns)
-    gradient = rows.weighted_gradient(used)
-    part = KeptRows(sample).weighted_gradient(used[span.start : span.stop])
-    checks = [check_gradient(model, few, used[span.start : span.stop], part, passes)]
+    # Kept rows are true derivatives: not what the trainer's step is made of where torch masks a padding token's embedding, or a
+    # module stops gradients.
+    masked = masks_padding(model) or stops_gradients(model)
+    kept = None if formed.columns is None or engine.setup.passes.restricted else KeptRows(formed.columns)
+    # What is asked after this function, one process asks alone.
+    true_rows: TrainingRows = kept or RecomputedRows(model, batch, passes, as_trained=False)
+    rows = RecomputedRows(model, batch, passes) if masked else true_rows
+    shared = RecomputedRows(model, batch, passes, engine.setup.processes)
+    gradient = (shared if masked or kept is None else kept).weighted_gradient(used)
+    span, sample = formed.sample()
+    some = used[span.start : span.stop]
+    part = KeptRows(sample).weighted_gradient(some)
+    checks = [check_gradient(model, batch.select(list(span)), some, part, passes)]
     step, clip, norm = None, None, None
     if weights is not None:
-        step, clip, norm = _take_step(model, optimizer, gradient, settings.max_grad_norm, settings.learning_rate)
+        step, clip, norm = _take_step(model, optimizer, gradient, settings)
     p = None
     if optimizer is not None:
         state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
@@ -157,25 +172,21 @@ def prepare_training_side(
             checks.extend(check_optimizer(step, gradient, settings.optimizer_record))
         else:  # the squares of rows have the profile of second moments too
             root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
-            some = {name: state[name] for name in sample}
-            checks.append(check_optimizer_entries(some, root_mean_square, settings.optimizer_record))
-        at_checkpoint = preconditioning == "checkpoint"
-        p = step.preconditioner if isinstance(step, NextStep) else {}
-        if at_checkpoint:
+            checks.append(
+                check_optimizer_entries(
+                    {name: state[name] for name in sample}, root_mean_square, settings.optimizer_record
+                )
+            )
+        if preconditioning == "step" and isinstance(step, NextStep):
+            p = step.step_preconditioner
+        else:
             p = checkpoint_preconditioner(state, gradient)
         p = hold_unmoved_padding(model, state, p) if masked else p
-        if at_checkpoint:
+        if preconditioning == "checkpoint":
             checks.append(check_unseen_parameters(state, sample, p))
-        engine.precondition(p)
-    # What is asked later, one process asks alone.
-    true_rows: TrainingRows = RecomputedRows(model, batch, passes, as_trained=False)
-    if engine.columns is not None and kept:
-        true_rows = KeptRows(engine.columns, p)
-    rows = RecomputedRows(model, batch, passes) if masked else true_rows
-    statistics = engine.statistics(batch)
     return TrainingSide(
-        batch, statistics, engine, rows, true_rows, p, weights, gradient, step, clip, norm, settings.max_grad_norm,
-        settings.learning_rate, checks,
+        batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step, clip, norm,
+        settings.max_grad_norm, settings.learning_rate, checks,
     )  # fmt: skip
 
 
@@ -183,13 +194,12 @@ def _take_step(
     model: nn.Module,
     optimizer: torch.optim.AdamW | None,
     gradient: dict[str, Tensor],
-    max_grad_norm: float | None,
-    learning_rate: float | None,
+    settings: AnalysisSettings,
 ) -> tuple[NextStep | dict[str, Tensor], float, float]:
     if optimizer is not None:
-        step = take_next_step(model, optimizer, gradient, max_grad_norm, learning_rate)
+        step = take_next_step(model, optimizer, gradient, settings.max_grad_norm, settings.learning_rate)
         return step, step.clip, step.gradient_norm
-    if not learning_rate:
+    if not settings.learning_rate:
         raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
-    clip, norm = clip_coefficient(gradient, max_grad_norm)
-    return plain_gradient_step(gradient, learning_rate, clip), clip, norm
+    clip, norm = clip_coefficient(gradient, settings.max_grad_norm)
+    return plain_gradient_step(gradient, settings.learning_rate, clip), clip, norm

@@ -16,8 +16,10 @@ from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.passes.settings import PassSettings
-from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.kernel.engine import Kernel, KernelEngine
 from entropy_experiments.kernel.options import KernelOptions
+from entropy_experiments.kernel.row_passes import RowPasses
+from entropy_experiments.kernel.strategy import KernelSetup
 
 SEQUENCES, BUDGET, EVALUATION = 10_000, 8 * 2**30, 24
 
@@ -38,10 +40,10 @@ def main() -> None:
     model = policy()
     plan = KernelOptions(memory_budget=BUDGET).plan(model, SEQUENCES, SEQUENCES, PassSettings(256))
     train, evaluation = batch(2 * plan.tile, 1), batch(EVALUATION, 2)
-    engine = KernelEngine(model, train, plan, list(trainable_parameters(model)), passes=PassSettings(256))
-    engine.prepare()
-    engine.precondition(None)
-    found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
+    setup = KernelSetup(RowPasses(model, tuple(trainable_parameters(model)), PassSettings(256)), train, plan)
+    found = Kernel(KernelEngine(setup).prepare(), None).contract(
+        "evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",)
+    )
     assert found is not None
     few = [0, plan.tile - 1, plan.tile, 2 * plan.tile - 1]
     exact = compute_cross_fisher_kernel(model, evaluation.select([0, 1]), train.select(few), passes=PassSettings(256))

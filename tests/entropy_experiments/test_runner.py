@@ -133,7 +133,7 @@ def test_another_learning_rate_scales_the_step_and_leaves_the_optimizer_alone(ti
     double = take_next_step(checkpoint.model, checkpoint.optimizer, gradient, 1.0, learning_rate=2e-3)
     for name in parameters:
         torch.testing.assert_close(double.update.batch[name], 2 * own.update.batch[name])
-        torch.testing.assert_close(double.taken[name], 2 * own.taken[name], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(double.parameter_delta[name], 2 * own.parameter_delta[name], rtol=1e-3, atol=1e-7)
         assert double.state[name].lr == 2e-3 and own.state[name].lr == 1e-3
     assert checkpoint.optimizer.param_groups[0]["lr"] == 1e-3
     assert all(torch.equal(checkpoint.optimizer.state[p]["exp_avg"], m) for p, m in moments.items())

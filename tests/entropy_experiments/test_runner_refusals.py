@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.kernel import engine as kernel_engine
 from entropy_experiments.kernel import options as kernel_options
+from entropy_experiments.kernel.row_passes import RowPasses
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.entropy_experiments.small_analysis import config
@@ -92,13 +92,8 @@ def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_path, monkeypatch, keep_going):
     """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
-    original = kernel_engine.inner_products
-
-    def doubled(model, batch, objectives, sets, *rest, **options):
-        twice = [{n: 2 * c for n, c in columns.items()} for columns in sets]
-        return original(model, batch, objectives, twice, *rest, **options)
-
-    monkeypatch.setattr(kernel_engine, "inner_products", doubled)
+    original = RowPasses.products
+    monkeypatch.setattr(RowPasses, "products", lambda *arguments: 2 * original(*arguments))
     target = tmp_path / "checked"
     if not keep_going:
         with pytest.raises(UserError, match="self-check failed"):

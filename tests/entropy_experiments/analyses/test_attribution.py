@@ -169,7 +169,7 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
     tokens = token_shares(world.model, world.train, direction, world.weights, world.step.clip).numpy()
     assert np.abs(tokens.sum(1) - shares).max() < 1e-9 * np.abs(shares).max()
     assert shares.sum() == pytest.approx(dot(gradient, world.step.update.batch), rel=1e-9)
-    derivatives = token_derivatives(world.model, world.evaluation, world.step.taken)
+    derivatives = token_derivatives(world.model, world.evaluation, world.step.parameter_delta)
     contributions = entropy_products(world.statistics, derivatives, world.evaluation, estimator).numpy() / 24
     found = attribute_step(
         labels(world.train, token_statistics(world.model, world.train)),
@@ -185,7 +185,7 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
     assert found["top_sequences"][0] == victim
     assert found["prompts"][0]["prompt_index"] == victim // 2
     assert found["concentration"]["all"]["half_mass_count"] == 1 and found["concentration"]["all"]["gini"] > 0.8
-    assert found["evaluation"]["total"] == pytest.approx(dot(gradient, world.step.taken), rel=1e-9)
+    assert found["evaluation"]["total"] == pytest.approx(dot(gradient, world.step.parameter_delta), rel=1e-9)
     json.dumps(found, allow_nan=False)
 
 

@@ -103,10 +103,10 @@ def test_measured_curve_of_a_batch_that_is_the_distribution():
 
 def test_measured_curve_leaves_out_each_prompt():
     world = make_step(learning_rate=1e-2)
-    curve = measure_curve(world.model, world.step.taken, (1.0, -0.5), world.evaluation, world.statistics)
+    curve = measure_curve(world.model, world.step.parameter_delta, (1.0, -0.5), world.evaluation, world.statistics)
     assert curve.left_out is not None and curve.left_out.shape == (24, 2)
     for column, scale in enumerate((1.0, -0.5)):
-        with weights_moved(world.model, world.step.taken, scale):
+        with weights_moved(world.model, world.step.parameter_delta, scale):
             after = token_statistics(world.model, world.evaluation)
         whole = snis_entropy_change(world.statistics, after, world.evaluation)
         assert curve.changes[column] == pytest.approx(whole.change, rel=1e-12)
@@ -114,7 +114,9 @@ def test_measured_curve_leaves_out_each_prompt():
         spread = math.sqrt(23 / 24 * float((others - others.mean()).square().sum()))
         assert spread == pytest.approx(whole.standard_error, rel=1e-9), "leave-one-out values of something else"
     single = world.evaluation.select([0])
-    alone = measure_curve(world.model, world.step.taken, (1.0,), single, token_statistics(world.model, single))
+    alone = measure_curve(
+        world.model, world.step.parameter_delta, (1.0,), single, token_statistics(world.model, single)
+    )
     assert alone.left_out is None
 
 

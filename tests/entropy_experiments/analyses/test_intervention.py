@@ -210,17 +210,6 @@ def test_measuring_leaves_model_and_optimizer_bit_identical():
         assert all(torch.equal(entry[key], after["state"][index][key]) for key in entry)
 
 
-def test_rows_that_hold_p_give_the_same_step():
-    world = settled_step()
-    p = world.step.preconditioner
-    rows = KeptRows({name: part * p[name] for name, part in world.columns.items()}, p)
-    other = StepMeasurement(world.model, world.optimizer, rows, world.evaluation, world.statistics, max_grad_norm=None)
-    assert other.change(world.weights) == pytest.approx(world.measurement().change(world.weights), rel=1e-9)
-    subsets, gradient = torch.from_numpy(half_subsets(16, 4)), world.gradient_of_h()
-    found, expected = (m.response_shares(gradient, world.weights, subsets) for m in (other, world.measurement()))
-    assert_close(found.shares, expected.shares, 1e-9, "P counted twice or not at all in the response")
-
-
 def test_rows_that_are_not_kept_give_the_same_step_and_shares():
     world = settled_step()
     known = (world.model, world.optimizer, RecomputedRows(world.model, world.train), world.evaluation, world.statistics)

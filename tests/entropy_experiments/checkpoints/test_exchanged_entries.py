@@ -170,9 +170,11 @@ def test_what_never_had_a_gradient_is_left_alone_as_torch_leaves_it() -> None:
     twin["used"](torch.ones(1, 3)).square().sum().backward()
     its_optimizer.step()
     for name, p in twin.named_parameters():
-        torch.testing.assert_close(found.taken[name], p.detach() - before[name])
+        torch.testing.assert_close(found.parameter_delta[name], p.detach() - before[name])
         torch.testing.assert_close(found.update.total()[name], p.detach() - before[name], atol=1e-6, rtol=1e-4)
-    assert not found.taken["idle.weight"].any() and float(found.preconditioner["idle.weight"].max()) < 1e-30
+    assert (
+        not found.parameter_delta["idle.weight"].any() and float(found.step_preconditioner["idle.weight"].max()) < 1e-30
+    )
     assert float(checkpoint_preconditioner(found.state, gradient)["idle.weight"].max()) < 1e-30
     gradient["idle.weight"] += 1.0
     with pytest.raises(UserError, match="no entry for 'idle.weight', which has a gradient"):

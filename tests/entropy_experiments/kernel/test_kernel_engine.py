@@ -13,12 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_core.entropy import score_coefficients
+from entropy_core import kernel as core_kernel
+from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.gradients import gradient_rows
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.passes.settings import PassSettings
-from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.kernel.contraction import OtherMetric
+from entropy_experiments.kernel.engine import Kernel, KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
 from entropy_experiments.kernel.plan import KernelPlan, KernelSize, fixed_bytes, plan_kernel
+from entropy_experiments.kernel.row_passes import RowPasses
+from entropy_experiments.kernel.strategy import KernelSetup
 from entropy_experiments.kernel.workspace import KernelWorkspace
 from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import Reporter
@@ -56,14 +61,13 @@ def kernel(plan: KernelPlan, folder: Path | None, processes: Processes | None = 
     """K1 and two extra columns, through the engine, which rests for `pause` seconds after each block."""
     model, train, evaluation, p = world()
     names = list(p)
-    engine = KernelEngine(
-        model, train, plan, names, passes=PassSettings(64), processes=processes,
+    setup = KernelSetup(
+        RowPasses(model, tuple(names), PassSettings(64)), train, plan, processes or Processes(),
         workspace=None if folder is None else KernelWorkspace(folder / "work"),
         store_folder=None if folder is None else folder / "gradients",
         reporter=Pausing(pause),
     )  # fmt: skip
-    engine.prepare()
-    engine.precondition(p)
+    engine = Kernel(KernelEngine(setup).prepare(), p)
     steps = {name: torch.stack([p[name], 2 * p[name]]) for name in names}
     found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",), steps)
     return None if found is None else [torch.cat([found.kernel["score"], found.steps["score"]], 1)]
@@ -205,17 +209,18 @@ def test_rows_of_chosen_modules(tmp_path: Path) -> None:
     model, train, evaluation, p = world()
     names = chosen_parameters(model, ["*q_proj*"])
     assert names and len(names) < len(p)
-    engine = KernelEngine(model, train, PLANS["memory"], names, passes=PassSettings(64))
-    engine.prepare()
-    engine.precondition(p)
-    found = engine.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
+    passes = RowPasses(model, tuple(names), PassSettings(64))
+    engine = KernelEngine(KernelSetup(passes, train, PLANS["memory"]))
+    found = Kernel(engine.prepare(), p).contract(
+        "evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",)
+    )
     assert found is not None
     zeros = {name: q if name in names else torch.zeros_like(q) for name, q in p.items()}
     with only_trainable(model, names):
         reference = compute_cross_fisher_kernel(model, evaluation, train, {n: p[n] for n in names})
     assert_close(found.kernel["score"], reference, 1e-6, "kernel over some modules")
-    assert engine.restricted and float(engine.restrict(p)[next(n for n in p if n not in names)].abs().sum()) == 0.0
-    assert all(torch.equal(engine.restrict(p)[n], zeros[n]) for n in p)
+    assert passes.restricted and float(passes.restrict(p)[next(n for n in p if n not in names)].abs().sum()) == 0.0
+    assert all(torch.equal(passes.restrict(p)[n], zeros[n]) for n in p)
     assert all(q.requires_grad for n, q in model.named_parameters() if n in p)
     with pytest.raises(UserError, match="nothing_like_it"):
         chosen_parameters(model, ["nothing_like_it"])
@@ -223,17 +228,63 @@ def test_rows_of_chosen_modules(tmp_path: Path) -> None:
 
 def test_rows_kept_and_rows_formed_anew_answer_alike() -> None:
     model, train, _, p = world()
-    engine = KernelEngine(model, train, PLANS["memory"], list(p), passes=PassSettings(64))
-    engine.prepare()
-    assert engine.columns is not None
+    rows = KernelEngine(KernelSetup(RowPasses(model, tuple(p), PassSettings(64)), train, PLANS["memory"])).prepare()
+    assert rows.columns is not None
+    before = {name: part.clone() for name, part in rows.columns.items()}
+    found = Kernel(rows, p).contract("own", train, {"score": score_coefficients(train)}, ("score",))
+    assert found is not None and all(torch.equal(rows.columns[name], part) for name, part in before.items())
     weights = torch.linspace(-1, 1, len(train), dtype=torch.float64)
-    kept, anew = KeptRows({n: r.clone() for n, r in engine.columns.items()}), RecomputedRows(model, train)
-    engine.precondition(p)
-    times_p = KeptRows(engine.columns, p)
-    for other in (anew, times_p):
-        for name, gradient in kept.weighted_gradient(weights).items():
-            assert_close(other.weighted_gradient(weights)[name], gradient, 1e-4, name)
-        assert_close(other.products(p), kept.products(p), 1e-4, "products")
+    kept, anew = KeptRows(rows.columns), RecomputedRows(model, train)
+    for name, gradient in kept.weighted_gradient(weights).items():
+        assert_close(anew.weighted_gradient(weights)[name], gradient, 1e-4, name)
+    assert_close(anew.products(p), kept.products(p), 1e-4, "products")
+
+
+@pytest.mark.parametrize("m, n", [(3, 5), (5, 3), (1, 1)])
+def test_a_metric_between_rows_and_vectors_leaves_both_as_they_are(m: int, n: int, monkeypatch) -> None:
+    """Whichever side is the smaller one, and whether the columns are one piece or several of unequal size."""
+    generator = torch.Generator().manual_seed(m)
+    rows, vectors = (torch.randn(count, 4, 7, generator=generator) for count in (m, n))
+    metric = torch.rand(4, 7, generator=generator)
+    expected = torch.einsum("mij,ij,nij->mn", rows.double(), metric.double(), vectors.double())
+    for size in (2**18, 10, 1):
+        monkeypatch.setattr(core_kernel, "_CPU_PIECE", size)
+        before = rows.clone(), vectors.clone()
+        assert_close(core_kernel.products(rows, vectors, metric), expected, 1e-6, f"pieces of {size}")
+        assert torch.equal(rows, before[0]) and torch.equal(vectors, before[1])
+
+
+@pytest.mark.parametrize("plan", ["memory", "tiles", "disk"])
+def test_products_are_of_the_kinds_that_were_asked_for(plan: str, tmp_path: Path) -> None:
+    """Kernel, steps and another metric side by side, each held against the rows themselves."""
+    model, train, evaluation, p = world()
+    setup = KernelSetup(
+        RowPasses(model, tuple(p), PassSettings(64)), train, PLANS[plan], workspace=KernelWorkspace(tmp_path / "work"),
+        store_folder=tmp_path / "gradients",
+    )  # fmt: skip
+    score = score_coefficients(evaluation)
+    rows = {"score": score, "own_tokens": TokenCoefficients(score.logprob, score.entropy)}
+    steps, other = {name: torch.stack([part, -part]) for name, part in p.items()}, {n: q.square() for n, q in p.items()}
+    kernel = Kernel(KernelEngine(setup).prepare(), p)
+    found = kernel.contract("one", evaluation, rows, ("score",), steps, OtherMetric(other, ("own_tokens",)))
+    assert found is not None
+    left = {kind: gradient_rows(model, evaluation, c) for kind, c in rows.items()}
+    right = gradient_rows(model, train, score_coefficients(train))
+
+    def reference(kind: str, metric: dict[str, Tensor], columns: dict[str, Tensor]) -> Tensor:
+        return sum((left[kind][n] * metric[n]).flatten(1) @ columns[n].flatten(1).T for n in p)
+
+    ones = {name: torch.ones_like(part) for name, part in p.items()}
+    assert set(found.kernel) == {"score"} and set(found.steps) == set(rows)
+    assert set(found.other) == ({"own_tokens"} if plan == "memory" else set()), "answered where rows are kept"
+    assert_close(found.kernel["score"], reference("score", p, right), 1e-5, "kernel")
+    for kind in rows:
+        assert_close(found.steps[kind], reference(kind, ones, steps), 1e-5, f"steps of {kind}")
+    for kind, matrix in found.other.items():
+        assert_close(matrix, reference(kind, other, right), 1e-5, "another metric")
+    alone = kernel.contract("two", evaluation, rows, (), steps)
+    assert alone is not None and not alone.kernel
+    assert_close(alone.steps["score"], found.steps["score"], 1e-6, "steps alone")
 
 
 # ---- the plan
