@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from entropy_experiments.kernel.contraction import PARTS, ROW_KINDS, STEP_VECTORS
+from entropy_experiments.kernel.store.layout import TORCH_DTYPES
 from rl_training.errors import UserError
 
 Strategy = Literal["memory", "disk", "tiles", "sketch"]
@@ -32,7 +33,6 @@ HELD_VECTORS = {
     "metric of the number that decides who is first": 1,
 }
 """Tensors of D numbers that are held beside the rows, at most."""
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KernelSize:
 
     @property
     def stored_row_bytes(self) -> int:
-        return _BYTES[self.storage] * self.parameters
+        return TORCH_DTYPES[self.storage].itemsize * self.parameters
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,3 @@ def _shapes_difference(mine: Mapping[str, tuple[int, ...]], others: Mapping[str,
             return f"the parameter {name!r} is {list(shape)} now, {list(others[name])} in the store"
     more = [name for name in others if name not in mine]
     return f"the store's parameter {more[0]!r} is not there now" if more else "its parameters stand in another order"
-
-
-def store_bytes(shapes: Mapping[str, tuple[int, ...]], num_grads: int, base_dtype: StoredDtype) -> int:
-    """Bytes of gradients.bin, for planning before anything is written."""
-    return num_grads * sum(math.prod(shape) for shape in shapes.values()) * TORCH_DTYPES[base_dtype].itemsize

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_experiments.kernel.store import data as gradient_store_data
-from entropy_experiments.kernel.store.layout import StoreLayout, store_bytes
+from entropy_experiments.kernel.store.layout import StoreLayout
 from entropy_experiments.kernel.store.store import GradientStore
 from tests.entropy_experiments.store_cases import (
     IDENTITY,
@@ -57,7 +57,7 @@ def test_round_trip(data: st.DataObject) -> None:
         store = new_store(path, shapes=shapes, num_grads=count, base_dtype=base_dtype, shard_rows=shard_rows)
         fill(store, {name: values.to(given_dtype) for name, values in rows.items()}, list(order))
         assert store.is_complete() and (path / "gradients.bin").exists()
-        assert (path / "gradients.bin").stat().st_size == store_bytes(shapes, count, base_dtype)
+        assert (path / "gradients.bin").stat().st_size == store.layout.total_bytes
         again = GradientStore.open(path, IDENTITY)
         again.check()
         start = data.draw(st.integers(0, count - 1))
@@ -189,5 +189,4 @@ def test_layout_knows_its_sizes() -> None:
     layout = StoreLayout(SHAPES, ROWS, "score", "float16", SHARD_ROWS, IDENTITY)
     assert (layout.row_values, layout.row_bytes, layout.total_bytes, layout.shard_count) == (48, 96, 96 * 23, 6)
     assert [len(layout.shard_range(number)) for number in range(6)] == [4, 4, 4, 4, 4, 3]
-    assert store_bytes(SHAPES, ROWS, "float16") == 96 * 23
     assert re.fullmatch(r"\(21,\)[<>]f2", layout.to_info()["dtype"]["formats"][0])
