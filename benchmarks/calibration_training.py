@@ -145,7 +145,7 @@ def _without(
 
     gradient = rows.weighted_gradient(weights)
     step = take_next_step(trainer.model, optimizer, gradient, max_norm)
-    effects = effects_of_leaving_out(trainer.gradient_of_h, gradient, rows, weights, step, step.clip, None)
+    effects = effects_of_leaving_out(trainer.gradient_of_h, gradient, rows, weights, step)
     held = {
         name: batch_step_factor(step.state[name]) * step.step_preconditioner[name] * g
         for name, g in trainer.gradient_of_h.items()

@@ -38,7 +38,15 @@ from entropy_experiments.step.evaluation_products import EvaluationProducts, Eva
 from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
 from entropy_experiments.step.measured_changes import check_slope, measure_scales
-from entropy_experiments.step.numbers import AnalysisNumbers, Kernels, Predictions, StepNumbers, StepShares
+from entropy_experiments.step.numbers import (
+    AnalysisNumbers,
+    Kernels,
+    MeasuredScale,
+    Predictions,
+    StepNumbers,
+    StepShares,
+)
+from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep
 from entropy_experiments.step.predictions import predictions_by_derivatives, predictions_from_products
 from entropy_experiments.step.settings import AnalysisSettings
 from entropy_experiments.step.shares import attribute, horizon_factor
@@ -132,9 +140,13 @@ def analyze_batches(
     if settings.estimand.rows_drawn:
         checks.append(_check_sampler(side))
     step = None
-    if predictions is not None and attribution is not None:
-        headline = _headline(training, products)
-        step = _measured_step(model, side, training, settings, predictions, attribution, headline, checks, reporter)
+    if training.step is not None and predictions is not None and attribution is not None:
+        measured = ()
+        if settings.measure:
+            measured, check = _measured(model, side, training.step, predictions, settings, reporter)
+            checks.append(check)
+        norm, clip = training.step.gradient_norm, training.step.clip
+        step = StepNumbers(predictions, attribution, _headline(training, products), measured, norm, clip)
     numbers = AnalysisNumbers(settings.estimand, side.statistics, training.statistics, kernels, step, tuple(checks))
     return FisherComputation(numbers, training, gradients)
 
@@ -157,17 +169,14 @@ def _headline_metric(side: EvaluationSide, training: TrainingSide) -> OtherMetri
     """Of the products that decide who is named first; None without a step, and where the step's own rows are not kept."""
     if training.step is None or not isinstance(training.rows, KeptRows):
         return None
-    metric = headline_metric(training.gradient, training.adam_step, training.clip or 0.0, training.learning_rate)
-    return OtherMetric(metric, side.headline_kinds)
+    return OtherMetric(headline_metric(training.gradient, training.step), side.headline_kinds)
 
 
 def _headline(training: TrainingSide, products: Products) -> HeadlineProducts | None:
-    if not products.other or training.weights is None:
+    if not products.other or training.weights is None or training.step is None:
         return None
-    return headline_products(
-        list(products.other.values()), training.gradient, training.rows, training.weights, training.adam_step,
-        training.clip or 0.0,
-    )  # fmt: skip
+    kernels = list(products.other.values())
+    return headline_products(kernels, training.gradient, training.rows, training.weights, training.step)
 
 
 def _training_products(side: EvaluationSide, training: TrainingSide) -> tuple[Tensor, Tensor] | None:
@@ -210,24 +219,19 @@ def _entropy_gradients(model: nn.Module, side: EvaluationSide, passes: PassSetti
 
 def _attribution(settings: AnalysisSettings, training: TrainingSide, gradients: Gradients) -> StepShares | None:
     """The shares, by the gradient of entropy and by that of its measurement; None without a step."""
-    if training.weights is None or training.clip is None:
+    if training.weights is None or training.step is None:
         return None
-    step, rate, estimand = training.adam_step, training.learning_rate, settings.estimand
-    found = {
-        estimator: attribute(gradient, training.rows, training.weights, step, training.clip, rate or 0.0)
-        for estimator, gradient in gradients.items()
-    }
+    rows, weights, step, estimand = training.rows, training.weights, training.step, settings.estimand
+    found = {estimator: attribute(gradient, rows, weights, step) for estimator, gradient in gradients.items()}
     own, towards = found[estimand.gradient], gradients[estimand.gradient]
     return StepShares(
         shares=own.shares,
         measurement_shares=found[estimand.derivative].shares,
         products=own.products,
         step_factor=own.step_factor,
-        horizon_factor=1.0 if step is None else horizon_factor(next(iter(step.state.values()))),
-        batch_change=dot(towards, training.step_vectors()["batch"]),
-        effects=effects_of_leaving_out(
-            towards, training.gradient, training.rows, training.weights, step, training.clip, rate
-        ),
+        horizon_factor=horizon_factor(next(iter(step.state.values()))) if isinstance(step, NextStep) else 1.0,
+        batch_change=dot(towards, step.parts()["batch"]),
+        effects=effects_of_leaving_out(towards, training.gradient, rows, weights, step),
         own_part_of_second_moment=own_part_of_second_moment(step),
     )
 
@@ -242,25 +246,17 @@ def _check_sampler(side: EvaluationSide) -> SelfCheck:
     )  # fmt: skip
 
 
-def _measured_step(
+def _measured(
     model: nn.Module,
     side: EvaluationSide,
-    training: TrainingSide,
-    settings: AnalysisSettings,
+    step: AnalysedStep,
     predictions: Predictions,
-    attribution: StepShares,
-    headline: HeadlineProducts | None,
-    checks: list[SelfCheck],
+    settings: AnalysisSettings,
     reporter: Reporter,
-) -> StepNumbers:
-    """The step's numbers with the measured changes, where they are wanted; the check of their slope is added to `checks`."""
-    measured = ()
-    if settings.measure:
-        delta = training.parameter_delta
-        measured = measure_scales(model, side, delta, settings.step_scales, settings.passes, reporter)
-        reporter.stage("checking the slope")
-        predicted = predictions.per_token[settings.estimand.derivative]["total"]
-        before = measured[0].fixed_prefix.before
-        checks.append(check_slope(model, side, delta, predicted, before, settings.passes))
-    norm, clip = training.gradient_norm or 0.0, training.clip or 0.0
-    return StepNumbers(predictions, attribution, headline, measured, norm, clip)
+) -> tuple[tuple[MeasuredScale, ...], SelfCheck]:
+    """The changes along the step, and whether their slope is what was predicted."""
+    delta, passes = step.parameter_delta, settings.passes
+    found = measure_scales(model, side, delta, settings.step_scales, passes, reporter)
+    reporter.stage("checking the slope")
+    predicted = predictions.per_token[settings.estimand.derivative]["total"]
+    return found, check_slope(model, side, delta, predicted, found[0].fixed_prefix.before, passes)

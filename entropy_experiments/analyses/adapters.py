@@ -74,7 +74,7 @@ def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
         fresh[scale] = measure_with_fresh_samples(
             inputs.model,
             inputs.tokenizer,
-            inputs.side.parameter_delta,
+            inputs.side.known_step.parameter_delta,
             scale,
             inputs.evaluation,
             inputs.eval_batch,
@@ -100,7 +100,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
     forward = sorted(s for s in {*settings.analysis.step_scales, 1.0} if s <= 1)
     curve = measure_curve(
         inputs.model,
-        inputs.side.parameter_delta,
+        inputs.side.known_step.parameter_delta,
         [sign * s for s in forward for sign in (1, -1)],
         inputs.eval_batch,
         inputs.numbers.eval_statistics,
@@ -225,7 +225,7 @@ def baselines(inputs: AnalysisInputs) -> dict[str, Any]:
     step, side = step_numbers(inputs), inputs.side
     full = step.measured_step
     tokens = (side.statistics.logprobs.cpu(), side.batch.completion_mask.cpu())
-    advantages, rate = torch.from_numpy(inputs.advantages()), next(iter(side.rates().values()))
+    advantages, rate = torch.from_numpy(inputs.advantages()), next(iter(side.known_step.rates().values()))
     entropies = side.statistics.entropies.cpu()
     return baseline_table(
         step.predictions.per_token,

@@ -18,7 +18,7 @@ from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.step.numbers import AnalysisNumbers
-from entropy_experiments.step.real_steps import share_direction, token_shares
+from entropy_experiments.step.real_steps import token_shares
 from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.step.training_side import TrainingSide
 from rl_training.sampling import Rollouts
@@ -70,9 +70,9 @@ class AnalysisInputs:
         return token_shares(
             self.model,
             side.batch,
-            share_direction(gradient, side.adam_step, side.learning_rate),
+            side.known_step.share_direction(gradient),
             side.weights,
-            side.clip or 1.0,
+            side.known_step.clip,
             PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size),
         ).cpu()
 

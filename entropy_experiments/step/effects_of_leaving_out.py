@@ -21,8 +21,7 @@ from torch import Tensor
 
 from entropy_core.leaving_out import answering_clip, clip_response, gradient_weight, leaving_out_metric
 from entropy_experiments.step.gradient_rows import TrainingRows
-from entropy_experiments.step.optimizer_step import NextStep
-from entropy_experiments.step.real_steps import share_direction
+from entropy_experiments.step.optimizer_step import AnalysedStep, PlainStep
 
 EARLY = 0.1
 """While (1 - beta2)/(1 - beta2^t) is above it, the effect of leaving out decides who is named first."""
@@ -36,18 +35,18 @@ def decided_by_effect(own_part: float) -> bool:
     return EARLY < own_part < 1.0
 
 
-def own_part_of_second_moment(step: NextStep | None) -> float:
+def own_part_of_second_moment(step: AnalysedStep) -> float:
     """The largest (1 - beta2)/(1 - beta2^t) of all groups that move; 0 for a plain gradient step, which has no second moment."""
-    return 0.0 if step is None else max(gradient_weight(state) for state in step.state.values() if state.lr)
+    if isinstance(step, PlainStep):
+        return 0.0
+    return max(gradient_weight(state) for state in step.state.values() if state.lr)
 
 
-def effect_metric(
-    loss_gradient: Mapping[str, Tensor], step: NextStep | None, clip: float, learning_rate: float | None
-) -> dict[str, Tensor]:
+def effect_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> dict[str, Tensor]:
     """Name -> a: the effect's metric while the clip coefficient is held. loss_gradient: before clipping."""
-    if step is None:
-        return {name: torch.full_like(g, learning_rate or 0.0) for name, g in loss_gradient.items()}
-    return {name: leaving_out_metric(step.state[name], clip * g) for name, g in loss_gradient.items()}
+    if isinstance(step, PlainStep):
+        return {name: torch.full_like(g, step.learning_rate) for name, g in loss_gradient.items()}
+    return {name: leaving_out_metric(step.state[name], step.clip * g) for name, g in loss_gradient.items()}
 
 
 def effects_of_leaving_out(
@@ -55,15 +54,13 @@ def effects_of_leaving_out(
     loss_gradient: Mapping[str, Tensor],
     rows: TrainingRows,
     weights: Tensor,
-    step: NextStep | None,
-    clip: float,
-    learning_rate: float | None,
+    step: AnalysedStep,
 ) -> Tensor:
     """(n_train,) float64 r_i, nats per token for a gradient of h: one more direction of products.
 
-    loss_gradient: g before clipping; step: the AdamW step, or None for the plain step of `learning_rate`.
+    loss_gradient: g before clipping.
     """
-    metric = effect_metric(loss_gradient, step, clip, learning_rate)
+    metric, clip = effect_metric(loss_gradient, step), step.clip
     q = {name: a * entropy_gradient[name] for name, a in metric.items()}
     direction = answering_clip(q, {name: clip * g for name, g in loss_gradient.items()}, clip)
     return clip * weights.double().cpu() * rows.products(direction)
@@ -84,13 +81,11 @@ class HeadlineProducts:
     per_token: Tensor | None
 
 
-def headline_metric(
-    loss_gradient: Mapping[str, Tensor], step: NextStep | None, clip: float, learning_rate: float | None
-) -> dict[str, Tensor]:
+def headline_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> dict[str, Tensor]:
     """Name -> what stands between E_t and dS_i in the number that decides who is named first."""
     if decided_by_effect(own_part_of_second_moment(step)):
-        return effect_metric(loss_gradient, step, clip, learning_rate)
-    return share_direction({name: torch.ones_like(g) for name, g in loss_gradient.items()}, step, learning_rate)
+        return effect_metric(loss_gradient, step)
+    return step.share_direction({name: torch.ones_like(g) for name, g in loss_gradient.items()})
 
 
 def headline_products(
@@ -98,13 +93,12 @@ def headline_products(
     loss_gradient: Mapping[str, Tensor],
     rows: TrainingRows,
     weights: Tensor,
-    step: NextStep | None,
-    clip: float,
+    step: AnalysedStep,
 ) -> HeadlineProducts:
     """kernels: (n_eval, n_train) E_t^T diag(a) dS_i with a of `headline_metric`: per token and per completion, in this order, or
     the fixed-prefix ones alone.
     """
-    by_effect = decided_by_effect(own_part_of_second_moment(step))
+    by_effect, clip = decided_by_effect(own_part_of_second_moment(step)), step.clip
     scale = clip * weights.double().to(kernels[0].device)
     found = [scale * k.double() for k in kernels]
     if by_effect and clip < 1.0:

@@ -13,11 +13,13 @@ from entropy_core.adamw import (
     AdamWParameterState,
     AdamWUpdate,
     after_gradient,
+    batch_step_factor,
     preconditioner,
     read_adamw_state,
     split_adamw_update,
 )
 from entropy_core.gradients import trainable_parameters
+from entropy_experiments.kernel.contraction import PARTS
 from rl_training.errors import UserError
 
 
@@ -35,6 +37,57 @@ class NextStep:
     gradient_norm: float
     state: dict[str, AdamWParameterState]
     step_preconditioner: dict[str, Tensor]
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The step and what it is made of, by the names in PARTS."""
+        u = self.update
+        return dict(zip(PARTS, (self.parameter_delta, u.batch, u.momentum, u.weight_decay), strict=True))
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter."""
+        return {name: state.lr for name, state in self.state.items()}
+
+    def share_factors(self) -> dict[str, float]:
+        """What stands before P_t in the batch's part of each parameter's step."""
+        return {name: batch_step_factor(state) for name, state in self.state.items()}
+
+    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """u with dh_i = c w_i <dS_i, u>: the step's rates and P_t times grad h."""
+        factors, p = self.share_factors(), self.step_preconditioner
+        return {name: factors[name] * p[name] * g for name, g in gradient_of_h.items()}
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """-lr c g, the step of a checkpoint without optimizer state, with the interface of NextStep.
+
+    parameter_delta: the step; clip: c, with gradient_norm before clipping.
+    """
+
+    parameter_delta: dict[str, Tensor]
+    learning_rate: float
+    clip: float
+    gradient_norm: float
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """As NextStep.parts; the batch makes all of the step."""
+        nothing = {name: torch.zeros_like(part) for name, part in self.parameter_delta.items()}
+        return dict(zip(PARTS, (self.parameter_delta, self.parameter_delta, nothing, nothing), strict=True))
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each parameter."""
+        return dict.fromkeys(self.parameter_delta, self.learning_rate)
+
+    def share_factors(self) -> dict[str, float]:
+        """As NextStep.share_factors, with P_t = 1."""
+        return self.rates()
+
+    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As NextStep.share_direction."""
+        return {name: self.learning_rate * g for name, g in gradient_of_h.items()}
+
+
+AnalysedStep = NextStep | PlainStep
 
 
 def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> tuple[float, float]:
@@ -101,6 +154,9 @@ def take_next_step(
     return NextStep(update, delta, clip, norm, state, own_p)
 
 
-def plain_gradient_step(gradient: Mapping[str, Tensor], learning_rate: float, clip: float) -> dict[str, Tensor]:
-    """-lr c g, the step of a checkpoint without optimizer state."""
-    return {name: -learning_rate * clip * g for name, g in gradient.items()}
+def plain_step(gradient: Mapping[str, Tensor], max_norm: float | None, learning_rate: float | None) -> PlainStep:
+    """The step without optimizer state. Raises UserError without a learning rate."""
+    if not learning_rate:
+        raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
+    clip, norm = clip_coefficient(gradient, max_norm)
+    return PlainStep({name: -learning_rate * clip * g for name, g in gradient.items()}, learning_rate, clip, norm)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import AdamWParameterState, after_gradient, batch_step_factor, preconditioner, read_adamw_state
+from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner, read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import sequence_products, weights_moved
 from entropy_core.gradients import dot, trainable_parameters
@@ -30,9 +30,8 @@ from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import (
-    NextStep,
     clip_coefficient,
-    plain_gradient_step,
+    plain_step,
     take_next_step,
 )
 from rl_training.errors import UserError
@@ -98,8 +97,7 @@ class StepMeasurement:
             return take_next_step(
                 self._model, self._optimizer, gradient, self._max_grad_norm, self._learning_rate
             ).parameter_delta
-        clip, _ = clip_coefficient(gradient, self._max_grad_norm)
-        return plain_gradient_step(gradient, self._learning_rate or 0.0, clip)
+        return plain_step(gradient, self._max_grad_norm, self._learning_rate).parameter_delta
 
     def measure(self, weights: Tensor) -> EntropyMeasurement:
         """Entropy on the evaluation tokens before and after the step that these (n_train,) weights cause, nats per token."""
@@ -170,20 +168,6 @@ def _change_and_derivative(
     return float(total.detach()), {name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in zip(leaves, found, strict=True)}
 
 
-def share_direction(
-    gradient_of_h: Mapping[str, Tensor], step: NextStep | None, learning_rate: float | None
-) -> dict[str, Tensor]:
-    """u with dh_i = c w_i <dS_i, u>: the step's rates and P_t times grad h. step None: the plain step of `learning_rate`."""
-    if step is None:
-        if not learning_rate:
-            raise UserError("without optimizer state the step's size is unknown: give a learning rate")
-        return {name: learning_rate * g for name, g in gradient_of_h.items()}
-    return {
-        name: batch_step_factor(step.state[name]) * step.step_preconditioner[name] * g
-        for name, g in gradient_of_h.items()
-    }
-
-
 def token_shares(
     model: nn.Module,
     train_batch: SequenceBatch,
@@ -194,7 +178,7 @@ def token_shares(
 ) -> Tensor:
     """(n_train, L) float64 share of every completion token, nats per token of h, 0 elsewhere; a row adds up to dh_i.
 
-    direction: of `share_direction`. One pass over the training sequences (entropy_core.directional).
+    direction: of the step's `share_direction`. One pass over the training sequences (entropy_core.directional).
     """
     tokens = sequence_products(model, train_batch, direction, passes).tokens.double()
     return clip * weights.double().to(tokens.device)[:, None] * tokens

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from entropy_core.adamw import AdamWParameterState, batch_step_factor
+from entropy_core.adamw import AdamWParameterState
 from entropy_experiments.step.gradient_rows import TrainingRows
-from entropy_experiments.step.optimizer_step import NextStep
+from entropy_experiments.step.optimizer_step import AnalysedStep
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,15 @@ class Attribution:
     step_factor: float
 
 
-def attribute(
-    gradient: Mapping[str, Tensor],
-    rows: TrainingRows,
-    weights: Tensor,
-    step: NextStep | None,
-    clip: float,
-    learning_rate: float,
-) -> Attribution:
+def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tensor, step: AnalysedStep) -> Attribution:
     """Shares of all training sequences.
 
-    gradient: name -> gradient of entropy per token. rows: the training sequences' dS_i. step: the AdamW step, or None for
-    the plain gradient step of `learning_rate`.
+    gradient: name -> gradient of entropy per token. rows: the training sequences' dS_i. weights: (n_train,) w_i.
     """
-    factors = {
-        name: learning_rate if step is None else batch_step_factor(step.state[name]) for name in gradient
-    }  # of which at least one is not 0: such a step is refused
-    first = next(f for f in factors.values() if f)
-    direction = {
-        name: factors[name] / first * (towards if step is None else towards * step.step_preconditioner[name])
-        for name, towards in gradient.items()
-    }
-    products = rows.products(direction)
-    factor = first * clip
+    # at least one factor is not 0: a step without is refused
+    first = next(factor for factor in step.share_factors().values() if factor)
+    products = rows.products({name: part / first for name, part in step.share_direction(gradient).items()})
+    factor = first * step.clip
     return Attribution(factor * weights.double().cpu() * products, products, factor)
 
 

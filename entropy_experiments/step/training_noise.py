@@ -28,7 +28,7 @@ from entropy_core.adamw import AdamWParameterState, split_adamw_update
 from entropy_core.gradients import dot
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
-from entropy_experiments.step.optimizer_step import clip_coefficient, plain_gradient_step
+from entropy_experiments.step.optimizer_step import clip_coefficient, plain_step
 
 MOST_GROUPS = 40
 
@@ -70,9 +70,9 @@ def step_change(
     """<dh, dtheta(g)> of the AdamW step from these moments, or of the plain step of `learning_rate`, with g's own clipping."""
 
     def change(gradient: Mapping[str, Tensor]) -> float:
-        clip, _ = clip_coefficient(gradient, max_norm)
         if state is None:
-            return dot(dict(entropy_gradient), plain_gradient_step(gradient, learning_rate or 0.0, clip))
+            return dot(dict(entropy_gradient), plain_step(gradient, max_norm, learning_rate).parameter_delta)
+        clip, _ = clip_coefficient(gradient, max_norm)
         clipped = {name: (clip * g).to(parameters[name].dtype) for name, g in gradient.items()}
         return dot(dict(entropy_gradient), split_adamw_update(state, clipped, parameters).total())
 

@@ -23,7 +23,6 @@ from entropy_core.passes.forward import masks_padding
 from entropy_core.passes.stopped_gradients import stops_gradients
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
-from entropy_experiments.kernel.contraction import PARTS
 from entropy_experiments.kernel.engine import Kernel, KernelEngine
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
@@ -34,7 +33,7 @@ from entropy_experiments.step.kernel_checks import (
     check_unseen_parameters,
     mean_squares,
 )
-from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient, plain_gradient_step, take_next_step
+from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, plain_step, take_next_step
 from entropy_experiments.step.padding_embeddings import hold_unmoved_padding
 from entropy_experiments.step.settings import AnalysisSettings
 from rl_training.errors import UserError
@@ -46,9 +45,8 @@ class TrainingSide:
 
     kernel: rows dS_i over the parameters of filter_modules, under P. rows: over all trainable parameters, as the trainer's loss
     has them; true_rows: as the kernel has them (they differ where the embedding of a padding token is trained, and with DoRA).
-    weights: (n_train,), or None where there is no step; gradient then is that of equal weights 1/n. step: AdamW's, or name ->
-    tensor of the plain gradient step, or None. max_grad_norm, learning_rate: what the step was taken with (learning_rate None:
-    the optimizer's own).
+    weights: (n_train,), or None where there is no step; gradient then is that of equal weights 1/n. max_grad_norm, learning_rate:
+    what the step was taken with (learning_rate None: the optimizer's own).
     """
 
     batch: SequenceBatch
@@ -58,9 +56,7 @@ class TrainingSide:
     true_rows: TrainingRows
     weights: Tensor | None
     gradient: dict[str, Tensor]
-    step: NextStep | dict[str, Tensor] | None
-    clip: float | None
-    gradient_norm: float | None
+    step: AnalysedStep | None
     max_grad_norm: float | None
     learning_rate: float | None
     checks: list[SelfCheck]
@@ -81,13 +77,6 @@ class TrainingSide:
         return self.step if isinstance(self.step, NextStep) else None
 
     @property
-    def parameter_delta(self) -> dict[str, Tensor]:
-        """theta_after - theta_before."""
-        if self.step is None:
-            raise ValueError("columns without weights make no step")
-        return self.step.parameter_delta if isinstance(self.step, NextStep) else self.step
-
-    @property
     def effective_weights(self) -> Tensor:
         """(n_train,) weights of `gradient`: the loss's own, or equal ones."""
         n = len(self.batch)
@@ -100,25 +89,18 @@ class TrainingSide:
             self.gradient if self.rows is self.true_rows else self.true_rows.weighted_gradient(self.effective_weights)
         )
 
+    @property
+    def known_step(self) -> AnalysedStep:
+        """`step`. Raises ValueError where there is none."""
+        if self.step is None:
+            raise ValueError("columns without weights make no step")
+        return self.step
+
     def step_vectors(self) -> dict[str, dict[str, Tensor]]:
         """The step, its parts and what it would be without P and momentum, by the names in STEP_VECTORS; there must be one."""
-        delta = self.parameter_delta
-        parts = (delta, delta, *[{name: torch.zeros_like(d) for name, d in delta.items()}] * 2)
-        if isinstance(self.step, NextStep):
-            u = self.step.update
-            parts = (delta, u.batch, u.momentum, u.weight_decay)
-        return {**dict(zip(PARTS, parts, strict=True)), "without_preconditioner": self._plain_step()}
-
-    def rates(self) -> dict[str, float]:
-        """Learning rate of each parameter in the step."""
-        if self.adam_step is not None:
-            return {name: state.lr for name, state in self.adam_step.state.items()}
-        return dict.fromkeys(self.gradient, self.learning_rate or 0.0)
-
-    def _plain_step(self) -> dict[str, Tensor]:
-        """-lr c g."""
-        clip, rates = self.clip or 0.0, self.rates()
-        return {name: -rates[name] * clip * g for name, g in self.gradient.items()}
+        rates, clip = self.known_step.rates(), self.known_step.clip
+        plain = {name: -rates[name] * clip * g for name, g in self.gradient.items()}
+        return {**self.known_step.parts(), "without_preconditioner": plain}
 
 
 def prepare_training_side(
@@ -162,9 +144,13 @@ def prepare_training_side(
     some = used[span.start : span.stop]
     part = KeptRows(sample).weighted_gradient(some)
     checks = [check_gradient(model, batch.select(list(span)), some, part, passes)]
-    step, clip, norm = None, None, None
+    step: AnalysedStep | None = None
     if weights is not None:
-        step, clip, norm = _take_step(model, optimizer, gradient, settings)
+        norm, rate = settings.max_grad_norm, settings.learning_rate
+        if optimizer is None:
+            step = plain_step(gradient, norm, rate)
+        else:
+            step = take_next_step(model, optimizer, gradient, norm, rate)
     p = None
     if optimizer is not None:
         state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
@@ -185,21 +171,6 @@ def prepare_training_side(
         if preconditioning == "checkpoint":
             checks.append(check_unseen_parameters(state, sample, p))
     return TrainingSide(
-        batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step, clip, norm,
+        batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step,
         settings.max_grad_norm, settings.learning_rate, checks,
     )  # fmt: skip
-
-
-def _take_step(
-    model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
-    gradient: dict[str, Tensor],
-    settings: AnalysisSettings,
-) -> tuple[NextStep | dict[str, Tensor], float, float]:
-    if optimizer is not None:
-        step = take_next_step(model, optimizer, gradient, settings.max_grad_norm, settings.learning_rate)
-        return step, step.clip, step.gradient_norm
-    if not settings.learning_rate:
-        raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
-    clip, norm = clip_coefficient(gradient, settings.max_grad_norm)
-    return plain_gradient_step(gradient, settings.learning_rate, clip), clip, norm

@@ -15,7 +15,8 @@ from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.attribution import attribute_step, concentration, extreme_sequences
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.token_shares import plot_token_shares
-from entropy_experiments.step.real_steps import share_direction, token_shares
+from entropy_experiments.step.optimizer_step import plain_step
+from entropy_experiments.step.real_steps import token_shares
 from rl_training.errors import UserError
 from tests.entropy_experiments.analyses.tiny_step import labels, make_step
 
@@ -165,7 +166,7 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
     victim = extreme_sequences(plain.shares(estimator).numpy(), 1)[0][0]
     world = make_step(max_norm=max_norm, poison=(victim, 400.0))
     gradient, shares = world.gradient_of_h(estimator), world.shares(estimator).numpy()
-    direction = share_direction(gradient, world.step, None)
+    direction = world.step.share_direction(gradient)
     tokens = token_shares(world.model, world.train, direction, world.weights, world.step.clip).numpy()
     assert np.abs(tokens.sum(1) - shares).max() < 1e-9 * np.abs(shares).max()
     assert shares.sum() == pytest.approx(dot(gradient, world.step.update.batch), rel=1e-9)
@@ -191,9 +192,9 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
 
 def test_direction_of_a_plain_step():
     gradient = {"w": torch.ones(2)}
-    assert torch.equal(share_direction(gradient, None, 0.5)["w"], torch.full((2,), 0.5))
-    with pytest.raises(UserError, match="give a learning rate"):
-        share_direction(gradient, None, None)
+    assert torch.equal(plain_step(gradient, None, 0.5).share_direction(gradient)["w"], torch.full((2,), 0.5))
+    with pytest.raises(UserError, match="give checkpoint.learning_rate="):
+        plain_step(gradient, None, None)
 
 
 # ---- the figure

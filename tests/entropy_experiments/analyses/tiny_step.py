@@ -60,7 +60,7 @@ class TinyStep:
 
     def shares(self, estimator: Estimator = "split") -> Tensor:
         gradient = self.gradient_of_h(estimator)
-        return attribute(gradient, KeptRows(self.columns), self.weights, self.step, self.step.clip, 0.0).shares
+        return attribute(gradient, KeptRows(self.columns), self.weights, self.step).shares
 
     def prediction(self, estimator: Estimator = "split") -> SharePrediction:
         gradient, update = self.gradient_of_h(estimator), self.step.update

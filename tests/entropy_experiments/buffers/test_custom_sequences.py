@@ -195,7 +195,7 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
     before = token_statistics(checkpoint.model, rows)
     changes = []
     for scale in (0.5, -0.5):
-        with weights_moved(checkpoint.model, found.side.parameter_delta, scale):
+        with weights_moved(checkpoint.model, found.side.known_step.parameter_delta, scale):
             changes.append(fixed_prefix_entropy_change(before, token_statistics(checkpoint.model, rows), rows).change)
     assert changes[0] - changes[1] == pytest.approx(
         found.numbers.step.predictions.per_token["fixed_prefix"]["total"].value, rel=0.01

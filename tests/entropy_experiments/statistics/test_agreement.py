@@ -108,7 +108,7 @@ def test_values_without_a_prompt_are_the_estimates_of_the_other_prompts_alone(mo
         weights,
         AnalysisSettings(kernel=options, measure=False, compute_full=False),
     )
-    taken, predictions = found.training.parameter_delta, found.numbers.step.predictions
+    taken, predictions = found.training.known_step.parameter_delta, found.numbers.step.predictions
     for per_token, numbers in ((True, predictions.per_token), (False, predictions.per_completion)):
         for estimator, parts in numbers.items():
             estimate = parts["total"]

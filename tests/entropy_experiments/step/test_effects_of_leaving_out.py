@@ -26,7 +26,7 @@ CLIPPED = [pytest.param(None, id="not clipped"), pytest.param(1e-3, id="clipped"
 
 def effects_of(tiny: TinyStep, gradient: dict[str, Tensor]) -> Tensor:
     loss = KeptRows(tiny.columns).weighted_gradient(tiny.weights)
-    return effects_of_leaving_out(gradient, loss, KeptRows(tiny.columns), tiny.weights, tiny.step, tiny.step.clip, None)
+    return effects_of_leaving_out(gradient, loss, KeptRows(tiny.columns), tiny.weights, tiny.step)
 
 
 @pytest.mark.parametrize("max_norm", CLIPPED)
@@ -50,7 +50,7 @@ def test_rows_that_are_not_kept_give_the_same_effects_and_the_same_parts_of_the_
     tiny = make_step(max_norm=1e-3, settled=False)
     kept, other = KeptRows(tiny.columns), RecomputedRows(tiny.model, tiny.train)
     gradient, loss = tiny.gradient_of_h(), kept.weighted_gradient(tiny.weights)
-    found = effects_of_leaving_out(gradient, loss, other, tiny.weights, tiny.step, tiny.step.clip, None)
+    found = effects_of_leaving_out(gradient, loss, other, tiny.weights, tiny.step)
     assert torch.allclose(found, effects_of(tiny, gradient), rtol=1e-6, atol=1e-14)
     rows = torch.tensor([3, 9, 10])
     only = torch.zeros_like(tiny.weights)
@@ -136,7 +136,7 @@ def test_a_bootstrap_is_the_analysis_of_the_evaluation_sequences_drawn(settled: 
         if headline.by_effect:
             expected = effects_of(tiny, gradient)
         else:
-            expected = attribute(gradient, KeptRows(tiny.columns), tiny.weights, tiny.step, tiny.step.clip, 0.0).shares
+            expected = attribute(gradient, KeptRows(tiny.columns), tiny.weights, tiny.step).shares
         assert row == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-3 * size)
     assert np.ptp(numbers_of_draws(counts, *arrays), axis=0).max() > 0.01 * size, "draws differ"
 
