@@ -224,8 +224,8 @@ class EntropyProbeConfig(StrictModel):
     """Attach the probe; training is bit-identical with it and without."""
     preset: Literal["default", "light", "accurate", "held_out"] = "default"
     """Settings that belong together: `default`, `light` (cheaper), `accurate` (every step), `held_out` (fresh completions)."""
-    mode: Literal["simple", "attribution"] = "simple"
-    """`simple`: predicted beside measured; `attribution` adds each training sequence's share of the step."""
+    mode: Literal["watch", "simple", "attribution"] = "simple"
+    """`watch`: the change by forward passes alone; `simple`: predicted beside measured; `attribution`: with shares as well."""
     log_every: PositiveInt = 1
     """Steps between two predictions."""
     preconditioning: Literal["actual", "previous_step", "none"] = "actual"
@@ -240,8 +240,24 @@ class EntropyProbeConfig(StrictModel):
     """At most so many completions of one prompt among them: one prompt's pass through the model together."""
     refresh_every: PositiveInt = 1
     """Predicted steps between two gradients of entropy; in between the last one is used, and nothing is measured."""
+    measure_every: PositiveInt | None = None
+    """Predicted steps between two measurements after the step (null: as often as gradients of entropy are taken)."""
     averaging: float = Field(default=0.75, ge=0.0, lt=1.0)
-    """Weight of the earlier gradients in the running average that predicts; 0 uses the newest alone."""
+    """Weight of a step's gradient relative to the next step's in the running average that predicts; 0: the newest alone."""
+    predict_every: PositiveInt | None = None
+    """`mode: watch`: watched steps between two predictions from a gradient of entropy (null: none)."""
+    shares: bool = False
+    """`mode: watch`: with each prediction the shares of the training sequences, as under `mode: attribution`."""
+    parts_every: NonNegativeInt = 0
+    """`mode: watch`: watched steps between two splits into batch, momentum and decay by trial moves of the weights (0: none)."""
+    advantage_decay: float = Field(default=0.7, ge=0.0, le=1.0)
+    """`mode: watch`: lambda of the advantages; less is quieter and more biased, and the bias is added back."""
+    critic_keep: float = Field(default=0.95, ge=0.0, le=1.0)
+    """`mode: watch`: weight of a step's sequences relative to the next step's in the critic of the entropy to go."""
+    bias_keep: float = Field(default=0.95, ge=0.0, le=1.0)
+    """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back."""
+    memory_limit: ByteSize | None = None
+    """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
     standard_error_folds: NonNegativeInt | None = None
     """Parts of the prompts whose spread is the standard error (null: 4; 2 beyond 50M weights); 0 or 1: none, any model."""
     per_completion: bool = False
@@ -259,6 +275,39 @@ class EntropyProbeConfig(StrictModel):
         if isinstance(data, dict) and (name := data.get("preset", "default")) in PROBE_PRESETS:
             return {**PROBE_PRESETS[name], **data}
         return data
+
+    @property
+    def wants_shares(self) -> bool:
+        """Whether predictions come with shares of the training sequences."""
+        return self.mode == "attribution" or self.shares
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients of entropy are taken at all."""
+        return self.mode != "watch" or self.predict_every is not None
+
+    @property
+    def gradients_and_remedy(self) -> tuple[str, str]:
+        """The setting that asks for gradients, as written, and what takes less memory."""
+        if self.mode == "watch":
+            return f"predict_every={self.predict_every}", "leave predict_every out, or set standard_error_folds=0"
+        return f"mode={self.mode}", "use mode=watch, which holds no gradient, or set standard_error_folds=0"
+
+    @model_validator(mode="after")
+    def _settings_suit_the_mode(self) -> Self:
+        watching = self.mode == "watch"
+        for name, asked in (
+            ("predict_every", self.predict_every is not None),
+            ("parts_every", self.parts_every > 0),
+            ("shares", self.shares),
+        ):
+            if asked and not watching:
+                raise ValueError(f"{name} belongs to mode=watch; mode={self.mode} does it at its own steps")
+        if self.shares and self.predict_every is None:
+            raise ValueError("shares come with predictions: set predict_every as well")
+        if watching and self.fused:
+            raise ValueError("fused belongs to the modes that predict every step: set mode=simple or fused=false")
+        return self
 
 
 class TrainConfig(StrictModel):

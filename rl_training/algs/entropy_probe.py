@@ -40,8 +40,9 @@ from entropy_core.passes.stopped_gradients import attached_norms, true_derivativ
 from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
-from rl_training.probe.change import ESTIMANDS, EntropyChange, StepParts
-from rl_training.probe.observation import Observation
+from rl_training.probe.change import EntropyChange, StepParts
+from rl_training.probe.memory_limit import refuse_beyond
+from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.running_gradient import RunningGradient
 from rl_training.probe.score_term import FusedScore
@@ -58,9 +59,17 @@ from rl_training.probe.step_parts import (
     upcoming_step,
     why_not_split,
 )
-from rl_training.probe.step_prediction import NO_CHANGE, StepPrediction, predicted_parts, token_predictors
-
-_PER_TOKEN, _PER_COMPLETION, _SCORE_FUNCTION, _SCORE_TERM = "token", "completion", "score function", "score term"
+from rl_training.probe.step_prediction import (
+    NO_CHANGE,
+    PER_COMPLETION,
+    PER_TOKEN,
+    SCORE_FUNCTION,
+    SCORE_TERM,
+    StepPrediction,
+    objectives_of,
+    predicted_parts,
+    token_predictors,
+)
 
 # Beyond so many trained weights fewer folds are kept by default.
 _MANY_WEIGHTS = 50_000_000
@@ -92,6 +101,8 @@ class SimpleEntropyProbe:
         if self.folds is None:
             trained = sum(p.numel() for p in trainable_parameters(model).values())
             self.folds = 4 if trained <= _MANY_WEIGHTS else 2
+        if self._config.takes_gradients:
+            refuse_beyond(self._config.memory_limit, self.memory_bytes(), *self._config.gradients_and_remedy)
         self.reset()
 
     def reset(self) -> None:
@@ -99,13 +110,14 @@ class SimpleEntropyProbe:
         self._observation: Observation | None = None
         self._newest: dict[str, FoldGradients] = {}
         self._averages: dict[str, RunningGradient] = {}
+        self._steps_since = 0
         self._prediction: StepPrediction | None = None
         self._no_parts: str | None = None
 
     def memory_bytes(self) -> int:
         """The most that the probe holds beside activations: gradients in folds (newest and average) and the step's parts."""
         size = sum(p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
-        return size * (2 * max(1, self.folds) * len(self._objectives()) + 5)
+        return size * (2 * max(1, self.folds) * len(objectives_of(self._config)) + 5)
 
     # ------------------------------------------------------------------ one call
     def compute_delta_h_fast(
@@ -122,7 +134,7 @@ class SimpleEntropyProbe:
         applied to it: an AdamW update holds it already. advantages: (N,) where the rollouts are the update's own sequences,
         else None; the predictors of the literature are then added, at learning rate 1.
         """
-        wanted = {_PER_TOKEN: (self._config.estimator, True), _PER_COMPLETION: (self._config.estimator, False)}
+        wanted = {PER_TOKEN: (self._config.estimator, True), PER_COMPLETION: (self._config.estimator, False)}
         seen, gradients = self._gradients(rollouts, drawn_scores, None, wanted)
         whole = not isinstance(param_update, AdamWUpdate)
 
@@ -131,7 +143,7 @@ class SimpleEntropyProbe:
                 return StepParts.only_total(gradients[key].predict(param_update))
             return predicted_parts(gradients[key], param_update)
 
-        change = self._change(seen, along(_PER_TOKEN), along(_PER_COMPLETION))
+        change = self._change(seen, along(PER_TOKEN), along(PER_COMPLETION))
         if advantages is None:
             return change
         return replace(change, predictors=token_predictors(seen.statistics, rollouts, advantages, 1.0))
@@ -155,7 +167,7 @@ class SimpleEntropyProbe:
         `surprisal_variances`. Returns what is watched.
         """
         self._observation, self._newest = self._gradients(
-            batch, drawn_scores, prior_log_weights, self._objectives(), with_variances
+            batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances
         )
         return self._observation
 
@@ -199,7 +211,7 @@ class SimpleEntropyProbe:
         total = update.total()
         same_tokens = math.nan
         if self._newest and score is None:
-            same_tokens = float(self._newest[_PER_TOKEN].along(total).sum())
+            same_tokens = float(self._newest[PER_TOKEN].along(total).sum())
         # Along the batch's own part earlier gradients speak, where there are any: its sequences would meet themselves (t = t').
         lagged = self._config.rollouts == "current" and bool(self._averages)
         of_batch: dict[str, Tensor] = {}
@@ -209,21 +221,21 @@ class SimpleEntropyProbe:
         for key, average in self._averages.items():
             of_batch[key] = _value(average).along(update.batch)
         if score is not None:
-            self._newest[_SCORE_TERM] = score.gradient
+            self._newest[SCORE_TERM] = score.gradient
             # At the optimizer's first step P is one over this very gradient, and products across folds have no bounds: there
             # the term meets itself, as everything does that has no earlier step to rest on.
-            if _SCORE_TERM not in of_batch and has_stepped(parameters, optimizer):
+            if SCORE_TERM not in of_batch and has_stepped(parameters, optimizer):
                 scale = step_per_gradient(parameters, optimizer, how)
                 clip = clip_coefficient(parameters, score.update.total(), self._gradient_tolerance)
-                of_batch[_SCORE_TERM] = score.across_folds(scale, clip)
-        if training is not None and self._config.mode == "attribution":
+                of_batch[SCORE_TERM] = score.across_folds(scale, clip)
+        if training is not None and self._config.wants_shares:
             shares, effects = self._attributed(parameters, optimizer, training)
         self._take_in_newest()
         parts = {
             key: predicted_parts(_value(average), update, of_batch.get(key)) for key, average in self._averages.items()
         }
         if score is not None:
-            parts[_PER_TOKEN] = parts[_PER_TOKEN] + parts.pop(_SCORE_TERM)
+            parts[PER_TOKEN] = parts[PER_TOKEN] + parts.pop(SCORE_TERM)
         self._prediction = StepPrediction(copies(parameters), rivals, parts, total, same_tokens, shares, effects)
 
     def examine(self, optimizer: torch.optim.Optimizer) -> str | None:
@@ -245,13 +257,13 @@ class SimpleEntropyProbe:
     def _say_no_parts(self, why: str) -> None:
         self._say_once(
             f"{why}: `predicted` is the total along the step that is taken, without parts (batch, momentum, decay)"
-            + ("; there are no shares of training sequences" if self._config.mode == "attribution" else "")
+            + ("; there are no shares of training sequences" if self._config.wants_shares else "")
         )
 
     def _attributed(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, training: TrainingSequences
     ) -> tuple[Tensor, Tensor | None]:
-        gradient, how = _value(self._averages[_PER_TOKEN]).total(), self._config.preconditioning
+        gradient, how = _value(self._averages[PER_TOKEN]).total(), self._config.preconditioning
         scales = [make(parameters, optimizer, how) for make in (step_per_gradient, effect_metric)]
         limits = (self._sharing, self._rows, self._gradient_tolerance)
         found = attribute_sequences(self._model, training, gradient, scales[0] or {}, *limits, metric=scales[1])
@@ -271,28 +283,32 @@ class SimpleEntropyProbe:
 
     def _take_in_newest(self) -> None:
         for key, gradient in self._newest.items():
-            self._averages.setdefault(key, RunningGradient(self._config.averaging)).add(gradient)
+            self._averages.setdefault(key, RunningGradient(self._config.averaging)).add(gradient, self._steps_since)
+        self._steps_since = 0 if self._newest else self._steps_since
         self._newest = {}
 
-    def after_step(self) -> EntropyChange | None:
-        """Predicted and, where tokens were observed, measured change of the step just taken; None if nothing was predicted."""
+    def after_step(self, measure: bool = True) -> EntropyChange | None:
+        """Predicted and, where tokens were observed (and if `measure`), measured change of the step just taken; None if nothing
+        was predicted.
+        """
         seen, made = self._observation, self._prediction
         self._observation = self._prediction = None
+        self._steps_since += self._config.log_every
         if made is None:
             return None
         parts, same_tokens = self._of_step_taken(made)
         predictors = dict(made.predictors)
         if self._config.predictors:
-            predictors["score_function"] = parts[_SCORE_FUNCTION].total.value
-            predictors["without_momentum"] = parts[_PER_TOKEN].batch.value
+            predictors["score_function"] = parts[SCORE_FUNCTION].total.value
+            predictors["without_momentum"] = parts[PER_TOKEN].batch.value
         change = replace(
-            self._change(seen, parts[_PER_TOKEN], parts.get(_PER_COMPLETION)),
+            self._change(seen, parts[PER_TOKEN], parts.get(PER_COMPLETION)),
             same_tokens=same_tokens,
             predictors=predictors,
             shares=made.shares,
             effects=made.effects,
         )
-        if seen is None:
+        if seen is None or not measure:
             return change
         after = self.statistics(seen.batch)
         return replace(
@@ -322,27 +338,18 @@ class SimpleEntropyProbe:
             self._say_no_parts(self._no_parts)
         same_tokens = math.nan  # the newest gradient is in the average already, where the step was split
         if self._newest:
-            same_tokens = float(self._newest[_PER_TOKEN].along(taken).sum())
+            same_tokens = float(self._newest[PER_TOKEN].along(taken).sum())
         # As along a batch's own part: where there is an earlier gradient, this step's sequences do not meet themselves.
         if not lagged:
             self._take_in_newest()
         parts = {key: StepParts.only_total(_value(a).predict(taken)) for key, a in self._averages.items()}
-        if _SCORE_TERM in parts:
-            both = (parts[_PER_TOKEN].total, parts.pop(_SCORE_TERM).total)
-            parts[_PER_TOKEN] = StepParts.only_total(both[0] + both[1])
+        if SCORE_TERM in parts:
+            both = (parts[PER_TOKEN].total, parts.pop(SCORE_TERM).total)
+            parts[PER_TOKEN] = StepParts.only_total(both[0] + both[1])
         self._take_in_newest()
         return parts, same_tokens
 
     # ------------------------------------------------------------------ pieces
-    def _objectives(self) -> dict[str, tuple[Estimator, bool]]:
-        main: Estimator = "fixed_prefix" if self._config.fused else self._config.estimator
-        wanted: dict[str, tuple[Estimator, bool]] = {_PER_TOKEN: (main, True)}
-        if self._config.per_completion:
-            wanted[_PER_COMPLETION] = (self._config.estimator, False)
-        if self._config.predictors:
-            wanted[_SCORE_FUNCTION] = ("score_function", True)
-        return wanted
-
     def _gradients(
         self,
         batch: SequenceBatch,
@@ -355,10 +362,7 @@ class SimpleEntropyProbe:
 
         def objectives(statistics: TokenStatistics) -> list[TokenCoefficients]:
             nonlocal log_weights
-            parts = [] if prior_log_weights is None else [prior_log_weights.double()]
-            if drawn_scores is not None:
-                parts.append(statistics.scores() - drawn_scores.double())
-            log_weights = torch.stack(parts).sum(0) if parts else None
+            log_weights = joint_log_weights(statistics, drawn_scores, prior_log_weights)
             weights = None if log_weights is None else normalized_weights(log_weights)
             return [entropy_coefficients(statistics, batch, e, per_token, weights) for e, per_token in wanted.values()]
 
@@ -385,14 +389,8 @@ class SimpleEntropyProbe:
             self._said.add(text)
             warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=4)
 
-    def _change(
-        self, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None
-    ) -> EntropyChange:
-        how = (self._config.estimator, ESTIMANDS[self._config.estimator])
-        if seen is None:
-            return EntropyChange(per_token, per_completion, *how, 0, math.nan, math.nan)
-        h, size = seen.entropy(), (len(seen.batch), seen.effective_size())
-        return EntropyChange(per_token, per_completion, *how, *size, h.value, h.standard_error, h.degrees_of_freedom)
+    def _change(self, seen: Observation | None, of_token: StepParts, of_completion: StepParts | None) -> EntropyChange:
+        return EntropyChange.predicted(self._config.estimator, seen, of_token, of_completion)
 
 
 def _value(average: RunningGradient) -> FoldGradients:

@@ -30,6 +30,7 @@ from rl_training.generation.rollout_sequences import (
 )
 from rl_training.integrations.fresh_prompts import refuse_prompts
 from rl_training.integrations.generated_sequences import GeneratedSequences
+from rl_training.integrations.step_watch import StepWatch
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
@@ -38,7 +39,8 @@ from rl_training.premises.probe_premise import ProbePremise
 from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.probe.change import EntropyChange
 from rl_training.probe.history import RUNNING, ProbeHistory
-from rl_training.probe.metrics import metrics_of
+from rl_training.probe.metrics import metrics_of, running_of
+from rl_training.probe.observation import Observation
 from rl_training.probe.rounding import RoundingNoise
 from rl_training.probe.score_term import FusedScoreTerm
 from rl_training.probe.splits import entropy_by_ending, shares_by_group
@@ -118,6 +120,7 @@ class EntropyProbeCallback(TrainerCallback):
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
+        self._watch = StepWatch(trainer, self._model, config, self._sharing) if config.mode == "watch" else None
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
@@ -129,7 +132,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._trained: list[RolloutSequence] = []
         self._rounding = RoundingNoise(self._model)
         self._failed = self._probing = False
-        self._probed = 0
+        self._seen: Observation | None = None
         self._seconds = self._cpu_seconds = 0.0
         self._steps = ProbeHistory()
         self.history: list[EntropyChange] = []
@@ -139,6 +142,12 @@ class EntropyProbeCallback(TrainerCallback):
     def describe(self) -> str:
         """One line: what is watched, how, and the memory it takes at most beside activations."""
         c, megabytes = self._config, self._probe.memory_bytes() / 1e6
+        if c.mode == "watch":
+            gradients = f", up to {megabytes:,.0f} MB for a prediction every {c.predict_every} steps"
+            return (
+                f"entropy probe (watch): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts, forward "
+                f"passes alone{gradients if c.predict_every else ''}"
+            )
         every = "" if c.refresh_every == 1 else f", every {c.refresh_every} steps"
         return (
             f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts{every}, "
@@ -153,6 +162,8 @@ class EntropyProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._steps.begin(state.stateful_callbacks, state.global_step)
+        if self._watch is not None:
+            self._watch.begin(state.stateful_callbacks, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,11 +172,14 @@ class EntropyProbeCallback(TrainerCallback):
         self._rollouts.clear()
         self._sampler.step_begins()
         self._probing = not self._failed and (state.global_step + 1) % self._config.log_every == 0
+        if self._watch is not None:
+            self._watch.arm(self._probing)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._guard(self._premise.hold)
+        if self._watch is None or self._config.predict_every is not None:
+            self._guard(self._premise.hold)
         self._guard(self._before_step, args.seed, state.global_step, kwargs["optimizer"])
 
     def on_optimizer_step(
@@ -185,22 +199,28 @@ class EntropyProbeCallback(TrainerCallback):
         # First of all: the hooks must not see the probe's own passes.
         score = self._fused.take() if self._fused is not None and self._probing else None
         generated, trained = self._rollouts.take()
-        if config.rollouts != "current":  # what the probe watches says nothing of how this step's were drawn
+        # What the probe watches says nothing of how this step's were drawn, or its pass does not take variances.
+        if config.rollouts != "current" or self._watch is not None:
             self._sampler.look(generated, self._law, self._probe.statistics)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
-        wanted = self._probing and self._probed % config.refresh_every == 0
-        self._trained, self._splits = trained, {}
+        predicting, wanted = self._plan(step)
+        self._trained, self._splits, self._seen = trained, {}, None
         nothing = Watched([], None)
         if not fresh:  # unprobed steps as well: a later step may train on their sequences again
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
         watched, scores = self._watched(generated, rng) if wanted else nothing, None
         if watched.sequences:
             batch = to_batch(watched.sequences, self._law).to(self._trainer.accelerator.device)
-            prior = _on(batch.device, prior_log_weights(watched.sequences))
-            drawn_now = config.rollouts == "current" and watched.drawn is None and self._sampler.wanted
-            seen = self._probe.observe(batch, _on(batch.device, watched.drawn), prior, drawn_now)
-            if drawn_now:
-                self._sampler.take(seen.statistics, seen.batch)
+            drawn, prior = _on(batch.device, watched.drawn), _on(batch.device, prior_log_weights(watched.sequences))
+            if self._watch is not None:
+                seen = self._seen = self._watch.before(batch, watched.sequences, drawn, prior)
+            if self._watch is None or predicting:
+                drawn_now = (
+                    self._watch is None and config.rollouts == "current" and drawn is None and self._sampler.wanted
+                )
+                seen = self._probe.observe(batch, drawn, prior, drawn_now)
+                if drawn_now:
+                    self._sampler.take(seen.statistics, seen.batch)
             scores, self._splits = seen.statistics.scores(), entropy_by_ending(seen, self._law.eos_token_ids)
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)
@@ -208,11 +228,24 @@ class EntropyProbeCallback(TrainerCallback):
             mine = watched if config.rollouts == "current" else nothing
             drawn = self._generated.take()
             self._sequences.end(generated, mine, scores if mine is watched else None, drawn)
-        if self._probing:
-            self._probed += 1
-            asked = config.predictors or config.mode == "attribution"
+        if self._watch is not None and config.parts_every and self._phase(step) % config.parts_every == 0:
+            self._watch.parts(optimizer)
+        if predicting:
+            asked = config.predictors or config.wants_shares
             training = to_training_sequences(trained, self._law, self._trainer.accelerator.device) if asked else None
             self._probe.before_step(optimizer, training, score)
+
+    def _phase(self, step: int) -> int:
+        """How many probed steps lie before this one (counted from 0), those before a resumed checkpoint included."""
+        return (step + 1) // self._config.log_every - 1
+
+    def _plan(self, step: int) -> tuple[bool, bool]:
+        """Whether this step is predicted, and whether sequences are watched across it."""
+        config, phase = self._config, self._phase(step)
+        if self._watch is None:
+            return self._probing, self._probing and phase % config.refresh_every == 0
+        predicts = config.predict_every is not None and phase % config.predict_every == 0
+        return self._probing and predicts, self._probing
 
     def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:
@@ -225,9 +258,8 @@ class EntropyProbeCallback(TrainerCallback):
     def _carry(self, generated: list[RolloutSequence], rng: np.random.Generator, step: int) -> None:
         """Choose the sequences of the next step's gradient, and note how likely they were for the policy that drew them."""
         self._carried = []
-        next_is_refreshed = (step + 2) % self._config.log_every == 0 and (
-            (self._probed + self._probing) % self._config.refresh_every == 0
-        )
+        every = 1 if self._watch is not None else self._config.refresh_every
+        next_is_refreshed = (step + 2) % self._config.log_every == 0 and self._phase(step + 1) % every == 0
         if next_is_refreshed and (chosen := self._sequences.choose(generated, rng)).sequences:
             drawn = self._sequences.scores_at_drawing(chosen)
             self._carried = [replace(s, drawn_score=d) for s, d in zip(chosen.sequences, drawn, strict=True)]
@@ -253,7 +285,13 @@ class EntropyProbeCallback(TrainerCallback):
         if not self._probing:
             return
         started, cpu = time.perf_counter(), time.process_time()
-        change = self._probe.after_step()
+        change = self._probe.after_step(measure=self._watch is None)
+        watched = None if self._watch is None else self._watch.after(step)
+        if watched is not None:
+            if change is None and self._seen is not None:
+                change = EntropyChange.only_watched(self._seen, watched)
+            elif change is not None:
+                change = change.with_watched(watched)
         if change is None:
             return
         if (word := self._rounding.word(change)) is not None:
@@ -269,7 +307,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._steps.add(step, metrics, change.total.deviations)
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
-        totals = self._steps.totals()
+        totals = self._steps.totals() | ({} if watched is None else running_of(watched))
         # TRL logs the mean of a list over the steps since its last log: of these, the last value alone.
         for name in RUNNING:
             logged.pop(f"entropy_probe/{name}", None)
@@ -286,6 +324,8 @@ class EntropyProbeCallback(TrainerCallback):
         except Exception as error:
             self._probe.reset()
             self._rollouts.clear()
+            if self._watch is not None:
+                self._watch.drop()
             if self._fused is not None:
                 self._fused.detach()
                 self._fused.abandon()

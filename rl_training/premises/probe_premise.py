@@ -25,8 +25,11 @@ class ProbePremise:
     """
 
     def __init__(self, trainer: Any, config: EntropyProbeConfig) -> None:
-        self._asked = "fused=true" if config.fused else "mode=attribution" if config.mode == "attribution" else None
-        self._instead = "set fused=false" if config.fused else "use mode=simple"
+        shares = "mode=attribution" if config.mode == "attribution" else "shares=true" if config.shares else None
+        self._asked = "fused=true" if config.fused else shares
+        self._instead = (
+            "set fused=false" if config.fused else "set shares=false" if config.shares else "use mode=simple"
+        )
         self._said = False
         if self._asked is not None and (terms := further_terms(trainer)):
             raise UserError(f"{self._asked}: the loss holds {terms[0]}; {remedy(terms[0])}, or {self._instead}")

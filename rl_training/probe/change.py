@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.uncertainty import Estimate
 
+if TYPE_CHECKING:
+    from rl_training.probe.observation import Observation
+    from rl_training.probe.watch import WatchedChange
+
 ESTIMANDS = {
     "rao_blackwell": "entropy of the policy",
     "split": "entropy of the policy",
     "score_function": "entropy of the policy",
     "fixed_prefix": "entropy on given tokens",
+    "token_ratios": "entropy of the policy",
 }
 """What each estimator estimates. The last is blind to which prefixes become likelier: another quantity."""
 
@@ -58,7 +64,7 @@ class EntropyChange:
     `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
     predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's accounting share
     of `batch`; effects: (n_train,) what leaving each out of the step does (entropy_core.leaving_out), under `actual` from the
-    optimizer's second step on.
+    optimizer's second step on. watched: under `mode: watch`.
     """
 
     per_token: StepParts
@@ -76,6 +82,33 @@ class EntropyChange:
     predictors: dict[str, float] = field(default_factory=dict)
     shares: Tensor | None = None
     effects: Tensor | None = None
+    watched: WatchedChange | None = None
+
+    @classmethod
+    def predicted(
+        cls, estimator: str, seen: Observation | None, per_token: StepParts, per_completion: StepParts | None
+    ) -> EntropyChange:
+        """A prediction, beside what was seen of the policy before the step."""
+        how = (per_token, per_completion, estimator, ESTIMANDS[estimator])
+        if seen is None:
+            return cls(*how, 0, math.nan, math.nan)
+        h, size = seen.entropy(), (len(seen.batch), seen.effective_size())
+        return cls(*how, *size, h.value, h.standard_error, h.degrees_of_freedom)
+
+    @classmethod
+    def only_watched(cls, seen: Observation, watched: WatchedChange) -> EntropyChange:
+        """Of a step that was watched and not predicted."""
+        nothing = StepParts.only_total(Estimate(math.nan))
+        return cls.predicted("token_ratios", seen, nothing, None).with_watched(watched)
+
+    def with_watched(self, watched: WatchedChange) -> EntropyChange:
+        """The same step, watched as well; what it was measured by comes from these passes."""
+        return replace(
+            self,
+            watched=watched,
+            measured=watched.measured,
+            measured_fixed_prefix=watched.measured_fixed_prefix,
+        )
 
     @property
     def total(self) -> Estimate:

@@ -18,7 +18,7 @@ STATE_KEY = "entropy_probe"
 
 KEPT = (
     "entropy", "entropy_se", "predicted", "predicted_se", "predicted_df", "batch", "momentum", "decay",
-    "measured", "measured_se", "measured_df", "ess", "low_ess",
+    "measured", "measured_se", "measured_df", "ess", "low_ess", "watched", "watched_se", "watched_df",
 )  # fmt: skip
 """Names of `metrics_of` that are kept of every step."""
 
@@ -31,8 +31,9 @@ FEWEST_CORRELATED = 8
 RUNNING = (
     "steps", "measured_steps", "low_ess_steps", "cumulative_predicted", "cumulative_predicted_se", "cumulative_measured",
     "cumulative_measured_se", "cumulative_predicted_where_measured", "correlation", "correlation_low", "correlation_high",
+    "cumulative_watched", "cumulative_watched_se", "cumulative_watched_df",
 )  # fmt: skip
-"""Names of `ProbeHistory.totals`: values at a step, of which a window's last one counts and no mean."""
+"""Names of `ProbeHistory.totals` and `metrics.running_of`: values at a step, of which a window's last one counts and no mean."""
 
 
 class ProbeHistory:
@@ -71,9 +72,13 @@ class ProbeHistory:
         predicted, measured = (_floats(self._columns[name]) for name in ("predicted", "measured"))
         errors = _floats(self._columns["measured_se"])
         low = _floats(self._columns["low_ess"]) == 1.0
-        both = np.isfinite(measured) & ~low
-        totals = {"steps": float(len(predicted)), "cumulative_predicted": float(predicted.sum())}
-        error = error_of_sum(_floats(self._columns["predicted_se"]), self._columns[DEVIATIONS])
+        made = np.isfinite(predicted)
+        both = np.isfinite(measured) & ~low & made
+        if not made.any():  # watched alone
+            return {"steps": 0.0}
+        totals = {"steps": float(made.sum()), "cumulative_predicted": float(predicted[made].sum())}
+        deviations = [d for d, is_made in zip(self._columns[DEVIATIONS], made, strict=True) if is_made]
+        error = error_of_sum(_floats(self._columns["predicted_se"])[made], deviations)
         if error is not None:
             totals["cumulative_predicted_se"] = error
         totals["measured_steps"] = float(both.sum())
@@ -83,7 +88,7 @@ class ProbeHistory:
             totals["cumulative_measured"] = float(measured[both].sum())
             if np.isfinite(errors[both]).all():  # every step has sequences of its own
                 totals["cumulative_measured_se"] = float(np.sqrt(np.square(errors[both]).sum()))
-            if not both.all():
+            if not both[made].all():
                 totals["cumulative_predicted_where_measured"] = float(predicted[both].sum())
         if both.sum() >= FEWEST_CORRELATED and predicted[both].std() > 0 and measured[both].std() > 0:
             found = float(np.corrcoef(predicted[both], measured[both])[0, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rl_training.probe.change import EntropyChange, StepParts
+from rl_training.probe.watch import WatchedChange
 
 _PARTS = {"total": "predicted", "batch": "batch", "momentum": "momentum", "decay": "decay"}
 
@@ -15,7 +16,8 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
     predicted, batch, momentum, decay and their `_se`; entropy, entropy_se; same_tokens; measured, measured_se,
     measured_fixed_prefix; predicted_df and measured_df (of entropy_se as well): degrees of freedom behind these errors;
     ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0);
-    weights_ess; predictor_<name>.
+    weights_ess; predictor_<name>. Under `mode: watch` watched, its error, degrees of freedom and the bias that is in it
+    (watched_bias), watched_batch, watched_momentum and watched_decay, critic_r2.
     """
     values = _parts(change.per_token, "")
     if change.per_completion is not None:
@@ -36,12 +38,38 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
         values["low_ess"] = float(not change.measured.trustworthy)
     if change.measured_fixed_prefix is not None:
         values["measured_fixed_prefix"] = change.measured_fixed_prefix.change
+    if change.watched is not None:
+        values |= _watched(change.watched)
     if change.shares is not None:
         values["largest_share"] = float(change.shares[change.shares.abs().argmax()])
     if change.effects is not None:
         values["largest_effect"] = float(change.effects[change.effects.abs().argmax()])
     known = {name: value for name, value in values.items() if not math.isnan(value)}
     return {name: value for name, value in known.items() if not (name.endswith("_df") and math.isinf(value))}
+
+
+def running_of(watched: WatchedChange) -> dict[str, float]:
+    """Sums over the watched steps so far, of which a window's last value counts and no mean."""
+    total = watched.cumulative
+    values = {
+        "cumulative_watched": total.value,
+        "cumulative_watched_se": total.standard_error,
+        "cumulative_watched_df": total.degrees_of_freedom,
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _watched(watched: WatchedChange) -> dict[str, float]:
+    values = {
+        "watched": watched.change.value,
+        "watched_se": watched.change.standard_error,
+        "watched_df": watched.change.degrees_of_freedom,
+        "watched_bias": watched.bias,
+        "critic_r2": watched.explained,
+    }
+    for name, part in watched.parts.items():
+        values |= {f"watched_{name}": part.value, f"watched_{name}_se": part.standard_error}
+    return values
 
 
 def _parts(parts: StepParts, suffix: str) -> dict[str, float]:

@@ -37,3 +37,22 @@ class Observation:
         if self.log_weights is None:
             return torch.ones(len(self.batch), dtype=torch.float64)
         return normalized_weights(self.log_weights).cpu()
+
+
+def joint_log_weights(
+    statistics: TokenStatistics, drawn_scores: Tensor | None, prior_log_weights: Tensor | None
+) -> Tensor | None:
+    """Log-weights of sequences that another policy or an uneven draw of prompts gave.
+
+    Args:
+        statistics: under today's policy.
+        drawn_scores: (N,) log-probabilities under the policy that drew them, in nats; None where that is today's.
+        prior_log_weights: (N,) further ones; None where there are none.
+
+    Returns:
+        (N,) float64; None where all weigh the same.
+    """
+    parts = [] if prior_log_weights is None else [prior_log_weights.double()]
+    if drawn_scores is not None:
+        parts.append(statistics.scores() - drawn_scores.double())
+    return torch.stack(parts).sum(0) if parts else None

@@ -9,14 +9,30 @@ from torch import Tensor
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import Estimator
 from entropy_core.fold_gradients import FoldGradients, fold_estimate
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import Estimate
+from rl_training.config import EntropyProbeConfig
 from rl_training.probe.change import StepParts
+
+PER_TOKEN, PER_COMPLETION, SCORE_FUNCTION, SCORE_TERM = "token", "completion", "score function", "score term"
+"""Names of the gradients that predictions are made with; the last comes out of the training backward pass."""
 
 NO_CHANGE = StepParts(*[Estimate(0.0, 0.0)] * 4)
 """Of a step that was not taken."""
+
+
+def objectives_of(config: EntropyProbeConfig) -> dict[str, tuple[Estimator, bool]]:
+    """Name of each gradient that is taken -> its estimator, and whether it is that of h (per token) or H."""
+    main: Estimator = "fixed_prefix" if config.fused else config.estimator
+    wanted: dict[str, tuple[Estimator, bool]] = {PER_TOKEN: (main, True)}
+    if config.per_completion:
+        wanted[PER_COMPLETION] = (config.estimator, False)
+    if config.predictors:
+        wanted[SCORE_FUNCTION] = ("score_function", True)
+    return wanted
 
 
 @dataclass(frozen=True)

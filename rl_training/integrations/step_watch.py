@@ -1,0 +1,112 @@
+"""`mode: watch` inside a trainer: the watch of every step, fed with the trainer's own pass, and its state in the trainer's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.collectives import WorkSharing
+from entropy_core.watched_pass import WatchedPass
+from rl_training.config import EntropyProbeConfig
+from rl_training.errors import UserError
+from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.integrations.trainer_pass import TrainerPass
+from rl_training.probe.memory_limit import refuse_beyond
+from rl_training.probe.observation import Observation, joint_log_weights
+from rl_training.probe.watch import EntropyWatch, WatchedChange
+from rl_training.probe.watch_state import WatchHistory
+
+
+class StepWatch:
+    """Call `begin` when training begins, `arm` when a step does, `before`, `parts` and `after` around the optimizer's step.
+
+    Args:
+        trainer: a GRPOTrainer. model: its policy without wrappers.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, config: EntropyProbeConfig, sharing: WorkSharing) -> None:
+        self._config = config
+        self._watch = EntropyWatch(config, model, sharing, is_sharded(model))
+        self._trainer_pass = TrainerPass(trainer, model, sharing)
+        self._history = WatchHistory()
+        self._said: set[str] = set()
+
+    def begin(self, callbacks: dict[str, Any], last_step: int) -> None:
+        """A run begins after `last_step`. callbacks: `TrainerState.stateful_callbacks`, of the checkpoint where it is resumed."""
+        self._watch.forget_step()
+        trouble = self._history.begin(callbacks, last_step, self._watch)
+        if trouble is not None:
+            self._say(f"{trouble}: the critic and the running correction of `watched` begin anew")
+
+    def arm(self, wanted: bool) -> None:
+        """A step begins, which is to be watched if `wanted`."""
+        self._trainer_pass.clear()
+        self._trainer_pass.listening = wanted
+
+    def before(
+        self,
+        batch: SequenceBatch,
+        sequences: list[RolloutSequence],
+        drawn_scores: Tensor | None,
+        prior_log_weights: Tensor | None,
+    ) -> Observation:
+        """Look at the policy before the step.
+
+        Args:
+            batch, sequences: the same sequences in one order.
+            drawn_scores: (N,) log-probabilities when they were drawn; None where today's policy drew them.
+            prior_log_weights: (N,) further log-weights, of how prompts were drawn.
+        """
+
+        def ours(some: SequenceBatch) -> WatchedPass:
+            return self._watch.look(some, with_hidden=True)
+
+        found = self._trainer_pass.before(batch, sequences, ours)
+        if self._trainer_pass.trouble is not None:
+            self._say(f"{self._trainer_pass.trouble}; the pass before each step is one of the probe's own")
+        weights = joint_log_weights(found.statistics, drawn_scores, prior_log_weights)
+        return self._watch.before_step(batch, weights, found)
+
+    def parts(self, optimizer: torch.optim.Optimizer) -> None:
+        """Trial moves of the coming step's parts, where this optimizer has them."""
+        why = self._watch.why_no_parts(optimizer)
+        if why is not None:
+            self._say(f"{why}: `watched` has no parts (batch, momentum, decay)")
+            return
+        refuse_beyond(self._config.memory_limit, self._watch.parts_bytes(), "parts_every", "set parts_every=0")
+        self._watch.try_parts(optimizer)
+
+    def after(self, step: int) -> WatchedChange | None:
+        """Look at the policy after the step (counted from 1) and note it for the trainer's state."""
+        found = self._watch.after_step()
+        if found is not None:
+            self._history.add(step, found.pair, self._watch)
+        return found
+
+    def drop(self) -> None:
+        """Forget the step, and listen no more until the next `arm`."""
+        self._watch.forget_step()
+        self.arm(False)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=3)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model gathers its weights from other processes (FSDP, ZeRO-3).
+
+    Raises:
+        UserError: FSDP's first version, whose inner model cannot be called by itself.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "FullyShardedDataParallel" in kinds:
+        raise UserError(
+            "mode=watch cannot look into FSDP version 1: use version 2 (fsdp_version: 2 in accelerate's configuration)"
+        )
+    return any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters())

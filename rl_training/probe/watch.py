@@ -1,0 +1,224 @@
+"""The change of entropy of every step, from forward passes alone: before it, after it, and on request at trial moves in between.
+
+    watched = quiet + bias        quiet: token ratios with advantages of decay lambda < 1        (entropy_core.token_ratios)
+                                  bias: the running mean of (decay 1) - (decay lambda)           (entropy_core.bias_correction)
+    parts   change to theta + batch, from there to theta + batch + momentum, and from there to the weights after the step: they
+            add up to `quiet`
+
+Advantages rest on a critic that is fitted to the entropies of other prompts as training goes on (entropy_core.critic). Needs no
+gradient of its own, nothing of the optimizer (but for parts: AdamW), of the adapter or the architecture; memory is that of a
+forward pass, and during a trial move that of the update and a copy of the trained weights.
+
+    watch = EntropyWatch(config, model)
+    watch.before_step(batch)          # sequences drawn from the policy as it is now
+    watch.try_parts(optimizer)        # optional; gradients are final
+    optimizer.step()
+    seen = watch.after_step()
+
+Source: docs/theory/entropy-critic.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.batch import SequenceBatch
+from entropy_core.bias_correction import BiasCorrection, PairedEstimates
+from entropy_core.collectives import WorkSharing
+from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
+from entropy_core.gradients import trainable_parameters
+from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.scores import TokenStatistics
+from entropy_core.token_ratios import TokenRatioChange, token_ratio_change
+from entropy_core.uncertainty import Estimate, jackknife_standard_error
+from entropy_core.watched_pass import WatchedPass, watched_pass
+from rl_training.config import EntropyProbeConfig
+from rl_training.probe.observation import Observation
+from rl_training.probe.prefix_sharing import PrefixSharing
+from rl_training.probe.step_parts import upcoming_step, why_not_split
+from rl_training.probe.trial_moves import TrialMoves
+
+PARTS = ("batch", "momentum", "decay")
+
+
+@dataclass(frozen=True)
+class WatchedChange:
+    """What a step did to h, nats per token.
+
+    Attributes:
+        change: corrected; its error holds that of the correction.
+        cumulative: sum of the corrected changes of all watched steps so far.
+        quiet: with decay lambda, not corrected. pair: the same with the reference, for a record of steps.
+        bias: what was added to `quiet`.
+        parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
+        explained: R^2 of the critic on these sequences, which it has not seen.
+        measured, measured_fixed_prefix: the same passes by weights of whole sequences, and on given tokens.
+    """
+
+    change: Estimate
+    cumulative: Estimate
+    quiet: TokenRatioChange
+    pair: PairedEstimates
+    bias: float
+    explained: float
+    measured: EntropyMeasurement
+    measured_fixed_prefix: EntropyMeasurement
+    parts: dict[str, Estimate] = field(default_factory=dict)
+
+
+class EntropyWatch:
+    """See the module's docstring for its use.
+
+    Args:
+        config: its `advantage_decay`, `critic_keep` and `bias_keep`.
+        model: the policy. It is only ever moved inside `try_parts`, and put back bit for bit.
+        sharing: for several processes that are given the same batches.
+        lockstep: whether the model's weights are spread over these processes, so that all must call it equally often.
+    """
+
+    def __init__(
+        self,
+        config: EntropyProbeConfig,
+        model: nn.Module,
+        sharing: WorkSharing | None = None,
+        lockstep: bool = False,
+    ) -> None:
+        self._config, self._model, self._lockstep = config, model, lockstep
+        self._sharing = sharing or WorkSharing()
+        self._prefixes = PrefixSharing(model, self._sharing)
+        self._critic = EntropyCritic(keep=config.critic_keep)
+        self._correction = BiasCorrection(config.bias_keep)
+        self._steps_since = 1
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Drop what was seen of a step that is not going to be taken; what was learned stays."""
+        self._seen: Observation | None = None
+        self._values: Tensor | None = None
+        self._explained = math.nan
+        self._trials: list[TokenStatistics] = []
+
+    # ------------------------------------------------------------------ passes
+    def look(self, batch: SequenceBatch, with_hidden: bool = False) -> WatchedPass:
+        """One pass over `batch` under the model as it is now."""
+        buckets = self._prefixes.buckets(batch)
+        return watched_pass(self._model, batch, buckets, self._sharing, self._lockstep, with_hidden)
+
+    def before_step(
+        self, batch: SequenceBatch, log_weights: Tensor | None = None, before: WatchedPass | None = None
+    ) -> Observation:
+        """Look at the policy before a step, and teach the critic.
+
+        Args:
+            batch: sequences drawn by the policy as it is now, or weighted to it.
+            log_weights: (N,) log-ratio of today's policy to the one that drew them; None where today's drew them.
+            before: the pass over `batch` where it was made already, hidden states included.
+
+        Returns:
+            What is watched.
+        """
+        if before is None:
+            before = self.look(batch, with_hidden=True)
+        entropies, mask = before.statistics.entropies, batch.completion_mask
+        features, fold = token_features(entropies, mask, before.hidden), prompt_folds(batch, self._critic.folds)
+        self._critic.observe(features, entropies, mask, fold, self._steps_since)
+        self._steps_since = 0
+        self._values = self._critic.values(features, mask, fold)
+        self._seen = Observation(batch, before.statistics, log_weights)
+        h = self._seen.entropy().value
+        self._explained = explained_variance(centred(self._values, h), entropies, mask, h)
+        return self._seen
+
+    def why_no_parts(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Why trial moves cannot split this optimizer's step; None where they can."""
+        return why_not_split(trainable_parameters(self._model), optimizer)
+
+    def parts_bytes(self) -> int:
+        """What `try_parts` holds at most beside a forward pass: three parts of the update and a copy of the weights."""
+        return sum(4 * p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
+
+    def try_parts(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at the policy with the batch's part of the coming step alone, and with momentum as well; gradients must be final.
+
+        Raises:
+            UserError: an optimizer whose step has no known parts.
+            KeyboardInterrupt: after the weights are back, where Ctrl-C was pressed meanwhile.
+        """
+        if self._seen is None:
+            return
+        parameters = trainable_parameters(self._model)
+        update = upcoming_step(parameters, optimizer, "actual")
+        if update is None:
+            return
+        found = []
+        with TrialMoves(parameters).begin() as trial:
+            for part in (update.batch, update.momentum):
+                trial.move(part)
+                found.append(self.look(self._seen.batch).statistics)
+        self._trials = found
+
+    def after_step(self) -> WatchedChange | None:
+        """Look at the policy after the step; None where nothing was seen before it."""
+        self._steps_since += 1
+        seen, values, trials, explained = self._seen, self._values, self._trials, self._explained
+        self.forget_step()
+        if seen is None:
+            return None
+        after = self.look(seen.batch).statistics
+        decay = self._config.advantage_decay
+
+        def change(to: TokenStatistics, decay: float) -> TokenRatioChange:
+            return token_ratio_change(seen.statistics, to, seen.batch, values, decay, seen.log_weights)
+
+        quiet, reference = change(after, decay), change(after, 1.0)
+        pair = PairedEstimates.from_left_out(quiet.change, quiet.left_out, reference.change, reference.left_out)
+        corrected = self._correction.add(pair)
+        of_tokens = (seen.statistics, after, seen.batch, True, seen.log_weights)
+        return WatchedChange(
+            change=corrected,
+            cumulative=self._correction.total(),
+            quiet=quiet,
+            pair=pair,
+            bias=corrected.value - quiet.change,
+            explained=explained,
+            measured=snis_entropy_change(*of_tokens),
+            measured_fixed_prefix=fixed_prefix_entropy_change(*of_tokens),
+            parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
+        )
+
+    # ------------------------------------------------------------------ for a trainer's state
+    def state(self) -> dict[str, Any]:
+        """What the critic has learned, as small tensors; for `load`."""
+        return self._critic.state() | {"steps_since": self._steps_since}
+
+    def load(self, state: dict[str, Any], pairs: Iterable[PairedEstimates]) -> None:
+        """Go on from `state`, with the pairs of all steps watched so far.
+
+        Raises:
+            ValueError: a state that is not one of this class.
+        """
+        since = state.get("steps_since")
+        if not isinstance(since, int) or isinstance(since, bool) or since < 0:
+            raise ValueError("the watch's steps since its last look must be a number of steps")
+        self._critic.load(state)
+        self._steps_since = since
+        self._correction = BiasCorrection(self._config.bias_keep)
+        for pair in pairs:
+            self._correction.add(pair)
+
+
+def _parts(way: list[TokenRatioChange]) -> dict[str, Estimate]:
+    """Differences between changes along the way from the weights before to those after, with paired errors."""
+    out: dict[str, Estimate] = {}
+    value, left_out = 0.0, torch.zeros_like(way[0].left_out)
+    for name, there in zip(PARTS, way, strict=True):
+        error = jackknife_standard_error(there.left_out - left_out)
+        out[name] = Estimate(there.change - value, error, max(1, len(left_out) - 1))
+        value, left_out = there.change, there.left_out
+    return out
