@@ -232,8 +232,10 @@ class EntropyProbeConfig(StrictModel):
     """`actual`: the step AdamW takes; `previous_step`: -lr P g with the P before it; `none`: a plain gradient step."""
     estimator: Literal["rao_blackwell", "split", "score_function", "fixed_prefix"] = "split"
     """Estimator of the entropy gradient; `split` is the exact derivative of the measurement on the same tokens."""
-    rollouts: Literal["current", "previous_step", "fresh"] = "current"
-    """Tokens that entropy is watched on: this step's rollouts, those of the step before, or fresh held-out ones."""
+    rollouts: Literal["pool", "current", "previous_step", "fresh"] = "current"
+    """Tokens that entropy is watched on: a pool of held-out sequences, the step's rollouts, the last step's, or fresh ones."""
+    pool_age: PositiveInt = 8
+    """`rollouts: pool`: watched steps that a sequence stays; one in so many is drawn anew each step."""
     eval_sequences: int = Field(default=16, ge=2)
     """Completions on which each gradient of entropy is taken and each change measured."""
     completions_per_prompt: PositiveInt = 4
@@ -250,12 +252,12 @@ class EntropyProbeConfig(StrictModel):
     """`mode: watch`: with each prediction the shares of the training sequences, as under `mode: attribution`."""
     parts_every: NonNegativeInt = 0
     """`mode: watch`: watched steps between two splits into batch, momentum and decay by trial moves of the weights (0: none)."""
-    advantage_decay: float = Field(default=0.7, ge=0.0, le=1.0)
-    """`mode: watch`: lambda of the advantages; less is quieter and more biased, and the bias is added back."""
-    critic_keep: float = Field(default=0.95, ge=0.0, le=1.0)
+    advantage_decay: float = Field(default=0.95, ge=0.0, le=1.0)
+    """`mode: watch`: lambda of the advantages of the entropy to go; less is quieter and nearer to 0 than the truth."""
+    critic_keep: float = Field(default=0.97, ge=0.0, le=1.0)
     """`mode: watch`: weight of a step's sequences relative to the next step's in the critic of the entropy to go."""
-    bias_keep: float = Field(default=0.95, ge=0.0, le=1.0)
-    """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back."""
+    bias_keep: float | None = Field(default=None, ge=0.0, le=1.0)
+    """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back (null: none)."""
     memory_limit: ByteSize | None = None
     """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
     standard_error_folds: NonNegativeInt | None = None
@@ -305,6 +307,12 @@ class EntropyProbeConfig(StrictModel):
                 raise ValueError(f"{name} belongs to mode=watch; mode={self.mode} does it at its own steps")
         if self.shares and self.predict_every is None:
             raise ValueError("shares come with predictions: set predict_every as well")
+        if self.rollouts == "pool" and not watching:
+            raise ValueError(f"rollouts=pool belongs to mode=watch; for mode={self.mode} use rollouts=fresh")
+        if self.rollouts == "pool" and self.bias_keep is not None:
+            raise ValueError(
+                "bias_keep takes steps for independent, which those of a pool are not: leave it out or change rollouts"
+            )
         if watching and self.fused:
             raise ValueError("fused belongs to the modes that predict every step: set mode=simple or fused=false")
         return self

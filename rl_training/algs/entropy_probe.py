@@ -66,13 +66,11 @@ from rl_training.probe.step_prediction import (
     SCORE_FUNCTION,
     SCORE_TERM,
     StepPrediction,
+    folds_of,
     objectives_of,
     predicted_parts,
     token_predictors,
 )
-
-# Beyond so many trained weights fewer folds are kept by default.
-_MANY_WEIGHTS = 50_000_000
 
 
 class SimpleEntropyProbe:
@@ -97,10 +95,7 @@ class SimpleEntropyProbe:
         self._prefixes = PrefixSharing(model, self._sharing)
         self._rows = FoldRows()
         self._said: set[str] = set()
-        self.folds = self._config.standard_error_folds
-        if self.folds is None:
-            trained = sum(p.numel() for p in trainable_parameters(model).values())
-            self.folds = 4 if trained <= _MANY_WEIGHTS else 2
+        self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
         if self._config.takes_gradients:
             refuse_beyond(self._config.memory_limit, self.memory_bytes(), *self._config.gradients_and_remedy)
         self.reset()
@@ -159,13 +154,18 @@ class SimpleEntropyProbe:
         drawn_scores: Tensor | None = None,
         prior_log_weights: Tensor | None = None,
         with_variances: bool = False,
+        gradient: bool = True,
     ) -> Observation:
         """Take the gradient of entropy on `batch` under the model as it is now, and watch its tokens across the next step.
 
         drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's. prior_log_weights: (N,)
         further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
-        `surprisal_variances`. Returns what is watched.
+        `surprisal_variances`. gradient: false watches the tokens alone. Returns what is watched.
         """
+        if not gradient:
+            seen = self.statistics(batch, with_variances)
+            self._observation = Observation(batch, seen, joint_log_weights(seen, drawn_scores, prior_log_weights))
+            return self._observation
         self._observation, self._newest = self._gradients(
             batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +15,18 @@ from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.integrations.known_pass import LastPass
+from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.watch import EntropyWatch, WatchedChange
 from rl_training.probe.watch_state import WatchHistory
+
+OVERLAP = (
+    "the step's own sequences are what it learns from, so that the change on them may be larger than the policy's, several times "
+    "where all weights are trained: use rollouts=pool where there are prompts to draw from"
+)
 
 
 class StepWatch:
@@ -28,16 +36,27 @@ class StepWatch:
         trainer: a GRPOTrainer. model: its policy without wrappers.
     """
 
-    def __init__(self, trainer: Any, model: nn.Module, config: EntropyProbeConfig, sharing: WorkSharing) -> None:
-        self._config = config
-        self._watch = EntropyWatch(config, model, sharing, is_sharded(model))
-        self._trainer_pass = TrainerPass(trainer, model, sharing)
-        self._history = WatchHistory()
+    def __init__(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        config: EntropyProbeConfig,
+        sharing: WorkSharing,
+        pool: SequencePool | None = None,
+    ) -> None:
+        self._config, self._model, self._pool = config, model, pool
         self._said: set[str] = set()
+        self._watch = EntropyWatch(config, model, sharing)
+        self._trainer_pass, self._last_pass = TrainerPass(trainer, model, sharing), LastPass()
+        if config.rollouts == "current":
+            self._say(OVERLAP)
+        self._history = WatchHistory()
 
     def begin(self, callbacks: dict[str, Any], last_step: int) -> None:
         """A run begins after `last_step`. callbacks: `TrainerState.stateful_callbacks`, of the checkpoint where it is resumed."""
         self._watch.forget_step()
+        if self._pool is not None:
+            self._pool.clear()
         trouble = self._history.begin(callbacks, last_step, self._watch)
         if trouble is not None:
             self._say(f"{trouble}: the critic and the running correction of `watched` begin anew")
@@ -45,31 +64,45 @@ class StepWatch:
     def arm(self, wanted: bool) -> None:
         """A step begins, which is to be watched if `wanted`."""
         self._trainer_pass.clear()
-        self._trainer_pass.listening = wanted
+        self._trainer_pass.listening = wanted and self._pool is None
+
+    def pooled(self, rng: np.random.Generator) -> list[RolloutSequence] | None:
+        """The sequences of the pool for the coming step; None where there is no pool."""
+        return None if self._pool is None else self._pool.turn(rng)
 
     def before(
         self,
+        step: int,
         batch: SequenceBatch,
         sequences: list[RolloutSequence],
         drawn_scores: Tensor | None,
         prior_log_weights: Tensor | None,
-    ) -> Observation:
-        """Look at the policy before the step.
+    ) -> tuple[Observation, Tensor | None]:
+        """Look at the policy before the step (counted from 0).
 
         Args:
             batch, sequences: the same sequences in one order.
             drawn_scores: (N,) log-probabilities when they were drawn; None where today's policy drew them.
             prior_log_weights: (N,) further log-weights, of how prompts were drawn.
+
+        Returns:
+            What is watched, and `drawn_scores` (those of the pool, where there is one).
         """
+        self._watch.lockstep = is_sharded(self._model)
 
         def ours(some: SequenceBatch) -> WatchedPass:
             return self._watch.look(some, with_hidden=True)
 
-        found = self._trainer_pass.before(batch, sequences, ours)
-        if self._trainer_pass.trouble is not None:
-            self._say(f"{self._trainer_pass.trouble}; the pass before each step is one of the probe's own")
+        if self._pool is not None:
+            found = self._last_pass.before(step, self._pool.names, batch, ours)
+            drawn_scores, trouble = self._pool.scored(found.statistics.scores()), self._last_pass.trouble
+        else:
+            found = self._trainer_pass.before(batch, sequences, ours)
+            trouble = self._trainer_pass.known.trouble
+        if trouble is not None:
+            self._say(f"{trouble}; the pass before each step is one of the probe's own")
         weights = joint_log_weights(found.statistics, drawn_scores, prior_log_weights)
-        return self._watch.before_step(batch, weights, found)
+        return self._watch.before_step(batch, weights, found), drawn_scores
 
     def parts(self, optimizer: torch.optim.Optimizer) -> None:
         """Trial moves of the coming step's parts, where this optimizer has them."""
@@ -82,9 +115,12 @@ class StepWatch:
 
     def after(self, step: int) -> WatchedChange | None:
         """Look at the policy after the step (counted from 1) and note it for the trainer's state."""
-        found = self._watch.after_step()
-        if found is not None:
+        seen = self._watch.seen
+        found = self._watch.after_step(with_hidden=self._pool is not None)
+        if found is not None and seen is not None:
             self._history.add(step, found.pair, self._watch)
+            if self._pool is not None and self._watch.after is not None:
+                self._last_pass.note(step - 1, self._pool.names, seen.batch, self._watch.after)
         return found
 
     def drop(self) -> None:

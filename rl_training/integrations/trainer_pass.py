@@ -2,7 +2,7 @@
 
 A GRPOTrainer computes them for every completion in its loss at the weights before the step. Where they are those of the policy
 (same tokens, temperature and mask; no dropout, no half precision), a second pass over the same sequences tells nothing new.
-That is not assumed: at the first use, and again at the second, fourth, eighth ... one, they are held against a pass of our own.
+That is not assumed (known_pass).
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ from entropy_core.passes.hidden_states import noted_hidden_states, projected
 from entropy_core.scores import TokenStatistics
 from entropy_core.watched_pass import WatchedPass
 from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.integrations.known_pass import KnownPass, Ours
 
 _FORWARD = "_get_per_token_logps_and_entropies"
 _TOKENS = ("input_ids", "attention_mask", "logits_to_keep")
-
-# Largest mean difference of a token's log-probability and entropy, nats: what float32 and another layout of rows explain. A step
-# moves them by 1e-2 and more.
-_SAME = 1e-4
 
 
 class _Rows(NamedTuple):
@@ -43,19 +40,17 @@ class TrainerPass:
     """Listens to a trainer's forward passes. `listening` says whether to keep what is heard; `clear` begins a step."""
 
     def __init__(self, trainer: Any, model: nn.Module, sharing: WorkSharing) -> None:
-        self._model, self._sharing = model, sharing
+        self._sharing = sharing
         self._rows: list[_Rows] = []
-        self._uses = 0
         self.listening = False
-        self.trouble: str | None = None
-        """Why the trainer's numbers are not used; None while they agree with ours."""
+        self.known = KnownPass("the trainer's")
         forward: Callable[..., Any] | None = getattr(trainer, _FORWARD, None)
         if forward is None:
-            self.trouble = "the trainer has no forward pass that could be listened to"
+            self.known.trouble = "the trainer has no forward pass that could be listened to"
             return
 
         def heard(*args: Any, **kwargs: Any) -> Any:
-            if not (self.listening and self.trouble is None and torch.is_grad_enabled()):
+            if not (self.listening and self.known.trouble is None and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
             with noted_hidden_states(model) as states:
                 out = forward(*args, **kwargs)
@@ -85,7 +80,7 @@ class TrainerPass:
         self,
         batch: SequenceBatch,
         sequences: list[RolloutSequence],
-        ours: Callable[[SequenceBatch], WatchedPass],
+        ours: Ours,
     ) -> WatchedPass:
         """Numbers of `batch` before the step: the trainer's where it has them and they are right, else of passes of our own.
 
@@ -95,28 +90,7 @@ class TrainerPass:
         """
         heard, known = self._collected(batch, sequences)
         self._rows = []
-        if not bool(known.any()):
-            return ours(batch)
-        self._uses += 1
-        if self._uses & (self._uses - 1) == 0:
-            own = ours(batch)
-            self.trouble = _difference(heard, own, batch, known)
-            if self.trouble is not None:
-                return own
-        if bool(known.all()):
-            return heard
-        rest = (~known).nonzero()[:, 0]
-        own = ours(batch.select(rest))
-        parts = [
-            (heard.statistics.logprobs, own.statistics.logprobs),
-            (heard.statistics.entropies, own.statistics.entropies),
-        ]
-        for whole, part in parts:
-            whole[rest] = part.to(whole)
-        if heard.hidden is None or own.hidden is None:
-            return WatchedPass(heard.statistics, None)
-        heard.hidden[rest] = own.hidden
-        return heard
+        return self.known.completed(heard, known, batch, ours)
 
     def _collected(self, batch: SequenceBatch, sequences: list[RolloutSequence]) -> tuple[WatchedPass, Tensor]:
         """What any process has heard of each sequence, and (N,) bool whether one has."""
@@ -124,7 +98,7 @@ class TrainerPass:
         logprobs, entropies = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
         hidden = torch.zeros((*shape, PROJECTED), device=device)
         times, shown = torch.zeros(len(batch), dtype=torch.float64, device=device), True
-        places = self._places() if self.trouble is None else {}
+        places = self._places() if self.known.trouble is None else {}
         for n, sequence in enumerate(sequences):
             place = places.get((sequence.prompt_ids, sequence.completion_ids))
             if place is None:
@@ -156,20 +130,3 @@ class TrainerPass:
                 prompt, completion = ids[:cut][mask[:cut]].tolist(), ids[cut:][mask[cut:]].tolist()
                 found[(tuple(prompt), tuple(completion))] = (rows, row)
         return found
-
-
-def _difference(heard: WatchedPass, own: WatchedPass, batch: SequenceBatch, known: Tensor) -> str | None:
-    """How the trainer's numbers differ from our own on the sequences that it has; None where they are the same."""
-    mask = batch.completion_mask & known[:, None]
-    tokens = int(mask.sum())
-    for name in ("logprobs", "entropies"):
-        gap = (getattr(heard.statistics, name).double() - getattr(own.statistics, name).double())[mask].abs()
-        off = float(gap.sum()) / tokens
-        if not off <= _SAME:
-            what = "log-probabilities" if name == "logprobs" else "entropies"
-            return f"the trainer's {what} differ from ours by {off:.1g} nats a token in the mean"
-    if heard.hidden is not None and own.hidden is not None:
-        gap, size = (heard.hidden - own.hidden)[mask].norm(), own.hidden[mask].norm()
-        if not float(gap) <= 1e-2 * float(size):
-            return "the trainer's hidden states differ from ours"
-    return None

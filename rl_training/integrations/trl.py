@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
@@ -28,8 +27,9 @@ from rl_training.generation.rollout_sequences import (
     to_batch,
     to_training_sequences,
 )
-from rl_training.integrations.fresh_prompts import refuse_prompts
+from rl_training.integrations.fresh_prompts import FreshCompletions, refuse_prompts
 from rl_training.integrations.generated_sequences import GeneratedSequences
+from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.step_watch import StepWatch
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
@@ -42,12 +42,14 @@ from rl_training.probe.history import RUNNING, ProbeHistory
 from rl_training.probe.metrics import metrics_of, running_of
 from rl_training.probe.observation import Observation
 from rl_training.probe.rounding import RoundingNoise
+from rl_training.probe.schedule import NOTHING, plan_of
 from rl_training.probe.score_term import FusedScoreTerm
 from rl_training.probe.splits import entropy_by_ending, shares_by_group
 from rl_training.prompts.endings import ending
-from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.run.console import ProbeConsole
-from rl_training.sampling import draw
+
+# Sources of sequences that are drawn for the probe.
+OF_PROMPTS = ("fresh", "pool")
 
 # Of an endless stream of prompts the probe keeps so many to draw from.
 _PROMPTS_TAKEN = 1024
@@ -67,12 +69,12 @@ def attach_entropy_probe(
     rows: prompts to draw from under `rollouts: fresh`, dicts with `prompt` (text or chat messages); by default those of the
     trainer's evaluation set, or else of its training set. console: print a line a logged step to standard error.
 
-    Raises UserError where fresh rollouts are asked for and the trainer has no prompts, prompts of more than text, or tools or an
-    environment, which cannot be run for them; or for settings that the optimizer does not suit. An optimizer that is made by
-    `train()` is looked at in the first step, and there `config.on_error` decides.
+    Raises UserError where fresh rollouts or a pool are asked for and the trainer has no prompts, prompts of more than text,
+    or tools or an environment, which cannot be run for them; or for settings that the optimizer does not suit. An optimizer that
+    is made by `train()` is looked at in the first step, and there `config.on_error` decides.
     """
     config = config or EntropyProbeConfig()
-    prompts = _prompts(trainer, rows) if config.rollouts == "fresh" else []
+    prompts = _prompts(trainer, rows, config.rollouts) if config.rollouts in OF_PROMPTS else []
     description = describe_sampling(trainer)
     callback = EntropyProbeCallback(trainer, prompts, description, config)
     trainer.add_callback(LawWatcher(trainer, description))
@@ -84,7 +86,7 @@ def attach_entropy_probe(
     return callback
 
 
-def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None, source: str) -> list[dict[str, Any]]:
     if rows is None:
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         if isinstance(dataset, dict):
@@ -92,7 +94,7 @@ def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None) -> lis
         rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
     if not rows:
         raise UserError("the entropy probe has no prompts to draw from: give it held-out rows")
-    refuse_prompts(trainer, rows)
+    refuse_prompts(trainer, rows, source)
     return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
 
 
@@ -120,10 +122,16 @@ class EntropyProbeCallback(TrainerCallback):
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
-        self._watch = StepWatch(trainer, self._model, config, self._sharing) if config.mode == "watch" else None
+        self._fresh = FreshCompletions(trainer, self._model, self._law, self._sharing)
+        self._watch: StepWatch | None = None
+        if config.mode == "watch":
+            pool = None
+            if config.rollouts == "pool":
+                pool = SequencePool(prompts, config.eval_sequences, config.pool_age, self._fresh.draw)
+            self._watch = StepWatch(trainer, self._model, config, self._sharing, pool)
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
-        self._first_prompts = FirstPrompts(trainer, description) if config.rollouts == "fresh" else None
+        self._first_prompts = FirstPrompts(trainer, description) if config.rollouts in OF_PROMPTS else None
         self._sampler = SamplerWatch(trainer)
         self._sequences = WatchedSequences(trainer, config, self._law, self._probe)
         self._generated = GeneratedSequences(trainer)
@@ -132,6 +140,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._trained: list[RolloutSequence] = []
         self._rounding = RoundingNoise(self._model)
         self._failed = self._probing = False
+        self._plan = NOTHING
         self._seen: Observation | None = None
         self._seconds = self._cpu_seconds = 0.0
         self._steps = ProbeHistory()
@@ -171,7 +180,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._seconds = self._cpu_seconds = 0.0
         self._rollouts.clear()
         self._sampler.step_begins()
-        self._probing = not self._failed and (state.global_step + 1) % self._config.log_every == 0
+        self._plan = NOTHING if self._failed else plan_of(self._config, state.global_step)
+        self._probing = self._plan is not NOTHING
         if self._watch is not None:
             self._watch.arm(self._probing)
 
@@ -193,7 +203,7 @@ class EntropyProbeCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        config, fresh = self._config, self._config.rollouts == "fresh"
+        config, fresh = self._config, self._config.rollouts in OF_PROMPTS
         if not self._probing and fresh:
             return
         # First of all: the hooks must not see the probe's own passes.
@@ -203,22 +213,23 @@ class EntropyProbeCallback(TrainerCallback):
         if config.rollouts != "current" or self._watch is not None:
             self._sampler.look(generated, self._law, self._probe.statistics)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
-        predicting, wanted = self._plan(step)
+        plan = self._plan
         self._trained, self._splits, self._seen = trained, {}, None
         nothing = Watched([], None)
         if not fresh:  # unprobed steps as well: a later step may train on their sequences again
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
-        watched, scores = self._watched(generated, rng) if wanted else nothing, None
+        watched, scores = self._watched(generated, rng) if plan.watches else nothing, None
         if watched.sequences:
             batch = to_batch(watched.sequences, self._law).to(self._trainer.accelerator.device)
             drawn, prior = _on(batch.device, watched.drawn), _on(batch.device, prior_log_weights(watched.sequences))
             if self._watch is not None:
-                seen = self._seen = self._watch.before(batch, watched.sequences, drawn, prior)
-            if self._watch is None or predicting:
+                seen, drawn = self._watch.before(step, batch, watched.sequences, drawn, prior)
+                self._seen = seen
+            if self._watch is None or plan.predicts:
                 drawn_now = (
                     self._watch is None and config.rollouts == "current" and drawn is None and self._sampler.wanted
                 )
-                seen = self._probe.observe(batch, drawn, prior, drawn_now)
+                seen = self._probe.observe(batch, drawn, prior, drawn_now, gradient=plan.refreshes)
                 if drawn_now:
                     self._sampler.take(seen.statistics, seen.batch)
             scores, self._splits = seen.statistics.scores(), entropy_by_ending(seen, self._law.eos_token_ids)
@@ -228,29 +239,18 @@ class EntropyProbeCallback(TrainerCallback):
             mine = watched if config.rollouts == "current" else nothing
             drawn = self._generated.take()
             self._sequences.end(generated, mine, scores if mine is watched else None, drawn)
-        if self._watch is not None and config.parts_every and self._phase(step) % config.parts_every == 0:
+        if self._watch is not None and plan.splits:
             self._watch.parts(optimizer)
-        if predicting:
+        if plan.predicts:
             asked = config.predictors or config.wants_shares
             training = to_training_sequences(trained, self._law, self._trainer.accelerator.device) if asked else None
             self._probe.before_step(optimizer, training, score)
 
-    def _phase(self, step: int) -> int:
-        """How many probed steps lie before this one (counted from 0), those before a resumed checkpoint included."""
-        return (step + 1) // self._config.log_every - 1
-
-    def _plan(self, step: int) -> tuple[bool, bool]:
-        """Whether this step is predicted, and whether sequences are watched across it."""
-        config, phase = self._config, self._phase(step)
-        if self._watch is None:
-            return self._probing, self._probing and phase % config.refresh_every == 0
-        predicts = config.predict_every is not None and phase % config.predict_every == 0
-        return self._probing and predicts, self._probing
-
     def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:
             self._first_prompts.require_ours()
-            return Watched(self._draw(rng), None)
+            pooled = None if self._watch is None else self._watch.pooled(rng)
+            return Watched(self._draw(rng) if pooled is None else pooled, None)
         if self._config.rollouts == "previous_step":
             return Watched(self._carried, drawn_scores(self._carried))
         return self._sequences.choose(generated, rng)
@@ -258,34 +258,23 @@ class EntropyProbeCallback(TrainerCallback):
     def _carry(self, generated: list[RolloutSequence], rng: np.random.Generator, step: int) -> None:
         """Choose the sequences of the next step's gradient, and note how likely they were for the policy that drew them."""
         self._carried = []
-        every = 1 if self._watch is not None else self._config.refresh_every
-        next_is_refreshed = (step + 2) % self._config.log_every == 0 and self._phase(step + 1) % every == 0
-        if next_is_refreshed and (chosen := self._sequences.choose(generated, rng)).sequences:
+        if plan_of(self._config, step + 1).watches and (chosen := self._sequences.choose(generated, rng)).sequences:
             drawn = self._sequences.scores_at_drawing(chosen)
             self._carried = [replace(s, drawn_score=d) for s, d in zip(chosen.sequences, drawn, strict=True)]
 
     def _draw(self, rng: np.random.Generator) -> list[RolloutSequence]:
-        """Fresh completions of prompts taken evenly, each process drawing some."""
+        """Fresh completions of prompts taken evenly."""
         each = self._config.completions_per_prompt
         count = -(-self._config.eval_sequences // each)
         # Distinct prompts first: more prompts say more about the data than more completions of one.
         order = np.concatenate([rng.permutation(len(self._prompts)) for _ in range(-(-count // len(self._prompts)))])
-        rows = [self._prompts[i] for i in order[:count]][self._sharing.rank :: self._sharing.size]
-        seed = int(rng.integers(2**31)) + self._sharing.rank
-        drawn = []
-        if rows:
-            found = draw(
-                self._model, text_tokenizer(self._trainer.processing_class), rows, each, self._law, seed, "evaluation"
-            )
-            pairs = zip(found.prompt_ids, found.completion_ids, strict=True)
-            drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
-        return gather_object(drawn)
+        return self._fresh.draw([self._prompts[i] for i in order[:count]], rng, each)
 
     def _after_step(self, step: int) -> None:
         if not self._probing:
             return
         started, cpu = time.perf_counter(), time.process_time()
-        change = self._probe.after_step(measure=self._watch is None)
+        change = self._probe.after_step(measure=self._plan.measures)
         watched = None if self._watch is None else self._watch.after(step)
         if watched is not None:
             if change is None and self._seen is not None:

@@ -64,6 +64,8 @@ def _watched(watched: WatchedChange) -> dict[str, float]:
         "watched": watched.change.value,
         "watched_se": watched.change.standard_error,
         "watched_df": watched.change.degrees_of_freedom,
+        "watched_filtered": watched.filtered.value,
+        "watched_filtered_se": watched.filtered.standard_error,
         "watched_bias": watched.bias,
         "critic_r2": watched.explained,
     }

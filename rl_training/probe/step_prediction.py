@@ -17,11 +17,20 @@ from entropy_core.uncertainty import Estimate
 from rl_training.config import EntropyProbeConfig
 from rl_training.probe.change import StepParts
 
+_MANY_WEIGHTS = 50_000_000
+
 PER_TOKEN, PER_COMPLETION, SCORE_FUNCTION, SCORE_TERM = "token", "completion", "score function", "score term"
 """Names of the gradients that predictions are made with; the last comes out of the training backward pass."""
 
 NO_CHANGE = StepParts(*[Estimate(0.0, 0.0)] * 4)
 """Of a step that was not taken."""
+
+
+def folds_of(config: EntropyProbeConfig, trained_weights: int) -> int:
+    """How many folds of prompts gradients are kept in: fewer by default where there are very many weights."""
+    if config.standard_error_folds is not None:
+        return config.standard_error_folds
+    return 4 if trained_weights <= _MANY_WEIGHTS else 2
 
 
 def objectives_of(config: EntropyProbeConfig) -> dict[str, tuple[Estimator, bool]]:

@@ -1,7 +1,8 @@
 """The change of entropy of every step, from forward passes alone: before it, after it, and on request at trial moves in between.
 
-    watched = quiet + bias        quiet: token ratios with advantages of decay lambda < 1        (entropy_core.token_ratios)
-                                  bias: the running mean of (decay 1) - (decay lambda)           (entropy_core.bias_correction)
+    watched = quiet + bias        quiet: token ratios with advantages of decay lambda            (entropy_core.token_ratios)
+                                  bias: on request the running mean of (decay 1) - (decay lambda)
+                                                                                             (entropy_core.bias_correction)
     parts   change to theta + batch, from there to theta + batch + momentum, and from there to the weights after the step: they
             add up to `quiet`
 
@@ -20,6 +21,7 @@ Source: docs/theory/entropy-critic.md.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,11 +36,13 @@ from entropy_core.collectives import WorkSharing
 from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
 from entropy_core.token_ratios import TokenRatioChange, token_ratio_change
 from entropy_core.uncertainty import Estimate, jackknife_standard_error
 from entropy_core.watched_pass import WatchedPass, watched_pass
 from rl_training.config import EntropyProbeConfig
+from rl_training.probe.local_level import LocalLevel
 from rl_training.probe.observation import Observation
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.step_parts import upcoming_step, why_not_split
@@ -58,6 +62,7 @@ class WatchedChange:
         bias: what was added to `quiet`.
         parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
         explained: R^2 of the critic on these sequences, which it has not seen.
+        filtered: `change` with what the steps before say of it (rl_training.probe.local_level).
         measured, measured_fixed_prefix: the same passes by weights of whole sequences, and on given tokens.
     """
 
@@ -69,6 +74,7 @@ class WatchedChange:
     explained: float
     measured: EntropyMeasurement
     measured_fixed_prefix: EntropyMeasurement
+    filtered: Estimate
     parts: dict[str, Estimate] = field(default_factory=dict)
 
 
@@ -89,17 +95,20 @@ class EntropyWatch:
         sharing: WorkSharing | None = None,
         lockstep: bool = False,
     ) -> None:
-        self._config, self._model, self._lockstep = config, model, lockstep
+        self._config, self._model, self.lockstep = config, model, lockstep
         self._sharing = sharing or WorkSharing()
         self._prefixes = PrefixSharing(model, self._sharing)
         self._critic = EntropyCritic(keep=config.critic_keep)
-        self._correction = BiasCorrection(config.bias_keep)
+        self._correction = None if config.bias_keep is None else BiasCorrection(config.bias_keep)
+        self._sum, self._level = RunningSum(), LocalLevel()
         self._steps_since = 1
         self.forget_step()
 
     def forget_step(self) -> None:
         """Drop what was seen of a step that is not going to be taken; what was learned stays."""
         self._seen: Observation | None = None
+        self.after: WatchedPass | None = None
+        """The pass after the last step, where it was asked for; until the next step's is forgotten."""
         self._values: Tensor | None = None
         self._explained = math.nan
         self._trials: list[TokenStatistics] = []
@@ -108,7 +117,7 @@ class EntropyWatch:
     def look(self, batch: SequenceBatch, with_hidden: bool = False) -> WatchedPass:
         """One pass over `batch` under the model as it is now."""
         buckets = self._prefixes.buckets(batch)
-        return watched_pass(self._model, batch, buckets, self._sharing, self._lockstep, with_hidden)
+        return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, with_hidden)
 
     def before_step(
         self, batch: SequenceBatch, log_weights: Tensor | None = None, before: WatchedPass | None = None
@@ -163,14 +172,22 @@ class EntropyWatch:
                 found.append(self.look(self._seen.batch).statistics)
         self._trials = found
 
-    def after_step(self) -> WatchedChange | None:
-        """Look at the policy after the step; None where nothing was seen before it."""
+    @property
+    def seen(self) -> Observation | None:
+        """What was seen before the step that is being taken."""
+        return self._seen
+
+    def after_step(self, with_hidden: bool = False) -> WatchedChange | None:
+        """Look at the policy after the step; None where nothing was seen before it. with_hidden: keep the pass in `after`."""
         self._steps_since += 1
         seen, values, trials, explained = self._seen, self._values, self._trials, self._explained
         self.forget_step()
         if seen is None:
             return None
-        after = self.look(seen.batch).statistics
+        passed = self.look(seen.batch, with_hidden)
+        after = passed.statistics
+        if with_hidden:
+            self.after = passed
         decay = self._config.advantage_decay
 
         def change(to: TokenStatistics, decay: float) -> TokenRatioChange:
@@ -178,24 +195,29 @@ class EntropyWatch:
 
         quiet, reference = change(after, decay), change(after, 1.0)
         pair = PairedEstimates.from_left_out(quiet.change, quiet.left_out, reference.change, reference.left_out)
-        corrected = self._correction.add(pair)
+        units = _units(seen.batch)
+        total = self._sum.add(quiet.change, quiet.left_out, units)
+        corrected = Estimate(quiet.change, quiet.standard_error, quiet.degrees_of_freedom)
+        if self._correction is not None:
+            corrected, total = self._correction.add(pair), self._correction.total()
         of_tokens = (seen.statistics, after, seen.batch, True, seen.log_weights)
         return WatchedChange(
             change=corrected,
-            cumulative=self._correction.total(),
+            cumulative=total,
             quiet=quiet,
             pair=pair,
             bias=corrected.value - quiet.change,
             explained=explained,
             measured=snis_entropy_change(*of_tokens),
             measured_fixed_prefix=fixed_prefix_entropy_change(*of_tokens),
+            filtered=self._level.add(corrected),
             parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
         )
 
     # ------------------------------------------------------------------ for a trainer's state
     def state(self) -> dict[str, Any]:
         """What the critic has learned, as small tensors; for `load`."""
-        return self._critic.state() | {"steps_since": self._steps_since}
+        return self._critic.state() | {"steps_since": self._steps_since, "sum": self._sum.state()}
 
     def load(self, state: dict[str, Any], pairs: Iterable[PairedEstimates]) -> None:
         """Go on from `state`, with the pairs of all steps watched so far.
@@ -206,11 +228,26 @@ class EntropyWatch:
         since = state.get("steps_since")
         if not isinstance(since, int) or isinstance(since, bool) or since < 0:
             raise ValueError("the watch's steps since its last look must be a number of steps")
+        total = RunningSum()
+        total.load(state.get("sum") or {})
         self._critic.load(state)
-        self._steps_since = since
-        self._correction = BiasCorrection(self._config.bias_keep)
+        self._sum, self._steps_since = total, since
+        self._level = LocalLevel()
+        keep = self._config.bias_keep
+        self._correction = None if keep is None else BiasCorrection(keep)
         for pair in pairs:
-            self._correction.add(pair)
+            quiet = Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
+            self._level.add(quiet if self._correction is None else self._correction.add(pair))
+
+
+def _units(batch: SequenceBatch) -> list[str]:
+    """A name for each prompt of a batch, in ascending order of index: a digest of its tokens."""
+    names: dict[int, str] = {}
+    ids, masks = batch.input_ids.cpu(), batch.prompt_mask.cpu()
+    for prompt, row, kept in zip(batch.prompt_index.tolist(), ids, masks, strict=True):
+        if prompt not in names:
+            names[prompt] = hashlib.sha256(row[kept].numpy().tobytes()).hexdigest()[:16]
+    return [names[prompt] for prompt in sorted(names)]
 
 
 def _parts(way: list[TokenRatioChange]) -> dict[str, Estimate]:

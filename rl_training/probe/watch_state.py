@@ -101,6 +101,7 @@ def _encoded(state: Mapping[str, Any]) -> dict[str, Any]:
         "shape": list(sums.shape),
         "upper": base64.b64encode(upper.tobytes()).decode("ascii"),
         "steps_since": state["steps_since"],
+        "sum": state["sum"],
     }
 
 
@@ -123,4 +124,4 @@ def _decoded(found: Any) -> dict[str, Any]:
     values = torch.from_numpy(upper.astype(np.float64)).reshape(folds, -1)
     sums[:, rows, columns] = values
     sums[:, columns, rows] = values
-    return {"sums": sums, "steps_since": found.get("steps_since")}
+    return {"sums": sums, "steps_since": found.get("steps_since"), "sum": found.get("sum")}

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import TrainerCallback
 
 from rl_training.algs.dr_grpo import DrGRPOTrainer
 from rl_training.config import EntropyProbeConfig
@@ -22,7 +23,8 @@ RATE = 1e-3
 
 
 def watched_run(trainer, **probe):
-    config = EntropyProbeConfig(**{"mode": "watch", "on_error": "raise", "eval_sequences": 16, **probe})
+    settings = {"mode": "watch", "on_error": "raise", "eval_sequences": 16, "bias_keep": 0.9, **probe}
+    config = EntropyProbeConfig(**settings)
     callback = attach_entropy_probe(trainer, config, console=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -94,7 +96,7 @@ def test_the_trainers_own_pass_is_taken_and_gives_the_same_numbers(tiny_policy, 
 
         monkeypatch.setattr(callback._watch._watch, "look", counted)
         if own:
-            callback._watch._trainer_pass.trouble = "not wanted here"
+            callback._watch._trainer_pass.known.trouble = "not wanted here"
         trainer.train()
         entries[own] = logged(trainer)
     # Ours before steps 1, 2 and 4 (they hold the trainer's against them), and not before step 3.
@@ -168,7 +170,7 @@ def test_a_resumed_run_watches_on_as_if_it_had_not_been_stopped(tiny_policy, tmp
     _, wanted, _ = watched_run(whole, predict_every=3)
     again = make_trainer(tiny_policy, tmp_path / "again", **settings, restore_callback_states_from_checkpoint=True)
     callback = attach_entropy_probe(
-        again, EntropyProbeConfig(mode="watch", on_error="raise", predict_every=3), console=False
+        again, EntropyProbeConfig(mode="watch", on_error="raise", predict_every=3, bias_keep=0.9), console=False
     )
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     found = logged(again)[-2:]
@@ -206,3 +208,92 @@ def test_memory_is_refused_before_it_is_taken(tiny_policy, tmp_path):
 def test_settings_of_another_mode_are_refused(settings):
     with pytest.raises(ValidationError, match="mode=watch|predict_every|mode=simple"):
         EntropyProbeConfig(**settings)
+
+
+# --- a pool of held-out sequences ----------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"{a}-{b}="} for a in range(5) for b in range(4)]
+
+
+def pooled_run(tiny_policy, folder, steps=6, **probe):
+    trainer = make_trainer(tiny_policy, folder, max_steps=steps, learning_rate=RATE)
+    settings = {"mode": "watch", "rollouts": "pool", "pool_age": 4, "eval_sequences": 16, "on_error": "raise", **probe}
+    callback = attach_entropy_probe(trainer, EntropyProbeConfig(**settings), ROWS, console=False)
+    return trainer, callback
+
+
+def test_a_pool_is_watched_and_training_is_bit_identical(tiny_policy, tmp_path):
+    trainer, callback = pooled_run(tiny_policy, tmp_path / "with", predict_every=3, parts_every=2)
+    pool, seen = callback._watch._pool, []
+    turn, draw = pool.turn, pool._draw
+
+    def noted(rng):
+        out = turn(rng)
+        seen.append((list(pool.names), [m.row for m in pool._members], out))
+        return out
+
+    pool.turn = noted
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [w for w in caught if "entropy probe" in str(w.message)]
+    entries = logged(trainer)
+    assert len(entries) == 6 and all("watched" in e and "watched_filtered" in e for e in entries)
+    assert ["predicted" in e for e in entries] == [True, False, False, True, False, False]
+    for (before, _, _), (names, rows, _) in zip(seen, seen[1:], strict=False):
+        assert names[:12] == before[4:] and not set(names[12:]) & set(before), (
+            "four of sixteen are replaced, the oldest"
+        )
+        assert len(set(rows)) == 16, "prompts are distinct"
+    prompts = {tuple(s.prompt_ids) for _, _, out in seen for s in out}
+    trained = {tuple(s.prompt_ids) for s in callback._trained}
+    assert not prompts & trained and draw is not None
+    assert entries[0]["weights_ess"] == pytest.approx(16) and entries[-1]["weights_ess"] < 16
+    assert entries[-1]["cumulative_watched"] == pytest.approx(sum(e["watched"] for e in entries), rel=1e-9)
+    alone = make_trainer(tiny_policy, tmp_path / "without", max_steps=6, learning_rate=RATE)
+    alone.train()
+    assert all(torch.equal(w, weights(alone)[name]) for name, w in weights(trainer).items())
+
+
+def test_the_pass_after_a_step_is_the_next_ones_before_and_gives_the_same_numbers(tiny_policy, tmp_path, monkeypatch):
+    entries, looked = {}, {False: [], True: []}
+    for own in (False, True):
+        trainer, callback = pooled_run(tiny_policy, tmp_path / str(own), steps=4)
+        look = callback._watch._watch.look
+
+        def counted(batch, *args, own=own, look=look, **kwargs):
+            looked[own].append(len(batch))
+            return look(batch, *args, **kwargs)
+
+        monkeypatch.setattr(callback._watch._watch, "look", counted)
+        if own:
+            callback._watch._last_pass._known.trouble = "not wanted here"
+        trainer.train()
+        entries[own] = logged(trainer)
+    # before and after step 1; both held against each other before steps 2 and 3; before step 4 the new ones alone
+    assert looked == {False: [16, 16, 16, 16, 16, 16, 4, 16], True: [16] * 8}
+    for ours, theirs in zip(entries[True], entries[False], strict=True):
+        assert theirs["watched"] == pytest.approx(ours["watched"], rel=1e-3, abs=1e-6)
+
+
+def test_weights_that_something_else_moved_are_noticed(tiny_policy, tmp_path):
+    trainer, callback = pooled_run(tiny_policy, tmp_path, steps=3)
+
+    class Meddler(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                kwargs["model"].model.norm.weight.mul_(0.9)
+
+    trainer.add_callback(Meddler())
+    with pytest.warns(RuntimeWarning, match="the last step's .* differ from ours"):
+        trainer.train()
+    assert len(callback.history) == 3
+
+
+def test_a_pool_on_own_sequences_is_said(tiny_policy, tmp_path):
+    trainer = make_trainer(tiny_policy, tmp_path, max_steps=1)
+    with pytest.warns(RuntimeWarning, match="what it learns from.*rollouts=pool"):
+        attach_entropy_probe(trainer, EntropyProbeConfig(mode="watch"), console=False)
+    for settings in ({"rollouts": "pool"}, {"mode": "watch", "rollouts": "pool", "bias_keep": 0.9}):
+        with pytest.raises(ValidationError, match="pool"):
+            EntropyProbeConfig(**settings)

@@ -26,7 +26,7 @@ def trained() -> Setting:
 
 
 def make_watch(setting: Setting, **config: object) -> EntropyWatch:
-    return EntropyWatch(EntropyProbeConfig(**{"mode": "watch", **config}), setting.model)
+    return EntropyWatch(EntropyProbeConfig(**{"mode": "watch", "bias_keep": 0.95, **config}), setting.model)
 
 
 def watched_step(setting: Setting, watch: EntropyWatch, seed: int, parts: bool = False):
@@ -197,6 +197,8 @@ DAMAGE = {
     "unequal": lambda r: {**r, "covariance": r["covariance"][1:]},
     "no order": lambda r: {**r, "step": r["step"][::-1]},
     "the future": lambda r: {**r, "step": [1, 2, 99]},
+    "a sum without units": lambda r: {**r, "critic": {**r["critic"], "sum": {"value": 1.0}}},
+    "a sum that is none": lambda r: {**r, "critic": {**r["critic"], "sum": {**r["critic"]["sum"], "value": "x"}}},
     "steps since": lambda r: {**r, "critic": {**r["critic"], "steps_since": -1}},
 }
 
