@@ -213,6 +213,8 @@ PROBE_PRESETS: dict[str, dict[str, Any]] = {
         "completions_per_prompt": 1,
         "refresh_every": 1,
     },
+    "watch": {"mode": "watch", "rollouts": "pool", "eval_sequences": 64, "completions_per_prompt": 1},
+    "watch_light": {"mode": "watch", "rollouts": "pool", "eval_sequences": 16, "completions_per_prompt": 1},
 }
 """Settings that belong together, chosen by measurement (benchmarks/results); single keys may be set beside them."""
 
@@ -222,8 +224,8 @@ class EntropyProbeConfig(StrictModel):
 
     enabled: bool = True
     """Attach the probe; training is bit-identical with it and without."""
-    preset: Literal["default", "light", "accurate", "held_out"] = "default"
-    """Settings that belong together: `default`, `light` (cheaper), `accurate` (every step), `held_out` (fresh completions)."""
+    preset: Literal["default", "light", "accurate", "held_out", "watch", "watch_light"] = "default"
+    """Settings that belong together: `default`, `light`, `accurate`, `held_out`; `watch`, `watch_light`: forward passes alone."""
     mode: Literal["watch", "simple", "attribution"] = "simple"
     """`watch`: the change by forward passes alone; `simple`: predicted beside measured; `attribution`: with shares as well."""
     log_every: PositiveInt = 1

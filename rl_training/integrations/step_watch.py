@@ -118,7 +118,7 @@ class StepWatch:
         seen = self._watch.seen
         found = self._watch.after_step(with_hidden=self._pool is not None)
         if found is not None and seen is not None:
-            self._history.add(step, found.pair, self._watch)
+            self._history.add(step, found.pair, found.entropy, self._watch)
             if self._pool is not None and self._watch.after is not None:
                 self._last_pass.note(step - 1, self._pool.names, seen.batch, self._watch.after)
         return found

@@ -58,7 +58,7 @@ class WatchedChange:
     Attributes:
         change: corrected; its error holds that of the correction.
         cumulative: sum of the corrected changes of all watched steps so far.
-        quiet: with decay lambda, not corrected. pair: the same with the reference, for a record of steps.
+        entropy: h before the step. quiet: with decay lambda, not corrected. pair: the same with the reference, for a record of steps.
         bias: what was added to `quiet`.
         parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
         explained: R^2 of the critic on these sequences, which it has not seen.
@@ -68,6 +68,7 @@ class WatchedChange:
 
     change: Estimate
     cumulative: Estimate
+    entropy: float
     quiet: TokenRatioChange
     pair: PairedEstimates
     bias: float
@@ -195,7 +196,7 @@ class EntropyWatch:
 
         quiet, reference = change(after, decay), change(after, 1.0)
         pair = PairedEstimates.from_left_out(quiet.change, quiet.left_out, reference.change, reference.left_out)
-        units = _units(seen.batch)
+        h, units = seen.entropy().value, _units(seen.batch)
         total = self._sum.add(quiet.change, quiet.left_out, units)
         corrected = Estimate(quiet.change, quiet.standard_error, quiet.degrees_of_freedom)
         if self._correction is not None:
@@ -204,13 +205,14 @@ class EntropyWatch:
         return WatchedChange(
             change=corrected,
             cumulative=total,
+            entropy=h,
             quiet=quiet,
             pair=pair,
             bias=corrected.value - quiet.change,
             explained=explained,
             measured=snis_entropy_change(*of_tokens),
             measured_fixed_prefix=fixed_prefix_entropy_change(*of_tokens),
-            filtered=self._level.add(corrected),
+            filtered=self._level.add(corrected, h),
             parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
         )
 
@@ -219,8 +221,8 @@ class EntropyWatch:
         """What the critic has learned, as small tensors; for `load`."""
         return self._critic.state() | {"steps_since": self._steps_since, "sum": self._sum.state()}
 
-    def load(self, state: dict[str, Any], pairs: Iterable[PairedEstimates]) -> None:
-        """Go on from `state`, with the pairs of all steps watched so far.
+    def load(self, state: dict[str, Any], steps: Iterable[tuple[PairedEstimates, float]]) -> None:
+        """Go on from `state`, with the pairs of all steps watched so far and the entropies before them (nats per token).
 
         Raises:
             ValueError: a state that is not one of this class.
@@ -235,9 +237,9 @@ class EntropyWatch:
         self._level = LocalLevel()
         keep = self._config.bias_keep
         self._correction = None if keep is None else BiasCorrection(keep)
-        for pair in pairs:
+        for pair, entropy in steps:
             quiet = Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
-            self._level.add(quiet if self._correction is None else self._correction.add(pair))
+            self._level.add(quiet if self._correction is None else self._correction.add(pair), entropy)
 
 
 def _units(batch: SequenceBatch) -> list[str]:

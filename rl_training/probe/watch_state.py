@@ -21,7 +21,7 @@ from entropy_core.bias_correction import PairedEstimates
 from rl_training.probe.watch import EntropyWatch
 
 STATE_KEY = "entropy_probe_watch"
-_NUMBERS = tuple(f.name for f in fields(PairedEstimates))
+_NUMBERS = (*(f.name for f in fields(PairedEstimates)), "entropy")
 
 
 class WatchHistory:
@@ -48,11 +48,11 @@ class WatchHistory:
         self._record = callbacks[STATE_KEY] = record
         return None
 
-    def add(self, step: int, pair: PairedEstimates, watch: EntropyWatch) -> None:
+    def add(self, step: int, pair: PairedEstimates, entropy: float, watch: EntropyWatch) -> None:
         """Note a watched step, counted from 1, and what the critic knows after it."""
         self._record["step"].append(step)
         for name in _NUMBERS:
-            value = float(getattr(pair, name))
+            value = entropy if name == "entropy" else float(getattr(pair, name))
             self._record[name].append(value if math.isfinite(value) else None)
         self._record["critic"] = _encoded(watch.state())
 
@@ -80,7 +80,7 @@ def _checked(found: Any, last_step: int) -> dict[str, Any]:
             raise ValueError(f"a {name} is not a number")
         if name in ("quiet_variance", "difference_variance") and any(v < 0 for v in known):
             raise ValueError(f"a {name} is negative")
-        if name in ("quiet", "freedom") and (
+        if name in ("quiet", "freedom", "entropy") and (
             len(known) != len(steps) or (name == "freedom" and min(known, default=1) < 1)
         ):
             raise ValueError(f"a {name} is missing or out of range")
@@ -88,9 +88,9 @@ def _checked(found: Any, last_step: int) -> dict[str, Any]:
     return out
 
 
-def _pairs(record: Mapping[str, Any]) -> list[PairedEstimates]:
+def _pairs(record: Mapping[str, Any]) -> list[tuple[PairedEstimates, float]]:
     columns = [[math.nan if v is None else float(v) for v in record[name]] for name in _NUMBERS]
-    return [PairedEstimates(*row) for row in zip(*columns, strict=True)]
+    return [(PairedEstimates(*row[:-1]), row[-1]) for row in zip(*columns, strict=True)]
 
 
 def _encoded(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,8 @@ def after_steps(trained: Setting, count: int) -> tuple[Setting, EntropyWatch, Wa
     watch, history = make_watch(setting), WatchHistory()
     assert history.begin(state, 0, watch) is None
     for step in range(count):
-        history.add(step + 1, watched_step(setting, watch, step).pair, watch)
+        seen = watched_step(setting, watch, step)
+        history.add(step + 1, seen.pair, seen.entropy, watch)
     return setting, watch, history, state
 
 
@@ -181,6 +182,7 @@ def test_a_resumed_watch_goes_on_as_if_nothing_had_happened(trained: Setting) ->
     for seed in (5, 6):
         went_on, again = watched_step(setting, watch, seed), watched_step(resumed_setting, resumed, seed)
         assert again.change.value == went_on.change.value and again.explained == went_on.explained
+        assert again.filtered.value == pytest.approx(went_on.filtered.value, rel=1e-9)
         assert again.cumulative.standard_error == pytest.approx(went_on.cumulative.standard_error, rel=1e-9)
         assert again.cumulative.value == pytest.approx(went_on.cumulative.value, rel=1e-12)
 
