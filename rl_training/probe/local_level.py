@@ -3,9 +3,9 @@
     x_t = x_{t-1} + N(0, q)        y_t = x_t + N(0, se_t^2)        y = dh / h, relative changes
     q = max( (0.2 x)^2 , mean of (innovation^2 - se_t^2 - P) )
 
-x_t is the relative change that step t makes, y_t what was measured of it, P the variance of x before y_t is seen. The mean forgets
-by KEEP a measurement; the first innovation is taken whole. Relative changes of a policy that collapses stay alike where changes
-shrink. A level lags behind what grows or fades, so running sums are made of the measurements and not of the level.
+x_t is the relative change that step t makes, y_t what was measured of it, P the variance of x before y_t is seen. The mean
+forgets by KEEP a measurement; the first innovation is taken whole. Relative changes of a policy that collapses stay alike where
+changes shrink. A level lags behind what grows or fades, so running sums are made of the measurements and not of the level.
 
 Source: Kalman 1960; local level, Harvey 1989. Chosen by replay of recorded runs (benchmarks/probe_replay).
 """

@@ -58,7 +58,8 @@ class WatchedChange:
     Attributes:
         change: corrected; its error holds that of the correction.
         cumulative: sum of the corrected changes of all watched steps so far.
-        entropy: h before the step. quiet: with decay lambda, not corrected. pair: the same with the reference, for a record of steps.
+        entropy: h before the step. quiet: with decay lambda, not corrected.
+        pair: the same with the reference, for a record of steps.
         bias: what was added to `quiet`.
         parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
         explained: R^2 of the critic on these sequences, which it has not seen.
