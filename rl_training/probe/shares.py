@@ -26,6 +26,7 @@ from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.leaving_out import clip_response
 from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.settings import PassSettings
 
 # What of the real gradient may be left over, relative to its size, before the weights are not the loss's.
 SAME_GRADIENT = 1e-3
@@ -102,7 +103,7 @@ def attribute_sequences(
         trouble = None
         try:
             if part is not None:
-                stream_rows(model, part, [_of(coefficients, mine)], sink, method="hooks", as_trained=True)
+                stream_rows(model, part, [_of(coefficients, mine)], sink, PassSettings(method="hooks"), as_trained=True)
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             trouble = str(error)
         if sharing.any(trouble is not None, device):
