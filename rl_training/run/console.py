@@ -64,13 +64,13 @@ def _probe_cells(probe: dict[str, float]) -> str:
     """The cells under `_PROBE_COLUMNS`; what a step was not probed for stands as n/a."""
     predicted, measured = (
         f"{_number(probe.get(name), '>+8.4f')} ± {_number(_reach(probe, name), '>6.4f')}"
-        for name in ("predicted", "measured")
+        for name in ("predicted", "watched" if "watched" in probe else "measured")
     )
     measured = f"{measured:>18}"
-    if probe.get("low_ess"):  # of a logged row's steps one at least
+    if probe.get("low_ess") and "watched" not in probe:  # of a logged row's steps one at least
         measured = f"[dim]{measured}[/dim]"
-    numbers = (("batch", ">+8.4f"), ("momentum", ">+8.4f"))
-    return " ".join([f" {predicted:>18}", measured, *(_number(probe.get(name), form) for name, form in numbers)])
+    parts = (probe.get(name, probe.get(f"watched_{name}")) for name in ("batch", "momentum"))
+    return " ".join([f" {predicted:>18}", measured, *(_number(part, ">+8.4f") for part in parts)])
 
 
 def _reach(probe: dict[str, float], name: str) -> float | None:
@@ -81,7 +81,7 @@ def _reach(probe: dict[str, float], name: str) -> float | None:
 
 def _low_ess(probe: dict[str, float]) -> str:
     """The words beside a measurement that is not to be trusted."""
-    return "  [dim]measured: low ESS[/dim]" if probe.get("low_ess") else ""
+    return "  [dim]measured: low ESS[/dim]" if probe.get("low_ess") and "watched" not in probe else ""
 
 
 class ProbeConsole(TrainerCallback):
