@@ -30,12 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, entropy_coefficients
 from entropy_core.gradients import trainable_parameters
-from entropy_core.passes.forward import completion_logits, evaluation_mode
+from entropy_core.passes.forward import completion_logits
 from entropy_core.passes.logits import bounded_logprobs, logit_chunks
 from entropy_core.passes.position_table import check_length
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
-from entropy_core.passes.shared_tokens import repeated_tokens_once
-from entropy_core.passes.stopped_gradients import attached_norms
+from entropy_core.passes.state import PassState, open_passes
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
 Method = Literal["auto", "forward", "central"]
@@ -75,7 +74,7 @@ def token_derivatives(
     _check_covers("the direction", direction, parameters)
     check_length(model, int(batch.scored_lengths.max()) - 1)
     with ExitStack() as held:
-        held.enter_context(_padding_embeddings_held(model) if hold_padding else attached_norms(model))
+        held.enter_context(_padding_embeddings_held(model) if hold_padding else PassState.of(model).attached_norms())
         if method in ("auto", "forward"):
             try:
                 return _forward_mode(model, batch, direction, parameters, passes)
@@ -147,9 +146,9 @@ class _CompletionLogits(nn.Module):
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
     def forward(self, bucket: Bucket, temperature: float) -> Tensor:
-        with repeated_tokens_once(self.model, bucket) as repeated:
+        with PassState.of(self.model) as state, state.sharing(bucket) as agreed:
             logits = completion_logits(self.model, bucket, temperature)
-        return logits if repeated() else completion_logits(self.model, bucket, temperature)
+        return logits if agreed() else completion_logits(self.model, bucket, temperature)
 
 
 def _forward_mode(
@@ -159,7 +158,7 @@ def _forward_mode(
     parameters: Mapping[str, nn.Parameter],
     passes: PassSettings,
 ) -> TokenStatistics:
-    with evaluation_mode(model):
+    with open_passes(model):
         # Building the wrapper inside: it must not leave a mark on the model's training flags.
         wrapper = _CompletionLogits(model).eval()
         places, values = [], []

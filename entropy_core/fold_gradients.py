@@ -27,9 +27,10 @@ from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.graph_passes import weighted_sum
 from entropy_core.passes.fold_rows import FoldRows
-from entropy_core.passes.forward import evaluation_mode, true_embedding_gradients
+from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowTaps
+from entropy_core.passes.state import open_passes
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
 
@@ -146,7 +147,7 @@ def fold_gradients(
     fold_of = fold_of_sequences(batch.prompt_index, count)
     whole = _own_buckets(batch, buckets, sharing)
     rows.begin(work.parameters)
-    with evaluation_mode(model), true_embedding_gradients(model), torch.enable_grad():
+    with open_passes(model), true_embedding_gradients(model), torch.enable_grad():
         known = rows.failure
         if count > 1 and known is None:
             found = _by_rows(work, whole, fold_of, count, rows)
@@ -279,7 +280,7 @@ def _statistics(
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     types = (dtype, torch.float64, dtype)[: 2 + with_variances]
     full = [torch.zeros(batch.input_ids.shape, dtype=t, device=batch.device) for t in types]
-    with evaluation_mode(model), torch.no_grad():
+    with open_passes(model), torch.no_grad():
         for bucket in pieces:
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
             for tensor, values in zip(full, found, strict=False):

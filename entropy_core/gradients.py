@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
-from entropy_core.passes.forward import evaluation_mode, true_embedding_gradients
+from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
-from entropy_core.passes.stopped_gradients import attached_norms
+from entropy_core.passes.state import PassState, open_passes
 from entropy_core.row_stream import RowSink, RowStream
 from entropy_core.scores import TokenStatistics, token_statistics
 
@@ -56,12 +56,12 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 @contextmanager
 def gradient_rule(model: nn.Module, as_trained: bool) -> Iterator[None]:
     """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's rule; and so for gradients
-    that modules stop, in a model that entropy_core.passes.stopped_gradients.true_derivatives holds.
+    that modules stop, where a PassState with true_derivatives is open on the model.
     """
     with ExitStack() as rules:
         if not as_trained:
             rules.enter_context(true_embedding_gradients(model))
-            rules.enter_context(attached_norms(model))
+            rules.enter_context(PassState.of(model).attached_norms())
         yield
 
 
@@ -79,7 +79,7 @@ def batch_gradients(
     """
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
-    with evaluation_mode(model), gradient_rule(model, as_trained), torch.enable_grad():
+    with open_passes(model), gradient_rule(model, as_trained), torch.enable_grad():
         for _, objectives in GraphPasses(model, batch, coefficients, passes).run():
             for number, objective in enumerate(objectives):
                 if number == len(totals):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
-from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.gradient_hooks import RowTaps
 from entropy_core.passes.row_check import RowCheck, RowSums, RowSumsDifferError
 from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError
 from entropy_core.passes.settings import PassSettings
+from entropy_core.passes.state import open_passes
 from entropy_core.scores import token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
@@ -72,7 +72,7 @@ class RowStream:
     def _by_hooks(self, passes: GraphPasses, formation: RowFormation, sink: RowSink, rehearse: bool) -> None:
         check = formation.check
         with (
-            evaluation_mode(self._model),
+            open_passes(self._model),
             torch.enable_grad(),
             RowTaps(self._model, self._parameters, formation.copies) as taps,
         ):
@@ -177,7 +177,7 @@ class RowStream:
     def _one_by_one(self, indices: Sequence[int], coefficients: Sequence[TokenCoefficients], sink: RowSink) -> None:
         """Each sequence alone: a forward pass, and a backward pass for every objective."""
         parameters = list(self._parameters.values())
-        with evaluation_mode(self._model), torch.enable_grad():
+        with open_passes(self._model), torch.enable_grad():
             for index in indices:
                 own = slice(index, index + 1)
                 chosen = [TokenCoefficients(c.entropy[own], c.logprob[own]) for c in coefficients]

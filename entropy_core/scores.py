@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
-from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.position_table import check_length
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
+from entropy_core.passes.state import open_passes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def token_statistics(
     """
     check_length(model, int(batch.scored_lengths.max()) - 1)
     places, values = [], []
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), open_passes(model):
         for bucket in length_buckets(batch, passes.token_batch_size):
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
             places.append((bucket.sequences, bucket.columns))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from entropy_core.passes.forward import input_device
-from entropy_core.passes.stopped_gradients import true_derivatives
+from entropy_core.passes.state import PassState
 from entropy_experiments.analyses.headline_units import leaving_out_summary, with_training_noise
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
@@ -156,7 +156,7 @@ def _analyze_into(
         learning_rate=config.checkpoint.learning_rate,
     )
     record = checkpoint.record
-    with _part_folder(target, processes, resume, overwrite) as part, true_derivatives(checkpoint.model):
+    with _part_folder(target, processes, resume, overwrite) as part, PassState(checkpoint.model, true_derivatives=True):
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(record.path, config)))
         plan = plan_sampling(checkpoint, config, trust)

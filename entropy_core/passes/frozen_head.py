@@ -14,7 +14,6 @@ pass); other heads go the ordinary way. Symbols as in entropy_core.scores. Sourc
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,8 @@ from entropy_core.passes.logits import (
     surprisal_variances,
 )
 from entropy_core.passes.lora import owns_weight
-from entropy_core.passes.shared_tokens import repeated_tokens_once
+from entropy_core.passes.shared_pass import Findings
+from entropy_core.passes.state import PassState
 
 _CHUNK_ELEMENTS = 2**23  # logits at a time: 32 MiB in float32
 _PROBE_TOKENS = 2
@@ -48,10 +48,6 @@ class CompletionValues(NamedTuple):
     variances: Tensor | None
 
 
-# Output layers whose model does more to logits than the layer itself (soft-capping, scaling).
-_not_plain: WeakSet[nn.Module] = WeakSet()
-
-
 def completion_values(
     model: nn.Module,
     bucket: Bucket,
@@ -64,18 +60,28 @@ def completion_values(
 
     Raises ValueError for logits that are not finite, naming the sequence.
     """
-    with repeated_tokens_once(model, bucket) as repeated:
-        found = _one_pass(model, bucket, temperature, with_entropies, with_variances)
-    return found if repeated() else _one_pass(model, bucket, temperature, with_entropies, with_variances)
+    with PassState.of(model) as state:
+        with state.sharing(bucket) as agreed:
+            found = _one_pass(model, bucket, temperature, with_entropies, with_variances, state.findings)
+        if not agreed():
+            found = _one_pass(model, bucket, temperature, with_entropies, with_variances, state.findings)
+        return found
 
 
 def _one_pass(
-    model: nn.Module, bucket: Bucket, temperature: float, with_entropies: bool, with_variances: bool
+    model: nn.Module,
+    bucket: Bucket,
+    temperature: float,
+    with_entropies: bool,
+    with_variances: bool,
+    findings: Findings,
 ) -> CompletionValues:
     layer = output_layer(model)
-    if _may_be_fused(layer):
+    if layer not in findings.processed_logits and _may_be_fused(layer):
         assert isinstance(layer, nn.Linear)
         hidden = _hidden_states(model, layer, bucket)
+        if hidden is None:
+            findings.processed_logits.add(layer)
         if hidden is not None:
             return _from_hidden(layer, hidden, bucket, temperature, with_entropies, with_variances)
     logits = completion_logits(model, bucket, temperature)
@@ -85,7 +91,7 @@ def _one_pass(
 
 
 def _may_be_fused(layer: nn.Module | None) -> bool:
-    if layer is None or layer in _not_plain or not isinstance(layer, nn.Linear):
+    if layer is None or not isinstance(layer, nn.Linear):
         return False
     if type(layer).forward is not nn.Linear.forward or layer._forward_hooks or layer._forward_pre_hooks:
         return False
@@ -100,6 +106,7 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
     """(m, width) hidden states that predict completion tokens; None where logits are not the layer's own output."""
     cut: list[Tensor] = []
     calls: list[Tensor] = []
+    plain: list[bool] = []
 
     def catch(_module: nn.Module, args: tuple) -> tuple:
         if cut or args[0].shape[:2] != bucket.input_ids.shape:
@@ -109,7 +116,10 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
         cut.append(hidden[bucket.rows.to(hidden.device), bucket.positions.to(hidden.device)])
         return (cut[0][:_PROBE_TOKENS].detach(), *args[1:])
 
-    def keep(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+    def keep(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # Somebody may have put another forward on this very layer: then its weight does not say what it computes.
+        expected = functional.linear(args[0].to(layer.weight.device), layer.weight, layer.bias)
+        plain.append(torch.equal(expected.to(output.device).nan_to_num(), output.nan_to_num()))
         # What comes after the layer is asked about large numbers too, which a clamp or a soft cap would change.
         spread = torch.linspace(-1e3, 1e3, output.shape[-1], dtype=output.dtype, device=output.device)
         calls.append(torch.cat([output[:-1], spread.expand_as(output[-1:])]))
@@ -122,11 +132,10 @@ def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor
         for handle in handles:
             handle.remove()
     called_once = len(cut) == len(calls) == 1
-    if called_once and logits.shape == calls[0].shape:
+    if called_once and all(plain) and logits.shape == calls[0].shape:
         own = calls[0].to(logits.device)
         if torch.equal(logits.nan_to_num(), own.nan_to_num()):
             return cut[0]
-    _not_plain.add(layer)
     return None
 
 

@@ -16,21 +16,16 @@ the first pass; all others go the ordinary way. Source: docs/theory/fisher-kerne
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from entropy_core.passes.gradient_hooks import RowTaps, TapHook
-from entropy_core.passes.token_plan import Cotangents, TokenPlan, disagreement
+from entropy_core.passes.replaced_forward import own_forward, wrapped_by_others
+from entropy_core.passes.shared_pass import Cotangents, SharedPass
 
 _PROBE_TOKENS = 2
-
-# Layers that gave what the operation here gives, and layers that did not.
-_agreed: WeakSet[nn.Module] = WeakSet()
-_differ: WeakSet[nn.Module] = WeakSet()
 
 
 class PlainAdapter(NamedTuple):
@@ -52,16 +47,21 @@ def owns_weight(layer: nn.Module) -> bool:
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether the module is a frozen y = x W^T + b and nothing else, with its whole W at hand."""
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or not owns_weight(module):
+    if type(module).forward is not nn.Linear.forward or wrapped_by_others(module) or not owns_weight(module):
         return False
     tensors = [t for t in module._parameters.values() if t is not None]
     return all(not t.requires_grad and type(t) is nn.Parameter and t.device.type != "meta" for t in tensors)
 
 
-def plain_adapter(layer: Any) -> PlainAdapter | None:
-    """What `adapter_forward` needs to stand for the module's own forward; None where it may not."""
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether the module is peft's own linear LoRA layer, and no subclass of it."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # a model has its layers only where it is loaded
-    if peft is None or type(layer) is not peft.Linear or "forward" in vars(layer) or layer in _differ:
+    return peft is not None and type(module) is peft.Linear
+
+
+def plain_adapter(layer: Any) -> PlainAdapter | None:
+    """What `adapted` needs to stand for the module's own forward; None where it may not."""
+    if not is_adapter_layer(layer) or wrapped_by_others(layer):
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged:
@@ -71,7 +71,7 @@ def plain_adapter(layer: Any) -> PlainAdapter | None:
         return None
     base, dropout, a, b = layer.base_layer, layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
     off = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not dropout.training)
-    plain = all(type(m).forward is nn.Linear.forward and "forward" not in vars(m) and m.bias is None for m in (a, b))
+    plain = all(type(m).forward is nn.Linear.forward and not wrapped_by_others(m) and m.bias is None for m in (a, b))
     if not off or not plain or not is_frozen_linear(base) or any(_watched(m) for m in (base, dropout, a, b)):
         return None
     tensors = [t for t in (base.weight, base.bias, a.weight, b.weight) if t is not None]
@@ -87,40 +87,32 @@ def _watched(module: nn.Module) -> bool:
     return any(not isinstance(hook, TapHook) for hook in module._forward_hooks.values())
 
 
-def adapter_forward(layer: nn.Module, found: PlainAdapter, plan: TokenPlan, differences: list[Tensor]) -> Callable:
-    """What may stand in for `layer.forward` in a pass over the plan's bucket; found: `plain_adapter(layer)`.
+def adapted(layer: nn.Module, found: PlainAdapter, x: Tensor, current: SharedPass) -> Tensor | None:
+    """The output (n, l, out) of a LoRA layer on x (n, l, d) in one operation; None where the layer itself is to be called.
 
-    differences: is given, at every call, a number above 0 where tokens that the plan takes for equal are not.
+    found: `plain_adapter(layer)`.
     """
-    ordinary = layer.forward
+    agreed = current.findings.adapters
+    if x.device != found.base.weight.device or agreed.get(layer) is False:
+        return None
+    current.compare(x)
     taps = [hook for m in (found.a, found.b) for hook in m._forward_hooks.values() if isinstance(hook, TapHook)]
     names = {id(hook.module): hook.own["weight"] for hook in taps}
     sends = _Sends(taps[0].taps, names.get(id(found.a)), names.get(id(found.b))) if taps else None
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = found.base.weight
-        fits = x.shape[:-1] == plan.shape and x.device == plan.place.device == weight.device
-        if args or kwargs or not fits:
-            return ordinary(x, *args, **kwargs)
-        differences.extend(disagreement(x.detach(), plan))
-        root = None if sends is None else sends.taps.root
-        y = _AdaptedLinear.apply(x, found.a.weight, found.b.weight, root, layer, found, plan, sends)
-        if layer not in _agreed and not _agrees(layer, ordinary, x, y):
-            return ordinary(x)
-        return y
-
-    return forward
+    root = None if sends is None else sends.taps.root
+    y = _AdaptedLinear.apply(x, found.a.weight, found.b.weight, root, layer, found, current, sends)
+    if layer not in agreed:
+        agreed[layer] = _agrees(layer, x, y)
+    return y if agreed[layer] else None
 
 
-def _agrees(layer: nn.Module, ordinary: Callable, x: Tensor, y: Tensor) -> bool:
-    """Whether the layer itself gives the same on the first tokens; remembered."""
+def _agrees(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether the layer itself gives the same on the first tokens."""
     with torch.no_grad():
-        expected = ordinary(x[:1, :_PROBE_TOKENS].detach())
+        expected = own_forward(layer, x[:1, :_PROBE_TOKENS].detach())
         found = y[:1, :_PROBE_TOKENS].detach()
         allowed = torch.finfo(y.dtype).eps ** 0.6 * expected.abs().amax()
-        same = found.dtype == expected.dtype and not bool((found - expected).abs().amax() > allowed)
-    (_agreed if same else _differ).add(layer)
-    return same
+        return found.dtype == expected.dtype and not bool((found - expected).abs().amax() > allowed)
 
 
 class _Sends(NamedTuple):
@@ -143,10 +135,10 @@ class _AdaptedLinear(torch.autograd.Function):
         root: Tensor | None,
         layer: nn.Module,
         factors: PlainAdapter,
-        plan: TokenPlan,
+        current: SharedPass,
         sends: _Sends | None,
     ) -> Tensor:
-        weight, bias = factors.base.weight, factors.base.bias
+        weight, bias, plan = factors.base.weight, factors.base.bias, current.plan
         tokens = plan.gather(x, *weight.shape[::-1])
         h = torch.mm(tokens, a.T).mul_(factors.scaling)
         y = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
@@ -155,14 +147,14 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, h, weight, a, b)
         ctx.save_for_forward(x, h, weight, a, b)
         ctx.set_materialize_grads(False)  # inputs of the first block do not move
-        ctx.layer, ctx.scaling, ctx.plan, ctx.sends = layer, factors.scaling, plan, sends
+        ctx.layer, ctx.scaling, ctx.current, ctx.sends = layer, factors.scaling, current, sends
         return plan.spread(y)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
         """Along one direction of x, A and B; tokens with equal beginnings move alike."""
         x, h, weight, a, b = ctx.saved_tensors
-        plan, s, widths = ctx.plan, ctx.scaling, weight.shape[::-1]
+        plan, s, widths = ctx.current.plan, ctx.scaling, weight.shape[::-1]
         tokens, h = (plan.gather(value, *widths) for value in (x, h))
         dh = h.new_zeros(h.shape) if da is None else torch.mm(tokens, da.T)
         if dx is not None:
@@ -182,7 +174,7 @@ class _AdaptedLinear(torch.autograd.Function):
             return (None,) * 8
         x, h, weight, a, b = ctx.saved_tensors
         sends = ctx.sends
-        dy = Cotangents(ctx.layer, ctx.plan, cotangent, weight.shape[1])
+        dy = Cotangents(ctx.layer, ctx.current, cotangent, weight.shape[1])
         u, own = dy.room(len(a))
         torch.mm(dy.part, b, out=own).mul_(ctx.scaling)
         dx = None

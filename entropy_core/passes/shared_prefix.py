@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import DEFAULT_TOKEN_BATCH_SIZE, Bucket, SequenceBatch, length_buckets
-from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.frozen_head import completion_values
+from entropy_core.passes.state import open_passes
 
 # Largest difference of a log-probability, relative to its size (at least 1 nat), that rounding explains.
 _TOLERANCE = 1e-4
@@ -217,7 +217,7 @@ def shares_prefixes(model: nn.Module, batch: SequenceBatch) -> bool:
         tuple(max(groups, key=longest)),
     }
     part = batch.select([n for group in tried for n in group])
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), open_passes(model):
         try:
             shared = _logprobs(model, part, shared_prefix_buckets(part))
         except Exception:  # models refuse a mask they do not know in every possible way; the plain rows below must work
@@ -236,7 +236,7 @@ def _gradients_agree(model: nn.Module, batch: SequenceBatch) -> bool:
     parameters = _small_parameters(model)
     if not parameters:
         return True
-    with torch.enable_grad(), evaluation_mode(model):
+    with torch.enable_grad(), open_passes(model):
         try:
             shared = _gradient(model, batch, shared_prefix_buckets(batch), parameters)
         except (

@@ -7,18 +7,13 @@ docs/theory/fisher-kernel.md, "What a row costs".
 
 from __future__ import annotations
 
-from weakref import WeakSet
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_core.batch import Bucket
 
 # Multiplications that take as long as copying one number.
 COPYING = 64
-
-# Layers whose cotangents were seen at tokens that predict nothing: all but those behind the last attention.
-_below_attention: WeakSet[nn.Module] = WeakSet()
 
 
 class TokenPlan:
@@ -110,42 +105,3 @@ def disagreement(x: Tensor, plan: TokenPlan) -> list[Tensor]:
     # eps^0.6: 7e-5 in float32, 5e-2 in bfloat16
     allowed = torch.finfo(x.dtype).eps ** 0.6 * right.abs().amax()
     return [((left - right).abs().amax() - allowed).float()]
-
-
-class Cotangents:
-    """The cotangents dy (n, l, out) of a layer's outputs, those that are 0 left out where that is worthwhile.
-
-    part: (tokens, out), those to multiply. Products are written by the caller into `room` and told apart by `spread`.
-    inputs: the layer's, which the products are as wide as.
-    """
-
-    def __init__(self, layer: nn.Module, plan: TokenPlan, dy: Tensor, inputs: int) -> None:
-        flat = dy.flatten(0, 1)
-        tokens, slots = _with_cotangent(layer, plan, flat)
-        left_out = plan.worthwhile(tokens, flat.shape[1], inputs)
-        self.plan, self.slots = plan, slots if left_out else None
-        self.part = flat.index_select(0, tokens) if left_out else flat
-
-    def room(self, width: int) -> tuple[Tensor, Tensor]:
-        """(tokens or one more, width), not filled but for the zeros that tokens left out shall find; and its (tokens, width)."""
-        count = len(self.part)
-        if self.slots is None:
-            room = self.part.new_empty((count, width))
-            return room, room
-        room = self.part.new_empty((count + 1, width))
-        room[count] = 0
-        return room, room[:count]
-
-    def spread(self, room: Tensor) -> Tensor:
-        """A filled room -> (n, l, width)."""
-        products = room if self.slots is None else room.index_select(0, self.slots)
-        return products.view(*self.plan.shape, -1)
-
-
-def _with_cotangent(layer: nn.Module, plan: TokenPlan, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of dy (n * l, out) with a cotangent, and where among them each token finds its product (plan.seen_slots)."""
-    if layer not in _below_attention:
-        if not bool(dy.index_select(0, plan.others).any()):
-            return plan.predicting, plan.predicting_slots
-        _below_attention.add(layer)
-    return plan.seen, plan.seen_slots

@@ -20,7 +20,7 @@ from entropy_core.adamw import read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import masks_padding
-from entropy_core.passes.stopped_gradients import stops_gradients
+from entropy_core.passes.state import PassState
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
 from entropy_experiments.kernel.engine import Kernel, KernelEngine
@@ -133,7 +133,7 @@ def prepare_training_side(
     used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
     # Kept rows are true derivatives: not what the trainer's step is made of where torch masks a padding token's embedding, or a
     # module stops gradients.
-    masked = masks_padding(model) or stops_gradients(model)
+    masked = masks_padding(model) or PassState.of(model).stops_gradients
     kept = None if formed.columns is None or engine.setup.passes.restricted else KeptRows(formed.columns)
     # What is asked after this function, one process asks alone.
     true_rows: TrainingRows = kept or RecomputedRows(model, batch, passes, as_trained=False)

@@ -36,7 +36,7 @@ from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_st
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.passes.fold_rows import FoldRows
-from entropy_core.passes.stopped_gradients import attached_norms, true_derivatives
+from entropy_core.passes.state import PassState
 from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
@@ -89,11 +89,10 @@ class SimpleEntropyProbe:
         gradient_tolerance: float = SAME_GRADIENT,
     ) -> None:
         self._config = config or EntropyProbeConfig()
-        self._gradient_tolerance = gradient_tolerance
-        self._model = model
+        self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or WorkSharing()
         self._prefixes = PrefixSharing(model, self._sharing)
-        self._rows = FoldRows()
+        self._rows, self._passes = FoldRows(), PassState(model, true_derivatives=True)
         self._said: set[str] = set()
         self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
         if self._config.takes_gradients:
@@ -146,7 +145,8 @@ class SimpleEntropyProbe:
     # ------------------------------------------------------------------ around a step
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """Token statistics under the model as it is now, e.g. to remember `scores()` of sequences it has just drawn."""
-        return shared_statistics(self._model, batch, self._prefixes.buckets(batch), self._sharing, with_variances)
+        with self._passes:
+            return shared_statistics(self._model, batch, self._prefixes.buckets(batch), self._sharing, with_variances)
 
     def observe(
         self,
@@ -366,7 +366,7 @@ class SimpleEntropyProbe:
             weights = None if log_weights is None else normalized_weights(log_weights)
             return [entropy_coefficients(statistics, batch, e, per_token, weights) for e, per_token in wanted.values()]
 
-        with true_derivatives(self._model), attached_norms(self._model):
+        with self._passes, self._passes.attached_norms():
             found, statistics = fold_gradients(
                 self._model,
                 batch,

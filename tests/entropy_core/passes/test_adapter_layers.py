@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from entropy_core.batch import length_buckets
 from entropy_core.gradients import batch_gradients, per_sequence_gradients, score_coefficients
 from entropy_core.passes import lora as adapter_layers
-from entropy_core.passes import shared_tokens as repeated_tokens
+from entropy_core.passes import state as pass_state
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.lora import _AdaptedLinear, plain_adapter
 from entropy_core.passes.settings import PassSettings
-from entropy_core.passes.shared_tokens import repeated_tokens_once
+from entropy_core.passes.state import PassState
 from entropy_core.passes.token_plan import TokenPlan
 from tests.entropy_core.support import right_padded
 from tests.oracle.comparison import assert_close, relative_error
@@ -100,7 +100,7 @@ def test_a_pass_calls_no_adapter_and_has_the_ordinary_gradients(name: str, dtype
 
     found = errors()
     assert calls.number == 0, "a layer went the ordinary way"
-    monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
+    monkeypatch.setattr(pass_state, "plain_adapter", lambda layer: None)
     ordinary = errors()
     assert calls.number > 0
     for error, other in zip(found, ordinary, strict=True):
@@ -196,9 +196,10 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch) -> None:
     monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *args: original(self, x, *args) * 1.5)
     model, batch = small_llama().double(), right_padded(random_sequences(VOCABULARY))
     assert all(plain_adapter(layer) for layer in adapters(model))
-    rows = flatten_rows(per_sequence_gradients(model, batch))
-    assert not any(plain_adapter(layer) for layer in adapters(model)), "it is not remembered"
-    monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
+    with PassState(model) as state:
+        rows = flatten_rows(per_sequence_gradients(model, batch))
+    assert state.findings.adapters == dict.fromkeys(adapters(model), False), "it is not remembered"
+    monkeypatch.setattr(pass_state, "plain_adapter", lambda layer: None)
     assert_close(
         rows, flatten_rows(per_sequence_gradients(model, batch, passes=PassSettings(method="loop"))), 1e-9, "rows"
     )
@@ -226,7 +227,7 @@ def test_calls_that_the_plan_does_not_fit_go_the_ordinary_way(kind: str, monkeyp
     calls = Calls().watch(monkeypatch)
     shared = torch.randn(VOCABULARY, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     x = shared[bucket.input_ids].cumsum(1)  # equal where beginnings are
-    with repeated_tokens_once(model, bucket):
+    with PassState(model) as state, state.sharing(bucket):
         found = model(x)
     assert calls.number == (kind != "the same")
     torch.testing.assert_close(found, model(x), rtol=1e-12, atol=1e-12)
@@ -237,7 +238,7 @@ def test_a_layer_that_is_found_out_stays_out_for_the_rest_of_the_pass(monkeypatc
     monkeypatch.setattr(lora.Linear, "forward", lambda self, x, *args: original(self, x, *args) * 1.5)
     model, bucket = Twice(lambda x: -x), length_buckets(right_padded(random_sequences(VOCABULARY)))[0]
     x = torch.ones(*bucket.input_ids.shape, 4, dtype=torch.float64)
-    with repeated_tokens_once(model, bucket):
+    with PassState(model) as state, state.sharing(bucket):
         found = model(x)
     torch.testing.assert_close(found, model(x), rtol=1e-12, atol=0)
 
@@ -249,5 +250,6 @@ def test_passes_that_have_no_plan(why: str) -> None:
     if why != "autocast":
         n, length = bucket.input_ids.shape
         bucket = replace(bucket, attention_mask=torch.zeros(n, 1, length, length))
-    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"), repeated_tokens_once(model, bucket):
-        assert not any("forward" in vars(module) for module in model.modules())
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast")
+    with autocast, PassState(model) as state, state.sharing(bucket):
+        assert state._current is None

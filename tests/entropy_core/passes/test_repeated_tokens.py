@@ -18,11 +18,11 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
-from entropy_core.passes import shared_tokens as repeated_tokens
+from entropy_core.passes import state as pass_state
 from entropy_core.passes import token_plan
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.settings import PassSettings
-from entropy_core.passes.shared_tokens import repeated_tokens_once
+from entropy_core.passes.state import PassState
 from entropy_core.passes.token_plan import TokenPlan
 from entropy_core.scores import token_statistics
 
@@ -81,7 +81,7 @@ class ForwardProducts(TorchDispatchMode):
 
 def pass_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for test in ("is_frozen_linear", "plain_adapter"):
-        monkeypatch.setattr(repeated_tokens, test, lambda module: None)
+        monkeypatch.setattr(pass_state, test, lambda module: None)
 
 
 def distinct_beginnings(batch: SequenceBatch) -> int:
@@ -191,13 +191,14 @@ def test_a_model_that_looks_ahead_is_passed_the_ordinary_way(
     ahead: str, narrow_layers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, bucket = LooksAhead(ahead), length_buckets(shared_batch())[0]
-    with repeated_tokens_once(model, bucket) as repeated:
+    with PassState(model) as state, state.sharing(bucket) as agreed:
         model(bucket.input_ids)
-    assert repeated() == (ahead == "none")
+    assert agreed() == (ahead == "none")
     model = LooksAhead(ahead)
-    found = completion_values(model, bucket, 1.0)
-    with ForwardProducts(model) as products:
-        again = completion_values(model, bucket, 1.0)
+    with PassState(model):
+        found = completion_values(model, bucket, 1.0)
+        with ForwardProducts(model) as products:
+            again = completion_values(model, bucket, 1.0)
     assert (distinct_beginnings(shared_batch()) in products.tokens) == (ahead == "none")  # remembered
     pass_the_ordinary_way(monkeypatch)
     expected = completion_values(model, bucket, 1.0)
@@ -207,8 +208,8 @@ def test_a_model_that_looks_ahead_is_passed_the_ordinary_way(
 
 def test_layers_are_as_before_afterwards_even_where_the_pass_fails(narrow_layers: None) -> None:
     model, bucket = LooksAhead("none"), length_buckets(shared_batch())[0]
-    with pytest.raises(RuntimeError, match="in the middle"), repeated_tokens_once(model, bucket):
-        assert "forward" in vars(model.first) and "forward" not in vars(model.scale)
+    with pytest.raises(RuntimeError, match="in the middle"), PassState(model) as state, state.sharing(bucket):
+        assert "forward" in vars(model.first) and "forward" not in vars(model.table)
         raise RuntimeError("in the middle")
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -221,7 +222,7 @@ def test_layers_that_others_have_wrapped_stay_theirs(narrow_layers: None) -> Non
     model, bucket = LooksAhead("none"), length_buckets(shared_batch())[0]
     theirs = vars(model.first)["forward"] = lambda x: nn.Linear.forward(model.first, x)
     model.second = Quantized(6, 6).double().requires_grad_(False)
-    with repeated_tokens_once(model, bucket):
+    with PassState(model) as state, state.sharing(bucket):
         assert vars(model.first)["forward"] is theirs and "forward" not in vars(model.second)
     assert vars(model.first)["forward"] is theirs
 

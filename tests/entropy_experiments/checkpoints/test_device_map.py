@@ -15,7 +15,7 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.passes import frozen_head as output_head
-from entropy_core.passes import shared_tokens as repeated_tokens
+from entropy_core.passes import state as pass_state
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.frozen_head import completion_values
 from entropy_experiments.checkpoint_loader import load_checkpoint
@@ -77,7 +77,7 @@ def test_an_analysis_of_an_offloaded_model_is_that_of_the_model_in_memory(tiny_r
         # an offloaded output layer makes whole logits, offloaded adapters call one module after the other: others round
         # in another way
         monkeypatch.setattr(output_head, "_may_be_fused", lambda layer: False)
-        monkeypatch.setattr(repeated_tokens, "plain_adapter", lambda layer: None)
+        monkeypatch.setattr(pass_state, "plain_adapter", lambda layer: None)
         switches = tuple(f"entropy_analysis.analysis.{name}=false" for name in OFF)
     monkeypatch.chdir(tmp_path)
     files = _digests(tiny_run.parent)
