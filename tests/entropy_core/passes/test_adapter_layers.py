@@ -20,8 +20,8 @@ from entropy_core.passes import state as pass_state
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.lora import _AdaptedLinear, plain_adapter
 from entropy_core.passes.settings import PassSettings
+from entropy_core.passes.shared_pass import Findings, SharedPass
 from entropy_core.passes.state import PassState
-from entropy_core.passes.token_plan import TokenPlan
 from tests.entropy_core.support import right_padded
 from tests.oracle.comparison import assert_close, relative_error
 from tests.oracle.enumeration import flatten_rows
@@ -66,17 +66,19 @@ class Calls:
 def test_derivatives_are_those_of_the_formula(bias: bool) -> None:
     """Backward and forward mode, against finite differences in float64."""
     batch = right_padded(random_sequences(VOCABULARY)).select([2])
-    plan = TokenPlan(length_buckets(batch)[0])
+    current = SharedPass(length_buckets(batch)[0], Findings())
     layer = lora.Linear(nn.Linear(6, 5, bias=bias), "default", LoraConfig(r=3, lora_alpha=7), r=3, lora_alpha=7)
     layer.double().eval().base_layer.requires_grad_(False)
     randomise(layer, 2)
     factors = plain_adapter(layer)
     assert factors is not None and factors.scaling == 7 / 3
-    x = torch.randn(*plan.shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(
+        *current.plan.shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True
+    )
     a, b = (p.detach().clone().requires_grad_() for p in (factors.a.weight, factors.b.weight))
 
     def both(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _AdaptedLinear.apply(x, a, b, None, layer, factors, plan, None)
+        return _AdaptedLinear.apply(x, a, b, None, layer, factors, current, None)
 
     torch.testing.assert_close(both(x, a, b), layer(x))
     # without compact products: single tokens moved by finite differences are not equal any more

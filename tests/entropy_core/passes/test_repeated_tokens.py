@@ -100,8 +100,11 @@ def test_rows_are_those_of_one_sequence_at_a_time(
         coefficients = entropy_coefficients(token_statistics(model, batch), batch, "rao_blackwell")
     with ForwardProducts(model) as products:
         found = gradient_rows(model, batch, coefficients, passes=PassSettings(verify=False))
-    inside = len(frozen_layers(model)) - 1  # the output layer sees completion tokens alone
-    assert products.tokens[:-2] == [distinct_beginnings(batch)] * inside
+    # the output layer sees completion tokens alone: two when it is called, which are multiplied once more to see that this is
+    # its weight's doing, and all of them afterwards
+    inside = len(frozen_layers(model)) - 1
+    assert products.tokens[inside:] == [2, 2, int(batch.completion_mask.sum())]
+    assert products.tokens[:inside] == [distinct_beginnings(batch)] * inside
     assert distinct_beginnings(batch) < 0.5 * batch.input_ids.numel()
     pass_the_ordinary_way(monkeypatch)
     expected = gradient_rows(model, batch, coefficients, passes=PassSettings(method="loop"))
