@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from entropy_core.passes.gradient_hooks import RowTaps, TapHook
 from entropy_core.passes.replaced_forward import own_forward, wrapped_by_others
@@ -108,7 +109,8 @@ def adapted(layer: nn.Module, found: PlainAdapter, x: Tensor, current: SharedPas
 
 def _agrees(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether the layer itself gives the same on the first tokens."""
-    with torch.no_grad():
+    # the layer itself is not asked for derivatives, which would take as long as the whole pass in a small model
+    with torch.no_grad(), _set_fwd_grad_enabled(False):
         expected = own_forward(layer, x[:1, :_PROBE_TOKENS].detach())
         found = y[:1, :_PROBE_TOKENS].detach()
         allowed = torch.finfo(y.dtype).eps ** 0.6 * expected.abs().amax()
