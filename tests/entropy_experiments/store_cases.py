@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from entropy_experiments.kernel.store.fingerprint import Fingerprint
 from entropy_experiments.kernel.store.store import GradientStore
 from rl_training.errors import UserError
+from tests.warm_python import WarmProcess
 
 SHAPES = {"embed.weight": (7, 3), "layer.0.weight": (4, 5), "scale": (), "layer.0.bias": (6,)}
 ROWS, SHARD_ROWS = 23, 4
@@ -81,15 +83,12 @@ def in_process(function: Callable[..., None], *arguments: Any) -> int:
 
 def in_processes(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int]:
     """The same, several at once."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is loaded once
-    processes = [context.Process(target=function, args=each) for each in arguments]
+    module, name = function.__module__, function.__qualname__
+    call = f"import pickle, {module}; {module}.{name}(*pickle.loads(bytes.fromhex('{{}}')))"
+    processes = [WarmProcess("-c", call.format(pickle.dumps(each).hex())) for each in arguments]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode is not None, "a process did not end"
-    return [process.exitcode for process in processes]
+        sys.stderr.write(process.communicate(500)[1])
+    return [process.wait() for process in processes]
 
 
 def write_every(folder: Path, rank: int, size: int, base_dtype: str) -> None:

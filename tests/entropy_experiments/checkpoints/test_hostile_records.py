@@ -156,6 +156,7 @@ def hostile_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long  # tests/rl_training/tasks/test_sandbox.py stops such texts one by one
 def test_hostile_completions_through_train_analyze_and_sweep(
     tiny_run: Path, hostile_policy: None, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from tests.entropy_experiments.small_analysis import config
 from tests.warm_python import UNPAINTED, WarmProcess
 
 SIZES = ("entropy_analysis.eval_batch_size=72", "entropy_analysis.fisher_kernel.strategy=memory")  # three blocks
-SOON = 30.0  # seconds, on a busy machine; nothing is waited for
+SOON = 150.0  # seconds, on a busy machine, far below the half hour of gloo; nothing is waited for
 ANALYZE = ["-m", "entropy_experiments"]
 
 
@@ -75,7 +75,7 @@ def test_the_other_ends_and_resuming_gives_the_same_bits(undisturbed, tiny_run, 
     dying = ["-m", "tests.entropy_experiments.dying_process", f"evaluation/{block}", *arguments]
     living = [*ANALYZE, *arguments]
     processes = start_two([dying, living] if victim == 0 else [living, dying])
-    processes[victim].wait(timeout=120)
+    processes[victim].wait(timeout=400)
     died = time.monotonic()
     assert processes[victim].returncode == -signal.SIGKILL, said(processes[victim], 1.0)
     survivor = processes[1 - victim]
@@ -97,7 +97,7 @@ def test_under_a_launcher(undisturbed, tiny_run, tmp_path):
     dying = ["-m", "tests.entropy_experiments.dying_process", f"evaluation/{block}"]
     arguments = ["analyze", str(tiny_run), "--trust", "--config", str(tmp_path / "analysis.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([*start, *dying, *arguments], env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*start, *dying, *arguments], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode != 0
     assert done.stderr.count("error: another process of this run died") <= 1, "it may be stopped before it says so"
     assert_whole_after_resuming(undisturbed, tiny_run, settings, tmp_path, block)
@@ -112,7 +112,7 @@ def test_accelerate_launch_on_cpus(undisturbed, tiny_run, tmp_path):
     arguments = [*ANALYZE, "analyze", str(tiny_run), "--trust", "--config", str(tmp_path / "analysis.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
-        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=150
+        [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (report,) = tmp_path.glob("analysis_*/*/report.html")
@@ -144,8 +144,8 @@ def test_who_never_comes_is_not_waited_for_without_end():
         "cli.main()"
     )
     alone, never = start_two([["-c", script], ["-c", ""]])
-    lines = said(alone, 60.0)
-    said(never, 60.0)
+    lines = said(alone, 300.0)
+    said(never, 300.0)
     assert alone.returncode == 2
     assert lines[-1].startswith("error: the processes of this run did not come together (") and len(lines) == 1
 
@@ -165,4 +165,4 @@ def test_long_work_of_one_is_waited_for():
         "assert float(group.sum(torch.ones(1))) == 2.0"
     )
     for process in start_two([["-c", script], ["-c", script]]):
-        assert said(process, 90.0) == [] and process.returncode == 0
+        assert said(process, 300.0) == [] and process.returncode == 0

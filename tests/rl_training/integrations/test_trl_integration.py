@@ -6,8 +6,6 @@ two differ by curvature alone. What is predicted (`predicted`) comes from a runn
 
 import math
 import re
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -20,6 +18,7 @@ from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.models.load import add_lora, load_model_and_tokenizer
 from tests.tiny_policy import even_start_reward
+from tests.warm_python import warm_run
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LINEAR_LOSSES = ["dr_grpo", "grpo", "bnpo", "dapo"]
@@ -363,11 +362,8 @@ def test_raise_stops_the_run_and_a_step_that_is_not_taken_is_such_a_failure(tiny
 
 
 def test_the_newcomers_script_runs(tiny_policy, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, 'examples'); import grpo_with_probe as g; "
-         f"g.main({str(tiny_policy)!r}, 2, {str(tmp_path)!r})"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    code = "import sys; sys.path.insert(0, 'examples'); import grpo_with_probe as g; "
+    done = warm_run("-c", f"{code}g.main({str(tiny_policy)!r}, 2, {str(tmp_path)!r})")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r" ([12]) +(?:\d\.\d{3}|n/a) +[+-]\d\.\d{4} ± ", done.stderr)
     assert rows == ["1", "2"], "a line a step"

@@ -1,6 +1,5 @@
 """Models: whatever they come as, they arrive neutral; conversions are atomic; failures are one line."""
 
-import multiprocessing
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -23,6 +22,7 @@ import rl_training.models.gguf
 from rl_training.config import LoraConfig
 from rl_training.errors import UserError
 from rl_training.models.load import add_lora, load_model_and_tokenizer
+from tests.warm_python import WarmProcess
 
 TOKENS = ["<unk>", "<s>", "</s>", *"0123456789+-= ?abc", "12"]
 SIZES = {"vocab_size": len(TOKENS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -187,18 +187,12 @@ def test_gguf_is_converted_once_and_keeps_the_function(gguf_file: Path, tmp_path
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
 
 
-def _convert_in_process(gguf_file: Path, cache: Path) -> None:
-    rl_training.models.gguf.converted_folder(gguf_file, cache)
-
-
 def test_two_processes_may_convert_at_once(gguf_file: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_convert_in_process, args=(gguf_file, tmp_path)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    convert = "import sys; from pathlib import Path; from rl_training.models.gguf import converted_folder\n"
+    convert += "converted_folder(*map(Path, sys.argv[1:]))"
+    processes = [WarmProcess("-c", convert, gguf_file, tmp_path) for _ in range(2)]
+    said = [process.communicate(500)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     (folder,) = tmp_path.iterdir()
     assert ".part" not in folder.name and (folder / "model.safetensors").is_file()
 
