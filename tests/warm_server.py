@@ -110,6 +110,7 @@ def main() -> None:
     _quiet_libraries()  # as the command line, before it imports them
     for name in LIBRARIES:
         importlib.import_module(name)
+    os.fsync = lambda descriptor: None  # as in tests/conftest.py
     gc.freeze()  # what all processes share is not to be copied by their garbage collections
     order = serve(control)
     if order is not None:
