@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _disks_are_not_waited_for() -> Iterator[None]:
-    """A killed process loses nothing of what it wrote: only without power would flushing show. Tests count and order the calls."""
+    """A killed process loses nothing that it wrote: flushing shows only without power. Tests count and order the calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
