@@ -7,7 +7,6 @@ than the sources under test. Whoever comes first makes it under a lock, the othe
 from __future__ import annotations
 
 import fcntl
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import pytest
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of this session, the same for all of its workers."""
     own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return own.parent if own.name.startswith("popen-") else own  # as xdist names the folders of its workers
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
