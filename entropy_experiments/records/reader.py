@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from entropy_experiments.records.contradictions import contradiction
 from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.record import REMEDY, json_of, validated
 from entropy_experiments.records.run_record import RunRecord
@@ -201,6 +202,9 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
     sequences = path / "sequences.parquet"
     rows = _read_sequences(sequences)
     evaluation, training = _buffer(sequences, rows, "evaluation"), _buffer(sequences, rows, "training")
+    wrong = contradiction(summary, len(evaluation), len(training))
+    if wrong is not None:
+        raise UserError(f"{path / 'summary.json'}: {wrong}: the files are of different analyses; {REMEDY}")
     kernel_path = path / "kernel.safetensors"
     kernels: dict[str, np.ndarray] = {}
     if kernel_path.is_file():
