@@ -51,6 +51,12 @@ class HistoryRow(Record):
     """Its standard error."""
     probe_measured_df: Number = Field(None, alias="probe/measured_df")
     """Degrees of freedom behind that."""
+    probe_watched: Number = Field(None, alias="probe/watched")
+    """Measured change of entropy by this step on the held-out sequences of the watch, nats per token."""
+    probe_watched_se: Number = Field(None, alias="probe/watched_se")
+    """Its standard error."""
+    probe_watched_df: Number = Field(None, alias="probe/watched_df")
+    """Degrees of freedom behind that."""
     probe_ess: Number = Field(None, alias="probe/ess")
     """Effective sample size of the measurement, in sequences."""
     probe_low_ess: Number = Field(None, alias="probe/low_ess")
