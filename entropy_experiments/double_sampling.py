@@ -46,8 +46,8 @@ _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
 class TrainingBuffer:
     """Columns of the kernel with (N,) float64 advantages and weights w_i, and what their collection cost.
 
-    weights are None for sequences of one's own that have neither weights nor rewards: then there is no step. advantages are
-    None where there are no rewards.
+    weights are None for given sequences that have neither weights nor rewards: then there is no step. advantages are None where
+    there are no rewards.
     """
 
     rollouts: Rollouts
@@ -62,11 +62,15 @@ def draw_buffers(
     config: FisherAnalysisConfig,
     reporter: Reporter = SILENT,
 ) -> tuple[Rollouts, TrainingBuffer]:
-    """(evaluation, training) as `entropy_analysis.sampling` says; no prompt is in both unless same_prompts says so.
+    """Draw, or read, both buffers as `entropy_analysis.sampling` says; no prompt is in both unless same_prompts says so.
 
-    The evaluation prompts are chosen before the training buffer is drawn, so that no reward has a say in them.
+    The evaluation prompts are chosen before the training buffer is drawn, so that no reward influences them.
 
-    Raises UserError for files with bad lines, prompts that cannot be had, and buffers that share prompts against the wish.
+    Returns:
+        (evaluation, training).
+
+    Raises:
+        UserError: for files with bad lines, prompts that are not available, and buffers that share prompts unasked.
     """
     sampling = config.entropy_analysis.sampling
     refuse_drawing(checkpoint, sampling)
@@ -121,10 +125,16 @@ def _require_apart(rows: Sequence[dict[str, Any]], training: Rollouts, config: F
 def choose_evaluation_rows(
     plan: SamplingPlan, config: FisherAnalysisConfig, keep_out: Collection[int] = ()
 ) -> list[dict[str, Any]]:
-    """Task rows of the evaluation buffer, chosen before the training buffer is drawn, so that no reward has a say in it.
+    """Task rows of the evaluation buffer, chosen before the training buffer is drawn, so that no reward influences them.
 
-    keep_out: numbers of prompts that are not taken, those of a training buffer of one's own. Empty under same_prompts, where
-    they are the training buffer's own. Raises UserError when the split has no prompts.
+    Args:
+        keep_out: numbers of prompts that are not taken, those of a given training buffer.
+
+    Returns:
+        As many rows as the buffer needs; none under same_prompts, where they are the training buffer's own.
+
+    Raises:
+        UserError: when the split has no prompts.
     """
     sampling = config.entropy_analysis.sampling
     if sampling.same_prompts:
@@ -162,7 +172,7 @@ def sample_evaluation_batch(
     config: FisherAnalysisConfig,
     rows: list[dict[str, Any]],
 ) -> Rollouts:
-    """The unfiltered buffer: completions of `rows`, sampled or their references; no reward is looked at."""
+    """The unfiltered buffer: completions of `rows`, sampled or their references; rewards are not used."""
     settings = config.entropy_analysis
     if settings.sampling.eval_completions == "reference":
         return reference_rollouts(checkpoint.tokenizer, rows, plan, "evaluation")
@@ -182,7 +192,11 @@ def sample_training_batch(
     N in the weights is the buffer's size as asked for, as in training: groups that could not be had carry no gradient. With
     train_completions=reference: the prompts' own answers, without weights.
 
-    Raises UserError when no training prompt is left, or none gives gradient.
+    Args:
+        keep_out: task rows whose prompts are not drawn, those of the evaluation buffer.
+
+    Raises:
+        UserError: when no training prompt is left, or none gives gradient.
     """
     settings, record = config.entropy_analysis, checkpoint.record
     if settings.sampling.train_prompts == "from_run":
@@ -243,7 +257,7 @@ def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: SamplingConfig) -
 
 
 def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> Rollouts:
-    """Rows of one's own. Raises UserError for a file with bad lines."""
+    """Rows that the user gives. Raises UserError for a file with bad lines."""
     sequences = read_custom_sequences(path, plan.system_prompt)
     rows = numbers.rows(path, sequences)
     texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
@@ -254,7 +268,7 @@ def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, nu
 def custom_training(
     checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, numbers: PromptNumbers
 ) -> TrainingBuffer:
-    """Columns of one's own: with the file's weights, else with Dr. GRPO's from its rewards, else without weights.
+    """Columns that the user gives: with the file's weights, else with Dr. GRPO's from its rewards, else without weights.
 
     Raises UserError for a file with bad lines, or whose weights are all 0.
     """

@@ -265,7 +265,7 @@ def _modules(inputs: AnalysisInputs) -> KernelModules:
     """Parameters that the kernel's rows are formed of, of all that are trained, and the share of the prediction without them."""
     parameters = {name: p.numel() for name, p in inputs.model.named_parameters() if p.requires_grad}
     return KernelModules(
-        parameters=sum(parameters[name] for name in inputs.side.kernel.rows.setup.passes.names),
+        parameters=sum(parameters[name] for name in inputs.side.kernel.setup.passes.names),
         trainable=sum(parameters.values()),
         patterns=inputs.config.entropy_analysis.fisher_kernel.filter_modules,
         left_out_share=None if inputs.numbers.step is None else finite_number(inputs.numbers.step.predictions.left_out),
@@ -285,7 +285,7 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
         "leaving_out": leaving_out_summary(inputs),
         "policy": describe_policy(checkpoint, inputs.plan),
         "kernel_modules": _modules(inputs),
-        "gradient_rows": inputs.side.kernel.rows.setup.passes.formation.to_json(),
+        "gradient_rows": inputs.side.kernel.setup.passes.formation.to_json(),
         "analyses": analyses,
     }
     summary = summarize(

@@ -158,8 +158,7 @@ def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_f
     if training.step is not None:
         vectors = training.step_vectors()
         steps = {
-            name: torch.stack([vectors[v][name] for v in STEP_VECTORS])
-            for name in training.kernel.rows.setup.passes.names
+            name: torch.stack([vectors[v][name] for v in STEP_VECTORS]) for name in training.kernel.setup.passes.names
         }
     kinds = side.kernel_kinds if compute_full else ()
     return training.kernel.contract("evaluation", side.batch, side.coefficients(), kinds, steps, other)
@@ -196,10 +195,10 @@ def _kernels(side: EvaluationSide, products: Products, train_fisher: Tensor, tra
 
 def _store_evaluation(side: EvaluationSide, training: TrainingSide, settings: AnalysisSettings) -> None:
     """Rows of the evaluation side and P beside the training side's, so that kernels under another P need no model."""
-    setup, estimator, beside = training.kernel.rows.setup, side.estimand.gradient, settings.kernel.store_folder
-    if beside is None:
+    setup, estimator, folder = training.kernel.setup, side.estimand.gradient, settings.kernel.store_folder
+    if folder is None:
         raise ValueError("gradients are to be stored, and there is no folder for them")
-    score, entropy = (beside.with_name(f"{beside.name}_{kind}") for kind in ("evaluation", "entropy"))
+    score, entropy = (folder.with_name(f"{folder.name}_{kind}") for kind in ("evaluation", "entropy"))
     terms = entropy_coefficients(side.statistics, side.batch, estimator)
     wanted = [StoredRows(score, "score", score_coefficients(side.batch))]
     wanted.append(StoredRows(entropy, "entropy", terms, {"estimator": estimator}))
@@ -207,7 +206,7 @@ def _store_evaluation(side: EvaluationSide, training: TrainingSide, settings: An
     if (p := training.kernel_preconditioner) is not None and settings.kernel.processes.is_root:
         what = {"formula": "1/(sqrt(v/(1-beta2^t))+eps)"}
         chosen = {name: p[name] for name in setup.passes.names}
-        write_preconditioner(beside.parent, chosen, what, overwrite=True)
+        write_preconditioner(folder.parent, chosen, what, overwrite=True)
 
 
 def _entropy_gradients(model: nn.Module, side: EvaluationSide, passes: PassSettings) -> Gradients:

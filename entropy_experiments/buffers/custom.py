@@ -1,4 +1,4 @@
-"""Sequences of one's own as rows or columns of the kernel: a JSONL file, or each prompt's reference completion.
+"""Sequences that the user gives as rows or columns of the kernel: a JSONL file, or each prompt's reference completion.
 
     {"prompt": text or messages, "completion": text, "prompt_index": number, "reward": number, "weight": number}
 

@@ -60,7 +60,7 @@ def _is_needed(config: FisherAnalysisConfig) -> bool:
 
 
 def trainer_state_of(record: CheckpointRecord, task: TaskConfig | None) -> Any:
-    """What TRL would hand a reward function of one's own as `trainer_state` in the step after the checkpoint; None without."""
+    """What TRL would hand a user's reward function as `trainer_state` in the step after the checkpoint; None without."""
     if task is None or task.reward in BUILT_IN_REWARDS or not (record.path / "trainer_state.json").exists():
         return None
     from transformers import TrainerState

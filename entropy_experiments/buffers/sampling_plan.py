@@ -26,14 +26,14 @@ class SamplingPlan:
     length_normalizer: str
     system_prompt: str | None = None
     trainer_state: Any = None
-    """What reward functions of one's own are given as TRL's `trainer_state`."""
+    """What reward functions that the user wrote are given as TRL's `trainer_state`."""
 
 
 def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: bool = False) -> SamplingPlan:
     """Put together the run's record and the configuration's overrides. trust: see `task_of_analysis`.
 
     Raises UserError where neither says what is needed, or where a temperature is given that the run did not train at. No
-    task is needed where both buffers are files of one's own.
+    task is needed where both buffers are files that the user gives.
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)

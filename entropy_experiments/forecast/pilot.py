@@ -117,7 +117,7 @@ class Pilot:
 
 @dataclass(frozen=True)
 class GivenBuffers:
-    """Sides that are not drawn: sequences of one's own, reference completions, the run's own buffer. None: drawn."""
+    """Sides that are not drawn: sequences that the user gives, reference completions, the run's own buffer. None: drawn."""
 
     evaluation: Rollouts | None
     training: Rollouts | None

@@ -68,6 +68,11 @@ class Kernel:
         self.rows, self.preconditioner = rows, preconditioner
         self._cut = rows.cut(preconditioner)
 
+    @property
+    def setup(self) -> KernelSetup:
+        """What was settled before any row was formed."""
+        return self.rows.setup
+
     def contract(
         self,
         matrix: str,
@@ -88,7 +93,7 @@ class Kernel:
         Returns:
             The products in the root process, None in the others.
         """
-        setup = self.rows.setup
+        setup = self.setup
         if steps is not None:
             steps = {name: steps[name] for name in setup.passes.names}
         other = other if kernel and self.rows.columns is not None else None
@@ -107,7 +112,7 @@ class Kernel:
 
     def exact_tile(self, batch: SequenceBatch, count: int = 16) -> Tensor:
         """K1 of the first `count` sequences on both sides, without sketch or store."""
-        setup, passes = self.rows.setup, self.rows.setup.passes
+        setup, passes = self.setup, self.setup.passes
         part = batch.select(list(range(min(count, len(batch)))))
         columns = passes.score_rows(setup.batch, range(min(count, len(setup.batch))))
         return passes.products(part, [score_coefficients(part)], [Columns(columns, self.preconditioner)])[0]
@@ -116,8 +121,7 @@ class Kernel:
         self, matrix: str, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], pieces: Sequence[Piece]
     ) -> list[Tensor] | None:
         """(N, columns) for each objective in the root process, every block computed by one process or read back."""
-        setup = self.rows.setup
-        workspace, processes = setup.workspace, setup.processes
+        setup, workspace, processes = self.setup, self.setup.workspace, self.setup.processes
         chunks = list(pass_order(batch).split(setup.plan.chunk))
         out = torch.zeros((len(objectives), len(batch), sum(piece.columns for piece in pieces)), device=batch.device)
         places, start = [], 0

@@ -74,8 +74,8 @@ class KernelOptions:
         return self.processes.from_root(make)
 
     def _room(self, model: nn.Module, one_pass: int) -> int:
-        """Bytes that rows may take in all, beside a pass. They lie with their parameters, in proportion: of several devices
-        the one with the least room for its share decides.
+        """Bytes that rows may take in all, beside a pass. They are held where their parameters are, in proportion: of several
+        devices the one with the least room for its share decides.
         """
         if self.memory_budget:
             return self.memory_budget - held_memory(model) - one_pass
@@ -123,7 +123,7 @@ class KernelOptions:
         )
 
     def formation(self, batch: SequenceBatch, plan: KernelPlan, passes: PassSettings) -> RowFormation:
-        """How rows are formed; what a loop costs is told in passes of the whole kernel, `batch` being one side."""
+        """How rows are formed; the cost of a loop is stated in passes of the whole kernel, `batch` being one side."""
 
         def cost() -> tuple[int, int]:
             buckets = len(length_buckets(batch, passes.token_batch_size, fewest=False))

@@ -88,8 +88,15 @@ def plan_kernel(
 ) -> KernelPlan:
     """The plan for `size` with `memory` bytes for rows and `disk` bytes for a gradient store.
 
-    save_gradients: the store is wanted whatever the memory. strategy: take this one. Raises UserError where not even one
-    row a side fits, or the store does not fit onto the disk budget, saying what would be needed.
+    Args:
+        size: what is to be computed.
+        memory: bytes for everything that is held beside the model and its passes.
+        disk: bytes for a gradient store.
+        save_gradients: the store is wanted whatever the memory.
+        strategy: take this one; None: the first that fits, memory before disk before tiles.
+
+    Raises:
+        UserError: where not even one row a side fits, or the store does not fit into the disk budget, saying what is needed.
     """
     left = memory - fixed_bytes(size)
     least = 2 * max(size.row_bytes, size.objectives * size.row_bytes)
@@ -150,7 +157,7 @@ def plan_sketch(size: KernelSize, memory: int, numbers: int) -> KernelPlan:
 
 
 def _streaming(size: KernelSize) -> int:
-    """What passes leave lying about: a row."""
+    """What a pass holds beside the rows that are kept: one row."""
     return size.row_bytes
 
 

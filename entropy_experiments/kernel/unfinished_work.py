@@ -67,7 +67,7 @@ class UnfinishedWork(KernelWorkspace):
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            # A task of one's own may carry rows that JSON does not know: they are drawn again from their seed.
+            # A user's own task may carry rows that JSON does not know: they are drawn again from their seed.
             return
 
     def kept_buffers(self) -> tuple[Rollouts, TrainingBuffer] | None:
@@ -89,7 +89,7 @@ class UnfinishedWork(KernelWorkspace):
 
 
 def describe_work(checkpoint: Path, config: FisherAnalysisConfig) -> dict[str, Any]:
-    """What must be the same for work to be gone on with: JSON-able, in the order differences are told in."""
+    """What must be the same for unfinished work to be resumed: JSON-able, in the order in which differences are reported."""
     settings = config.model_dump(mode="json")
     return {
         "config": json.loads(json.dumps(settings)),

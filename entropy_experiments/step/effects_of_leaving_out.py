@@ -56,9 +56,15 @@ def effects_of_leaving_out(
     weights: Tensor,
     step: AnalysedStep,
 ) -> Tensor:
-    """(n_train,) float64 r_i, nats per token for a gradient of h: one more direction of products.
+    """What leaving each training sequence out of the step does: one more direction of products.
 
-    loss_gradient: g before clipping.
+    Args:
+        entropy_gradient: name -> gradient of h.
+        loss_gradient: name -> g before clipping.
+        weights: (n_train,) w_i.
+
+    Returns:
+        (n_train,) float64 r_i, nats per token.
     """
     metric, clip = effect_metric(loss_gradient, step), step.clip
     q = {name: a * entropy_gradient[name] for name, a in metric.items()}
@@ -95,8 +101,13 @@ def headline_products(
     weights: Tensor,
     step: AnalysedStep,
 ) -> HeadlineProducts:
-    """kernels: (n_eval, n_train) E_t^T diag(a) dS_i with a of `headline_metric`: per token and per completion, in this order, or
-    the fixed-prefix ones alone.
+    """What decides who is named first, by evaluation sequence.
+
+    Args:
+        kernels: (n_eval, n_train) E_t^T diag(a) dS_i with a of `headline_metric`: per token and per completion, in this order, or
+            those of given tokens alone.
+        loss_gradient: name -> g before clipping.
+        weights: (n_train,) w_i.
     """
     by_effect, clip = decided_by_effect(own_part_of_second_moment(step)), step.clip
     scale = clip * weights.double().to(kernels[0].device)

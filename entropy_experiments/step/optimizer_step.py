@@ -108,7 +108,13 @@ def take_next_step(
 ) -> NextStep:
     """Split the next step exactly, and let the real optimizer take it; model and optimizer are put back afterwards.
 
-    learning_rate: in place of every group's own. Raises UserError where the step's rate is 0.
+    Args:
+        gradient: name -> loss gradient before clipping.
+        max_norm: of clipping; None: not clipped.
+        learning_rate: in place of every group's own.
+
+    Raises:
+        UserError: where the step's rate is 0.
     """
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)

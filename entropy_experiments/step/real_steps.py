@@ -39,7 +39,7 @@ from rl_training.errors import UserError
 
 @dataclass(frozen=True)
 class ResponseShares:
-    """shares: (n_train,) float64 r_i, nats per token; rest: the constant beside them. They predict a half-subset's change."""
+    """shares: (n_train,) float64 r_i, nats per token; rest: the constant term. They predict a half-subset's change."""
 
     shares: Tensor
     rest: float

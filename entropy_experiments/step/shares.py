@@ -36,7 +36,10 @@ class Attribution:
 def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tensor, step: AnalysedStep) -> Attribution:
     """Shares of all training sequences.
 
-    gradient: name -> gradient of entropy per token. rows: the training sequences' dS_i. weights: (n_train,) w_i.
+    Args:
+        gradient: name -> gradient of entropy per token.
+        rows: the training sequences' dS_i.
+        weights: (n_train,) w_i.
     """
     # at least one factor is not 0: a step without is refused
     first = next(factor for factor in step.share_factors().values() if factor)

@@ -113,8 +113,13 @@ def prepare_training_side(
 ) -> TrainingSide:
     """Rows, P and the step; model and optimizer are as before when it returns. Arguments as in `analyze_batches`.
 
-    engine: of this model and batch. Raises UserError for a missing optimizer or learning rate and for a P
-    that needs a step where there are no weights; ValueError where rows cannot be formed.
+    Args:
+        weights: (n_train,) w_i of the loss; None: no step.
+        engine: of this model and batch.
+
+    Raises:
+        UserError: for a missing optimizer or learning rate, and for a P that needs a step where there are no weights.
+        ValueError: where rows cannot be formed.
     """
     preconditioning, passes = settings.preconditioning, settings.passes
     if preconditioning == "none":

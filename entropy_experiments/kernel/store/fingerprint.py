@@ -1,4 +1,4 @@
-"""What a gradient row depends on, in a form that can be kept beside it and compared: model, batch and objective.
+"""What a gradient row depends on, in a form that can be stored with it and compared: model, batch and objective.
 
 A row dS(t)/dtheta is a function of the weights (trainable and frozen), of the settings that stand outside the weights
 (LoRA's alpha, the rope's base), of the sequence's tokens and of the temperature. Each has its own digest, so that a
@@ -31,7 +31,7 @@ Scalar = str | int | float | bool | None
 
 SAMPLED_VALUES = 64
 _UNREAD = "unread"
-# What may change without any gradient changing: where a model lies, what it was saved with, how generation goes.
+# What may change without any gradient changing: where a model is stored, what it was saved with, how generation goes.
 _IRRELEVANT = (
     "_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "revision", "dtype",
     "torch_dtype", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",

@@ -1,4 +1,4 @@
-"""How one side's gradient rows lie in a folder.
+"""How one side's gradient rows are stored in a folder.
 
 gradients.bin        num_grads rows, one sequence each; a row holds all parameters side by side, in the order of grad_sizes
                      (`gradients.bin.part` until every shard is written)

@@ -1,4 +1,4 @@
-"""P beside the gradients, in a file of its own: rows are stored without it, so that another one can be tried at once.
+"""P in a file of its own: rows are stored without it, so that another one can be tried without forming them again.
 
 preconditioner.safetensors: parameter -> P in the parameter's shape; metadata: text, a checksum (crc32) among it.
 """

@@ -4,7 +4,7 @@
     for number in store.unfinished_shards(): store.write_shard(number, rows)                               # any process
     store = GradientStore.open(folder, fingerprint); store.shard(0)                                        # anywhere
 
-A shard is finished when its record lies in shards/, and the record is written (under another name, flushed, renamed) only
+A shard is finished when its record is in shards/, and the record is written (under another name, flushed, renamed) only
 after its data were flushed: whatever kills a process, a shard is whole or it does not count. When the last is finished,
 gradients.bin.part gets its name. The layout: entropy_experiments.kernel.store.layout, docs/guides/gradient-store.md.
 """
@@ -50,7 +50,7 @@ class GradientStore:
     """One side's rows in a folder. Make one by `create`, `resume` or `open`; it holds no open file and can be pickled.
 
     Attributes: `folder`; `layout` (names, shapes, sizes, kind, precision, fingerprint); `verify`, whether a shard's checksum
-    is looked at when it is first read by this object.
+    is verified when it is first read by this object.
     """
 
     def __init__(self, folder: Path, layout: StoreLayout, verify: bool = True) -> None:
@@ -218,18 +218,13 @@ class GradientStore:
         the file was cut short or cannot be read.
         """
         values = self.block(rows)
-        return {
-            name: values[:, columns]
-            .unflatten(1, self.layout.shapes[name] or (1,))
-            .reshape(-1, *self.layout.shapes[name])
-            for name, columns in self.layout.columns().items()
-        }
+        return {name: self._shaped(name, values[:, columns]) for name, columns in self.layout.columns().items()}
 
     def module(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Consecutive rows of one parameter, (n, *shape) float32 on the CPU. Raises as `rows`."""
         if name not in self.layout.shapes:
             raise ValueError(f"{self.folder} has no parameter {name!r}")
-        return self.block(rows, self.layout.columns()[name]).reshape(-1, *self.layout.shapes[name])
+        return self._shaped(name, self.block(rows, self.layout.columns()[name]))
 
     def block(self, rows: slice = slice(None), columns: slice | None = None, out: Tensor | None = None) -> Tensor:
         """(n, c) float32 on the CPU: consecutive rows, and consecutive columns of the flat row (None: all).
@@ -282,6 +277,11 @@ class GradientStore:
             )
 
     # ---- inside
+
+    def _shaped(self, name: str, values: Tensor) -> Tensor:
+        """(n, *shape) of one parameter's (n, values) columns, a view."""
+        shape = self.layout.shapes[name]
+        return values.unflatten(1, shape or (1,)).reshape(-1, *shape)
 
     def _read(self, read: Callable[[Path], _T]) -> _T:
         try:
