@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,7 +61,7 @@ from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.settings import settings_of
 from rl_training.configuration import dump_config
 from rl_training.errors import ResumableError, UserError
-from rl_training.files import refuse_link, remove_leftovers, write_whole
+from rl_training.files import refuse_link, remove_leftovers, rename_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 from rl_training.sampling import Rollouts
@@ -339,7 +338,7 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
         remove_leftovers(part)
         if target.exists():
             shutil.rmtree(target)
-        os.replace(part, target)
+        rename_whole(part, target)
     except BaseException as error:
         if not processes.is_root:
             raise

@@ -1,18 +1,20 @@
 """Files that appear whole or not at all, and are never written through a link.
 
-Content goes to a new file of a random name in the same folder, created so that nothing that lies there is opened (O_EXCL), is
-flushed to the disk, and then takes the name it is meant for. A symbolic link of that name is replaced, not followed. Folders
-that a user names may be links; what lies inside them may not.
+The one writer of the project. Content goes to a new file of a random name in the same folder, created so that nothing that
+lies there is opened (O_EXCL), is flushed to the disk, and then takes the name it is meant for. A symbolic link of that name is
+replaced, not followed. Folders that a user names may be links; what lies inside them may not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rl_training.errors import UserError
 
@@ -29,8 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         flush(part)
-        os.replace(part, path)
-        flush(path.parent)
+        rename_whole(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -58,6 +59,41 @@ def write_whole_by(path: Path, write: Callable[[Path], object]) -> None:
     """As `write_whole`, for writers that want a path: `write(part)` fills the file."""
     with replacing(path) as part:
         write(part)
+
+
+def write_json_whole(path: Path, content: Any) -> None:
+    """Write JSON as `write_whole` does; floats keep every bit.
+
+    Raises:
+        ValueError: for NaN and infinity, which are no JSON; nothing is written.
+    """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: ending in `remedy`, where the file is missing, unreadable or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object: {remedy}")
+    return content
+
+
+def rename_whole(part: Path, path: Path) -> None:
+    """Give a finished file or folder its name, replacing a file of that name, and flush the name to the disk.
+
+    After a power cut it has one name or the other. Both lie on one file system. A link called `path` is replaced, not followed.
+    """
+    os.replace(part, path)
+    flush(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:

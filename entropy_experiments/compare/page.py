@@ -7,7 +7,6 @@ comparison.json      verdict, folders and the numbers of the last shared step
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from entropy_experiments.report.interactive.comparison import compared_changes, 
 from entropy_experiments.report.interactive.page import PageFigure, render_page
 from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
-from rl_training.files import refuse_link, write_whole, write_whole_by
+from rl_training.files import refuse_link, rename_whole, write_whole, write_whole_by
 
 _REPORT = "comparison.html"
 _FORMAT = 1
@@ -96,7 +95,7 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
         write_json(part / "comparison.json", record)
         if output.exists():
             shutil.rmtree(output)
-        os.replace(part, output)
+        rename_whole(part, output)
     except OSError as error:
         raise UserError(
             f"cannot write to {output} ({error.strerror}): free some space, or choose another --output"

@@ -22,8 +22,9 @@ from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.kernel.workspace import KernelWorkspace
-from entropy_experiments.run.durable_write import disk_errors_explained, read_json_object, write_json_durably
 from rl_training.errors import UserError
+from rl_training.files import read_json_object, write_json_whole
+from rl_training.run.disk import disk_errors_explained
 from rl_training.sampling import CollectionCounts, Rollouts
 
 FOLDER_NAME = "work"
@@ -44,7 +45,7 @@ class UnfinishedWork(KernelWorkspace):
         path = self.folder / f"{name}.json"
         with disk_errors_explained(path, "keeping what is finished"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_durably(path, dict(content))
+            write_json_whole(path, dict(content))
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """What `keep` wrote, None where it did not. Raises UserError where it is damaged."""

@@ -20,13 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_experiments.run.durable_write import (
-    disk_errors_explained,
-    read_json_object,
-    write_durably,
-    write_json_durably,
-)
 from rl_training.errors import UserError
+from rl_training.files import read_json_object, write_json_whole, write_whole
+from rl_training.run.disk import disk_errors_explained
 
 _MANIFEST = "manifest.json"
 
@@ -54,7 +50,7 @@ class KernelWorkspace:
             return
         with disk_errors_explained(self.folder, "beginning the work"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json_durably(path, identity)
+            write_json_whole(path, identity)
 
     def path(self, matrix: str, piece: str) -> Path:
         return self.folder / matrix / f"{piece}.npz"
@@ -69,7 +65,7 @@ class KernelWorkspace:
         path = self.path(matrix, piece)
         with disk_errors_explained(path, "writing a block of the kernel"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
 
     def read(self, matrix: str, piece: str) -> Tensor:
         """Raises UserError for a block that is missing or damaged, naming it."""

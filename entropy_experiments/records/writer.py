@@ -8,7 +8,6 @@ evaluation_set.json     what draws the evaluation buffer again
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import subprocess
@@ -31,7 +30,7 @@ from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.text.tokens import token_texts
-from rl_training.files import write_whole, write_whole_by
+from rl_training.files import write_json_whole, write_whole_by
 from rl_training.sampling import Rollouts
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -54,7 +53,7 @@ def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON without NaN or infinity (they become null), so that any reader takes it."""
-    write_whole(path, json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
+    write_json_whole(path, finite(content))
 
 
 def finite(content: Any) -> Any:

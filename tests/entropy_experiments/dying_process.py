@@ -15,15 +15,15 @@ from entropy_experiments.kernel import workspace as kernel_workspace
 
 
 def main_until(block: str) -> None:
-    write_durably = kernel_workspace.write_durably
+    write_whole = kernel_workspace.write_whole
 
     def write(path: Path, content: bytes) -> None:
         if f"{path.parent.name}/{path.stem}" == block:
             path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        write_durably(path, content)
+        write_whole(path, content)
 
-    kernel_workspace.write_durably = write
+    kernel_workspace.write_whole = write
     main()
 
 

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from entropy_experiments.run.durable_write import disk_errors_explained, write_durably
 from rl_training.errors import UserError
+from rl_training.files import write_whole
+from rl_training.run.disk import disk_errors_explained
 
 PRECONDITIONER_NAME = "preconditioner.safetensors"
 _CHECKSUM = "crc32"
@@ -38,7 +39,7 @@ def write_preconditioner(
     content[_CHECKSUM] = _crc32(tensors, content)
     with disk_errors_explained(path, "writing the preconditioner"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, save(tensors, metadata=content))
+        write_whole(path, save(tensors, metadata=content))
     return path
 
 

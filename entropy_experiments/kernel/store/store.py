@@ -31,14 +31,9 @@ from entropy_experiments.kernel.store.layout import (
     StoreLayout,
 )
 from entropy_experiments.kernel.store.records import ShardRecord, StorageError
-from entropy_experiments.run.durable_write import (
-    disk_errors_explained,
-    read_json_object,
-    rename_durably,
-    write_json_durably,
-)
 from rl_training.errors import UserError
-from rl_training.files import PART, remove_leftovers
+from rl_training.files import PART, read_json_object, remove_leftovers, rename_whole, write_json_whole
+from rl_training.run.disk import disk_errors_explained
 
 _T = TypeVar("_T")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -94,7 +89,7 @@ class GradientStore:
             with part.open("xb") as handle:
                 handle.truncate(layout.total_bytes)
                 os.fsync(handle.fileno())
-            write_json_durably(folder / INFO_NAME, layout.to_info())
+            write_json_whole(folder / INFO_NAME, layout.to_info())
         return cls(folder, layout)
 
     @classmethod
@@ -194,7 +189,7 @@ class GradientStore:
                 pieces.append(piece._replace(values=piece.values[:0]))
             os.fsync(descriptor)
             record = ShardRecord.of(number, span, len(span) * layout.row_bytes, crc, pieces)
-            write_json_durably(record_path, record.to_json())
+            write_json_whole(record_path, record.to_json())
             self._name_when_whole()
 
     def storage_error(self) -> StorageError:
@@ -331,7 +326,7 @@ class GradientStore:
         remove_leftovers(self.folder)  # every record has its name, so nobody writes here any more
         if part.exists():
             try:
-                rename_durably(part, whole)
+                rename_whole(part, whole)
             except FileNotFoundError:
                 if not whole.exists():  # else another process finished its shard at the same moment
                     raise
@@ -340,7 +335,7 @@ class GradientStore:
         """Where the record of a damaged shard was deleted; for one process before any writes."""
         whole = self.folder / DATA_NAME
         if whole.exists() and not self.is_complete():
-            rename_durably(whole, self.folder / (DATA_NAME + ".part"))
+            rename_whole(whole, self.folder / (DATA_NAME + ".part"))
 
 
 def _has_info(folder: Path) -> bool:

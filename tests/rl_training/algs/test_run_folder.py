@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from rl_training.errors import UserError
-from rl_training.files import append_line, own_folder, replacing, write_whole
 from rl_training.run.folder_lock import LOCK_NAME, holds_something, locked, run_folder_locked
 from rl_training.run.resume import check_resumable
 from rl_training.run.rollouts import SCHEMA, rollouts_path, write_rollouts
@@ -124,40 +123,6 @@ def test_a_folder_that_is_named_may_be_a_link_itself(tmp_path, no_model):
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     with pytest.raises(AssertionError, match="the model was loaded"):
         run_training(tiny_train_config(tmp_path / "policy", tmp_path / "run"), quiet=True)
-
-
-def test_a_file_of_a_links_name_replaces_the_link(tmp_path):
-    victim, path = points_away(tmp_path), tmp_path / "out.json"
-    path.symlink_to(victim)
-    write_whole(path, "new")
-    assert path.read_text() == "new" and not path.is_symlink() and victim.read_text() == "precious"
-    path.unlink()
-    path.symlink_to(victim)
-    with pytest.raises(UserError, match="is a link"):
-        append_line(path, "new")
-    (tmp_path / "rollouts").symlink_to(tmp_path)
-    for action in (lambda: own_folder(tmp_path / "rollouts"), lambda: write_rollouts(tmp_path, 1, [])):
-        with pytest.raises(UserError, match="is a link"):
-            action()
-    assert victim.read_text() == "precious"
-
-
-def test_a_part_is_a_new_file_of_its_own_and_is_gone_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError), replacing(tmp_path / "out") as part:
-        part.write_text("half")
-        assert part.parent == tmp_path and part.stat().st_nlink == 1
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_lies_at_a_parts_name_is_not_opened(tmp_path, monkeypatch):
-    """Names are random; were one guessed, a hard link there would be another file."""
-    monkeypatch.setattr("rl_training.files.secrets.token_hex", lambda n: "0" * 2 * n)
-    victim = points_away(tmp_path)
-    os.link(victim, tmp_path / f".out.{'0' * 16}.part")
-    with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "out", "new")
-    assert victim.read_text() == "precious" and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------- resuming
