@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for wor
 import torch
 
 from entropy_core.batch import Bucket, SequenceBatch
-from entropy_core.directional import entropy_products, weights_moved
+from entropy_core.directional import entropy_derivatives, weights_moved
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
@@ -57,7 +57,7 @@ def without_each_prompt(
     for left in range(len(batch)):
         keep = torch.tensor([n for n in range(len(batch)) if n != left])
         part, first, last = batch.select(keep), before.select(keep), after.select(keep)
-        predicted = float(entropy_products(first, along.select(keep), part).mean())
+        predicted = float(entropy_derivatives(first, along.select(keep), part).mean())
         differences.append(predicted - snis_entropy_change(first, last, part).change)
     return differences
 
@@ -80,7 +80,7 @@ def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement
         8 * (ahead.logprobs.double() - behind.logprobs.double()),
         8 * (ahead.entropies.double() - behind.entropies.double()),
     )
-    predicted = float(entropy_products(before, slopes, batch).mean())
+    predicted = float(entropy_derivatives(before, slopes, batch).mean())
     measured = snis_entropy_change(before, along[1.0], batch)
     compared = paired_agreement(predicted - measured.change, without_each_prompt(before, along[1.0], slopes, batch))
     assert compared is not None

@@ -43,7 +43,7 @@ _LARGEST_CHANGE = 0.05  # nats by which a central difference moves the fastest t
 _PILOT_SEQUENCES = 8
 
 
-class SequenceProducts(NamedTuple):
+class SequenceDerivatives(NamedTuple):
     """sequences: (N,) float64 <dS_i, u>. tokens: (N, L) token k's part D log pi(a_k) of it, 0 outside completions."""
 
     sequences: Tensor
@@ -86,24 +86,24 @@ def token_derivatives(
     raise ValueError(f"unknown method {method!r}: choose 'auto', 'forward' or 'central'")
 
 
-def sequence_products(
+def sequence_derivatives(
     model: nn.Module,
     batch: SequenceBatch,
     direction: Mapping[str, Tensor],
     passes: PassSettings = DEFAULT_PASSES,
     method: Method = "auto",
     hold_padding: bool = True,
-) -> SequenceProducts:
+) -> SequenceDerivatives:
     """<dS_i, direction> of every sequence, and every token's part of it, from one pass.
 
     With hold_padding the rows dS_i are those of the training step, by torch's rule for padding embeddings (`as_trained`);
     without, true derivatives, as in kernels. They differ only where such an embedding is trained.
     """
     found = token_derivatives(model, batch, direction, passes, method, hold_padding)
-    return SequenceProducts(found.scores(), found.logprobs)
+    return SequenceDerivatives(found.scores(), found.logprobs)
 
 
-def entropy_products(
+def entropy_derivatives(
     statistics: TokenStatistics,
     derivatives: TokenStatistics,
     batch: SequenceBatch,
@@ -193,10 +193,10 @@ def _tangents(logits: Tensor, tangent: Tensor, targets: Tensor) -> tuple[Tensor,
     entropies = torch.empty_like(mean)
     for part in logit_chunks(logits):
         logprobs = bounded_logprobs(logits[part], torch.logsumexp(logits[part], 1))
-        law = logprobs.exp()
-        mean[part] = (law * tangent[part]).sum(1)
-        entropy = -(law * logprobs).sum(1, keepdim=True)
-        entropies[part] = -(law * (logprobs + entropy) * tangent[part]).sum(1)
+        probabilities = logprobs.exp()
+        mean[part] = (probabilities * tangent[part]).sum(1)
+        entropy = -(probabilities * logprobs).sum(1, keepdim=True)
+        entropies[part] = -(probabilities * (logprobs + entropy) * tangent[part]).sum(1)
     return tangent.gather(1, targets[:, None]).squeeze(1) - mean, entropies
 
 

@@ -29,7 +29,7 @@ from entropy_core.graph_passes import weighted_sum
 from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.frozen_head import completion_values
-from entropy_core.passes.gradient_hooks import RowTaps
+from entropy_core.passes.gradient_hooks import RowHooks
 from entropy_core.passes.state import open_passes
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
@@ -37,7 +37,7 @@ from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
 # Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
 _STRETCH = 2**15
 
-# How a model says that taps and row-wise derivatives do not suit it (vmap raises RuntimeError).
+# How a model says that hooks and row-wise derivatives do not suit it (vmap raises RuntimeError).
 _ROWS_FAIL = (ValueError, RuntimeError, TypeError, NotImplementedError)
 
 Buckets = Callable[[SequenceBatch], list[Bucket]]
@@ -316,14 +316,14 @@ class _Forward:
         with_variances: bool,
     ) -> None:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
-        self._taps = RowTaps(model, parameters) if rows else None
+        self._hooks = RowHooks(model, parameters) if rows else None
         try:
-            if self._taps is not None:
-                self._taps.begin(bucket)
+            if self._hooks is not None:
+                self._hooks.begin(bucket)
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
         finally:
-            if self._taps is not None:
-                self._taps.__exit__(None, None, None)
+            if self._hooks is not None:
+                self._hooks.__exit__(None, None, None)
         assert found.entropies is not None
         self._logprobs, self._entropies = found.logprobs, found.entropies
         self._values = [v.detach() for v in found if v is not None]
@@ -348,13 +348,13 @@ class _Forward:
         for number, (coefficients, into) in enumerate(zip(wanted, found, strict=True)):
             objective = weighted_sum(self._logprobs, self._entropies, coefficients, at)
             keep = number + 1 < len(wanted)
-            if self._taps is not None:
+            if self._hooks is not None:
 
                 def add(name: str, r: Tensor, into: dict[str, Tensor] = into) -> None:
                     into[name].index_add_(0, rows, r.to(into[name]))
 
                 names = checked.unseen() if checked is not None and number == 0 else []
-                gradients = self._taps.backward(objective, add, keep, [self._parameters[n] for n in names])
+                gradients = self._hooks.backward(objective, add, keep, [self._parameters[n] for n in names])
                 if names:
                     assert checked is not None
                     checked.check(into, names, gradients)

@@ -4,10 +4,10 @@
     row_t        = d/dtheta of sequence t's own terms of it                          so  sum_t row_t = d objective / dtheta
 
 Rows come out of ordinary batched backward passes. In a module y = f(x; w) that treats the sequences of a batch separately,
-row_t of w needs only x_t and the cotangent dObjective/dy_t; a tap behind every module that owns trainable parameters reads
+row_t of w needs only x_t and the cotangent dObjective/dy_t; a hook on every module that owns trainable parameters reads
 both while the backward passes by. For y = x W^T + b that is  row_t(W) = sum_l dy_tl x_tl^T  and  row_t(b) = sum_l dy_tl;
 for any other module (norms, GPT-2's transposed Conv1D, scaled embeddings) it is the module's own vector-Jacobian product,
-sequence by sequence. A parameter used in several places (tied weights) sums its uses. Where taps cannot follow a model, a loop
+sequence by sequence. A parameter used in several places (tied weights) sums its uses. Where hooks cannot follow a model, a loop
 over sequences gives the same rows (entropy_core.passes.row_formation).
 
 Source: docs/theory/fisher-kernel.md, "Rows".

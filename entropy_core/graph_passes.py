@@ -1,10 +1,10 @@
-"""Forward passes with graphs over the buckets of a batch, each ready to be walked back from one or more objectives.
+"""Forward passes with graphs over the buckets of a batch, each ready for backward passes from one or more objectives.
 
     objective(c) = sum_t sum_k [ c.entropy_tk H_tk + c.logprob_tk log pi_tk ]       (c frozen, entropy_core.entropy)
 
-Coefficients may depend on the statistics of the whole batch (the mean entropy, say), which only a pass shows. Then the first
-buckets, as many as `token_batch_size` allows, pass before any of them is walked back, and show theirs by that; only the others
-take a forward pass more.
+Coefficients may depend on the statistics of the whole batch (the mean entropy, say), which only a pass shows. Then the graphs
+of the first buckets, as many as `token_batch_size` allows, are kept side by side until their forward passes have shown them;
+only the other buckets take one more forward pass, without a graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Streams of gradient rows: by hooks, checked on the way, or by a loop over sequences.
 
 Rows go to a sink as they are found. Where hooks fail, the sink is emptied by its owner (`restart`) and the stream begins
-anew by the loop, so that rows of two attempts never meet; without a `restart` the first bucket is walked back once without
+anew by the loop, so that rows of two attempts never meet; without a `restart` the first bucket takes one backward pass without
 the sink, which is where nearly all models show what they are, and a failure after that is raised.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
-from entropy_core.passes.gradient_hooks import RowTaps
+from entropy_core.passes.gradient_hooks import RowHooks
 from entropy_core.passes.row_check import RowCheck, RowSums, RowSumsDifferError
 from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError
 from entropy_core.passes.settings import PassSettings
@@ -74,22 +74,22 @@ class RowStream:
         with (
             open_passes(self._model),
             torch.enable_grad(),
-            RowTaps(self._model, self._parameters, formation.copies) as taps,
+            RowHooks(self._model, self._parameters, formation.copies) as hooks,
         ):
-            for bucket, objectives in passes.run(taps.begin):
+            for bucket, objectives in passes.run(hooks.begin):
                 due = {} if check is None else check.due(self._parameters, bucket)
                 for number, objective in enumerate(objectives):
                     more = number + 1 < len(objectives)
                     if due and rehearse:
-                        self._one_walk(taps, bucket, objective, number, check, due, None, True)
+                        self._one_backward(hooks, bucket, objective, number, check, due, None, True)
                         due = {}
-                    self._one_walk(taps, bucket, objective, number, check, due, sink, more)
+                    self._one_backward(hooks, bucket, objective, number, check, due, sink, more)
                 rehearse = False
                 del objectives, objective  # the graph, before the next bucket makes its own
 
-    def _one_walk(
+    def _one_backward(
         self,
-        taps: RowTaps,
+        hooks: RowHooks,
         bucket: Bucket,
         objective: Tensor,
         number: int,
@@ -110,7 +110,7 @@ class RowStream:
             if sink is not None:
                 sink(number, name, bucket.indices.to(rows.device), rows)
 
-        gradients = taps.backward(objective, receive, more, () if sums is None else sums.parameters)
+        gradients = hooks.backward(objective, receive, more, () if sums is None else sums.parameters)
         if sums is None or check is None:
             return
         try:
@@ -122,7 +122,7 @@ class RowStream:
             check.passed(bucket, sums.norms(gradients), whole)
             check.scale = sums.scale if whole else check.scale
         if single is not None and single.place is not None and agreed and not callable(self._coefficients):
-            with taps.lifted():
+            with hooks.lifted():
                 self._check_apart(single, self._coefficients[number])
             check.apart = True
 

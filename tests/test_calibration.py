@@ -16,7 +16,7 @@ from benchmarks.calibration_page import write_page
 from benchmarks.calibration_tests import alignment_tests, buffer_tests, structure_tests
 from benchmarks.calibration_world import Shape
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import entropy_products
+from entropy_core.directional import entropy_derivatives
 from entropy_core.entropy import Estimator
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.scores import TokenStatistics
@@ -48,7 +48,7 @@ def contributions(
 ) -> torch.Tensor:
     """(m,) of some sequences as a batch of their own."""
     some = batch.select(kept.tolist())
-    return step * entropy_products(before.select(kept), along.select(kept), some, estimator, True)
+    return step * entropy_derivatives(before.select(kept), along.select(kept), some, estimator, True)
 
 
 @pytest.mark.parametrize(

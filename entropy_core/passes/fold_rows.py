@@ -2,7 +2,7 @@
 
     sum_t row_t = d objective / dtheta          for every trainable parameter, beside autograd in the same backward pass
 
-Rows come from taps behind modules, so a parameter that is used without its module being called (a functional call, a
+Rows come from hooks on modules, so a parameter that is used without its module being called (a functional call, a
 parametrisation, a factor applied by another module) has none, and its part of a prediction is silently zero. Such models
 are still differentiated, by plain backward passes (entropy_core.fold_gradients).
 

@@ -4,7 +4,7 @@
 
 y is the hidden state that predicts a token, W the output layer. Both derivatives are vectors of y's width, so they are formed
 in the forward pass, a few tokens at a time, while these tokens' logits are at hand; a backward pass only scales them. That
-takes as many multiplications as keeping the logits and walking back through them, and no memory of size V a token. Several
+takes as many multiplications as keeping the logits and going back through them, and no memory of size V a token. Several
 objectives share one forward pass.
 
 Taken where W is a plain linear layer that is not trained and nothing happens to its output (checked on two tokens of every

@@ -1,8 +1,8 @@
-"""Taps behind modules that own trainable parameters: they turn a passing cotangent into one gradient row per sequence.
+"""Hooks on modules that own trainable parameters: they turn a passing cotangent into one gradient row per sequence.
 
-A tap is the identity on a module's output. Its backward sees dObjective/dy and hands the cotangent on unchanged; all taps
-hang on one scalar `root`, and only the root's gradient is asked of autograd, so that every tap is visited while no weight
-gradient of the usual kind is computed.
+A hook puts an identity operation behind its module's output y. Its backward sees dObjective/dy, forms rows and hands the
+cotangent on unchanged. All these operations take one scalar `root` as a further input, and only the root's gradient is asked
+of autograd: so every one of them is visited, while no weight gradient of the usual kind is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from entropy_core.passes.forward import output_layer
 from entropy_core.passes.row_formation import RowsNotFormedError
 
 
-class _Tap(torch.autograd.Function):
+class _PassingCotangent(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None], copies: bool = False
@@ -37,21 +37,23 @@ class _Tap(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class TapHook:
+class RowHook:
     """The forward hook on a module that owns parameters; own: their names in the module -> in the model."""
 
-    taps: RowTaps
+    hooks: RowHooks
     module: nn.Module
     path: str
     own: dict[str, str]
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        return self.taps.tap(self, args, kwargs, output)
+        return self.hooks.watch(self, args, kwargs, output)
 
 
 class _Pass:
-    """One tapped forward pass. inputs: of every tapped call, until the last walk back has passed it, since the graph, which may
-    live on, refers to this object.
+    """One forward pass with hooks.
+
+    inputs: of every call of a hooked module, until the last backward pass has visited it: the graph, which may live on, refers to
+    this object.
     """
 
     def __init__(self, bucket: Bucket) -> None:
@@ -60,11 +62,11 @@ class _Pass:
         self.calls = 0
 
 
-class RowTaps:
-    """Context in which forward passes are tapped: `begin` before each, and `backward` afterwards, for as many objectives as are
+class RowHooks:
+    """Context in which modules have hooks: `begin` before each, and `backward` afterwards, for as many objectives as are
     wanted. Graphs of several passes may live side by side. copies: a module's output is copied, for models that overwrite it.
 
-    Raises RowsNotFormedError, in passes and on the way back, for parameters whose rows cannot be formed.
+    Raises RowsNotFormedError, in forward and backward passes, for parameters whose rows cannot be formed.
     """
 
     _pass: _Pass
@@ -76,7 +78,7 @@ class RowTaps:
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         self._sink: Callable[[str, Tensor], None] | None = None
         self._forming_rows = False
-        self._last_walk = self.gradients_wanted = False
+        self._last_backward = self.gradients_wanted = False
         layer = output_layer(model)
         self._flat_modules = set(layer.modules()) if layer is not None else set()
         self._handles: list[RemovableHandle] = []
@@ -101,20 +103,20 @@ class RowTaps:
 
     def _place(self) -> None:
         self._handles = [
-            module.register_forward_hook(TapHook(self, module, path, own), with_kwargs=True)
+            module.register_forward_hook(RowHook(self, module, path, own), with_kwargs=True)
             for module, path, own in self._places
         ]
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Inside, passes are not tapped."""
+        """Inside, modules have no hooks."""
         self.__exit__(None, None, None)
         try:
             yield
         finally:
             self._place()
 
-    def __enter__(self) -> RowTaps:
+    def __enter__(self) -> RowHooks:
         return self
 
     def __exit__(
@@ -134,11 +136,11 @@ class RowTaps:
         retain_graph: bool,
         gradients_of: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:
-        """Walk back from `objective`, sending (parameter name, (n, *shape) rows) to `sink` at every tap.
+        """A backward pass from `objective` that sends (parameter name, (n, *shape) rows) to `sink` at every hook.
 
         Returns autograd's own gradients of the parameters in `gradients_of`, None for those that were not used.
         """
-        self._sink, self._last_walk, self.gradients_wanted = sink, not retain_graph, bool(gradients_of)
+        self._sink, self._last_backward, self.gradients_wanted = sink, not retain_graph, bool(gradients_of)
         try:
             wanted = [self.root, *gradients_of]
             return torch.autograd.grad(objective, wanted, retain_graph=retain_graph, allow_unused=True)[1:]
@@ -146,12 +148,12 @@ class RowTaps:
             self._sink = None
 
     def send(self, name: str, rows: Tensor) -> None:
-        """Hand on rows (n, *shape) of one use of a parameter, during a walk back."""
+        """Hand on rows (n, *shape) of one use of a parameter, during a backward pass."""
         assert self._sink is not None
         self._sink(name, rows)
 
-    def tap(self, hook: TapHook, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The output of a module's call, tapped."""
+    def watch(self, hook: RowHook, args: tuple, kwargs: dict, output: Any) -> Any:
+        """The output of a module's call, with the operation behind it that forms rows."""
         if self._forming_rows or not torch.is_grad_enabled():
             return output
         module, path, own = hook.module, hook.path, hook.own
@@ -175,7 +177,7 @@ class RowTaps:
 
         def receive(cotangent: Tensor) -> None:
             dy = cotangent.detach()
-            args, kwargs = current.inputs.pop(call) if self._last_walk else current.inputs[call]
+            args, kwargs = current.inputs.pop(call) if self._last_backward else current.inputs[call]
             x = args[0].detach().to(dy.device)  # a module's hook may have moved it there
             if flat:
                 x, dy = (_unflatten(tensor, current.bucket) for tensor in (x, dy))
@@ -188,7 +190,7 @@ class RowTaps:
             for key, rows in found.items():
                 self.send(own[key], rows)
 
-        return _Tap.apply(output, self.root, receive, self._copies)
+        return _PassingCotangent.apply(output, self.root, receive, self._copies)
 
     def _rows(
         self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor

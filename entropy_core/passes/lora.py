@@ -4,7 +4,7 @@
     u = s dy B             dx = dy W + u A
     row_t(A) = sum_l u_tl x_tl^T                row_t(B) = sum_l dy_tl h_tl^T
 
-peft makes y from three products, one scaling and one sum, each with a tensor as large as y, and autograd walks back through
+peft makes y from three products, one scaling and one sum, each with a tensor as large as y, and autograd goes back through
 all of them. Here products are added where the first one lies, and rows come from the u and h that dx and y need anyway. Equal
 tokens are multiplied once, as in entropy_core.passes.shared_tokens, factors included.
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from entropy_core.passes.gradient_hooks import RowTaps, TapHook
+from entropy_core.passes.gradient_hooks import RowHook, RowHooks
 from entropy_core.passes.replaced_forward import own_forward, wrapped_by_others
 from entropy_core.passes.shared_pass import Cotangents, SharedPass
 
@@ -82,10 +82,10 @@ def plain_adapter(layer: Any) -> PlainAdapter | None:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module being called; taps take rows where they find them."""
+    """Whether somebody wants to see the module being called; our own hooks take rows where they find them."""
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    return any(not isinstance(hook, TapHook) for hook in module._forward_hooks.values())
+    return any(not isinstance(hook, RowHook) for hook in module._forward_hooks.values())
 
 
 def adapted(layer: nn.Module, found: PlainAdapter, x: Tensor, current: SharedPass) -> Tensor | None:
@@ -97,10 +97,10 @@ def adapted(layer: nn.Module, found: PlainAdapter, x: Tensor, current: SharedPas
     if x.device != found.base.weight.device or agreed.get(layer) is False:
         return None
     current.compare(x)
-    taps = [hook for m in (found.a, found.b) for hook in m._forward_hooks.values() if isinstance(hook, TapHook)]
-    names = {id(hook.module): hook.own["weight"] for hook in taps}
-    sends = _Sends(taps[0].taps, names.get(id(found.a)), names.get(id(found.b))) if taps else None
-    root = None if sends is None else sends.taps.root
+    hooks = [hook for m in (found.a, found.b) for hook in m._forward_hooks.values() if isinstance(hook, RowHook)]
+    names = {id(hook.module): hook.own["weight"] for hook in hooks}
+    sends = _Sends(hooks[0].hooks, names.get(id(found.a)), names.get(id(found.b))) if hooks else None
+    root = None if sends is None else sends.hooks.root
     y = _AdaptedLinear.apply(x, found.a.weight, found.b.weight, root, layer, found, current, sends)
     if layer not in agreed:
         agreed[layer] = _agrees(layer, x, y)
@@ -120,13 +120,13 @@ def _agrees(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
 class _Sends(NamedTuple):
     """Where rows go, and under which names; None for a factor whose rows nobody wants."""
 
-    taps: RowTaps
+    hooks: RowHooks
     a: str | None
     b: str | None
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (n, l, d), A (r, d), B (out, r), and the root that taps hang on -> y (n, l, out)."""
+    """x (n, l, d), A (r, d), B (out, r), and the root of the hooks -> y (n, l, out)."""
 
     @staticmethod
     def forward(
@@ -187,12 +187,12 @@ class _AdaptedLinear(torch.autograd.Function):
         u = dy.spread(u)
         if sends is not None:
             if sends.a is not None:
-                sends.taps.send(sends.a, torch.bmm(u.transpose(1, 2), x))
+                sends.hooks.send(sends.a, torch.bmm(u.transpose(1, 2), x))
             if sends.b is not None:
-                sends.taps.send(sends.b, torch.bmm(cotangent.transpose(1, 2), h))
+                sends.hooks.send(sends.b, torch.bmm(cotangent.transpose(1, 2), h))
         da = db = None
-        if sends is None or sends.taps.gradients_wanted:
+        if sends is None or sends.hooks.gradients_wanted:
             da = u.flatten(0, 1).T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
             db = cotangent.flatten(0, 1).T @ h.flatten(0, 1) if ctx.needs_input_grad[2] else None
-        visited = None if sends is None else torch.zeros_like(sends.taps.root)
+        visited = None if sends is None else torch.zeros_like(sends.hooks.root)
         return dx, da, db, visited, None, None, None, None

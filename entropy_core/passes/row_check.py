@@ -1,6 +1,6 @@
 """The check that rows add up: sum_t row_t = d objective / dtheta, beside autograd's own gradient of one backward pass.
 
-It finds parameters that are used in a way which no tap sees (a functional call of a weight, say), and arithmetic in less than
+It finds parameters that are used in a way which no hook sees (a functional call of a weight, say), and arithmetic in less than
 float32. A parameter counts as checked once its gradient was not zero (the embedding of a token that does not occur, an expert
 without tokens say nothing), and everything is checked again in buckets that are twice as large as any before, where a model
 may take another path. Source: docs/theory/fisher-kernel.md, "Rows".
@@ -76,7 +76,7 @@ class RowSums:
 
     def errors(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
         """name -> |sum of rows - gradient| / |gradient of everything|, or the largest numbers of rows where that is zero;
-        empty where both are zero or one is not finite, which says nothing of taps.
+        empty where both are zero or one is not finite, which says nothing of hooks.
 
         gradients: of all parameters in order, None for those that were not used.
 

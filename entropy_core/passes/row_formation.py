@@ -1,4 +1,4 @@
-"""How the gradient rows of one model are formed: batched backward passes with taps, or one backward pass per sequence.
+"""How the gradient rows of one model are formed: batched backward passes with hooks, or one backward pass per sequence.
 
     hooks   hooks on modules (gradient_hooks): as many passes as the batch has buckets. Held against autograd.
     loop    one forward pass per sequence, one backward pass per objective: plain autograd, which any model allows.
@@ -20,7 +20,7 @@ from entropy_core.passes.row_check import RowCheck
 Method = Literal["auto", "hooks", "loop"]
 METHODS: tuple[Method, ...] = ("auto", "hooks", "loop")
 
-# What an operation that taps or vmap cannot follow raises; a model that is broken raises it in the loop as well.
+# What an operation that hooks or vmap cannot follow raises; a model that is broken raises it in the loop as well.
 _FAILURES = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 REMEDY = "use PassSettings(method='loop') (of an analysis: entropy_analysis.fisher_kernel.method=loop), or freeze it"
 
@@ -70,7 +70,7 @@ class RowFormation:
         return {"method": self.in_use, "reason": self.reason}
 
     def recover(self, error: Exception, fed: bool, sequences: int, buckets: int) -> None:
-        """Make what comes next avoid `error`, which a stream by hooks met: taps with copies, or the loop.
+        """Make what comes next avoid `error`, which a stream by hooks met: hooks with copies, or the loop.
 
         fed: whether rows have reached a sink that cannot be emptied. sequences, buckets: of the batch at hand.
         Raises the error itself where it is none of the hooks', or where it may not be avoided, with the remedy.
@@ -79,7 +79,7 @@ class RowFormation:
         if not own and (not isinstance(error, _FAILURES) or isinstance(error, torch.OutOfMemoryError)):
             raise error
         if not fed and not self.copies and "modified inplace" in str(error):
-            self.copies = True  # the model overwrites a module's output, which a tap's view of it does not allow
+            self.copies = True  # the model overwrites a module's output, which a hook's view of it does not allow
             return
         if self.method != "auto" or fed:
             if own:

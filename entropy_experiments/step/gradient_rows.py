@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import sequence_products
+from entropy_core.directional import sequence_derivatives
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
@@ -97,5 +97,5 @@ class RecomputedRows:
         return batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
-        found = sequence_products(self._model, self._batch, direction, self._passes, hold_padding=self._as_trained)
+        found = sequence_derivatives(self._model, self._batch, direction, self._passes, hold_padding=self._as_trained)
         return found.sequences.double().cpu()

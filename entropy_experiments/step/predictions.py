@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from entropy_core.directional import entropy_products, token_derivatives
+from entropy_core.directional import entropy_derivatives, token_derivatives
 from entropy_core.entropy import Estimator
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
@@ -49,7 +49,7 @@ def predictions_by_derivatives(
         return {e: {part: _estimate(side, along[part], e, per_token) for part in PARTS} for e in estimators}
 
     def contributions(estimator: Estimator, per_token: bool) -> Tensor:
-        return entropy_products(side.statistics, along["total"], side.batch, estimator, per_token)
+        return entropy_derivatives(side.statistics, along["total"], side.batch, estimator, per_token)
 
     per_token = predicted(True)
     whole, part = (parts[own]["total"].value for parts in (per_token, restricted.per_token))
@@ -66,7 +66,7 @@ def predictions_by_derivatives(
 def _estimate(side: EvaluationSide, along: TokenStatistics, estimator: Estimator, per_token: bool) -> Estimate:
     def of_rows(kept: Tensor) -> Tensor:
         some = side.batch.select(kept.tolist())
-        return entropy_products(side.statistics.select(kept), along.select(kept), some, estimator, per_token)
+        return entropy_derivatives(side.statistics.select(kept), along.select(kept), some, estimator, per_token)
 
     value = of_rows(torch.arange(len(side.batch))).mean()
     return estimate_with_error(value, contributions_without_each_prompt(side.batch.prompt_index, of_rows))

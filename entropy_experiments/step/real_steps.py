@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner, read_adamw_state
 from entropy_core.batch import SequenceBatch
-from entropy_core.directional import sequence_products, weights_moved
+from entropy_core.directional import sequence_derivatives, weights_moved
 from entropy_core.gradients import dot, trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
@@ -180,7 +180,7 @@ def token_shares(
 
     direction: of the step's `share_direction`. One pass over the training sequences (entropy_core.directional).
     """
-    tokens = sequence_products(model, train_batch, direction, passes).tokens.double()
+    tokens = sequence_derivatives(model, train_batch, direction, passes).tokens.double()
     return clip * weights.double().to(tokens.device)[:, None] * tokens
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import (
-    entropy_products,
-    sequence_products,
+    entropy_derivatives,
+    sequence_derivatives,
     token_derivatives,
     weights_moved,
 )
@@ -150,7 +150,7 @@ def test_sequence_products_equal_rows_times_direction(case: ModelCase, temperatu
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary), temperature)
     direction = random_direction(model)
     rows = flatten_rows(per_sequence_gradients(model, batch))
-    found = sequence_products(model, batch, direction)
+    found = sequence_derivatives(model, batch, direction)
     assert_close(found.sequences, rows @ flatten(direction), EXACT, "⟨∇S_i, u⟩")
     assert torch.equal(found.tokens.sum(1), found.sequences), "tokens' parts do not add up to their sequence"
 
@@ -162,7 +162,7 @@ def test_entropy_products_average_to_the_gradients_product(name: str, estimator,
     case = BY_NAME[name]
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary), 0.8)
     direction = random_direction(model)
-    products = entropy_products(
+    products = entropy_derivatives(
         token_statistics(model, batch), token_derivatives(model, batch, direction), batch, estimator, per_token
     )
     expected = dot(entropy_gradient(model, batch, estimator, per_token), direction)
@@ -173,9 +173,9 @@ def test_entropy_products_average_to_the_gradients_product(name: str, estimator,
 def test_layout_and_buckets_change_nothing(method) -> None:
     lists, model = random_sequences(37), BY_NAME["gpt2_conv1d_tied"].make()
     direction = random_direction(model)
-    expected = sequence_products(model, right_padded(lists), direction).sequences
+    expected = sequence_derivatives(model, right_padded(lists), direction).sequences
     for token_batch_size in (1, 20):
-        found = sequence_products(
+        found = sequence_derivatives(
             model, left_padded(lists, 9), direction, PassSettings(token_batch_size), method
         ).sequences
         assert_close(found, expected, CENTRAL[torch.float64], "padding or buckets move derivatives")
@@ -195,7 +195,7 @@ def test_a_padding_embedding_counts_as_in_training_or_truly(method) -> None:
     )
     assert relative_error(trained, true) > 0.01, "the test is blind: the padding embedding does not matter"
     for hold, expected in ((True, trained), (False, true)):
-        found = sequence_products(model, batch, direction, method=method, hold_padding=hold).sequences
+        found = sequence_derivatives(model, batch, direction, method=method, hold_padding=hold).sequences
         assert_close(found, expected, CENTRAL[torch.float64], f"hold_padding={hold}")
     assert not embedding._forward_hooks and embedding.padding_idx == 3
     weights = torch.tensor([1.0, -0.7])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
-from entropy_core.directional import sequence_products, token_derivatives, weights_moved
+from entropy_core.directional import sequence_derivatives, token_derivatives, weights_moved
 from entropy_core.entropy import TokenCoefficients, entropy_coefficients, entropy_estimate, score_coefficients
 from entropy_core.fold_gradients import fold_gradients, shared_statistics
 from entropy_core.gradients import batch_gradients, per_sequence_gradients
@@ -189,7 +189,7 @@ def test_rows_products_and_folds(case) -> None:
     like = {name: parameters_of(model)[name].detach() for name in names}
     direction = unflatten(flat[0] - 2 * flat[3], like)
     along = flatten(direction)
-    assert_close(sequence_products(model, batch, direction).sequences, flat @ along, 1e-9, "<∇S, u>")
+    assert_close(sequence_derivatives(model, batch, direction).sequences, flat @ along, 1e-9, "<∇S, u>")
     central = token_derivatives(model, batch, direction, method="central").scores()
     assert_close(central, flat @ along, 1e-6, "central differences of S")
     kernel = compute_cross_fisher_kernel(model, batch.select([0, 1, 2]), batch.select([3, 4, 5]))

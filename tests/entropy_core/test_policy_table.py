@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
-from entropy_core.directional import entropy_products, token_derivatives
+from entropy_core.directional import entropy_derivatives, token_derivatives
 from entropy_core.entropy import entropy_coefficients, score_coefficients
 from entropy_core.fold_gradients import fold_gradients
 from entropy_core.gradients import entropy_gradient, gradient_rows
@@ -135,7 +135,7 @@ def _measured(case: PolicyCase, dtype: torch.dtype) -> Measured:
         token_derivatives(model, batch, direction, method="forward")
     except ValueError:
         exact = False
-    change = float(entropy_products(statistics, along, batch).mean())
+    change = float(entropy_derivatives(statistics, along, batch).mean())
     scale = float(expected.norm() * _flat(direction).norm())
     return Measured(
         _error(_flat(rows, len(INDEX)), expected_rows),

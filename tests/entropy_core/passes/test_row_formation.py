@@ -25,7 +25,7 @@ LENGTHS = (1, 2, 4, 6, 9, 12)
 
 
 class Policy(nn.Module):
-    """Embedding, a running mean over the past, and a head; `kind` says when it does what no tap sees."""
+    """Embedding, a running mean over the past, and a head; `kind` says when it does what no hook sees."""
 
     def __init__(self, kind: str, seed: int = 0) -> None:
         super().__init__()
@@ -89,15 +89,15 @@ def test_the_loop_takes_over_whenever_hooks_fail(kind: str, token_batch_size: in
 
 
 def test_a_second_objective_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from entropy_core.passes.gradient_hooks import RowTaps
+    from entropy_core.passes.gradient_hooks import RowHooks
 
-    ordinary, calls = RowTaps.send, []
+    ordinary, calls = RowHooks.send, []
 
-    def wrong_later(self: RowTaps, name: str, rows: Tensor) -> None:
+    def wrong_later(self: RowHooks, name: str, rows: Tensor) -> None:
         calls.append(name)
         ordinary(self, name, rows * (1.5 if calls.count("inner.weight") > 1 and name == "inner.weight" else 1.0))
 
-    monkeypatch.setattr(RowTaps, "send", wrong_later)
+    monkeypatch.setattr(RowHooks, "send", wrong_later)
     model, tokens = Policy("fine"), lists()
     batch = right_padded(tokens)
     trained = trainable_parameters(model)
@@ -143,7 +143,7 @@ def test_outputs_that_the_model_overwrites_are_copied() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = per_sequence_gradients(model, right_padded(tokens), passes=PassSettings(method="hooks"))
-    assert_named_close(found, reference(model, tokens), 1e-12, "taps see what was overwritten")
+    assert_named_close(found, reference(model, tokens), 1e-12, "hooks see what was overwritten")
 
 
 def test_a_model_that_mixes_sequences_is_passed_one_by_one() -> None:

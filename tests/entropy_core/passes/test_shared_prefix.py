@@ -143,7 +143,7 @@ def test_every_completion_token_stands_in_one_bucket_once_and_no_bucket_is_too_l
                     batch.prompt_index[bucket.sequences], batch.prompt_index[bucket.indices][bucket.rows]
                 )
                 assert len(bucket.input_ids) == 1 or bucket.input_ids.numel() <= limit
-                assert bool((bucket.rows.diff() >= 0).all()), "rows must ascend: taps count tokens by them"
+                assert bool((bucket.rows.diff() >= 0).all()), "rows must ascend: hooks count tokens by them"
                 one_completion = len(bucket.sequences.unique()) == 1
                 assert one_completion or int(bucket.attention_mask.shape[-1]) <= max(limit, 5 + 6 - 1)
 

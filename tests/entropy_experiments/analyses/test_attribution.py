@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from entropy_core.directional import entropy_products, token_derivatives
+from entropy_core.directional import entropy_derivatives, token_derivatives
 from entropy_core.gradients import dot
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.arrays import SequenceLabels
@@ -171,7 +171,7 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
     assert np.abs(tokens.sum(1) - shares).max() < 1e-9 * np.abs(shares).max()
     assert shares.sum() == pytest.approx(dot(gradient, world.step.update.batch), rel=1e-9)
     derivatives = token_derivatives(world.model, world.evaluation, world.step.parameter_delta)
-    contributions = entropy_products(world.statistics, derivatives, world.evaluation, estimator).numpy() / 24
+    contributions = entropy_derivatives(world.statistics, derivatives, world.evaluation, estimator).numpy() / 24
     found = attribute_step(
         labels(world.train, token_statistics(world.model, world.train)),
         shares,

@@ -56,7 +56,7 @@ def adapted(config: peft.PeftConfig, base: Callable[[], nn.Module] = llama) -> C
     return lambda: peft.get_peft_model(base(), config)
 
 
-# Those whose rows no tap sees or can form; True: rows exist and are used.
+# Those whose rows no hook sees or can form; True: rows exist and are used.
 CASES: dict[str, tuple[bool, Callable[[], nn.Module]]] = {
     "lora": (True, adapted(peft.LoraConfig(r=3, target_modules=LAYERS))),
     "modules_to_save": (True, adapted(peft.LoraConfig(r=3, target_modules=LAYERS, modules_to_save=["embed_tokens"]))),
