@@ -146,7 +146,7 @@ def test_row_sums_equal_the_kernel_in_float32(name: str, method) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sequence_products_equal_rows_times_direction(case: ModelCase, temperature: float) -> None:
+def test_sequence_derivatives_equal_rows_times_direction(case: ModelCase, temperature: float) -> None:
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary), temperature)
     direction = random_direction(model)
     rows = flatten_rows(per_sequence_gradients(model, batch))
@@ -158,7 +158,7 @@ def test_sequence_products_equal_rows_times_direction(case: ModelCase, temperatu
 @pytest.mark.parametrize("per_token", [True, False], ids=["per_token", "per_completion"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", ["llama_untied_lora", "recurrent_policy"])
-def test_entropy_products_average_to_the_gradients_product(name: str, estimator, per_token: bool) -> None:
+def test_entropy_derivatives_average_to_the_gradients_product(name: str, estimator, per_token: bool) -> None:
     case = BY_NAME[name]
     model, batch = case.make(), right_padded(random_sequences(case.vocabulary), 0.8)
     direction = random_direction(model)
