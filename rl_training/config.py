@@ -260,6 +260,8 @@ class EntropyProbeConfig(StrictModel):
     """`mode: watch`: weight of a step's sequences relative to the next step's in the critic of the entropy to go."""
     bias_keep: float | None = Field(default=None, ge=0.0, le=1.0)
     """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back (null: none)."""
+    entropy_floor: PositiveFloat | None = None
+    """Nats per token: log in how many steps the entropy is forecast to be below it, with an 80% band (null: no forecast)."""
     memory_limit: ByteSize | None = None
     """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
     standard_error_folds: NonNegativeInt | None = None

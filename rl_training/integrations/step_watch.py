@@ -68,6 +68,7 @@ class StepWatch:
 
     def pooled(self, rng: np.random.Generator) -> list[RolloutSequence] | None:
         """The sequences of the pool for the coming step; None where there is no pool."""
+        refuse_sharded(self._model)
         return None if self._pool is None else self._pool.turn(rng)
 
     def before(
@@ -88,7 +89,7 @@ class StepWatch:
         Returns:
             What is watched, and `drawn_scores` (those of the pool, where there is one).
         """
-        self._watch.lockstep = is_sharded(self._model)
+        refuse_sharded(self._model)
 
         def ours(some: SequenceBatch) -> WatchedPass:
             return self._watch.look(some, with_hidden=True)
@@ -134,15 +135,17 @@ class StepWatch:
             warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=3)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a forward pass of the model gathers its weights from other processes (FSDP, ZeRO-3).
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises UserError where a forward pass gathers the weights from other processes (FSDP, ZeRO-3).
 
-    Raises:
-        UserError: FSDP's first version, whose inner model cannot be called by itself.
+    FSDP keeps gathered weights after a pass without gradients, so that the pass after a step would be one with the weights from
+    before it.
     """
-    kinds = {type(module).__name__ for module in model.modules()}
-    if "FullyShardedDataParallel" in kinds:
+    names = {type(module).__name__ for module in model.modules()}
+    if "FullyShardedDataParallel" in names or any(
+        hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters()
+    ):
         raise UserError(
-            "mode=watch cannot look into FSDP version 1: use version 2 (fsdp_version: 2 in accelerate's configuration)"
+            "mode=watch cannot look into weights that are spread over processes (FSDP, ZeRO-3): train with DDP or ZeRO-2, or "
+            "set entropy_probe.enabled=false"
         )
-    return any(hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters())

@@ -38,6 +38,7 @@ from rl_training.premises.law_check import FirstPrompts, LawWatcher
 from rl_training.premises.probe_premise import ProbePremise
 from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.probe.change import EntropyChange
+from rl_training.probe.forecast import FORECAST, EntropyForecast
 from rl_training.probe.history import RUNNING, ProbeHistory
 from rl_training.probe.metrics import metrics_of, running_of
 from rl_training.probe.observation import Observation
@@ -143,7 +144,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._plan = NOTHING
         self._seen: Observation | None = None
         self._seconds = self._cpu_seconds = 0.0
-        self._steps = ProbeHistory()
+        self._steps, self._forecast = ProbeHistory(), EntropyForecast.of(config)
         self.history: list[EntropyChange] = []
         self.costs: list[tuple[float, float]] = []
         """Wall and CPU seconds of each entry of `history`."""
@@ -171,6 +172,8 @@ class EntropyProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._steps.begin(state.stateful_callbacks, state.global_step)
+        if self._forecast is not None:
+            self._forecast.replay(self._steps.steps())
         if self._watch is not None:
             self._watch.begin(state.stateful_callbacks, state.global_step)
 
@@ -297,8 +300,10 @@ class EntropyProbeCallback(TrainerCallback):
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
         totals = self._steps.totals() | ({} if watched is None else running_of(watched))
+        if self._forecast is not None:
+            totals |= self._forecast.add(metrics)
         # TRL logs the mean of a list over the steps since its last log: of these, the last value alone.
-        for name in RUNNING:
+        for name in (*RUNNING, *FORECAST):
             logged.pop(f"entropy_probe/{name}", None)
             if name in totals:
                 logged[f"entropy_probe/{name}"] = [totals[name]]

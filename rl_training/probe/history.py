@@ -60,6 +60,10 @@ class ProbeHistory:
         for name in KEPT:
             self._columns[name].append(metrics.get(name))
 
+    def steps(self) -> list[dict[str, float | None]]:
+        """What is kept of each step so far, by name."""
+        return [{name: self._columns[name][i] for name in KEPT} for i in range(len(self._columns["step"]))]
+
     def totals(self) -> dict[str, float]:
         """Sums so far, nats per token, with standard errors; from the eighth measured step on the correlation of predicted and
         measured with its 95% interval.

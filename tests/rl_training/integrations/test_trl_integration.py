@@ -156,7 +156,7 @@ def test_fresh_without_averaging_predicts_from_held_out_rows_alone(tiny_policy, 
 
 
 def test_fresh_draws_from_the_evaluation_set_where_there_is_one(tiny_policy, tmp_path, monkeypatch):
-    import rl_training.integrations.trl as integration
+    import rl_training.integrations.fresh_prompts as integration
 
     drawn = []
     original = integration.draw

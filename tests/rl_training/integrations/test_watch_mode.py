@@ -297,3 +297,14 @@ def test_a_pool_on_own_sequences_is_said(tiny_policy, tmp_path):
     for settings in ({"rollouts": "pool"}, {"mode": "watch", "rollouts": "pool", "bias_keep": 0.9}):
         with pytest.raises(ValidationError, match="pool"):
             EntropyProbeConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP"])
+def test_weights_spread_over_processes_are_refused(tiny_policy, tmp_path, kind):
+    trainer, _ = pooled_run(tiny_policy, tmp_path, steps=1)
+    if kind == "ZeRO-3":
+        trainer.model.model.norm.weight.ds_id = 0
+    else:
+        trainer.model.model.norm.__class__ = type("FullyShardedDataParallel", (type(trainer.model.model.norm),), {})
+    with pytest.raises(UserError, match="ZeRO-2"):
+        trainer.train()
