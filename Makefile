@@ -8,6 +8,7 @@
 # make results-format write the fields of a results folder into docs/guides/results-format.md
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
+# make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, five minutes
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
@@ -30,7 +31,7 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture results-format format bench bench-probe \
-  bench-kernel calibrate clean distclean
+  bench-replay bench-kernel calibrate clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -107,6 +108,10 @@ bench-probe: $(STAMP)
 	$(BIN)/python benchmarks/entropy_probe.py accuracy
 	$(BIN)/python benchmarks/entropy_probe.py overhead
 	$(BIN)/python benchmarks/entropy_probe_report.py
+
+bench-replay: $(STAMP)
+	$(BIN)/python -m benchmarks.probe_replay replay
+	$(BIN)/python -m benchmarks.probe_replay page
 
 # The peers' environment. torch first and alone, then the project as everywhere; the peers themselves without their
 # dependencies, which would bring torchvision and another torch (what they do need is listed beside them).

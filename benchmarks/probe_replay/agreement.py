@@ -1,9 +1,9 @@
 """How series of predictions agree with the truth, over several runs, with block-bootstrap intervals.
 
-    r          correlation of prediction and truth over all steps of all runs; `ceiling` is what a perfect prediction would reach, given
-               the truth's own error:  sqrt(1 - mean se^2 / var(truth))
+    r          correlation of prediction and truth over all steps of all runs; `ceiling` is what a perfect prediction
+               would reach, given the truth's own error:  sqrt(1 - mean se^2 / var(truth))
     partial    their correlation beyond persistence: given the truth of the step before
-    slope      of the truth on the prediction: 1 where a predicted -0.01 means -0.01 on average. The truth's noise leaves it alone.
+    slope      of the truth on the prediction: 1 where a predicted -0.01 means -0.01 on average, whatever the truth's noise
     sum        sum of predictions / sum of truths
     coverage   share of steps whose 95% interval holds the truth, the truth's own error added
     windows    the same of sums over 10 steps, errors in quadrature
@@ -27,7 +27,7 @@ NAMES = ("r", "partial", "slope", "sum")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Predictions beside truths, steps of all runs behind one another; the first step of a run has no step before and is left out."""
+    """Predictions beside truths, steps of all runs in one row; a run's first step has none before it and is left out."""
 
     predicted: np.ndarray
     error: np.ndarray

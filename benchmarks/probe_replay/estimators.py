@@ -7,9 +7,9 @@
     crossed      the same, the batch's part of a sequence  gradients of the loss by prompt: no sequence meets its own gradient
                  from the other prompts alone, x B/(B-1)
     moved        H'_k - H_k, pi'_k/pi_k - 1                forward passes before and after the step, of any optimizer
-    along_momentum, moved_momentum                         the momentum's part alone (moved: from the batch's part to the whole),
-                 times (1 - b1^t)/(b1 (1 - b1^(t-1)))      AdamW: no sequence of the step is in it; the batch's part is taken to be
-                                                           what the earlier ones were on average
+    along_momentum, moved_momentum   the momentum's part alone (moved: from the batch's part to the whole step), times
+                 (1 - b1^t)/(b1 (1 - b1^(t-1))): no sequence of the step is in it; AdamW's batch part is taken to be what the
+                 earlier ones were on average
 
     A_k (what the token does to the entropy that follows it)
     split          sum_k' (H_k' - h)
@@ -18,7 +18,8 @@
     fixed_prefix   0: another estimand
     score          u = 0, A = -(S + h T - its mean over the prompt's other completions)
 
-`moved` with `td` is entropy_core.token_ratios. h is that of the other prompts, so that no sequence is centred by itself. Errors are jackknives over prompts.
+`moved` with `td` is entropy_core.token_ratios. h is that of the other prompts, so that no sequence is centred by
+itself. Errors are jackknives over prompts.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.probe_replay.tape import Estimated, Sequences, behind_prompt, ratio
-from entropy_core.critic import centred
 from entropy_core.entropy import leave_one_out_mean
 from entropy_core.scores import TokenStatistics
 from entropy_core.temporal_differences import entropy_advantages
 from entropy_core.token_ratios import token_ratio_change
-from entropy_core.uncertainty import leave_one_prompt_out
+from entropy_core.uncertainty import leave_one_prompt_out, sums_over_prompts
 from rl_training.intervals import t_quantile
 
 Tokens = Literal["along", "crossed", "along_momentum", "moved", "moved_momentum"]
@@ -61,16 +61,8 @@ def contributions(
     """
     u, v = token_changes(estimator.tokens, s) if changes is None else changes
     reward = s.entropy_after if estimator.tokens.startswith("moved") else s.entropy
-    out = torch.zeros(len(u), dtype=torch.float64)
-    for prompt in s.prompt.unique():
-        rows = s.prompt == prompt
-        h = _other_mean(s, rows)
-        some = None if values is None or not estimator.critic else centred(values[rows], h)
-        a = _advantages(estimator, s, rows, reward[rows], h, some)
-        out[rows] = (v[rows] * a).sum(1)
-        if estimator.advantages != "score":
-            out[rows] += u[rows].sum(1)
-    return out
+    found = (v * _advantages(estimator, s, reward, values)).sum(1)
+    return found if estimator.advantages == "score" else found + u.sum(1)
 
 
 def statistic(estimator: Estimator, s: Sequences, values: Tensor | None = None) -> tuple[Estimated, Tensor]:
@@ -109,28 +101,38 @@ def token_changes(tokens: Tokens, s: Sequences) -> tuple[Tensor, Tensor]:
     return crossed[0], crossed[1]
 
 
-def _other_mean(s: Sequences, rows: Tensor) -> float:
-    others = ~rows if bool((~rows).any()) else rows
-    return float((s.omega * s.entropy.sum(1))[others].sum() / (s.omega * s.length)[others].sum())
+def _other_mean(s: Sequences) -> Tensor:
+    """(N,) h of the sequences of other prompts; of all where there is one prompt."""
+    columns = torch.stack([s.omega * s.entropy.sum(1), s.omega * s.length], 1)
+    of_prompt = sums_over_prompts(columns, s.prompt)
+    _, group = s.prompt.unique(return_inverse=True)
+    others = columns.sum(0) - of_prompt if len(of_prompt) > 1 else of_prompt
+    return (others[:, 0] / others[:, 1])[group]
 
 
-def _advantages(
-    estimator: Estimator, s: Sequences, rows: Tensor, reward: Tensor, h: float, values: Tensor | None
-) -> Tensor:
-    mask, kind = s.mask[rows], estimator.advantages
+def _advantages(estimator: Estimator, s: Sequences, reward: Tensor, values: Tensor | None) -> Tensor:
+    """(N, T) A_k; linear in h, which differs by prompt: once for the entropy, once for the tokens it is centred by."""
+    kind, h, ones = estimator.advantages, _other_mean(s)[:, None], s.mask.double()
     if kind == "fixed_prefix":
-        return torch.zeros(mask.shape, dtype=torch.float64)
+        return torch.zeros_like(reward)
     if kind == "score":
-        value = s.logprob.sum(1) + h * s.length
-        return -(value - leave_one_out_mean(value, s.prompt))[rows, None] * mask
+        value = s.logprob.sum(1) + h[:, 0] * s.length
+        return -(value - leave_one_out_mean(value, s.prompt))[:, None] * ones
     if kind == "split":
-        return ((reward - h) * mask).sum(1, keepdim=True) * mask
-    if kind == "td":
-        return entropy_advantages(reward, mask, h, values, estimator.decay, own_entropy=values is not None)
-    return entropy_advantages(reward, mask, h, own_entropy=kind == "rao_blackwell")
+        return (reward * ones - h * ones).sum(1, keepdim=True) * ones
+    known = values if kind == "td" and estimator.critic else None
+    decay = estimator.decay if kind == "td" else 1.0
+    own = known is not None if kind == "td" else kind == "rao_blackwell"
+    of_entropy, of_tokens = (
+        entropy_advantages(x, s.mask, 0.0, None if known is None else known[..., i], decay, own)
+        for i, x in enumerate((reward, ones))
+    )
+    return of_entropy - h * of_tokens
 
 
 def momentum_scale(step: int, beta1: float = 0.9) -> float:
-    """What turns the momentum's part of AdamW's step (from 1) into the whole of it, were this gradient the mean of the earlier ones:
-    the step is -lr P [b1 m + (1 - b1) g]/(1 - b1^t) with m = (1 - b1^(t-1)) times their weighted mean."""
+    """What turns the momentum's part of AdamW's step (from 1) into the whole of it, were this gradient the mean of earlier ones.
+
+    The step is -lr P [b1 m + (1 - b1) g]/(1 - b1^t) with m = (1 - b1^(t-1)) times their weighted mean.
+    """
     return (1 - beta1**step) / (beta1 * (1 - beta1 ** (step - 1)))

@@ -18,8 +18,8 @@ the step's own sequences before filtering, `held_` fresh completions of held-out
     lagged_logprob_along, lagged_entropy_along (K, N, T, 2)  of the own sequences of the step k before, at the weights of then,
                                  along today's batch part and the rest: what a running average of gradients predicts today
     held_drawn_score, held_score (M,)  log-probability when drawn, and before this step
-    pool_drawn_score, pool_score, pool_prompt_key (N,), pool_* as of `own_`   fresh sequences of distinct held-out prompts that are
-                                 watched for several steps, an eighth of them replaced in each: slot j at steps of j's remainder
+    pool_drawn_score, pool_score, pool_prompt_key (N,), pool_* as of `own_`   fresh sequences of distinct held-out prompts,
+                                 watched for several steps, an eighth of them replaced in each (pool.py)
     numbers, number_names        scalars: learning rate, clipping, CPU seconds of each kind of pass, checks
 
 The direction that derivatives are taken along is the AdamW step itself (entropy_core.adamw); `numbers` holds the relative
@@ -77,15 +77,16 @@ class RecordSettings:
 
     held_out: fresh sequences of held-out prompts a step, one of each prompt; redraw_every: steps between two draws (they are
     weighted to the policy in between). lags: of so many earlier steps the sequences are differentiated along today's step.
-    folds: whether the batch's part is taken apart by prompts. held_derivatives: whether held-out tokens are differentiated too.
-    shares: whether the batch's part is attributed to the tokens that it was trained on. common_prefix: held-out prompts
-    begin alike and pass that beginning once (for models of which `shares_prefixes` holds). pool: sequences that are watched for
-    POOL_AGE steps each.
+    derivatives, held_derivatives: whether own and held-out tokens are differentiated. folds: whether each sequence is along its
+    own prompt's part of the batch's part. shares: whether the batch's part is attributed to the tokens that it was trained on.
+    common_prefix: held-out prompts begin alike and pass that beginning once (for models of which `shares_prefixes` holds).
+    pool: sequences that are watched for several steps each.
     """
 
     held_out: int
     redraw_every: int = 1
     lags: int = 0
+    derivatives: bool = True
     folds: bool = True
     held_derivatives: bool = True
     shares: bool = False
@@ -162,15 +163,18 @@ class Recorder(TrainerCallback):
         update = self._split(optimizer, parameters)
         self._now.before = {name: p.detach().clone() for name, p in parameters.items()}
         self._now.total = update.total()
-        with self._timed("forward_mode", len(own) * 3):
-            parts = self._derivatives(own, [update.batch, update.momentum, update.weight_decay])
+        parts: list[TokenStatistics] = []
+        if self._settings.derivatives:
+            with self._timed("forward_mode", len(own) * 3):
+                parts = self._derivatives(own, [update.batch, update.momentum, update.weight_decay])
         if self._settings.folds:
             parts.append(self._along_own_prompt(optimizer, own))
         elif step <= _TIMED_STEPS:  # what a gradient costs here
             some = own.select(range(min(16, len(own))))
             with self._timed("backward", len(some)):
                 self._trained_gradient(some, torch.ones(len(some)))
-        self._keep("own_", own, stacked(parts))
+        if parts:
+            self._keep("own_", own, stacked(parts))
         with self._timed("forward", len(own)), weights_moved(self._model, update.batch, 1.0):
             found = self._statistics(own)
         self._keep("own_", own, {"logprob_batch": found.logprobs, "entropy_batch": found.entropies})
@@ -208,7 +212,7 @@ class Recorder(TrainerCallback):
         rows = [(own.prompt_index == prompt).nonzero()[:, 0] for prompt in own.prompt_index.unique().tolist()]
         with self._timed("backward", len(own)):
             gradients = [self._trained_gradient(own.select(some), weights[some]) for some in rows]
-        whole = {name: -sum(g[name] for g in gradients) for name in parameters}
+        whole = {name: -torch.stack([g[name] for g in gradients]).sum(0) for name in parameters}
         given = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
         # Without reward differences there is no gradient, and nothing to clip.
         clip = dot(given, whole) / dot(whole, whole) if any(bool(g.any()) for g in whole.values()) else 1.0

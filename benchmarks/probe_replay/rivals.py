@@ -9,11 +9,11 @@
     score function  the score-function gradient of entropy along the step
     no momentum     Rao-Blackwell along the batch's part of the step alone
 
-S* is the exact first-order change of one context's entropy when its logits move by lr A (e_a - pi). Entropy polarity (2605.11775:
-a sampled-token part and a correction over the distribution) and STARE (2606.19236: advantage times a sensitivity of the next-token
-distribution) name the same derivative as far as their abstracts say, so they share its row; what the papers add (reweighting by
-quantiles, gates on a target entropy) are interventions, not predictions. REPO's is the covariance within each context, Cui's pools
-contexts. All but the last two are steps in logits: their slope and sum have no meaning, their correlation has.
+S* is the exact first-order change of one context's entropy when its logits move by lr A (e_a - pi). Entropy polarity
+(2605.11775: a sampled-token part and a correction over the distribution) and STARE (2606.19236: advantage times a sensitivity of
+the next-token distribution) name the same derivative as far as their abstracts say, so they share its row; what the papers add
+(reweighting by quantiles, gates on a target entropy) are interventions, not predictions. REPO's is the covariance within each
+context, Cui's pools contexts. All but the last two are steps in logits: their correlation means something, slope and sum do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.probe_replay.estimators import Estimator, contributions
 from benchmarks.probe_replay.schedules import Series
 from benchmarks.probe_replay.tape import Estimated, Sequences, Tape, ratio
-from entropy_core.predictors import covariance_predictor, steer_predictor, steer_token_changes, token_covariances
+from entropy_core.predictors import covariance_predictor, steer_predictor, steer_token_changes
 
 SLOPE_STEPS = 5
 NAN = float("nan")
@@ -53,6 +53,12 @@ def discriminator_tokens(s: Sequences) -> Tensor:
 def repo_tokens(s: Sequences) -> Tensor:
     """(N, T) -A (log pi_k + H_k), 0 behind completions."""
     return -s.extra["advantage"][:, None] * (s.logprob + s.entropy) * s.mask
+
+
+def _covariances(s: Sequences) -> Tensor:
+    """(N, T) (log pi - mean)(A - mean), means over completion tokens: Clip-Cov and KL-Cov choose tokens by these."""
+    a = s.extra["advantage"][:, None].expand_as(s.logprob)
+    return (s.logprob - s.logprob[s.mask].mean()) * (a - a[s.mask].mean()) * s.mask
 
 
 def token_rivals(tape: Tape) -> dict[str, Series]:
@@ -94,7 +100,7 @@ def token_r_squared(tape: Tape) -> dict[str, float]:
             continue
         a = s.extra["advantage"]
         tokens = {
-            "covariance, natural": -token_covariances(s.logprob, s.mask, a),
+            "covariance, natural": -_covariances(s),
             "S*": discriminator_tokens(s),
             "STEER": steer_token_changes(s.logprob, s.entropy, s.mask, a, 1.0),
             "REPO": repo_tokens(s),

@@ -88,7 +88,7 @@ def find_run(name: str) -> Run:
             *common,
         )
         record = RecordSettings(
-            held_out=256, redraw_every=2, lags=0, folds=False, held_derivatives=False, common_prefix=True
+            held_out=256, redraw_every=4, derivatives=False, folds=False, held_derivatives=False, common_prefix=True
         )
         return Run(name, smollm2, record, 20)
     raise SystemExit(f"{name}: runs are called small-<seed>, turning-<seed> or smollm2-<seed>")

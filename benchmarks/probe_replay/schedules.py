@@ -1,12 +1,12 @@
 """A schedule turns a recorded run into one prediction a step, with the error that it would log, from what it would have seen.
 
-    Watch      measures the step on n of its own sequences, every `every`-th step; optionally adds back the running mean of
-               (lambda = 1) - (lambda) (entropy_core.bias_correction; `correction` is its `keep`), and filters: x_t = x_{t-1} + noise of variance q, y_t = x_t + its own error
+    Watch      measures the step on n sequences at every `every`-th step; optionally adds back the running mean of (lambda = 1) -
+               (lambda) (entropy_core.bias_correction; `correction` is its `keep`), and filters: x_t = x_{t-1} + noise of variance
+               q, y_t = x_t + its own error. `source`: the step's own sequences, or the pool (fresh sequences of held-out prompts,
+               watched for several steps each and weighted to today's policy: none of them is ever trained on)
     Gradient   a running average of gradients, refreshed at every `refresh`-th step, along today's step (what the probe's gradient
                modes do); along the batch's part earlier gradients speak where there are any
-    Snis       self-normalised importance sampling on n of the step's own sequences
-               `source`: of its own sequences, or of the pool (fresh sequences of held-out prompts, each watched for eight steps,
-               weighted to today's policy: no sequence of the pool is ever trained on)
+    Snis       self-normalised importance sampling on n of these sequences
     Held       an estimator on n fresh sequences: what independence of the step would give
 
 Steps of which a schedule measures nothing keep its last number, with the filter's error grown by the q of the steps since.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.probe_replay.estimators import Estimator, contributions, momentum_scale, statistic
+from benchmarks.probe_replay.pool import POOL_AGE
 from benchmarks.probe_replay.tape import Estimated, Sequences, Tape, ratio
 from entropy_core.bias_correction import BiasCorrection, PairedEstimates
 from entropy_core.critic import EntropyCritic, token_features
@@ -34,12 +35,14 @@ LONGEST_LAG = 6
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """See entropy_core.critic.EntropyCritic; hidden: whether V knows the projected hidden state, or position and H_k alone."""
+    """See entropy_core.critic.EntropyCritic; hidden: whether V knows the projected hidden state, or position and H_k
+    alone; own: whether it is fitted on all of the step's own sequences as well (their hidden states pass through the trainer)."""
 
     keep: float = 0.9
     ridge: float = 0.3
     folds: int = 4
     hidden: bool = True
+    own: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -85,21 +88,32 @@ class _Critic:
         self._settings = settings
         self._critic = EntropyCritic(folds=settings.folds, keep=settings.keep, ridge=settings.ridge)
 
-    def values(self, s: Sequences, steps: int) -> Tensor:
-        """(N, T, 2), after taking in these sequences; each gets the V of the other folds of prompts."""
+    def values(self, s: Sequences, steps: int, also: Sequences | None = None) -> Tensor:
+        """(N, T, 2), after taking in these sequences (and `also`); each gets the V of the other folds of prompts."""
+        if also is not None:
+            self._take_in(also, steps)
+        features, fold = self._take_in(s, steps if also is None else 0)
+        return self._critic.values(features, s.mask, fold)
+
+    def _take_in(self, s: Sequences, steps: int) -> tuple[Tensor, Tensor]:
         fold = (s.extra["prompt_key"].long() if "prompt_key" in s.extra else s.prompt) % self._settings.folds
         features = token_features(s.entropy, s.mask, s.projected if self._settings.hidden else None)
         self._critic.observe(features, s.entropy, s.mask, fold, steps)
-        return self._critic.values(features, s.mask, fold)
+        return features, fold
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A local level: q, the variance of a step's change from the last one's, is followed by the innovations' excess over what the
-    errors explain, the last ones weighing 1, keep, keep^2, ...; `start` innovations are taken at face value first."""
+    """A local level: q, the variance of a step's change from the last one's, is the innovations' excess over what errors explain.
 
-    keep: float = 0.9
-    start: int = 3
+    keep: the last innovations weigh 1, keep, keep^2, ... `start`: so many are taken at face value first. relative: the level is
+    that of dh/h, which a collapse changes less than dh. least: of the root of q, in units of the level itself.
+    """
+
+    keep: float = 0.95
+    start: int = 2
+    relative: bool = True
+    least: float = 0.2
 
 
 class LocalLevel:
@@ -114,7 +128,8 @@ class LocalLevel:
 
     @property
     def q(self) -> float:
-        return max(0.0, self._excess / self._weight) if self._weight else 0.0
+        least = (self._settings.least * self._level) ** 2
+        return max(least, self._excess / self._weight) if self._weight else least
 
     def pass_by(self) -> None:
         """A step of which nothing was measured."""
@@ -145,7 +160,8 @@ class LocalLevel:
 
 @dataclass(frozen=True)
 class Watch:
-    """See the module's docstring. n: sequences; per_prompt: None takes distinct prompts first."""
+    """See the module's docstring. n: sequences; per_prompt: None takes distinct prompts first; ages: of the pool, those
+    younger than so many steps."""
 
     estimator: Estimator
     n: int = 64
@@ -153,6 +169,7 @@ class Watch:
     per_prompt: int | None = None
     every: int = 1
     critic: CriticSettings = CriticSettings()
+    ages: int = POOL_AGE
     correction: float | None = None
     filter: Filter | None = None
 
@@ -161,16 +178,19 @@ class Watch:
         bias = None if self.correction is None else BiasCorrection(self.correction)
         level = LocalLevel(self.filter) if self.filter else None
         out: Series = []
+        unit = 1.0
         for t, step in enumerate(tape.steps):
             if t % self.every:
                 if level is not None:
                     level.pass_by()
-                out.append(level.now() if level is not None else out[-1])
+                now = level.now() if level is not None else out[-1]
+                out.append(None if now is None else Estimated(now.value * unit, now.error * unit, now.reach))
                 continue
-            s = choose(step.own if self.source == "own" else step.pool, self.n, self.per_prompt)
-            values = (
-                critic.values(s, self.every) if self.estimator.advantages == "td" and self.estimator.critic else None
-            )
+            s = choose(step.own, self.n, self.per_prompt) if self.source == "own" else self._pool(step.pool, t)
+            values = None
+            if self.estimator.advantages == "td" and self.estimator.critic:
+                also = step.own if self.critic.own and self.source == "pool" else None
+                values = critic.values(s, self.every, also)
             quiet, left_out = _of_step(self.estimator, s, values, t + 1)
             found = quiet
             if bias is not None:
@@ -180,12 +200,18 @@ class Watch:
                 reach = t_quantile(put_right.degrees_of_freedom)
                 found = Estimated(put_right.value, put_right.standard_error, reach)
             if level is not None:
-                level.add(found.value, found.error)
+                unit = s.h if self.filter is not None and self.filter.relative else 1.0
+                level.add(found.value / unit, found.error / unit)
                 now = level.now()
                 assert now is not None
-                found = replace(now, reach=found.reach)
+                found = Estimated(now.value * unit, now.error * unit, found.reach)
             out.append(found)
         return out
+
+    def _pool(self, pool: Sequences, t: int) -> Sequences:
+        """The first n slots, and of these what is younger than `ages` steps."""
+        slots = torch.arange(min(self.n, len(pool.prompt)))
+        return pool.select(slots[(t - slots) % POOL_AGE < self.ages])
 
 
 def _of_step(estimator: Estimator, s: Sequences, values: Tensor | None, step: int) -> tuple[Estimated, Tensor]:

@@ -44,8 +44,9 @@ def behind_prompt(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token arrays (N, T), float64, 0 behind the end of a completion; `along`: (N, T, parts), `projected`: (N, T, 64), both of the
-    first sequences alone where N is large; the rest (N,).
+    """Token arrays (N, T), float64, 0 behind the end of a completion; the rest (N,).
+
+    logprob_along, entropy_along: (N, T, parts); projected: (N, T, 64); of the first sequences alone where N is large.
 
     omega: weights of mean 1 of the law that is watched against the one that drew the prompts (and, of held-out sequences, drawn
     up to a few steps ago, against the policy then).
@@ -121,8 +122,10 @@ class Sequences:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """own: the step's own sequences; held: fresh ones; pool: fresh ones watched for several steps; lagged: derivatives of earlier own sequences along this step, (K, N, T, 2)
-    of log pi and of H, NaN where there was no such step; numbers: as recorded."""
+    """own: the step's own sequences; held: fresh ones; pool: fresh ones watched for several steps; numbers: as recorded.
+
+    lagged_logprob, lagged_entropy: (K, N, T, 2) derivatives of earlier own sequences along this step; NaN without such a step.
+    """
 
     own: Sequences
     held: Sequences
@@ -188,6 +191,18 @@ class Tape:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def has(self, what: str) -> bool:
+        """Whether the recording holds `along` (own derivatives), `own_part`, `held_along` or `lagged`; true for nothing."""
+        step = self.steps[-1]
+        own, held = step.own.logprob_along, step.held.logprob_along
+        return {
+            "": True,
+            "along": own is not None,
+            "own_part": own is not None and own.shape[-1] == 4,
+            "held_along": held is not None,
+            "lagged": own is not None and step.lagged_logprob is not None,
+        }[what]
 
 
 def load_tape(name: str, folder: Path) -> Tape:
