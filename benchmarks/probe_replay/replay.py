@@ -138,8 +138,8 @@ def rival_series(tape: Tape) -> dict[str, tuple[Series, str]]:
     return found
 
 
-def replay(tapes: list[Tape]) -> dict[str, Any]:
-    """Everything that the page is made of."""
+def replay(tapes: list[Tape], timed: list[Tape]) -> dict[str, Any]:
+    """Everything that the page is made of. timed: recordings that costs are taken from, be they too short for the rest."""
     of_kind = {k: [t for t in tapes if kind_of(t.name) == k] for k in KINDS} | {"all": tapes}
     out: dict[str, Any] = {
         "runs": {t.name: _run(t) for t in tapes},
@@ -152,7 +152,7 @@ def replay(tapes: list[Tape]) -> dict[str, Any]:
         if some:
             series = [case.series(t) for t in some]
             kinds = _by_kind(some, series)
-            out["rows"].append({"group": case.group, "name": case.name, "kinds": kinds, **_costs(case, some)})
+            out["rows"].append({"group": case.group, "name": case.name, "kinds": kinds, **_costs(case, timed)})
             figures = " | ".join(f"{k} {v['r']:.2f} {v['partial']:.2f} {v['sum']:.2f}" for k, v in kinds.items())
             print(f"{case.group:9s} {case.name:52s} {figures}", flush=True)
     by_run = [rival_series(t) for t in tapes]
@@ -221,13 +221,20 @@ def _costs(case: Case, tapes: list[Tape]) -> dict[str, Any]:
 
 
 def _run_seconds(tape: Tape) -> dict[str, float]:
-    return {n: float(np.median([s.numbers[n] for s in tape.steps if n in s.numbers])) for n in _timed(tape)}
+    steps = tape.steps[1:] or tape.steps  # the first one tries out how prompts can be shared
+    found = {
+        n: [s.numbers[n] for s in steps if n in s.numbers] or [tape.steps[0].numbers[n]]
+        for n in _timed(tape)
+        if any(n in s.numbers for s in steps) or n in tape.steps[0].numbers
+    }
+    return {n: float(np.median(values)) for n, values in found.items()}
 
 
 def replay_all() -> None:
     """Replay what is recorded under runs/probe_replay/ and write the results."""
     torch.set_num_threads(1)
     names = sorted(path.parent.name for path in ROOT.glob("*/steps") if kind_of(path.parent.name) in KINDS)
-    tapes = [t for t in (load_tape(n, find_run(n).folder) for n in names) if len(t) >= LEAST_STEPS]
+    timed = [load_tape(name, find_run(name).folder) for name in names]
+    tapes = [t for t in timed if len(t) >= LEAST_STEPS]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "replay.json").write_text(json.dumps(replay(tapes), indent=1) + "\n")
+    (RESULTS / "replay.json").write_text(json.dumps(replay(tapes, timed), indent=1) + "\n")
