@@ -54,7 +54,7 @@ def page(found: dict[str, Any]) -> str:
         "*r*, *partial* (given the true change of the step before), *slope* (of the truth on the prediction), *sum* (predicted / "
         "true) with 95% block-bootstrap intervals over all steps of the runs of a kind; *worst*: r of its worst run; *covers*: "
         "share of steps (and of sums over ten) whose 95% interval holds the truth; *passes*: sequences a step through a forward "
-        "pass, a gradient, and the sampler; *cost*: of a step's CPU seconds. A forward pass is timed on the step's own sequences, "
+        "pass, a gradient, and the sampler; *cost*: of a step's CPU seconds. A forward pass is timed on own sequences, "
         "whose prompts pass once for all their completions; distinct prompts cost up to 1.7 times that (SmolLM2).",
         "",
     ]

@@ -181,9 +181,6 @@ def kind_of(run: str) -> str:
 
 def _run(tape: Tape) -> dict[str, Any]:
     levels = [step.held.h for step in tape.steps]
-    found = {
-        name: float(np.median([s.numbers[name] for s in tape.steps if name in s.numbers])) for name in _timed(tape)
-    }
     pairs = pairs_of([tape], [list(tape.truth)])
     residual = max(s.numbers["step_residual"] for s in tape.steps)
     truth, error = (np.array([getattr(t, name) for t in tape.truth]).tolist() for name in ("value", "error"))
@@ -196,15 +193,11 @@ def _run(tape: Tape) -> dict[str, Any]:
         "truth_error": error,
         "from_fresh": sum(tape.from_fresh),
         "ceilings": ceilings(pairs),
-        "cpu_seconds": found,
+        "cpu_seconds": _run_seconds(tape),
         "largest_step_residual": residual,
         "pool": [[e.value, e.error] for e in watched if e is not None],
         "own": [[e.value, e.error] for e in own if e is not None],
     }
-
-
-def _timed(tape: Tape) -> list[str]:
-    return sorted({name for s in tape.steps for name in s.numbers if name.startswith("cpu_")})
 
 
 def _costs(case: Case, tapes: list[Tape]) -> dict[str, Any]:
@@ -221,12 +214,13 @@ def _costs(case: Case, tapes: list[Tape]) -> dict[str, Any]:
 
 
 def _run_seconds(tape: Tape) -> dict[str, float]:
-    steps = tape.steps[1:] or tape.steps  # the first one tries out how prompts can be shared
-    found = {
-        n: [s.numbers[n] for s in steps if n in s.numbers] or [tape.steps[0].numbers[n]]
-        for n in _timed(tape)
-        if any(n in s.numbers for s in steps) or n in tape.steps[0].numbers
-    }
+    found: dict[str, list[float]] = {}
+    for step in tape.steps:
+        for name, value in step.numbers.items():
+            if name.startswith("cpu_"):
+                found.setdefault(name, []).append(value)
+    # The first step tries out how prompts can be shared.
+    found = {name: values[1:] or values for name, values in found.items()}
     return {n: float(np.median(values)) for n, values in found.items()}
 
 
@@ -237,4 +231,13 @@ def replay_all() -> None:
     timed = [load_tape(name, find_run(name).folder) for name in names]
     tapes = [t for t in timed if len(t) >= LEAST_STEPS]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "replay.json").write_text(json.dumps(replay(tapes, timed), indent=1) + "\n")
+    (RESULTS / "replay.json").write_text(json.dumps(_rounded(replay(tapes, timed))) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of every number."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
