@@ -178,8 +178,7 @@ def stub_inputs(*overrides):
     """What run_analyses itself looks at."""
     return SimpleNamespace(
         config=whole_config(*overrides),
-        numbers=SimpleNamespace(fisher=object(), rows_drawn=True),
-        side=SimpleNamespace(step=object()),
+        numbers=SimpleNamespace(kernels=object(), step=object(), estimand=SimpleNamespace(rows_drawn=True)),
     )
 
 
