@@ -76,8 +76,8 @@ def floors(count: int) -> dict[str, float]:
     """The least coverage of each law at this number of draws; laws that are not named have none."""
     if count < 8:
         return dict.fromkeys(ORDINARY, {4: 0.91, 5: 0.915, 6: 0.92}[count])
-    heavy = {8: 0.90, 10: 0.90, 12: 0.90, 16: 0.915}.get(count, 0.93)
-    return dict.fromkeys(ORDINARY, 0.93) | dict.fromkeys(list(HEAVY)[: 2 if count < 12 else 4], heavy)
+    heavy = {8: 0.91, 10: 0.91, 12: 0.915, 16: 0.925}.get(count, 0.93)
+    return dict.fromkeys(ORDINARY, 0.94 if count < 24 else 0.93) | dict.fromkeys(list(HEAVY)[: 2 if count < 12 else 4], heavy)
 
 
 def simulate(count: int, law: Law, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
