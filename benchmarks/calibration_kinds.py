@@ -106,6 +106,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "history.totals": (PROBED, CORRELATION),
     "observation.entropy": (ENTROPY,),
     "step_prediction.predicted_parts": (FOLDS,),
+    "watch._parts": (MEASURED,),
     "console._reach": (FOLDS,),
 }
 """Module and function -> the checks that stand for what it makes; a check is named by how it begins."""

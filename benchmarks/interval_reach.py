@@ -77,7 +77,9 @@ def floors(count: int) -> dict[str, float]:
     if count < 8:
         return dict.fromkeys(ORDINARY, {4: 0.91, 5: 0.915, 6: 0.92}[count])
     heavy = {8: 0.91, 10: 0.91, 12: 0.915, 16: 0.925}.get(count, 0.93)
-    return dict.fromkeys(ORDINARY, 0.94 if count < 24 else 0.93) | dict.fromkeys(list(HEAVY)[: 2 if count < 12 else 4], heavy)
+    return dict.fromkeys(ORDINARY, 0.94 if count < 24 else 0.93) | dict.fromkeys(
+        list(HEAVY)[: 2 if count < 12 else 4], heavy
+    )
 
 
 def simulate(count: int, law: Law, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
