@@ -29,6 +29,7 @@ from entropy_core.gradients import dot
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.step.optimizer_step import clip_coefficient, plain_step
+from rl_training.intervals import interval
 
 MOST_GROUPS = 40
 
@@ -54,8 +55,14 @@ class TrainingNoise:
         return len(self.left_out)
 
     def to_json(self) -> dict[str, Any]:
-        """With the 95% interval (entropy_experiments.statistics.jackknife_interval)."""
-        ends = jackknife_interval(self.value, self.left_out.numpy()).as_dict()
+        """With the 95% interval: that of entropy_experiments.statistics.jackknife_interval, and at least Student's on the degrees of
+        freedom behind the error: a step that saturates (clip, P of this very gradient) is less linear in its prompts than a mean.
+        """
+        found = jackknife_interval(self.value, self.left_out.numpy())
+        ends = found.as_dict()
+        if ends["low"] is not None and ends["high"] is not None:
+            low, high = interval(self.value, float(found.standard_error), float(found.degrees_of_freedom))
+            ends |= {"low": min(ends["low"], low), "high": max(ends["high"], high)}
         known = {"value": self.value, "standard_error": self.standard_error, **ends}
         return known | {"prompts": self.prompts, "groups": self.groups}
 
