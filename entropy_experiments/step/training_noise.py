@@ -55,8 +55,9 @@ class TrainingNoise:
         return len(self.left_out)
 
     def to_json(self) -> dict[str, Any]:
-        """With the 95% interval: that of entropy_experiments.statistics.jackknife_interval, and at least Student's on the degrees of
-        freedom behind the error: a step that saturates (clip, P of this very gradient) is less linear in its prompts than a mean.
+        """With the 95% interval: that of entropy_experiments.statistics.jackknife_interval, and at least Student's on the degrees
+        of freedom behind the error: a step that saturates (clip, P of this very gradient) is less linear in its prompts than a
+        mean.
         """
         found = jackknife_interval(self.value, self.left_out.numpy())
         ends = found.as_dict()
