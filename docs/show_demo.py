@@ -1,8 +1,9 @@
 """Show a demo's results in README: `python docs/show_demo.py runs/demo-1/analysis`, after `make demo`.
 
 Copies the figures that README shows into docs/figures, photographs the page with a cell of the kernel chosen (this needs
-Chromium), writes docs/demo.json (the verdict, and digests of the figures), and puts the verdict into README between its two
-markers. tests/test_readme.py compares README and the figures with docs/demo.json.
+Chromium), writes docs/demo.json (the verdict, the examples of docs/analyses and docs/guides/analysis.md, and digests of the
+figures), and puts the verdict into README between its two markers and the examples onto their pages (demo_examples.py).
+tests/test_readme.py compares README, pages and figures with docs/demo.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from docs.demo_examples import examples, show  # noqa: E402 (the folder of the project comes first)
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -76,10 +80,14 @@ def main(arguments: Sequence[str]) -> int:
         shutil.copyfile(results / "figures" / name, FIGURES / name)
     photograph(results / "report.html", FIGURES / PHOTOGRAPH)
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))
+    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    texts = examples(outcome, summary)
+    show(results, texts)
     record = {
         "created": run["created"],
         "commit": run.get("git_sha"),
         "verdict": [sentence["text"] for sentence in outcome["verdict"]],
+        "examples": texts,
         "figures": {name: digest(FIGURES / name) for name in (*COPIED, PHOTOGRAPH)},
     }
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

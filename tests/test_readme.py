@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from docs import show_demo
+from docs import demo_examples, show_demo
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +19,13 @@ def test_the_figures_are_those_of_the_recorded_demo() -> None:
     record = json.loads(show_demo.RECORD.read_text(encoding="utf-8"))
     found = {name: show_demo.digest(show_demo.FIGURES / name) for name in record["figures"]}
     assert found == record["figures"], "a figure was changed by hand, or is of another run: run docs/show_demo.py"
+
+
+def test_the_examples_of_the_pages_are_those_of_the_recorded_demo() -> None:
+    record = json.loads(show_demo.RECORD.read_text(encoding="utf-8"))
+    assert set(record["examples"]) == {*demo_examples.EXAMPLES, demo_examples.TABLE}
+    found = {name: demo_examples.shown_on_page(name) for name in record["examples"]}
+    assert found == record["examples"], "run docs/show_demo.py"
 
 
 def test_no_figure_in_readme_is_of_another_run() -> None:
