@@ -36,7 +36,7 @@ def coverage_of_student(draws: np.ndarray, truth: float) -> float:
 @pytest.mark.parametrize("count", [4, 8, 16, 64])
 @pytest.mark.parametrize("law", ["normal", "exponential", "uniform", "student5"])
 def test_it_covers_for_symmetric_and_for_skewed_laws(law: str, count: int) -> None:
-    """93 to 98% (below 8 draws 92 to 99%), where Student's alone covers 87 to 94% of means of exponentials."""
+    """93 to 98.5% (below 8 draws 92 to 99%), where Student's alone covers 87 to 94% of means of exponentials."""
     rng = np.random.default_rng(count)
     draws, truth = {
         "normal": lambda: (rng.normal(size=(REPEATS, count)), 0.0),
@@ -45,7 +45,7 @@ def test_it_covers_for_symmetric_and_for_skewed_laws(law: str, count: int) -> No
         "student5": lambda: (rng.standard_t(5, size=(REPEATS, count)), 0.0),
     }[law]()
     found = float(jackknife_interval(*means(draws)).holds(truth).mean())
-    least, most = (0.92, 0.99) if count < 8 else (0.93, 0.98)
+    least, most = (0.92, 0.99) if count < 8 else (0.93, 0.985)
     assert least <= found <= most, f"{law}, {count} draws: {found:.1%}"
     if law == "exponential":
         before = coverage_of_student(draws, truth)
