@@ -31,7 +31,7 @@ def schema(file: str) -> dict[str, Any]:
     """
     if file not in FILES:
         raise UserError(f"no results file is called {file[:80]!r}: choose from {', '.join(FILES)}")
-    return {"$schema": _DIALECT, "title": file} | TypeAdapter(FILES[file]).json_schema()
+    return TypeAdapter(FILES[file]).json_schema() | {"$schema": _DIALECT, "title": file}
 
 
 def schemas() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from entropy_experiments.statistics.confidence import (
 )
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
-from entropy_experiments.text.numbers import counted, lookup, plain, signed
+from entropy_experiments.text.numbers import counted, plain, signed
 
 _UNIT = "nats per token"
 
@@ -142,10 +142,11 @@ def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
 
 def _caused(evolution: Mapping[str, Any]) -> Sentence | None:
     parts = {name: known(value) for name, value in evolution["whole"]["parts"].items()}
+    largest = evolution["whole"]["largest_part"]
     return parts_sentence(
         {name: value for name, value in parts.items() if value is not None},
         "change predicted over the run",
-        lookup(evolution, "whole", "largest_part", "certain"),
+        None if largest is None else largest["certain"],
     )
 
 
