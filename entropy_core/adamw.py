@@ -66,11 +66,10 @@ def read_adamw_state(
     A parameter without state yet (before its first step) gets zero moments and step 0. Wrappers with an `.optimizer`
     (accelerate's) are opened.
 
-    Raises
-    ------
-    TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
-    ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
-        cover each other.
+    Raises:
+        TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
+        ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
+            cover each other.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     pairs = _pairs(named_parameters)

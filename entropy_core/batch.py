@@ -27,18 +27,16 @@ ENOUGH_TOKENS, _PADDING = 1024, 0.125
 class SequenceBatch:
     """Prompts with completions, as drawn.
 
-    Attributes
-    ----------
-    input_ids: (N, L) int64, prompt and completion, padded on either side.
-    attention_mask: (N, L) bool, false on padding.
-    completion_mask: (N, L) bool, true on the tokens that the policy drew; one run or several.
-    prompt_index: (N,) int64, equal for completions of the same prompt.
-    temperature: the sampling temperature; every log-probability and entropy is taken at it.
+    Attributes:
+        input_ids: (N, L) int64, prompt and completion, padded on either side.
+        attention_mask: (N, L) bool, false on padding.
+        completion_mask: (N, L) bool, true on the tokens that the policy drew; one run or several.
+        prompt_index: (N,) int64, equal for completions of the same prompt.
+        temperature: the sampling temperature; every log-probability and entropy is taken at it.
 
-    Raises
-    ------
-    ValueError: shapes that disagree, an empty batch, attended tokens that are not one contiguous run, a completion that is
-        empty, not attended or at the very first of them (nothing predicts it), or a temperature <= 0.
+    Raises:
+        ValueError: shapes that disagree, an empty batch, attended tokens that are not one contiguous run, a completion that is
+            empty, not attended or at the very first of them (nothing predicts it), or a temperature <= 0.
     """
 
     input_ids: Tensor
@@ -171,16 +169,15 @@ class Bucket:
     A row holds one sequence up to its last drawn token (the longest ones without that, which predicts nothing); or, where a
     prefix is shared (entropy_core.passes.shared_prefix), a prompt with several completions.
 
-    Attributes
-    ----------
-    indices: (n,) for each row a sequence of the batch (of a shared row, its first).
-    input_ids: (n, l) right-padded ids, l one less than the bucket's longest sequence has, or as many where n would be l.
-    rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
-        logits that predict it.
-    targets: (m,) the token ids.
-    sequences, columns: (m,) where the token stood in the batch: `batch.input_ids[sequences, columns] == targets`.
-    position_ids, attention_mask: (n, l) int64 and (n, 1, l, l) bool, true where a token attends to another, for rows that
-        share a prefix; None where positions count up and every token attends to all before it.
+    Attributes:
+        indices: (n,) for each row a sequence of the batch (of a shared row, its first).
+        input_ids: (n, l) right-padded ids, l one less than the bucket's longest sequence has, or as many where n would be l.
+        rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
+            logits that predict it.
+        targets: (m,) the token ids.
+        sequences, columns: (m,) where the token stood in the batch: `batch.input_ids[sequences, columns] == targets`.
+        position_ids, attention_mask: (n, l) int64 and (n, 1, l, l) bool, true where a token attends to another, for rows that
+            share a prefix; None where positions count up and every token attends to all before it.
     """
 
     indices: Tensor

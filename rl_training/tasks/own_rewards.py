@@ -41,11 +41,10 @@ def import_reward(
 
     columns: the task's, beside what TRL gives.
 
-    Raises
-    ------
-    UserError
-        If it cannot be imported, is no function, or cannot be called with these keywords. Later, if it raises, calls exit(), or
-        returns anything but one finite number or None a completion (a failure gives 0 under task.on_reward_error=zero).
+    Raises:
+        UserError: if it cannot be imported, is no function, or cannot be called with these keywords. Later, if it raises, calls
+            exit(), or returns anything but one finite number or None a completion (a failure gives 0 under
+            task.on_reward_error=zero).
     """
     function = find_reward(path)
     if not callable(function):

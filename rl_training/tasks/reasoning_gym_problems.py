@@ -19,10 +19,8 @@ LARGEST_DECLARED_SIZE = 20_000
 def create_dataset(name: str, arguments: Mapping[str, Any], seed: int, count: int) -> Any:
     """Instantiate a reasoning-gym data set from which `count` distinct prompts will be drawn.
 
-    Raises
-    ------
-    UserError
-        If the data set or an argument is unknown (valid names are given), or the data set refuses a value.
+    Raises:
+        UserError: if the data set or an argument is unknown (valid names are given), or the data set refuses a value.
     """
     from reasoning_gym.factory import DATASETS
 

@@ -41,10 +41,8 @@ def make_reasoning_gym_problems(config: TaskConfig, count: int) -> tuple[Scoring
 def read_jsonl_problems(path: str) -> list[Problem]:
     """Read {"prompt": text or messages, "answer": text or number} from each line; blank lines are skipped.
 
-    Raises
-    ------
-    UserError
-        If the file cannot be read or has bad lines, each of them named by its number.
+    Raises:
+        UserError: if the file cannot be read or has bad lines, each of them named by its number.
     """
     problems: dict[str, Problem] = {}
     line_of: dict[str, int] = {}

@@ -52,10 +52,8 @@ class Task:
 def load_task(config: TaskConfig) -> Task:
     """Build the task that a configuration describes. Equal configurations give equal tasks.
 
-    Raises
-    ------
-    UserError
-        If the data set, the file or the reward function cannot be used, or has too few distinct prompts.
+    Raises:
+        UserError: if the data set, the file or the reward function cannot be used, or has too few distinct prompts.
     """
     reward_name = config.reward
     if reward_name == "default":
