@@ -256,7 +256,7 @@ class EntropyProbeConfig(StrictModel):
     """`mode: watch`: watched steps between two splits into batch, momentum and decay by trial moves of the weights (0: none)."""
     advantage_decay: float = Field(default=0.95, ge=0.0, le=1.0)
     """`mode: watch`: lambda of the advantages of the entropy to go; less is quieter and nearer to 0 than the truth."""
-    critic_keep: float = Field(default=0.97, ge=0.0, le=1.0)
+    critic_keep: float = Field(default=0.9, ge=0.0, le=1.0)
     """`mode: watch`: weight of a step's sequences relative to the next step's in the critic of the entropy to go."""
     bias_keep: float | None = Field(default=None, ge=0.0, le=1.0)
     """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back (null: none)."""

@@ -46,6 +46,7 @@ class StepWatch:
     ) -> None:
         self._config, self._model, self._pool = config, model, pool
         self._said: set[str] = set()
+        self._renew = False
         self._watch = EntropyWatch(config, model, sharing)
         self._trainer_pass, self._last_pass = TrainerPass(trainer, model, sharing), LastPass()
         if config.rollouts == "current":
@@ -69,6 +70,9 @@ class StepWatch:
     def pooled(self, rng: np.random.Generator) -> list[RolloutSequence] | None:
         """The sequences of the pool for the coming step; None where there is no pool."""
         refuse_sharded(self._model)
+        if self._pool is not None and self._renew:
+            self._pool.clear()
+            self._renew = False
         return None if self._pool is None else self._pool.turn(rng)
 
     def before(
@@ -103,7 +107,14 @@ class StepWatch:
         if trouble is not None:
             self._say(f"{trouble}; the pass before each step is one of the probe's own")
         weights = joint_log_weights(found.statistics, drawn_scores, prior_log_weights)
-        return self._watch.before_step(batch, weights, found), drawn_scores
+        seen = self._watch.before_step(batch, weights, found)
+        if self._pool is not None and 2 * seen.effective_size() < len(batch):
+            self._renew = True
+            self._say(
+                "the policy moves so fast that less than half of the pool counts after weighting: `watched` is then nearer to 0 than "
+                "the truth, and the pool is drawn anew before the next step (weights_ess says when); a smaller pool_age avoids it"
+            )
+        return seen, drawn_scores
 
     def parts(self, optimizer: torch.optim.Optimizer) -> None:
         """Trial moves of the coming step's parts, where this optimizer has them."""

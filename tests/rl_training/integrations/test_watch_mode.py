@@ -308,3 +308,19 @@ def test_weights_spread_over_processes_are_refused(tiny_policy, tmp_path, kind):
         trainer.model.model.norm.__class__ = type("FullyShardedDataParallel", (type(trainer.model.model.norm),), {})
     with pytest.raises(UserError, match="ZeRO-2"):
         trainer.train()
+
+
+def test_a_pool_that_hardly_counts_is_drawn_anew_and_said(tiny_policy, tmp_path):
+    trainer, callback = pooled_run(tiny_policy, tmp_path, steps=3)
+    pool, names = callback._watch._pool, []
+    scored = pool.scored
+
+    def far_off(scores):
+        drawn = scored(scores)
+        names.append(list(pool.names))
+        return drawn - 4.0 * torch.arange(len(drawn)) if len(names) == 2 else drawn
+
+    pool.scored = far_off
+    with pytest.warns(RuntimeWarning, match="less than half of the pool"):
+        trainer.train()
+    assert set(names[0]) & set(names[1]) and not set(names[1]) & set(names[2])
