@@ -111,8 +111,8 @@ class StepWatch:
         if self._pool is not None and 2 * seen.effective_size() < len(batch):
             self._renew = True
             self._say(
-                "the policy moves so fast that less than half of the pool counts after weighting: `watched` is then nearer to 0 than "
-                "the truth, and the pool is drawn anew before the next step (weights_ess says when); a smaller pool_age avoids it"
+                "the policy moves so fast that less than half of the pool counts after weighting: `watched` is then nearer to 0 "
+                "than the truth, and the pool is drawn anew before the next step; a smaller pool_age avoids it"
             )
         return seen, drawn_scores
 
