@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from entropy_core.passes.state import PassState
 from entropy_experiments.analyses.headline_units import leaving_out_summary, with_training_noise
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
-from entropy_experiments.analyses.registry import failed_analyses, run_analyses
+from entropy_experiments.analyses.registry import run_analyses
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
@@ -35,6 +34,7 @@ from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, ev
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.kernel.options import kernel_options
 from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
+from entropy_experiments.records.analysis_results import AnalysesRecord, finished
 from entropy_experiments.records.estimate_entries import finite_number
 from entropy_experiments.records.history import stored_state, training_history
 from entropy_experiments.records.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
@@ -182,7 +182,7 @@ def _analyze_into(
                 "stages": clock.finished(),
                 "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
                 "self_checks": [check.to_json() for check in numbers.checks],
-                "failed_analyses": failed_analyses(analyses),
+                "failed_analyses": analyses.failed(),
             },
         )
         write_report(part, unfinished=True)
@@ -208,8 +208,8 @@ def _refuse_failed_checks(checks: Sequence[SelfCheck]) -> None:
         )
 
 
-def _refuse_failed_analyses(analyses: dict[str, dict[str, Any]]) -> None:
-    failed = [f"{name} ({what})" for name, what in failed_analyses(analyses).items()]
+def _refuse_failed_analyses(analyses: AnalysesRecord) -> None:
+    failed = [f"{name} ({what})" for name, what in analyses.failed().items()]
     if failed:
         raise UserError(
             f"{'an analysis' if len(failed) == 1 else f'{len(failed)} analyses'} failed: {'; '.join(failed)}. Pass --keep-going "
@@ -271,7 +271,7 @@ def _modules(inputs: AnalysisInputs) -> KernelModules:
     )
 
 
-def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: dict[str, dict[str, Any]]) -> Summary:
+def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses: AnalysesRecord) -> Summary:
     numbers, config = inputs.numbers, inputs.config
     kernel, settings = config.entropy_analysis.fisher_kernel, config.entropy_analysis
     structure = None
@@ -304,7 +304,7 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
         numbers,
         inputs.plan,
         inputs.tokenizer,
-        inputs.token_shares if "tokens" in analyses.get("attribution", {}) else None,
+        inputs.token_shares if finished(analyses.attribution) is not None else None,
     )
     write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers)
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)

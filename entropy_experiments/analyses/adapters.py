@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,16 @@ from entropy_experiments.analyses.intervention import SharePrediction, half_subs
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
 from entropy_experiments.analyses.weighting_schemes import with_measurements
+from entropy_experiments.records.attribution_results import AttributionResult
+from entropy_experiments.records.clustering_results import ClusteringResult
+from entropy_experiments.records.kernel_results import BuffersResult, PromptStructureResult
+from entropy_experiments.records.step_results import (
+    BaselinesResult,
+    EntropyPredictionResult,
+    HigherOrderResult,
+    InterventionResult,
+)
+from entropy_experiments.records.weighting_results import WeightingResult
 from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
 from entropy_experiments.step.measured_changes import entropy_change, resolution
@@ -40,22 +49,22 @@ class NotApplicable(Exception):
     """The question does not arise for this checkpoint and these buffers; the message says why."""
 
 
-def buffers(inputs: AnalysisInputs) -> dict[str, Any]:
+def buffers(inputs: AnalysisInputs) -> BuffersResult:
     """analyses/buffers.py."""
     return compare_buffers(inputs.evaluation_labels(), inputs.training_labels(), inputs.truncated())
 
 
-def prompt_structure(inputs: AnalysisInputs) -> dict[str, Any]:
+def prompt_structure(inputs: AnalysisInputs) -> PromptStructureResult:
     """analyses/prompt_structure.py."""
     return structure_of_prompts(inputs.kernel_arrays(), seed=inputs.config.seed)
 
 
-def sequence_clustering(inputs: AnalysisInputs) -> dict[str, Any]:
+def sequence_clustering(inputs: AnalysisInputs) -> ClusteringResult:
     """analyses/clustering.py."""
     return sequence_clusters(inputs.kernel_arrays(step_needed=False), seed=inputs.config.seed)
 
 
-def entropy_prediction(inputs: AnalysisInputs) -> dict[str, Any]:
+def entropy_prediction(inputs: AnalysisInputs) -> EntropyPredictionResult:
     """analyses/entropy_prediction.py, with fresh samples at the scales that the configuration names."""
     numbers, step, settings = inputs.numbers, step_numbers(inputs), inputs.config.entropy_analysis
     predicted = {
@@ -94,7 +103,7 @@ def step_numbers(inputs: AnalysisInputs) -> StepNumbers:
     return inputs.numbers.step
 
 
-def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
+def higher_order(inputs: AnalysisInputs) -> HigherOrderResult:
     """analyses/higher_order.py, along the step and back, at the configured scales up to 1."""
     settings = inputs.config.entropy_analysis
     forward = sorted(s for s in {*settings.analysis.step_scales, 1.0} if s <= 1)
@@ -117,7 +126,7 @@ def higher_order(inputs: AnalysisInputs) -> dict[str, Any]:
     )
 
 
-def attribution(inputs: AnalysisInputs) -> dict[str, Any]:
+def attribution(inputs: AnalysisInputs) -> AttributionResult:
     """analyses/attribution.py, down to the tokens of the sequences that moved entropy most."""
     step, side = step_numbers(inputs), inputs.side
     texts = [token_texts(inputs.tokenizer, ids) for ids in inputs.training.rollouts.completion_ids]
@@ -154,7 +163,7 @@ def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
     )
 
 
-def intervention(inputs: AnalysisInputs) -> dict[str, Any]:
+def intervention(inputs: AnalysisInputs) -> InterventionResult:
     """analyses/intervention.py: shares of the measurement's own derivative first, then those of the report."""
     found, estimand, side = step_numbers(inputs).attribution, inputs.numbers.estimand, inputs.side
     settings = inputs.config.entropy_analysis
@@ -184,14 +193,14 @@ def _rest(inputs: AnalysisInputs, estimator: str) -> float:
     return parts["momentum"].value + parts["weight_decay"].value
 
 
-def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
+def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
     """analyses/weighting_schemes.py; with `weighting_steps` each weighting's real step at equal length is measured."""
     arrays = inputs.kernel_arrays()
     table = table_of_weightings(arrays, inputs.plan.law.max_completion_length)
     if not np.isfinite(arrays.training.reward).all():
-        for row in table["rows"]:
-            if row["kind"] == "scheme":
-                row["reason"] = "not all training sequences have rewards"
+        why = {"reason": "not all training sequences have rewards"}
+        rows = tuple(row.model_copy(update=why) if row.kind == "scheme" else row for row in table.rows)
+        table = table.model_copy(update={"rows": rows})
     if not inputs.config.entropy_analysis.analysis.weighting_steps:
         return table
     steps = step_measurement(inputs)
@@ -210,17 +219,16 @@ def weighting_schemes(inputs: AnalysisInputs) -> dict[str, Any]:
 
     rest = changes(np.zeros(len(inputs.training.rollouts)))
     measured = {}
-    for row in table["rows"]:
-        scale = row.get("scale", {}).get("equal_length")
-        if scale is None:
+    for row in table.rows:
+        if row.scale is None or row.scale.equal_length is None:
             continue
-        difference = changes(scale * np.array(table["weights"][row["name"]])) - rest
+        difference = changes(row.scale.equal_length * np.array(table.weights[row.name])) - rest
         error = jackknife_standard_error(difference[1:]) if len(difference) > 2 else None
-        measured[row["name"]] = {"equal_length": {"value": float(difference[0]), "standard_error": error}}
+        measured[row.name] = {"equal_length": (float(difference[0]), error)}
     return with_measurements(table, measured)
 
 
-def baselines(inputs: AnalysisInputs) -> dict[str, Any]:
+def baselines(inputs: AnalysisInputs) -> BaselinesResult:
     """analyses/baselines.py; the predictors from the literature see the training buffer's tokens, as their papers do."""
     step, side = step_numbers(inputs), inputs.side
     full = step.measured_step

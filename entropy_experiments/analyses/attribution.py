@@ -14,12 +14,23 @@ how far the entropy of t's own tokens moves. Units: nats per token. Source: docs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from entropy_experiments.analyses.arrays import SequenceLabels
-from entropy_experiments.text.numbers import counted, signed
+from entropy_experiments.records.attribution_results import (
+    AttributionResult,
+    Concentration,
+    Concentrations,
+    EvaluationSide,
+    GroupShares,
+    PromptContribution,
+    PromptShare,
+    SequenceShares,
+    TokenAttribution,
+    TokenShares,
+)
 
 CLOSURE_TOLERANCE = 1e-4
 
@@ -40,82 +51,76 @@ def attribute_step(
     contributions: np.ndarray | None = None,
     own_changes: np.ndarray | None = None,
     top: int = 10,
-) -> dict[str, Any]:
+) -> AttributionResult:
     """Shares of the step's batch part by sequence, prompt and token, and the evaluation side's losses.
 
-    shares: (n_train,) dh_i. effects: (n_train,) r_i (entropy_experiments.step.effects_of_leaving_out). token_shares: (n_train, L)
-    from entropy_experiments.step.real_steps.token_shares, with completion_mask (n_train, L) and, for the figure, token_texts: the
-    completion tokens of each sequence as text, foreign ones included; drawn: which of these the policy drew, None (of one, or of
-    all) where every one.
-    endings: how the completions of the training and of the evaluation side came to their ends (rl_training.prompts.endings).
-    advantages: (n_train,) A_i. contributions: (n_eval,) terms of the whole predicted change. own_changes: (n_eval,) predicted
-    change of sum_k H_k on
-    sequence t's own tokens, nats per completion.
+    Args:
+        training: labels of the n_train training sequences.
+        shares: (n_train,) dh_i, nats per token.
+        horizon_factor: f.
+        effects: (n_train,) r_i (entropy_experiments.step.effects_of_leaving_out).
+        token_shares: (n_train, L) from entropy_experiments.step.real_steps.token_shares, with completion_mask.
+        completion_mask: (n_train, L).
+        token_texts: the completion tokens of each sequence as text, foreign ones included.
+        drawn: which of these the policy drew, None (of one, or of all) where every one.
+        endings: how the completions of the training and of the evaluation side came to their ends
+            (rl_training.prompts.endings).
+        advantages: (n_train,) A_i.
+        evaluation: labels of the n_eval evaluation sequences.
+        contributions: (n_eval,) terms of the whole predicted change, nats per token.
+        own_changes: (n_eval,) predicted change of sum_k H_k on sequence t's own tokens, nats per completion.
+        top: how many sequences of either sign are shown by token.
 
-    Returns
-        unit, total             "nats per token"; sum of the shares
-        horizon_factor, horizon_total
-        sequences               {"share", "horizon", "prompt_index"}, and "effect" where it is given, lists in the buffer's order
-        prompts                 a list, most costing first: {"prompt_index", "prompt", "sequences", "share", "horizon"}
-        concentration           {"all", "lowering", "raising"}, see `concentration`
-        top_sequences           up to 2 x top indices: the most costing first, then the most giving from the largest down
-        tokens                  {"closure", "sequences"}, None without token_shares. sequences: for top_sequences {"sequence",
-                                "prompt_index", "share", "reward", "tokens", "texts", "drawn"}, tokens dh_ik and their texts
-                                (None without), 0 on foreign ones, which drawn tells (None where there are none). closure:
-                                largest |sum_k dh_ik - dh_i| over the largest |dh_i|
-        evaluation              {"total", "contribution", "own_change", "lowering", "raising", "concentration", "prompts"}, the
-                                last a list, most lowering first: {"prompt_index", "prompt", "sequences", "contribution"};
-                                None without contributions
-        groups                  rows {"side", "by", "group", "sequences", "value", "entropy"}: shares by ending and by the sign of
-                                the advantage, contributions by ending; entropy: nats per token of the group's tokens
-        sentence
+    Returns:
+        The record that summary.json holds.
 
-    Raises ValueError for shapes that disagree, numbers that are not finite, or token shares that do not add up to the
-    sequences' within CLOSURE_TOLERANCE.
+    Raises:
+        ValueError: shapes that disagree, numbers that are not finite, or token shares that do not add up to the sequences'
+            within CLOSURE_TOLERANCE.
     """
     values = _checked("shares", shares, len(training))
     costing, giving = extreme_sequences(values, top)
-    total = float(values.sum())
-    result: dict[str, Any] = {
-        "unit": "nats per token",
-        "total": total,
-        "horizon_factor": float(horizon_factor),
-        "horizon_total": float(horizon_factor) * total,
-        "sequences": {
-            "share": values.tolist(),
-            "horizon": (float(horizon_factor) * values).tolist(),
-            "prompt_index": [int(p) for p in training.prompt_index],
-        },
-        "prompts": [
-            {**row, "horizon": float(horizon_factor) * row["share"]} for row in _by_prompt(training, values, "share")
-        ],
-        "sum_of_effects": None if effects is None else float(_checked("effects", effects, len(training)).sum()),
-        "concentration": {
-            "all": concentration(values, top),
-            "lowering": concentration(values[values < 0], top),
-            "raising": concentration(values[values > 0], top),
-        },
-        "top_sequences": costing + giving,
-        "tokens": None,
-        "evaluation": None,
-        "groups": [],
-    }
-    if effects is not None:
-        result["sequences"]["effect"] = np.asarray(effects, dtype=np.float64).tolist()
+    total, factor = float(values.sum()), float(horizon_factor)
+    known = {} if effects is None else {"effect": _checked("effects", effects, len(training)).tolist()}
+    groups: list[GroupShares] = []
     if endings is not None:
-        result["groups"] += group_rows("training", "ending", endings[0], values, training)
+        groups += group_rows("training", "ending", endings[0], values, training)
     if advantages is not None:
         signs = ["positive" if a > 0 else "negative" if a < 0 else "zero" for a in np.asarray(advantages)]
-        result["groups"] += group_rows("training", "advantage", signs, values, training)
-    if endings is not None and evaluation is not None and contributions is not None:
-        result["groups"] += group_rows("evaluation", "ending", endings[1], np.asarray(contributions), evaluation)
-    if token_shares is not None:
-        result["tokens"] = _tokens(
-            training, values, token_shares, completion_mask, token_texts, drawn, costing + giving
-        )
+        groups += group_rows("training", "advantage", signs, values, training)
+    tokens = side = None
     if evaluation is not None and contributions is not None:
-        result["evaluation"] = _evaluation_side(evaluation, contributions, own_changes, top)
-    return result | {"sentence": _sentence(result)}
+        side = _evaluation_side(evaluation, contributions, own_changes, top)
+        if endings is not None:
+            groups += group_rows("evaluation", "ending", endings[1], np.asarray(contributions), evaluation)
+    if token_shares is not None:
+        tokens = _tokens(training, values, token_shares, completion_mask, token_texts, drawn, costing + giving)
+    return AttributionResult(
+        unit="nats per token",
+        total=total,
+        horizon_factor=factor,
+        horizon_total=factor * total,
+        sequences=SequenceShares(
+            share=values.tolist(),
+            horizon=(factor * values).tolist(),
+            prompt_index=[int(p) for p in training.prompt_index],
+            **known,
+        ),
+        prompts=[
+            PromptShare(prompt_index=index, prompt=text, sequences=count, share=share, horizon=factor * share)
+            for index, text, count, share in _by_prompt(training, values)
+        ],
+        sum_of_effects=None if effects is None else float(np.sum(effects)),
+        concentration=Concentrations(
+            all=concentration(values, top),
+            lowering=concentration(values[values < 0], top),
+            raising=concentration(values[values > 0], top),
+        ),
+        top_sequences=costing + giving,
+        tokens=tokens,
+        evaluation=side,
+        groups=groups,
+    )
 
 
 def extreme_sequences(shares: np.ndarray, top: int = 10) -> tuple[list[int], list[int]]:
@@ -128,39 +133,41 @@ def extreme_sequences(shares: np.ndarray, top: int = 10) -> tuple[list[int], lis
 
 
 def group_rows(
-    side: str, by: str, names: Sequence[str], values: np.ndarray, labels: SequenceLabels
-) -> list[dict[str, Any]]:
+    side: Literal["training", "evaluation"],
+    by: Literal["ending", "advantage"],
+    names: Sequence[str],
+    values: np.ndarray,
+    labels: SequenceLabels,
+) -> list[GroupShares]:
     """One row a group that has sequences: how many, the sum of their values, and h over their tokens."""
     rows = []
     for name in dict.fromkeys(sorted(names)):
         members = np.array([n == name for n in names])
         entropy = float(labels.entropy_sum[members].sum() / labels.length[members].sum())
-        row = {"side": side, "by": by, "group": name, "sequences": int(members.sum())}
-        rows.append(row | {"value": float(values[members].sum()), "entropy": entropy})
+        value, count = float(values[members].sum()), int(members.sum())
+        rows.append(GroupShares(side=side, by=by, group=name, sequences=count, value=value, entropy=entropy))
     return rows
 
 
-def concentration(values: np.ndarray, top: int = 10) -> dict[str, Any]:
-    """How far a few of (n,) signed values make up the mass sum |value|.
-
-    Returns "count", "sum", "top" (how many the next is of), "top_mass" (their part of the mass), "half_mass_count" (how many
-    make half of it), "gini", "effective_number"; the last four None, with a "reason", where the mass is 0.
-    """
+def concentration(values: np.ndarray, top: int = 10) -> Concentration:
+    """How far a few of (n,) signed values make up the mass sum |value|; without a mass only their number is known."""
     magnitudes = np.sort(np.abs(np.asarray(values, dtype=np.float64)))[::-1]
     mass, count = float(magnitudes.sum()), len(magnitudes)
-    out: dict[str, Any] = {"count": count, "sum": float(np.sum(values)), "top": min(top, count)}
+    known = {"count": count, "sum": float(np.sum(values)), "top": min(top, count)}
     if mass == 0.0:
+        reason = "no sequence here" if not count else "all of them are 0"
         nothing = dict.fromkeys(("top_mass", "half_mass_count", "gini", "effective_number"))
-        return out | nothing | {"reason": "no sequence here" if not count else "all of them are 0"}
+        return Concentration(**known, **nothing, reason=reason)
     # ranks ascending, magnitudes descending: the signs of the formula turn around
     gini = float((magnitudes * (count + 1 - 2 * np.arange(1, count + 1))).sum()) / (count * mass)
-    return out | {
-        "top_mass": float(magnitudes[:top].sum()) / mass,
-        "half_mass_count": int(np.searchsorted(np.cumsum(magnitudes), 0.5 * mass * (1 - 1e-12)) + 1),
-        "gini": gini,
-        "effective_number": mass**2 / float(np.square(magnitudes).sum()),
-        "reason": "",
-    }
+    return Concentration(
+        **known,
+        top_mass=min(1.0, float(magnitudes[:top].sum()) / mass),
+        half_mass_count=int(np.searchsorted(np.cumsum(magnitudes), 0.5 * mass * (1 - 1e-12)) + 1),
+        gini=gini,
+        effective_number=mass**2 / float(np.square(magnitudes).sum()),
+        reason="",
+    )
 
 
 def _checked(name: str, values: np.ndarray, count: int) -> np.ndarray:
@@ -172,16 +179,12 @@ def _checked(name: str, values: np.ndarray, count: int) -> np.ndarray:
     return array
 
 
-def _by_prompt(labels: SequenceLabels, values: np.ndarray, name: str) -> list[dict[str, Any]]:
+def _by_prompt(labels: SequenceLabels, values: np.ndarray) -> list[tuple[int, str, int, float]]:
+    """(prompt's number, text, how many sequences, sum of their values), the lowest sum first."""
     prompts, first, group = np.unique(labels.prompt_index, return_index=True, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     return [
-        {
-            "prompt_index": int(prompts[p]),
-            "prompt": labels.prompt[first[p]],
-            "sequences": int(counts[p]),
-            name: float(sums[p]),
-        }
+        (int(prompts[p]), labels.prompt[first[p]], int(counts[p]), float(sums[p]))
         for p in np.argsort(sums, kind="stable")
     ]
 
@@ -194,7 +197,7 @@ def _tokens(
     token_texts: Sequence[Sequence[str]] | None,
     drawn: Sequence[Sequence[bool] | None] | None,
     chosen: list[int],
-) -> dict[str, Any]:
+) -> TokenAttribution:
     values = np.asarray(token_shares, dtype=np.float64)
     if completion_mask is None or values.ndim != 2 or np.shape(completion_mask) != values.shape:
         raise ValueError(
@@ -222,50 +225,33 @@ def _tokens(
         if texts is not None and len(texts) != len(tokens):
             raise ValueError(f"sequence {i} has {len(tokens)} completion tokens, but {len(texts)} texts")
         rows.append(
-            {
-                "sequence": i,
-                "prompt_index": int(training.prompt_index[i]),
-                "share": float(shares[i]),
-                "reward": float(training.reward[i]) if np.isfinite(training.reward[i]) else None,
-                "tokens": tokens,
-                "texts": texts,
-                "drawn": own,
-            }
+            TokenShares(
+                sequence=i,
+                prompt_index=int(training.prompt_index[i]),
+                share=float(shares[i]),
+                reward=float(training.reward[i]) if np.isfinite(training.reward[i]) else None,
+                tokens=tokens,
+                texts=texts,
+                drawn=own,
+            )
         )
-    return {"closure": closure, "sequences": rows}
+    return TokenAttribution(closure=closure, sequences=rows)
 
 
 def _evaluation_side(
     evaluation: SequenceLabels, contributions: np.ndarray, own_changes: np.ndarray | None, top: int
-) -> dict[str, Any]:
+) -> EvaluationSide:
     values = _checked("contributions", contributions, len(evaluation))
     own = None if own_changes is None else _checked("own_changes", own_changes, len(evaluation))
-    return {
-        "total": float(values.sum()),
-        "contribution": values.tolist(),
-        "own_change": None if own is None else own.tolist(),
-        "lowering": int((values < 0).sum()),
-        "raising": int((values > 0).sum()),
-        "concentration": concentration(values, top),
-        "prompts": _by_prompt(evaluation, values, "contribution"),
-    }
-
-
-def _sentence(result: dict[str, Any]) -> str:
-    found = result["concentration"]
-    lowering, raising = found["lowering"], found["raising"]
-    if found["all"]["top_mass"] is None:
-        return "No training sequence has a share of the step's change: every weight or every product is 0."
-    text = (
-        f"{counted(lowering['count'], 'training sequence')} lowered entropy by {signed(lowering['sum'])} and "
-        f"{raising['count']} raised it by {signed(raising['sum'])} (accounting shares, which add up), "
-        f"together {signed(result['total'])} nats per token in this "
-        f"step ({signed(result['horizon_total'])} over the life of the momentum buffer); the top {found['all']['top']} of "
-        f"{found['all']['count']} hold {found['all']['top_mass']:.0%} of the mass"
+    return EvaluationSide(
+        total=float(values.sum()),
+        contribution=values.tolist(),
+        own_change=None if own is None else own.tolist(),
+        lowering=int((values < 0).sum()),
+        raising=int((values > 0).sum()),
+        concentration=concentration(values, top),
+        prompts=[
+            PromptContribution(prompt_index=index, prompt=text, sequences=count, contribution=value)
+            for index, text, count, value in _by_prompt(evaluation, values)
+        ],
     )
-    if result["sum_of_effects"] is not None:
-        text += f"; the effects of leaving each out, which do not add up, come to {signed(result['sum_of_effects'])}"
-    side = result["evaluation"]
-    if side is not None:
-        text += f"; {side['lowering']} of {counted(len(side['contribution']), 'evaluation sequence')} contribute a loss"
-    return text + "."

@@ -22,8 +22,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.step_results import BaselineRow, BaselinesResult
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero
-from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, shown
 from entropy_experiments.statistics.jackknife_interval import ends_of
 
 LABELS = {
@@ -50,18 +51,22 @@ def baseline_table(
     covariance: float | None = None,
     natural_covariance: float | None = None,
     steer: float | None = None,
-) -> dict[str, Any]:
+) -> BaselinesResult:
     """One row a predictor.
 
-    predicted: estimator -> part ("total", "batch") -> estimate, nats per token, as in AnalysisNumbers.predicted or
-    summary.json. measured: the policy's measured change, nats per token; measured_fixed_prefix: that on given tokens.
-    An estimate is an object or a mapping with value (or change), standard_error and left_out ((B,) with each evaluation prompt
-    left out; without it there is no z), a bare number, or None. The last three come from entropy_core.predictors.
+    Args:
+        predicted: estimator -> part ("total", "batch") -> estimate, nats per token.
+        measured: the policy's measured change, nats per token.
+        measured_fixed_prefix: that on given tokens.
+        without_preconditioner: an estimate.
+        covariance, natural_covariance, steer: from entropy_core.predictors.
 
-    Keys: `rows`, a list of {name, label, predicted, standard_error, degrees_of_freedom, actual, actual_standard_error, ratio, z,
-    agrees, comparable_in_scale, sign_agrees, reason}; numbers are None where they are not known or not comparable, `reason` says
-    why ("" where all is there), and sign_agrees is None where the measured change cannot be told from 0 or the prediction
-    is 0. `measured` {value, standard_error}, `sentence`.
+    An estimate is an object or a mapping with value (or change), standard_error and left_out ((B,) with each evaluation prompt
+    left out; without it there is no z), a bare number, or None.
+
+    Returns:
+        The record that summary.json holds. Numbers are None where they are not known or not comparable, and `reason` says why;
+        sign_agrees is None where the measured change is not significantly different from 0 or the prediction is 0.
     """
     by_part = {
         "without_momentum": _part(predicted, "rao_blackwell", "batch"),
@@ -71,21 +76,20 @@ def baseline_table(
         "natural_covariance": natural_covariance,
         "steer": steer,
     }
-    policy, rows = _known(measured), []
+    rows = []
     for name in LABELS:
         given = by_part[name] if name in by_part else _part(predicted, name, "total")
         rows.append(_row(name, given, measured_fixed_prefix if name == "fixed_prefix_on_given_tokens" else measured))
-    result = {"rows": rows, "measured": policy}
-    return result | {"sentence": _sentence(rows, policy)}
+    return BaselinesResult(rows=rows, measured=_known(measured))
 
 
 def _part(predicted: Mapping[str, Mapping[str, Any]], estimator: str, part: str) -> Any:
     return predicted.get(estimator, {}).get(part)
 
 
-def _known(entry: Any) -> dict[str, float | None]:
-    """{value, standard_error, degrees_of_freedom} of whatever form of estimate, None for what is missing or not finite; with
-    low and high, the ends of its interval, where its values with each prompt left out are known.
+def _known(entry: Any) -> Estimate:
+    """Of whatever form of estimate, None for what is missing or not finite; its interval has ends where its values with each
+    prompt left out are known.
     """
     value, error = estimate_of(entry)
 
@@ -93,21 +97,22 @@ def _known(entry: Any) -> dict[str, float | None]:
         return entry.get(name) if isinstance(entry, Mapping) else getattr(entry, name, None)
 
     left_out, size, count = held("left_out"), held("effective_sample_size"), held("sequences")
-    found: dict[str, float | None] = {"value": value, "standard_error": error, "degrees_of_freedom": None}
     if left_out is None:
-        return found
+        return Estimate(value=value, standard_error=error, low=None, high=None, degrees_of_freedom=None)
     if size is not None and count and size < count / 2:  # weights that a few sequences carry have no known error
-        return found | {"low": None, "high": None}
-    found["degrees_of_freedom"] = max(1, len(left_out) - 1)
-    return found | ends_of(value, left_out, size / count if size is not None and count else 1.0)
+        return Estimate(value=value, standard_error=error, low=None, high=None, degrees_of_freedom=None)
+    ends = ends_of(value, left_out, size / count if size is not None and count else 1.0)
+    return Estimate(
+        **{"value": value, "standard_error": error, "degrees_of_freedom": max(1, len(left_out) - 1), **ends}
+    )
 
 
-def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
+def _row(name: str, given: Any, actual: Any) -> BaselineRow:
     (value, own_error), (truth, error) = estimate_of(given), estimate_of(actual)
     comparable = name not in ANOTHER_SCALE
     compared = compare(given, actual) if comparable else None
-    known = _known(actual)
-    low, high = known.get("low"), known.get("high")
+    own, found = _known(given), _known(actual)
+    low, high = found.low, found.high
     if low is None or high is None:
         freedom = math.inf if compared is None else compared.degrees_of_freedom
         told = truth is not None and told_from_zero(truth, error, freedom) is not False
@@ -123,40 +128,22 @@ def _row(name: str, given: Any, actual: Any) -> dict[str, Any]:
         reason = "the predicted change is 0"
     else:
         reason = "" if compared else "not known prompt by prompt on both sides, or no difference"
-    return {
-        "name": name,
-        "label": LABELS[name],
-        "predicted": value,
-        "standard_error": own_error,
-        **{key: number for key, number in _known(given).items() if key in ("degrees_of_freedom", "low", "high")},
-        "actual": truth,
-        "actual_standard_error": error,
-        **{f"actual_{end}": known[end] for end in ("low", "high") if end in known},
-        "ratio": truth / value if comparable and truth is not None and value else None,
-        "z": compared.z if compared else None,
-        "agrees": compared.agrees if compared else None,
-        "comparable_in_scale": comparable,
-        "sign_agrees": value * truth > 0 if told and value and truth else None,
-        "reason": reason,
-    }
-
-
-def _sentence(rows: list[dict[str, Any]], measured: dict[str, float | None]) -> str:
-    if measured["value"] is None:
-        return "No change of entropy was measured, so no predictor can be held against it."
-    text = f"The measured change was {shown(measured)} nats per token ({BRACKETS})"
-    judged = [row for row in rows if row["z"] is not None and row["name"] != "fixed_prefix_on_given_tokens"]
-    near, far = ([row["label"] for row in judged if row["agrees"] is within] for within in (True, False))
-    if judged:
-        text += f"; it and the predictor {ALIKE}: {_listed(near)}; they {DISAGREE}: {_listed(far)}"
-    signed = [row for row in rows if not row["comparable_in_scale"] and row["predicted"] is not None]
-    right, wrong = ([row["label"] for row in signed if row["sign_agrees"] is same] for same in (True, False))
-    if right or wrong:
-        text += f". Of those on another scale, with its sign: {_listed(right)}; with the other: {_listed(wrong)}"
-    elif signed:
-        text += ", too near to 0 for its sign to be compared"
-    return text + "."
-
-
-def _listed(labels: list[str]) -> str:
-    return ", ".join(labels) if labels else "none"
+    return BaselineRow(
+        name=name,
+        label=LABELS[name],
+        predicted=value,
+        standard_error=own_error,
+        degrees_of_freedom=own.degrees_of_freedom,
+        low=own.low,
+        high=own.high,
+        actual=truth,
+        actual_standard_error=error,
+        actual_low=found.low,
+        actual_high=found.high,
+        ratio=truth / value if comparable and truth is not None and value else None,
+        z=compared.z if compared else None,
+        agrees=compared.agrees if compared else None,
+        comparable_in_scale=comparable,
+        sign_agrees=value * truth > 0 if told and value and truth else None,
+        reason=reason,
+    )

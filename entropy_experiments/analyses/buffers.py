@@ -15,7 +15,7 @@ docs/analyses/buffers.md, docs/theory/double-sampling.md.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,16 +23,11 @@ from scipy import stats
 
 from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.analyses.arrays import SequenceLabels
-from entropy_experiments.statistics.confidence import UNTOLD
-from entropy_experiments.text.numbers import counted, plain
+from entropy_experiments.records.estimates import Mean
+from entropy_experiments.records.kernel_results import BufferComparison, BufferDescription, BuffersResult, Histogram
 
-QUANTITIES = {
-    "length": ("completion length", "tokens", "longer", "shorter"),
-    "entropy": ("token entropy", "nats per token", "more undecided", "more decided"),
-    "reward": ("reward", "", "rewarded higher", "rewarded lower"),
-    "truncated": ("cuts at the maximum length", "", "cut more often", "cut less often"),
-}
-"""name -> label, unit, and what a training buffer with larger, or with smaller, values is."""
+Quantity = Literal["length", "entropy", "reward", "truncated"]
+QUANTITIES: tuple[Quantity, ...] = ("length", "entropy", "reward", "truncated")
 LEVEL = 0.05
 _BINS = 16
 
@@ -41,19 +36,15 @@ def compare_buffers(
     evaluation: SequenceLabels,
     training: SequenceLabels,
     truncated: tuple[np.ndarray, np.ndarray] | None = None,
-) -> dict[str, Any]:
+) -> BuffersResult:
     """Length, entropy, reward and truncation of both buffers, and whether they differ beyond chance.
 
-    truncated: (n_eval,) and (n_train,) bool, whether each completion was cut before an end of sequence.
+    Args:
+        evaluation, training: labels of the sequences.
+        truncated: (n_eval,) and (n_train,) bool, whether each completion was cut before an end of sequence.
 
-    Returns "quantities", a dict by the names in QUANTITIES of
-        evaluation, training      each {"sequences", "prompts", "mean", "standard_error", "deviation"}, scored ones only
-        standardised_difference   d
-        probability_larger        {"value": A, "standard_error"}
-        p_value, differs          of A = 1/2; whether that is beyond chance at 5% after Holm's correction
-        reason                    why a number is None, or ""
-        histogram                 {"edges", "evaluation", "training"}: share of each buffer's sequences in each bin
-    and "shared_prompts", "sentence". standard_error: of the mean, jackknife over prompts. Nothing is NaN.
+    Returns:
+        The record that summary.json holds: A as probability_larger, d as standardised_difference, by the names in QUANTITIES.
     """
     if truncated is None:
         truncated = (np.full(len(evaluation), np.nan), np.full(len(training), np.nan))
@@ -66,15 +57,18 @@ def compare_buffers(
             "truncated": np.asarray(cut, dtype=np.float64),
         }
     prompts = (evaluation.prompt_index, training.prompt_index)
-    quantities = {name: _compare(sides["evaluation"][name], sides["training"][name], *prompts) for name in QUANTITIES}
-    _mark_differences(quantities)
-    result = {"quantities": quantities, "shared_prompts": len(set(prompts[0].tolist()) & set(prompts[1].tolist()))}
-    return result | {"sentence": _sentence(quantities)}
+    compared = {name: _compare(sides["evaluation"][name], sides["training"][name], *prompts) for name in QUANTITIES}
+    differing = _differing({name: entry["p_value"] for name, entry in compared.items()})
+    return BuffersResult(
+        quantities={name: BufferComparison(**entry, differs=name in differing) for name, entry in compared.items()},
+        shared_prompts=len(set(prompts[0].tolist()) & set(prompts[1].tolist())),
+    )
 
 
 def _compare(
     left: np.ndarray, right: np.ndarray, left_prompts: np.ndarray, right_prompts: np.ndarray
 ) -> dict[str, Any]:
+    """The fields of a BufferComparison but for `differs`."""
     known = (np.isfinite(left), np.isfinite(right))
     left, right = left[known[0]], right[known[1]]
     left_prompts, right_prompts = left_prompts[known[0]], right_prompts[known[1]]
@@ -82,9 +76,8 @@ def _compare(
         "evaluation": _describe(left, left_prompts),
         "training": _describe(right, right_prompts),
         "standardised_difference": None,
-        "probability_larger": {"value": None, "standard_error": None},
+        "probability_larger": Mean(value=None, standard_error=None),
         "p_value": None,
-        "differs": False,
         "reason": "",
         "histogram": _histogram(left, right),
     }
@@ -95,7 +88,7 @@ def _compare(
     if pooled > 0:
         out["standardised_difference"] = float(right.mean() - left.mean()) / pooled
     value, error, freedom = _probability_larger(left, right, left_prompts, right_prompts)
-    out["probability_larger"] = {"value": value, "standard_error": error}
+    out["probability_larger"] = Mean(value=value, standard_error=error)
     if error is None:
         return out | {"reason": "a single prompt has no spread over prompts"}
     if error > 0:
@@ -109,17 +102,17 @@ def _compare(
     return out
 
 
-def _describe(values: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+def _describe(values: np.ndarray, prompts: np.ndarray) -> BufferDescription:
     if not len(values):
-        return {"sequences": 0, "prompts": 0, "mean": None, "standard_error": None, "deviation": None}
+        return BufferDescription(sequences=0, prompts=0, mean=None, standard_error=None, deviation=None)
     error = jackknife_over_prompts(torch.from_numpy(values), torch.from_numpy(np.asarray(prompts)))
-    return {
-        "sequences": len(values),
-        "prompts": len(np.unique(prompts)),
-        "mean": float(values.mean()),
-        "standard_error": _finite(error),
-        "deviation": math.sqrt(_variance(values)) if len(values) > 1 else None,
-    }
+    return BufferDescription(
+        sequences=len(values),
+        prompts=len(np.unique(prompts)),
+        mean=float(values.mean()),
+        standard_error=float(error) if math.isfinite(error) else None,
+        deviation=math.sqrt(_variance(values)) if len(values) > 1 else None,
+    )
 
 
 def _variance(values: np.ndarray) -> float:
@@ -156,47 +149,26 @@ def _probability_larger(
     return value, math.sqrt(total), freedom
 
 
-def _histogram(left: np.ndarray, right: np.ndarray) -> dict[str, list[float]]:
+def _histogram(left: np.ndarray, right: np.ndarray) -> Histogram:
     values = np.concatenate([left, right])
     if not len(values):
-        return {"edges": [], "evaluation": [], "training": []}
+        return Histogram(edges=[], evaluation=[], training=[])
     low, high = float(values.min()), float(values.max())
     whole = bool((values == np.round(values)).all())
     if whole and high - low < 2 * _BINS:  # one bin a number
         edges = np.arange(low - 0.5, high + 1.0)
     else:
         edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
-    counts = (np.histogram(side, edges)[0] / max(len(side), 1) for side in (left, right))
-    return dict(zip(("edges", "evaluation", "training"), (edges.tolist(), *(c.tolist() for c in counts)), strict=True))
+    evaluation, training = (np.histogram(side, edges)[0] / max(len(side), 1) for side in (left, right))
+    return Histogram(edges=edges.tolist(), evaluation=evaluation.tolist(), training=training.tolist())
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _mark_differences(quantities: dict[str, dict[str, Any]]) -> None:
+def _differing(p_values: dict[Quantity, float | None]) -> set[Quantity]:
     """Holm: the smallest of m p-values against LEVEL/m, the next against LEVEL/(m - 1), until one fails."""
-    tested = sorted((q for q in quantities.values() if q["p_value"] is not None), key=lambda q: q["p_value"])
-    for place, quantity in enumerate(tested):
-        if quantity["p_value"] > LEVEL / (len(tested) - place):
+    tested = sorted((p, name) for name, p in p_values.items() if p is not None)
+    found: set[Quantity] = set()
+    for place, (p, name) in enumerate(tested):
+        if p > LEVEL / (len(tested) - place):
             break
-        quantity["differs"] = True
-
-
-def _sentence(quantities: dict[str, dict[str, Any]]) -> str:
-    n_eval, n_train = (quantities["length"][side]["sequences"] for side in ("evaluation", "training"))
-    lead = f"Beside {counted(n_eval, 'evaluation sequence')}, {counted(n_train, 'training sequence')}"
-    found = []
-    for name, (_, unit, larger, smaller) in QUANTITIES.items():
-        q = quantities[name]
-        if q["differs"]:
-            word = larger if q["probability_larger"]["value"] > 0.5 else smaller
-            means = f"{plain(q['training']['mean'])} against {plain(q['evaluation']['mean'])} {unit}".rstrip()
-            found.append(f"{word} ({means} on average, p = {plain(q['p_value'], 2)})")
-    if found:
-        listed = found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
-        return f"{lead} are {listed}."
-    tested = [QUANTITIES[name][0] for name, q in quantities.items() if q["p_value"] is not None]
-    if not tested:
-        return f"Whether {lead[0].lower()}{lead[1:]} differ {UNTOLD}: {quantities['length']['reason']}."
-    return f"{lead} differ beyond chance in none of {', '.join(tested)}."
+        found.add(name)
+    return found

@@ -22,6 +22,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.prompt_structure import shuffling_within
+from entropy_experiments.records.clustering_results import Association, Cluster
 
 Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 """(clusters, labels, weights), (m,) each -> how much one says about the other."""
@@ -42,13 +43,17 @@ def shared_by_clusters(
     permutations: int,
     rng: np.random.Generator,
     copies: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """What clusters (m,) of the distinct training sequences rows (m,) share: a dict for each of "prompt", "length", "correctness"
-    and "first_word" with "measure", "value", "p_value", "p_within_prompt", "p_holm" and "reason" (why one of them is None).
+) -> dict[str, Association]:
+    """What clusters of distinct training sequences share: "prompt", "length", "correctness" and "first_word".
 
-    correct: (n_train,) +1, -1 or 0; sequences with 0 are left out of "correctness". copies: (m,) how often each was drawn, its
-    weight in what permutations compare, which stays with its cluster when labels are permuted; default 1. The adjusted mutual
-    information counts each distinct sequence once.
+    Args:
+        clusters: (m,) of the sequences.
+        rows: (m,) their places in the training buffer.
+        training: labels of the whole buffer.
+        correct: (n_train,) +1, -1 or 0; sequences with 0 are left out of "correctness".
+        permutations: how many; rng: where they are drawn from.
+        copies: (m,) how often each was drawn, its weight in what permutations compare, which stays with its cluster when labels
+            are permuted; default 1. The adjusted mutual information counts each distinct sequence once.
     """
     weights = np.ones(len(rows)) if copies is None else np.asarray(copies, np.float64)
     prompts = np.asarray(training.prompt_index)[rows]
@@ -71,11 +76,10 @@ def shared_by_clusters(
         blocks = None if name == "prompt" else prompts[members]
         if name != "length":
             labels = np.unique(labels, return_inverse=True)[1]
-        shared[name] = {"measure": measure} | _association(
-            clusters[members], labels[members], weights[members], statistic, blocks, permutations, rng
-        )
-    _holm(shared)
-    return shared
+        found = _association(clusters[members], labels[members], weights[members], statistic, blocks, permutations, rng)
+        shared[name] = {"measure": measure} | found
+    corrected = _holm(shared)
+    return {name: Association(**entry, p_holm=corrected.get(name)) for name, entry in shared.items()}
 
 
 def mutual_information(clusters: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -107,14 +111,8 @@ def describe_clusters(
     training: SequenceLabels,
     correct: np.ndarray,
     of: np.ndarray | None = None,
-) -> list[dict[str, Any]]:
-    """A dict for each cluster, in ascending order of its number. of: (m,) equal for copies of one sequence.
-
-    cluster (its number, from 1), size, prompts (how many), main_prompt and main_prompt_share (the commonest and its share),
-    mean_length, mean_reward (None without one), correct_share (of the correct or wrong; None without), mean_cosine (of
-    members that are not copies of each other; None without), medoid (the training sequence nearest to all), first_words
-    ([word, count], commonest).
-    """
+) -> list[Cluster]:
+    """Each cluster, in ascending order of its number. of: (m,) equal for copies of one sequence."""
     of = np.arange(len(clusters)) if of is None else of
     table = []
     for cluster in np.unique(clusters):
@@ -125,24 +123,19 @@ def describe_clusters(
         rewards = np.asarray(training.reward, np.float64)[members]
         rewards, signs = rewards[np.isfinite(rewards)], correct[members][correct[members] != 0]
         table.append(
-            {
-                "cluster": int(cluster) + 1,
-                "size": size,
-                "prompts": len(np.unique(np.asarray(training.prompt_index)[members])),
-                "main_prompt": int(prompt),
-                "main_prompt_share": most / size,
-                "mean_length": float(np.asarray(training.length, np.float64)[members].mean()),
-                "mean_reward": float(rewards.mean()) if len(rewards) else None,
-                "correct_share": float((signs > 0).mean()) if len(signs) else None,
-                "mean_cosine": float(inside[other].mean()) if other.any() else None,
-                "medoid": int(members[inside.sum(1).argmax()]),
-                "first_words": [
-                    [word, count]
-                    for word, count in Counter(first_word(training.completion[i]) for i in members).most_common(
-                        _WORDS_SHOWN
-                    )
-                ],
-            }
+            Cluster(
+                cluster=int(cluster) + 1,
+                size=size,
+                prompts=len(np.unique(np.asarray(training.prompt_index)[members])),
+                main_prompt=int(prompt),
+                main_prompt_share=most / size,
+                mean_length=float(np.asarray(training.length, np.float64)[members].mean()),
+                mean_reward=float(rewards.mean()) if len(rewards) else None,
+                correct_share=float((signs > 0).mean()) if len(signs) else None,
+                mean_cosine=float(inside[other].mean()) if other.any() else None,
+                medoid=int(members[inside.sum(1).argmax()]),
+                first_words=Counter(first_word(training.completion[i]) for i in members).most_common(_WORDS_SHOWN),
+            )
         )
     return table
 
@@ -156,7 +149,8 @@ def _association(
     permutations: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    nothing = {"value": None, "p_value": None, "p_within_prompt": None, "p_holm": None}
+    """The fields of an Association but for `measure` and `p_holm`."""
+    nothing = {"value": None, "p_value": None, "p_within_prompt": None}
     distinct = len(np.unique(labels))
     if distinct < 2:
         return nothing | {"reason": "it is the same for all sequences" if distinct else "no sequence has it"}
@@ -181,16 +175,15 @@ def _association(
     return result | {"p_within_prompt": p_value(lambda: shuffle(labels))}
 
 
-def deciding_p_value(association: dict[str, Any]) -> float | None:
-    """p_within_prompt where there is one, else p_value."""
-    within = association["p_within_prompt"]
-    return association["p_value"] if within is None else within
-
-
-def _holm(shared: dict[str, Any]) -> None:
-    """Fill in "p_holm": the deciding p-values, corrected for being several (Holm 1979)."""
-    tested = sorted((p, name) for name, entry in shared.items() if (p := deciding_p_value(entry)) is not None)
-    running = 0.0
+def _holm(shared: dict[str, Any]) -> dict[str, float]:
+    """Name -> the deciding p-value, corrected for being several (Holm 1979): the one within prompts where there is one."""
+    deciding = {
+        name: entry["p_value"] if entry["p_within_prompt"] is None else entry["p_within_prompt"]
+        for name, entry in shared.items()
+    }
+    tested = sorted((p, name) for name, p in deciding.items() if p is not None)
+    running, corrected = 0.0, {}
     for place, (p, name) in enumerate(tested):
         running = max(running, min(1.0, (len(tested) - place) * p))
-        shared[name]["p_holm"] = running
+        corrected[name] = running
+    return corrected

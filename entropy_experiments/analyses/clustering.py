@@ -25,8 +25,7 @@ Elisseeff & Guyon 2002 (stability); docs/analyses/clustering.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
@@ -36,10 +35,10 @@ from sklearn.metrics import adjusted_rand_score
 
 from entropy_experiments.analyses.arrays import KernelArrays
 from entropy_experiments.analyses.cluster_contents import describe_clusters, shared_by_clusters
-from entropy_experiments.analyses.cluster_words import clustering_sentence
-from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
+from entropy_experiments.analyses.distinct_sequences import distinct_sequences
 from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
 from entropy_experiments.analyses.prompt_structure import agreeing, correctness
+from entropy_experiments.records.clustering_results import ClusteringResult, RandIndex, Silhouette, Stability
 from entropy_experiments.text.numbers import plain
 
 _FEWEST_SEQUENCES = 4
@@ -56,96 +55,84 @@ def sequence_clusters(
     permutations: int = 499,
     level: float = 0.05,
     seed: int = 0,
-) -> dict[str, Any]:
-    """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
+) -> ClusteringResult:
+    """The whole analysis. What cannot be computed is None, with a reason beside it.
 
-    duplicates                   {"sequences", "distinct", "equal_pairs"} of those with a gradient
-    n_train, without_gradient    training sequences; the indices of those with no direction, in no cluster
-    sequences                    (m,) indices of the others; linkage and leaf_order speak of them
-    linkage, leaf_order          (m - 1, 4) scipy linkage of places in `sequences`; (m,) training indices, as leaves from the left
-    n_clusters, reason           1 if there is no structure, with the reason
-    labels, spectral_labels      (n_train,) 1 ... n_clusters, numbered along the leaf order; None without a gradient
-    silhouette                   "k", "hierarchical", "spectral" (mean silhouettes at every k), "best_k", "best", "p_value",
-                                 "null_mean", "null_95" (of the best silhouette under rotation), "rotations", "k_max" (the largest
-                                 k tried)
-    agreement                    adjusted Rand index of the two clusterings of the distinct sequences; None for one cluster
-    stability                    "hierarchical", "spectral": {"median", "low", "high"} (5 and 95%) of the adjusted Rand index
-                                 between two resamples on what they have in common; "pairs"; None for one cluster
-    clusters                     see `describe_clusters`; shared: see `shared_by_clusters`, None for one cluster
-    spectrum                     {"cosine", "fisher"}, see `kernel_geometry.spectrum`: of all sequences, which is that of the
-                                 distinct ones weighted by their copies; "distinct": of their cosines, each counted once
-    level, seed, sentence
+    Args:
+        kernels: with the training sequences' own K1.
+        k_max: largest number of clusters, at most half the distinct sequences; default: the number of prompts + 2, at least 8.
+        rotations: how many clouds the best silhouette is compared with; level: of that test.
+        resamples: pairs of resamples for the stability; permutations: of what clusters share.
+        seed: of all of these.
 
-    k_max: at most half the distinct sequences; default: the number of prompts + 2, at least 8. level: of the rotation test.
-    Raises ValueError for a train_fisher that is not finite or not symmetric.
+    Returns:
+        The record that summary.json holds; clusters are numbered from 1 along the order of the leaves.
+
+    Raises:
+        ValueError: a train_fisher that is not finite or not symmetric.
     """
     gram = checked_gram(kernels.train_fisher)
-    cosine, rows = cosine_kernel(gram)
+    whole_cosine, rows = cosine_kernel(gram)
     n, m = len(gram), len(rows)
     whole = distinct_sequences(kernels.training, gram)
     distinct, prompts = whole.among(rows), whole.prompts
+    small = whole_cosine[np.ix_(distinct.first, distinct.first)]
     rng = np.random.default_rng(seed)
-    result: dict[str, Any] = {
-        "n_train": n,
-        "duplicates": distinct.counts(),
-        "without_gradient": np.setdiff1d(np.arange(n), rows).tolist(),
-        "sequences": rows.tolist(),
-        "linkage": [],
-        "leaf_order": rows.tolist(),
-        "n_clusters": 1 if m else 0,
-        "silhouette": None,
-        "agreement": None,
-        "stability": None,
-        "shared": None,
-        "spectrum": {
-            "cosine": spectrum(cosine),
-            "fisher": spectrum(gram),
-            "distinct": spectrum(_small(cosine, distinct)),
-        },
-        "level": level,
-        "seed": seed,
-        "reason": None,
-    }
+    cosine, order, tree = whole_cosine, rows, np.empty((0, 4))
     clusters = spectral = np.zeros(m, dtype=np.int64)
-    number = len(distinct.first)
+    silhouette = agreement = stability = shared = None
+    n_clusters, reason, number = (1 if m else 0), None, len(distinct.first)
     if number < _FEWEST_SEQUENCES:
         other = "distinct " if number < m else ""
-        result["reason"] = f"clusters need at least {_FEWEST_SEQUENCES} {other}sequences with a gradient"
+        reason = f"clusters need at least {_FEWEST_SEQUENCES} {other}sequences with a gradient"
     else:
-        cosine = _small(cosine, distinct)[np.ix_(distinct.of, distinct.of)]  # copies are at a distance of exactly 0
-        tree = average_linkage(cosine)
-        ordered = optimal_leaf_ordering(tree, squareform(1 - cosine, checks=False))
-        leaves = leaves_list(ordered)
-        result |= {"linkage": ordered.tolist(), "leaf_order": rows[leaves].tolist()}
+        cosine = small[np.ix_(distinct.of, distinct.of)]  # copies are at a distance of exactly 0
+        linked = average_linkage(cosine)
+        tree = optimal_leaf_ordering(linked, squareform(1 - cosine, checks=False))
+        leaves = leaves_list(tree)
+        order = rows[leaves]
         limit = max(8, len(np.unique(prompts)) + 2) if k_max is None else k_max
         ks = list(range(2, min(limit, number // 2) + 1))
         kernel = gram[np.ix_(rows[distinct.first], rows[distinct.first])]
         choice = choose_number(kernel, ks, rotations, rng, distinct.of)
-        result["silhouette"] = choice
-        if choice["p_value"] <= level:
-            k = choice["best_k"]
-            result["n_clusters"] = k
-            clusters = _numbered(cut(tree, k), leaves)
+        if choice.p_value <= level:
+            k = n_clusters = choice.best_k
+            clusters = _numbered(cut(linked, k), leaves)
             spectral = _numbered(spectral_clusters(cosine, k, seed), leaves)
             once = distinct.first
-            result["agreement"] = float(adjusted_rand_score(clusters[once], spectral[once]))
-            result["stability"] = _stability(cosine, distinct.of, k, resamples, rng, seed)
+            agreement = float(adjusted_rand_score(clusters[once], spectral[once]))
+            stability = _stability(cosine, distinct.of, k, resamples, rng, seed)
         else:
-            result["reason"] = (
-                f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice['p_value'], 2)})"
-            )
-        choice["spectral"] = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed), distinct.of) for k in ks]
+            reason = f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice.p_value, 2)})"
+        by_spectral = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed), distinct.of) for k in ks]
+        silhouette = Silhouette(**asdict(choice), spectral=by_spectral, k_max=max(ks))
     correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), whole)
     training = replace(kernels.training, prompt_index=prompts)
-    if result["n_clusters"] > 1:
+    if n_clusters > 1:
         once = distinct.first
-        result["shared"] = shared_by_clusters(
+        shared = shared_by_clusters(
             clusters[once], rows[once], training, correct, permutations, rng, distinct.copies
-        )
-    result["clusters"] = describe_clusters(clusters, rows, cosine, training, correct, distinct.of)
-    result["labels"], result["spectral_labels"] = _on_all(clusters, rows, n), _on_all(spectral, rows, n)
-    result["sentence"] = clustering_sentence(result)
-    return result
+        )  # fmt: skip
+    return ClusteringResult(
+        n_train=n,
+        duplicates=distinct.counts(),
+        without_gradient=np.setdiff1d(np.arange(n), rows).tolist(),
+        sequences=rows.tolist(),
+        linkage=tree.tolist(),
+        leaf_order=order.tolist(),
+        n_clusters=n_clusters,
+        silhouette=silhouette,
+        agreement=agreement,
+        stability=stability,
+        shared=shared,
+        spectrum={"cosine": spectrum(whole_cosine), "fisher": spectrum(gram), "distinct": spectrum(small)},
+        level=level,
+        seed=seed,
+        reason=reason,
+        clusters=describe_clusters(clusters, rows, cosine, training, correct, distinct.of),
+        labels=_on_all(clusters, rows, n),
+        spectral_labels=_on_all(spectral, rows, n),
+    )
 
 
 def average_linkage(cosine: np.ndarray) -> np.ndarray:
@@ -171,30 +158,50 @@ def spectral_clusters(cosine: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     return np.asarray(method.fit_predict(affinity), dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Mean silhouettes `hierarchical` along the tree for every number k of clusters; the best of them, and how often one rotated
+    cloud is as well separated (p_value: add-one, one-sided; null_mean, null_95: of the clouds' best).
+    """
+
+    k: list[int]
+    hierarchical: list[float]
+    best_k: int
+    best: float
+    p_value: float
+    null_mean: float
+    null_95: float
+    rotations: int
+
+
 def choose_number(
     kernel: np.ndarray, ks: list[int], rotations: int, rng: np.random.Generator, of: np.ndarray | None = None
-) -> dict[str, Any]:
-    """Silhouettes along the tree for every k in ks and how often one rotated cloud is as well separated.
+) -> Choice:
+    """The number of clusters of the highest silhouette, and its rotation test.
 
-    kernel: (m, m) symmetric, of distinct sequences, every row with a direction. of: (n,) the row of every sequence, copies
-    included; default: each row once. The best silhouette is at least 0, that of one cluster.
-    Keys: k, hierarchical, best_k, best, p_value (add-one, one-sided), null_mean, null_95, rotations, k_max.
+    Args:
+        kernel: (m, m) symmetric, of distinct sequences, every row with a direction.
+        ks: numbers of clusters to try.
+        rotations: how many clouds.
+        rng: where rotations are drawn from.
+        of: (n,) the row of every sequence, copies included; default: each row once.
+
+    The best silhouette is at least 0, that of one cluster.
     """
     of = np.arange(len(kernel)) if of is None else of
     along_tree = silhouettes_along_tree(cosine_kernel(kernel)[0][np.ix_(of, of)], ks, of)
     best = float(along_tree.max(initial=0.0))
     null = np.array([_rotated_best(kernel, ks, rng, of) for _ in range(rotations)])
-    return {
-        "k": ks,
-        "hierarchical": along_tree.tolist(),
-        "best_k": ks[int(along_tree.argmax())],
-        "best": best,
-        "p_value": (1 + int((null >= best - _TIE).sum())) / (1 + rotations),
-        "null_mean": float(null.mean()),
-        "null_95": float(np.quantile(null, 0.95)),
-        "rotations": rotations,
-        "k_max": max(ks),
-    }
+    return Choice(
+        k=ks,
+        hierarchical=along_tree.tolist(),
+        best_k=ks[int(along_tree.argmax())],
+        best=best,
+        p_value=(1 + int((null >= best - _TIE).sum())) / (1 + rotations),
+        null_mean=float(null.mean()),
+        null_95=float(np.quantile(null, 0.95)),
+        rotations=rotations,
+    )
 
 
 def rotated_cloud(kernel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -259,10 +266,6 @@ def _rotated_best(kernel: np.ndarray, ks: list[int], rng: np.random.Generator, o
     return float(silhouettes_along_tree(turned[np.ix_(of, of)], usable, of).max(initial=0.0))
 
 
-def _small(cosine: np.ndarray, distinct: DistinctSequences) -> np.ndarray:
-    return cosine[np.ix_(distinct.first, distinct.first)]
-
-
 def _mean_silhouette(distance: np.ndarray, labels: np.ndarray, of: np.ndarray) -> float:
     return _silhouette(distance @ np.eye(labels.max() + 1)[labels], labels, np.bincount(of)[of])
 
@@ -287,7 +290,7 @@ def _silhouette(sums: np.ndarray, labels: np.ndarray, copies: np.ndarray) -> flo
 
 def _stability(
     cosine: np.ndarray, of: np.ndarray, k: int, resamples: int, rng: np.random.Generator, seed: int
-) -> dict[str, Any]:
+) -> Stability:
     """Adjusted Rand index between clusterings of two bootstrap samples of the distinct sequences (each once, with all of its
     copies), on the distinct sequences in both.
     """
@@ -307,11 +310,12 @@ def _stability(
         for name, method in methods.items():
             labels = [method(cosine[np.ix_(rows, rows)])[place] for rows, place in zip(members, once, strict=True)]
             found[name].append(float(adjusted_rand_score(labels[0][left], labels[1][right])))
-    empty = dict.fromkeys(("median", "low", "high"))
-    return {"pairs": len(found["spectral"])} | {
-        name: dict(zip(empty, np.quantile(values, (0.5, 0.05, 0.95)).tolist(), strict=True)) if values else dict(empty)
-        for name, values in found.items()
-    }
+
+    def index(values: list[float]) -> RandIndex:
+        median, low, high = np.quantile(values, (0.5, 0.05, 0.95)).tolist() if values else (None, None, None)
+        return RandIndex(median=median, low=low, high=high)
+
+    return Stability(pairs=len(found["spectral"]), **{name: index(values) for name, values in found.items()})
 
 
 def _numbered(labels: np.ndarray, leaves: np.ndarray) -> np.ndarray:

@@ -13,12 +13,11 @@ Source: docs/analyses/prompt-structure.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from entropy_experiments.analyses.arrays import SequenceLabels
-from entropy_experiments.text.numbers import counted
+from entropy_experiments.records.kernel_results import Duplicates
 
 # |g_i - g_j|^2 of equal sequences, in parts of |g|^2: rounding of two float32 passes stays far below, other tokens far above.
 _SAME_GRADIENT = 1e-3
@@ -51,9 +50,9 @@ class DistinctSequences:
         order = np.argsort(first)
         return DistinctSequences(first[order], np.argsort(order)[of], self.prompts[rows])
 
-    def counts(self) -> dict[str, int]:
-        """{"sequences", "distinct", "equal_pairs"}."""
-        return {"sequences": len(self.of), "distinct": len(self.first), "equal_pairs": self.equal_pairs}
+    def counts(self) -> Duplicates:
+        """How many sequences, how many of them distinct, and how many equal pairs."""
+        return Duplicates(sequences=len(self.of), distinct=len(self.first), equal_pairs=self.equal_pairs)
 
 
 def distinct_sequences(labels: SequenceLabels, gram: np.ndarray) -> DistinctSequences:
@@ -94,12 +93,6 @@ def equal_across(left: SequenceLabels, right: SequenceLabels, kernel: np.ndarray
         dtype=bool,
     ).reshape(len(left), len(right))
     return same & (np.abs(kernel - np.diag(gram)) <= _SAME_GRADIENT * np.diag(gram))
-
-
-def duplicates_in_words(counts: dict[str, Any]) -> str:
-    """ "48 sequences, 37 of them distinct"; without duplicates the number alone."""
-    text = counted(counts["sequences"], "sequence")
-    return text if counts["distinct"] == counts["sequences"] else f"{text}, {counts['distinct']} of them distinct"
 
 
 def _prompt(labels: SequenceLabels, i: int) -> str:

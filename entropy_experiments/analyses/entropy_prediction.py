@@ -21,12 +21,23 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.step_results import (
+    Departure,
+    EntropyPredictionResult,
+    Estimator,
+    FirstOrderRange,
+    MeasuredAtScale,
+    MeasureKind,
+    PredictionComparison,
+    PredictionRow,
+)
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero, unpaired_agreement
-from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
 from entropy_experiments.statistics.jackknife_interval import ends_of
-from entropy_experiments.text.numbers import as_number, plain, value_and_error
+from entropy_experiments.text.numbers import as_number, value_and_error
+from rl_training.intervals import interval
 
-COMPARISONS = {
+COMPARISONS: dict[MeasureKind, tuple[Estimator, ...]] = {
     "snis": ("rao_blackwell", "split", "score_function"),
     "fresh": ("rao_blackwell", "split", "score_function"),
     "exact": ("rao_blackwell", "split", "score_function"),
@@ -38,39 +49,30 @@ TOLERANCE = 0.1
 
 def compare_prediction(
     predicted: Mapping[str, Any], measured: Sequence[Mapping[str, Any]], resolution: float = 0.0
-) -> dict[str, Any]:
+) -> EntropyPredictionResult:
     """First order against measurement at every scale of the step.
 
-    predicted: estimator -> {"value", "standard_error", "left_out"} at s = 1, or a number. measured: one mapping a scale with
-    "scale" and any of "snis", "fresh", "exact", "fixed_prefix": each {"change", "standard_error", "left_out",
-    "effective_sample_size", "sequences"} (the last two for snis), a number, or None. left_out: (B,) with each evaluation prompt
-    left out; without those of both sides nothing is said of their agreement, but against exact numbers. resolution: the smallest
-    change that the measurement tells from rounding, nats per token.
+    Args:
+        predicted: estimator -> {"value", "standard_error", "left_out"} at s = 1, or a number; nats per token.
+        measured: one mapping a scale with "scale" and any of "snis", "fresh", "exact", "fixed_prefix": each {"change",
+            "standard_error", "left_out", "effective_sample_size", "sequences"} (the last two for snis), a number, or None.
+            left_out: (B,) with each evaluation prompt left out; without those of both sides nothing is said of their agreement,
+            but against exact numbers.
+        resolution: the smallest change that is told from rounding, nats per token.
 
-    Returns
-        unit           "nats per token"
-        rows           one a scale, ascending: {"scale", "predicted": estimator -> {"value", "standard_error",
-                       "degrees_of_freedom"}, "measured": kind -> the same with "effective_sample_size",
-                       "trustworthy"}, "comparisons": [{"estimator", "measure", "ratio", "near_zero", "difference",
-                       "standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees",
-                       "reason"}]}; difference: predicted - measured, with its 95% interval
-        first_order    {"estimator", "measure", "tolerance", "departures": [{"scale", "departure", "trustworthy"}], "holds_to",
-                       "fails_at", "crossing", "reason"}: the largest scale up to which the departure stays within the
-                       tolerance, the next one tested, and the scale between them where it passes it (log-linear)
-        sentence       where the first order stops being enough
+    Returns:
+        The record that summary.json holds, scales ascending. trustworthy says whether the effective sample size is at least half
+        of the sequences.
 
-    A number that is not known is None; trustworthy says whether the effective sample size is at least half of the sequences.
-
-    Raises ValueError for a scale that is not positive or is given twice.
+    Raises:
+        ValueError: a scale that is not positive or is given twice.
     """
     scales = [as_number(row.get("scale")) for row in measured]
     if any(s is None or s <= 0 for s in scales) or len(set(scales)) != len(scales):
         raise ValueError(f"scales must be positive and all different, not {scales}")
     known = {name: _estimate(entry) for name, entry in predicted.items() if estimate_of(entry)[0] is not None}
     rows = [_row(row, known) for row in sorted(measured, key=lambda row: row["scale"])]
-    first_order = _first_order(rows, resolution)
-    result = {"unit": "nats per token", "rows": rows, "first_order": first_order}
-    return result | {"sentence": _sentence(rows, first_order)}
+    return EntropyPredictionResult(unit="nats per token", rows=rows, first_order=_first_order(rows, resolution))
 
 
 @dataclass(frozen=True)
@@ -95,29 +97,36 @@ def _estimate(entry: Any) -> _Known:
     return _Known(value or 0.0, error, None if left_out is None else np.asarray(left_out, dtype=np.float64))
 
 
-def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> dict[str, Any]:
+def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> PredictionRow:
     scale = float(given["scale"])
     at_scale = {name: entry.scaled(scale) for name, entry in estimates.items()}
-    predicted = {
-        name: {
-            "value": entry.value,
-            "standard_error": entry.standard_error,
-            "degrees_of_freedom": entry.freedom,
-            **ends_of(entry.value, entry.left_out),
-        }
-        for name, entry in at_scale.items()
-    }
     measured = {kind: _measurement(given[kind]) for kind in COMPARISONS if given.get(kind) is not None}
-    comparisons = [
-        _comparison(name, kind, at_scale[name], given[kind])
-        for kind, found in measured.items()
-        for name in COMPARISONS[kind]
-        if name in at_scale and found["value"] is not None
-    ]
-    return {"scale": scale, "predicted": predicted, "measured": measured, "comparisons": comparisons}
+    return PredictionRow(
+        scale=scale,
+        predicted={name: _record(entry) for name, entry in at_scale.items()},
+        measured=measured,
+        comparisons=[
+            _comparison(name, kind, at_scale[name], given[kind])
+            for kind, found in measured.items()
+            for name in COMPARISONS[kind]
+            if name in at_scale and found.value is not None
+        ],
+    )
 
 
-def _measurement(entry: Any) -> dict[str, Any]:
+def _record(entry: _Known, effective: float = 1.0) -> Estimate:
+    known = {"value": entry.value, "standard_error": entry.standard_error, "degrees_of_freedom": entry.freedom}
+    return Estimate(**known | _ends(entry, effective))
+
+
+def _ends(entry: _Known, effective: float = 1.0) -> dict[str, float | None]:
+    """Of its interval: a normal one where its values with each prompt left out are not known."""
+    if entry.left_out is None and entry.standard_error is not None:
+        return dict(zip(("low", "high"), interval(entry.value, entry.standard_error, math.inf), strict=True))
+    return ends_of(entry.value, entry.left_out, effective)
+
+
+def _measurement(entry: Any) -> MeasuredAtScale:
     if isinstance(entry, Mapping):
         value, error = estimate_of(entry)
         size, count = as_number(entry.get("effective_sample_size")), as_number(entry.get("sequences"))
@@ -125,15 +134,15 @@ def _measurement(entry: Any) -> dict[str, Any]:
         (value, error), size, count = value_and_error(entry), None, None
     trust = None if size is None or count is None else size >= count / 2
     own = _estimate(entry)
-    found: dict[str, Any] = {"value": value, "standard_error": error, "degrees_of_freedom": own.freedom}
+    known: dict[str, Any] = {"value": value, "standard_error": error, "degrees_of_freedom": own.freedom}
     if trust is False:  # weights that a few sequences carry have no known error
-        found |= dict.fromkeys(("low", "high", "degrees_of_freedom"))
+        known |= dict.fromkeys(("low", "high", "degrees_of_freedom"))
     else:
-        found |= ends_of(value, own.left_out, 1.0 if size is None or not count else size / count)
-    return found | {"effective_sample_size": size, "trustworthy": trust}
+        known |= _ends(own, 1.0 if size is None or not count else size / count)
+    return MeasuredAtScale(**known, effective_sample_size=size, trustworthy=trust)
 
 
-def _comparison(name: str, kind: str, predicted: _Known, entry: Any) -> dict[str, Any]:
+def _comparison(name: Estimator, kind: MeasureKind, predicted: _Known, entry: Any) -> PredictionComparison:
     found, value, error = _estimate(entry), predicted.value, predicted.standard_error
     prompts = math.inf if predicted.left_out is None else len(predicted.left_out)
     if kind == "exact":
@@ -146,93 +155,64 @@ def _comparison(name: str, kind: str, predicted: _Known, entry: Any) -> dict[str
         numbers |= {key: number for key, number in compared.as_dict().items() if key in numbers}
         if math.isinf(compared.degrees_of_freedom):
             numbers["degrees_of_freedom"] = None
-    return {
-        "estimator": name,
-        "measure": kind,
-        "ratio": found.value / value if value != 0 else None,
-        "near_zero": value == 0 or told is False,
-        "difference": value - found.value,
+    return PredictionComparison(
+        estimator=name,
+        measure=kind,
+        ratio=found.value / value if value != 0 else None,
+        near_zero=value == 0 or told is False,
+        difference=value - found.value,
         **numbers,
-        "reason": "the predicted change is exactly 0" if value == 0 else "",
-    }
+        reason="the predicted change is exactly 0" if value == 0 else "",
+    )
 
 
-def _first_order(rows: Sequence[Mapping[str, Any]], resolution: float) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "estimator": None,
-        "measure": None,
-        "tolerance": TOLERANCE,
-        "departures": [],
-        "holds_to": None,
-        "fails_at": None,
-        "crossing": None,
-        "reason": "no prediction and measurement of the same quantity were given",
-    }
+def _first_order(rows: Sequence[PredictionRow], resolution: float) -> FirstOrderRange:
     # The first has no sampling error between its sides; the others need exact numbers or a long step to say anything.
-    for estimator, kind in (("split", "snis"), ("rao_blackwell", "exact"), ("fixed_prefix", "fixed_prefix")):
-        pairs = [
-            (row["scale"], row["predicted"][estimator]["value"], row["measured"][kind])
-            for row in rows
-            if estimator in row["predicted"] and row["measured"].get(kind, {}).get("value") is not None
-        ]
-        if pairs:
+    sides: tuple[tuple[Estimator, MeasureKind], ...] = (
+        ("split", "snis"),
+        ("rao_blackwell", "exact"),
+        ("fixed_prefix", "fixed_prefix"),
+    )
+    for estimator, kind in sides:
+        known = [row for row in rows if estimator in row.predicted and kind in row.measured]
+        pairs = [(row.scale, row.predicted[estimator].value, row.measured[kind]) for row in known]
+        if any(found.value is not None for _, _, found in pairs):
             break
     else:
-        return out
+        reason = "no prediction and measurement of the same quantity were given"
+        return FirstOrderRange(
+            estimator=None, measure=None, tolerance=TOLERANCE, departures=[], holds_to=None, fails_at=None, crossing=None,
+            reason=reason,
+        )  # fmt: skip
     departures = []
     for scale, value, found in pairs:
-        gap, size = abs(found["value"] - value), max(abs(found["value"]), abs(value))
-        departure = 0.0 if gap <= resolution or size == 0 else gap / size
-        departures.append({"scale": scale, "departure": departure, "trustworthy": found["trustworthy"]})
-    out |= {"estimator": estimator, "measure": kind, "departures": departures, "reason": ""}
-    usable = [d for d in departures if d["trustworthy"] is not False]
-    if not usable:
-        return out | {"reason": "no measurement has an effective sample size of half of the sequences"}
-    failing = next((place for place, d in enumerate(usable) if d["departure"] > TOLERANCE), None)
+        if value is not None and found.value is not None:
+            gap, size = abs(found.value - value), max(abs(found.value), abs(value))
+            departure = 0.0 if gap <= resolution or size == 0 else gap / size
+            departures.append(Departure(scale=scale, departure=departure, trustworthy=found.trustworthy))
+    usable = [d for d in departures if d.trustworthy is not False]
+    failing = next((place for place, d in enumerate(usable) if d.departure > TOLERANCE), None)
+    holds_to = fails_at = crossing = None
     if failing is None:
-        return out | {"holds_to": usable[-1]["scale"]}
-    out["fails_at"] = usable[failing]["scale"]
-    if failing:
-        below, above = usable[failing - 1], usable[failing]
-        logs = [math.log(max(d["departure"], 1e-6)) for d in (below, above)]
-        part = (math.log(TOLERANCE) - logs[0]) / (logs[1] - logs[0])
-        out["holds_to"] = below["scale"]
-        out["crossing"] = float(below["scale"] * (above["scale"] / below["scale"]) ** part)
-    return out
-
-
-def _sentence(rows: Sequence[Mapping[str, Any]], first_order: Mapping[str, Any]) -> str:
-    if first_order["reason"]:
-        return f"Where the first order stops being enough cannot be said: {first_order['reason']}."
-    by_scale = {d["scale"]: d["departure"] for d in first_order["departures"]}
-    holds, fails, within = first_order["holds_to"], first_order["fails_at"], f"{TOLERANCE:.0%}"
-    if fails is None:
-        text = (
-            f"The first order is within {within} of the measured change at every scale tested that can be trusted, up to "
-            f"{plain(holds)} times the step ({by_scale[holds]:.1%} off there)"
-        )
-    elif holds is None:
-        text = (
-            f"The first order is not enough at any scale tested: already at {plain(fails)} times the step it is "
-            f"{by_scale[fails]:.0%} off the measured change"
-        )
+        holds_to = usable[-1].scale if usable else None
     else:
-        text = (
-            f"The first order stops being enough at about {plain(first_order['crossing'], 2)} times the step: it is within "
-            f"{within} of the measured change up to {plain(holds)} times ({by_scale[holds]:.1%} off) and {by_scale[fails]:.0%} "
-            f"off at {plain(fails)} times"
-        )
-    taken = next((row for row in rows if row["scale"] == 1.0), None)
-    headline = next((c for c in (taken or {}).get("comparisons", []) if c["ratio"] is not None), None)
-    if taken is not None and headline is not None:
-        value = taken["predicted"][headline["estimator"]]
-        found = taken["measured"][headline["measure"]]
-        doubt = f", a prediction that {NOT_FROM_ZERO}" if headline["near_zero"] else ""
-        text += (
-            f"; for the step itself {shown(value)} nats per token were predicted and {shown(found)} measured "
-            f"(ratio {headline['ratio']:.2f}{doubt}; {BRACKETS})"
-        )
-    return text + "."
+        fails_at = usable[failing].scale
+        if failing:
+            below, above = usable[failing - 1], usable[failing]
+            logs = [math.log(max(d.departure, 1e-6)) for d in (below, above)]
+            part = (math.log(TOLERANCE) - logs[0]) / (logs[1] - logs[0])
+            holds_to = below.scale
+            crossing = float(below.scale * (above.scale / below.scale) ** part)
+    return FirstOrderRange(
+        estimator=estimator,
+        measure=kind,
+        tolerance=TOLERANCE,
+        departures=departures,
+        holds_to=holds_to,
+        fails_at=fails_at,
+        crossing=crossing,
+        reason="" if usable else "no measurement has an effective sample size of half of the sequences",
+    )
 
 
 def prediction_rows(measured: Sequence[Any], fresh: Mapping[float, Any] | None = None) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.statistics.confidence import BRACKETS, shown
+from entropy_experiments.records.step_results import CurvePoint, EqualAt, FirstOrder, HigherOrderResult, SecondOrder
 from entropy_experiments.statistics.jackknife_interval import ends_of
-from entropy_experiments.text.numbers import plain, value_and_error
+from entropy_experiments.text.numbers import value_and_error
 from rl_training.intervals import t_quantile
 
 DEFAULT_SCALES = tuple(sign * 2.0**-k for k in (0, 1, 2, 3, 4) for sign in (1, -1))
@@ -38,31 +38,24 @@ def measure_orders(
     sequences: int | None = None,
     slope: Mapping[str, Any] | float | None = None,
     furthest: float = 1.0,
-) -> dict[str, Any]:
+) -> HigherOrderResult:
     """First and second order of the measured curve, and where they are equal.
 
-    scales: (S,), with -s for every s that is to be used; others are only reported. changes: (S,). left_out: (G, S), the
-    changes with each group of prompts left out. effective_sample_sizes: (S,); pairs with less than half of `sequences` are
-    not used. slope: the split estimator's derivative along d, {"value", "standard_error"}: D is then it, and the fitted slope
-    is reported beside it. furthest: largest s that is used.
+    Args:
+        scales: (S,), with -s for every s that is to be used; others are only reported.
+        changes: (S,) nats per token.
+        left_out: (G, S), the changes with each group of prompts left out.
+        effective_sample_sizes: (S,); pairs with less than half of `sequences` are not used.
+        sequences: how many were measured on.
+        slope: the split estimator's derivative along d, {"value", "standard_error"}: D is then it, and the fitted slope is
+            reported beside it.
+        furthest: largest s that is used.
 
-    Returns
-        unit            "nats per token"
-        points          [{"scale", "change", "standard_error", "first_order", "second_order", "effective_sample_size", "used"}],
-                        ascending; second_order is D s + Q s^2; None where not known
-        first_order     {"value", "standard_error", "degrees_of_freedom", "fitted", "source"}: D, from "split estimator" or "fit"
-        second_order    {"value", "standard_error", "fit_error", "total_error", "low", "high", "degrees_of_freedom"}: Q;
-                        total_error, low and high add both in quadrature
-        third, fourth   C and R, None where too few pairs were given
-        residual        root mean square of what the fit leaves, over all used points
-        ratio           Q / D, signed: second over first order for the step itself
-        equal_at        {"value", "low", "high"}: s*; low and high from the ends of the 95% intervals of D and Q, high
-                        None where Q may be 0
-        pairs           how many pairs were used
-        reason          why numbers are None, or ""
-        sentence
+    Returns:
+        The record that summary.json holds, points ascending in s.
 
-    Raises ValueError for shapes that disagree, numbers that are not finite, or a scale given twice.
+    Raises:
+        ValueError: shapes that disagree, numbers that are not finite, or a scale given twice.
     """
     s, h = np.asarray(scales, dtype=np.float64), np.asarray(changes, dtype=np.float64)
     others = None if left_out is None else np.asarray(left_out, dtype=np.float64)
@@ -79,22 +72,22 @@ def measure_orders(
     if sizes is not None and sequences is not None:
         trusted = sizes >= sequences / 2
     pairs = _pairs(s, trusted, furthest)
-    result = _orders(s, h, others, pairs, slope)
     used = {column for pair in pairs for column in pair}
-    first, second = result["first_order"]["value"], result["second_order"]["value"]
-    result["points"] = [
-        {
-            "scale": float(s[k]),
-            "change": float(h[k]),
-            "standard_error": _jackknife(others[:, k]) if others is not None else None,
-            "first_order": None if first is None else float(first * s[k]),
-            "second_order": None if first is None or second is None else float(first * s[k] + second * s[k] ** 2),
-            "effective_sample_size": None if sizes is None else float(sizes[k]),
-            "used": k in used,
-        }
+    orders = _orders(s, h, others, pairs, slope)
+    first, second = orders["first_order"].value, orders["second_order"].value
+    points = [
+        CurvePoint(
+            scale=float(s[k]),
+            change=float(h[k]),
+            standard_error=_jackknife(others[:, k]) if others is not None else None,
+            first_order=None if first is None else float(first * s[k]),
+            second_order=None if first is None or second is None else float(first * s[k] + second * s[k] ** 2),
+            effective_sample_size=None if sizes is None else float(sizes[k]),
+            used=bool(k in used),
+        )
         for k in np.argsort(s)
     ]
-    return result | {"sentence": _sentence(result)}
+    return HigherOrderResult(unit="nats per token", **orders, pairs=len(pairs), points=points)
 
 
 def _pairs(scales: np.ndarray, trusted: np.ndarray, furthest: float) -> list[tuple[int, int]]:
@@ -137,66 +130,64 @@ def _orders(
     pairs: list[tuple[int, int]],
     slope: Mapping[str, Any] | float | None,
 ) -> dict[str, Any]:
+    """The fields of the result but for its points."""
     value, error = value_and_error(slope)
     freedom = None if left_out is None else max(1, len(left_out) - 1)
-    out: dict[str, Any] = {
-        "unit": "nats per token",
-        "first_order": {
-            "value": value,
-            "standard_error": error,
-            "degrees_of_freedom": freedom,
-            **({} if not isinstance(slope, Mapping) else {end: slope[end] for end in ("low", "high") if end in slope}),
-            "fitted": None,
-            "source": "split estimator",
-        },
-        "second_order": {
-            "value": None,
-            "standard_error": None,
-            "fit_error": None,
-            "total_error": None,
-            "degrees_of_freedom": freedom,
-        },
-        "third": None,
-        "fourth": None,
-        "residual": None,
-        "ratio": None,
-        "equal_at": {"value": None, "low": None, "high": None},
-        "pairs": len(pairs),
-        "reason": "",
-    }
+    ends = {end: slope.get(end) for end in ("low", "high")} if isinstance(slope, Mapping) else {}
+    known = {"value": value, "standard_error": error, "degrees_of_freedom": freedom, **ends}
     if not pairs:
-        return out | {"reason": "no scale was measured in both directions with a trustworthy sample size"}
+        nothing = dict.fromkeys(("value", "standard_error", "fit_error", "total_error"))
+        return {
+            "first_order": FirstOrder(**known, fitted=None, source="split estimator"),
+            "second_order": SecondOrder(**nothing, degrees_of_freedom=freedom),
+            **dict.fromkeys(("third", "fourth", "residual", "ratio")),
+            "equal_at": EqualAt(value=None, low=None, high=None),
+            "reason": "no scale was measured in both directions with a trustworthy sample size",
+        }
     fitted = _fit(scales, changes, pairs)
     replicates = None if left_out is None else _fit(scales, left_out.T, pairs)
     errors = [None if replicates is None else _jackknife(replicates[k]) for k in range(2)]
-    out["first_order"]["fitted"] = float(fitted[0])
     if value is None:
-        out["first_order"] |= {"value": float(fitted[0]), "standard_error": errors[0], "source": "fit"}
-        if replicates is not None:
-            out["first_order"] |= _with_fit_error(float(fitted[0]), replicates[0], None)
+        value, error = float(fitted[0]), errors[0]
+        known |= {"value": value, "standard_error": error, **_ends(value, replicates, 0, None)}
+        source = "fit"
+    else:
+        source = "split estimator"
     fit_error = None
     if len(pairs) > 2:
         fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
-    known = [e for e in (errors[1], fit_error) if e is not None]
-    out["second_order"] |= {
-        "value": float(fitted[1]),
-        "standard_error": errors[1],
-        "fit_error": fit_error,
-        "total_error": math.hypot(*known) if known else None,
-    }
-    if replicates is not None:
-        out["second_order"] |= _with_fit_error(float(fitted[1]), replicates[1], fit_error)
-    if len(pairs) > 1:
-        out["third"], out["fourth"] = float(fitted[2]), float(fitted[3])
+    both = [e for e in (errors[1], fit_error) if e is not None]
+    second = SecondOrder(
+        value=float(fitted[1]),
+        standard_error=errors[1],
+        fit_error=fit_error,
+        total_error=math.hypot(*both) if both else None,
+        degrees_of_freedom=freedom,
+        **_ends(float(fitted[1]), replicates, 1, fit_error),
+    )
     columns = [column for pair in pairs for column in pair]
     powers = np.stack([scales[columns] ** k for k in (1, 2, 3, 4)], axis=1)
-    out["residual"] = float(np.sqrt(np.mean((powers @ fitted - changes[columns]) ** 2)))
-    return out | _equality(out["first_order"], out["second_order"])
+    t = t_quantile(freedom or math.inf)
+    return {
+        "first_order": FirstOrder(**known, fitted=float(fitted[0]), source=source),
+        "second_order": second,
+        "third": float(fitted[2]) if len(pairs) > 1 else None,
+        "fourth": float(fitted[3]) if len(pairs) > 1 else None,
+        "residual": float(np.sqrt(np.mean((powers @ fitted - changes[columns]) ** 2))),
+        "ratio": float(fitted[1]) / value if value != 0 else None,
+        "equal_at": _equality(value, float(fitted[1]), t * (error or 0.0), t * (second.total_error or 0.0)),
+        "reason": "the second order is exactly 0" if fitted[1] == 0 else "",
+    }
 
 
-def _with_fit_error(value: float, left_out: np.ndarray, fit_error: float | None) -> dict[str, float | None]:
-    """low and high: each end of the interval over prompts and the fit's error in quadrature."""
-    ends = ends_of(value, left_out)
+def _ends(value: float, replicates: np.ndarray | None, order: int, fit_error: float | None) -> dict[str, float | None]:
+    """low and high: each end of the interval over prompts and the fit's error in quadrature; {} without an error over prompts.
+
+    replicates: (4, G) the fitted orders with each group of prompts left out; order: which of them is meant.
+    """
+    if replicates is None:
+        return {}
+    ends = ends_of(value, replicates[order])
     found = {end: ends.get(end) for end in ("low", "high")}
     if not fit_error:
         return found
@@ -207,33 +198,11 @@ def _with_fit_error(value: float, left_out: np.ndarray, fit_error: float | None)
     }
 
 
-def _equality(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    d, q = float(first["value"]), float(second["value"])
-    spread_d, spread_q = (
-        t_quantile(part["degrees_of_freedom"] or math.inf) * (part[error] or 0.0)
-        for part, error in ((first, "standard_error"), (second, "total_error"))
-    )
-    out: dict[str, Any] = {"ratio": q / d if d != 0 else None, "equal_at": {"value": None, "low": None, "high": None}}
+def _equality(d: float, q: float, spread_d: float, spread_q: float) -> EqualAt:
+    """s* and where it lies, from the halves of both 95% intervals."""
     if q == 0:
-        return out | {"reason": "the second order is exactly 0"}
+        return EqualAt(value=None, low=None, high=None)
     low, high = max(abs(d) - spread_d, 0.0) / (abs(q) + spread_q), None
     if abs(q) > spread_q:
         high = (abs(d) + spread_d) / (abs(q) - spread_q)
-    return out | {"equal_at": {"value": abs(d / q), "low": low, "high": high}}
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    first, second, equal = result["first_order"], result["second_order"], result["equal_at"]
-    if second["value"] is None:
-        return f"The second order was not measured: {result['reason']}."
-    text = (
-        f"For the step as taken the second order is {shown(second | {'standard_error': second['total_error']})} nats per token "
-        f"beside a first order of {shown(first)} ({BRACKETS})"
-    )
-    if equal["value"] is None:
-        return f"{text}; {result['reason']}."
-    text += f"; the two are equal in size at s* = {plain(equal['value'], 2)} times the step"
-    if second["total_error"] is None:
-        return text + "."
-    upper = f"and {plain(equal['high'], 2)}" if equal["high"] is not None else "and any larger one"
-    return f"{text} (between {plain(equal['low'], 2)} {upper})."
+    return EqualAt(value=abs(d / q), low=low, high=high)

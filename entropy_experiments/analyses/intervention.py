@@ -25,7 +25,15 @@ from scipy import stats
 from torch import Tensor
 
 from entropy_experiments.analyses.attribution import extreme_sequences
-from entropy_experiments.text.numbers import counted, plain, signed
+from entropy_experiments.records.step_results import (
+    FullStep,
+    InterventionResult,
+    RandomRemoval,
+    Removal,
+    Removals,
+    ShareScore,
+)
+from entropy_experiments.text.numbers import counted
 from rl_training.errors import UserError
 
 Measure = Callable[[Tensor], float]
@@ -88,18 +96,22 @@ def linear_datamodelling_score(
     clip_ratios: Sequence[float] | np.ndarray | None = None,
     rest: float = 0.0,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> ShareScore:
     """How well sums of shares predict measured changes over subsets.
 
-    subsets: (count, n) bool. shares: (n,) nats per token. measured_changes: (count,) nats per token. clip_ratios: (count,)
-    c_A / c, where the clip coefficient differs. rest: what the step does besides, nats per token.
+    Args:
+        subsets: (count, n) bool.
+        shares: (n,) nats per token.
+        measured_changes: (count,) nats per token.
+        clip_ratios: (count,) c_A / c, where the clip coefficient differs.
+        rest: what the step does besides, nats per token.
+        seed: of the bootstrap.
 
-    Returns "predicted" (a list), "spearman" (the score), "interval" (95%, [low, high]), "pearson", "slope" and "intercept" (nats
-    per token) of measured on predicted, their 95% intervals "slope_interval" and "intercept_interval" (a jackknife over subsets),
-    "predicted_spread" and "measured_spread" (standard deviations over subsets), "root_mean_square_error"
-    of measured - predicted, and "reason": why numbers are None, or "".
+    Returns:
+        The score with its interval, and the least-squares line of measured on predicted.
 
-    Raises ValueError for shapes that disagree or numbers that are not finite.
+    Raises:
+        ValueError: shapes that disagree or numbers that are not finite.
     """
     members, values = np.asarray(subsets, dtype=bool), np.asarray(shares, dtype=np.float64)
     measured = np.asarray(measured_changes, dtype=np.float64)
@@ -111,31 +123,29 @@ def linear_datamodelling_score(
     if not all(np.isfinite(array).all() for array in (values, measured, ratios)):
         raise ValueError("a share, a measured change or a clip ratio is not finite")
     predicted = rest + ratios * (members @ values)
-    out: dict[str, Any] = {
+    spreads = {"predicted": _spread(predicted), "measured": _spread(measured)}
+    known = {
         "predicted": predicted.tolist(),
-        "spearman": None,
-        "interval": None,
-        "pearson": None,
-        "slope": None,
-        "slope_interval": None,
-        "intercept": None,
-        "intercept_interval": None,
-        "predicted_spread": _spread(predicted),
-        "measured_spread": _spread(measured),
+        "predicted_spread": spreads["predicted"],
+        "measured_spread": spreads["measured"],
         "root_mean_square_error": float(np.sqrt(np.mean((measured - predicted) ** 2))),
-        "reason": "",
     }
+    reason = ""
     if len(measured) < 3:
-        return out | {"reason": f"a rank correlation of {counted(len(measured), 'subset')} says nothing"}
-    for what, spread in (("predicted", out["predicted_spread"]), ("measured", out["measured_spread"])):
-        if spread == 0.0:
-            return out | {"reason": f"all {what} changes are equal"}
-    return out | {
-        "spearman": float(_spearman(predicted, measured)),
-        "interval": _bootstrap_interval(predicted, measured, seed),
-        "pearson": float(np.corrcoef(predicted, measured)[0, 1]),
+        reason = f"a rank correlation of {counted(len(measured), 'subset')} says nothing"
+    elif equal := [what for what, spread in spreads.items() if spread == 0.0]:
+        reason = f"all {equal[0]} changes are equal"
+    if reason:
+        names = ("spearman", "interval", "pearson", "slope", "slope_interval", "intercept", "intercept_interval")
+        return ShareScore(**known, **dict.fromkeys(names), reason=reason)
+    return ShareScore(
+        **known,
+        spearman=float(_spearman(predicted, measured)),
+        interval=_bootstrap_interval(predicted, measured, seed),
+        pearson=float(np.corrcoef(predicted, measured)[0, 1]),
         **_line(predicted, measured),
-    }
+        reason="",
+    )
 
 
 def _spread(values: np.ndarray) -> float:
@@ -187,28 +197,23 @@ def prove_by_intervention(
     count: int = 40,
     top: int = 10,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> InterventionResult:
     """Take real steps with half of the sequences and without the extreme ones, and hold them against the shares.
 
-    measure, clip: `change` and `clip` of entropy_experiments.step.real_steps.StepMeasurement, or their like. weights:
-    (n_train,) of the loss. predictions: name -> prediction, the first of them the headline, whose shares choose what is
-    removed. prompt_index: (n_train,), halve prompts in place of sequences. Sequences of weight 0 are in no subset.
+    Args:
+        measure, clip: `change` and `clip` of entropy_experiments.step.real_steps.StepMeasurement, or their like.
+        weights: (n_train,) of the loss. Sequences of weight 0 are in no subset.
+        predictions: name -> prediction, the first of them the headline, whose shares choose what is removed.
+        prompt_index: (n_train,), halve prompts in place of sequences.
+        count: subsets.
+        top: how many extreme sequences are removed.
+        seed: of subsets and random removals.
 
-    Returns
-        unit                    "nats per token"
-        by, count, size         what was halved ("sequence" or "prompt"), into how many subsets, sequences in one on average
-        subsets                 the members of each, lists of indices
-        measured                one change a subset
-        clip_ratios             c_A / c a subset; None without `clip`
-        scores                  name -> `linear_datamodelling_score`
-        headline                the first name
-        full_step               {"measured", "predicted": name -> value}
-        removals                "costing", "giving" -> {"sequences", "measured", "difference", "predicted_difference": name ->
-                                value} or None where there is no such sequence; difference: without them minus with all;
-                                "random" -> {"sequences": how many, "differences", "spread"} of random removals, or None
-        sentence
+    Returns:
+        The record that summary.json holds.
 
-    Raises UserError where there are fewer different halves than `count`.
+    Raises:
+        UserError: there are fewer different halves than `count`.
     """
     loss_weights = np.asarray(weights, dtype=np.float64)
     active = np.flatnonzero(loss_weights)
@@ -231,29 +236,31 @@ def prove_by_intervention(
 
     taken = [take(members) for members in subsets]
     measured, ratios = [change for change, _ in taken], [c / full_clip for _, c in taken]
-    result: dict[str, Any] = {
-        "unit": "nats per token",
-        "by": "sequence" if prompt_index is None else "prompt",
-        "count": count,
-        "size": float(subsets.sum(1).mean()),
-        "subsets": [np.flatnonzero(members).tolist() for members in subsets],
-        "measured": measured,
-        "clip_ratios": None if clip is None else ratios,
-        "scores": {
+    costing, giving = _extreme_removals(without, predictions, full_change, top)
+    return InterventionResult(
+        unit="nats per token",
+        by="sequence" if prompt_index is None else "prompt",
+        count=count,
+        size=float(subsets.sum(1).mean()),
+        subsets=[np.flatnonzero(members).tolist() for members in subsets],
+        measured=measured,
+        clip_ratios=None if clip is None else ratios,
+        scores={
             name: linear_datamodelling_score(
                 subsets, p.shares, measured, ratios if p.with_clipping else None, p.rest, seed
             )
             for name, p in predictions.items()
         },
-        "headline": next(iter(predictions)),
-        "full_step": {
-            "measured": full_change,
-            "predicted": {name: p.change(everyone, 1.0) for name, p in predictions.items()},
-        },
-    }
-    result["removals"] = _extreme_removals(without, predictions, full_change, top)
-    result["removals"]["random"] = _random_removals(without, active, full_change, top, seed)
-    return result | {"sentence": _sentence(result)}
+        headline=next(iter(predictions)),
+        full_step=FullStep(
+            measured=full_change, predicted={name: p.change(everyone, 1.0) for name, p in predictions.items()}
+        ),
+        removals=Removals(
+            costing=costing,
+            giving=giving,
+            random=_random_removals(without, active, full_change, top, seed),
+        ),
+    )
 
 
 _Without = Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, float, float]]
@@ -261,61 +268,35 @@ _Without = Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, float, float
 
 def _extreme_removals(
     without: _Without, predictions: Mapping[str, SharePrediction], full_change: float, top: int
-) -> dict[str, Any]:
+) -> list[Removal | None]:
+    """Without the sequences of the lowest shares, and without those of the highest."""
     headline = next(iter(predictions.values()))
-    out: dict[str, Any] = {}
-    for kind, sequences in zip(("costing", "giving"), extreme_sequences(headline.shares, top), strict=True):
-        out[kind] = None
+    out: list[Removal | None] = []
+    for sequences in extreme_sequences(headline.shares, top):
         if not sequences:
+            out.append(None)
             continue
         members, change, ratio = without(sequences)
         everyone = np.ones(len(members), dtype=bool)
-        out[kind] = {
-            "sequences": sequences,
-            "measured": change,
-            "difference": change - full_change,
-            "predicted_difference": {
-                name: p.change(members, ratio) - p.change(everyone, 1.0) for name, p in predictions.items()
-            },
-        }
+        out.append(
+            Removal(
+                sequences=sequences,
+                measured=change,
+                difference=change - full_change,
+                predicted_difference={
+                    name: p.change(members, ratio) - p.change(everyone, 1.0) for name, p in predictions.items()
+                },
+            )
+        )
     return out
 
 
 def _random_removals(
     without: _Without, active: np.ndarray, full_change: float, top: int, seed: int
-) -> dict[str, Any] | None:
+) -> RandomRemoval | None:
     size = min(top, len(active) // 2)
     if not size:
         return None
     rng = np.random.default_rng([seed, 1])
     differences = [without(rng.permutation(active)[:size])[1] - full_change for _ in range(_RANDOM_REMOVALS)]
-    return {"sequences": size, "differences": differences, "spread": _spread(np.asarray(differences))}
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    score = result["scores"][result["headline"]]
-    what = f"Over {result['count']} real steps with a random half of the training {result['by']}s each"
-    if score["spearman"] is None:
-        text = f"{what}, no rank correlation can be given: {score['reason']}"
-    else:
-        low, high = score["interval"]
-        text = (
-            f"{what}, predicted and measured change of entropy have a rank correlation (linear datamodelling score) of "
-            f"{score['spearman']:.2f} [{low:.2f}, {high:.2f}]"
-        )
-        text += (
-            f"; the response over halves, measured on predicted, has slope {_with_ends(score, 'slope', plain)} and intercept "
-            f"{_with_ends(score, 'intercept', signed)} nats per token"
-        )
-    parts = [f"; the whole step makes {signed(result['full_step']['measured'])} nats per token"]
-    for kind, word in (("costing", "cost"), ("giving", "give")):
-        removal = result["removals"][kind]
-        if removal is not None:
-            removed = counted(len(removal["sequences"]), "sequence")
-            parts.append(f", {signed(removal['measured'])} without the {removed} said to {word} most")
-    return text + "".join(parts) + "."
-
-
-def _with_ends(score: Mapping[str, Any], name: str, form: Callable[[object, int], str]) -> str:
-    ends = score[f"{name}_interval"]
-    return form(score[name], 2) + ("" if ends is None else f" [{form(ends[0], 2)}, {form(ends[1], 2)}]")
+    return RandomRemoval(sequences=size, differences=differences, spread=_spread(np.asarray(differences)))

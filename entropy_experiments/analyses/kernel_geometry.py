@@ -7,14 +7,14 @@
 
 Both ranks are n for n orthogonal rows of equal length and 1 for rows along one line; the participation ratio listens more
 to the large eigenvalues and is the smaller of the two. Of cos they count directions alone, of K1 lengths as well.
-Source: Roy & Vetterli, The effective rank, EUSIPCO 2007; docs/analyses/clustering.md. Needs numpy only.
+Source: Roy & Vetterli, The effective rank, EUSIPCO 2007; docs/analyses/clustering.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from entropy_experiments.records.clustering_results import Spectrum
 
 # A row shorter than 1e-6 of the longest is float32 rounding and has no direction.
 _SMALLEST_SQUARED_LENGTH = 1e-12
@@ -61,31 +61,25 @@ def cosine_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cosine, kept
 
 
-def spectrum(kernel: np.ndarray) -> dict[str, Any]:
+def spectrum(kernel: np.ndarray) -> Spectrum:
     """Eigenvalues of a symmetric positive semi-definite (n, n) kernel and how many of them matter.
 
-    Keys: eigenvalues (n, descending, rounding below zero cut off), effective_rank, participation_ratio, rank_90 (how many
-    eigenvalues make 90% of the trace), most_negative (smallest eigenvalue over the largest: 0 up to rounding, as long as the
-    kernel is one), reason (None, or why the ranks are None: no row has any length).
+    Rounding below zero is cut off the eigenvalues; most_negative says how large it was. The ranks are None, with a reason, where
+    no row has any length.
     """
     raw = np.linalg.eigvalsh(kernel)[::-1] if kernel.size else np.zeros(0)
     eigenvalues = np.maximum(raw, 0.0)
     total = float(eigenvalues.sum())
-    result: dict[str, Any] = {
-        "eigenvalues": eigenvalues.tolist(),
-        "effective_rank": None,
-        "participation_ratio": None,
-        "rank_90": None,
-        "most_negative": None,
-        "reason": None,
-    }
     if total <= 0:
-        return result | {"reason": "no sequence has a gradient"}
+        nothing = dict.fromkeys(("effective_rank", "participation_ratio", "rank_90", "most_negative"))
+        return Spectrum(eigenvalues=eigenvalues.tolist(), **nothing, reason="no sequence has a gradient")
     shares = eigenvalues / total
     positive = shares[shares > 0]
-    return result | {
-        "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())),
-        "participation_ratio": float(1.0 / np.square(shares).sum()),
-        "rank_90": int(np.searchsorted(np.cumsum(shares), 0.9 - 1e-12) + 1),
-        "most_negative": float(min(raw[-1], 0.0) / raw[0]),
-    }
+    return Spectrum(
+        eigenvalues=eigenvalues.tolist(),
+        effective_rank=float(np.exp(-(positive * np.log(positive)).sum())),
+        participation_ratio=float(1.0 / np.square(shares).sum()),
+        rank_90=int(np.searchsorted(np.cumsum(shares), 0.9 - 1e-12) + 1),
+        most_negative=float(min(raw[-1], 0.0) / raw[0]),
+        reason=None,
+    )

@@ -35,7 +35,20 @@ from entropy_experiments.analyses.distinct_sequences import (
     equal_across,
 )
 from entropy_experiments.analyses.kernel_geometry import check_finite, checked_gram, cosine_kernel
-from entropy_experiments.analyses.structure_words import structure_sentence
+from entropy_experiments.records.estimates import Mean
+from entropy_experiments.records.kernel_results import (
+    BufferPairs,
+    CorrectnessPairs,
+    EvaluationStructure,
+    GroupStructure,
+    PairBlock,
+    PairSum,
+    PermutationTest,
+    PromptStructureResult,
+    SingleBatch,
+    TrainingPairs,
+    TrainingStructure,
+)
 
 CORRECTNESS_RULE = (
     "correct: reward above the mean reward of the sequence's prompt; wrong: below it; neither: equal to it, or unscored"
@@ -61,23 +74,19 @@ def kernel_structure(kernel: np.ndarray, eval_prompts: np.ndarray, train_prompts
     }
 
 
-def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: int = 0) -> dict[str, Any]:
-    """The whole analysis. No value is NaN: what cannot be computed is None, with a "reason" beside it.
+def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: int = 0) -> PromptStructureResult:
+    """The whole analysis. What cannot be computed is None, with a reason beside it.
 
-    duplicates       {"sequences", "distinct", "equal_pairs"} of the training buffer; pairs of equal sequences are in no block
-    train            {"raw", "cosine"}: blocks "self", "same_prompt", "cross_prompt", and "test" of d; "signs_agree": whether both
-                     differ from their null means in the same direction (None without tests)
-    evaluation       {"raw"}: blocks "same_prompt", "cross_prompt", "test" of d, and "equal_to_training", how many evaluation
-                     sequences are training sequences too and left out here; "cosine" is None, with "cosine_reason"
-    within_group     "rule", "correct", "wrong", "neither" (numbers of sequences); {"raw", "cosine"}: blocks "correct_correct",
-                     "correct_wrong", "wrong_wrong", and "test" of c; "signs_agree"
-    single_batch     see `single_batch_estimate`
-    n_train, n_prompts, without_gradient (training sequences that have no cosine), permutations, seed, sentence
+    Args:
+        kernels: K1 between the buffers and of the training buffer, in nats^2 x P, and KH of the training buffer.
+        permutations: of each test.
+        seed: of the permutations.
 
-    A block is {"pairs", "mean", "quantiles" (5, 25, 50, 75, 95%)}; a test {"difference", "p_value", "null_mean",
-    "null_deviation", "null_low", "null_high" (2.5 and 97.5%), "reason"}. Raw values are in nats^2 x P.
+    Returns:
+        The record that summary.json holds. Pairs of equal sequences are in no block.
 
-    Raises ValueError for a kernel that is not finite, or a train_fisher that is not symmetric.
+    Raises:
+        ValueError: a kernel that is not finite, or a train_fisher that is not symmetric.
     """
     gram = checked_gram(kernels.train_fisher)
     check_finite(np.asarray(kernels.fisher), "fisher")
@@ -87,37 +96,37 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
     correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), distinct)
     cosine, kept = cosine_kernel(gram)
     among_kept = distinct.among(kept)
-    rng = np.random.default_rng(seed)
-    result: dict[str, Any] = {
-        "n_train": len(prompts),
-        "n_prompts": len(np.unique(prompts)),
-        "without_gradient": len(prompts) - len(kept),
-        "duplicates": distinct.counts(),
-        "permutations": permutations,
-        "seed": seed,
-        "train": {
-            "raw": _train_blocks(gram, distinct, permutations, rng),
-            "cosine": _train_blocks(cosine, among_kept, permutations, rng),
-        },
-        "evaluation": {
-            "raw": _buffer_blocks(kernels, gram, permutations, rng),
-            "cosine": None,
-            "cosine_reason": "the lengths K1(t, t) of the evaluation sequences' gradients are not computed",
-        },
-        "within_group": {
-            "rule": CORRECTNESS_RULE,
-            "correct": int((correct > 0).sum()),
-            "wrong": int((correct < 0).sum()),
-            "neither": int((correct == 0).sum()),
-            "raw": _within_group(gram, distinct, correct, permutations, rng),
-            "cosine": _within_group(cosine, among_kept, correct[kept], permutations, rng),
-        },
-        "single_batch": single_batch_estimate(kernels),
-    }
-    for name in ("train", "within_group"):
-        result[name]["signs_agree"] = _signs_agree(result[name])
-    result["sentence"] = structure_sentence(result)
-    return result
+    rng = np.random.default_rng(seed)  # the tests draw from it one after the other, in this order
+    train = [_train_blocks(gram, distinct, permutations, rng), _train_blocks(cosine, among_kept, permutations, rng)]
+    buffers = _buffer_blocks(kernels, gram, permutations, rng)
+    groups = [
+        _within_group(gram, distinct, correct, permutations, rng),
+        _within_group(cosine, among_kept, correct[kept], permutations, rng),
+    ]
+    return PromptStructureResult(
+        n_train=len(prompts),
+        n_prompts=len(np.unique(prompts)),
+        without_gradient=len(prompts) - len(kept),
+        duplicates=distinct.counts(),
+        permutations=permutations,
+        seed=seed,
+        train=TrainingStructure(raw=train[0], cosine=train[1], signs_agree=_signs_agree(train[0].test, train[1].test)),
+        evaluation=EvaluationStructure(
+            raw=buffers,
+            cosine=None,
+            cosine_reason="the lengths K1(t, t) of the evaluation sequences' gradients are not computed",
+        ),
+        within_group=GroupStructure(
+            rule=CORRECTNESS_RULE,
+            correct=int((correct > 0).sum()),
+            wrong=int((correct < 0).sum()),
+            neither=int((correct == 0).sum()),
+            raw=groups[0],
+            cosine=groups[1],
+            signs_agree=_signs_agree(groups[0].test, groups[1].test),
+        ),
+        single_batch=single_batch_estimate(kernels),
+    )
 
 
 def correctness(reward: np.ndarray, prompts: np.ndarray) -> np.ndarray:
@@ -141,45 +150,46 @@ def agreeing(signs: np.ndarray, distinct: DistinctSequences) -> np.ndarray:
     return np.where(low == high, low, 0)[distinct.of]
 
 
-def single_batch_estimate(kernels: KernelArrays) -> dict[str, Any]:
+def single_batch_estimate(kernels: KernelArrays) -> SingleBatch:
     """What the training batch would predict of its own step's batch part, nats per token, and where that comes from.
 
-    self, same_prompt, cross_prompt: {"value", "pairs"} of ordered pairs, adding up to "value" (= V); u_statistic and bias:
-    {"value", "standard_error"} (jackknife over prompts; None below three); evaluation_value: the same weights with the
-    evaluation buffer as entropy side; "reason" where a value is None.
+    Standard errors are jackknives over prompts, None below three of them.
     """
     prompts, group = np.unique(kernels.training.prompt_index, return_inverse=True)
     count, n = len(prompts), len(group)
     terms = kernels.step_factor * np.asarray(kernels.train_entropy_fisher, np.float64) * kernels.weights[None, :] / n
     same = group[:, None] == group[None, :]
     itself = np.eye(n, dtype=bool)
-    parts = {"self": itself, "same_prompt": same & ~itself, "cross_prompt": ~same}
+
+    def part(pairs: np.ndarray) -> PairSum:
+        return PairSum(value=float(terms[pairs].sum()), pairs=int(pairs.sum()))
+
     value = float(terms.sum())
-    push = kernels.step_factor * np.asarray(kernels.weights, np.float64)
-    result: dict[str, Any] = {
-        name: {"value": float(terms[pairs].sum()), "pairs": int(pairs.sum())} for name, pairs in parts.items()
-    }
-    result |= {
-        "value": value,
-        "evaluation_value": float(np.asarray(kernels.entropy_fisher, np.float64).mean(0) @ push),
-        "u_statistic": {"value": None, "standard_error": None},
-        "bias": {"value": None, "standard_error": None},
-        "reason": "the U-statistic needs at least two prompts" if count < 2 else None,
-    }
-    if count < 2:
-        return result
-    belongs = (group[None, :] == np.arange(count)[:, None]).astype(np.float64)
-    products = count**2 * belongs @ terms @ belongs.T  # X_p . Y_q, normalised so that V = Xbar . Ybar
-    u = u_statistic_of_products(products)
-    result["u_statistic"]["value"], result["bias"]["value"] = u, value - u
-    if count < 3:
-        return result | {"reason": "a standard error of the U-statistic needs at least three prompts"}
-    others = [np.delete(np.delete(products, p, 0), p, 1) for p in range(count)]
-    left_out = torch.tensor([u_statistic_of_products(rest) for rest in others], dtype=torch.float64)
-    biases = torch.tensor([float(rest.mean()) for rest in others], dtype=torch.float64) - left_out
-    result["u_statistic"]["standard_error"] = jackknife_standard_error(left_out)
-    result["bias"]["standard_error"] = jackknife_standard_error(biases)
-    return result
+    effective_weights = kernels.step_factor * np.asarray(kernels.weights, np.float64)
+    u = bias = u_error = bias_error = None
+    reason = "the U-statistic needs at least two prompts" if count < 2 else None
+    if count >= 2:
+        belongs = (group[None, :] == np.arange(count)[:, None]).astype(np.float64)
+        products = count**2 * belongs @ terms @ belongs.T  # X_p . Y_q, normalised so that V = Xbar . Ybar
+        u = u_statistic_of_products(products)
+        bias = value - u
+        if count == 2:
+            reason = "a standard error of the U-statistic needs at least three prompts"
+        else:
+            others = [np.delete(np.delete(products, p, 0), p, 1) for p in range(count)]
+            left_out = torch.tensor([u_statistic_of_products(rest) for rest in others], dtype=torch.float64)
+            biases = torch.tensor([float(rest.mean()) for rest in others], dtype=torch.float64) - left_out
+            u_error, bias_error = jackknife_standard_error(left_out), jackknife_standard_error(biases)
+    return SingleBatch(
+        self=part(itself),
+        same_prompt=part(same & ~itself),
+        cross_prompt=part(~same),
+        value=value,
+        evaluation_value=float(np.asarray(kernels.entropy_fisher, np.float64).mean(0) @ effective_weights),
+        u_statistic=Mean(value=u, standard_error=u_error),
+        bias=Mean(value=bias, standard_error=bias_error),
+        reason=reason,
+    )
 
 
 def u_statistic_of_products(products: np.ndarray) -> float:
@@ -188,8 +198,8 @@ def u_statistic_of_products(products: np.ndarray) -> float:
     return float(products[~np.eye(count, dtype=bool)].sum() / (count * (count - 1)))
 
 
-def permutation_test(observed: float, null: np.ndarray, scale: float) -> dict[str, Any]:
-    """A "test" (see `prompt_structure`) of `observed` against its permutation distribution; two-sided, add-one.
+def permutation_test(observed: float, null: np.ndarray, scale: float) -> PermutationTest:
+    """`observed` against its permutation distribution; two-sided, add-one.
 
     Differences within 1e-9 of `scale` (the largest summand) are ties: the same rearrangement summed in another order.
     """
@@ -197,15 +207,15 @@ def permutation_test(observed: float, null: np.ndarray, scale: float) -> dict[st
     up = (1 + int((null >= observed - tolerance).sum())) / (1 + len(null))
     down = (1 + int((null <= observed + tolerance).sum())) / (1 + len(null))
     deviation = float(null.std())
-    return {
-        "difference": observed,
-        "p_value": min(1.0, 2 * min(up, down)),
-        "null_mean": float(null.mean()),
-        "null_deviation": deviation if deviation > tolerance else 0.0,
-        "null_low": float(np.quantile(null, 0.025)),
-        "null_high": float(np.quantile(null, 0.975)),
-        "reason": None,
-    }
+    return PermutationTest(
+        difference=observed,
+        p_value=min(1.0, 2 * min(up, down)),
+        null_mean=float(null.mean()),
+        null_deviation=deviation if deviation > tolerance else 0.0,
+        null_low=float(np.quantile(null, 0.025)),
+        null_high=float(np.quantile(null, 0.975)),
+        reason=None,
+    )
 
 
 def shuffling_within(prompts: np.ndarray, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
@@ -223,16 +233,16 @@ def shuffling_within(prompts: np.ndarray, rng: np.random.Generator) -> Callable[
     return shuffle
 
 
-def _no_test(reason: str) -> dict[str, Any]:
-    keys = ("difference", "p_value", "null_mean", "null_deviation", "null_low", "null_high")
-    return dict.fromkeys(keys) | {"reason": reason}
+def _no_test(reason: str) -> PermutationTest:
+    names = ("difference", "p_value", "null_mean", "null_deviation", "null_low", "null_high")
+    return PermutationTest(**dict.fromkeys(names), reason=reason)
 
 
-def _block(values: np.ndarray) -> dict[str, Any]:
+def _block(values: np.ndarray) -> PairBlock:
     if not values.size:
-        return {"pairs": 0, "mean": None, "quantiles": None}
+        return PairBlock(pairs=0, mean=None, quantiles=None)
     quantiles = np.quantile(values, _QUANTILES).tolist()
-    return {"pairs": int(values.size), "mean": float(values.mean()), "quantiles": quantiles}
+    return PairBlock(pairs=int(values.size), mean=float(values.mean()), quantiles=quantiles)
 
 
 def _pairs(distinct: DistinctSequences, kernel: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -244,7 +254,7 @@ def _pairs(distinct: DistinctSequences, kernel: np.ndarray) -> tuple[np.ndarray,
 
 def _train_blocks(
     kernel: np.ndarray, distinct: DistinctSequences, permutations: int, rng: np.random.Generator
-) -> dict[str, Any]:
+) -> TrainingPairs:
     first, second, values, weights, small = _pairs(distinct, kernel)
     prompts = distinct.prompts[distinct.first]
     same = prompts[first] == prompts[second]
@@ -254,11 +264,13 @@ def _train_blocks(
         "cross_prompt": _block(np.repeat(values[~same], weights[~same])),
     }
     if len(prompts) < 2:
-        return blocks | {"test": _no_test("fewer than two distinct training sequences have a gradient")}
+        return TrainingPairs(**blocks, test=_no_test("fewer than two distinct training sequences have a gradient"))
     if not same.any():
-        return blocks | {"test": _no_test("no prompt has two distinct sequences: there are no same-prompt pairs")}
+        return TrainingPairs(
+            **blocks, test=_no_test("no prompt has two distinct sequences: there are no same-prompt pairs")
+        )
     if same.all():
-        return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
+        return TrainingPairs(**blocks, test=_no_test("one prompt only: there are no cross-prompt pairs"))
     inside, outside = int(weights[same].sum()), int(weights[~same].sum())
     copies, squares = distinct.copies.astype(np.float64), np.diag(small).copy()
     first, second, pair_weights = first[same], second[same], weights[same].astype(np.float64)
@@ -271,12 +283,10 @@ def _train_blocks(
         together = pair_weights @ small[order[first], order[second]]
         null[k] = together / inside - (total - together) / outside
     observed = float(weights[same] @ values[same] / inside - weights[~same] @ values[~same] / outside)
-    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
+    return TrainingPairs(**blocks, test=permutation_test(observed, null, np.abs(values).max()))
 
 
-def _buffer_blocks(
-    kernels: KernelArrays, gram: np.ndarray, permutations: int, rng: np.random.Generator
-) -> dict[str, Any]:
+def _buffer_blocks(kernels: KernelArrays, gram: np.ndarray, permutations: int, rng: np.random.Generator) -> BufferPairs:
     values = np.asarray(kernels.fisher, dtype=np.float64)
     eval_prompts, train_prompts = (np.asarray(side.prompt_index) for side in (kernels.evaluation, kernels.training))
     # Leaving out single pairs would make matched blocks smaller than permuted ones, and p-values too small.
@@ -290,12 +300,12 @@ def _buffer_blocks(
     }
     if not same.any():
         beside = "" if apart.all() else ", but for sequences that are equal in both"
-        return blocks | {"test": _no_test(f"the two buffers share no prompt{beside}")}
+        return BufferPairs(**blocks, test=_no_test(f"the two buffers share no prompt{beside}"))
     if same.all():
-        return blocks | {"test": _no_test("one prompt only: there are no cross-prompt pairs")}
+        return BufferPairs(**blocks, test=_no_test("one prompt only: there are no cross-prompt pairs"))
     names = np.unique(train_prompts)
     if len(names) < 2:
-        return blocks | {"test": _no_test("the training buffer has one prompt: nothing to permute")}
+        return BufferPairs(**blocks, test=_no_test("the training buffer has one prompt: nothing to permute"))
     rows = (eval_prompts[None, :] == names[:, None]).astype(np.float64)
     columns = (train_prompts[None, :] == names[:, None]).astype(np.float64)
     sums, pairs = rows @ values @ columns.T, rows.sum(1)[:, None] * columns.sum(1)[None, :]
@@ -306,12 +316,12 @@ def _buffer_blocks(
         inside, number = sums[places, order].sum(), pairs[places, order].sum()
         null[k] = inside / number - (total - inside) / (values.size - number)
     observed = float(values[same].mean() - values[~same].mean())
-    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
+    return BufferPairs(**blocks, test=permutation_test(observed, null, np.abs(values).max()))
 
 
 def _within_group(
     kernel: np.ndarray, distinct: DistinctSequences, correct: np.ndarray, permutations: int, rng: np.random.Generator
-) -> dict[str, Any]:
+) -> CorrectnessPairs:
     labelled = np.flatnonzero(correct)
     distinct, correct = distinct.among(labelled), correct[labelled]
     first, second, values, weights, small = _pairs(distinct, kernel[np.ix_(labelled, labelled)])
@@ -329,7 +339,7 @@ def _within_group(
     scale = float((alike * (number - alike) / number).sum()) if len(number) else 0.0
     if scale == 0:
         reason = "no prompt has a correct and a wrong completion and a third of either kind, all distinct"
-        return blocks | {"test": _no_test(reason)}
+        return CorrectnessPairs(**blocks, test=_no_test(reason))
     # The regression of K on "alike" with an intercept for every prompt, weighted by pairs.
     coefficients = weights * ((total != 0) - (alike / number)[group]) / scale
     shuffle, places = shuffling_within(prompts, rng), np.arange(len(prompts))
@@ -338,13 +348,14 @@ def _within_group(
         order = shuffle(places)
         null[k] = coefficients @ small[order[first], order[second]]
     observed = float(coefficients @ values)
-    return blocks | {"test": permutation_test(observed, null, np.abs(values).max())}
+    return CorrectnessPairs(**blocks, test=permutation_test(observed, null, np.abs(values).max()))
 
 
-def _signs_agree(section: dict[str, Any]) -> bool | None:
+def _signs_agree(raw: PermutationTest, cosine: PermutationTest) -> bool | None:
     """Whether raw K1 and its cosine lie on the same side of their null means; None without a test of both."""
-    tests = [section[name]["test"] for name in ("raw", "cosine")]
-    if any(test["p_value"] is None for test in tests):
-        return None
-    above = [test["difference"] - test["null_mean"] for test in tests]
-    return above[0] * above[1] > 0
+    above = [
+        test.difference - test.null_mean
+        for test in (raw, cosine)
+        if test.difference is not None and test.null_mean is not None
+    ]
+    return above[0] * above[1] > 0 if len(above) == 2 else None

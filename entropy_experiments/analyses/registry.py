@@ -1,21 +1,22 @@
 """Run every analysis that the configuration switches on, and let none of them fail unseen.
 
-An analysis gives a dict for summary.json. One that does not apply says why ("skipped"); one that raises, or returns a number
-that is not finite, is kept under its name with what went wrong ("error"), and fails the run unless it is told to keep going.
+An analysis returns its record (`records.analysis_results`). One that does not apply is kept as `Skipped`; one that raises, or
+whose record would hold a number that is not finite, as `Failed`, and fails the run unless it is told to keep going.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic import ValidationError
 
 from entropy_experiments.analyses import adapters as steps
 from entropy_experiments.analyses.adapters import NotApplicable
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
+from entropy_experiments.records.analysis_results import AnalysesRecord, Failed, Skipped
+from entropy_experiments.records.record import Result, explained, json_of, validated
 from entropy_experiments.run.reporter import SILENT, Reporter
 
 
@@ -24,7 +25,7 @@ class Analysis:
     """name: its key in summary.json and its switch. needs: what it cannot do without, see `_missing`."""
 
     name: str
-    run: Callable[[AnalysisInputs], dict[str, Any]]
+    run: Callable[[AnalysisInputs], Result]
     needs: tuple[str, ...] = ()
 
 
@@ -56,57 +57,41 @@ def _missing(inputs: AnalysisInputs, need: str) -> bool:
 
 def run_analyses(
     inputs: AnalysisInputs, reporter: Reporter = SILENT, work: UnfinishedWork | None = None
-) -> dict[str, dict[str, Any]]:
-    """Name -> result of every analysis that `analysis:` switches on, each JSON-able, without NaN, and with a "sentence".
+) -> AnalysesRecord:
+    """Every analysis that `analysis:` switches on.
 
-    work: where finished ones are kept, and not made again when the run is resumed.
+    Args:
+        inputs: the analysed checkpoint.
+        reporter: is told of each analysis as it begins.
+        work: where finished ones are kept, and not made again when the run is resumed.
+
+    Returns:
+        One entry an analysis: its result, or why there is none.
     """
     switches = inputs.config.entropy_analysis.analysis
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Result | Skipped | Failed] = {}
+    kept = {} if work is None else {a.name: work.kept(f"analyses/{a.name}") for a in ANALYSES}
     for analysis in ANALYSES:
         if not getattr(switches, analysis.name):
             continue
         reporter.stage(f"analysis: {analysis.name.replace('_', ' ')}")
-        kept = None if work is None else work.kept(f"analyses/{analysis.name}")
-        if kept is not None:
-            results[analysis.name] = kept
+        content = kept.get(analysis.name)
+        if work is not None and content is not None:
+            earlier = validated(AnalysesRecord, {analysis.name: content}, work.folder / "analyses")
+            results[analysis.name] = getattr(earlier, analysis.name)
             continue
         missing = [need for need in analysis.needs if _missing(inputs, need)]
         try:
             if missing:
                 raise NotApplicable(_WHY_NOT[missing[0]])
-            results[analysis.name] = _checked(analysis.run(inputs))
+            found = analysis.run(inputs)
+            results[analysis.name] = found
             if work is not None:
-                work.keep(f"analyses/{analysis.name}", results[analysis.name])
+                work.keep(f"analyses/{analysis.name}", json_of(found))
         except NotApplicable as reason:
-            results[analysis.name] = {"skipped": str(reason), "sentence": f"Not analysed: {reason}."}
+            results[analysis.name] = Skipped(skipped=str(reason))
+        except ValidationError as error:  # a number that is not finite, or not in its range
+            results[analysis.name] = Failed(error=f"its result is not whole: {explained(error)}")
         except Exception as error:  # whatever it is: the others still run, and the run says which one failed, and how
-            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            results[analysis.name] = {"error": what, "sentence": f"FAILED: {what}"}
-    return results
-
-
-def failed_analyses(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Name -> what went wrong, of the analyses that failed."""
-    return {name: result["error"] for name, result in results.items() if "error" in result}
-
-
-def _checked(result: dict[str, Any]) -> dict[str, Any]:
-    """`result` as JSON gives it back. Raises ValueError naming the place of a number that is not finite."""
-    odd = next(_not_finite(result), None)
-    if odd is not None:
-        raise ValueError(f"its result holds a number that is not finite: {odd}")
-    if not isinstance(result.get("sentence"), str):
-        raise ValueError("its result says nothing: there is no sentence")
-    return json.loads(json.dumps(result, allow_nan=False))
-
-
-def _not_finite(tree: Any, path: str = "") -> Iterator[str]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _not_finite(value, f"{path}.{key}".removeprefix("."))
-    elif isinstance(tree, list | tuple):
-        for place, value in enumerate(tree):
-            yield from _not_finite(value, f"{path}[{place}]")
-    elif isinstance(tree, float) and not math.isfinite(tree):
-        yield path
+            results[analysis.name] = Failed(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return AnalysesRecord(**results)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,13 +34,20 @@ import torch
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
-from entropy_experiments.statistics.agreement import compare
-from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, known, shown
+from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.records.weighting_results import (
+    ChangesBesideRun,
+    EntropyChanges,
+    MeasuredChange,
+    Normalisation,
+    WeightingResult,
+    WeightingRow,
+    WeightScales,
+)
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO
 from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.text.numbers import counted
 from rl_training.intervals import welch_freedom
-
-NORMALISATIONS = ("raw", "equal_length", "equal_gain")
 
 
 @dataclass(frozen=True)
@@ -54,20 +61,19 @@ class _Statistic:
 
 def weighting_schemes(
     arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = DROP_TOP
-) -> dict[str, Any]:
+) -> WeightingResult:
     """The table of all schemes and filters.
 
-    max_completion_length: what dr_grpo's constant normaliser divides by. drop_top: numbers of sequences to leave out.
+    Args:
+        arrays: kernels, labels and the step's own weights.
+        max_completion_length: what dr_grpo's constant normaliser divides by.
+        drop_top: numbers of sequences to leave out.
 
-    Keys: `rows`, a list of {name, label, kind ("run" | "scheme" | "filter"), sequences (of weight other than 0), delta_h:
-    {raw, equal_length, equal_gain}, minus_run: {equal_length, equal_gain} (difference to the run's own row), reward_gain,
-    entropy_cost_per_reward, update_length, cosine_with_run (of the two updates, metric 1/P), scale: {equal_length,
-    equal_gain} (factors on the weights), spared (drop_top_k only: see `_spared`)}. Estimates are {value, standard_error,
-    degrees_of_freedom}, low and high where one set of prompts is behind them, and, where one is None, `reason`; a row without
-    weights has `reason` in place of all numbers. `weights`: name -> list of n_train floats. `gain_side`: "evaluation", "training"
-    or None, `gain_note` the same in words. `n_eval`, `n_train`, `eval_prompts`, `sentence`.
+    Returns:
+        The record that summary.json holds, the run's own weights first. A row without weights has a reason in place of numbers.
 
-    Raises ValueError for arrays of other shapes than the labels', or entries that are not finite.
+    Raises:
+        ValueError: arrays of other shapes than the labels', or entries that are not finite.
     """
     _check(arrays)
     table = labelled_weights(arrays, max_completion_length, drop_top)
@@ -78,56 +84,53 @@ def weighting_schemes(
     rows = []
     for name, (label, weights) in table.items():
         kind = "run" if name == "run" else "scheme" if name in SCHEMES else "filter"
-        row = {"name": name, "label": label, "kind": kind} | numbers.get(name, {"reason": weights})
+        found = numbers.get(name, {"reason": weights})
         if name in known and name.startswith("drop_top_"):
-            row["spared"] = _spared(arrays, int(name.removeprefix("drop_top_")))
-        rows.append(row)
-    result = {
-        "rows": rows,
-        "weights": {name: weights.tolist() for name, weights in known.items()},
-        "gain_side": side,
-        "gain_note": note,
-        "n_eval": len(arrays.evaluation),
-        "n_train": len(arrays.training),
-        "eval_prompts": len(np.unique(arrays.evaluation.prompt_index)),
-    }
-    return result | {"sentence": cost_sentence(result)}
+            found["spared"] = _spared(arrays, int(name.removeprefix("drop_top_")))
+        rows.append(WeightingRow(name=name, label=label, kind=kind, **found))
+    return WeightingResult(
+        rows=rows,
+        weights={name: weights.tolist() for name, weights in known.items()},
+        gain_side=side,
+        gain_note=note,
+        n_eval=len(arrays.evaluation),
+        n_train=len(arrays.training),
+        eval_prompts=len(np.unique(arrays.evaluation.prompt_index)),
+    )
 
 
-def with_measurements(table: Mapping[str, Any], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """`table` with measured changes beside the predicted ones; the table given stays as it is.
+def with_measurements(
+    table: WeightingResult, measured: Mapping[str, Mapping[Normalisation, tuple[float, float | None]]]
+) -> WeightingResult:
+    """`table` with measured changes beside the predicted ones.
 
-    measured: name -> normalisation ("raw", "equal_length", "equal_gain") -> {value, standard_error} in nats per token, of the
-    step that these weights (times the row's `scale`) really make less the step that zero weights make: momentum and decay
-    are in both, and no prediction here holds them. Each row gains `actual`: normalisation -> {value, standard_error, ratio
-    (measured over predicted; None where the prediction is 0 or None), z (|difference| over its own standard
-    error; None where either side is not known with each prompt left out)}.
+    Args:
+        table: as `weighting_schemes` returns it.
+        measured: name -> normalisation -> (value, standard error) in nats per token, of the step that these weights (times the
+            row's `scale`) really make less the step that zero weights make: momentum and decay are in both, and no prediction
+            here holds them.
 
-    Raises ValueError for a name that the table lacks, or an unknown normalisation.
+    Raises:
+        ValueError: a name that the table lacks, or an unknown normalisation.
     """
-    names = [row["name"] for row in table["rows"]]
-    for name, entries in measured.items():
+    names = [row.name for row in table.rows]
+    for name in measured:
         if name not in names:
             raise ValueError(f"measured holds {name!r}, which is no row of the table: {', '.join(names)}")
-        unknown = sorted(set(entries) - set(NORMALISATIONS))
-        if unknown:
-            raise ValueError(f"measured[{name!r}] holds {unknown[0]!r}: choose from {', '.join(NORMALISATIONS)}")
+        if unknown := sorted(set(measured[name]) - set(get_args(Normalisation))):
+            known = ", ".join(get_args(Normalisation))
+            raise ValueError(f"measured[{name!r}] holds {unknown[0]!r}: choose from {known}")
     rows = []
-    for row in table["rows"]:
-        predicted = row.get("delta_h", {})
-        actual = {key: _against(predicted.get(key), entry) for key, entry in measured.get(row["name"], {}).items()}
-        rows.append(row | ({"actual": actual} if actual else {}))
-    return {**table, "rows": rows}
+    for row in table.rows:
+        own = measured.get(row.name, {})
+        actual = {key: _against(row.delta_h, key, *entry) for key, entry in own.items()}
+        rows.append(row.model_copy(update={"actual": actual}) if actual else row)
+    return table.model_copy(update={"rows": tuple(rows)})
 
 
-def _against(predicted: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> dict[str, Any]:
-    value, compared = predicted and predicted["value"], compare(predicted, entry)
-    return {
-        "value": entry["value"],
-        "standard_error": entry.get("standard_error"),
-        "ratio": entry["value"] / value if value else None,
-        "z": None if compared is None else compared.z,
-    }
+def _against(predicted: EntropyChanges | None, key: Normalisation, value: float, error: float | None) -> MeasuredChange:
+    expected = None if predicted is None else getattr(predicted, key).value
+    return MeasuredChange(value=value, standard_error=error, ratio=value / expected if expected else None, z=None)
 
 
 def _check(arrays: KernelArrays) -> None:
@@ -200,7 +203,7 @@ def _gain_on_training(arrays: KernelArrays, columns: np.ndarray) -> _Statistic:
 
 
 def _numbers(arrays: KernelArrays, columns: np.ndarray, gain: _Statistic | None, note: str) -> list[dict[str, Any]]:
-    """One dict a column; column 0 is the run's own."""
+    """The numbers of a row for each column; column 0 is the run's own."""
     entropy = _entropy_changes(arrays, columns)
     inner = columns.T @ arrays.train_fisher @ columns
     length = arrays.step_factor * np.sqrt(np.clip(np.diag(inner), 0.0, None))
@@ -222,16 +225,16 @@ def _numbers(arrays: KernelArrays, columns: np.ndarray, gain: _Statistic | None,
     return [
         {
             "sequences": int(np.count_nonzero(columns[:, i])),
-            "delta_h": {"raw": raw[i], "equal_length": equal_length[i], "equal_gain": equal_gain[i]},
-            "minus_run": {"equal_length": over_length[i], "equal_gain": over_gain[i]},
+            "delta_h": EntropyChanges(raw=raw[i], equal_length=equal_length[i], equal_gain=equal_gain[i]),
+            "minus_run": ChangesBesideRun(equal_length=over_length[i], equal_gain=over_gain[i]),
             "reward_gain": gains[i],
             "entropy_cost_per_reward": cost[i],
             "update_length": float(length[i]),
             "cosine_with_run": None if no_length[i] else float(cosine[i]),
-            "scale": {
-                "equal_length": None if no_length[i] else float(to_length[i]),
-                "equal_gain": None if no_match[i] or to_gain is None else float(to_gain[i]),
-            },
+            "scale": WeightScales(
+                equal_length=None if no_length[i] else float(to_length[i]),
+                equal_gain=None if no_match[i] or to_gain is None else float(to_gain[i]),
+            ),
         }
         for i in range(len(length))
     ]
@@ -242,7 +245,7 @@ def _estimates(
     closed: list[str],
     left: _Statistic,
     right: _Statistic | None = None,
-) -> list[dict[str, Any]]:
+) -> list[StudentEstimate]:
     """formula(left, right) of every column with its jackknife error and interval; two sets of prompts count in quadrature, with
     Student's interval on Welch's degrees of freedom.
 
@@ -269,7 +272,7 @@ def _estimates(
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             series = formula(left.left_out, right.left_out).T
         entries = [
-            entry | ends_of(entry["value"], of_column) if entry["standard_error"] is not None else entry
+            entry.model_copy(update=ends_of(entry.value, of_column)) if entry.standard_error is not None else entry
             for entry, of_column in zip(entries, series, strict=True)
         ]
     return entries
@@ -279,30 +282,31 @@ def _jackknife(left_out: np.ndarray) -> np.ndarray:
     return np.array([jackknife_standard_error(torch.from_numpy(column.copy())) for column in left_out.T])
 
 
-def _estimate(value: float, error: float, freedom: float) -> dict[str, Any]:
+def _estimate(value: float, error: float, freedom: float) -> StudentEstimate:
     if not np.isfinite(value):
         return _nothing("not defined: it divides by 0")
-    entry = {"value": value, "standard_error": None, "degrees_of_freedom": None}
     if not np.isfinite(error):
-        return entry | {"reason": "no standard error: too few prompts to leave one out"}
-    return entry | {"standard_error": error, "degrees_of_freedom": freedom if math.isfinite(freedom) else None}
+        reason = "no standard error: too few prompts to leave one out"
+        return StudentEstimate(value=value, standard_error=None, degrees_of_freedom=None, reason=reason)
+    known = freedom if math.isfinite(freedom) else None
+    return StudentEstimate(value=value, standard_error=error, degrees_of_freedom=known)
 
 
-def _nothing(reason: str) -> dict[str, Any]:
-    return {"value": None, "standard_error": None, "degrees_of_freedom": None, "reason": reason}
+def _nothing(reason: str) -> StudentEstimate:
+    return StudentEstimate(value=None, standard_error=None, degrees_of_freedom=None, reason=reason)
 
 
-def why_not_a_gain(entry: Mapping[str, Any]) -> str:
+def why_not_a_gain(entry: StudentEstimate) -> str:
     """Why a predicted gain of reward cannot stand below a fraction bar; empty where it can."""
-    gain = known(entry)
+    gain = entry.known()
     if gain is None or gain.holds_zero is None:
-        return f"no gain of reward to divide by: {entry['reason']}"
+        return f"no gain of reward to divide by: {entry.reason}"
     if gain.holds_zero:
         return f"its gain of reward, {gain.text()}, {NOT_FROM_ZERO}"
     return "" if gain.value > 0 else f"it is predicted to lower reward ({gain.text()})"
 
 
-def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
+def _spared(arrays: KernelArrays, k: int) -> StudentEstimate:
     """-sum dH_i of the k costliest sequences, chosen on one half of the evaluation prompts and judged on the other.
 
     Judged where it was chosen, a choice is flattered: part of what made a share the lowest was noise. Mean of both ways
@@ -323,47 +327,3 @@ def _spared(arrays: KernelArrays, k: int) -> dict[str, Any]:
     halves = (np.unique(place[place % 2 == half]).size for half in (1, 0))
     freedom = welch_freedom((float(e), n - 1) for e, n in zip(errors, halves, strict=True))
     return _estimate(float(np.mean(values)), float(np.hypot(*errors) / 2), freedom)
-
-
-def cost_sentence(table: Mapping[str, Any]) -> str:
-    """What entropy the schemes cost, and which differ from the step as trained; no more than their intervals show."""
-    rows = [row for row in table["rows"] if row["kind"] == "scheme" and row.get("cosine_with_run") is not None]
-    if not rows:
-        return (
-            "No weighting scheme can be compared with the run's own: with these rewards and weights none makes a step."
-        )
-    named = f"Of {counted(len(rows), 'weighting scheme')} on {counted(table['n_train'], 'training sequence')}, "
-    priced = [row for row in rows if row["entropy_cost_per_reward"]["value"] is not None]
-    if not priced:
-        span, order = _extremes(rows, lambda row: row["delta_h"]["equal_length"])
-        return (
-            f"{named}none has a predicted gain of reward whose 95% interval excludes 0, so entropy has no price in reward; in a "
-            f"step of the run's length entropy changes {span} nats per token ({BRACKETS}){order}."
-        )
-    gains = f"{len(priced)} {'has' if len(priced) == 1 else 'have'} a predicted gain of reward whose 95% interval excludes 0"
-    span, order = _extremes(priced, lambda row: row["entropy_cost_per_reward"], plus=False)
-    text = f"{named}{gains}; a unit of mean reward costs entropy {span} nats per token ({BRACKETS}){order}"
-    differences = [known(row["minus_run"]["equal_gain"]) for row in priced]
-    judged = [d for d in differences if d is not None and d.holds_zero is not None]
-    if not judged:
-        why = (
-            table["rows"][0].get("delta_h", {}).get("equal_gain", {}).get("reason")
-            or "no error of the difference is known"
-        )
-        return f"{text}; whether any differs from the step as trained {UNTOLD}: {why}."
-    alike = sum(d.holds_zero is True for d in judged)
-    return f"{text}; at equal gain {alike} of {len(judged)} {ALIKE} from the step as trained, by the paired difference."
-
-
-def _extremes(rows: list[dict[str, Any]], entry: Callable[[dict[str, Any]], Any], plus: bool = True) -> tuple[str, str]:
-    """The smallest and the largest, each with its interval; one where there is one, and a word where the intervals overlap."""
-    low, high = (pick(rows, key=lambda row: entry(row)["value"]) for pick in (min, max))
-    ends = [f"{shown(entry(row), plus)} ({row['label']})" for row in (low, high)]
-    least, most = known(entry(low)), known(entry(high))
-    if low is high or least is None or most is None or least.value == most.value:
-        return f"by {ends[0]}", ""
-    overlap = least.high is None or most.low is None or least.high >= most.low
-    order = (
-        f"; which of them is the least {UNTOLD}, their intervals overlap" if overlap and least.low != least.high else ""
-    )
-    return f"from {ends[0]} to {ends[1]}", order

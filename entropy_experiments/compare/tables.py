@@ -119,7 +119,7 @@ def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
         values = [number(results.summary) for results in point.analyses]
         if any(value is not None for value in values):
             rows.append([label, *(plain(value) for value in values)])
-    same = [same_prompt_effect(results.raw) for results in point.analyses]
+    same = [same_prompt_effect(results.summary) for results in point.analyses]
     for label, key in (("one prompt", "cosine"), ("two prompts", "cosine_other_prompts")):
         if any(effect[key] is not None for effect in same):
             rows.append([f"Mean cosine of gradients, {label}", *(signed(effect[key]) for effect in same)])

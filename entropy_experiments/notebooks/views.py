@@ -18,7 +18,7 @@ from entropy_experiments.report.tables import buffer_rows, check_rows, entropy_r
 from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import one_line, prompt_frame, visible
-from entropy_experiments.text.numbers import as_number, lookup, plain, series, signed
+from entropy_experiments.text.numbers import as_number, plain, series, signed
 
 KERNELS = {
     "Fisher kernel K₁, evaluation × training": ("fisher", "fisher", "evaluation"),
@@ -58,13 +58,7 @@ def verdict_html(results: ResultsFolder) -> str:
 
 def verdict_of(results: ResultsFolder) -> list[Sentence]:
     """The verdict on an analysis."""
-    prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
-    return write_verdict(results.raw, results.raw_history, _checks(results), results.training, prompts)
-
-
-def _checks(results: ResultsFolder) -> list[dict[str, Any]]:
-    checks = results.raw_run.get("self_checks")
-    return [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
+    return write_verdict(results)
 
 
 def table_html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -217,10 +211,10 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
     """What does not depend on the preconditioner P: the buffers (of one training prompt where given), entropies, checks."""
     own = sequences_of(results, "training", prompt)
     which = "training buffer" if prompt is None else f"training sequences of prompt {prompt}"
-    sampling = lookup(results.raw, "sampling") if prompt is None else None
+    sampling = results.summary.sampling if prompt is None else None
     parts = [
         table_html(("", "evaluation buffer", which), buffer_rows(results.evaluation, own, sampling)),
-        table_html(("Entropy before the step", ""), entropy_rows(results.raw)),
+        table_html(("Entropy before the step", ""), entropy_rows(results.summary)),
         table_html(
             (
                 "Estimator, nats per token",
@@ -233,14 +227,14 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
             ),
             [
                 [row[key] for key in ("label", "total", "batch", "momentum", "weight_decay", "measured", "z")]
-                for row in estimator_rows(results.raw)
+                for row in estimator_rows(results.summary)
             ],
         ),
         table_html(
             ("Self-check", "passed", "value", "allowed"),
             [
                 [row["name"], "yes" if row["passed"] else "NO", row["value"], row["tolerance"]]
-                for row in check_rows(_checks(results))
+                for row in check_rows(results.run.self_checks)
             ],
         ),
     ]

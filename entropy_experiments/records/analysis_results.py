@@ -25,8 +25,6 @@ class Skipped(Record):
 
     skipped: str
     """Why."""
-    sentence: str
-    """The same as a sentence."""
 
 
 class Failed(Record):
@@ -34,8 +32,6 @@ class Failed(Record):
 
     error: str
     """What went wrong."""
-    sentence: str
-    """The same as a sentence."""
 
 
 def _kind(entry: Any) -> str:

@@ -89,6 +89,11 @@ class Association(Record):
     reason: str | None
     """Why a number is null."""
 
+    @property
+    def deciding_p_value(self) -> float | None:
+        """p_within_prompt where there is one, else p_value."""
+        return self.p_value if self.p_within_prompt is None else self.p_within_prompt
+
 
 class Spectrum(Record):
     """Eigenvalues of a kernel and how many of them matter."""

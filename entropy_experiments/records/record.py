@@ -45,9 +45,6 @@ class Record(StrictModel):
 class Result(Record):
     """What one analysis found."""
 
-    sentence: str
-    """The result in one sentence."""
-
 
 def same_length(**lists: Sized | None) -> None:
     """Raises ValueError naming the lists that are not equally long; None is no list."""
@@ -82,9 +79,14 @@ def validated(kind: type[T], content: object, path: Path | str) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        mistakes = error.errors(include_url=False)
-        more = f" (and {len(mistakes) - 1} more fields)" if len(mistakes) > 1 else ""
-        raise UserError(f"{path}: {_explain(mistakes[0])}{more}: {REMEDY}") from None
+        raise UserError(f"{path}: {explained(error)}: {REMEDY}") from None
+
+
+def explained(error: ValidationError) -> str:
+    """The first wrong field, what was found there, and how many more there are."""
+    mistakes = error.errors(include_url=False)
+    more = f" (and {len(mistakes) - 1} more fields)" if len(mistakes) > 1 else ""
+    return f"{_explain(mistakes[0])}{more}"
 
 
 _SHORT = reprlib.Repr()

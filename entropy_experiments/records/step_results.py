@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.estimates import Estimate, StudentEstimate
 from entropy_experiments.records.record import (
     Count,
     Finite,
@@ -156,6 +156,17 @@ class SecondOrder(Record):
     """Upper end."""
     degrees_of_freedom: Nonnegative
     """Behind the standard error."""
+
+    def shown(self) -> str:
+        """Q with the interval of both errors, as text; Student's where its ends are not stored."""
+        total = StudentEstimate(
+            value=self.value,
+            standard_error=self.total_error,
+            low=self.low,
+            high=self.high,
+            degrees_of_freedom=self.degrees_of_freedom,
+        )
+        return total.shown()
 
 
 class EqualAt(Record):

@@ -10,6 +10,7 @@ from entropy_experiments.records.leaving_out import LeavingOut
 from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Probability, Record, Rows
 from entropy_experiments.records.run_record import CheckpointRecord
 from entropy_experiments.records.step_results import Estimator
+from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.estimand import Estimand, measure_of
 
 RESULTS_FORMAT = 2
@@ -70,6 +71,13 @@ class AgreementRecord(Record):
     """Whether prompts were left out of both sides at once."""
     agrees: bool
     """Whether that interval holds 0."""
+
+    def known(self) -> Agreement | None:
+        """The same for sentences; None where the difference has no known error."""
+        error, freedom, z, p_value = self.standard_error, self.degrees_of_freedom, self.z, self.p_value
+        if error is None or freedom is None or z is None or p_value is None:
+            return None
+        return Agreement(self.difference, error, freedom, z, p_value, self.low, self.high, self.paired)
 
 
 class ScaleRow(Record):
@@ -312,6 +320,12 @@ class Summary(Record):
     def prediction(self) -> StepParts | None:
         """The predicted change by that estimator."""
         return None if self.estimator is None else self.predicted[self.estimator]
+
+    @property
+    def compared(self) -> Agreement | None:
+        """That prediction against the measured change; None where their difference has no known error."""
+        found = None if self.estimator is None else self.agreement.get(self.estimator)
+        return None if found is None else found.known()
 
     @property
     def measured(self) -> Measurement | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Record, Result, Rows
+from entropy_experiments.statistics.confidence import Known
+from rl_training.intervals import interval
 
 Normalisation = Literal["raw", "equal_length", "equal_gain"]
 
@@ -50,6 +53,12 @@ class MeasuredChange(Record):
     """Measured over predicted."""
     z: Nonnegative
     """|difference| over its standard error; null where that is not known."""
+
+    def known(self) -> Known | None:
+        """The change with the normal 95% interval of its error; None where there is none."""
+        if self.value is None or self.standard_error is None:
+            return None if self.value is None else Known(self.value)
+        return Known(self.value, *interval(self.value, self.standard_error, math.inf))
 
 
 class WeightingRow(Record):

@@ -1,16 +1,31 @@
-"""A compact table for each analysis, from its dict in summary.json: finished text, ready to print and to escape.
-
-Whatever a folder lacks is "not known" or leaves its row out; nothing here raises.
-"""
+"""A compact table for each analysis, from its record: finished text, ready to print and to escape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_experiments.records.attribution_results import AttributionResult
+from entropy_experiments.records.clustering_results import ClusteringResult
+from entropy_experiments.records.estimates import Estimate, Mean, StudentEstimate
+from entropy_experiments.records.kernel_results import (
+    BuffersResult,
+    CorrectnessPairs,
+    PairBlock,
+    PermutationTest,
+    PromptStructureResult,
+)
+from entropy_experiments.records.step_results import (
+    BaselinesResult,
+    EntropyPredictionResult,
+    HigherOrderResult,
+    InterventionResult,
+    ShareScore,
+)
+from entropy_experiments.records.weighting_results import MeasuredChange, WeightingResult
 from entropy_experiments.text.display import one_line, prompt_frame
-from entropy_experiments.text.numbers import as_number, lookup, plain, plus_minus, signed, value_and_error
+from entropy_experiments.text.numbers import plain, plus_minus, signed
 
 _PROMPTS_SHOWN = 5
 _QUANTITIES = {
@@ -37,66 +52,53 @@ def _table(caption: str, headings: Sequence[str], rows: list[list[str]]) -> list
     return [Table(caption, tuple((heading, place > 0) for place, heading in enumerate(headings)), rows)]
 
 
-def _dicts(tree: object, *path: str) -> list[Mapping[str, Any]]:
-    found = lookup(tree, *path) if path else tree
-    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+def _estimate(estimate: Estimate | Mean | StudentEstimate | None) -> str:
+    return "–" if estimate is None else plus_minus(estimate.value, estimate.standard_error)
 
 
-def _estimate(tree: object, *path: str) -> str:
-    return plus_minus(*value_and_error(lookup(tree, *path)))
+def _percent(value: float | None) -> str:
+    return plain(None) if value is None else f"{value:.0%}"
 
 
-def _percent(value: object) -> str:
-    number = as_number(value)
-    return plain(None) if number is None else f"{number:.0%}"
-
-
-def _p(value: object) -> str:
+def _p(value: float | None) -> str:
     return plain(value, 2)
 
 
-def _buffers(result: Mapping[str, Any]) -> list[Table]:
+def _buffers(result: BuffersResult) -> list[Table]:
     rows = []
     for name, heading in _QUANTITIES.items():
-        q = lookup(result, "quantities", name)
-        means = [
-            plus_minus(as_number(lookup(q, side, "mean")), as_number(lookup(q, side, "standard_error")), plus=False)
-            for side in ("evaluation", "training")
-        ]
-        if lookup(q, "training", "mean") is None and lookup(q, "evaluation", "mean") is None:
+        quantity = result.quantities[name]  # type: ignore[index]
+        if quantity.training.mean is None and quantity.evaluation.mean is None:
             continue
-        verdict = "differ" if lookup(q, "differs") else lookup(q, "reason") or "may be chance"
-        larger = _percent(lookup(q, "probability_larger", "value"))
-        difference = signed(lookup(q, "standardised_difference"), 2)
-        rows.append([heading, *means, difference, larger, _p(lookup(q, "p_value")), str(verdict)])
+        means = [
+            plus_minus(side.mean, side.standard_error, plus=False) for side in (quantity.evaluation, quantity.training)
+        ]
+        verdict = "differ" if quantity.differs else quantity.reason or "may be chance"
+        larger = _percent(quantity.probability_larger.value)
+        rows.append(
+            [heading, *means, signed(quantity.standardised_difference, 2), larger, _p(quantity.p_value), verdict]
+        )
     headings = (
         "", "Evaluation, mean", "Training, mean", "Difference in standard deviations", "Training larger in … of pairs", "p", "",
     )  # fmt: skip
     return _table("Means with standard errors over prompts; p: Mann–Whitney, prompts as units.", headings, rows)
 
 
-def _entropy_prediction(result: Mapping[str, Any]) -> list[Table]:
+def _entropy_prediction(result: EntropyPredictionResult) -> list[Table]:
+    same_sample = {("split", "snis"), ("fixed_prefix", "fixed_prefix")}
     rows = []
-    for row in _dicts(result, "rows"):
-        ratio = next(
-            (
-                c.get("ratio")
-                for c in _dicts(row, "comparisons")
-                if (c.get("estimator"), c.get("measure")) in _SAME_SAMPLE
-            ),
-            None,
-        )
-        estimator = "rao_blackwell" if lookup(row, "predicted", "rao_blackwell") else "fixed_prefix"
-        measure = "snis" if lookup(row, "measured", "snis") else "fixed_prefix"
-        fresh = lookup(row, "measured", "fresh")
+    for row in result.rows:
+        ratio = next((c.ratio for c in row.comparisons if (c.estimator, c.measure) in same_sample), None)
+        predicted = row.predicted.get("rao_blackwell") or row.predicted.get("fixed_prefix")
+        measured = row.measured.get("snis") or row.measured.get("fixed_prefix")
         rows.append(
             [
-                plain(row.get("scale")),
-                _estimate(row, "predicted", estimator),
-                _estimate(row, "measured", measure),
-                "–" if fresh is None else plus_minus(*value_and_error(fresh)),
+                plain(row.scale),
+                _estimate(predicted),
+                _estimate(measured),
+                _estimate(row.measured.get("fresh")),
                 plain(ratio),
-                plain(lookup(row, "measured", measure, "effective_sample_size")),
+                plain(None if measured is None else measured.effective_sample_size),
             ]
         )
     headings = (
@@ -106,74 +108,60 @@ def _entropy_prediction(result: Mapping[str, Any]) -> list[Table]:
     return _table("Change of entropy along the step, nats per token.", headings, rows)
 
 
-_SAME_SAMPLE = {("split", "snis"), ("fixed_prefix", "fixed_prefix")}
-
-
-def _higher_order(result: Mapping[str, Any]) -> list[Table]:
-    second, equal = lookup(result, "second_order"), lookup(result, "equal_at")
-    if lookup(second, "value") is None:
+def _higher_order(result: HigherOrderResult) -> list[Table]:
+    second, equal = result.second_order, result.equal_at
+    if second.value is None:
         return []
-    between = f"{plain(lookup(equal, 'low'), 2)} to {plain(lookup(equal, 'high'), 2) if lookup(equal, 'high') else '∞'}"
+    between = f"{plain(equal.low, 2)} to {plain(equal.high, 2) if equal.high else '∞'}"
     rows = [
-        ["First order D", _estimate(result, "first_order"), "by the split estimator; fitted to the curve: "
-         + signed(lookup(result, "first_order", "fitted"))],
-        ["Second order Q = ½ δθᵀ∇²h δθ", plus_minus(as_number(lookup(second, "value")), as_number(lookup(second, "total_error"))),
-         f"ratio to the first: {signed(lookup(result, 'ratio'))}"],
-        ["Third and fourth order", f"{signed(lookup(result, 'third'))}, {signed(lookup(result, 'fourth'))}", "fitted beside"],
-        ["s*, where |Q| s² = |D| s", plain(lookup(equal, "value")), f"times the step; {between}"],
+        ["First order D", _estimate(result.first_order),
+         f"by the split estimator; fitted to the curve: {signed(result.first_order.fitted)}"],
+        ["Second order Q = ½ δθᵀ∇²h δθ", plus_minus(second.value, second.total_error),
+         f"ratio to the first: {signed(result.ratio)}"],
+        ["Third and fourth order", f"{signed(result.third)}, {signed(result.fourth)}", "fitted beside"],
+        ["s*, where |Q| s² = |D| s", plain(equal.value), f"times the step; {between}"],
     ]  # fmt: skip
     columns = (("", False), ("Value", True), ("", False))
     return [Table("Orders of the change along the step at s = 1, nats per token.", columns, rows)]
 
 
-def _attribution(result: Mapping[str, Any]) -> list[Table]:
-    sides = {"all": "All", "lowering": "Lowering entropy", "raising": "Raising entropy"}
-    rows = []
-    for name, label in sides.items():
-        c = lookup(result, "concentration", name)
-        if c is not None:
-            rows.append(
-                [
-                    label,
-                    plain(lookup(c, "count")),
-                    _thousandths(lookup(c, "sum")),
-                    _percent(lookup(c, "top_mass")),
-                    plain(lookup(c, "half_mass_count")),
-                    plain(lookup(c, "gini"), 2),
-                    plain(lookup(c, "effective_number")),
-                ]
-            )
-    top = plain(lookup(result, "concentration", "all", "top"))
+def _attribution(result: AttributionResult) -> list[Table]:
+    shares = result.concentration
+    sides = {"All": shares.all, "Lowering entropy": shares.lowering, "Raising entropy": shares.raising}
+    rows = [
+        [
+            label,
+            plain(c.count),
+            _thousandths(c.sum),
+            _percent(c.top_mass),
+            plain(c.half_mass_count),
+            plain(c.gini, 2),
+            plain(c.effective_number),
+        ]
+        for label, c in sides.items()
+    ]
     headings = (
-        "Training sequences", "Number", "Sum of accounting shares (×10⁻³ nats/token)", f"Mass of the top {top}",
+        "Training sequences", "Number", "Sum of accounting shares (×10⁻³ nats/token)", f"Mass of the top {shares.all.top}",
         "Hold half the mass", "Gini", "Effective number",
     )  # fmt: skip
     found = _table("How far a few sequences make up the step's change.", headings, rows)
     groups = [
         [
-            f"{row.get('side')}: {row.get('group')}" + " advantage" * (row.get("by") == "advantage"),
-            plain(row.get("sequences")),
-            _thousandths(row.get("value")),
-            plain(row.get("entropy")),
+            f"{row.side}: {row.group}" + " advantage" * (row.by == "advantage"),
+            plain(row.sequences),
+            _thousandths(row.value),
+            plain(row.entropy),
         ]
-        for row in _dicts(result, "groups")
+        for row in result.groups
     ]
-    if groups:
-        words = (
-            "Sequences",
-            "Number",
-            "Sum of accounting shares, or of contributions (×10⁻³ nats/token)",
-            "Entropy (nats/token)",
-        )
-        found += _table("By how completions ended, and by the sign of the advantage.", words, groups)
-    prompts = _dicts(result, "evaluation", "prompts")
-    frame = prompt_frame([str(row.get("prompt")) for row in prompts])
+    words = (
+        "Sequences", "Number", "Sum of accounting shares, or of contributions (×10⁻³ nats/token)", "Entropy (nats/token)",
+    )  # fmt: skip
+    found += _table("By how completions ended, and by the sign of the advantage.", words, groups)
+    prompts = [] if result.evaluation is None else result.evaluation.prompts
+    frame = prompt_frame([row.prompt for row in prompts])
     losing = [
-        [
-            str(row.get("prompt_index")),
-            one_line(frame.own_part(str(row.get("prompt"))), 160, "both"),
-            _thousandths(row.get("contribution")),
-        ]
+        [str(row.prompt_index), one_line(frame.own_part(row.prompt), 160, "both"), _thousandths(row.contribution)]
         for row in prompts[:_PROMPTS_SHOWN]
     ]
     columns = (("Evaluation prompt", False), ("Prompt text", False), ("Contribution (×10⁻³ nats/token)", True))
@@ -182,147 +170,155 @@ def _attribution(result: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def _intervention(result: Mapping[str, Any]) -> list[Table]:
+def _intervention(result: InterventionResult) -> list[Table]:
     names = {
         "split": "Accounting shares, split estimator (derivative of the measurement)",
         "fixed_prefix": "Accounting shares, fixed prefix (derivative of the measurement)",
         "rao_blackwell": "Accounting shares, Rao–Blackwell (those of the report)",
         "response": "Mean effects over halves (P and clipping answer)",
     }
-    scores = lookup(result, "scores")
-    rows = []
-    for name, score in scores.items() if isinstance(scores, Mapping) else ():
-        interval = lookup(score, "interval")
-        known = isinstance(interval, list) and len(interval) == 2
-        between = f" [{plain(interval[0], 2)}, {plain(interval[1], 2)}]" if known else ""
-        spearman = (
-            f"{plain(lookup(score, 'spearman'), 3)}{between}" if known else str(lookup(score, "reason") or "not known")
-        )
-        line = [_with_ends(score, "slope", plain), _with_ends(score, "intercept", signed)]
-        error = plain(lookup(score, "root_mean_square_error"))
-        rows.append([names.get(name, name), spearman, plain(lookup(score, "pearson")), *line, error])
+    rows = [
+        [
+            names.get(name, name),
+            with_ends(score.spearman, score.interval, plain, 3) if score.interval else score.reason or "not known",
+            plain(score.pearson),
+            *_line_of(score),
+            plain(score.root_mean_square_error),
+        ]
+        for name, score in result.scores.items()
+    ]
     headings = (
         "Prediction", "Linear datamodelling score [95%]", "Pearson", "Slope [95%]", "Intercept [95%], nats per token",
         "Error, nats per token",
     )  # fmt: skip
     found = _table("Predicted against measured change over random halves of the training buffer.", headings, rows)
-    removed = []
-    for kind, label in (("costing", "said to cost most"), ("giving", "said to give most")):
-        removal = lookup(result, "removals", kind)
-        sequences = lookup(removal, "sequences")
-        if not isinstance(sequences, list):
-            continue
-        predicted = lookup(removal, "predicted_difference", str(lookup(result, "headline")))
-        removed.append(
-            [
-                f"Without the {len(sequences)} {label}",
-                *(_thousandths(v) for v in (predicted, lookup(removal, "difference"))),
-            ]
+    removed = [
+        [
+            f"Without the {len(removal.sequences)} {label}",
+            _thousandths(removal.predicted_difference.get(result.headline)),
+            _thousandths(removal.difference),
+        ]
+        for removal, label in (
+            (result.removals.costing, "said to cost most"),
+            (result.removals.giving, "said to give most"),
         )
-    random = lookup(result, "removals", "random")
+        if removal is not None
+    ]
+    random = result.removals.random
     if random is not None:
-        label = f"Without {plain(lookup(random, 'sequences'))} at random: standard deviation"
-        removed.append([label, "–", _thousandths(lookup(random, "spread")).lstrip("+")])
+        label = f"Without {random.sequences} at random: standard deviation"
+        removed.append([label, "–", _thousandths(random.spread).lstrip("+")])
     headings = ("Real step", "Predicted difference (×10⁻³)", "Measured difference (×10⁻³)")
     return found + _table("Against the step with all sequences, nats per token.", headings, removed)
 
 
-def _with_ends(score: object, name: str, form: Callable[[object, int], str]) -> str:
-    """A number with its 95% interval, where it has one."""
-    ends, text = lookup(score, f"{name}_interval"), form(lookup(score, name), 2)
-    known = isinstance(ends, list) and len(ends) == 2
-    return f"{text} [{form(ends[0], 2)}, {form(ends[1], 2)}]" if known else text
+def _line_of(score: ShareScore) -> list[str]:
+    return [
+        with_ends(score.slope, score.slope_interval, plain),
+        with_ends(score.intercept, score.intercept_interval, signed),
+    ]
 
 
-def _prompt_structure(result: Mapping[str, Any]) -> list[Table]:
-    rows = []
-    for label, tree, left, right in (
-        ("Same prompt against other prompts, cosine", lookup(result, "train", "cosine"), "same_prompt", "cross_prompt"),
-        ("Same prompt against other prompts, raw K₁", lookup(result, "train", "raw"), "same_prompt", "cross_prompt"),
-        ("The same between the two buffers, raw K₁", lookup(result, "evaluation", "raw"), "same_prompt", "cross_prompt"),
-        ("Within prompts: two correct against mixed, cosine", lookup(result, "within_group", "cosine"), "correct_correct",
-         "correct_wrong"),
-        ("Within prompts: two wrong against mixed, cosine", lookup(result, "within_group", "cosine"), "wrong_wrong",
-         "correct_wrong"),
-        ("Within prompts: two correct against mixed, raw K₁", lookup(result, "within_group", "raw"), "correct_correct",
-         "correct_wrong"),
-        ("Within prompts: two wrong against mixed, raw K₁", lookup(result, "within_group", "raw"), "wrong_wrong",
-         "correct_wrong"),
-    ):  # fmt: skip
-        p, reason = lookup(tree, "test", "p_value"), lookup(tree, "test", "reason")
-        means = [plain(lookup(tree, side, "mean")) for side in (left, right)]
-        rows.append([label, *means, plain(lookup(tree, left, "pairs")), str(reason) if reason else _p(p)])
+def with_ends(
+    value: float | None, ends: tuple[float, float] | None, form: Callable[[object, int], str], digits: int = 2
+) -> str:
+    """A number with its 95% interval, where it has one: ``0.98 [0.95, 0.99]``."""
+    text = form(value, digits)
+    return text if ends is None else f"{text} [{form(ends[0], 2)}, {form(ends[1], 2)}]"
+
+
+def _prompt_structure(result: PromptStructureResult) -> list[Table]:
+    train, buffers, groups = result.train, result.evaluation.raw, result.within_group
+
+    def correctness(pairs: CorrectnessPairs, name: str) -> list[tuple[str, PairBlock, PairBlock, PermutationTest]]:
+        return [
+            (
+                f"Within prompts: two correct against mixed, {name}",
+                pairs.correct_correct,
+                pairs.correct_wrong,
+                pairs.test,
+            ),
+            (f"Within prompts: two wrong against mixed, {name}", pairs.wrong_wrong, pairs.correct_wrong, pairs.test),
+        ]
+
+    compared = [
+        ("Same prompt against other prompts, cosine", train.cosine.same_prompt, train.cosine.cross_prompt, train.cosine.test),
+        ("Same prompt against other prompts, raw K₁", train.raw.same_prompt, train.raw.cross_prompt, train.raw.test),
+        ("The same between the two buffers, raw K₁", buffers.same_prompt, buffers.cross_prompt, buffers.test),
+        *correctness(groups.cosine, "cosine"),
+        *correctness(groups.raw, "raw K₁"),
+    ]  # fmt: skip
+    rows = [
+        [label, plain(these.mean), plain(others.mean), plain(these.pairs), test.reason or _p(test.p_value)]
+        for label, these, others, test in compared
+    ]
     headings = ("Pairs", "Mean of these", "Mean of the others", "Number of these", "p (permutation)")
     note = "Mean kernel values over pairs of sequences; two rows within prompts share one test."
-    counts = lookup(result, "duplicates")
-    if counts and counts["equal_pairs"]:
+    counts = result.duplicates
+    if counts.equal_pairs:
         note += (
-            f" {counts['distinct']} of {counts['sequences']} training sequences are distinct: {counts['equal_pairs']} pairs of "
+            f" {counts.distinct} of {counts.sequences} training sequences are distinct: {counts.equal_pairs} pairs of "
             "equal ones are left out."
         )
     found = _table(note, headings, rows)
-    single = lookup(result, "single_batch")
+    single = result.single_batch
     parts = [
-        ["Same sequence on both sides", _thousandths(lookup(single, "self", "value"))],
-        ["Other sequences of the same prompt", _thousandths(lookup(single, "same_prompt", "value"))],
-        ["Other prompts", _thousandths(lookup(single, "cross_prompt", "value"))],
-        ["All: the training buffer in both roles", _thousandths(lookup(single, "value"))],
-        ["U-statistic over its prompts", _thousandths_with_error(lookup(single, "u_statistic"))],
-        ["Its bias: all minus U-statistic", _thousandths_with_error(lookup(single, "bias"))],
-        ["By the evaluation buffer", _thousandths(lookup(single, "evaluation_value"))],
+        ["Same sequence on both sides", _thousandths(single.self.value)],
+        ["Other sequences of the same prompt", _thousandths(single.same_prompt.value)],
+        ["Other prompts", _thousandths(single.cross_prompt.value)],
+        ["All: the training buffer in both roles", _thousandths(single.value)],
+        ["U-statistic over its prompts", _thousandths_with_error(single.u_statistic)],
+        ["Its bias: all minus U-statistic", _thousandths_with_error(single.bias)],
+        ["By the evaluation buffer", _thousandths(single.evaluation_value)],
     ]
     headings = ("What the training buffer alone would predict", "δh of the batch part (×10⁻³ nats/token)")
-    return found + _table("Where a single batch's prediction comes from.", headings, parts if single else [])
+    return found + _table("Where a single batch's prediction comes from.", headings, parts)
 
 
-def _sequence_clustering(result: Mapping[str, Any]) -> list[Table]:
+def _sequence_clustering(result: ClusteringResult) -> list[Table]:
     rows = [
         [
-            plain(row.get("cluster")),
-            plain(row.get("size")),
-            f"{plain(row.get('main_prompt'))} ({_percent(row.get('main_prompt_share'))})",
-            plain(row.get("mean_length")),
-            _percent(row.get("correct_share")),
-            plain(row.get("mean_cosine"), 2),
-            plain(row.get("medoid")),
-            ", ".join(f"{one_line(str(w), 24)} ({n})" for w, n in row.get("first_words") or []),
+            plain(row.cluster),
+            plain(row.size),
+            f"{plain(row.main_prompt)} ({_percent(row.main_prompt_share)})",
+            plain(row.mean_length),
+            _percent(row.correct_share),
+            plain(row.mean_cosine, 2),
+            plain(row.medoid),
+            ", ".join(f"{one_line(word, 24)} ({count})" for word, count in row.first_words),
         ]
-        for row in _dicts(result, "clusters")
+        for row in result.clusters
     ]
     headings = (
         "Cluster", "Sequences", "Commonest prompt (share)", "Mean length", "Correct", "Mean cosine", "Most typical sequence",
         "First words",
     )  # fmt: skip
     found = _table("The clusters, along the tree's order.", headings, rows)
-    shared = lookup(result, "shared")
     labels = {"prompt": "Prompt", "length": "Length", "correctness": "Correctness", "first_word": "First word"}
-    rows = []
-    for name, label in labels.items() if isinstance(shared, Mapping) else ():
-        entry = lookup(shared, name)
-        p = [_p(lookup(entry, key)) for key in ("p_value", "p_within_prompt", "p_holm")]
-        rows.append([label, str(lookup(entry, "measure")), plain(lookup(entry, "value"), 2), *p])
+    rows = [
+        [labels[name], entry.measure, plain(entry.value, 2), *map(_p, (entry.p_value, entry.p_within_prompt, entry.p_holm))]
+        for name, entry in (result.shared or {}).items()
+    ]  # fmt: skip
     headings = ("What members share", "Measure", "Value", "p", "p within prompts", "p, corrected for four")
     return found + _table("How far the clusters go along with what is known of the sequences.", headings, rows)
 
 
-def _weighting_schemes(result: Mapping[str, Any]) -> list[Table]:
+def _weighting_schemes(result: WeightingResult) -> list[Table]:
     rows = []
-    for row in _dicts(result, "rows"):
-        label = str(row.get("label", row.get("name")))
-        if "delta_h" not in row:
-            rows.append([label, f"no weights: {row.get('reason', 'not known')}", *[""] * 5])
+    for row in result.rows:
+        if row.delta_h is None:
+            rows.append([row.label, f"no weights: {row.reason or 'not known'}", *[""] * 5])
             continue
+        cost = row.entropy_cost_per_reward
         rows.append(
             [
-                label,
-                _thousandths_with_error(lookup(row, "delta_h", "raw")),
-                _thousandths_with_error(lookup(row, "delta_h", "equal_length")),
-                _thousandths_with_error(lookup(row, "actual", "equal_length")),
-                _thousandths_with_error(lookup(row, "delta_h", "equal_gain")),
-                _estimate(row, "reward_gain"),
-                _estimate(row, "entropy_cost_per_reward")
-                if lookup(row, "entropy_cost_per_reward", "value") is not None
-                else "–",
+                row.label,
+                _thousandths_with_error(row.delta_h.raw),
+                _thousandths_with_error(row.delta_h.equal_length),
+                _thousandths_with_error((row.actual or {}).get("equal_length")),
+                _thousandths_with_error(row.delta_h.equal_gain),
+                _estimate(row.reward_gain),
+                "–" if cost is None or cost.value is None else _estimate(cost),
             ]
         )
     headings = (
@@ -332,43 +328,39 @@ def _weighting_schemes(result: Mapping[str, Any]) -> list[Table]:
     return _table("Batch part of the change, ×10⁻³ nats per token.", headings, rows)
 
 
-def _baselines(result: Mapping[str, Any]) -> list[Table]:
-    rows = []
-    for row in _dicts(result, "rows"):
-        comparable = row.get("comparable_in_scale") is True
-        sign = {True: "yes", False: "no"}.get(row.get("sign_agrees"), "–")  # type: ignore[arg-type]
-        rows.append(
-            [
-                str(row.get("label")),
-                plus_minus(row.get("predicted"), row.get("standard_error"))
-                if comparable
-                else signed(row.get("predicted")),
-                plus_minus(row.get("actual"), row.get("actual_standard_error")),
-                plain(row.get("ratio")) if comparable else "–",
-                "–" if as_number(row.get("z")) is None else f"{row['z']:.1f}",
-                sign,
-                str(row.get("reason") or ""),
-            ]
-        )
+def _baselines(result: BaselinesResult) -> list[Table]:
+    signs = {True: "yes", False: "no", None: "–"}
+    rows = [
+        [
+            row.label,
+            plus_minus(row.predicted, row.standard_error) if row.comparable_in_scale else signed(row.predicted),
+            plus_minus(row.actual, row.actual_standard_error),
+            plain(row.ratio) if row.comparable_in_scale else "–",
+            "–" if row.z is None else f"{row.z:.1f}",
+            signs[row.sign_agrees],
+            row.reason,
+        ]
+        for row in result.rows
+    ]
     headings = ("Predictor", "Predicted", "Measured", "Measured / predicted", "z", "Same sign", "")
     return _table(
         "Predictors of the step's change, nats per token; those on another scale by their sign alone.", headings, rows
     )
 
 
-def _thousandths(value: object) -> str:
-    number = as_number(value)
-    return signed(None if number is None else 1e3 * number)
+def _thousandths(value: float | None) -> str:
+    return signed(None if value is None else 1e3 * value)
 
 
-def _thousandths_with_error(entry: object) -> str:
-    value, error = value_and_error(entry)
-    if value is None:
+def _thousandths_with_error(estimate: Mean | StudentEstimate | MeasuredChange | None) -> str:
+    if estimate is None or estimate.value is None:
         return "–"
-    return signed(1e3 * value) if error is None else plus_minus(1e3 * value, 1e3 * error)
+    if estimate.standard_error is None:
+        return signed(1e3 * estimate.value)
+    return plus_minus(1e3 * estimate.value, 1e3 * estimate.standard_error)
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
+TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "buffers": _buffers,
     "entropy_prediction": _entropy_prediction,
     "higher_order": _higher_order,

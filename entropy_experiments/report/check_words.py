@@ -5,33 +5,29 @@ A check is evidence of what it can see: "passed" beside a tolerance of 80% says 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from entropy_experiments.records.run_record import CheckRecord
 from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import quoted
-from entropy_experiments.text.numbers import as_number, counted, plain
+from entropy_experiments.text.numbers import counted, plain
 
 WEAK = 0.1
 """A share or relative error of this size or more is much to let through: named by itself."""
 
 
-def check_value(check: Mapping[str, Any]) -> str:
+def check_value(check: CheckRecord) -> str:
     """The number a self-check found; a check that ended in NaN or infinity says so."""
-    value = check.get("value")
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a finite number"
-    return plain(value)
+    return "not a finite number" if check.value is None else plain(check.value)
 
 
-def check_sentences(self_checks: Sequence[Mapping[str, Any]]) -> list[Sentence]:
+def check_sentences(self_checks: Sequence[CheckRecord]) -> list[Sentence]:
     """Whether the analysis's checks of itself passed, up to which tolerance; the failed ones by name and number; and which of
     those that passed would have let much through.
     """
     if not self_checks:
         return [Sentence("No self-checks were recorded: nothing vouches for these numbers.", "warning")]
-    failed = [check for check in self_checks if check.get("passed") is not True]
+    failed = [check for check in self_checks if not check.passed]
     if failed:
         described = [_against(check) for check in failed]
         return [
@@ -41,7 +37,7 @@ def check_sentences(self_checks: Sequence[Mapping[str, Any]]) -> list[Sentence]:
                 "bad",
             )
         ]
-    weak = [check for check in self_checks if (as_number(check.get("tolerance")) or 0.0) >= WEAK]
+    weak = [check for check in self_checks if (check.tolerance or 0.0) >= WEAK]
     strong = [check for check in self_checks if check not in weak]
     text = f"All {counted(len(self_checks), 'self-check')} passed"
     listed = f": {', '.join(map(_against, strong))}" if strong else ""
@@ -53,15 +49,14 @@ def check_sentences(self_checks: Sequence[Mapping[str, Any]]) -> list[Sentence]:
     return found
 
 
-def _against(check: Mapping[str, Any]) -> str:
-    return f"{_name(check)} ({check_value(check)}, tolerance {plain(check.get('tolerance'))})"
+def _against(check: CheckRecord) -> str:
+    return f"{_name(check)} ({check_value(check)}, tolerance {plain(check.tolerance)})"
 
 
-def _power(check: Mapping[str, Any]) -> str:
-    allows = check.get("allows")
-    said = f", {quoted(str(allows), 300)[1:-1]}" if isinstance(allows, str) and allows else ""
+def _power(check: CheckRecord) -> str:
+    said = f", {quoted(check.allows, 300)[1:-1]}" if check.allows else ""
     return f"{_against(check)}{said}"
 
 
-def _name(check: Mapping[str, Any]) -> str:
-    return quoted(str(check.get("name", "unnamed")))[1:-1]
+def _name(check: CheckRecord) -> str:
+    return quoted(check.name)[1:-1]

@@ -5,13 +5,16 @@ and on paper (``interactive/page.py``); everything that a model or a file contri
 same bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.report import tables
 from entropy_experiments.report.figures.kernel import Quantity
 from entropy_experiments.report.figures.plots import (
@@ -31,11 +34,10 @@ from entropy_experiments.report.interactive.predicted import entropy_split, pred
 from entropy_experiments.report.interactive.sequences import sequence_details
 from entropy_experiments.report.interactive.shares import sequence_shares
 from entropy_experiments.report.interactive.weightings import weighting_schemes
-from entropy_experiments.report.sections import analysis_figure_makers, analysis_sections, attempt
-from entropy_experiments.report.verdict import primary_estimator, write_verdict
-from entropy_experiments.statistics.confidence import freedom_of_analysis
+from entropy_experiments.report.sections import analysis_figure_makers, analysis_sections
+from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.text.display import one_line, prompt_frame
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.text.numbers import series
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole
 
@@ -87,8 +89,8 @@ def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
 
 def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
     """File name -> what draws the figure: `draw_figures`, one at a time."""
-    training, evaluation = results.training, results.evaluation
-    numbers = _step_numbers(results.raw)
+    training, evaluation, step = results.training, results.evaluation, results.summary.checkpoint.step
+    scaling, split = _scaling(results.summary), _split(results.summary)
     prompts = [row["prompt_index"] for row in evaluation], [row["prompt_index"] for row in training]
 
     def kernel(quantity: Quantity) -> Figure:
@@ -98,15 +100,14 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
         return plot_kernel_heatmap(values, *prompts, quantity=quantity)
 
     return {
-        "training_history": lambda: plot_training_history(results.raw_history, analysed_step=numbers["step"]),
-        "predicted_vs_actual": lambda: plot_predicted_vs_actual(numbers["rows"], **numbers["errors"]),
-        "entropy_split": lambda: plot_entropy_split(
-            numbers["parts"], numbers["measured"], degrees_of_freedom=numbers["freedom"]
-        ),
+        "training_history": lambda: plot_training_history(results.raw_history, analysed_step=step),
+        "predicted_vs_actual": lambda: plot_predicted_vs_actual(**scaling),
+        "entropy_split": lambda: plot_entropy_split(**split),
         "attribution": lambda: plot_attribution(
-            *(_numbers(training, key) for key in ("delta_h", "reward")),
+            series(training, "delta_h"),
+            series(training, "reward"),
             prompts[1],
-            advantages=_numbers(training, "advantage"),
+            advantages=series(training, "advantage"),
         ),
         "kernel_fisher": lambda: kernel("fisher"),
         "kernel_entropy_fisher": lambda: kernel("entropy_fisher"),
@@ -116,86 +117,63 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
 
 def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
     """Figure name -> plotly's data and layout, of the figures that have an interactive version and numbers for it."""
-    numbers = _step_numbers(results.raw)
-    weightings = lookup(results.raw, "analyses", "weighting_schemes")
+    summary = results.summary
+    weightings = finished(summary.analyses.weighting_schemes)
     plots = {
-        "training_history": training_history(results.raw_history, numbers["step"]),
-        "predicted_vs_actual": predicted_vs_actual(numbers["rows"], **numbers["errors"]),
-        "entropy_split": entropy_split(numbers["parts"], numbers["measured"], numbers["freedom"]),
+        "training_history": training_history(results.raw_history, summary.checkpoint.step),
+        "predicted_vs_actual": predicted_vs_actual(**_scaling(summary)),
+        "entropy_split": entropy_split(**_split(summary)),
         "attribution": sequence_shares(results.training),
-        "weighting_schemes": attempt(lambda: weighting_schemes(weightings)),
+        "weighting_schemes": None if weightings is None else weighting_schemes(weightings),
     }
     return {name: plot for name, plot in plots.items() if plot is not None}
 
 
-def _step_numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What pictures and plots of the step are drawn from: of given texts, what holds on given tokens."""
-    given = lookup(summary, "rows_drawn") is False
-    estimator = "fixed_prefix" if given else primary_estimator(summary)
-    parts = lookup(summary, "predicted", estimator) if estimator else None
-    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
-    scaling = lookup(summary, "scaling")
-    return {
-        "step": as_number(lookup(summary, "checkpoint", "step")),
-        "parts": parts,
-        "measured": measured,
-        "freedom": freedom_of_analysis(summary),
-        "rows": [row for row in scaling if isinstance(row, dict)] if isinstance(scaling, list) else [],
-        "errors": {
-            "predicted_standard_error": None if given else value_and_error(lookup(parts, "total"))[1],
-            "actual_standard_error": None if given else value_and_error(measured)[1],
-            "degrees_of_freedom": freedom_of_analysis(summary),
-        },
-    }
+def _scaling(summary: Summary) -> dict[str, Any]:
+    """The arguments of `step_scaling`."""
+    errors = dict.fromkeys(("predicted_standard_error", "actual_standard_error"))
+    if summary.rows_drawn and summary.prediction is not None:
+        errors["predicted_standard_error"] = summary.prediction.total.standard_error
+    if summary.rows_drawn and summary.measured is not None:
+        errors["actual_standard_error"] = summary.measured.standard_error
+    freedom = max(1.0, summary.sampling.evaluation.prompts - 1)
+    return {"rows": [json_of(row) for row in summary.scaling], **errors, "degrees_of_freedom": freedom}
 
 
-def _numbers(rows: list[dict[str, Any]], key: str) -> list[float]:
-    numbers = [as_number(row.get(key)) for row in rows]
-    return [float("nan") if number is None else number for number in numbers]
+def _split(summary: Summary) -> dict[str, Any]:
+    """The arguments of `split_bars`."""
+    return {"predicted": summary.prediction, "actual": summary.measured}
 
 
 def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) -> str:
     """The page for ``results`` as HTML; ``images`` maps a figure's name to (PNG, alternative text)."""
-    checks = results.raw_run.get("self_checks")
-    checks = [check for check in checks if isinstance(check, dict)] if isinstance(checks, list) else []
-    prompts = [row["prompt"] for row in results.evaluation + results.training]
-    frame = prompt_frame(prompts)
+    summary, checks = results.summary, results.run.self_checks
+    frame = prompt_frame([row["prompt"] for row in results.evaluation + results.training])
     prompt_table, prompts_left_out = tables.prompt_rows(results.training, frame)
-    summary = results.raw
-    checkpoint = lookup(summary, "checkpoint")
-    verdict = write_verdict(summary, results.raw_history, checks, results.training, prompts)
     plots = interactive_figures(results)
     figures = {
         name: PageFigure(name, *_FIGURES.get(name, ("", "")), alternative, png, plots.get(name), f"figures/{name}.png")
         for name, (png, alternative) in images.items()
     }
-    analyses = [
-        {"section": section, "figures": [figures[name] for name in section.figures if name in figures]}
-        for section in analysis_sections(summary)
-    ]
-    clustering = lookup(summary, "analyses", "sequence_clustering")
+    clustering = finished(summary.analyses.sequence_clustering)
     kernels = kernel_explorer(results.kernels, results.evaluation, results.training, clustering)
-    tokens = lookup(summary, "analyses", "attribution", "tokens")
-    details = sequence_details(results.evaluation, results.training, frame, tokens)
+    details = sequence_details(results.evaluation, results.training, frame)
     rows = tables.training_rows(results.training, frame)
-    model, step = (
-        one_line(str(lookup(checkpoint, "model") or "unnamed model"), 120),
-        as_number(lookup(checkpoint, "step")),
-    )
+    model, step = one_line(summary.checkpoint.model, 120), summary.checkpoint.step
     return render_page(
         "report.html.j2",
-        title=f"Entropy analysis: {model}" + ("" if step is None else f", step {step:g}"),
+        title=f"Entropy analysis: {model}" + f", step {step}",
         figures=figures,
         data={"sequences": details} | ({} if kernels is None else {"kernels": kernels}),
         scripts=("sequences.js", "kernel.js"),
         model=model,
-        step="" if step is None else f"{step:g}",
-        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
+        step=str(step),
+        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in write_verdict(results)],
         headline=tables.headline(summary, checks),
         overview=[figure for name, figure in figures.items() if name in _FIGURES and not name.startswith("kernel_")],
         kernels=[figure for name, figure in figures.items() if name.startswith("kernel_")],
-        analyses=analyses,
-        given_rows=lookup(summary, "rows_drawn") is False,
+        analyses=analysis_sections(summary.analyses, figures),
+        given_rows=not summary.rows_drawn,
         estimators=tables.estimator_rows(summary),
         entropy=tables.entropy_rows(summary),
         training=rows,
@@ -206,10 +184,10 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
         has_frame=bool(frame.prefix or frame.suffix),
         prompts=prompt_table,
         prompts_left_out=prompts_left_out,
-        buffers=tables.buffer_rows(results.evaluation, results.training, lookup(summary, "sampling")),
+        buffers=tables.buffer_rows(results.evaluation, results.training, summary.sampling),
         checks=tables.check_rows(checks),
-        provenance=tables.provenance_rows(results.raw_run, summary),
-        horizon=tables.plain(lookup(summary, "attribution", "horizon_factor")),
+        provenance=tables.provenance_rows(results.run, summary),
+        horizon=tables.plain(summary.attribution.horizon_factor),
     )
 
 

@@ -4,31 +4,29 @@ Shares of the change of entropy are in 10⁻³ nats per token, changes in nats p
 completions is cut and made visible here (``text_display``) and escaped by the template.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from entropy_experiments.records.preconditioner_labels import WORDS, preconditioner_labels
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.preconditioner_labels import WORDS
+from entropy_experiments.records.run_record import CheckRecord, RunRecord
+from entropy_experiments.records.step_results import Estimator
+from entropy_experiments.records.summary import SamplingRecord, Summary
 from entropy_experiments.report.check_words import check_value
-from entropy_experiments.report.verdict import PARTS, primary_estimator
-from entropy_experiments.statistics.agreement import stored_agreement
+from entropy_experiments.report.verdict import PARTS
+from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.text.display import PromptFrame, clip, one_line
-from entropy_experiments.text.numbers import (
-    as_number,
-    lookup,
-    plain,
-    plus_minus,
-    series,
-    signed,
-    value_and_error,
-)
+from entropy_experiments.text.numbers import as_number, plain, plus_minus, series, signed
 
 _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
 ENDS_SHOWN = 15
 """Training sequences at each end of the table that are printed where it is long."""
-_ESTIMATORS = {
+_ESTIMATORS: dict[Estimator, str] = {
     "rao_blackwell": "Rao–Blackwell (the default)",
     "split": "Split (derivative of the reweighted measurement, same sample)",
     "score_function": "Score function (noisiest)",
@@ -36,20 +34,18 @@ _ESTIMATORS = {
 }
 
 
-def headline(summary: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[dict[str, str]]:
     """The few numbers at the head of the page: label, value, unit, tone; of a step only where one was analysed."""
-    given = lookup(summary, "rows_drawn") is False
-    entropy = value_and_error(lookup(summary, "entropy", "per_token"))
-    passed = sum(check.get("passed") is True for check in checks)
+    passed = sum(check.passed for check in checks)
     tiles = [
         {
-            "label": "Entropy on the given tokens" if given else "Entropy before the step",
-            "value": plus_minus(*entropy, plus=False),
+            "label": "Entropy before the step" if summary.rows_drawn else "Entropy on the given tokens",
+            "value": _estimate(summary.entropy.per_token, plus=False),
             "unit": "nats per token",
         }
     ]
-    if lookup(summary, "step_analysed") is not False:
-        tiles += _step_tiles(summary, given)
+    if summary.step_analysed:
+        tiles += _step_tiles(summary)
     tiles.append(
         {
             "label": "Self-checks passed",
@@ -61,20 +57,15 @@ def headline(summary: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) ->
     return tiles
 
 
-def _step_tiles(summary: Mapping[str, Any], given: bool) -> list[dict[str, str]]:
-    name = "fixed_prefix" if given else primary_estimator(summary) or "rao_blackwell"
-    measured = lookup(summary, "actual", "fixed_prefix" if given else "snis")
+def _step_tiles(summary: Summary) -> list[dict[str, str]]:
+    total, measured = None if summary.prediction is None else summary.prediction.total, summary.measured
     tiles = [
-        {
-            "label": "Predicted change",
-            "value": plus_minus(*value_and_error(lookup(summary, "predicted", name, "total"))),
-            "unit": "nats per token",
-        },
-        {"label": "Measured change", "value": plus_minus(*value_and_error(measured)), "unit": "nats per token"},
+        {"label": "Predicted change", "value": _estimate(total), "unit": "nats per token"},
+        {"label": "Measured change", "value": _estimate(measured), "unit": "nats per token"},
     ]
-    if given:  # nothing is reweighted
+    if not summary.rows_drawn:  # nothing is reweighted
         return tiles
-    effective, n = (as_number(lookup(measured, key)) for key in ("effective_sample_size", "n"))
+    effective, n = (None, None) if measured is None else (measured.effective_sample_size, measured.n)
     weak = effective is not None and n is not None and effective < 0.5 * n
     return [
         *tiles,
@@ -87,21 +78,20 @@ def _step_tiles(summary: Mapping[str, Any], given: bool) -> list[dict[str, str]]
     ]
 
 
-def estimator_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row an estimator: its total and parts, the measurement of the same quantity, and their distance
-    z.
-    """
+def estimator_rows(summary: Summary) -> list[dict[str, str]]:
+    """One row an estimator: its total and parts, the measurement of the same quantity, and their distance z."""
     rows = []
     for name, label in _ESTIMATORS.items():
-        parts = lookup(summary, "predicted", name)
+        parts = summary.predicted.get(name)
         if parts is None:
             continue
-        measured = lookup(summary, "actual", "fixed_prefix" if name == "fixed_prefix" else "snis")
-        compared = stored_agreement(summary, name)
-        row = {part: plus_minus(*value_and_error(lookup(parts, part))) for part in ("total", *PARTS)}
+        measured = getattr(summary.actual, measure_of(name))
+        stored = summary.agreement.get(name)
+        compared = None if stored is None else stored.known()
+        row = {part: _estimate(getattr(parts, part)) for part in ("total", *PARTS)}
         row |= {
             "label": label,
-            "measured": plus_minus(*value_and_error(measured)),
+            "measured": _estimate(measured),
             "z": "not known" if compared is None else f"{compared.z:.1f}",
             "tone": "bad" if compared is not None and not compared.agrees else "",
         }
@@ -109,18 +99,20 @@ def estimator_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def entropy_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def entropy_rows(summary: Summary) -> list[tuple[str, str]]:
     """The policy's entropy before the step in its three readings."""
-    if lookup(summary, "rows_drawn") is False:
-        given = value_and_error(lookup(summary, "entropy", "per_token"))
-        return [("Entropy on the tokens of the given texts, nats per token", plus_minus(*given, plus=False))]
-    readings = (
-        ("Entropy per token h, nats per token", "per_token"),
-        ("Entropy per completion H, nats per completion", "per_completion"),
-        ("Mean surprisal −S per completion, nats (estimates the same H)", "surprisal_per_completion"),
-    )
+    entropy = summary.entropy
+    if not summary.rows_drawn:
+        return [
+            ("Entropy on the tokens of the given texts, nats per token", _estimate(entropy.per_token, plus=False)),
+        ]
     return [
-        (label, plus_minus(*value_and_error(lookup(summary, "entropy", key)), plus=False)) for label, key in readings
+        ("Entropy per token h, nats per token", _estimate(entropy.per_token, plus=False)),
+        ("Entropy per completion H, nats per completion", _estimate(entropy.per_completion, plus=False)),
+        (
+            "Mean surprisal −S per completion, nats (estimates the same H)",
+            _estimate(entropy.surprisal_per_completion, plus=False),
+        ),
     ]
 
 
@@ -183,7 +175,7 @@ def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tu
 
 
 def buffer_rows(
-    evaluation: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]], sampling: object
+    evaluation: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]], sampling: SamplingRecord | None
 ) -> list[tuple[str, str, str]]:
     """(what, evaluation buffer, training buffer), computed from the sequences; then what the sampler
     counted.
@@ -211,81 +203,55 @@ def buffer_rows(
         "kept": "Kept",
         "filler": "Filler (kept although without advantage)",
     }
-    for key, label in words.items():
-        counts = [lookup(sampling, name, key) for name in ("evaluation", "training")]
-        if any(count is not None for count in counts):
-            rows.append((label, *("–" if count is None else plain(count) for count in counts)))
-    return rows
+    counts = {} if sampling is None else {key: plain(getattr(sampling.training, key)) for key in words}
+    return rows + [(words[key], "–", count) for key, count in counts.items()]
 
 
-def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_rows(checks: Sequence[CheckRecord]) -> list[dict[str, Any]]:
     """Self-checks, the failed ones first."""
     rows = [
         {
-            "passed": check.get("passed") is True,
-            "name": clip(str(check.get("name", "unnamed")), 80),
+            "passed": check.passed,
+            "name": clip(check.name, 80),
             "value": check_value(check),
-            "tolerance": plain(check.get("tolerance")),
-            "explanation": clip(str(check.get("explanation", "")), _FACT_CHARACTERS),
+            "tolerance": plain(check.tolerance),
+            "explanation": clip(check.explanation, _FACT_CHARACTERS),
         }
         for check in checks
     ]
     return sorted(rows, key=lambda row: row["passed"])
 
 
-def provenance_rows(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def provenance_rows(run: RunRecord, summary: Summary) -> list[tuple[str, str]]:
     """Where the numbers come from: checkpoint, command, code, versions, machine, timings."""
-    checkpoint = lookup(run, "checkpoint") or lookup(summary, "checkpoint")
+    rows = summary.gradient_rows
     facts = [
-        ("Analysed", run.get("created")),
-        ("Command", run.get("command")),
-        ("Checkpoint", lookup(checkpoint, "path")),
-        ("Training step", lookup(checkpoint, "step")),
-        ("Model", lookup(checkpoint, "model")),
-        ("Training run", lookup(checkpoint, "run_dir")),
-        ("Git commit", run.get("git_sha")),
-        ("Versions", _listed(run.get("versions"))),
-        ("Hardware", _listed(run.get("hardware"))),
-        ("Gradients per sequence", _rows_formed(lookup(summary, "gradient_rows"))),
-        *_preconditioners(summary),
-        ("Stages", _stages(run.get("stages"))),
-        ("Seconds in all", run.get("seconds")),
+        ("Analysed", run.created),
+        ("Command", run.command),
+        ("Checkpoint", run.checkpoint.path),
+        ("Training step", plain(run.checkpoint.step)),
+        ("Model", run.checkpoint.model),
+        ("Training run", run.checkpoint.run_dir),
+        ("Git commit", run.git_sha),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
+        ("Hardware", ", ".join(f"{name} {value}" for name, value in run.hardware.model_dump().items())),
+        (
+            "Gradients per sequence",
+            "batched passes (hooks), held against autograd"
+            if rows.method == "hooks"
+            else f"one pass per sequence (loop): {rows.reason}",
+        ),
+        ("P of shares and step", WORDS[summary.attribution.preconditioner]),
+        ("P of the kernel", WORDS[summary.attribution.kernel_preconditioner]),
+        ("Stages", ", ".join(f"{stage.name} {plain(stage.seconds)} s" for stage in run.stages)),
+        ("Seconds in all", plain(run.seconds)),
     ]
-    return [(label, clip(_text(fact), _FACT_CHARACTERS)) for label, fact in facts]
+    return [(label, clip(fact or "not recorded", _FACT_CHARACTERS)) for label, fact in facts]
 
 
-def _preconditioners(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
-    shares, kernel = preconditioner_labels(summary)
-    rows = [("P of shares and step", shares), ("P of the kernel", kernel)]
-    return [(name, None if label is None else WORDS.get(label, label)) for name, label in rows]
-
-
-def _rows_formed(found: object) -> str | None:
-    """By hooks or by a loop, and why."""
-    if not isinstance(found, Mapping):
-        return None
-    if found.get("method") == "hooks":
-        return "batched passes (hooks), held against autograd"
-    return f"one pass per sequence (loop): {found.get('reason')}"
-
-
-def _text(fact: object) -> str:
-    if fact is None or fact == "":
-        return "not recorded"
-    return plain(fact) if as_number(fact) is not None else str(fact)
-
-
-def _listed(facts: object) -> str | None:
-    if not isinstance(facts, Mapping) or not facts:
-        return None
-    return ", ".join(f"{name} {_text(fact)}" for name, fact in facts.items())
-
-
-def _stages(stages: object) -> str | None:
-    if not isinstance(stages, list):
-        return None
-    known = [stage for stage in stages if isinstance(stage, Mapping)]
-    return ", ".join(f"{stage.get('name')} {plain(stage.get('seconds'))} s" for stage in known) or None
+def _estimate(estimate: Estimate | None, plus: bool = True) -> str:
+    """Value and standard error."""
+    return plain(None) if estimate is None else plus_minus(estimate.value, estimate.standard_error, plus)
 
 
 def _thousandths(share: object) -> str:

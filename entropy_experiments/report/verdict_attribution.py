@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from entropy_experiments.records.leaving_out import FirstUnit, LeavingOut, WhoWasFirst
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.statistics.confidence import Sentence, Tone
 from entropy_experiments.text.display import PromptFrame, prompt_frame, quoted
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain, signed
+from entropy_experiments.text.numbers import as_number, counted, plain, signed
 
 _UNIT = "nats per token"
 _MOST_NAMED = 8
@@ -20,43 +22,40 @@ _SAME = (0.5, 2.0)  # slopes of real on first-order effects within which the one
 
 
 def cost_sentences(
-    training: Sequence[Mapping[str, Any]],
-    all_prompts: Sequence[str] = (),
-    leaving_out: Mapping[str, Any] | None = None,
+    training: Sequence[Mapping[str, Any]], all_prompts: Sequence[str], leaving_out: LeavingOut | None
 ) -> list[Sentence]:
     """Which training sequence and which prompt cost most entropy in this step, or between which the data do not decide.
 
-    training: rows with "row", "prompt_index", "prompt", "completion", "reward", "delta_h" and "effect_of_leaving_out".
-    all_prompts (default: those of `training`) serves to leave out what all prompts have in common. leaving_out: summary.json's;
-    without it (folders of earlier versions) shares decide, and how surely is not known.
+    Args:
+        training: rows with "row", "prompt_index", "prompt", "completion", "reward", "delta_h" and "effect_of_leaving_out".
+        all_prompts: what they have in common is left out of what is quoted.
+        leaving_out: by which number the first is named and how surely; without it shares decide, how surely is not known.
     """
-    rows = [row for row in training if as_number(row.get("delta_h")) is not None]
+    rows = [row for row in training if as_number(row["delta_h"]) is not None]
     if not rows:
         return [Sentence("What single sequences cost is not known: no shares of the change were stored.", "warning")]
-    by_effect = lookup(leaving_out, "headline") == "effect"
+    by_effect = leaving_out is not None and leaving_out.headline == "effect"
     key = "effect_of_leaving_out" if by_effect else "delta_h"
-    if any(as_number(row.get(key)) is None for row in rows):
-        by_effect, key = False, "delta_h"
     lowering, raising = sum(row[key] < 0 for row in rows), sum(row[key] > 0 for row in rows)
     name = "effects of leaving them out" if by_effect else "accounting shares"
     text = (
         f"Of {counted(len(rows), 'training sequence')}, {lowering} lowered entropy in this step and {raising} raised it"
     )
     text += f" (by their {name}"
-    own = as_number(lookup(leaving_out, "own_part_of_second_moment"))
-    if own is not None and own >= 1:
+    own = 0.0 if leaving_out is None else leaving_out.own_part_of_second_moment
+    if own >= 1:
         text += (
             "; at the optimizer's first step its sign alone counts, and no share says what leaving a sequence out does"
         )
-    elif by_effect and own is not None:
+    elif by_effect:
         text += f"; shares mislead here, since {own:.0%} of the second moment is this step's own gradient"
     text += ")"
     if not lowering:
         return [Sentence(f"{text}; none cost entropy.")]
-    teller = _Teller(rows, key, by_effect, lookup(leaving_out, "first"), list(all_prompts))
+    teller = _Teller(rows, key, by_effect, leaving_out, list(all_prompts))
     found = [Sentence(f"{text}; {teller.sequence()}.", teller.tone)]
     if len({row["prompt_index"] for row in rows}) > 1 and (of_prompts := teller.prompt()) is not None:
-        slope = as_number(lookup(leaving_out, "slope_of_real"))
+        slope = None if leaving_out is None else leaving_out.slope_of_real
         tone: Tone = teller.tone
         if by_effect and slope is not None and not _SAME[0] <= slope <= _SAME[1]:
             of_prompts += f"; steps without whole prompts follow these effects with a slope of {plain(slope, 2)} only"
@@ -66,12 +65,20 @@ def cost_sentences(
 
 
 class _Teller:
-    """Sentences on the first sequence and the first prompt. first: summary.json's leaving_out.first."""
+    """Sentences on the first sequence and the first prompt."""
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], key: str, by_effect: bool, first: object, all_prompts: list[str]
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        key: str,
+        by_effect: bool,
+        leaving_out: LeavingOut | None,
+        all_prompts: list[str],
     ) -> None:
-        self._rows, self._key, self._by_effect, self._first = rows, key, by_effect, first
+        first = None if leaving_out is None else leaving_out.first
+        self._rows, self._key, self._by_effect = rows, key, by_effect
+        self._first = first if isinstance(first, WhoWasFirst) else None
+        self._why = None if first is None or isinstance(first, WhoWasFirst) else first.reason
         self._frame: PromptFrame = prompt_frame(all_prompts or [row["prompt"] for row in rows])
         self._by_row = {row["row"]: row for row in rows}
         self.tone: Tone = "plain"
@@ -79,11 +86,11 @@ class _Teller:
     def sequence(self) -> str:
         """The end of the first sentence."""
         kind = "effect of leaving it out" if self._by_effect else "accounting share"
-        found = self._found("sequences")
+        found = None if self._first is None else self._first.sequences.lowering
         worst = min(self._rows, key=lambda row: row[self._key])
         if found is not None and not _named(found):
             return self._undecided(found, "sequence")
-        members = [worst] if found is None else [self._by_row[i] for i in found["rows"]]
+        members = [worst] if found is None else [self._by_row[i] for i in found.rows]
         value, one = sum(row[self._key] for row in members), members[0]
         who = f"sequence {one['row']} of prompt {one['prompt_index']}"
         if len(members) > 1:
@@ -99,7 +106,7 @@ class _Teller:
         sums: dict[int, float] = {}
         for row in self._rows:
             sums[row["prompt_index"]] = sums.get(row["prompt_index"], 0.0) + row[self._key]
-        found = self._found("prompts")
+        found = None if self._first is None else self._first.prompts.lowering
         if found is not None and not _named(found):
             return f"Of {counted(len(sums), 'prompt')}, {self._undecided(found, 'prompt')}"
         if found is None and min(sums.values()) >= 0:
@@ -108,7 +115,7 @@ class _Teller:
             prompt = min(sums, key=lambda index: sums[index])
             value = sums[prompt]
         else:
-            prompt, value = self._by_row[found["rows"][0]]["prompt_index"], found["value"]
+            prompt, value = self._by_row[found.rows[0]]["prompt_index"], found.value
         example = next(row for row in self._rows if row["prompt_index"] == prompt)
         together = "effect of leaving all its sequences out" if self._by_effect else "accounting share of its sequences"
         return (
@@ -116,24 +123,18 @@ class _Teller:
             f"{self._how_surely(found)}): {quoted(self._frame.own_part(example['prompt']), keep='end')}"
         )
 
-    def _found(self, kind: str) -> Mapping[str, Any] | None:
-        found = lookup(self._first, kind, "lowering")
-        known = isinstance(found, Mapping) and as_number(found.get("first_in")) is not None
-        rows = [i for i in found.get("rows") or [] if i in self._by_row] if known else []
-        return found if rows and len(rows) == len(found["rows"]) else None
-
-    def _how_surely(self, found: Mapping[str, Any] | None) -> str:
+    def _how_surely(self, found: FirstUnit | None) -> str:
         if found is None:
             self.tone = "warning"
-            why = lookup(self._first, "reason")
-            return f"how surely is not known: {why}" if isinstance(why, str) else "how surely is not known"
-        return f"first in {found['first_in']:.0%} of {lookup(self._first, 'bootstraps')} bootstraps over evaluation prompts"
+            return "how surely is not known" + ("" if self._why is None else f": {self._why}")
+        return f"first in {found.first_in:.0%} of {self._bootstraps}"
 
-    def _undecided(self, found: Mapping[str, Any], what: str) -> str:
-        units = [rows for rows in lookup(found, "set", "rows") or [] if all(i in self._by_row for i in rows)]
-        members = [self._by_row[rows[0]] for rows in units]
-        value, part = (as_number(lookup(found, "set", name)) or 0.0 for name in ("value", "first_in"))
-        bootstraps = f"{lookup(self._first, 'bootstraps')} bootstraps over evaluation prompts"
+    @property
+    def _bootstraps(self) -> str:
+        return f"{0 if self._first is None else self._first.bootstraps} bootstraps over evaluation prompts"
+
+    def _undecided(self, found: FirstUnit, what: str) -> str:
+        members = [self._by_row[rows[0]] for rows in found.set.rows]
         prompts = sorted({row["prompt_index"] for row in members})
         if what == "prompt":
             who = f"prompts {_listed(prompts)}" if len(prompts) <= _MOST_NAMED else f"{len(prompts)} prompts"
@@ -145,38 +146,36 @@ class _Teller:
             who = f"{len(members)} sequences of {counted(len(prompts), 'prompt')}"
         kind = "effects of leaving them out" if self._by_effect else "accounting shares"
         return (
-            f"no single {what} cost most: none is first in more than half of {bootstraps}, and in {part:.0%} it is one of "
-            f"{who}, together {_thousandths(value)} ({kind})"
+            f"no single {what} cost most: none is first in more than half of {self._bootstraps}, and in "
+            f"{found.set.first_in:.0%} it is one of {who}, together {_thousandths(found.set.value)} ({kind})"
         )
 
 
-def training_noise_sentence(summary: Mapping[str, Any]) -> Sentence | None:
+def training_noise_sentence(summary: Summary) -> Sentence | None:
     """What another draw of the training buffer would have changed, and what that error covers; None without a step."""
-    noise = lookup(summary, "training_noise")
-    numbers = [as_number(lookup(noise, name)) for name in ("standard_error", "low", "high", "prompts", "groups")]
-    known = [number for number in numbers if number is not None]
-    if len(known) < len(numbers):
-        if lookup(summary, "leaving_out") is None:
+    noise = summary.training_noise
+    if noise is None or noise.standard_error is None or noise.low is None or noise.high is None:
+        if summary.leaving_out is None:
             return None
         return Sentence(
             "How far another draw of the training buffer would have moved the predicted change is not known (one prompt, or "
             "sequences of one's own): errors given here are over evaluation prompts alone.",
             "warning",
         )
-    error, low, high, prompts, groups = known
-    units = f"{prompts:g} prompts" if groups == prompts else f"{prompts:g} prompts in {groups:g} groups"
+    units = f"{noise.prompts} prompts" + ("" if noise.groups == noise.prompts else f" in {noise.groups} groups")
     text = (
-        f"Another draw of this training buffer ({units}) would have moved the predicted change by ±{plain(error, 2)} {_UNIT} "
-        f"(standard error; 95% interval {signed(low, 2)} to {signed(high, 2)}, P, momentum and clipping re-derived). The other "
+        f"Another draw of this training buffer ({units}) would have moved the predicted change by "
+        f"±{plain(noise.standard_error, 2)} {_UNIT} (standard error; 95% interval {signed(noise.low, 2)} to "
+        f"{signed(noise.high, 2)}, P, momentum and clipping re-derived). The other "
         "errors cover which evaluation sequences entropy was looked at with, for this very step, and not that"
     )
-    if low <= 0 <= high:
+    if noise.low <= 0 <= noise.high:
         return Sentence(text + "; with another buffer the step could have moved entropy the other way.", "warning")
     return Sentence(text + ".")
 
 
-def _named(found: Mapping[str, Any]) -> bool:
-    return found["first_in"] > 0.5
+def _named(found: FirstUnit) -> bool:
+    return (found.first_in or 0.0) > 0.5
 
 
 def _thousandths(value: float) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
-from entropy_experiments.text.numbers import as_number, lookup, value_and_error
+from entropy_experiments.text.numbers import as_number, value_and_error
 from rl_training.intervals import interval, t_quantile, welch_freedom
 
 _MANY = 30  # prompts from which Student's t keeps its level whatever the tails of a symmetric law
@@ -116,17 +116,6 @@ def compare(predicted: Any, measured: Any) -> Agreement | None:
     if without.shape != other.shape:
         return None
     return paired_agreement(left - right, without - other)
-
-
-def stored_agreement(summary: Mapping[str, Any], estimator: str | None) -> Agreement | None:
-    """What summary.json says of an estimator's total against the measurement of its quantity; None where it does not."""
-    entry = lookup(summary, "agreement", estimator) if estimator else None
-    if not isinstance(entry, Mapping):
-        return None
-    names = ("difference", "standard_error", "degrees_of_freedom", "z", "p_value", "low", "high")
-    numbers = [as_number(entry.get(name)) for name in names]
-    known = [number for number in numbers if number is not None]
-    return Agreement(*known, paired=entry.get("paired") is True) if len(known) == len(names) else None
 
 
 def _agreement(difference: float, error: float, freedom: float, paired: bool) -> Agreement | None:

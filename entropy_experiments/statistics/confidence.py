@@ -141,30 +141,26 @@ def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
     return None if prompts is None else max(1.0, prompts - 1)
 
 
-def few_prompts_sentence(summary: Mapping[str, Any], shown_entries: Mapping[str, object] | None = None) -> str | None:
-    """What intervals are worth where few evaluation prompts are behind them; None where enough are, or nothing is known.
+def few_prompts_sentence(prompts: int, shown_entries: Mapping[str, Any] | None = None) -> str | None:
+    """What intervals are worth where few evaluation prompts are behind them; None where enough are.
 
-    shown_entries: what a number is called -> its entry. Below FEWEST_FOR_LEVEL prompts all intervals are named (in the world of
-    the tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (`carried_by_few`).
+    shown_entries: what a number is called -> its estimate, or None. Below FEWEST_FOR_LEVEL prompts all intervals are named (in
+    the world of the tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (`carried_by_few`).
     """
-    prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
-    if prompts is None or prompts <= 1:
+    if prompts <= 1:
         return None
     if prompts < FEWEST_FOR_LEVEL:
         return (
-            f"Intervals rest on {counted(int(prompts), 'evaluation prompt')}: of so few, what is called 95% covers about 90%, "
+            f"Intervals rest on {counted(prompts, 'evaluation prompt')}: of so few, what is called 95% covers about 90%, "
             f"and less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
         )
-    few = {
-        name: freedom
-        for name, entry in (shown_entries or {}).items()
-        if math.isfinite(freedom := freedom_of(entry)) and carried_by_few(freedom, prompts)
-    }
+    freedoms = {name: getattr(entry, "degrees_of_freedom", None) for name, entry in (shown_entries or {}).items()}
+    few = {name: f for name, f in freedoms.items() if f is not None and carried_by_few(f, prompts)}
     if not few:
         return None
     return (
-        f"Few of the {int(prompts)} evaluation prompts carry the error of the {' and the '.join(few)} change (worth "
-        f"{min(few.values()):.0f} degrees of freedom of {int(prompts) - 1}): other prompts may tell another number; take more."
+        f"Few of the {prompts} evaluation prompts carry the error of the {' and the '.join(few)} change (worth "
+        f"{min(few.values()):.0f} degrees of freedom of {prompts - 1}): other prompts may tell another number; take more."
     )
 
 

@@ -13,6 +13,7 @@ from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_or
 from entropy_experiments.analyses.intervention import SharePrediction, prove_by_intervention
 from entropy_experiments.analyses.prompt_structure import prompt_structure
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
+from entropy_experiments.records.record import json_of
 
 
 def labels(rows):
@@ -51,7 +52,7 @@ def kernel_arrays(rows, fisher, entropy_fisher):
 
 
 def make_analyses(rows, fisher, entropy_fisher, summary):
-    """All nine, each as the analysis itself returns it."""
+    """All nine, each as summary.json holds what the analysis itself returns."""
     arrays, generator = kernel_arrays(rows, fisher, entropy_fisher), np.random.default_rng(5)
     contributions = np.array([row["delta_h_lost"] for row in rows if row["buffer"] == "evaluation"])
     lengths = arrays.training.length.astype(int)
@@ -81,7 +82,7 @@ def make_analyses(rows, fisher, entropy_fisher, summary):
     totals = {name: parts["total"] for name, parts in summary["predicted"].items()}
     cut = [np.array([row["truncated"] for row in rows if row["buffer"] == name]) for name in ("evaluation", "training")]
     actual = summary["actual"]
-    return {
+    results = {
         "buffers": compare_buffers(arrays.evaluation, arrays.training, (cut[0], cut[1])),
         "entropy_prediction": compare_prediction(totals, measured),
         "higher_order": measure_orders(
@@ -103,3 +104,4 @@ def make_analyses(rows, fisher, entropy_fisher, summary):
             summary["predicted"], actual["snis"], measured_fixed_prefix=actual["fixed_prefix"], covariance=-0.2, steer=0.1
         ),
     }  # fmt: skip
+    return {name: json_of(result) for name, result in results.items()}

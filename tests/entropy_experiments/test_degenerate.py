@@ -6,7 +6,8 @@ import re
 import pytest
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.records.record import json_of
+from entropy_experiments.records.record import Result, json_of
+from entropy_experiments.report.findings import FINDINGS
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import SIDECAR, edit_json
 from tests.entropy_experiments.small_analysis import whole_config
@@ -22,7 +23,9 @@ def analyse(run, folder, *overrides):
     page = re.sub(r'base64,[A-Za-z0-9+/=]+|"[A-Za-z0-9+/]{8,}=*"|>None\.<', "", page)
     assert not re.search(r"\b(nan|None|inf)\b", page), re.findall(r".{40}\b(?:nan|None|inf)\b.{20}", page)
     assert not result.failed_analyses and not result.failed_checks
-    return json_of(result.summary)["analyses"]
+    records = result.summary.analyses
+    sentences = {name: FINDINGS[name](entry) for name, entry in records.entries() if isinstance(entry, Result)}
+    return {name: entry | {"sentence": sentences.get(name)} for name, entry in json_of(records).items()}
 
 
 def columns(path, *lines):

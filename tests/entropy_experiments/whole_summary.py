@@ -1,7 +1,14 @@
 """A whole summary.json and run.json with planted numbers, as the records want them; tests change what they look at."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from entropy_experiments.records.history_rows import HistoryRow
+from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.record import validated
+from entropy_experiments.records.run_record import RunRecord
+from entropy_experiments.records.summary import Summary
 from rl_training.intervals import interval
 
 
@@ -168,5 +175,18 @@ def clustering(labels: list[int | None]) -> dict[str, Any]:
         "clusters": [],
         "labels": labels,
         "spectral_labels": labels,
-        "sentence": "Planted.",
     }
+
+
+def results_of(
+    summary: dict[str, Any],
+    history: Sequence[dict[str, Any]] = (),
+    checks: Sequence[dict[str, Any]] = (),
+    training: Sequence[dict[str, Any]] = (),
+) -> ResultsFolder:
+    """A results folder of this content, as it is read, without evaluation sequences and kernels."""
+    run = validated(RunRecord, whole_run(self_checks=list(checks)), "run.json")
+    rows = validated(list[HistoryRow], list(history), "training_history.json")
+    return ResultsFolder(
+        Path("planted"), run, validated(Summary, summary, "summary.json"), rows, [], list(training), {}
+    )

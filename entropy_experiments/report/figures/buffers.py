@@ -3,19 +3,18 @@
 Shares of each buffer's sequences, and means with 95% intervals over prompts. See docs/analyses/buffers.md.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from entropy_experiments.records.kernel_results import BufferComparison, BufferDescription, BuffersResult
 from entropy_experiments.report.figures import style
-from entropy_experiments.report.figures.bars import reaches, values_and_bars
-from entropy_experiments.statistics.confidence import known
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain
+from entropy_experiments.report.figures.bars import reaches
+from entropy_experiments.statistics.confidence import Known
+from entropy_experiments.text.numbers import counted, plain
+from rl_training.intervals import interval
 
 _TITLE = "What the step learns from, and what entropy is measured on"
 _PANELS = {
@@ -33,27 +32,24 @@ _BUFFERS = {
 
 
 @style.in_house_style
-def plot_buffers(result: Mapping[str, Any]) -> Figure:
-    """Four panels, one a quantity, of what `analyses.buffers.compare_buffers` returned."""
-    quantities = lookup(result, "quantities")
-    if not isinstance(quantities, Mapping) or not any(lookup(quantities, n, "histogram", "edges") for n in _PANELS):
-        return style.no_data_figure(_TITLE, "no numbers of the two buffers were stored.")
+def plot_buffers(result: BuffersResult) -> Figure:
+    """Four panels, one a quantity."""
     figure = style.new_figure(8.6, 5.7)
     grid = figure.add_gridspec(3, 2, height_ratios=(0.12, 1, 1))
     _legend(figure.add_subplot(grid[0, :]))
     for place, (name, label) in enumerate(_PANELS.items()):
         axes = figure.add_subplot(grid[1 + place // 2, place % 2])
-        quantity = lookup(quantities, name)
+        quantity = result.quantities[name]
         axes.set_xlabel(label)
-        if not lookup(quantity, "histogram", "edges"):
-            style.no_data(axes, f"{name}: {lookup(quantity, 'reason') or 'not recorded'}")
+        if not quantity.histogram.edges:
+            style.no_data(axes, f"{name}: {quantity.reason or 'not recorded'}")
             continue
         axes.set_title(_finding(quantity), fontsize=9)
         if name == "truncated":
             _share_panel(axes, quantity)
         else:
             _histogram_panel(axes, quantity)
-    return style.finish(figure, _TITLE, _caption(quantities))
+    return style.finish(figure, _TITLE, _caption(result.quantities["length"]))
 
 
 def _legend(axes: Axes) -> None:
@@ -65,23 +61,22 @@ def _legend(axes: Axes) -> None:
     axes.legend(handles=patches, loc="center left", ncols=2, borderaxespad=0.0)
 
 
-def _finding(quantity: Any) -> str:
-    p, probability = as_number(lookup(quantity, "p_value")), as_number(lookup(quantity, "probability_larger", "value"))
-    if p is None or probability is None:
-        return str(lookup(quantity, "reason") or "not compared")
-    verdict = "they differ" if lookup(quantity, "differs") else "may be chance"
-    return f"training larger in {probability:.0%} of pairs, p = {plain(p, 2)}: {verdict}"
+def _finding(quantity: BufferComparison) -> str:
+    probability = quantity.probability_larger.value
+    if quantity.p_value is None or probability is None:
+        return quantity.reason or "not compared"
+    verdict = "they differ" if quantity.differs else "may be chance"
+    return f"training larger in {probability:.0%} of pairs, p = {plain(quantity.p_value, 2)}: {verdict}"
 
 
-def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
-    histogram = quantity["histogram"]
-    edges = np.asarray(histogram["edges"], dtype=float)
+def _histogram_panel(axes: Axes, quantity: BufferComparison) -> None:
+    edges = np.asarray(quantity.histogram.edges)
     centres = (edges[:-1] + edges[1:]) / 2
     if (centres == np.round(centres)).all():  # one bin a number
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     top = 0.0
     for place, (name, (colour, hatch, _)) in enumerate(_BUFFERS.items()):
-        shares = 100 * np.asarray(histogram[name], dtype=float)
+        shares = 100 * np.asarray(getattr(quantity.histogram, name))
         half = 0.46 * np.diff(edges)  # the two buffers share a bin, half each
         left = centres + (place - 1) * half
         axes.bar(
@@ -98,10 +93,11 @@ def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
         top = max(top, float(shares.max(initial=0.0)))
     top = top or 1.0
     for place, (name, (colour, _, _)) in enumerate(_BUFFERS.items()):
-        mean, bar = values_and_bars([_mean(quantity[name])])
-        if np.isfinite(mean[0]):
+        mean = _mean(getattr(quantity, name))
+        if mean is not None:
             axes.errorbar(
-                mean, [top * (1.1 + 0.1 * place)], xerr=bar, fmt="D", markersize=5, color=colour, capsize=3,
+                mean.value, top * (1.1 + 0.1 * place), xerr=[[end] for end in reaches(mean)], fmt="D", markersize=5,
+                color=colour, capsize=3,
                 markeredgecolor="white",
             )  # fmt: skip
     axes.set_ylim(0, 1.3 * top)
@@ -110,17 +106,17 @@ def _histogram_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
     axes.grid(False, axis="x")
 
 
-def _mean(side: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean of a buffer as `known` takes it."""
-    prompts = as_number(side.get("prompts"))
-    freedom = None if prompts is None else max(1.0, prompts - 1)
-    return {"value": side["mean"], "standard_error": side["standard_error"], "degrees_of_freedom": freedom}
+def _mean(side: BufferDescription) -> Known | None:
+    """The mean of a buffer with Student's interval over its prompts."""
+    if side.mean is None or side.standard_error is None:
+        return None if side.mean is None else Known(side.mean)
+    return Known(side.mean, *interval(side.mean, side.standard_error, max(1.0, side.prompts - 1)))
 
 
-def _share_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
+def _share_panel(axes: Axes, quantity: BufferComparison) -> None:
     reach = 5.0
     for place, (name, (colour, hatch, _)) in enumerate(_BUFFERS.items()):
-        found = known(_mean(quantity[name]))
+        found = _mean(getattr(quantity, name))
         if found is None:
             continue
         mean, (below, above) = found.value, (100 * length for length in reaches(found))
@@ -129,7 +125,7 @@ def _share_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
         )  # fmt: skip
         axes.errorbar([100 * mean], [place], xerr=[[min(below, 100 * mean)], [above]], color="#222222", capsize=4)
         reach = max(reach, 1.15 * (100 * mean + above))
-    means = [as_number(quantity[name]["mean"]) for name in _BUFFERS]
+    means = [getattr(quantity, name).mean for name in _BUFFERS]
     axes.set_yticks(
         range(len(_BUFFERS)),
         [name if m is None else f"{name}\n{m:.0%}" for name, m in zip(_BUFFERS, means, strict=True)],
@@ -139,12 +135,10 @@ def _share_panel(axes: Axes, quantity: Mapping[str, Any]) -> None:
     axes.grid(False, axis="y")
 
 
-def _caption(quantities: Mapping[str, Any]) -> str:
+def _caption(lengths: BufferComparison) -> str:
     counts = [
-        " of ".join(
-            counted(int(as_number(lookup(quantities, "length", name, f"{w}s")) or 0), w) for w in ("sequence", "prompt")
-        )
-        for name in _BUFFERS
+        f"{counted(side.sequences, 'sequence')} of {counted(side.prompts, 'prompt')}"
+        for side in (lengths.evaluation, lengths.training)
     ]
     return (
         f"Evaluation: {counts[0]}; training: {counts[1]}. Bars: share of each buffer's sequences with such a value. Diamonds "

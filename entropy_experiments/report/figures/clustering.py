@@ -1,13 +1,7 @@
 """Do the gradients of the training sequences fall into groups? Their cosines along the leaves of the tree; the spectrum.
 
-    plot_sequence_clusters    heat map and tree; silhouettes against rotated clouds; eigenvalues
-
-Reads the dict of ``entropy_experiments.analyses.clustering``, as ``summary.json`` stores it, and K₁ between training
-sequences. See docs/analyses/clustering.md.
+Heat map and tree; silhouettes against rotated clouds; eigenvalues. See docs/analyses/clustering.md.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,30 +10,28 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
-from entropy_experiments.analyses.distinct_sequences import duplicates_in_words
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel
+from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.report.figures import style
-from entropy_experiments.text.numbers import as_number, counted, lookup, plain
+from entropy_experiments.report.kernel_findings import duplicates_in_words
+from entropy_experiments.text.numbers import counted, plain
 
 _TITLE = "Do the gradients of the training sequences fall into groups?"
 _MOST_NUMBERS = 16
 
 
 @style.in_house_style
-def plot_sequence_clusters(clustering: Mapping[str, Any], train_fisher: ArrayLike | None = None) -> Figure:
+def plot_sequence_clusters(clustering: ClusteringResult, train_fisher: ArrayLike | None = None) -> Figure:
     """Cosine kernel in leaf order with its tree, silhouettes over the number of clusters, and eigenvalues.
 
-    Parameters
-    ----------
-    clustering: the dict that ``sequence_clusters`` returns.
-    train_fisher: (n_train, n_train) K₁ between training sequences, the matrix that was clustered; without it the
-        heat map is left out.
+    Args:
+        train_fisher: (n_train, n_train) K₁ between training sequences, the matrix that was clustered; without it the heat map
+            is left out.
 
-    Raises
-    ------
-    ValueError: a train_fisher of another size than was clustered.
+    Raises:
+        ValueError: a train_fisher of another size than was clustered.
     """
-    if not clustering or not lookup(clustering, "sequences"):
+    if not clustering.sequences:
         return style.no_data_figure(_TITLE, "no training sequence has a gradient, or clusters were not analysed.")
     figure = style.new_figure(8.6, 5.6)
     grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1.0))
@@ -52,15 +44,15 @@ def plot_sequence_clusters(clustering: Mapping[str, Any], train_fisher: ArrayLik
     return style.finish(figure, _TITLE, _caption(clustering, limit))
 
 
-def _draw_tree(axes: Axes, clustering: Mapping[str, Any]) -> None:
+def _draw_tree(axes: Axes, clustering: ClusteringResult) -> None:
     """Brackets of the tree over the leaves; heights are mean distances 1 − cosine."""
-    count = len(clustering["sequences"])
-    place = {sequence: at for at, sequence in enumerate(clustering["sequences"])}
+    count = len(clustering.sequences)
+    place = {sequence: at for at, sequence in enumerate(clustering.sequences)}
     across = np.empty(2 * count - 1)
     height = np.zeros(2 * count - 1)
-    across[[place[sequence] for sequence in clustering["leaf_order"]]] = np.arange(count)
+    across[[place[sequence] for sequence in clustering.leaf_order]] = np.arange(count)
     brackets = []
-    for merge, (first, second, distance, _) in enumerate(clustering["linkage"]):
+    for merge, (first, second, distance, _) in enumerate(clustering.linkage):
         a, b, node = int(first), int(second), count + merge
         brackets.append([(across[a], height[a]), (across[a], distance), (across[b], distance), (across[b], height[b])])
         across[node], height[node] = (across[a] + across[b]) / 2, distance
@@ -76,25 +68,25 @@ def _draw_tree(axes: Axes, clustering: Mapping[str, Any]) -> None:
 
 
 def _draw_cosines(
-    figure: Figure, axes: Axes, clustering: Mapping[str, Any], train_fisher: ArrayLike | None
+    figure: Figure, axes: Axes, clustering: ClusteringResult, train_fisher: ArrayLike | None
 ) -> float | None:
     """The cosine kernel in leaf order, clusters framed; returns where the colour scale ends."""
     if train_fisher is None:
         style.no_data(axes, "the kernel between training sequences\nwas not stored")
         return None
     kernel = np.asarray(train_fisher, dtype=np.float64)
-    if kernel.shape != (clustering["n_train"],) * 2:
-        raise ValueError(f"train_fisher has shape {kernel.shape}, but {clustering['n_train']} sequences were clustered")
+    if kernel.shape != (clustering.n_train,) * 2:
+        raise ValueError(f"train_fisher has shape {kernel.shape}, but {clustering.n_train} sequences were clustered")
     cosine, rows = cosine_kernel((kernel + kernel.T) / 2)
     place = {sequence: at for at, sequence in enumerate(rows.tolist())}
-    order = [place[sequence] for sequence in clustering["leaf_order"]]
+    order = [place[sequence] for sequence in clustering.leaf_order]
     different = np.abs(cosine[~np.eye(len(cosine), dtype=bool)])
     limit = float(np.percentile(different, 99)) if different.size and different.max() > 0 else 1.0
     axes.grid(False)
     image = axes.imshow(
         cosine[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
-    labels = [clustering["labels"][sequence] for sequence in clustering["leaf_order"]]
+    labels = [clustering.labels[sequence] for sequence in clustering.leaf_order]
     edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
     if len(edges) > 2:
         for start, stop in zip(edges, edges[1:], strict=False):
@@ -117,20 +109,19 @@ def _draw_cosines(
     return limit
 
 
-def _draw_silhouettes(axes: Axes, clustering: Mapping[str, Any]) -> None:
+def _draw_silhouettes(axes: Axes, clustering: ClusteringResult) -> None:
     axes.set_title("how well separated")
-    silhouette = lookup(clustering, "silhouette")
-    if not silhouette:
+    silhouette = clustering.silhouette
+    if silhouette is None:
         style.no_data(axes, "too few sequences\nfor clusters")
         return
-    ks = silhouette["k"]
-    axes.plot(ks, silhouette["hierarchical"], color=style.PREDICTED, marker="o", markersize=4, label="tree")
+    ks = silhouette.k
+    axes.plot(ks, silhouette.hierarchical, color=style.PREDICTED, marker="o", markersize=4, label="tree")
+    axes.plot(ks, silhouette.spectral, color=style.MEASURED, marker="s", markersize=4, linestyle="--", label="spectral")
+    axes.axhline(silhouette.null_95, color="#444444", linestyle=":", linewidth=1.5, label="best of one cloud, 95%")
     axes.plot(
-        ks, silhouette["spectral"], color=style.MEASURED, marker="s", markersize=4, linestyle="--", label="spectral"
+        silhouette.best_k, silhouette.best, marker="o", markersize=11, fillstyle="none", color="black", linestyle="none"
     )
-    axes.axhline(silhouette["null_95"], color="#444444", linestyle=":", linewidth=1.5, label="best of one cloud, 95%")
-    best = silhouette["best_k"]
-    axes.plot(best, silhouette["best"], marker="o", markersize=11, fillstyle="none", color="black", linestyle="none")
     axes.set_xlabel("number of clusters")
     axes.set_ylabel("mean silhouette")
     low, high = axes.get_ylim()
@@ -139,17 +130,17 @@ def _draw_silhouettes(axes: Axes, clustering: Mapping[str, Any]) -> None:
     axes.legend(loc="upper right", fontsize=8)
 
 
-def _draw_spectrum(axes: Axes, clustering: Mapping[str, Any]) -> None:
+def _draw_spectrum(axes: Axes, clustering: ClusteringResult) -> None:
     axes.set_title("how many directions")
     for name, words, colour, dash in (
         ("cosine", "cosines", style.PREDICTED, "-"),
         ("fisher", "$K_1$ itself", style.MEASURED, "--"),
     ):
-        spectrum = lookup(clustering, "spectrum", name) or {}
-        rank = as_number(spectrum.get("effective_rank"))
+        spectrum = clustering.spectrum[name]
+        rank = spectrum.effective_rank
         if rank is None:
             continue
-        shares = np.asarray(spectrum["eigenvalues"]) / np.sum(spectrum["eigenvalues"])
+        shares = np.asarray(spectrum.eigenvalues) / np.sum(spectrum.eigenvalues)
         axes.plot(
             np.arange(1, len(shares) + 1),
             np.cumsum(shares),
@@ -165,23 +156,21 @@ def _draw_spectrum(axes: Axes, clustering: Mapping[str, Any]) -> None:
     axes.legend(loc="lower right", fontsize=8)
 
 
-def _caption(clustering: Mapping[str, Any], limit: float | None) -> str:
-    clustered, missing = len(clustering["sequences"]), len(clustering["without_gradient"])
-    counts = clustering.get("duplicates")  # results before 0.2 have none
-    sequences = duplicates_in_words(counts) if counts else counted(clustered, "sequence")
+def _caption(clustering: ClusteringResult, limit: float | None) -> str:
+    missing, sequences = len(clustering.without_gradient), duplicates_in_words(clustering.duplicates)
     caption = ""
     if limit is not None:
         caption += (
-            f"Left: red pairs push the policy the same way, blue ones against each other (scale ends at ±{plain(limit, 2)}; the "
-            "diagonal is 1). "
+            f"Left: red pairs change the policy in the same direction, blue ones in opposite directions "
+            f"(scale ends at ±{plain(limit, 2)}; the diagonal is 1). "
         )
-    silhouette = lookup(clustering, "silhouette")
-    if lookup(clustering, "shared") is None:
-        caption += f"{sequences}, no clusters: {clustering['reason']}. "
+    silhouette = clustering.silhouette
+    if clustering.shared is None or silhouette is None:
+        caption += f"{sequences}, no clusters: {clustering.reason}. "
     else:
         caption += (
-            f"{sequences} in {clustering['n_clusters']} clusters (frames); rotated clouds without groups "
-            f"are as well separated with p = {plain(silhouette['p_value'], 2)}. "
+            f"{sequences} in {clustering.n_clusters} clusters (frames); rotated clouds without groups "
+            f"are as well separated with p = {plain(silhouette.p_value, 2)}. "
         )
     caption += "Top right: the ring marks the best cut of the tree" if silhouette else ""
     caption += (

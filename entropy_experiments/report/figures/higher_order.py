@@ -6,18 +6,16 @@ See docs/analyses/higher-order.md.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.step_results import HigherOrderResult
 from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS
 from entropy_experiments.report.figures.lines import DELTA_H_LABEL
-from entropy_experiments.statistics.confidence import shown
-from entropy_experiments.text.numbers import as_number, lookup, plain, series
+from entropy_experiments.text.numbers import plain
 from rl_training.intervals import t_quantile
 
 _TITLE = "How far the first order carries, and what the second adds"
@@ -25,25 +23,21 @@ _SECOND = "#117733"
 
 
 @style.in_house_style
-def plot_higher_order(result: Mapping[str, Any]) -> Figure:
-    """The measured change along the step with its first- and second-order approximations; the even part by itself.
-
-    result: what `analyses.higher_order.measure_orders` returned.
-    """
-    points = lookup(result, "points")
-    if not isinstance(points, list) or not points:
+def plot_higher_order(result: HigherOrderResult) -> Figure:
+    """The measured change along the step with its first- and second-order approximations; the even part by itself."""
+    points = result.points
+    if not points:
         return style.no_data_figure(_TITLE, "no change was measured along the step.")
-    first = as_number(lookup(result, "first_order", "value"))
-    second = as_number(lookup(result, "second_order", "value"))
-    scales, changes = series(points, "scale"), series(points, "change")
-    freedom = as_number(lookup(result, "first_order", "degrees_of_freedom"))
+    first, second = result.first_order.value, result.second_order.value
+    scales, changes = (np.array([getattr(point, name) for point in points]) for name in ("scale", "change"))
+    freedom = result.first_order.degrees_of_freedom
     reach = t_quantile(math.inf if freedom is None else freedom)
-    errors = reach * np.nan_to_num(series(points, "standard_error"))
-    used = np.array([bool(point.get("used")) for point in points])
+    errors = reach * np.array([point.standard_error or 0.0 for point in points])
+    used = np.array([point.used for point in points])
     figure = style.new_figure(8.6, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
-    _curve(left, scales, changes, errors, used, first, second, as_number(lookup(result, "equal_at", "value")))
-    _even_part(right, scales, changes, used, second, as_number(lookup(result, "fourth")))
+    _curve(left, scales, changes, errors, used, first, second, result.equal_at.value)
+    _even_part(right, scales, changes, used, second, result.fourth)
     return style.finish(figure, _TITLE, _caption(result, errors))
 
 
@@ -115,21 +109,18 @@ def _even_part(
     axes.legend(loc="best", fontsize=8)
 
 
-def _caption(result: Mapping[str, Any], errors: np.ndarray) -> str:
-    first, second = lookup(result, "first_order") or {}, lookup(result, "second_order") or {}
-    if as_number(second.get("value")) is None:
-        return f"Left: the measured change along the step. The second order is not known: {lookup(result, 'reason')}."
+def _caption(result: HigherOrderResult, errors: np.ndarray) -> str:
+    second, equal = result.second_order, result.equal_at
+    if second.value is None:
+        return f"Left: the measured change along the step. The second order is not known: {result.reason}."
     text = (
         f"Left: the change measured on the same tokens along the step, forwards and backwards. At s = 1 the first order makes "
-        f"{shown(first)} and the second "
-        f"{shown({**second, 'standard_error': second.get('total_error')})} nats per token"
+        f"{result.first_order.shown()} and the second {second.shown()} nats per token"
     )
-    equal = lookup(result, "equal_at") or {}
-    if as_number(equal.get("value")) is not None:
-        text += f"; they are equal in size at s* = {plain(equal['value'], 2)}"
-        if as_number(equal.get("low")) is not None and second.get("total_error") is not None:
-            high = plain(equal["high"], 2) if as_number(equal.get("high")) is not None else "unbounded"
-            text += f" (from {plain(equal['low'], 2)} to {high})"
+    if equal.value is not None:
+        text += f"; they are equal in size at s* = {plain(equal.value, 2)}"
+        if equal.low is not None and second.total_error is not None:
+            text += f" (from {plain(equal.low, 2)} to {'unbounded' if equal.high is None else plain(equal.high, 2)})"
     text += ". Right: the part of the change that does not turn around with the step, in which the first order cancels."
     if errors.any():
         text += f" Bars: {BARS} over prompts, common to all points of the curve for the most part."

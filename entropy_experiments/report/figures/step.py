@@ -16,12 +16,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.summary import StepParts
 from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS, bars_of_rows, reaches
 from entropy_experiments.report.figures.drawing import colour_of, draw_line, draw_panel
 from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, in_words
-from entropy_experiments.statistics.confidence import Known, known, shown
-from entropy_experiments.text.numbers import lookup, plain, series, signed
+from entropy_experiments.statistics.confidence import Known, shown
+from entropy_experiments.text.numbers import plain, series, signed
 from rl_training.intervals import t_quantile
 
 _SCALING_TITLE = "Predicted and measured change of entropy along the step"
@@ -184,36 +186,28 @@ class SplitBar:
     hatched: bool = False
 
 
-def split_bars(
-    predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None, degrees_of_freedom: float | None = None
-) -> list[SplitBar]:
+def split_bars(predicted: StepParts | None, actual: Estimate | None) -> list[SplitBar]:
     """Bars of the predicted Δh of batch, momentum, weight decay and their total, and of the measured Δh.
 
     Args:
-        predicted: "batch", "momentum", "weight_decay", "total" -> {"value", "standard_error"}, nats per token.
-        actual: {"value", "standard_error"} of the measured change, or None. Either may hold "low" and "high", its 95% interval.
-        degrees_of_freedom: of errors that do not say.
+        predicted: in nats per token; None where nothing was predicted.
+        actual: the measured change; None where nothing was measured.
     """
 
     def number(key: str) -> Known | None:
-        return known(lookup(predicted, key), degrees_of_freedom)
+        return None if predicted is None else getattr(predicted, key).known()
 
     return [
         *(SplitBar(label, number(key), "predicted", opacity=0.55) for key, label in _PARTS),
         SplitBar("total predicted", number("total"), "predicted"),
-        SplitBar("measured", known(actual, degrees_of_freedom), "measured", hatched=True),
+        SplitBar("measured", None if actual is None else actual.known(), "measured", hatched=True),
     ]
 
 
 @style.in_house_style
-def plot_entropy_split(
-    predicted: Mapping[str, Any] | None,
-    actual: Mapping[str, Any] | None = None,
-    *,
-    degrees_of_freedom: float | None = None,
-) -> Figure:
+def plot_entropy_split(predicted: StepParts | None, actual: Estimate | None = None) -> Figure:
     """`split_bars` as a picture, with its arguments."""
-    bars = split_bars(predicted, actual, degrees_of_freedom)
+    bars = split_bars(predicted, actual)
     if all(bar.number is None for bar in bars):
         return style.no_data_figure(_SPLIT_TITLE, "no predicted or measured change of entropy was stored.")
     figure = style.new_figure(8.6, 3.7)

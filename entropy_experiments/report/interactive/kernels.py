@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.report.figures.kernel import color_limit
-from entropy_experiments.text.numbers import lookup, series
+from entropy_experiments.text.numbers import series
 
 MOST_CELLS = 1_000_000
 """Of a kernel in the page; a larger one is a picture only (8 MB of page a kernel otherwise)."""
@@ -43,12 +44,12 @@ def kernel_explorer(
     kernels: Mapping[str, np.ndarray],
     evaluation: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
-    clustering: object = None,
+    clustering: ClusteringResult | None = None,
 ) -> dict[str, Any] | None:
     """What the explorer shows; None without a kernel of finite entries and at most MOST_CELLS cells.
 
     kernels: "fisher", "entropy_fisher" -> (n_eval, n_train). evaluation, training: the sequences on the axes, with
-    prompt_index, and training with delta_h. clustering: what analyses/clustering.py returned, if it did.
+    prompt_index, and training with delta_h. clustering: its clusters, if there are any.
 
     Returns {"rows", "columns": counts, "kernels": [{"name", "title", "symbol", "meaning", "limit", "values"}],
     "row_orders", "column_orders": [{"label", "order", "groups", "noun"}]}; order: places as in kernel.safetensors, from the top
@@ -76,7 +77,7 @@ def kernel_explorer(
         "columns": len(training),
         "kernels": matrices,
         "row_orders": [_by_prompt(evaluation)],
-        "column_orders": [_by_prompt(training), *_by_cluster(clustering, len(training)), *_by_share(training)],
+        "column_orders": [_by_prompt(training), *_by_cluster(clustering), *_by_share(training)],
     }
 
 
@@ -86,15 +87,12 @@ def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"label": "by prompt", "noun": "prompt", "order": order.tolist(), "groups": prompts[order].tolist()}
 
 
-def _by_cluster(clustering: object, count: int) -> list[dict[str, Any]]:
+def _by_cluster(clustering: ClusteringResult | None) -> list[dict[str, Any]]:
     """One order where there are clusters: along the tree's leaves; sequences without a gradient come last."""
-    leaves, labels = lookup(clustering, "leaf_order"), lookup(clustering, "labels")
-    if not isinstance(leaves, list) or not isinstance(labels, list) or len(labels) != count:
+    if clustering is None or not clustering.leaf_order:
         return []
-    known = [i for i in leaves if isinstance(i, int) and 0 <= i < count]
-    if not known or len(set(known)) != len(leaves):
-        return []
-    order = known + sorted(set(range(count)) - set(known))
+    leaves, labels = list(clustering.leaf_order), clustering.labels
+    order = leaves + sorted(set(range(len(labels))) - set(leaves))
     groups = ["none" if labels[i] is None else str(labels[i]) for i in order]
     return [{"label": "by cluster", "noun": "cluster", "order": order, "groups": groups}]
 

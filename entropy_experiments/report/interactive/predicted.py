@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.summary import StepParts
 from entropy_experiments.report.figures.bars import reaches
 from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Panel
 from entropy_experiments.report.figures.step import RATIO_RANGE, scale_names, split_bars, step_scaling
@@ -60,15 +62,13 @@ def _range(panel: Panel) -> list[float]:
     return [float(min(low, 1.0) - margin), float(max(high, 1.0) + margin)]
 
 
-def entropy_split(
-    predicted: Mapping[str, Any] | None, actual: Mapping[str, Any] | None, degrees_of_freedom: float | None = None
-) -> Plot | None:
+def entropy_split(predicted: StepParts | None, actual: Estimate | None) -> Plot | None:
     """Plotly's data and layout: bars of the parts of the predicted change, their total and the measured one; None without any.
 
     Args:
-        predicted, actual, degrees_of_freedom: as `split_bars` takes them.
+        predicted, actual: as `split_bars` takes them.
     """
-    bars = split_bars(predicted, actual, degrees_of_freedom)
+    bars = split_bars(predicted, actual)
     if all(bar.number is None for bar in bars):
         return None
     nan = (np.nan, np.nan)

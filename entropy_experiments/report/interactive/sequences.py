@@ -13,7 +13,7 @@ import numpy as np
 
 from entropy_experiments.report.interactive.kernels import packed
 from entropy_experiments.text.display import PromptFrame, clip, visible
-from entropy_experiments.text.numbers import as_number, lookup, plain, signed
+from entropy_experiments.text.numbers import as_number, plain, signed
 
 MOST_TOKENS = 300_000
 """Tokens described one by one in a page; the sequences of least share go without beyond it (about 25 bytes a token)."""
@@ -26,19 +26,16 @@ def sequence_details(
     evaluation: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
     frame: PromptFrame,
-    token_analysis: object = None,
 ) -> dict[str, Any]:
     """{"prompts": distinct texts, "evaluation": [...], "training": [...], "left_out": sequences without tokens for want of room}.
 
-    evaluation, training: rows as ResultsFolder has them. frame: what all prompts share, left out of "own". token_analysis:
-    the "tokens" of analyses/attribution.py, which has the tokens of the largest shares in folders that store no others.
+    evaluation, training: rows as ResultsFolder has them. frame: what all prompts share, left out of "own".
 
     A sequence is {"prompt_index", "prompt": place in prompts, "completion", "facts": [[name, finished text], ...], "tokens":
     {"texts", "shares", "logprobs", "entropies", "foreign"} or None}, the three numbers base64 or None; foreign: places of tokens
     that the policy did not draw.
     """
     prompts: dict[str, int] = {}
-    older = _analysed_tokens(token_analysis)
     chosen = _within_budget(evaluation, training)
     details: dict[str, Any] = {}
     for name, rows in (("evaluation", evaluation), ("training", training)):
@@ -48,9 +45,7 @@ def sequence_details(
                 "prompt": prompts.setdefault(row["prompt"], len(prompts)),
                 "completion": clip(row["completion"], _TEXT_CHARACTERS),
                 "facts": _facts(row, name),
-                "tokens": _tokens(row, older.get(row["row"]) if name == "training" else None)
-                if (name, row["row"]) in chosen
-                else None,
+                "tokens": _tokens(row) if (name, row["row"]) in chosen else None,
             }
             for row in rows
         ]
@@ -102,17 +97,9 @@ def _with_unit(share: object) -> str:
     return signed(share) if as_number(share) is None else f"{signed(share)} nats per token"
 
 
-def _analysed_tokens(token_analysis: object) -> dict[int, Mapping[str, Any]]:
-    rows = lookup(token_analysis, "sequences")
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return {row["sequence"]: row for row in rows if isinstance(row.get("sequence"), int)}
-
-
-def _tokens(row: Mapping[str, Any], analysed: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    texts, shares = row.get("token_texts"), row.get("token_shares")
-    if texts is None and analysed is not None:
-        texts, shares = analysed.get("texts"), analysed.get("tokens")
-    if not isinstance(texts, list) or not texts or len(texts) > _MOST_TOKENS_EACH:
+def _tokens(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    texts, shares = row["token_texts"], row["token_shares"]
+    if not texts or len(texts) > _MOST_TOKENS_EACH:
         return None
     columns = {"shares": shares, "logprobs": row.get("logprobs"), "entropies": row.get("entropies")}
     shown = {name: _column(values, len(texts)) for name, values in columns.items()}

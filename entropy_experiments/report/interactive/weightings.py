@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.weighting_results import WeightingResult
 from entropy_experiments.report.figures.bars import reaches
 from entropy_experiments.report.figures.weighting import BELOW, weighting_rows
 from entropy_experiments.report.interactive.drawing import Plot, error_bars, suffix, vertical_line
@@ -17,17 +18,13 @@ _SYMBOLS = {"run": "diamond", "scheme": "circle", "filter": "triangle-up"}
 _GAP = 0.03
 
 
-def weighting_schemes(table: Mapping[str, Any]) -> Plot | None:
-    """Plotly's data and layout: a row a weighting, a panel a normalisation that has numbers; None without any number.
-
-    Args:
-        table: as `weighting_rows` takes it.
-    """
-    found = weighting_rows(table)
+def weighting_schemes(result: WeightingResult) -> Plot | None:
+    """Plotly's data and layout: a row a weighting, a panel a normalisation that has numbers; None without any number."""
+    found = weighting_rows(result)
     if not found.rows:
         return None
-    labels = [plot_text(str(row["label"]), 60) for row in found.rows]
-    symbols = [_SYMBOLS[row["kind"]] for row in found.rows]
+    labels = [plot_text(row.label, 60) for row in found.rows]
+    symbols = [_SYMBOLS[row.kind] for row in found.rows]
     width = 1 / len(found.panels)
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {

@@ -84,9 +84,10 @@
   function spec() {
     var kernel = stored.kernels[state.kernel];
     var noun = state.columns.noun ? ", grouped by " + state.columns.noun + " (number)" : ", " + state.columns.label;
+    // The title stands above: plotly takes powers of ten for narrower than they are, and a title beside them would cover them.
     var trace = {
       type: "heatmap", z: matrix(), zmin: -kernel.limit, zmax: kernel.limit, colorscale: "$diverging", hoverinfo: "none",
-      colorbar: { title: { text: kernel.symbol + "(t, i), nats² × P", side: "right" }, thickness: 14, outlinewidth: 0, exponentformat: "power" },
+      colorbar: { title: { text: kernel.symbol + "(t, i)<br>nats² × P", side: "top" }, thickness: 14, outlinewidth: 0, exponentformat: "power" },
     };
     var layout = {
       height: 560, uirevision: state.columns.label, shapes: shapes(), plot_bgcolor: "#9a9a9a", margin: { l: 60, r: 10, t: 20, b: 60 },

@@ -32,7 +32,7 @@ def kernel_size(kernel: np.ndarray, eval_prompts: np.ndarray) -> dict[str, Any]:
         return math.sqrt(float(np.square(values[kept]).mean()))
 
     def rank(kept: np.ndarray) -> float | None:
-        return spectrum(gram[np.ix_(kept, kept)])["effective_rank"]
+        return spectrum(gram[np.ix_(kept, kept)]).effective_rank
 
     prompts = np.asarray(eval_prompts)
     return {"norm": _without_each(norm, prompts), "effective_rank": _without_each(rank, prompts)}
@@ -51,7 +51,7 @@ def training_structure(train_fisher: np.ndarray, prompts: np.ndarray) -> dict[st
     squares = np.square(cosine)
 
     def rank(members: np.ndarray) -> float | None:
-        return spectrum(cosine[np.ix_(members, members)])["effective_rank"]
+        return spectrum(cosine[np.ix_(members, members)]).effective_rank
 
     def share(members: np.ndarray) -> float | None:
         block, pairs = squares[np.ix_(members, members)], apart[np.ix_(members, members)]

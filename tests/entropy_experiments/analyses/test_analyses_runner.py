@@ -12,9 +12,13 @@ import pytest
 from safetensors.torch import load_file
 
 from entropy_experiments.analyses import registry as analyses_runner
-from entropy_experiments.analyses.registry import ANALYSES, _checked, failed_analyses, run_analyses
+from entropy_experiments.analyses.adapters import NotApplicable
+from entropy_experiments.analyses.attribution import concentration
+from entropy_experiments.analyses.registry import ANALYSES, run_analyses
 from entropy_experiments.config import AnalysisConfig
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.records.analysis_results import Skipped
+from entropy_experiments.records.attribution_results import AttributionResult, Concentrations, SequenceShares
 from entropy_experiments.records.reader import RESULTS_FORMAT
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.sections import PRESENTATIONS
@@ -76,9 +80,9 @@ def test_every_analysis_has_a_switch_a_place_in_the_report_and_a_result(whole, a
     assert list(analyses) == NAMES and not whole.failed_analyses and not whole.failed_checks
     page = re.sub(r"base64,[A-Za-z0-9+/=]+|(?s:<script>.*?</script>)", "", (whole.folder / "report.html").read_text())
     for name, result in analyses.items():
-        assert result["sentence"] and "skipped" not in result, (name, result["sentence"])
+        assert "skipped" not in result, (name, result["skipped"])
         assert PRESENTATIONS[name].question.replace("'", "&#39;") in page
-        assert f'id="analysis-{name}"' in page
+        assert f'id="section-{name}"' in page
         for figure in PRESENTATIONS[name].figures:
             assert (whole.folder / "figures" / f"{figure}.png").stat().st_size > 5000
     assert not re.search(r"\bnan\b|\bNone\b", page), "a gap must be named"
@@ -182,11 +186,32 @@ def stub_inputs(*overrides):
     )
 
 
+EMPTY = AttributionResult(
+    unit="nats per token",
+    total=0.0,
+    horizon_factor=1.0,
+    horizon_total=0.0,
+    sequences=SequenceShares(share=[], horizon=[], prompt_index=[]),
+    prompts=[],
+    sum_of_effects=None,
+    concentration=Concentrations(**dict.fromkeys(("all", "lowering", "raising"), concentration(np.zeros(0)))),
+    top_sequences=[],
+    tokens=None,
+    evaluation=None,
+    groups=[],
+)
+
+
 def replace_runs(monkeypatch, runs):
-    """Analyses named in `runs` run these; the others say their name."""
-    changed = tuple(
-        dataclasses.replace(a, run=runs.get(a.name, lambda inputs, name=a.name: {"sentence": name})) for a in ANALYSES
-    )
+    """Analyses named in `runs` run these; the others do not apply."""
+
+    def skipped(name):
+        def run(inputs):
+            raise NotApplicable(name)
+
+        return run
+
+    changed = tuple(dataclasses.replace(a, run=runs.get(a.name, skipped(a.name))) for a in ANALYSES)
     monkeypatch.setattr(analyses_runner, "ANALYSES", changed)
 
 
@@ -194,7 +219,7 @@ def replace_runs(monkeypatch, runs):
 def test_each_analysis_can_be_switched_off(monkeypatch, name):
     replace_runs(monkeypatch, {})
     found = run_analyses(stub_inputs(f"entropy_analysis.analysis.{name}=false"))
-    assert list(found) == [other for other in NAMES if other != name]
+    assert [asked for asked, _ in found.entries()] == [other for other in NAMES if other != name]
 
 
 def raising(inputs):
@@ -205,16 +230,18 @@ def raising(inputs):
     ("run", "words"),
     [
         (raising, "ZeroDivisionError: the kernel has no rows"),
-        (lambda inputs: {"sentence": "All well.", "rows": [{"p": 0.5}, {"p": float("nan")}]}, "not finite: rows[1].p"),
-        (lambda inputs: {"p": 1.0}, "there is no sentence"),
-        (lambda inputs: {"sentence": "x", "p": np.float32(1.0)}, "float32"),
+        (
+            lambda inputs: AttributionResult(**{**dict(EMPTY), "total": float("nan")}),
+            "not whole: total should be a finite",
+        ),
+        (lambda inputs: AttributionResult(unit="nats per token"), "not whole: total is missing"),
     ],
 )
 def test_whatever_goes_wrong_in_one_is_kept_under_its_name_and_the_others_still_run(monkeypatch, run, words):
     replace_runs(monkeypatch, {"attribution": run})
     found = run_analyses(stub_inputs())
-    assert list(found) == NAMES and list(failed_analyses(found)) == ["attribution"]
-    assert words in found["attribution"]["error"] and found["intervention"] == {"sentence": "intervention"}
+    assert [asked for asked, _ in found.entries()] == NAMES and list(found.failed()) == ["attribution"]
+    assert words in found.failed()["attribution"] and found.buffers == Skipped(skipped="buffers")
 
 
 def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monkeypatch):
@@ -272,13 +299,6 @@ def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run,
     assert not columns.failed_analyses
     assert {name for name in results if "skipped" not in results[name]} == {"buffers", "sequence_clustering"}
     assert "no step" in results["attribution"]["skipped"]
-
-
-def test_numbers_that_are_not_finite_are_found_wherever_they_hide():
-    for tree in ({"a": {"b": [1.0, (2.0, float("inf"))]}}, {"a": [float("-inf")]}):
-        with pytest.raises(ValueError, match=r"not finite: a"):
-            _checked({"sentence": "x", **tree})
-    assert _checked({"sentence": "x", "a": (1, 2)})["a"] == [1, 2]
 
 
 def test_stages_of_the_analyses_are_announced_and_timed(whole):

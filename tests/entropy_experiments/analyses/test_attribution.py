@@ -13,8 +13,11 @@ from entropy_core.gradients import dot
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.attribution import attribute_step, concentration, extreme_sequences
+from entropy_experiments.records.attribution_results import AttributionResult, TokenAttribution
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.token_shares import plot_token_shares
+from entropy_experiments.report.findings import attribution_finding
 from entropy_experiments.step.optimizer_step import plain_step
 from entropy_experiments.step.real_steps import token_shares
 from rl_training.errors import UserError
@@ -40,13 +43,13 @@ def some_labels(prompts: list[int]) -> SequenceLabels:
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
 def test_concentration_of_equal_and_of_single_values(count):
     equal = concentration(np.where(np.arange(count) % 2, 0.3, -0.3), top=3)
-    assert equal["gini"] == pytest.approx(0.0, abs=1e-12)
-    assert equal["effective_number"] == pytest.approx(count)
-    assert equal["top_mass"] == pytest.approx(min(3, count) / count)
-    assert equal["half_mass_count"] == -(-count // 2)
+    assert equal.gini == pytest.approx(0.0, abs=1e-12)
+    assert equal.effective_number == pytest.approx(count)
+    assert equal.top_mass == pytest.approx(min(3, count) / count)
+    assert equal.half_mass_count == -(-count // 2)
     single = concentration(np.eye(count)[0] * -2.0, top=3)
-    assert single["gini"] == pytest.approx((count - 1) / count)
-    assert (single["effective_number"], single["top_mass"], single["half_mass_count"]) == (1.0, 1.0, 1)
+    assert single.gini == pytest.approx((count - 1) / count)
+    assert (single.effective_number, single.top_mass, single.half_mass_count) == (1.0, 1.0, 1)
 
 
 def test_gini_equals_half_the_mean_difference():
@@ -54,14 +57,14 @@ def test_gini_equals_half_the_mean_difference():
     values = np.random.default_rng(0).normal(size=30)
     x = np.abs(values)
     expected = np.abs(x[:, None] - x[None, :]).mean() / (2 * x.mean())
-    assert concentration(values)["gini"] == pytest.approx(expected)
+    assert concentration(values).gini == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("values", [np.zeros(4), np.zeros(0)])
 def test_no_mass_is_said(values):
     found = concentration(values)
-    assert found["gini"] is None and found["reason"]
-    json.dumps(found, allow_nan=False)
+    assert found.gini is None and found.reason
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_extremes():
@@ -76,20 +79,22 @@ def test_extremes():
 def test_shares_by_prompt_add_up_and_are_sorted():
     shares = np.array([-3.0, 1.0, -1.0, 4.0, -0.5])
     found = attribute_step(some_labels([8, 2, 8, 2, 5]), shares, horizon_factor=2.5)
-    assert [(row["prompt_index"], row["share"], row["horizon"], row["sequences"]) for row in found["prompts"]] == [
+    assert [(row.prompt_index, row.share, row.horizon, row.sequences) for row in found.prompts] == [
         (8, -4.0, -10.0, 2),
         (5, -0.5, -1.25, 1),
         (2, 5.0, 12.5, 2),
     ]
-    assert [row["prompt"] for row in found["prompts"]] == ["prompt 8", "prompt 5", "prompt 2"]
-    assert found["total"] == pytest.approx(0.5) and found["horizon_total"] == pytest.approx(1.25)
-    assert found["sequences"]["horizon"] == pytest.approx((2.5 * shares).tolist())
-    assert found["concentration"]["lowering"]["sum"] == pytest.approx(-4.5)
-    assert found["concentration"]["raising"]["count"] == 2
-    assert found["top_sequences"] == [0, 2, 4, 3, 1]
-    assert found["tokens"] is None and found["evaluation"] is None
-    assert "3 training sequences lowered entropy by \N{MINUS SIGN}4.50 and 2 raised it by +5.00" in found["sentence"]
-    json.dumps(found, allow_nan=False)
+    assert [row.prompt for row in found.prompts] == ["prompt 8", "prompt 5", "prompt 2"]
+    assert found.total == pytest.approx(0.5) and found.horizon_total == pytest.approx(1.25)
+    assert found.sequences.horizon == pytest.approx((2.5 * shares).tolist())
+    assert found.concentration.lowering.sum == pytest.approx(-4.5)
+    assert found.concentration.raising.count == 2
+    assert found.top_sequences == (0, 2, 4, 3, 1)
+    assert found.tokens is None and found.evaluation is None
+    assert "3 training sequences lowered entropy by \N{MINUS SIGN}4.50 and 2 raised it by +5.00" in attribution_finding(
+        found
+    )
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_tokens_of_the_top_sequences():
@@ -98,14 +103,14 @@ def test_tokens_of_the_top_sequences():
     texts = [["a", "b"], ["c", "d", "e"], ["f", "g"]]
     found = attribute_step(
         some_labels([0, 0, 1]), tokens.sum(1), token_shares=tokens, completion_mask=mask, token_texts=texts, top=1
-    )["tokens"]
-    assert found["closure"] == 0.0
-    first, second = found["sequences"]
-    assert (first["sequence"], first["tokens"], first["texts"], first["reward"]) == (0, [1.0, -3.0], ["a", "b"], None)
-    assert (second["sequence"], second["tokens"], second["texts"], second["reward"]) == (
+    ).tokens
+    assert found.closure == 0.0
+    first, second = found.sequences
+    assert (first.sequence, first.tokens, first.texts, first.reward) == (0, (1.0, -3.0), ("a", "b"), None)
+    assert (second.sequence, second.tokens, second.texts, second.reward) == (
         1,
-        [2.0, 2.0, 1.0],
-        texts[1],
+        (2.0, 2.0, 1.0),
+        tuple(texts[1]),
         0.0,
     )
 
@@ -135,9 +140,9 @@ def test_bad_shares():
 
 def test_nothing_happened_is_said():
     found = attribute_step(some_labels([0, 0, 1]), np.zeros(3), evaluation=some_labels([4]), contributions=np.zeros(1))
-    assert found["sentence"].startswith("No training sequence has a share")
-    assert found["top_sequences"] == [] and found["evaluation"]["lowering"] == 0
-    json.dumps(found, allow_nan=False)
+    assert attribution_finding(found).startswith("No training sequence has a share")
+    assert found.top_sequences == () and found.evaluation.lowering == 0
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_the_reverse_view():
@@ -148,11 +153,11 @@ def test_the_reverse_view():
         evaluation=some_labels([3, 3, 1, 2]),
         contributions=contributions,
         own_changes=np.arange(4.0),
-    )["evaluation"]
-    assert (found["lowering"], found["raising"], found["total"]) == (2, 1, -1.25)
-    assert [(row["prompt_index"], row["contribution"]) for row in found["prompts"]] == [(3, -0.75), (1, -0.5), (2, 0.0)]
-    assert found["own_change"] == [0.0, 1.0, 2.0, 3.0]
-    assert found["concentration"]["effective_number"] == pytest.approx(1.75**2 / 1.3125)
+    ).evaluation
+    assert (found.lowering, found.raising, found.total) == (2, 1, -1.25)
+    assert [(row.prompt_index, row.contribution) for row in found.prompts] == [(3, -0.75), (1, -0.5), (2, 0.0)]
+    assert found.own_change == (0.0, 1.0, 2.0, 3.0)
+    assert found.concentration.effective_number == pytest.approx(1.75**2 / 1.3125)
 
 
 # ---- on a real policy
@@ -182,12 +187,12 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
         contributions=contributions,
         own_changes=derivatives.entropy_sums().numpy(),
     )
-    assert found["tokens"]["closure"] < 1e-9
-    assert found["top_sequences"][0] == victim
-    assert found["prompts"][0]["prompt_index"] == victim // 2
-    assert found["concentration"]["all"]["half_mass_count"] == 1 and found["concentration"]["all"]["gini"] > 0.8
-    assert found["evaluation"]["total"] == pytest.approx(dot(gradient, world.step.parameter_delta), rel=1e-9)
-    json.dumps(found, allow_nan=False)
+    assert found.tokens.closure < 1e-9
+    assert found.top_sequences[0] == victim
+    assert found.prompts[0].prompt_index == victim // 2
+    assert found.concentration.all.half_mass_count == 1 and found.concentration.all.gini > 0.8
+    assert found.evaluation.total == pytest.approx(dot(gradient, world.step.parameter_delta), rel=1e-9)
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_direction_of_a_plain_step():
@@ -200,7 +205,7 @@ def test_direction_of_a_plain_step():
 # ---- the figure
 
 
-def attribution_of_tokens(lengths: list[int], texts: bool = True) -> dict:
+def attribution_of_tokens(lengths: list[int], texts: bool = True) -> AttributionResult:
     rng = np.random.default_rng(0)
     mask = np.arange(100)[None, :] < np.array(lengths)[:, None]
     tokens = np.where(mask, rng.normal(size=mask.shape), 0.0)
@@ -212,25 +217,24 @@ def attribution_of_tokens(lengths: list[int], texts: bool = True) -> dict:
 def test_the_figure_has_a_panel_a_sequence_and_a_bar_a_token():
     found = attribution_of_tokens([5, 30, 12])
     figure = plot_token_shares(found, sequences=2)
-    largest = sorted(found["tokens"]["sequences"], key=lambda row: -abs(row["share"]))[:2]
+    largest = sorted(found.tokens.sequences, key=lambda row: -abs(row.share))[:2]
     for axes, row in zip(figure.axes, largest, strict=True):
         heights = np.array([bar.get_height() for bar in axes.patches])
-        assert heights / heights[0] == pytest.approx(np.array(row["tokens"]) / row["tokens"][0])
-        assert [t.get_text() for t in axes.get_xticklabels()] == [rf"\$t{k}" for k in range(len(row["tokens"]))]
+        assert heights / heights[0] == pytest.approx(np.array(row.tokens) / row.tokens[0])
+        assert [t.get_text() for t in axes.get_xticklabels()] == [rf"\$t{k}" for k in range(len(row.tokens))]
     assert "2 training sequences with the largest shares" in caption_of(figure) and png_bytes(figure)
 
 
 def test_long_completions_show_the_stretch_that_matters():
     found = attribution_of_tokens([100], texts=False)
-    values = np.array(found["tokens"]["sequences"][0]["tokens"])
+    values = np.array(found.tokens.sequences[0].tokens)
     values[70:] *= 50
-    found["tokens"]["sequences"][0]["tokens"] = values.tolist()
-    figure = plot_token_shares(found)
+    row = found.tokens.sequences[0].model_copy(update={"tokens": tuple(values.tolist())})
+    figure = plot_token_shares(found.model_copy(update={"tokens": TokenAttribution(closure=0.0, sequences=[row])}))
     assert "tokens 41–100 of 100" in figure.axes[0].get_title(loc="left")
     assert len(figure.axes[0].patches) == 60 and "the stretch with the largest shares" in caption_of(figure)
 
 
 def test_figures_without_tokens():
-    assert "No data" in caption_of(plot_token_shares({}))
     assert "No data" in caption_of(plot_token_shares(attribute_step(some_labels([0]), np.ones(1))))
     assert png_bytes(plot_token_shares(attribution_of_tokens([1], texts=False)))

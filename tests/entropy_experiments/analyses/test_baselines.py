@@ -13,9 +13,12 @@ import torch
 
 from entropy_experiments.analyses.baselines import LABELS, baseline_table
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.step_results import BaselinesResult
 from entropy_experiments.report.figures.baselines import plot_baselines
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.weighting import plot_weighting_schemes
+from entropy_experiments.report.findings import baselines_finding
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.step.numbers import Estimate
 from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
@@ -47,7 +50,7 @@ def by_hand(predicted: Estimate, measured: Estimate) -> float:
     return abs(predicted.value - measured.value) / error
 
 
-def full_table() -> dict[str, Any]:
+def full_table() -> BaselinesResult:
     return baseline_table(
         PREDICTED,
         MEASURED,
@@ -61,8 +64,8 @@ def full_table() -> dict[str, Any]:
 
 def test_every_predictor_has_its_row_by_hand() -> None:
     table = full_table()
-    assert [row["name"] for row in table["rows"]] == list(LABELS)
-    json.dumps(table, allow_nan=False)
+    assert [row.name for row in table.rows] == list(LABELS)
+    json.dumps(json_of(table), allow_nan=False)
     totals = {name: parts["total"] for name, parts in PREDICTED.items()}
     expected = {
         "rao_blackwell": (-0.30, 0.03, -0.25, 0.25 / 0.30, by_hand(totals["rao_blackwell"], MEASURED)),
@@ -74,14 +77,14 @@ def test_every_predictor_has_its_row_by_hand() -> None:
     }
     for name, (value, error, actual, ratio, z) in expected.items():
         row = row_of(table, name)
-        assert (row["predicted"], row["standard_error"], row["actual"]) == (value, error, actual), name
-        assert row["ratio"] == pytest.approx(ratio), "measured over predicted, sign kept"
-        assert row["z"] == pytest.approx(z)
-        assert row["comparable_in_scale"]
-        assert row["reason"] == ""
-        holds_zero = row["actual_low"] <= 0 <= row["actual_high"]  # the interval that is shown, not two standard errors
+        assert (row.predicted, row.standard_error, row.actual) == (value, error, actual), name
+        assert row.ratio == pytest.approx(ratio), "measured over predicted, sign kept"
+        assert row.z == pytest.approx(z)
+        assert row.comparable_in_scale
+        assert row.reason == ""
+        holds_zero = row.actual_low <= 0 <= row.actual_high  # the interval that is shown, not two standard errors
         assert holds_zero is (name == "fixed_prefix_on_given_tokens")
-        assert row["sign_agrees"] is (None if holds_zero else value < 0)
+        assert row.sign_agrees is (None if holds_zero else value < 0)
 
 
 def test_predictors_on_another_scale_are_compared_by_sign_alone() -> None:
@@ -89,18 +92,18 @@ def test_predictors_on_another_scale_are_compared_by_sign_alone() -> None:
     signs = {"without_preconditioner": True, "covariance": True, "natural_covariance": False, "steer": True}
     for name, agrees in signs.items():
         row = row_of(table, name)
-        assert not row["comparable_in_scale"]
-        assert row["sign_agrees"] is agrees
-        assert row["ratio"] is None
-        assert row["z"] is None
-        assert "only its sign" in row["reason"]
+        assert not row.comparable_in_scale
+        assert row.sign_agrees is agrees
+        assert row.ratio is None
+        assert row.z is None
+        assert "only its sign" in row.reason
 
 
 def test_sentence_says_who_is_near() -> None:
     table = full_table()
-    near = {name: row_of(table, name)["agrees"] for name in ("rao_blackwell", "split", "score_function")}
+    near = {name: row_of(table, name).agrees for name in ("rao_blackwell", "split", "score_function")}
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
-    assert table["sentence"] == (
+    assert baselines_finding(table) == (
         "The measured change was −0.250 [−0.325, −0.159] nats per token (brackets: 95% intervals); it and the predictor "
         "cannot be told apart: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of those "
         "on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
@@ -124,31 +127,31 @@ def test_estimates_as_stored_in_a_summary_give_the_same_table() -> None:
 
 def test_what_is_missing_is_said() -> None:
     table = baseline_table({"rao_blackwell": {"total": Estimate(-0.3, math.nan)}}, MEASURED)
-    json.dumps(table, allow_nan=False)
+    json.dumps(json_of(table), allow_nan=False)
     row = row_of(table, "rao_blackwell")
-    assert (row["predicted"], row["standard_error"], row["z"]) == (-0.3, None, None)
-    assert "not known prompt by prompt" in row["reason"]
-    assert row["ratio"] == pytest.approx(0.25 / 0.3)
-    assert row_of(table, "steer")["reason"] == "not computed"
+    assert (row.predicted, row.standard_error, row.z) == (-0.3, None, None)
+    assert "not known prompt by prompt" in row.reason
+    assert row.ratio == pytest.approx(0.25 / 0.3)
+    assert row_of(table, "steer").reason == "not computed"
     unmeasured = baseline_table(PREDICTED, None)
-    json.dumps(unmeasured, allow_nan=False)
-    assert row_of(unmeasured, "split")["reason"] == "not measured"
-    assert "No change of entropy was measured" in unmeasured["sentence"]
+    json.dumps(json_of(unmeasured), allow_nan=False)
+    assert row_of(unmeasured, "split").reason == "not measured"
+    assert "No change of entropy was measured" in baselines_finding(unmeasured)
 
 
 def test_a_prediction_of_zero_has_no_ratio_and_no_sign() -> None:
     table = baseline_table({"split": {"total": Estimate(0.0, 0.0)}}, Estimate(-0.25, 0.0), covariance=0.0)
     row = row_of(table, "split")
-    assert (row["ratio"], row["z"], row["sign_agrees"]) == (None, None, None)
-    assert row_of(table, "covariance")["sign_agrees"] is None
-    json.dumps(table, allow_nan=False)
+    assert (row.ratio, row.z, row.sign_agrees) == (None, None, None)
+    assert row_of(table, "covariance").sign_agrees is None
+    json.dumps(json_of(table), allow_nan=False)
 
 
 @pytest.mark.parametrize("measured", [Estimate(-0.05, 0.04), 0.0])
 def test_the_sign_of_a_change_near_zero_is_not_compared(measured: Any) -> None:
     table = baseline_table(PREDICTED, measured, covariance=-1.0)
-    assert all(row["sign_agrees"] is None for row in table["rows"])
-    assert "too near to 0" in table["sentence"]
+    assert all(row.sign_agrees is None for row in table.rows)
+    assert "too near to 0" in baselines_finding(table)
 
 
 # ---- charts
@@ -177,24 +180,24 @@ def test_chart_of_baselines_draws_the_table() -> None:
         assert drawn[label] == pytest.approx((found.value, float(ends.high - ends.low) / 2))
     assert "STEER" not in drawn, "a number on another scale was drawn on this one"
     words = [text.get_text() for text in axes.texts]
-    assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell')['z']:.1f}"
+    assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell').z:.1f}"
     assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
     assert "−0.250 [−0.325, −0.159]" in caption_of(figure)
 
 
 def test_chart_of_weightings_draws_the_table() -> None:
     table = weighting_schemes(make_world().arrays, LONGEST, drop_top=(1,))
-    measured = {"grpo": {"equal_length": {"value": -1e-4, "standard_error": 2e-5}}}
+    measured = {"grpo": {"equal_length": (-1e-4, 2e-5)}}
     figure = plot_weighting_schemes(with_measurements(table, measured))
     length, gain = figure.axes
     labels = [label.get_text() for label in length.get_yticklabels()]
-    assert labels == [row["label"] for row in table["rows"]]
+    assert labels == [row.label for row in table.rows]
     for axes, key in ((gain, "equal_gain"), (length, "equal_length")):
         drawn = {labels[int(y)]: (x, width) for x, y, width in points(axes) if y == int(y)}
-        for row in table["rows"]:
-            entry = row["delta_h"][key]
-            half_width = (entry["high"] - entry["low"]) / 2  # `points` gives that of a bar whose ends are not symmetric
-            assert drawn[row["label"]] == pytest.approx((entry["value"], half_width)), (key, row["name"])
+        for row in table.rows:
+            entry = getattr(row.delta_h, key)
+            half_width = (entry.high - entry.low) / 2  # `points` gives that of a bar whose ends are not symmetric
+            assert drawn[row.label] == pytest.approx((entry.value, half_width)), (key, row.name)
     offset = [(x, width) for x, y, width in points(length) if y != int(y)]
     assert offset == [pytest.approx((-1e-4, 1.959964 * 2e-5))]
     assert not [y for _, y, _ in points(gain) if y != int(y)], "a measurement at equal length stands at equal gain"
@@ -205,7 +208,7 @@ def test_chart_of_weightings_without_a_gain_says_why() -> None:
     figure = plot_weighting_schemes(table)
     assert len(figure.axes) == 1
     assert "cannot be told from 0" in caption_of(figure)
-    without_steps = sum("delta_h" not in row for row in table["rows"])
+    without_steps = sum(row.delta_h is None for row in table.rows)
     assert f"{without_steps} row" in caption_of(figure)
 
 

@@ -7,8 +7,10 @@ import pytest
 
 from entropy_experiments.analyses.arrays import SequenceLabels
 from entropy_experiments.analyses.buffers import compare_buffers
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.buffers import plot_buffers
 from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.findings import buffers_finding
 
 
 def labels(prompts, length, entropy=None, reward=None):
@@ -38,8 +40,8 @@ def test_probability_and_its_error_by_brute_force():
     x, y = left.length, np.round(right.length, 1)
     x = np.round(x, 1)  # ties
     left, right = labels(left.prompt_index, x), labels(right.prompt_index, y)
-    found = compare_buffers(left, right)["quantities"]["length"]
-    assert found["probability_larger"]["value"] == pytest.approx(probability(x, y), rel=1e-12)
+    found = compare_buffers(left, right).quantities["length"]
+    assert found.probability_larger.value == pytest.approx(probability(x, y), rel=1e-12)
     variance = 0.0
     for own, prompts, side in ((x, left.prompt_index, 0), (y, right.prompt_index, 1)):
         left_out = []
@@ -48,9 +50,9 @@ def test_probability_and_its_error_by_brute_force():
             left_out.append(probability(rest, y) if side == 0 else probability(x, rest))
         count = len(left_out)
         variance += (count - 1) / count * sum((value - sum(left_out) / count) ** 2 for value in left_out)
-    assert found["probability_larger"]["standard_error"] == pytest.approx(variance**0.5, rel=1e-9)
+    assert found.probability_larger.standard_error == pytest.approx(variance**0.5, rel=1e-9)
     pooled = ((x.var(ddof=1) + y.var(ddof=1)) / 2) ** 0.5
-    assert found["standardised_difference"] == pytest.approx((y.mean() - x.mean()) / pooled)
+    assert found.standardised_difference == pytest.approx((y.mean() - x.mean()) / pooled)
 
 
 def test_shared_prompts_are_left_out_of_both_sides_at_once():
@@ -59,19 +61,19 @@ def test_shared_prompts_are_left_out_of_both_sides_at_once():
     effect = rng.normal(size=5)[prompts]
     x, y = np.exp(effect + rng.normal(size=20)), np.exp(effect + rng.normal(size=20))
     found = compare_buffers(labels(prompts, x), labels(prompts, y))
-    assert found["shared_prompts"] == 5
+    assert found.shared_prompts == 5
     left_out = []
     for prompt in range(5):
         a, b = x[prompts != prompt], y[prompts != prompt]
         left_out.append(np.mean([bb > aa for aa in a for bb in b]))
     error = (4 / 5 * np.square(np.array(left_out) - np.mean(left_out)).sum()) ** 0.5
-    assert found["quantities"]["length"]["probability_larger"]["standard_error"] == pytest.approx(error)
+    assert found.quantities["length"].probability_larger.standard_error == pytest.approx(error)
 
 
 def test_the_level_holds_although_completions_of_a_prompt_are_alike():
     """A test that took sequences for independent would reject one time in five here."""
     rng = np.random.default_rng(2)
-    rejected = [compare_buffers(*random_pair(rng))["quantities"]["length"]["p_value"] < 0.05 for _ in range(300)]
+    rejected = [compare_buffers(*random_pair(rng)).quantities["length"].p_value < 0.05 for _ in range(300)]
     assert 0.01 <= np.mean(rejected) <= 0.10, f"{np.mean(rejected):.3f}: are sequences taken for independent units?"
 
 
@@ -79,11 +81,11 @@ def test_a_planted_difference_is_found_and_named():
     rng = np.random.default_rng(3)
     evaluation, training = random_pair(rng, 3.0)
     result = compare_buffers(evaluation, training)
-    assert result["quantities"]["length"]["differs"] and result["quantities"]["length"]["p_value"] < 1e-3
-    assert "longer" in result["sentence"] and "differ" not in result["sentence"]
+    assert result.quantities["length"].differs and result.quantities["length"].p_value < 1e-3
+    assert "longer" in buffers_finding(result) and "differ" not in buffers_finding(result)
     back = compare_buffers(training, evaluation)
-    assert "shorter" in back["sentence"]
-    assert back["quantities"]["length"]["p_value"] == pytest.approx(result["quantities"]["length"]["p_value"], rel=1e-9)
+    assert "shorter" in buffers_finding(back)
+    assert back.quantities["length"].p_value == pytest.approx(result.quantities["length"].p_value, rel=1e-9)
 
 
 def test_four_looks_are_allowed_for():
@@ -96,10 +98,10 @@ def test_four_looks_are_allowed_for():
             labels(side.prompt_index, side.length, rng.gamma(2, 1, k), rng.random(k))
             for side, k in zip((evaluation, training), n, strict=True)
         ]
-        quantities = compare_buffers(*noisy)["quantities"]
-        p = [quantities[name]["p_value"] for name in ("length", "entropy", "reward")]
+        quantities = compare_buffers(*noisy).quantities
+        p = [quantities[name].p_value for name in ("length", "entropy", "reward")]
         if 0.02 < p[0] < 0.04 and min(p[1:]) > 0.05:
-            assert not quantities["length"]["differs"]
+            assert not quantities["length"].differs
             return
     pytest.fail("no such draw: choose another seed")
 
@@ -124,25 +126,25 @@ def test_degenerate_buffers_give_reasons_and_never_nan(case):
     evaluation, training, reason = degenerate()[case]
     cut = np.zeros(len(evaluation), bool), np.zeros(len(training), bool)
     result = compare_buffers(evaluation, training, cut)
-    json.dumps(result, allow_nan=False)
-    assert reason in result["quantities"]["length"]["reason"]
-    assert result["sentence"].endswith(".") and "nan" not in result["sentence"]
+    json.dumps(json_of(result), allow_nan=False)
+    assert reason in result.quantities["length"].reason
+    assert buffers_finding(result).endswith(".") and "nan" not in buffers_finding(result)
     assert png_bytes(plot_buffers(result)).startswith(b"\x89PNG")
 
 
 def test_buffers_apart_have_the_p_value_of_their_arrangement():
     """One of the twenty ways to choose three prompts of six for training, or its mirror image."""
     evaluation, training, _ = degenerate()["apart"]
-    assert compare_buffers(evaluation, training)["quantities"]["length"]["p_value"] == pytest.approx(2 / 20)
+    assert compare_buffers(evaluation, training).quantities["length"].p_value == pytest.approx(2 / 20)
 
 
 def test_unscored_sequences_have_no_say_in_rewards():
     evaluation = labels([0, 1, 2], [3, 4, 5], reward=[0.0, np.nan, 1.0])
     training = labels([5, 6, 7], [3, 4, 5], reward=[1.0, 0.5, 0.5])
-    reward = compare_buffers(evaluation, training)["quantities"]["reward"]
-    assert reward["evaluation"]["sequences"] == 2 and reward["evaluation"]["mean"] == 0.5
-    none = compare_buffers(labels([0, 1], [3, 4]), training)["quantities"]["reward"]
-    assert none["p_value"] is None and none["reason"] == "only one buffer has this number"
+    reward = compare_buffers(evaluation, training).quantities["reward"]
+    assert reward.evaluation.sequences == 2 and reward.evaluation.mean == 0.5
+    none = compare_buffers(labels([0, 1], [3, 4]), training).quantities["reward"]
+    assert none.p_value is None and none.reason == "only one buffer has this number"
 
 
 def test_the_figure_says_what_it_shows():
@@ -150,5 +152,3 @@ def test_the_figure_says_what_it_shows():
     figure = plot_buffers(compare_buffers(*random_pair(rng, 3.0)))
     assert "64 sequences of 64 prompts" in caption_of(figure) and "64 sequences of 8 prompts" in caption_of(figure)
     assert any("they differ" in axes.get_title(loc="left") for axes in figure.axes)
-    for odd in ({}, {"quantities": None}, {"quantities": {"length": {}}}):
-        assert "No data" in caption_of(plot_buffers(odd))

@@ -16,7 +16,6 @@ from entropy_experiments.analyses.cluster_contents import (
     shared_by_clusters,
     variance_between,
 )
-from entropy_experiments.analyses.cluster_words import clustering_sentence
 from entropy_experiments.analyses.clustering import (
     choose_number,
     rotated_cloud,
@@ -25,8 +24,10 @@ from entropy_experiments.analyses.clustering import (
     spectral_clusters,
 )
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel, spectrum
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.clustering import plot_sequence_clusters
 from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.kernel_findings import clustering_finding
 from tests.entropy_experiments.analyses.planted_kernels import labels, two_families, unstructured
 
 
@@ -40,8 +41,9 @@ def plausible_counts(trials, rate):
 
 
 def finite(result):
-    """The result as JSON knows it; raises on NaN and infinities."""
-    return json.loads(json.dumps(result, allow_nan=False))
+    """The result, which JSON can hold; raises on NaN and infinities."""
+    json.dumps(json_of(result), allow_nan=False)
+    return result
 
 
 def gram(rows):
@@ -70,10 +72,10 @@ def test_effective_rank_of_known_spectra():
         (np.diag([3.0, 1.0]), np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))), 16 / 10),
     ):
         found = spectrum(kernel)
-        assert found["effective_rank"] == pytest.approx(rank) and found["participation_ratio"] == pytest.approx(ratio)
+        assert found.effective_rank == pytest.approx(rank) and found.participation_ratio == pytest.approx(ratio)
     found = spectrum(np.diag([5.0, 4.0, 1.0]))
-    assert found["eigenvalues"] == pytest.approx([5, 4, 1]) and found["rank_90"] == 2 and found["most_negative"] == 0
-    assert spectrum(np.zeros((3, 3)))["reason"] == "no sequence has a gradient"
+    assert found.eigenvalues == pytest.approx([5, 4, 1]) and found.rank_90 == 2 and found.most_negative == 0
+    assert spectrum(np.zeros((3, 3))).reason == "no sequence has a gradient"
 
 
 # ---- the number of clusters
@@ -104,15 +106,15 @@ def test_planted_families_are_found_by_both_methods():
     prompts, rows = two_families(rng(0))
     kernels, _ = unstructured(rng(1), prompts, rewards=np.tile([1.0, 0, 0, 1], 8), gradients=rows)
     result = finite(sequence_clusters(kernels, rotations=39, resamples=20))
-    assert result["n_clusters"] == 2 and result["silhouette"]["p_value"] == 1 / 40
+    assert result.n_clusters == 2 and result.silhouette.p_value == 1 / 40
     for key in ("labels", "spectral_labels"):
-        assert adjusted_rand_score(prompts % 2, result[key]) == 1.0
-    assert result["agreement"] == 1.0
-    assert min(result["stability"][method]["low"] for method in ("hierarchical", "spectral")) == 1.0
-    shared = result["shared"]
-    assert shared["prompt"]["p_value"] < 0.01 and shared["correctness"]["p_within_prompt"] > 0.05
-    assert [row["size"] for row in result["clusters"]] == [16, 16] and result["clusters"][0]["prompts"] == 4
-    assert "2 clusters" in result["sentence"] and "the prompt" in result["sentence"]
+        assert adjusted_rand_score(prompts % 2, getattr(result, key)) == 1.0
+    assert result.agreement == 1.0
+    assert min(getattr(result.stability, method).low for method in ("hierarchical", "spectral")) == 1.0
+    shared = result.shared
+    assert shared["prompt"].p_value < 0.01 and shared["correctness"].p_within_prompt > 0.05
+    assert [row.size for row in result.clusters] == [16, 16] and result.clusters[0].prompts == 4
+    assert "2 clusters" in clustering_finding(result) and "the prompt" in clustering_finding(result)
 
 
 def test_every_prompt_may_be_a_cluster_of_its_own():
@@ -120,8 +122,8 @@ def test_every_prompt_may_be_a_cluster_of_its_own():
     rows = rng(5).normal(size=(48, 80)) + 2 * rng(6).normal(size=(12, 80))[prompts]
     kernels, _ = unstructured(rng(1), prompts, gradients=rows)
     result = sequence_clusters(kernels, rotations=19, resamples=5, permutations=99)
-    assert result["n_clusters"] == 12 and adjusted_rand_score(prompts, result["labels"]) == 1.0
-    assert result["shared"]["prompt"]["value"] == pytest.approx(1.0)
+    assert result.n_clusters == 12 and adjusted_rand_score(prompts, result.labels) == 1.0
+    assert result.shared["prompt"].value == pytest.approx(1.0)
 
 
 @pytest.mark.long
@@ -132,7 +134,7 @@ def test_one_cloud_is_called_clusters_at_the_nominal_rate_only():
     for k in range(sets):
         rows = generator.normal(size=(16, 30))
         rows = (rows, rows + 1.0, rows * steep + 0.2)[k % 3]
-        p_values.append(choose_number(gram(rows), [2, 3, 4, 5], 19, generator)["p_value"])
+        p_values.append(choose_number(gram(rows), [2, 3, 4, 5], 19, generator).p_value)
     for level in (0.05, 0.2):
         count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(sets, level)
         assert low <= count <= high, f"{count} of {sets} below {level}, expected {low} to {high}"
@@ -146,7 +148,7 @@ def test_one_cloud_is_not_split_by_the_whole_analysis(cloud):
         rows *= np.exp(rng(seed + 100).normal(size=(24, 1))) if cloud == "unequal lengths" else np.arange(1, 41) ** -1.0
         kernels, _ = unstructured(rng(1), np.repeat(np.arange(6), 4), gradients=rows)
         kernels = replace(kernels, train_fisher=gram(rows))
-        found += sequence_clusters(kernels, k_max=5, rotations=19, resamples=2, permutations=9)["n_clusters"] > 1
+        found += sequence_clusters(kernels, k_max=5, rotations=19, resamples=2, permutations=9).n_clusters > 1
     assert found <= 4, f"{found} of 20, expected about 1 at most: are cosines rotated instead of the kernel?"
 
 
@@ -154,8 +156,8 @@ def test_leaf_order_keeps_neighbours_closer_than_the_tree_as_it_comes():
     cosine, _ = cosine_kernel(gram(rng(9).normal(size=(20, 5))))
     kernels, _ = unstructured(rng(1), np.arange(20) // 2)
     result = sequence_clusters(replace(kernels, train_fisher=cosine), rotations=9)
-    order = result["leaf_order"]
-    assert sorted(order) == list(range(20)) and len(result["linkage"]) == 19
+    order = result.leaf_order
+    assert sorted(order) == list(range(20)) and len(result.linkage) == 19
     plain = leaves_list(linkage(squareform(1 - cosine, checks=False), "average"))
     distance = 1 - cosine
     assert distance[order[:-1], order[1:]].sum() < distance[plain[:-1], plain[1:]].sum()
@@ -184,10 +186,10 @@ def test_what_only_the_prompt_explains_is_not_called_shared_beyond_it():
     lengths = np.array([3, 9, 4, 12, 20, 7])[prompts] + rng(3).integers(0, 2, 36)
     training = labels(prompts, lengths=lengths, completions=["yes it", "no it"] * 18)
     shared = shared_by_clusters(clusters, np.arange(36), training, np.zeros(36, int), 199, rng())
-    assert shared["prompt"]["value"] == pytest.approx(1.0) and shared["prompt"]["p_value"] == 1 / 200
-    assert shared["length"]["p_value"] == 1 / 200 and shared["length"]["p_within_prompt"] == 1.0
-    assert shared["first_word"]["p_value"] > 0.05
-    assert shared["correctness"]["p_value"] is None and shared["correctness"]["reason"] == "no sequence has it"
+    assert shared["prompt"].value == pytest.approx(1.0) and shared["prompt"].p_value == 1 / 200
+    assert shared["length"].p_value == 1 / 200 and shared["length"].p_within_prompt == 1.0
+    assert shared["first_word"].p_value > 0.05
+    assert shared["correctness"].p_value is None and shared["correctness"].reason == "no sequence has it"
 
 
 def test_what_is_shared_within_prompts_is_found_and_corrected_for_many_tests():
@@ -195,15 +197,15 @@ def test_what_is_shared_within_prompts_is_found_and_corrected_for_many_tests():
     correct = np.where(clusters == 0, 1, -1)
     training = labels(prompts, lengths=rng(3).integers(3, 9, 36), completions=[f"w{k % 5}" for k in range(36)])
     shared = shared_by_clusters(clusters, np.arange(36), training, correct, 199, rng())
-    assert shared["correctness"]["p_within_prompt"] == 1 / 200 and shared["correctness"]["value"] == pytest.approx(1.0)
+    assert shared["correctness"].p_within_prompt == 1 / 200 and shared["correctness"].value == pytest.approx(1.0)
     deciding = [
-        shared["prompt"]["p_value"],
-        *(shared[n]["p_within_prompt"] for n in ("length", "correctness", "first_word")),
+        shared["prompt"].p_value,
+        *(shared[n].p_within_prompt for n in ("length", "correctness", "first_word")),
     ]
-    assert shared["correctness"]["p_holm"] == pytest.approx(4 * min(deciding))
+    assert shared["correctness"].p_holm == pytest.approx(4 * min(deciding))
     ranked = sorted(deciding)
     holm = [max(min(1, (4 - m) * ranked[m]) for m in range(k + 1)) for k in range(4)]
-    assert sorted(entry["p_holm"] for entry in shared.values()) == pytest.approx(holm)
+    assert sorted(entry.p_holm for entry in shared.values()) == pytest.approx(holm)
 
 
 @pytest.mark.long
@@ -217,7 +219,7 @@ def test_unrelated_labels_are_called_shared_at_the_nominal_rate_only():
         correct = generator.choice([-1, 1], 20)
         shared = shared_by_clusters(clusters, np.arange(20), training, correct, 39, generator)
         for name, entry in shared.items():
-            found[name] += [entry["p_value"], entry["p_within_prompt"]]
+            found[name] += [entry.p_value, entry.p_within_prompt]
     for name, values in found.items():
         for kind, p_values in (("all", values[::2]), ("within", values[1::2])):
             if p_values[0] is not None:
@@ -231,10 +233,10 @@ def test_the_largest_number_tried_and_two_methods_that_disagree_are_said():
     rows = rng(5).normal(size=(48, 80)) + 2 * rng(6).normal(size=(12, 80))[prompts]
     kernels, _ = unstructured(rng(1), prompts, gradients=rows)
     at_most = sequence_clusters(kernels, k_max=6, rotations=19, resamples=2, permutations=9)
-    assert at_most["n_clusters"] == 6 and "6 is the largest number that was tried" in at_most["sentence"]
+    assert at_most.n_clusters == 6 and "6 is the largest number that was tried" in clustering_finding(at_most)
     free = sequence_clusters(kernels, rotations=19, resamples=2, permutations=9)
-    assert "largest number" not in free["sentence"] and "otherwise" not in free["sentence"]
-    disagreeing = clustering_sentence(free | {"agreement": 0.2})
+    assert "largest number" not in clustering_finding(free) and "otherwise" not in clustering_finding(free)
+    disagreeing = clustering_finding(free.model_copy(update={"agreement": 0.2}))
     assert disagreeing.endswith("groups them otherwise (adjusted Rand index 0.2).")
 
 
@@ -258,9 +260,9 @@ FOUR = np.repeat(np.arange(4), 3)
 def test_degenerate_input_gives_one_cluster_and_says_why(prompts, rewards, rows, reason):
     kernels, _ = unstructured(rng(2), np.asarray(prompts), rewards=rewards, gradients=rows)
     result = finite(sequence_clusters(kernels, rotations=19, resamples=5))
-    assert result["n_clusters"] == (0 if rows is not None and not rows.any() else 1)
-    assert reason in result["reason"] and result["shared"] is None and result["stability"] is None
-    assert result["sentence"].endswith(".") and "None" not in result["sentence"]
+    assert result.n_clusters == (0 if rows is not None and not rows.any() else 1)
+    assert reason in result.reason and result.shared is None and result.stability is None
+    assert clustering_finding(result).endswith(".") and "None" not in clustering_finding(result)
     assert png_bytes(plot_sequence_clusters(result, kernels.train_fisher)).startswith(b"\x89PNG")
 
 
@@ -278,9 +280,9 @@ def test_clusters_of_degenerate_labels_state_what_cannot_be_asked(prompts, rewar
     rows[np.arange(16), np.arange(16) % 2] += 1
     kernels, _ = unstructured(rng(1), prompts, rewards=rewards, gradients=rows, completions=completions)
     result = finite(sequence_clusters(kernels, rotations=19, resamples=5, permutations=19))
-    assert result["n_clusters"] == 2
-    assert {name for name, entry in result["shared"].items() if entry["value"] is None} == missing
-    assert all(result["shared"][name]["reason"] for name in missing)
+    assert result.n_clusters == 2
+    assert {name for name, entry in result.shared.items() if entry.value is None} == missing
+    assert all(result.shared[name].reason for name in missing)
 
 
 def test_a_sequence_without_gradient_is_in_no_cluster():
@@ -288,8 +290,8 @@ def test_a_sequence_without_gradient_is_in_no_cluster():
     rows[5] = 0
     kernels, _ = unstructured(rng(1), prompts, gradients=rows)
     result = finite(sequence_clusters(kernels, rotations=19, resamples=5, permutations=19))
-    assert result["without_gradient"] == [5] and result["labels"][5] is None and 5 not in result["leaf_order"]
-    assert adjusted_rand_score(np.delete(prompts % 2, 5), [label for label in result["labels"] if label]) == 1.0
+    assert result.without_gradient == (5,) and result.labels[5] is None and 5 not in result.leaf_order
+    assert adjusted_rand_score(np.delete(prompts % 2, 5), [label for label in result.labels if label]) == 1.0
     assert "left out: 1 sequence" in caption_of(plot_sequence_clusters(result, kernels.train_fisher))
 
 
@@ -309,12 +311,12 @@ def test_figure_shows_the_kernel_in_leaf_order_with_a_frame_for_each_cluster():
     result = finite(sequence_clusters(kernels, rotations=19, resamples=3, permutations=9))
     figure = plot_sequence_clusters(result, kernels.train_fisher)
     heat = next(axes for axes in figure.axes if axes.images and axes.patches)
-    order, cosine = result["leaf_order"], cosine_kernel(kernels.train_fisher)[0]
+    order, cosine = result.leaf_order, cosine_kernel(kernels.train_fisher)[0]
     np.testing.assert_allclose(heat.images[0].get_array(), cosine[np.ix_(order, order)], atol=1e-12)
     frames = [(patch.get_x() + 0.5, patch.get_width()) for patch in heat.patches]
     assert frames == [(0, 16), (16, 16)]
     brackets = figure.axes[0].collections[0].get_paths()
-    assert sorted(path.vertices[1, 1] for path in brackets) == pytest.approx([row[2] for row in result["linkage"]])
+    assert sorted(path.vertices[1, 1] for path in brackets) == pytest.approx([row[2] for row in result.linkage])
     with pytest.raises(ValueError, match="32 sequences were clustered"):
         plot_sequence_clusters(result, np.eye(3))
     assert "2 clusters" in caption_of(plot_sequence_clusters(result)), "the heat map alone needs the kernel"

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from entropy_experiments.analyses.intervention import half_subsets, linear_datamodelling_score
+from entropy_experiments.records.record import json_of
 
 
 def test_score_equals_scipys_on_noisy_shares():
@@ -14,14 +15,16 @@ def test_score_equals_scipys_on_noisy_shares():
     shares, subsets = rng.normal(size=20), half_subsets(20, 40)
     measured = subsets @ shares + 0.5 * rng.normal(size=40)
     found = linear_datamodelling_score(subsets, shares, measured)
-    assert found["spearman"] == pytest.approx(stats.spearmanr(subsets @ shares, measured).statistic, abs=1e-12)
-    assert found["pearson"] == pytest.approx(stats.pearsonr(subsets @ shares, measured).statistic, abs=1e-12)
+    assert found.spearman == pytest.approx(stats.spearmanr(subsets @ shares, measured).statistic, abs=1e-12)
+    assert found.pearson == pytest.approx(stats.pearsonr(subsets @ shares, measured).statistic, abs=1e-12)
     line = stats.linregress(subsets @ shares, measured)
-    assert (found["slope"], found["intercept"]) == pytest.approx((line.slope, line.intercept))
-    assert found["interval"][0] < found["spearman"] < found["interval"][1] <= 1
+    assert (found.slope, found.intercept) == pytest.approx((line.slope, line.intercept))
+    assert found.interval[0] < found.spearman < found.interval[1] <= 1
     for name, error in (("slope", line.stderr), ("intercept", line.intercept_stderr)):
-        low, high = found[f"{name}_interval"]
-        assert (low + high) / 2 == pytest.approx(found[name]) and high - low == pytest.approx(4.05 * error, rel=0.3)
+        low, high = getattr(found, f"{name}_interval")
+        assert (low + high) / 2 == pytest.approx(getattr(found, name)) and high - low == pytest.approx(
+            4.05 * error, rel=0.3
+        )
 
 
 @pytest.mark.long
@@ -34,7 +37,7 @@ def test_bootstrap_interval_covers():
         subsets = np.eye(40, dtype=bool)
         shares = rng.normal(size=40)
         measured = 0.7 * shares + np.sqrt(1 - 0.49) * rng.normal(size=40)
-        low, high = linear_datamodelling_score(subsets, shares, measured, seed=seed)["interval"]
+        low, high = linear_datamodelling_score(subsets, shares, measured, seed=seed).interval
         inside += low <= true <= high
     assert inside >= 50
 
@@ -50,7 +53,7 @@ def test_slope_and_intercept_have_intervals_that_cover(count):
         measured = -0.3 + 0.8 * shares + (0.2 + 0.3 * np.abs(shares)) * rng.normal(size=count)
         found = linear_datamodelling_score(np.eye(count, dtype=bool), shares, measured)
         for k, (name, truth) in enumerate((("slope", 0.8), ("intercept", -0.3))):
-            low, high = found[f"{name}_interval"]
+            low, high = getattr(found, f"{name}_interval")
             inside[k] += low <= truth <= high
     assert (inside >= 268).all(), inside
 
@@ -60,10 +63,10 @@ def test_clip_ratios_scale_shares_but_not_the_rest():
     ratios, rest = np.array([2.0, 3.0, 1.0]), 10.0
     measured = rest + ratios * np.array([1.0, 4.0, 5.0])
     found = linear_datamodelling_score(subsets, np.array([1.0, 4.0]), measured, ratios, rest)
-    assert found["predicted"] == pytest.approx(measured.tolist())
-    assert found["root_mean_square_error"] == pytest.approx(0.0, abs=1e-12)
-    assert (found["slope"], found["intercept"]) == pytest.approx((1.0, 0.0), abs=1e-9)
-    assert found["slope_interval"] == pytest.approx([1.0, 1.0], abs=1e-6), "no noise, no interval to speak of"
+    assert found.predicted == pytest.approx(measured.tolist())
+    assert found.root_mean_square_error == pytest.approx(0.0, abs=1e-12)
+    assert (found.slope, found.intercept) == pytest.approx((1.0, 0.0), abs=1e-9)
+    assert found.slope_interval == pytest.approx([1.0, 1.0], abs=1e-6), "no noise, no interval to speak of"
 
 
 @pytest.mark.parametrize(
@@ -72,13 +75,13 @@ def test_clip_ratios_scale_shares_but_not_the_rest():
 )
 def test_nothing_to_rank_is_said(shares, measured, reason):
     found = linear_datamodelling_score(half_subsets(6, 12), shares, measured)
-    assert found["spearman"] is None and found["interval"] is None and reason in found["reason"]
-    json.dumps(found, allow_nan=False)
+    assert found.spearman is None and found.interval is None and reason in found.reason
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_two_subsets_say_nothing():
     found = linear_datamodelling_score(half_subsets(6, 2), np.arange(6.0), np.arange(2.0))
-    assert found["spearman"] is None and "2 subsets" in found["reason"]
+    assert found.spearman is None and "2 subsets" in found.reason
 
 
 def test_bad_score_input():

@@ -16,6 +16,8 @@ from entropy_experiments.analyses.clustering import choose_number, sequence_clus
 from entropy_experiments.analyses.distinct_sequences import distinct_sequences
 from entropy_experiments.analyses.kernel_geometry import cosine_kernel, spectrum
 from entropy_experiments.analyses.prompt_structure import correctness, prompt_structure
+from entropy_experiments.records.record import json_of
+from entropy_experiments.report.kernel_findings import clustering_finding, structure_finding
 from tests.entropy_experiments.analyses.planted_kernels import labels, unstructured
 from tests.entropy_experiments.analyses.test_clustering import finite, gram, plausible_counts, rng
 
@@ -50,24 +52,24 @@ def test_pairs_of_equal_sequences_are_in_no_block_and_every_other_pair_is():
     prompts, texts = np.repeat([4, 9], [5, 4]), ["a", "b", "a", "c", "a", "x", "x", "y", "a"]
     kernels = duplicated(rng(3), prompts, texts, rewards=[1, 0, 1, 0, 1, 1, 1, 0, 0])
     result = prompt_structure(kernels, permutations=9)
-    assert result["duplicates"] == {"sequences": 9, "distinct": 6, "equal_pairs": 4}
+    assert json_of(result.duplicates) == {"sequences": 9, "distinct": 6, "equal_pairs": 4}
     kernel, signs = kernels.train_fisher, correctness(kernels.training.reward, prompts)
     pairs = [(i, j) for i in range(9) for j in range(i)]
     same = [kernel[i, j] for i, j in pairs if prompts[i] == prompts[j] and texts[i] != texts[j]]
     cross = [kernel[i, j] for i, j in pairs if prompts[i] != prompts[j]]
-    raw = result["train"]["raw"]
-    assert (raw["same_prompt"]["pairs"], raw["cross_prompt"]["pairs"]) == (len(same), len(cross)) == (12, 20)
-    assert raw["same_prompt"]["mean"] == pytest.approx(np.mean(same)), "copies of a sequence are paired with each other"
-    assert raw["test"]["difference"] == pytest.approx(np.mean(same) - np.mean(cross))
-    groups = result["within_group"]["raw"]
+    raw = result.train.raw
+    assert (raw.same_prompt.pairs, raw.cross_prompt.pairs) == (len(same), len(cross)) == (12, 20)
+    assert raw.same_prompt.mean == pytest.approx(np.mean(same)), "copies of a sequence are paired with each other"
+    assert raw.test.difference == pytest.approx(np.mean(same) - np.mean(cross))
+    groups = result.within_group.raw
     chosen = [(i, j) for i, j in pairs if prompts[i] == prompts[j] and texts[i] != texts[j]]
     mixed = [kernel[i, j] for i, j in chosen if signs[i] != signs[j]]
-    assert groups["correct_wrong"]["mean"] == pytest.approx(np.mean(mixed))
-    assert groups["correct_correct"]["pairs"] == 0 and groups["wrong_wrong"]["pairs"] == 2
+    assert groups.correct_wrong.mean == pytest.approx(np.mean(mixed))
+    assert groups.correct_correct.pairs == 0 and groups.wrong_wrong.pairs == 2
     design = np.array([[signs[i] == signs[j], prompts[i] == 4, prompts[i] == 9] for i, j in chosen], dtype=float)
     fit = np.linalg.lstsq(design, np.array([kernel[i, j] for i, j in chosen]), rcond=None)[0]
-    assert groups["test"]["difference"] == pytest.approx(fit[0])
-    assert "9 sequences, 6 of them distinct" in result["sentence"]
+    assert groups.test.difference == pytest.approx(fit[0])
+    assert "9 sequences, 6 of them distinct" in structure_finding(result)
 
 
 def test_sequences_are_equal_only_with_equal_prompt_text_length_and_gradient():
@@ -105,9 +107,9 @@ def test_copies_do_not_make_structure():
         result = prompt_structure(kernels, permutations=119, seed=k)
         for name, section in (("train", "train"), ("groups", "within_group")):
             for kind in ("raw", "cosine"):
-                found[f"{name} {kind}"].append(result[section][kind]["test"]["p_value"])
-        assert result["evaluation"]["raw"]["equal_to_training"] == 6
-        found["buffers"].append(result["evaluation"]["raw"]["test"]["p_value"])
+                found[f"{name} {kind}"].append(getattr(getattr(result, section), kind).test.p_value)
+        assert result.evaluation.raw.equal_to_training == 6
+        found["buffers"].append(result.evaluation.raw.test.p_value)
     for name, p_values in found.items():
         known = np.array([p for p in p_values if p is not None])
         assert len(known) > 0.9 * sets, name
@@ -123,11 +125,11 @@ def test_nothing_is_claimed_where_directions_and_raw_kernel_differ_in_sign():
     rows += 0.02 * rng(1).normal(size=rows.shape)
     kernels, _ = unstructured(rng(2), prompts, gradients=rows)
     result = finite(prompt_structure(kernels, permutations=199))
-    cosine, raw = (result["train"][kind]["test"] for kind in ("cosine", "raw"))
-    assert cosine["p_value"] <= 0.05 and cosine["difference"] > 0 > raw["difference"]
-    assert result["train"]["signs_agree"] is False
-    assert "is not said: directions and raw K₁ differ in sign" in result["sentence"]
-    assert "move each other more than" not in result["sentence"]
+    cosine, raw = (getattr(result.train, kind).test for kind in ("cosine", "raw"))
+    assert cosine.p_value <= 0.05 and cosine.difference > 0 > raw.difference
+    assert result.train.signs_agree is False
+    assert "cannot be said: directions and raw K₁ differ in sign" in structure_finding(result)
+    assert "move each other more than" not in structure_finding(result)
 
 
 # ---- clusters
@@ -148,9 +150,9 @@ def test_copies_of_one_cloud_are_called_clusters_at_the_nominal_rate_only():
     for k in range(sets):
         rows, _, _, of = with_copies(generator.normal(size=(16, 30)) + 0.5 * (k % 2), generator, 16)
         once = np.unique(of, return_index=True)[1]
-        p_values.append(choose_number(gram(rows[once]), [2, 3, 4, 5], 19, generator, of)["p_value"])
+        p_values.append(choose_number(gram(rows[once]), [2, 3, 4, 5], 19, generator, of).p_value)
         if k < 20:
-            as_single.append(choose_number(gram(rows), [2, 3, 4, 5, 12], 19, generator)["p_value"])
+            as_single.append(choose_number(gram(rows), [2, 3, 4, 5, 12], 19, generator).p_value)
     for level in (0.05, 0.2):
         count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(sets, level)
         assert low <= count <= high, f"{count} of {sets} below {level}, expected {low} to {high}"
@@ -178,20 +180,20 @@ def test_the_whole_analysis_counts_copies_once():
     rows, texts, prompts, of = with_copies(generator.normal(size=(24, 60)), generator, 24)
     kernels, _ = unstructured(rng(1), prompts, gradients=rows, completions=texts, rewards=(of % 3 == 0).astype(float))
     result = finite(sequence_clusters(kernels, rotations=39, resamples=2, permutations=9))
-    assert result["duplicates"]["distinct"] == 24 and result["duplicates"]["sequences"] == 48
-    assert result["n_clusters"] == 1 and "48 sequences, 24 of them distinct" in result["sentence"]
-    assert len(result["leaf_order"]) == 48, "the picture shows every sequence"
+    assert result.duplicates.distinct == 24 and result.duplicates.sequences == 48
+    assert result.n_clusters == 1 and "48 sequences, 24 of them distinct" in clustering_finding(result)
+    assert len(result.leaf_order) == 48, "the picture shows every sequence"
     alone = sequence_clusters(
         replace(kernels, training=replace(kernels.training, completion=[str(i) for i in range(48)])),
         rotations=39, resamples=2, permutations=9,
     )  # fmt: skip
-    assert alone["n_clusters"] > 1, "counted singly, the copies are clusters: this test shows nothing otherwise"
+    assert alone.n_clusters > 1, "counted singly, the copies are clusters: this test shows nothing otherwise"
     # The spectrum of all sequences is that of the distinct ones weighted by their copies.
     cosine, _ = cosine_kernel(kernels.train_fisher)
     once, weights = np.unique(of, return_index=True)[1], np.sqrt(np.bincount(of))
     weighted = spectrum(cosine[np.ix_(once, once)] * np.outer(weights, weights))
-    assert result["spectrum"]["cosine"]["effective_rank"] == pytest.approx(weighted["effective_rank"], rel=1e-6)
-    assert result["spectrum"]["distinct"]["effective_rank"] > result["spectrum"]["cosine"]["effective_rank"]
+    assert result.spectrum["cosine"].effective_rank == pytest.approx(weighted.effective_rank, rel=1e-6)
+    assert result.spectrum["distinct"].effective_rank > result.spectrum["cosine"].effective_rank
 
 
 def test_what_copies_share_is_found_at_the_nominal_rate_only():
@@ -206,7 +208,7 @@ def test_what_copies_share_is_found_at_the_nominal_rate_only():
             shared = shared_by_clusters(
                 clusters[rows], np.arange(len(rows)), training, np.zeros(len(rows), int), 39, generator, weights
             )
-            found.append(shared["length"]["p_value"])
+            found.append(shared["length"].p_value)
     for level in (0.05, 0.2):
         count, (low, high) = (np.array(p_values) <= level).sum(), plausible_counts(sets, level)
         assert low <= count <= high, f"{count} of {sets} below {level}, expected {low} to {high}"

@@ -16,8 +16,10 @@ from entropy_core.gradients import dot, entropy_gradient
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_orders
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.higher_order import plot_higher_order
 from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.findings import higher_order_finding
 from entropy_experiments.step.real_steps import measure_curve
 from tests.entropy_core.support import distribution_as_batch
 from tests.entropy_experiments.analyses.tiny_step import make_step
@@ -62,16 +64,16 @@ def test_second_order_of_an_enumerated_policy(size):
     start = entropies_along(policy, space, direction, 0.0)[1]
     changes = np.array([entropies_along(policy, space, direction, s)[1] - start for s in SCALES])
     found = measure_orders(SCALES, changes)
-    assert found["first_order"]["value"] == pytest.approx(first, rel=1e-3)
-    assert found["second_order"]["value"] == pytest.approx(second, rel=1e-2), "half, sign or power of the second order"
-    error, said = abs(found["second_order"]["value"] - second), found["second_order"]["fit_error"]
+    assert found.first_order.value == pytest.approx(first, rel=1e-3)
+    assert found.second_order.value == pytest.approx(second, rel=1e-2), "half, sign or power of the second order"
+    error, said = abs(found.second_order.value - second), found.second_order.fit_error
     assert error <= 1.1 * said, "the orders left out cost more than the fit admits"
     assert said < 0.01 * abs(second)
-    assert found["equal_at"]["value"] == pytest.approx(abs(first / second), rel=1e-2)
-    assert found["ratio"] == pytest.approx(second / first, rel=1e-2)
+    assert found.equal_at.value == pytest.approx(abs(first / second), rel=1e-2)
+    assert found.ratio == pytest.approx(second / first, rel=1e-2)
     given = measure_orders(SCALES, changes, slope={"value": first, "standard_error": 0.0})
-    assert given["first_order"]["value"] == first and given["first_order"]["source"] == "split estimator"
-    assert given["first_order"]["fitted"] == pytest.approx(first, rel=1e-3)
+    assert given.first_order.value == first and given.first_order.source == "split estimator"
+    assert given.first_order.fitted == pytest.approx(first, rel=1e-3)
 
 
 def test_measured_curve_of_a_batch_that_is_the_distribution():
@@ -96,9 +98,9 @@ def test_measured_curve_of_a_batch_that_is_the_distribution():
         sequences=curve.sequences,
         slope=dot(entropy_gradient(policy, batch, "split"), direction),
     )
-    assert found["first_order"]["value"] == pytest.approx(first, rel=1e-10)
-    assert found["second_order"]["value"] == pytest.approx(second, rel=1e-2)
-    json.dumps(found, allow_nan=False)
+    assert found.first_order.value == pytest.approx(first, rel=1e-10)
+    assert found.second_order.value == pytest.approx(second, rel=1e-2)
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_measured_curve_leaves_out_each_prompt():
@@ -126,14 +128,14 @@ def polynomial(s: np.ndarray, *coefficients: float) -> np.ndarray:
 
 def test_a_polynomial_of_order_four_is_recovered():
     found = measure_orders(SCALES, polynomial(SCALES, -0.08, 0.02, 0.005, -0.001))
-    assert found["first_order"]["value"] == pytest.approx(-0.08)
-    assert found["second_order"]["value"] == pytest.approx(0.02)
-    assert (found["third"], found["fourth"]) == (pytest.approx(0.005), pytest.approx(-0.001))
-    assert found["residual"] < 1e-15 and found["second_order"]["fit_error"] < 1e-12
-    assert found["equal_at"]["value"] == pytest.approx(4.0)
-    assert found["ratio"] == pytest.approx(-0.25)
-    assert [p["scale"] for p in found["points"]] == sorted(SCALES.tolist())
-    assert found["points"][-1]["second_order"] == pytest.approx(-0.06)
+    assert found.first_order.value == pytest.approx(-0.08)
+    assert found.second_order.value == pytest.approx(0.02)
+    assert (found.third, found.fourth) == (pytest.approx(0.005), pytest.approx(-0.001))
+    assert found.residual < 1e-15 and found.second_order.fit_error < 1e-12
+    assert found.equal_at.value == pytest.approx(4.0)
+    assert found.ratio == pytest.approx(-0.25)
+    assert [p.scale for p in found.points] == sorted(SCALES.tolist())
+    assert found.points[-1].second_order == pytest.approx(-0.06)
 
 
 def test_jackknife_error_of_the_second_order():
@@ -144,24 +146,24 @@ def test_jackknife_error_of_the_second_order():
     left_out = (curves.sum(0) - curves) / 29
     found = measure_orders(SCALES, curves.mean(0), left_out)
     for order, name in ((0, "first_order"), (1, "second_order")):
-        assert found[name]["value"] == pytest.approx(prompts[:, order].mean())
-        assert found[name]["standard_error"] == pytest.approx(prompts[:, order].std(ddof=1) / math.sqrt(30))
-    point = found["points"][-1]
-    assert point["standard_error"] == pytest.approx(curves[:, 0].std(ddof=1) / math.sqrt(30))
+        assert getattr(found, name).value == pytest.approx(prompts[:, order].mean())
+        assert getattr(found, name).standard_error == pytest.approx(prompts[:, order].std(ddof=1) / math.sqrt(30))
+    point = found.points[-1]
+    assert point.standard_error == pytest.approx(curves[:, 0].std(ddof=1) / math.sqrt(30))
     (d, d_error), (q, q_error) = (
-        (abs(found[name]["value"]), stats.t.ppf(0.975, 29) * found[name]["standard_error"])
+        (abs(getattr(found, name).value), stats.t.ppf(0.975, 29) * getattr(found, name).standard_error)
         for name in ("first_order", "second_order")
     )
-    assert found["equal_at"]["value"] == pytest.approx(d / q)
-    assert found["equal_at"]["low"] == pytest.approx((d - d_error) / (q + q_error))
-    assert found["equal_at"]["high"] == pytest.approx((d + d_error) / (q - q_error))
+    assert found.equal_at.value == pytest.approx(d / q)
+    assert found.equal_at.low == pytest.approx((d - d_error) / (q + q_error))
+    assert found.equal_at.high == pytest.approx((d + d_error) / (q - q_error))
 
 
 def test_the_interval_of_equality_is_open_where_the_second_order_may_be_zero():
     left_out = np.stack([polynomial(SCALES, -1.0, 0.01 + e) for e in (-0.2, 0.2, -0.1, 0.1)])
     found = measure_orders(SCALES, polynomial(SCALES, -1.0, 0.01), left_out)
-    assert found["equal_at"]["high"] is None and 0 < found["equal_at"]["low"] < 100
-    assert "and any larger one" in found["sentence"]
+    assert found.equal_at.high is None and 0 < found.equal_at.low < 100
+    assert "and any larger one" in higher_order_finding(found)
 
 
 def test_points_not_to_be_trusted_or_beyond_reach_are_not_used():
@@ -169,24 +171,24 @@ def test_points_not_to_be_trusted_or_beyond_reach_are_not_used():
     changes[np.abs(SCALES) == 1.0] = 7.0
     sizes = np.where(SCALES == 1.0, 31.0, 60.0)
     found = measure_orders(SCALES, changes, effective_sample_sizes=sizes, sequences=64)
-    assert found["second_order"]["value"] == pytest.approx(0.02) and found["pairs"] == 4
-    assert [p["used"] for p in found["points"]] == [False] + [True] * 8 + [False]
+    assert found.second_order.value == pytest.approx(0.02) and found.pairs == 4
+    assert [p.used for p in found.points] == [False] + [True] * 8 + [False]
     near = measure_orders(SCALES, changes, furthest=0.5)
-    assert near["second_order"]["value"] == pytest.approx(0.02)
+    assert near.second_order.value == pytest.approx(0.02)
 
 
 def test_lone_scales_and_single_pairs():
     one_sided = measure_orders(np.array([0.5, 1.0]), np.array([1.0, 2.0]))
-    assert one_sided["second_order"]["value"] is None and "both directions" in one_sided["reason"]
-    assert "was not measured" in one_sided["sentence"]
+    assert one_sided.second_order.value is None and "both directions" in one_sided.reason
+    assert "was not measured" in higher_order_finding(one_sided)
     pair = measure_orders(np.array([0.5, -0.5]), np.array([-0.04, 0.06]))
-    assert (pair["first_order"]["value"], pair["second_order"]["value"]) == (pytest.approx(-0.1), pytest.approx(0.04))
-    assert pair["third"] is None and pair["second_order"]["total_error"] is None
+    assert (pair.first_order.value, pair.second_order.value) == (pytest.approx(-0.1), pytest.approx(0.04))
+    assert pair.third is None and pair.second_order.total_error is None
     straight = measure_orders(SCALES, np.zeros(10))
-    assert straight["equal_at"]["value"] is None and straight["reason"] == "the second order is exactly 0"
-    assert straight["ratio"] is None
+    assert straight.equal_at.value is None and straight.reason == "the second order is exactly 0"
+    assert straight.ratio is None
     for found in (one_sided, pair, straight):
-        json.dumps(found, allow_nan=False)
+        json.dumps(json_of(found), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,6 @@ def test_the_figure_draws_the_curve_and_marks_where_orders_are_equal():
 
 
 def test_figures_without_a_second_order():
-    assert "No data" in caption_of(plot_higher_order({}))
+    assert "No data" in caption_of(plot_higher_order(measure_orders(np.empty(0), np.empty(0))))
     assert "not known" in caption_of(plot_higher_order(measure_orders(np.array([0.5, 1.0]), np.array([1.0, 2.0]))))
     assert png_bytes(plot_higher_order(measure_orders(SCALES, np.zeros(10))))

@@ -19,8 +19,10 @@ from entropy_experiments.analyses.intervention import (
     half_subsets,
     prove_by_intervention,
 )
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.intervention import plot_intervention
 from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.findings import intervention_finding
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.optimizer_step import take_next_step
 from entropy_experiments.step.real_steps import StepMeasurement
@@ -85,36 +87,36 @@ def test_a_linear_world_is_proven_exactly():
     measure, weights, prediction = linear_world()
     wrong = SharePrediction(-prediction.shares, 0.25)
     found = prove_by_intervention(measure, weights, {"right": prediction, "wrong": wrong}, top=3)
-    assert found["headline"] == "right"
-    assert found["scores"]["right"]["spearman"] == pytest.approx(1.0)
-    assert found["scores"]["right"]["slope"] == pytest.approx(1.0)
-    assert found["scores"]["wrong"]["spearman"] == pytest.approx(-1.0)
-    assert found["full_step"]["measured"] == pytest.approx(found["full_step"]["predicted"]["right"])
-    assert not any(4 in members for members in found["subsets"]), "a sequence of weight 0 takes part in no step"
+    assert found.headline == "right"
+    assert found.scores["right"].spearman == pytest.approx(1.0)
+    assert found.scores["right"].slope == pytest.approx(1.0)
+    assert found.scores["wrong"].spearman == pytest.approx(-1.0)
+    assert found.full_step.measured == pytest.approx(found.full_step.predicted["right"])
+    assert not any(4 in members for members in found.subsets), "a sequence of weight 0 takes part in no step"
     for kind, sign in (("costing", -1), ("giving", 1)):
-        removal = found["removals"][kind]
-        assert removal["difference"] == pytest.approx(-prediction.shares[removal["sequences"]].sum())
-        assert removal["difference"] == pytest.approx(removal["predicted_difference"]["right"])
-        assert removal["difference"] * sign < 0 and len(removal["sequences"]) == 3
-    assert len(found["removals"]["random"]["differences"]) == 5
-    assert "1.00 [1.00, 1.00]" in found["sentence"] and "said to cost most" in found["sentence"]
-    json.dumps(found, allow_nan=False)
+        removal = getattr(found.removals, kind)
+        assert removal.difference == pytest.approx(-prediction.shares[list(removal.sequences)].sum())
+        assert removal.difference == pytest.approx(removal.predicted_difference["right"])
+        assert removal.difference * sign < 0 and len(removal.sequences) == 3
+    assert len(found.removals.random.differences) == 5
+    assert "1.00 [1.00, 1.00]" in intervention_finding(found) and "said to cost most" in intervention_finding(found)
+    json.dumps(json_of(found), allow_nan=False)
 
 
 def test_halving_prompts():
     measure, weights, prediction = linear_world()
     prompts = np.arange(12) // 2
     found = prove_by_intervention(measure, weights, {"shares": prediction}, prompt_index=prompts, count=15, top=2)
-    assert found["by"] == "prompt" and found["scores"]["shares"]["spearman"] == pytest.approx(1.0)
+    assert found.by == "prompt" and found.scores["shares"].spearman == pytest.approx(1.0)
 
 
 def test_degenerate_worlds_are_stated():
     """No effect at all, and one-sided shares: nothing is NaN, and the sentence says what is missing."""
     weights = np.ones(8)
     found = prove_by_intervention(lambda kept: 0.0, weights, {"shares": SharePrediction(np.zeros(8))}, count=20)
-    assert found["removals"]["costing"] is None and found["removals"]["giving"] is None
-    assert "no rank correlation can be given: all predicted changes are equal" in found["sentence"]
-    json.dumps(found, allow_nan=False)
+    assert found.removals.costing is None and found.removals.giving is None
+    assert "no rank correlation can be given: all predicted changes are equal" in intervention_finding(found)
+    json.dumps(json_of(found), allow_nan=False)
     with pytest.raises(UserError, match="0 ways"):
         prove_by_intervention(lambda kept: 0.0, np.zeros(8), {"shares": SharePrediction(np.zeros(8))})
 
@@ -129,12 +131,12 @@ def test_real_half_steps_follow_the_split_shares(learning_rate):
     measurement = world.measurement()
     predictions = {"split": world.prediction(), "rao_blackwell": world.prediction("rao_blackwell")}
     found = prove_by_intervention(measurement.change, world.weights.numpy(), predictions, clip=measurement.clip, top=3)
-    score, other = found["scores"]["split"], found["scores"]["rao_blackwell"]
-    assert score["spearman"] >= (0.995 if learning_rate == 1e-5 else 0.98)
-    assert abs(score["slope"] - 1) < 0.05, "shares and measurement differ by a factor"
-    assert score["root_mean_square_error"] < 0.12 * score["measured_spread"]
-    assert other["spearman"] < score["spearman"], "the other estimator has the evaluation tokens' noise against it"
-    assert found["removals"]["costing"]["difference"] > 0 > found["removals"]["giving"]["difference"]
+    score, other = found.scores["split"], found.scores["rao_blackwell"]
+    assert score.spearman >= (0.995 if learning_rate == 1e-5 else 0.98)
+    assert abs(score.slope - 1) < 0.05, "shares and measurement differ by a factor"
+    assert score.root_mean_square_error < 0.12 * score.measured_spread
+    assert other.spearman < score.spearman, "the other estimator has the evaluation tokens' noise against it"
+    assert found.removals.costing.difference > 0 > found.removals.giving.difference
     assert measurement.lowest_effective_sample_size is not None
 
 
@@ -144,12 +146,12 @@ def test_a_poisoned_sequence_is_found_and_its_removal_undoes_the_loss():
     shares = world.shares().numpy()
     measurement = world.measurement()
     found = prove_by_intervention(measurement.change, world.weights.numpy(), {"split": world.prediction()}, top=1)
-    removal = found["removals"]["costing"]
-    assert removal["sequences"] == [victim]
-    assert removal["difference"] == pytest.approx(-shares[victim], rel=0.05)
+    removal = found.removals.costing
+    assert removal.sequences == (victim,)
+    assert removal.difference == pytest.approx(-shares[victim], rel=0.05)
     assert shares[victim] < -20 * np.abs(np.delete(shares, victim)).max(), "the world is not poisoned"
-    with_victim = np.array([victim in members for members in found["subsets"]])
-    measured = np.array(found["measured"])
+    with_victim = np.array([victim in members for members in found.subsets])
+    measured = np.array(found.measured)
     assert measured[with_victim].max() < measured[~with_victim].min()
 
 
@@ -162,14 +164,14 @@ def test_clipping_is_predicted_by_the_ratio_of_coefficients():
     found = prove_by_intervention(
         measurement.change, world.weights.numpy(), {"scaled": shares, "blind": blind}, clip=measurement.clip, top=3
     )
-    scaled, blind_score = found["scores"]["scaled"], found["scores"]["blind"]
-    assert scaled["spearman"] > 0.99 and abs(scaled["slope"] - 1) < 0.05
-    assert scaled["root_mean_square_error"] < 0.2 * blind_score["root_mean_square_error"]
-    assert min(found["clip_ratios"]) > 1, "half of a clipped gradient is clipped less"
+    scaled, blind_score = found.scores["scaled"], found.scores["blind"]
+    assert scaled.spearman > 0.99 and abs(scaled.slope - 1) < 0.05
+    assert scaled.root_mean_square_error < 0.2 * blind_score.root_mean_square_error
+    assert min(found.clip_ratios) > 1, "half of a clipped gradient is clipped less"
     for kind in ("costing", "giving"):
-        removal = found["removals"][kind]
-        gap, gap_blind = (abs(removal["predicted_difference"][n] - removal["difference"]) for n in ("scaled", "blind"))
-        assert gap < 0.1 * abs(removal["difference"]) and gap < gap_blind, "removals are predicted without clipping"
+        removal = getattr(found.removals, kind)
+        gap, gap_blind = (abs(removal.predicted_difference[n] - removal.difference) for n in ("scaled", "blind"))
+        assert gap < 0.1 * abs(removal.difference) and gap < gap_blind, "removals are predicted without clipping"
 
 
 def test_measurement_is_a_step_of_torchs_own_optimizer():
@@ -250,9 +252,9 @@ def test_response_shares_beat_frozen_ones_where_second_moments_move():
         "response": SharePrediction(r.shares.numpy(), r.rest, with_clipping=False),
     }
     found = prove_by_intervention(measurement.change, world.weights.numpy(), predictions, top=3)
-    frozen, response = found["scores"]["frozen"], found["scores"]["response"]
-    assert frozen["spearman"] > 0.9 and response["spearman"] > 0.9
-    assert response["root_mean_square_error"] < 1.1 * frozen["root_mean_square_error"]
+    frozen, response = found.scores["frozen"], found.scores["response"]
+    assert frozen.spearman > 0.9 and response.spearman > 0.9
+    assert response.root_mean_square_error < 1.1 * frozen.root_mean_square_error
 
 
 def test_response_equals_shares_where_the_step_is_linear():
@@ -308,18 +310,17 @@ def test_the_figure_draws_the_numbers():
     figure = plot_intervention(found)
     scatter = next(line for line in figure.axes[0].lines if "random halves" in str(line.get_label()))
     x, y = np.asarray(scatter.get_xdata(), float), np.asarray(scatter.get_ydata(), float)
-    unit = y[0] / found["measured"][0]
+    unit = y[0] / found.measured[0]
     assert np.log10(unit) == pytest.approx(round(np.log10(unit)))
-    assert y == pytest.approx(unit * np.array(found["measured"]))
-    assert x == pytest.approx(unit * np.array(found["scores"]["split"]["predicted"]))
+    assert y == pytest.approx(unit * np.array(found.measured))
+    assert x == pytest.approx(unit * np.array(found.scores["split"].predicted))
     widths = [bar.get_width() for bar in figure.axes[1].patches]
-    wanted = [found["full_step"]["measured"], *(found["removals"][k]["measured"] for k in ("costing", "giving"))]
+    wanted = [found.full_step.measured, *(getattr(found.removals, k).measured for k in ("costing", "giving"))]
     assert widths == pytest.approx([unit * value for value in wanted])
     assert "1.00, 95% bootstrap interval" in caption_of(figure) and "second moments" in caption_of(figure)
     assert png_bytes(figure)
 
 
 def test_figures_of_nothing():
-    assert "No data" in caption_of(plot_intervention({}))
     still = prove_by_intervention(lambda kept: 0.0, np.ones(8), {"split": SharePrediction(np.zeros(8))}, count=20)
     assert "all predicted changes are equal" in caption_of(plot_intervention(still))

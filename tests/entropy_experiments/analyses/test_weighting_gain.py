@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
+from entropy_experiments.report.weighting_finding import weighting_finding
 from tests.entropy_experiments.analyses.weighting_world import (
     FACTOR,
     LONGEST,
@@ -39,9 +40,9 @@ def test_rewards_of_some_evaluation_sequences_are_enough(world: World) -> None:
     known = np.isfinite(reward)
     update = world.update(arrays.weights)
     covariance = np.cov(reward[known], world.eval_scores[known] @ update)[0, 1]
-    assert row_of(found, "run")["reward_gain"]["value"] == pytest.approx(covariance, rel=1e-9)
-    assert found["gain_side"] == "evaluation"
-    assert "29 evaluation sequences" in found["gain_note"]
+    assert row_of(found, "run").reward_gain.value == pytest.approx(covariance, rel=1e-9)
+    assert found.gain_side == "evaluation"
+    assert "29 evaluation sequences" in found.gain_note
     assert_sound(found)
 
 
@@ -61,18 +62,18 @@ def test_gain_is_the_derivative_of_expected_reward() -> None:
         return float(worth @ unnormalised / unnormalised.sum())
 
     exact = (expected_reward(1.0) - expected_reward(-1.0)) / 2
-    entry = row_of(weighting_schemes(arrays, LONGEST), "run")["reward_gain"]
-    assert entry["value"] * 15 / 16 == pytest.approx(exact, rel=1e-6), "the whole distribution has no n - 1"
+    entry = row_of(weighting_schemes(arrays, LONGEST), "run").reward_gain
+    assert entry.value * 15 / 16 == pytest.approx(exact, rel=1e-6), "the whole distribution has no n - 1"
 
 
 @pytest.mark.parametrize(("value", "word"), [(math.nan, "missing"), (1.0, "all equal")])
 def test_training_side_stands_in_without_same_prompt_terms(world: World, value: float, word: str) -> None:
     evaluation = replace(world.arrays.evaluation, reward=np.full(len(world.arrays.evaluation), value))
     found = weighting_schemes(replace(world.arrays, evaluation=evaluation), LONGEST)
-    assert found["gain_side"] == "training"
-    assert word in found["gain_note"]
-    assert "other prompts" in found["gain_note"]
-    labels, weights = world.arrays.training, np.array(found["weights"]["rloo"])
+    assert found.gain_side == "training"
+    assert word in found.gain_note
+    assert "other prompts" in found.gain_note
+    labels, weights = world.arrays.training, np.array(found.weights["rloo"])
 
     def gain(without: int | None) -> float:
         total = 0.0
@@ -86,9 +87,9 @@ def test_training_side_stands_in_without_same_prompt_terms(world: World, value: 
             total += weights[i] * sum(terms) / len(terms)
         return FACTOR * total
 
-    entry = row_of(found, "rloo")["reward_gain"]
-    assert entry["value"] == pytest.approx(gain(None), rel=1e-9)
-    assert entry["standard_error"] == pytest.approx(spread([gain(p) for p in (3, 7, 11)]), rel=1e-9)
+    entry = row_of(found, "rloo").reward_gain
+    assert entry.value == pytest.approx(gain(None), rel=1e-9)
+    assert entry.standard_error == pytest.approx(spread([gain(p) for p in (3, 7, 11)]), rel=1e-9)
     assert_sound(found)
 
 
@@ -99,10 +100,10 @@ def test_two_sets_of_prompts_count_in_quadrature() -> None:
     world = make_world(3, train_prompts=prompts, train_reward=reward, eval_reward=np.zeros(32))
     found = weighting_schemes(world.arrays, LONGEST)
     row = row_of(found, "grpo")
-    weights = np.array(found["weights"]["grpo"])
-    change, gain = world.change(weights), row["reward_gain"]
-    left = [world.change_without(weights, p) / gain["value"] for p in range(16)]
-    assert row["entropy_cost_per_reward"]["value"] == pytest.approx(-change / gain["value"], rel=1e-9)
+    weights = np.array(found.weights["grpo"])
+    change, gain = world.change(weights), row.reward_gain
+    left = [world.change_without(weights, p) / gain.value for p in range(16)]
+    assert row.entropy_cost_per_reward.value == pytest.approx(-change / gain.value, rel=1e-9)
     # the second part: the ratio with each training prompt left out of the rows
     raw, others = world.arrays, []
     for prompt in range(12):
@@ -113,7 +114,7 @@ def test_two_sets_of_prompts_count_in_quadrature() -> None:
             total += weights[i] * sum(terms) / len(terms)
         others.append(change / (FACTOR * total))
     expected = math.hypot(spread(left), spread(others))
-    assert row["entropy_cost_per_reward"]["standard_error"] == pytest.approx(expected, rel=1e-9)
+    assert row.entropy_cost_per_reward.standard_error == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.long
@@ -122,8 +123,8 @@ def test_the_leave_one_out_gain_is_unbiased_and_its_error_honest() -> None:
     z = []
     for seed in range(200):
         world = make_world(seed, eval_prompts=list(range(40)), signal=0.0)
-        entry = row_of(weighting_schemes(world.arrays, LONGEST), "run")["reward_gain"]
-        z.append(entry["value"] / entry["standard_error"])
+        entry = row_of(weighting_schemes(world.arrays, LONGEST), "run").reward_gain
+        z.append(entry.value / entry.standard_error)
     assert abs(np.mean(z)) < 3 / math.sqrt(200)
     assert 0.90 <= np.mean(np.abs(z) < 2) <= 0.98
 
@@ -131,23 +132,23 @@ def test_the_leave_one_out_gain_is_unbiased_and_its_error_honest() -> None:
 def test_a_gain_within_noise_is_not_divided_by() -> None:
     world = make_world(1, signal=0.0)
     found = weighting_schemes(world.arrays, LONGEST)
-    for row in (row for row in found["rows"] if "delta_h" in row):
-        gain = row["reward_gain"]
-        if abs(gain["value"]) <= 2 * gain["standard_error"]:
-            assert row["entropy_cost_per_reward"]["value"] is None
-            assert "cannot be told from 0" in row["entropy_cost_per_reward"]["reason"]
-            assert row["scale"]["equal_gain"] is None
-        assert row["delta_h"]["equal_length"]["value"] is not None
-    assert row_of(found, "run")["entropy_cost_per_reward"]["value"] is None
-    assert "no price in reward" in found["sentence"]
+    for row in (row for row in found.rows if "delta_h" in row):
+        gain = row.reward_gain
+        if abs(gain.value) <= 2 * gain.standard_error:
+            assert row.entropy_cost_per_reward.value is None
+            assert "cannot be told from 0" in row.entropy_cost_per_reward.reason
+            assert row.scale.equal_gain is None
+        assert row.delta_h.equal_length.value is not None
+    assert row_of(found, "run").entropy_cost_per_reward.value is None
+    assert "no price in reward" in weighting_finding(found)
     assert_sound(found)
 
 
 def test_a_weighting_that_lowers_reward_has_no_price(world: World) -> None:
     arrays = replace(world.arrays, weights=-world.arrays.weights)
     row = row_of(weighting_schemes(arrays, LONGEST), "run")
-    assert row["entropy_cost_per_reward"]["value"] is None
-    assert "lower reward" in row["entropy_cost_per_reward"]["reason"]
+    assert row.entropy_cost_per_reward.value is None
+    assert "lower reward" in row.entropy_cost_per_reward.reason
 
 
 # ---- degenerate input
@@ -181,20 +182,20 @@ def test_degenerate_input_is_explained(changes: dict[str, Any], name: str, path:
     assert_sound(found)
     entry = row_of(found, name)
     for key in path:
-        entry = entry[key]
-    assert re.search(reason, entry["reason"])
+        entry = getattr(entry, key)
+    assert re.search(reason, entry.reason)
 
 
 def test_what_degenerate_input_still_tells() -> None:
-    assert "none makes a step" in weighting_schemes(make_world(**EQUAL).arrays, LONGEST)["sentence"]
+    assert "none makes a step" in weighting_finding(weighting_schemes(make_world(**EQUAL).arrays, LONGEST))
     world = make_world(**ONE_PROMPT)
     run = row_of(weighting_schemes(world.arrays, LONGEST), "run")
-    assert run["delta_h"]["raw"]["value"] == pytest.approx(world.arrays.shares.sum())
-    assert run["reward_gain"]["value"] == close(world.gain(world.arrays.weights))
+    assert run.delta_h.raw.value == pytest.approx(world.arrays.shares.sum())
+    assert run.reward_gain.value == close(world.gain(world.arrays.weights))
     singles = weighting_schemes(make_world(train_prompts=list(range(10))).arrays, LONGEST)
-    assert "grpo" not in singles["weights"]
+    assert "grpo" not in singles.weights
     reinforce = row_of(singles, "reinforce")
-    assert reinforce["delta_h"]["raw"]["value"] != 0, "REINFORCE has the batch to compare with"
+    assert reinforce.delta_h.raw.value != 0, "REINFORCE has the batch to compare with"
 
 
 def test_missing_training_rewards_or_length_leave_the_run_and_its_filters(world: World) -> None:
@@ -202,11 +203,11 @@ def test_missing_training_rewards_or_length_leave_the_run_and_its_filters(world:
     reward[4] = np.nan
     found = weighting_schemes(replace(world.arrays, training=replace(world.arrays.training, reward=reward)), LONGEST)
     assert_sound(found)
-    assert "reward of sequence 4" in row_of(found, "grpo")["reason"]
-    assert row_of(found, "positives_only")["delta_h"]["raw"]["value"] is not None
+    assert "reward of sequence 4" in row_of(found, "grpo").reason
+    assert row_of(found, "positives_only").delta_h.raw.value is not None
     found = weighting_schemes(world.arrays)
-    assert "max_completion_length" in row_of(found, "dr_grpo")["reason"]
-    assert row_of(found, "dr_grpo_longest")["delta_h"]["raw"]["value"] is not None
+    assert "max_completion_length" in row_of(found, "dr_grpo").reason
+    assert row_of(found, "dr_grpo_longest").delta_h.raw.value is not None
 
 
 @pytest.mark.parametrize("name", ["fisher", "entropy_fisher", "train_fisher", "weights", "products"])

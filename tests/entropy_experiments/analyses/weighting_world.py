@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.records.record import Record, json_of
+from entropy_experiments.records.weighting_results import WeightingResult, WeightingRow
 
 LONGEST = 9
 FACTOR = 3e-3
@@ -52,8 +54,8 @@ class World:
         return total / len(kept)
 
 
-def row_of(table: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(row for row in table["rows"] if row["name"] == name)
+def row_of(table: WeightingResult, name: str) -> WeightingRow:
+    return next(row for row in table.rows if row.name == name)
 
 
 def spread(left_out: list[float]) -> float:
@@ -119,13 +121,11 @@ def make_world(
 
 def assert_sound(value: Any) -> None:
     """No NaN anywhere, and every estimate without a value or a standard error says why."""
+    if isinstance(value, Record):
+        value = json_of(value)
     json.dumps(value, allow_nan=False)
     if isinstance(value, dict):
-        if (
-            "standard_error" in value
-            and "ratio" not in value
-            and (value["value"] is None or value["standard_error"] is None)
-        ):
+        if "standard_error" in value and "ratio" not in value and None in (value["value"], value["standard_error"]):
             assert value["reason"]
         value = list(value.values())
     for inner in value if isinstance(value, list) else ():

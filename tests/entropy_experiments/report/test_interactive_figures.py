@@ -10,6 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.clustering_results import ClusteringResult
+from entropy_experiments.records.estimates import Estimate, StudentEstimate
+from entropy_experiments.records.reader import read_results_folder
+from entropy_experiments.records.record import json_of, validated
+from entropy_experiments.records.summary import StepParts
+from entropy_experiments.records.weighting_results import EntropyChanges
 from entropy_experiments.report.interactive import sequences as sequences_module
 from entropy_experiments.report.interactive.history import training_history
 from entropy_experiments.report.interactive.kernels import kernel_explorer
@@ -21,6 +28,7 @@ from entropy_experiments.report.interactive.weightings import weighting_schemes
 from entropy_experiments.text.display import PromptFrame, prompt_frame
 from entropy_experiments.text.tokens import token_texts
 from tests.entropy_experiments.results_fixture import make_history, make_sequences, make_summary
+from tests.entropy_experiments.whole_summary import clustering as planted_clustering
 
 ROWS, FISHER, ENTROPY_FISHER = make_sequences(np.random.default_rng(0))
 TRAINING = [row for row in ROWS if row["buffer"] == "training"]
@@ -72,14 +80,15 @@ def test_predicted_against_actual_shows_both_and_their_ratio():
 
 
 def test_entropy_split_has_three_parts_that_add_up():
-    parts = make_summary(ROWS)["predicted"]["rao_blackwell"]
-    trace = entropy_split(parts, {"value": -0.08, "standard_error": 0.022}, 31)["data"][0]
+    parts = validated(StepParts, make_summary(ROWS)["predicted"]["rao_blackwell"], "summary.json")
+    measured = Estimate(value=-0.08, standard_error=0.022, low=-0.08 - T31 * 0.022, high=-0.08 + T31 * 0.022)
+    trace = entropy_split(parts, measured)["data"][0]
     assert sum(trace["y"][:3]) == pytest.approx(trace["y"][3], abs=1e-6) and trace["y"][4] == -0.08
     assert trace["error_y"]["array"][3:] == pytest.approx([T31 * 0.018, T31 * 0.022])
     assert trace["customdata"][4] == "−0.080 [−0.125, −0.035]"
     assert entropy_split(None, None) is None
-    gap = entropy_split({"batch": {"value": 1.0}}, None)["data"][0]
-    assert gap["y"] == [1.0, None, None, None, None]
+    gap = entropy_split(parts, None)["data"][0]
+    assert gap["y"][:4] == trace["y"][:4] and gap["y"][4] is None and gap["error_y"]["array"][4] is None
 
 
 def test_shares_are_sorted_and_lead_to_their_sequences():
@@ -103,8 +112,8 @@ def test_shares_are_sorted_and_lead_to_their_sequences():
 
 
 def test_weightings_show_what_is_known(whole_report):
-    table = json.loads((whole_report / "summary.json").read_text())["analyses"]["weighting_schemes"]
-    plot = weighting_schemes(table)
+    record = finished(read_results_folder(whole_report).summary.analyses.weighting_schemes)
+    plot, table = weighting_schemes(record), json_of(record)
     axes = {"x": "equal_length", "x2": "equal_gain"}
     for trace in plot["data"]:
         key, part = axes[trace["xaxis"]], {"predicted": "delta_h", "measured": "actual"}[trace["name"]]
@@ -116,14 +125,17 @@ def test_weightings_show_what_is_known(whole_report):
             assert value is None if entry["value"] is None else value == pytest.approx(entry["value"], rel=1e-5)
             if entry["value"] is not None and entry["standard_error"] is not None:
                 freedom = entry.get("degrees_of_freedom") or math.inf
-                assert bar == pytest.approx(float(stats.t.ppf(0.975, freedom)) * entry["standard_error"], rel=1e-5)
+                reach = float(stats.t.ppf(0.975, freedom)) * entry["standard_error"]
+                high = entry.get("high")
+                assert bar == pytest.approx(reach if high is None else high - entry["value"], rel=1e-5, abs=1e-12)
     run = next(row for row in table["rows"] if row["kind"] == "run")["delta_h"]
     marks = {shape["xref"]: shape["x0"] for shape in plot["layout"]["shapes"]}
     assert marks == {axis: run[key]["value"] for axis, key in axes.items() if run[key]["value"] is not None}
     assert [data[0] for data in plot["data"][0]["customdata"]] == labelled
-    assert len(plot["data"]) >= 2 and weighting_schemes({"rows": []}) is None
-    values = {"equal_length": {"value": 1.0}, "equal_gain": {"value": None}}
-    length_only = {"rows": [{"label": "a", "kind": "run", "delta_h": values}]}
+    assert len(plot["data"]) >= 2 and weighting_schemes(record.model_copy(update={"rows": ()})) is None
+    number, nothing = (StudentEstimate(value=v, standard_error=None, degrees_of_freedom=None) for v in (1.0, None))
+    changes = EntropyChanges(raw=number, equal_length=number, equal_gain=nothing)
+    length_only = record.model_copy(update={"rows": (record.rows[0].model_copy(update={"delta_h": changes}),)})
     assert list(weighting_schemes(length_only)["layout"]["xaxis"]["domain"]) == [0, 1]
 
 
@@ -141,7 +153,9 @@ def test_history_has_a_panel_for_each_quantity():
 
 
 def test_kernels_and_their_orders():
-    clustering = {"leaf_order": list(range(63, 0, -1)), "labels": [None] + [1] * 30 + [2] * 33}
+    labels = [None] + [1] * 30 + [2] * 33
+    leaves = {"sequences": list(range(1, 64)), "leaf_order": list(range(63, 0, -1))}
+    clustering = validated(ClusteringResult, planted_clustering(labels) | leaves, "summary.json")
     found = kernel_explorer({"fisher": FISHER, "entropy_fisher": ENTROPY_FISHER}, EVALUATION, TRAINING, clustering)
     json.dumps(found, allow_nan=False)
     assert (found["rows"], found["columns"]) == FISHER.shape
@@ -157,18 +171,8 @@ def test_kernels_and_their_orders():
     assert sorted(share["order"]) == list(range(64))
 
 
-@pytest.mark.parametrize(
-    "clustering",
-    [
-        None,
-        {},
-        {"leaf_order": [1, 1], "labels": [1] * 64},
-        {"leaf_order": [99], "labels": [1] * 64},
-        {"leaf_order": "x", "labels": []},
-    ],
-)
-def test_odd_clusters_make_no_order(clustering):
-    found = kernel_explorer({"fisher": FISHER}, EVALUATION, TRAINING, clustering)
+def test_no_clusters_make_no_order():
+    found = kernel_explorer({"fisher": FISHER}, EVALUATION, TRAINING, None)
     assert [order["label"] for order in found["column_orders"]] == [
         "by prompt",
         "by accounting share of Δh, lowest first",
@@ -204,14 +208,6 @@ def test_sequences_carry_texts_numbers_and_tokens():
         shown = facts["effect of leaving out"].split(" ")[0].replace("−", "-")
         assert float(shown) == pytest.approx(row["effect_of_leaving_out"], rel=5e-3)
     assert all(shown["tokens"]["shares"] is None for shown in found["evaluation"])
-
-
-def test_older_folders_have_the_tokens_of_the_analysis_or_none():
-    old = [{k: v for k, v in row.items() if not k.startswith("token_")} for row in TRAINING]
-    analysed = {"sequences": [{"sequence": 5, "tokens": [0.1] * old[5]["length"], "texts": ["x"] * old[5]["length"]}]}
-    found = sequence_details([], old, PromptFrame("", ""), analysed)["training"]
-    assert unpacked(found[5]["tokens"]["shares"]) == pytest.approx([0.1] * old[5]["length"], rel=1e-6)
-    assert found[4]["tokens"] is None and found[4]["completion"] == old[4]["completion"]
 
 
 def test_a_page_stays_small(monkeypatch):

@@ -6,6 +6,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
+from entropy_experiments.records.estimates import Estimate, Measurement
+from entropy_experiments.records.record import validated
+from entropy_experiments.records.summary import StepParts
 from entropy_experiments.report.figures.plots import (
     caption_of,
     plot_attribution,
@@ -167,7 +170,7 @@ def test_scaling_without_data_says_so(rows):
 
 def test_split_bars_carry_values_and_errors(summary):
     parts = summary["predicted"]["rao_blackwell"]
-    axes = plot_entropy_split(parts, summary["actual"]["snis"], degrees_of_freedom=31).axes[0]
+    axes = plot_entropy_split(*change(summary)).axes[0]
     bars = [container for container in axes.containers if hasattr(container, "patches")]
     heights = [container.patches[0].get_height() for container in bars]
     wanted = [parts[key]["value"] for key in ("batch", "momentum", "weight_decay", "total")] + [-0.08]
@@ -177,9 +180,17 @@ def test_split_bars_carry_values_and_errors(summary):
     assert (high - low) / 2 == pytest.approx(T31 * 0.022)
 
 
-@pytest.mark.parametrize("parts", [None, {}, {"total": {"value": None}}, "text"])
-def test_split_without_data_says_so(parts):
-    assert "no data" in texts(plot_entropy_split(parts))
+def test_split_without_data_says_so(summary):
+    assert "no data" in texts(plot_entropy_split(None))
+    nothing = Estimate(value=None, standard_error=None)
+    assert "no data" in texts(plot_entropy_split(StepParts(**dict.fromkeys(StepParts.model_fields, nothing))))
+    assert "no data" in texts(plot_entropy_split(*change(summary)[:1])), "of the measured change"
+
+
+def change(summary):
+    """The predicted and the measured change as records."""
+    parts = validated(StepParts, summary["predicted"]["rao_blackwell"], "summary.json")
+    return parts, validated(Measurement, summary["actual"]["snis"], "summary.json")
 
 
 # ---- history and evolution
@@ -287,7 +298,7 @@ def test_attribution_refuses_arrays_of_different_lengths():
 
 def test_figures_are_the_same_bytes_whatever_the_users_settings(summary):
     def draw():
-        return png_bytes(plot_entropy_split(summary["predicted"]["rao_blackwell"], summary["actual"]["snis"]))
+        return png_bytes(plot_entropy_split(*change(summary)))
 
     plain = draw()
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "pink", "savefig.dpi": 30}):
@@ -298,7 +309,7 @@ def test_no_text_of_a_figure_leaves_it(summary):
     figures = [
         plot_kernel_heatmap(1e5 * np.random.default_rng(0).normal(size=(32, 64)), range(32), np.repeat(range(8), 8)),
         plot_predicted_vs_actual(summary["scaling"]),
-        plot_entropy_split(summary["predicted"]["rao_blackwell"], summary["actual"]["snis"]),
+        plot_entropy_split(*change(summary)),
         plot_training_history(make_history()),
         plot_attribution(np.linspace(-1e-3, 1e-3, 64), np.arange(64) % 2, np.arange(64) // 8),
     ]

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from entropy_experiments.records.reader import read_results_folder
+from entropy_experiments.report.findings import FINDINGS
 from entropy_experiments.report.page import write_report
 from entropy_experiments.report.sections import PRESENTATIONS
 from entropy_experiments.text.display import clip, prompt_frame, quoted, visible
@@ -221,7 +222,7 @@ def hostile(tree, path=()):
         return {key: hostile(value, (*path, key)) for key, value in tree.items()}
     if isinstance(tree, list):
         return [hostile(value, (*path, place)) for place, value in enumerate(tree)]
-    if isinstance(tree, str) and {"prompt", "texts", "first_words", "sentence", "reason", "label"} & set(path):
+    if isinstance(tree, str) and {"prompt", "texts", "first_words", "reason", "label"} & set(path):
         return HOSTILE[len(str(path)) % len(HOSTILE)]
     return tree
 
@@ -255,8 +256,9 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 def test_every_question_has_its_sentence_figures_and_table(written):
     folder, html, page = written
     stored = json.loads((folder / "summary.json").read_text())["analyses"]
+    records = read_results_folder(folder).summary.analyses
     for name, presentation in PRESENTATIONS.items():
-        assert presentation.question in page.text and stored[name]["sentence"] in page.text, name
+        assert presentation.question in page.text and FINDINGS[name](getattr(records, name)) in page.text, name
         assert all(f'id="figure-{figure}"' in html for figure in presentation.figures)
     shown = [cell for row in page.rows for cell in row]
     scores = stored["intervention"]["scores"]["split"]
@@ -302,8 +304,8 @@ def test_what_was_not_computed_leaves_a_report_that_says_so(tmp_path, change):
 def test_failed_and_skipped_analyses_are_named(tmp_path):
     folder = build_results(tmp_path)
     odd = {
-        "buffers": {"error": "ValueError: x", "sentence": "FAILED: ValueError: x"},
-        "baselines": {"skipped": "no step", "sentence": "Not analysed: no step."},
+        "buffers": {"error": "ValueError: x"},
+        "baselines": {"skipped": "no step"},
     }
     edit_json("summary.json", lambda s: s | {"analyses": odd})(folder)
     page = Page(write_report(folder).read_text(encoding="utf-8"))

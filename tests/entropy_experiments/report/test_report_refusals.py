@@ -76,7 +76,7 @@ def drop_training_rows(folder):
         (edit_json("summary.json", lambda s: s | {"analyses": {"unheard_of": {}}}), "analyses.unheard_of is no field"),
         (
             edit_json("summary.json", lambda s: s | {"analyses": {"buffers": {}}}),
-            "analyses.buffers.sentence is missing",
+            "analyses.buffers.quantities is missing",
         ),
         (edit_json("summary.json", lambda s: s | {"analyses": {"buffers": "text"}}), "analyses.buffers should be"),
         (

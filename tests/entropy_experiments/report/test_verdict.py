@@ -1,21 +1,24 @@
 """The verdict says what the numbers say, and says when they say nothing."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
 
+from entropy_experiments.records.record import validated
+from entropy_experiments.records.run_record import CheckRecord
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.check_words import check_sentences
 from entropy_experiments.report.verdict import (
     part_sentence,
     prediction_sentences,
-    primary_estimator,
     write_verdict,
 )
 from entropy_experiments.report.verdict_attribution import cost_sentences
 from entropy_experiments.statistics.agreement import paired_agreement
+from entropy_experiments.statistics.confidence import ALIKE, NOT_FROM_ZERO
 from tests.entropy_experiments.results_fixture import SERIES, make_history, make_run, make_sequences, make_summary
+from tests.entropy_experiments.whole_summary import estimate, results_of, whole_summary
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,24 @@ def summary(rows):
     return copy.deepcopy(make_summary(rows))
 
 
+def record(summary):
+    return validated(Summary, summary, "summary.json")
+
+
+def said_of(summary):
+    return prediction_sentences(record(summary))
+
+
+def checked(*checks):
+    return check_sentences(validated(list[CheckRecord], list(checks), "run.json"))
+
+
+def verdict(summary, history, checks, training=()):
+    return write_verdict(results_of(summary, history, checks, training))
+
+
 def test_prediction_that_agrees(summary):
-    (sentence,) = prediction_sentences(summary)
+    (sentence,) = said_of(summary)
     t = 2.0395  # Student's, on 31 degrees of freedom
     for value, error in ((-0.074, 0.018), (-0.08, 0.022)):
         assert f"{value:.3f} [{value - t * error:.3f}, {value + t * error:.3f}]".replace("-", "−") in sentence.text
@@ -41,7 +60,7 @@ def test_prediction_that_agrees(summary):
 
 def disagreeing(summary, gap, error=0.002):
     summary["agreement"]["rao_blackwell"] = paired_agreement(gap, gap + error * SERIES).as_dict()
-    return prediction_sentences(summary)[0]
+    return said_of(summary)[0]
 
 
 def test_prediction_that_does_not_agree(summary):
@@ -52,8 +71,8 @@ def test_prediction_that_does_not_agree(summary):
 
 
 def test_results_that_do_not_hold_the_paired_error_say_nothing_of_agreement(summary):
-    del summary["agreement"]
-    (sentence,) = prediction_sentences(summary)
+    summary["agreement"] = {}
+    (sentence,) = said_of(summary)
     assert (
         "error of their difference" in sentence.text
         and "cannot be said" in sentence.text
@@ -64,28 +83,28 @@ def test_results_that_do_not_hold_the_paired_error_say_nothing_of_agreement(summ
 def test_a_wide_interval_of_the_difference_is_not_agreement(summary):
     """A gap of 0 ± 40% of the change holds 0 and says nothing; it was called agreement, in green."""
     summary["agreement"]["rao_blackwell"] = paired_agreement(0.0, 0.016 * SERIES).as_dict()
-    sentence = prediction_sentences(summary)[0]
-    assert "They cannot be told apart" in sentence.text and "a gap of up to 41%" in sentence.text
+    sentence = said_of(summary)[0]
+    assert f"They {ALIKE}" in sentence.text and "a gap of up to 41%" in sentence.text
     assert "agree" not in sentence.text and sentence.tone == "plain"
 
 
 def test_agreement_of_noise_is_called_noise(summary):
-    summary["predicted"]["rao_blackwell"]["total"]["standard_error"] = 0.05
-    assert any("cannot be told from 0" in sentence.text for sentence in prediction_sentences(summary))
+    summary["predicted"]["rao_blackwell"]["total"] = estimate(-0.074, 0.05)
+    assert any(NOT_FROM_ZERO in sentence.text for sentence in said_of(summary))
 
 
 def test_small_effective_sample_is_named(summary):
     summary["actual"]["snis"]["effective_sample_size"] = 15.9
-    assert "15.9 of 32" in prediction_sentences(summary)[-1].text
+    assert "15.9 of 32" in said_of(summary)[-1].text
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda s: s["actual"].pop("snis"), "not measured"),
-        (lambda s: (s["actual"]["snis"].pop("standard_error"), s.pop("agreement")), "cannot be said"),
+        (lambda s: (s["actual"]["snis"].update(estimate(-0.08, None)), s.update(agreement={})), "cannot be said"),
         (lambda s: s["predicted"]["rao_blackwell"]["total"].update(value=0.0), "learning rate 0"),
-        (lambda s: s.pop("predicted"), "no predicted change"),
+        (lambda s: s.update(predicted={}), "no predicted change"),
         (
             lambda s: s.update(predicted={"fixed_prefix": s["predicted"]["fixed_prefix"]}),
             "no predicted change",
@@ -94,35 +113,36 @@ def test_small_effective_sample_is_named(summary):
 )
 def test_missing_numbers_are_named(summary, change, words):
     change(summary)
-    sentences = prediction_sentences(summary)
+    sentences = said_of(summary)
     assert words in sentences[0].text and sentences[0].tone in {"warning", "bad"}
 
 
 def test_fixed_prefix_never_stands_in_for_delta_h(summary):
     del summary["predicted"]["rao_blackwell"]
-    assert primary_estimator(summary) == "split"
+    assert record(summary).estimator == "split"
     summary["predicted"] = {"fixed_prefix": summary["predicted"]["fixed_prefix"]}
-    assert primary_estimator(summary) is None
+    assert record(summary).estimator is None
 
 
 def test_part_sentence_names_the_largest_and_what_opposes_it(summary):
-    assert "came from momentum (earlier batches): −0.061 [−0.094, −0.028]" in part_sentence(summary).text
-    summary["predicted"]["rao_blackwell"]["batch"]["value"] = 0.2
-    text = part_sentence(summary).text
+    assert "came from momentum (earlier batches): −0.061 [−0.094, −0.028]" in part_sentence(record(summary)).text
+    batch = summary["predicted"]["rao_blackwell"]["batch"]
+    batch |= estimate(0.2, batch["standard_error"])
+    text = part_sentence(record(summary)).text
     assert "came from this step's batch: +0.200 [+0.189, +0.211]" in text
     assert "momentum (earlier batches) and weight decay worked against it" in text
 
 
 def test_no_part_is_called_the_largest_where_intervals_overlap(summary):
     """−0.061 against −0.055 ± 0.02 is no order; it was said as if it were."""
-    summary["predicted"]["rao_blackwell"]["batch"] = {"value": -0.055, "standard_error": 0.02}
-    text = part_sentence(summary).text
+    summary["predicted"]["rao_blackwell"]["batch"] = estimate(-0.055, 0.02)
+    text = part_sentence(record(summary)).text
     assert "cannot be said" in text and "came from" not in text and "−0.055 [−0.096, −0.014]" in text
 
 
 def test_cost_sentences_name_sequence_and_prompt(rows):
     training = [row for row in rows if row["buffer"] == "training"]
-    first, second = (sentence.text for sentence in cost_sentences(training))
+    first, second = (sentence.text for sentence in cost_sentences(training, (), None))
     worst = min(training, key=lambda row: row["delta_h"])
     assert f"sequence {worst['row']} of prompt {worst['prompt_index']}" in first
     assert f"{worst['delta_h'] * 1e3:.3f}".replace("-", "−") in first
@@ -134,9 +154,9 @@ def test_cost_sentences_name_sequence_and_prompt(rows):
 
 
 def test_cost_sentences_without_shares():
-    assert "not known" in cost_sentences([])[0].text
+    assert "not known" in cost_sentences([], (), None)[0].text
     rising = [{"row": 0, "prompt_index": 0, "prompt": "p", "completion": "c", "reward": 1.0, "delta_h": 0.1}]
-    assert "none cost entropy" in cost_sentences(rising)[0].text
+    assert "none cost entropy" in cost_sentences(rising, (), None)[0].text
 
 
 def test_text_in_sentences_cannot_act_on_a_terminal():
@@ -148,7 +168,7 @@ def test_text_in_sentences_cannot_act_on_a_terminal():
         "reward": 0.0,
         "delta_h": -0.1,
     }
-    text = cost_sentences([row])[0].text
+    text = cost_sentences([row], (), None)[0].text
     assert "\x1b" not in text and "\x00" not in text and "\u202e" not in text and "⟨U+001B⟩" in text
     assert "9,940 characters left out" in text and len(text) < 500
 
@@ -156,14 +176,20 @@ def test_text_in_sentences_cannot_act_on_a_terminal():
 def test_checks_say_what_they_let_through():
     """ "optimizer entries recognised: passed" beside a tolerance of 80% said more than it knew."""
     checks = make_run()["self_checks"]
-    narrow, wide = check_sentences(checks)
+    narrow, wide = checked(*checks)
     assert narrow.text.startswith("All 7 self-checks passed: rows_sum_to_autograd (3.1e−7, tolerance 1e−5), ")
     assert wide.text.startswith(
         "Passed within wide tolerances, which let much through: surprisal_equals_entropy (0.31, tolerance 3); "
     )
-    entries = {"name": "optimizer entries recognised", "value": 0.7, "tolerance": 0.8, "passed": True}
+    entries = {
+        "name": "optimizer entries recognised",
+        "value": 0.7,
+        "tolerance": 0.8,
+        "passed": True,
+        "explanation": "x",
+    }
     entries |= {"allows": "so that a few that are exchanged would have passed"}
-    text = check_sentences([*checks, entries])[1].text
+    text = checked(*checks, entries)[1].text
     assert (
         "optimizer entries recognised (0.7, tolerance 0.8), so that a few that are exchanged would have passed" in text
     )
@@ -172,24 +198,23 @@ def test_checks_say_what_they_let_through():
             "name"
         ]
     checks[1] |= {"passed": False, "value": 0.25}
-    (failed,) = check_sentences(checks)
+    (failed,) = checked(*checks)
     assert failed.tone == "bad" and "1 of 7 self-checks FAILED: kernel_row_sums (0.25, tolerance 0.001)" in failed.text
-    checks[1]["value"] = math.nan
-    assert "kernel_row_sums (not a finite number, tolerance 0.001)" in check_sentences(checks)[0].text
-    assert check_sentences([])[0].tone == "warning"
-    assert check_sentences([{"name": "odd", "passed": "yes"}])[0].tone == "bad", "only true counts as passed"
+    checks[1]["value"] = None
+    assert "kernel_row_sums (not a finite number, tolerance 0.001)" in checked(*checks)[0].text
+    assert checked()[0].tone == "warning"
 
 
 def test_failed_check_comes_first_and_passed_checks_last(rows, summary):
     checks = make_run()["self_checks"]
     training = [row for row in rows if row["buffer"] == "training"]
-    assert write_verdict(summary, make_history(), checks, training)[-2].text.startswith("All 7")
+    assert verdict(summary, make_history(), checks, training)[-2].text.startswith("All 7")
     checks[0]["passed"] = False
-    assert "FAILED" in write_verdict(summary, make_history(), checks, training)[0].text
+    assert "FAILED" in verdict(summary, make_history(), checks, training)[0].text
 
 
 def test_verdict_of_nothing_is_a_list_of_warnings():
-    assert all(sentence.tone in {"warning", "bad"} for sentence in write_verdict({}, [], []))
+    assert all(sentence.tone in {"warning", "bad"} for sentence in verdict(whole_summary(), [], []))
 
 
 def test_noise_is_claimed_of_nothing(rows, summary):
@@ -198,7 +223,7 @@ def test_noise_is_claimed_of_nothing(rows, summary):
     def louder(tree):
         if isinstance(tree, dict):
             if "standard_error" in tree and "value" in tree:
-                tree["standard_error"] *= 10
+                tree |= estimate(tree["value"], 10 * tree["standard_error"])
             for branch in tree.values():
                 louder(branch)
 
@@ -215,7 +240,7 @@ def test_noise_is_claimed_of_nothing(rows, summary):
         }
         for k in range(12)
     ]
-    text = " ".join(sentence.text for sentence in write_verdict(summary, history, make_run()["self_checks"], rows[:0]))
+    text = " ".join(sentence.text for sentence in verdict(summary, history, make_run()["self_checks"]))
     for claim in (
         "fell",
         "rose",
@@ -229,8 +254,8 @@ def test_noise_is_claimed_of_nothing(rows, summary):
         assert claim not in text, claim
     for doubt in (
         "showed no clear change",
-        "cannot be told apart",
-        "cannot be told from 0",
+        ALIKE,
+        NOT_FROM_ZERO,
         "cannot be said",
         "undetermined",
     ):

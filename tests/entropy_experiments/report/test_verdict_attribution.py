@@ -3,11 +3,14 @@
 import copy
 
 import numpy as np
-import pytest
 
+from entropy_experiments.records.leaving_out import LeavingOut
+from entropy_experiments.records.record import validated
+from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.report.verdict_attribution import cost_sentences, training_noise_sentence
 from tests.entropy_experiments.results_fixture import make_history, make_run, make_sequences, make_summary
+from tests.entropy_experiments.whole_summary import results_of, whole_summary
 
 NOISE = {
     "value": -0.074, "standard_error": 0.012, "degrees_of_freedom": 7, "low": -0.102, "high": -0.046, "prompts": 8, "groups": 8,
@@ -39,13 +42,23 @@ def leaving_out(headline="effect", sequence=0.73, prompt=0.81, **changes):
         "prompts": {"lowering": unit([2, 3, 4], -11e-3, prompt, [[0, 1]]), "raising": None},
     }  # fmt: skip
     own = 0.25 if headline == "effect" else 0.02
+    first |= {"distinct": 4}
     return {
+        "unit": "nats per token", "sum_of_effects": -0.014, "early_above": 0.1, "by_prompt": [],
         "headline": headline, "own_part_of_second_moment": own, "slope_of_real": 1.05, "first": first, **changes
     }  # fmt: skip
 
 
+def costs(content, rows=ROWS):
+    return cost_sentences(rows, (), validated(LeavingOut, content, "summary.json"))
+
+
+def noise_sentence(**content):
+    return training_noise_sentence(validated(Summary, whole_summary(**content), "summary.json"))
+
+
 def test_early_the_effect_names_and_late_the_share_does():
-    early, late = (cost_sentences(ROWS, (), leaving_out(by)) for by in ("effect", "share"))
+    early, late = (costs(leaving_out(by)) for by in ("effect", "share"))
     assert "4 lowered entropy in this step and 1 raised it (by their effects of leaving them out" in early[0].text
     assert "25% of the second moment is this step's own gradient" in early[0].text
     assert "sequence 2 of prompt 19 with its 1 equal ones" in early[0].text
@@ -57,45 +70,34 @@ def test_early_the_effect_names_and_late_the_share_does():
 
 
 def test_without_a_majority_the_group_is_named_and_nobody_alone():
-    found = cost_sentences(ROWS, (), leaving_out(sequence=0.44, prompt=0.4))
+    found = costs(leaving_out(sequence=0.44, prompt=0.4))
     assert "no single sequence cost most: none is first in more than half of 1000 bootstraps" in found[0].text
     assert "in 93% it is one of the 2 sequences 2 and 1, together −24.0" in found[0].text
     assert "the one that cost most" not in found[0].text and "answered by" not in found[0].text
     assert "no single prompt cost most" in found[1].text and "prompts 3 and 19" in found[1].text
     same = leaving_out(sequence=0.44)
     same["first"]["sequences"]["lowering"]["set"]["rows"] = [[2, 4], [3]]
-    assert "the 2 sequences 2 and 3 of prompt 19" in cost_sentences(ROWS, (), same)[0].text
+    assert "the 2 sequences 2 and 3 of prompt 19" in costs(same)[0].text
     many = [row(i, i % 3, -1e-3, -1e-3) for i in range(12)]
     same["first"]["sequences"]["lowering"]["set"]["rows"] = [[i] for i in range(12)]
     same["first"]["sequences"]["lowering"]["rows"] = [0]
-    assert "it is one of 12 sequences of 3 prompts" in cost_sentences(many, (), same)[0].text
+    assert "it is one of 12 sequences of 3 prompts" in costs(same, many)[0].text
 
 
 def test_what_is_not_known_is_said():
     unsure = leaving_out()
     unsure["first"] = {"reason": "the training rows were not kept in memory"}
-    found = cost_sentences(ROWS, (), unsure)
+    found = costs(unsure)
     assert "how surely is not known: the training rows were not kept" in found[0].text
     assert {told.tone for told in found} == {"warning"}
-    slope = cost_sentences(ROWS, (), leaving_out(slope_of_real=3.1))[1]
+    slope = costs(leaving_out(slope_of_real=3.1))[1]
     assert "with a slope of 3.1 only" in slope.text and slope.tone == "warning"
     first_step = leaving_out("share", own_part_of_second_moment=1.0)
-    assert "at the optimizer's first step its sign alone counts" in cost_sentences(ROWS, (), first_step)[0].text
-    old = [{key: value for key, value in r.items() if key != "effect_of_leaving_out"} for r in ROWS]
-    assert "by their accounting shares" in cost_sentences(old, (), leaving_out())[0].text, "no effects were stored"
-
-
-@pytest.mark.parametrize(
-    "damage", [{"sequences": {"lowering": {"rows": [99], "first_in": 0.9}}}, "?", {"sequences": 3}, None]
-)
-def test_a_damaged_summary_costs_certainty_and_no_crash(damage):
-    damaged = leaving_out()
-    damaged["first"] = damage
-    assert "how surely is not known" in cost_sentences(ROWS, (), damaged)[0].text
+    assert "at the optimizer's first step its sign alone counts" in costs(first_step)[0].text
 
 
 def test_training_noise_says_what_it_covers_and_what_not():
-    told = training_noise_sentence({"training_noise": NOISE, "leaving_out": leaving_out()})
+    told = noise_sentence(training_noise=NOISE, leaving_out=leaving_out())
     assert told is not None and told.tone == "plain"
     assert (
         "Another draw of this training buffer (8 prompts) would have moved the predicted change by ±0.012" in told.text
@@ -103,18 +105,18 @@ def test_training_noise_says_what_it_covers_and_what_not():
     assert (
         "95% interval −0.10 to −0.046" in told.text and "The other errors cover which evaluation sequences" in told.text
     )
-    other_way = training_noise_sentence({"training_noise": NOISE | {"high": 0.01}, "leaving_out": leaving_out()})
+    other_way = noise_sentence(training_noise=NOISE | {"high": 0.01}, leaving_out=leaving_out())
     assert other_way is not None and other_way.tone == "warning" and "the other way" in other_way.text
-    unknown = training_noise_sentence({"training_noise": None, "leaving_out": leaving_out()})
+    unknown = noise_sentence(training_noise=None, leaving_out=leaving_out())
     assert unknown is not None and unknown.tone == "warning" and "is not known" in unknown.text
-    assert training_noise_sentence({}) is None, "no step, or a folder of an earlier version"
-    grouped = training_noise_sentence({"training_noise": NOISE | {"prompts": 300, "groups": 40}, "leaving_out": {}})
+    assert noise_sentence() is None, "no step"
+    grouped = noise_sentence(training_noise=NOISE | {"prompts": 300, "groups": 40}, leaving_out=leaving_out())
     assert grouped is not None and "(300 prompts in 40 groups)" in grouped.text
 
 
 def test_the_verdict_holds_these_sentences():
     summary = copy.deepcopy(make_summary(make_sequences(np.random.default_rng(0))[0]))
     summary |= {"training_noise": NOISE, "leaving_out": leaving_out()}
-    texts = [str(s) for s in write_verdict(summary, make_history(), make_run()["self_checks"], ROWS)]
+    texts = [str(s) for s in write_verdict(results_of(summary, make_history(), make_run()["self_checks"], ROWS))]
     assert np.sum(["Another draw of this training buffer" in text for text in texts]) == 1
     assert np.sum(["first in 73%" in text for text in texts]) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.statistics import confidence
 from entropy_experiments.statistics.agreement import paired_agreement
 from entropy_experiments.statistics.confidence import (
@@ -118,23 +119,20 @@ def test_no_other_module_words_a_claim():
 
 
 def test_what_few_prompts_are_worth_is_said() -> None:
-    def of(prompts: object) -> str | None:
-        return few_prompts_sentence({"sampling": {"evaluation": {"prompts": prompts}}})
-
-    assert "8 evaluation prompts: of so few, what is called 95% covers about 90%" in (of(8) or "")
-    assert of(12) is None and of(64) is None and of(None) is None and few_prompts_sentence({}) is None
-    assert of(1) is None, "a single prompt has no interval"
+    said = few_prompts_sentence(8) or ""
+    assert "8 evaluation prompts: of so few, what is called 95% covers about 90%" in said
+    assert few_prompts_sentence(12) is None and few_prompts_sentence(64) is None
+    assert few_prompts_sentence(1) is None, "a single prompt has no interval"
 
 
 def test_few_prompts_that_carry_an_interval_are_said() -> None:
-    summary = {"sampling": {"evaluation": {"prompts": 48}}}
-    carried, ordinary = ({"value": 1.0, "standard_error": 0.1, "degrees_of_freedom": df} for df in (6.3, 31.0))
-    of = few_prompts_sentence(summary, {"predicted": carried, "measured": ordinary})
+    carried, ordinary = (Estimate(value=1.0, standard_error=0.1, degrees_of_freedom=df) for df in (6.3, 31.0))
+    of = few_prompts_sentence(48, {"predicted": carried, "measured": ordinary})
     assert of is not None and "Few of the 48 evaluation prompts carry the error of the predicted change" in of
     assert "worth 6 degrees of freedom of 47" in of
-    both = few_prompts_sentence(summary, {"predicted": carried, "measured": carried})
+    both = few_prompts_sentence(48, {"predicted": carried, "measured": carried})
     assert both is not None and "predicted and the measured change" in both
-    assert few_prompts_sentence(summary, {"predicted": ordinary, "measured": None}) is None
+    assert few_prompts_sentence(48, {"predicted": ordinary, "measured": None}) is None
 
 
 def test_ends_that_are_stored_are_taken_before_students() -> None:

@@ -1,0 +1,184 @@
+"""What each analysis found, in one sentence: from its record, and no more than its intervals and tests show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from entropy_experiments.records.attribution_results import AttributionResult
+from entropy_experiments.records.kernel_results import BuffersResult
+from entropy_experiments.records.step_results import (
+    BaselineRow,
+    BaselinesResult,
+    EntropyPredictionResult,
+    HigherOrderResult,
+    InterventionResult,
+)
+from entropy_experiments.report.analysis_tables import with_ends
+from entropy_experiments.report.kernel_findings import clustering_finding, structure_finding
+from entropy_experiments.report.weighting_finding import weighting_finding
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, NOT_FROM_ZERO, UNTOLD
+from entropy_experiments.text.numbers import counted, plain, signed
+
+_UNIT = "nats per token"
+_QUANTITIES = {
+    "length": ("completion length", "tokens", "longer", "shorter"),
+    "entropy": ("token entropy", _UNIT, "more undecided", "more decided"),
+    "reward": ("reward", "", "rewarded higher", "rewarded lower"),
+    "truncated": ("cuts at the maximum length", "", "cut more often", "cut less often"),
+}
+"""name -> label, unit, and what a training buffer with larger, or with smaller, values is."""
+
+
+def buffers_finding(result: BuffersResult) -> str:
+    """In which quantities the buffers differ beyond chance."""
+    length = result.quantities["length"]
+    training = counted(length.training.sequences, "training sequence")
+    lead = f"Beside {counted(length.evaluation.sequences, 'evaluation sequence')}, {training}"
+    found, tested = [], []
+    for name, (label, unit, larger, smaller) in _QUANTITIES.items():
+        quantity = result.quantities[name]  # type: ignore[index]
+        if quantity.p_value is not None:
+            tested.append(label)
+        if quantity.differs:
+            word = larger if (quantity.probability_larger.value or 0.0) > 0.5 else smaller
+            means = f"{plain(quantity.training.mean)} against {plain(quantity.evaluation.mean)} {unit}".rstrip()
+            found.append(f"{word} ({means} on average, p = {plain(quantity.p_value, 2)})")
+    if found:
+        listed = found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
+        return f"{lead} are {listed}."
+    if not tested:
+        return f"Whether {lead[0].lower()}{lead[1:]} differ {UNTOLD}: {length.reason}."
+    return f"{lead} differ beyond chance in none of {', '.join(tested)}."
+
+
+def prediction_finding(result: EntropyPredictionResult) -> str:
+    """Where the first order stops being enough, and what it said of the step itself."""
+    first = result.first_order
+    if first.reason:
+        return f"Where the first order stops being enough {UNTOLD}: {first.reason}."
+    by_scale = {d.scale: d.departure for d in first.departures}
+    holds, fails, within = first.holds_to, first.fails_at, f"{first.tolerance:.0%}"
+    if fails is None:
+        assert holds is not None
+        text = (
+            f"The first order is within {within} of the measured change at every scale tested that can be trusted, up to "
+            f"{plain(holds)} times the step ({by_scale[holds]:.1%} off there)"
+        )
+    elif holds is None:
+        text = (
+            f"The first order is not enough at any scale tested: already at {plain(fails)} times the step it is "
+            f"{by_scale[fails]:.0%} off the measured change"
+        )
+    else:
+        text = (
+            f"The first order stops being enough at about {plain(first.crossing, 2)} times the step: it is within "
+            f"{within} of the measured change up to {plain(holds)} times ({by_scale[holds]:.1%} off) and {by_scale[fails]:.0%} "
+            f"off at {plain(fails)} times"
+        )
+    taken = next((row for row in result.rows if row.scale == 1.0), None)
+    compared = None if taken is None else next((c for c in taken.comparisons if c.ratio is not None), None)
+    if taken is not None and compared is not None:
+        predicted, measured = taken.predicted[compared.estimator], taken.measured[compared.measure]
+        doubt = f", a prediction that {NOT_FROM_ZERO}" if compared.near_zero else ""
+        text += (
+            f"; for the step itself {predicted.shown()} {_UNIT} were predicted and {measured.shown()} measured "
+            f"(ratio {compared.ratio:.2f}{doubt}; {BRACKETS})"
+        )
+    return text + "."
+
+
+def higher_order_finding(result: HigherOrderResult) -> str:
+    """How large the second order is beside the first, and where both are equal."""
+    second, equal = result.second_order, result.equal_at
+    if second.value is None:
+        return f"The second order was not measured: {result.reason}."
+    text = (
+        f"For the step as taken the second order is {second.shown()} {_UNIT} "
+        f"beside a first order of {result.first_order.shown()} ({BRACKETS})"
+    )
+    if equal.value is None:
+        return f"{text}; {result.reason}."
+    text += f"; the two are equal in size at s* = {plain(equal.value, 2)} times the step"
+    if second.total_error is None:
+        return text + "."
+    upper = f"and {plain(equal.high, 2)}" if equal.high is not None else "and any larger one"
+    return f"{text} (between {plain(equal.low, 2)} {upper})."
+
+
+def attribution_finding(result: AttributionResult) -> str:
+    """How many sequences lowered and raised entropy, and how far a few of them make up the change."""
+    shares = result.concentration
+    if shares.all.top_mass is None:
+        return "No training sequence has a share of the step's change: every weight or every product is 0."
+    text = (
+        f"{counted(shares.lowering.count, 'training sequence')} lowered entropy by {signed(shares.lowering.sum)} and "
+        f"{shares.raising.count} raised it by {signed(shares.raising.sum)} (accounting shares, which add up), "
+        f"together {signed(result.total)} {_UNIT} in this "
+        f"step ({signed(result.horizon_total)} over the life of the momentum buffer); the top {shares.all.top} of "
+        f"{shares.all.count} hold {shares.all.top_mass:.0%} of the mass"
+    )
+    if result.sum_of_effects is not None:
+        text += f"; the effects of leaving each out, which do not add up, come to {signed(result.sum_of_effects)}"
+    side = result.evaluation
+    if side is not None:
+        text += f"; {side.lowering} of {counted(len(side.contribution), 'evaluation sequence')} contribute a loss"
+    return text + "."
+
+
+def intervention_finding(result: InterventionResult) -> str:
+    """Whether the shares say what happens when sequences are really left out."""
+    score = result.scores[result.headline]
+    text = f"Over {result.count} real steps with a random half of the training {result.by}s each"
+    if score.spearman is None or score.interval is None:
+        text += f", no rank correlation can be given: {score.reason}"
+    else:
+        low, high = score.interval
+        text += (
+            f", predicted and measured change of entropy have a rank correlation (linear datamodelling score) of "
+            f"{score.spearman:.2f} [{low:.2f}, {high:.2f}]; the response over halves, measured on predicted, has slope "
+            f"{with_ends(score.slope, score.slope_interval, plain)} and intercept "
+            f"{with_ends(score.intercept, score.intercept_interval, signed)} {_UNIT}"
+        )
+    text += f"; the whole step makes {signed(result.full_step.measured)} {_UNIT}"
+    for removal, word in ((result.removals.costing, "cost"), (result.removals.giving, "give")):
+        if removal is not None:
+            removed = counted(len(removal.sequences), "sequence")
+            text += f", {signed(removal.measured)} without the {removed} said to {word} most"
+    return text + "."
+
+
+def baselines_finding(result: BaselinesResult) -> str:
+    """Which predictors the measured change cannot be distinguished from, and which have its sign."""
+    if result.measured.value is None:
+        return "No change of entropy was measured, so no predictor can be held against it."
+    text = f"The measured change was {result.measured.shown()} {_UNIT} ({BRACKETS})"
+    judged = [row for row in result.rows if row.z is not None and row.name != "fixed_prefix_on_given_tokens"]
+    if judged:
+        near, far = ([row for row in judged if row.agrees is within] for within in (True, False))
+        text += f"; it and the predictor {ALIKE}: {_listed(near)}; they {DISAGREE}: {_listed(far)}"
+    scaled = [row for row in result.rows if not row.comparable_in_scale and row.predicted is not None]
+    right, wrong = ([row for row in scaled if row.sign_agrees is same] for same in (True, False))
+    if right or wrong:
+        text += f". Of those on another scale, with its sign: {_listed(right)}; with the other: {_listed(wrong)}"
+    elif scaled:
+        text += ", too near to 0 for its sign to be compared"
+    return text + "."
+
+
+def _listed(rows: Sequence[BaselineRow]) -> str:
+    return ", ".join(row.label for row in rows) if rows else "none"
+
+
+FINDINGS: dict[str, Callable[[Any], str]] = {
+    "buffers": buffers_finding,
+    "entropy_prediction": prediction_finding,
+    "higher_order": higher_order_finding,
+    "attribution": attribution_finding,
+    "intervention": intervention_finding,
+    "prompt_structure": structure_finding,
+    "sequence_clustering": clustering_finding,
+    "weighting_schemes": weighting_finding,
+    "baselines": baselines_finding,
+}
+"""Name of an analysis -> its sentence, from its record."""
