@@ -34,15 +34,14 @@ COVERED: dict[str, tuple[str, ...]] = {
     "cluster_contents._association": ("level of what clusters share, lengths",),
     "clustering.choose_number": ("level of clusters, one cloud",),
     "entropy_prediction._comparison": (RULE, PREDICTED),
-    "entropy_prediction._measurement": (MEASURED,),
-    "entropy_prediction._row": (PREDICTED,),
-    "higher_order._equality": (EQUAL,),
-    "higher_order._with_fit_error": (ORDERS, "coverage of the first order of the curve"),
+    "entropy_prediction._ends": (PREDICTED, MEASURED),
+    "higher_order._orders": (EQUAL, ORDERS),
+    "higher_order._ends": (ORDERS, "coverage of the first order of the curve"),
     "intervention._bootstrap_interval": ("coverage of the score over halves (LDS)",),
     "intervention._line": ("coverage of the slope of the response over halves",),
     "prompt_structure.permutation_test": (STRUCTURE, "level of correctness, raw"),
     "prompt_structure.single_batch_estimate": (U_STATISTIC,),
-    "weighting_schemes._against": (RULE,),
+    "weighting_results.known": (WEIGHTING,),
     "weighting_schemes._estimates": (
         WEIGHTING,
         "coverage of a weighting's gain of reward",
@@ -112,6 +111,7 @@ COVERED: dict[str, tuple[str, ...]] = {
 """Module and function -> the checks that stand for what it makes; a check is named by how it begins."""
 
 EXEMPT: dict[str, str] = {
+    "buffers._mean": "bars of a figure that shows means over sequences; no difference is claimed by them",
     "buffers._describe": "a mean over sequences with its error, no interval of which is claimed",
     "clustering._stability": "quantiles of bootstraps, shown as such",
     "prompt_structure._block": "quartiles of a distribution",
