@@ -12,15 +12,15 @@ of a sweep, from what `analyses.evolution.describe_evolution` returns (``evoluti
     plot_entropy_changes  plot_entropy_law (its "law")  plot_kernel_evolution  plot_cluster_flow
     plot_checkpoint_kernels (of the kernels themselves)
 
-and of the questions, each from the dict that its analysis returns (``summary.json``, "analyses"):
+and of the questions, each from the record that its analysis returns (``summary.json``, "analyses"):
 
     plot_buffers  plot_higher_order  plot_token_shares  plot_intervention  plot_prompt_structure  plot_sequence_clusters
     plot_weighting_schemes  plot_baselines
 
 and of several analyses beside each other: plot_compared_changes  plot_compared_checkpoints  plot_compared_histories
 
-Entropies are in nats per token, a negative change is a loss of entropy, and error bars are ±2 standard
-errors throughout. What is missing is drawn as "no data". ``caption_of(figure)`` is the figure's caption,
+Entropies are in nats per token, a negative change is a loss of entropy, and error bars are 95% intervals
+throughout. What is missing is drawn as "no data". ``caption_of(figure)`` is the figure's caption,
 ``save_png`` writes a file.
 """
 
