@@ -128,7 +128,7 @@ class BiasCorrection:
         weights = self._weights[known] / self._weights[known].sum()
         values, errors = self._column("difference")[known], self._column("difference_variance")[known]
         mean = weights @ values
-        left = 1 - weights  # a step is in the mean that it is held against
+        left = 1 - weights  # a step is in the mean that it is compared with
         found = (weights @ (values - mean).square() - (weights * left) @ errors) / float(weights @ left)
         return max(0.0, float(found)) if math.isfinite(float(found)) else 0.0
 

@@ -7,8 +7,8 @@ for any direction d, a step or a part of one. n_f of the n sequences are in fold
 equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
 over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
 
-g_f comes from per-sequence rows in one pass over all folds (which is held against autograd, entropy_core.passes.fold_rows), or,
-where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
+g_f comes from per-sequence rows in one pass over all folds (which is checked against autograd, entropy_core.passes.fold_rows),
+or, where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
 
 Source: docs/theory/measurement-and-uncertainty.md.
 """

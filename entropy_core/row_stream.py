@@ -98,7 +98,7 @@ class RowStream:
         sink: RowSink | None,
         more: bool,
     ) -> None:
-        """One backward pass; rows of `due` are held against autograd."""
+        """One backward pass; rows of `due` are checked against autograd."""
         sums = RowSums(due, 0.0 if check is None else check.scale) if due else None
         single = _SingleRow(bucket, self._batch) if check is not None and due and not check.apart else None
 

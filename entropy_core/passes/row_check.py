@@ -31,7 +31,7 @@ class RowSumsDifferError(ValueError):
 
 
 class RowCheck:
-    """What has been held against autograd so far, over any number of streams of one model's rows."""
+    """What has been checked against autograd so far, over any number of streams of one model's rows."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

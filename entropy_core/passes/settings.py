@@ -16,7 +16,7 @@ class PassSettings:
         token_batch_size: padded tokens in one pass, at most (one sequence at least); bounds the memory of a pass.
         method: how per-sequence gradients are formed (`entropy_core.passes.row_formation`). A `RowFormation` remembers over
             several calls what was checked and what failed.
-        verify: whether per-sequence gradients are held against autograd's own gradient; a `RowFormation` decides by itself.
+        verify: whether per-sequence gradients are checked against autograd's own gradient; a `RowFormation` decides by itself.
 
     Raises:
         ValueError: a token_batch_size below 1, or an unknown method.

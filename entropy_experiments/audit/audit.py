@@ -48,7 +48,7 @@ def audit_recorded(
 
 
 def _say_what_is_left(audit: Audit, rows: Sequence[LoggedRow]) -> None:
-    """Names in the log that nothing was held against."""
+    """Names in the log that nothing was compared with."""
     seen = {f.metric for f in audit.findings} | {"epoch", "step", "total_flos"}
     left = sorted({name for row in rows for name in row.values} - seen)
     if left:

@@ -1,4 +1,4 @@
-"""Lengths and rewards of a log held against the recorded sequences: no checkpoint is needed."""
+"""Lengths and rewards of a log checked against the recorded sequences: no checkpoint is needed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _batch_metrics(run: RecordedRun, names: Sequence[str]) -> dict[str, BatchDef
 def audit_batches(
     audit: Audit, run: RecordedRun, rows: Sequence[LoggedRow], wanted: Sequence[LoggedRow], trust: bool
 ) -> None:
-    """Adds findings, and notes on how rewards were held against their function. rows: all of the log; wanted: to be looked at."""
+    """Adds findings, and notes on how rewards compare with their function. rows: all of the log; wanted: to be looked at."""
     names = sorted({name for row in rows for name in row.values})
     metrics, means = _batch_metrics(run, names), BatchMeans(run)
     written = rounding(rows, [*metrics, *(n for n in ("entropy", "kl") if n in names)])

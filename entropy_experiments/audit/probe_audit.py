@@ -1,4 +1,4 @@
-"""The entropy probe's own numbers in a log, held against recorded sequences and checkpoints."""
+"""The entropy probe's own numbers in a log, checked against recorded sequences and checkpoints."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ProbeMeans:
         self._run, self._policies, self._config = run, policies, config
 
     def weights_ess(self, step: int) -> float:
-        """Effective number of the watched sequences, to be held against the logged one; NaN where nothing is recorded."""
+        """Effective number of the watched sequences, to be compared with the logged one; NaN where nothing is recorded."""
         rows = self._rows(step, "watched")
         return math.nan if not rows else float(1.0 / (_weights(rows, "drawn") ** 2).sum())
 

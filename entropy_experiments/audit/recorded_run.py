@@ -1,4 +1,4 @@
-"""What a run left behind that its log can be held against: settings, sequences of every step, checkpoints, the log itself.
+"""What a run left behind that its log can be compared with: settings, sequences of every step, checkpoints, the log itself.
 
 Sequences come from `recorded_steps/` (rl_training.run.step_record), which any GRPOTrainer can write, or else from `rollouts/`,
 which the trainer of this project always writes and which does not say in which micro-batch a sequence was.

@@ -1,4 +1,4 @@
-"""Entropy, KL and the sampler of a log held against the recorded tokens under the run's own policies."""
+"""Entropy, KL and the sampler of a log checked against the recorded tokens under the run's own policies."""
 
 from __future__ import annotations
 

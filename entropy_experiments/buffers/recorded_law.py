@@ -1,4 +1,4 @@
-"""What a checkpoint's record says of how completions came about, held against what an analysis would do.
+"""What a checkpoint's record says of how completions came about, checked against what an analysis would do.
 
 An analysis draws from softmax(logits / T), behind prompts that the checkpoint's tokenizer renders. A run whose generator did
 anything else, or whose prompts were rendered otherwise, is another policy on other data: refused by name, with what to do.

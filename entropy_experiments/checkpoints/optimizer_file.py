@@ -1,4 +1,4 @@
-"""`optimizer.pt`, read as plain tensors and held against everything that an AdamW state must be.
+"""`optimizer.pt`, read as plain tensors and checked against everything that an AdamW state must be.
 
 For Adam's moments of any gradients g_1 .. g_t, elementwise (Cauchy-Schwarz; b1 = beta1, b2 = beta2):
 

@@ -2,7 +2,7 @@
 
 The Hugging Face Trainer numbers optimizer entries in the order of `named_parameters()` that require gradients, those with
 weight decay first, then biases and normalisation weights. Adapters of one shape abound, so shapes alone prove little:
-entries are matched by the sidecar's names, which must agree with that rule, and are then held against fresh gradients:
+entries are matched by the sidecar's names, which must agree with that rule, and are then checked against fresh gradients:
 sqrt(v) of a parameter must look like |g| of that same parameter more than like that of its same-shaped siblings.
 """
 

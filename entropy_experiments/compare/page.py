@@ -45,8 +45,8 @@ _CHANGES = {
 _READING = {
     "changes": (
         "Changes of entropy in the analysed step",
-        "Left, each side; right, each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 cannot be "
-        "told from none.",
+        "Left, each side; right, each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 is not "
+        "significant.",
     ),
     "checkpoints": (
         "The analysed checkpoints",

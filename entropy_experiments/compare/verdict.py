@@ -1,7 +1,7 @@
 """What a comparison found, in plain sentences, the most important first.
 
-A difference counts as one where 0 lies outside its 95% interval; otherwise it "cannot be told from 0", which is not the same as
-none.
+A difference counts as one where 0 lies outside its 95% interval; otherwise it "is not significantly different from 0", which is
+not the same as none.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class FirstOrderRange(Record):
     """Up to what scale the first order is enough."""
 
     estimator: Estimator | None
-    """Which prediction is held against ..."""
+    """Which prediction is compared with ..."""
     measure: MeasureKind | None
     """... which measurement."""
     tolerance: Finite
@@ -358,7 +358,7 @@ class BaselineRow(Record):
     high: Number = None
     """Upper end."""
     actual: Number
-    """The measured change it is held against."""
+    """The measured change it is compared with."""
     actual_standard_error: Nonnegative
     """Of that."""
     actual_low: Number = None

@@ -151,7 +151,7 @@ def intervention_finding(result: InterventionResult) -> str:
 def baselines_finding(result: BaselinesResult) -> str:
     """Which predictors the measured change cannot be distinguished from, and which have its sign."""
     if result.measured.value is None:
-        return "No change of entropy was measured, so no predictor can be held against it."
+        return "No change of entropy was measured, so no predictor can be compared with it."
     text = f"The measured change was {result.measured.shown()} {_UNIT} ({BRACKETS})"
     judged = [row for row in result.rows if row.z is not None and row.name != "fixed_prefix_on_given_tokens"]
     if judged:

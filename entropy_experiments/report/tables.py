@@ -237,7 +237,7 @@ def provenance_rows(run: RunRecord, summary: Summary) -> list[tuple[str, str]]:
         ("Hardware", ", ".join(f"{name} {value}" for name, value in run.hardware.model_dump().items())),
         (
             "Gradients per sequence",
-            "batched passes (hooks), held against autograd"
+            "batched passes (hooks), checked against autograd"
             if rows.method == "hooks"
             else f"one pass per sequence (loop): {rows.reason}",
         ),

@@ -3,10 +3,10 @@
     evidence                                                     words
     a change whose 95% interval lies below 0, above it           fell, rose
     ... holds 0                                                  showed no clear change
-    a difference whose interval holds 0                          cannot be told apart
+    a difference whose interval holds 0                          cannot be distinguished
     ... and lies within CLOSE of what was measured               agree
     ... does not hold 0                                          do NOT agree
-    an estimate whose interval holds 0                           cannot be told from 0
+    an estimate whose interval holds 0                           is not significantly different from 0
     a correlation whose interval holds 0                         undetermined
     an order of numbers whose intervals overlap                  cannot be said
     a number without an error                                    no claim, the number alone
@@ -39,15 +39,15 @@ from entropy_experiments.text.numbers import (
 from rl_training.intervals import interval
 
 FELL, ROSE, NO_CHANGE = "fell", "rose", "showed no clear change"
-AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be told apart"
-NOT_FROM_ZERO = "cannot be told from 0"
+AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be distinguished"
+NOT_FROM_ZERO = "is not significantly different from 0"
 UNTOLD = "cannot be said"
 UNDETERMINED = "undetermined"
 BRACKETS = "brackets: 95% intervals"
 
 CLOSE = 0.25
 """Part of the measured change that the whole interval of a difference may span to either side where two numbers "agree"; a gap
-beyond it that is told from 0 is a failure of the prediction, one within it a departure worth a look.
+beyond it that is significant is a failure of the prediction, one within it a departure worth a look.
 """
 
 
@@ -172,7 +172,7 @@ def change_word(change: Known) -> str:
 
 
 def agreement_word(compared: Agreement, measured: float | None) -> str:
-    """Of prediction and measurement: agree, cannot be told apart, do NOT agree."""
+    """Of prediction and measurement: agree, cannot be distinguished, do NOT agree."""
     if not compared.agrees:
         return DISAGREE
     return AGREE if measured and room_for_a_gap(compared, measured) <= CLOSE else ALIKE
@@ -195,7 +195,9 @@ def agreement_sentence(compared: Agreement, measured: float) -> str:
 
 
 def agreement_tone(compared: Agreement, measured: float) -> Tone:
-    """Good where they agree, bad for a gap beyond CLOSE, a warning for a smaller one; plain where they cannot be told apart."""
+    """Good where they agree, bad for a gap beyond CLOSE, a warning for a smaller one; plain where they cannot be
+    distinguished.
+    """
     word = agreement_word(compared, measured)
     if word == DISAGREE:
         return "bad" if abs(compared.difference) > CLOSE * abs(measured) else "warning"

@@ -265,7 +265,7 @@ class DrGRPOTrainer(GRPOTrainer):
             group.status = "filler" if empty else group.status  # what has no weight was not trained
         # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage, so this makes it L_i.
         output["advantages"] = plain * (constant / divisor)
-        output["sequence_weight"] = weights  # beside the loss, to be held against it
+        output["sequence_weight"] = weights  # beside the loss, to be checked against it
         self._log_buffer(kept, groups)
         self._record(outputs, kept, groups, plain.tolist(), weights.tolist())
 

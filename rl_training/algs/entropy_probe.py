@@ -320,7 +320,7 @@ class SimpleEntropyProbe:
         )
 
     def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float]:
-        """The prediction, its parts held against the step that was taken; and `same_tokens`."""
+        """The prediction, its parts checked against the step that was taken; and `same_tokens`."""
         after, off = trainable_parameters(self._model), None
         if made.parts and self._config.preconditioning == "actual":
             off = unexplained(made.before, after, made.step)

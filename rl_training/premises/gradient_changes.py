@@ -1,8 +1,8 @@
 """Whether the gradient that the optimizer steps with is the one that the backward pass left, but for a factor (clipping).
 
 A callback or a hook of the optimizer may add noise, project, or clip value by value; the recorded weights of sequences then say
-nothing of the step. A few elements of every parameter's gradient are kept from the last backward pass of a step and held against
-those at the optimizer's call.
+nothing of the step. A few elements of every parameter's gradient are kept from the last backward pass of a step and
+checked against those at the optimizer's call.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     average = sum_j keep^age_j g_j / sum_j keep^age_j        age_j: optimizer steps since g_j was taken, against the newest
 
 The gradient of entropy changes slowly from step to step, while one taken on a few sequences is mostly noise; steps in a row
-push in similar directions, so that the noise of their predictions would be shared. See docs/decisions.
+point in similar directions, so that the noise of their predictions would be shared. See docs/decisions.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _draw(axes: Axes, rows: Sequence[WeightingRow], panel: WeightingPanel) -> No
         axes.axvline(panel.run, color=style.PREDICTED, linewidth=0.9, linestyle=":")
     for place, (row, own, actual) in enumerate(zip(rows, panel.predicted, panel.measured, strict=True)):
         if own is None:
-            words = "no length" if panel.key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is below it"
+            words = "no length" if panel.key == "equal_length" else f"its gain {NOT_FROM_ZERO}, or is negative"
             style.row_note(axes, words, place, fontsize=8)
         else:
             style.row_bar(

@@ -8,7 +8,7 @@ c' then. Where Q is empty there is no flow. What can always be compared is what 
 
     likeness(c, c') = correlation over the evaluation prompts of the mean columns of c and c' in K1
 
-which asks whether two clusters push the same evaluation prompts, whichever prompts they come from.
+which asks whether two clusters move the same evaluation prompts, whichever prompts they come from.
 Numbers of clusters are each checkpoint's own. docs/analyses/evolution.md.
 """
 

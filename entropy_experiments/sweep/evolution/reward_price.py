@@ -3,8 +3,8 @@
     price = -(h_b - h_a) / (R_b - R_a)       nats per token for one more of mean reward; positive: reward was paid in entropy
 
 between two checkpoints, on the evaluation prompts that both have; the standard error is a jackknife over these prompts, of the
-ratio as a whole. A ratio whose denominator cannot be told from 0 says nothing: where the 95% interval of R_b - R_a holds 0 the
-price is None. docs/analyses/evolution.md.
+ratio as a whole. A ratio whose denominator is not significantly different from 0 says nothing: where the 95% interval of
+R_b - R_a holds 0 the price is None. docs/analyses/evolution.md.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def test_sentence_says_who_is_near() -> None:
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
     assert baselines_finding(table) == (
         "The measured change was −0.250 [−0.325, −0.159] nats per token (brackets: 95% intervals); it and the predictor "
-        "cannot be told apart: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of those "
-        "on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
+        "cannot be distinguished: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of "
+        "those on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
         "covariance, natural gradient."
     )
 
@@ -207,7 +207,7 @@ def test_chart_of_weightings_without_a_gain_says_why() -> None:
     table = weighting_schemes(make_world(1, signal=0.0).arrays, LONGEST)
     figure = plot_weighting_schemes(table)
     assert len(figure.axes) == 1
-    assert "cannot be told from 0" in caption_of(figure)
+    assert "is not significantly different from 0" in caption_of(figure)
     without_steps = sum(row.delta_h is None for row in table.rows)
     assert f"{without_steps} row" in caption_of(figure)
 

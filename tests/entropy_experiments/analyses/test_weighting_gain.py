@@ -136,7 +136,7 @@ def test_a_gain_within_noise_is_not_divided_by() -> None:
         gain = row.reward_gain
         if abs(gain.value) <= 2 * gain.standard_error:
             assert row.entropy_cost_per_reward.value is None
-            assert "cannot be told from 0" in row.entropy_cost_per_reward.reason
+            assert "is not significantly different from 0" in row.entropy_cost_per_reward.reason
             assert row.scale.equal_gain is None
         assert row.delta_h.equal_length.value is not None
     assert row_of(found, "run").entropy_cost_per_reward.value is None

@@ -175,9 +175,9 @@ def test_two_real_analyses(real_pair, tmp_path):
         (0.10, 0.05, 0.001, "less than A"),
         (-0.05, 0.05, 0.001, "B gains entropy and A loses it"),
         (0.05, -0.05, 0.001, "B loses entropy and A gains it"),
-        (-0.10, -0.09, 0.2, "cannot be told from 0"),
+        (-0.10, -0.09, 0.2, "is not significantly different from 0"),
         (-0.10, -0.05, 0.0667, "B loses"),  # three standard errors
-        (-0.10, -0.05, 0.143, "cannot be told from 0"),  # one and a half
+        (-0.10, -0.05, 0.143, "is not significantly different from 0"),  # one and a half
     ],
 )
 def test_the_first_sentence_in_plain_words(tmp_path, a, b, noise, words):

@@ -85,7 +85,8 @@ def test_intervals_are_cut_at_what_they_know():
 # "agree" by itself names quantities and keys; as a claim it has a subject.
 CLAIMS = re.compile(
     r"\bfell\b|\brose\b|no clear change|hardly changed|[Tt]hey agree|do NOT agree|does NOT agree"
-    r"|agrees with the (prediction|measure)|told apart|told from 0|told from zero|distinguishable"
+    r"|agrees with the (prediction|measure)|be distinguished|significantly different"
+    r"|told apart|told from 0|told from zero|distinguishable"
     r"|standard errors? (apart|of 0)|undetermined"
 )
 

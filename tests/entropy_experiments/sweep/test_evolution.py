@@ -115,7 +115,7 @@ def test_price_has_the_sign_of_what_was_paid():
     ratio = -price["entropy_change"]["value"] / price["reward_change"]["value"]
     assert price["price"]["value"] == pytest.approx(ratio) and ratio > 0
     same = price_between(sums[[0, 0]], 0, 1)
-    assert same["price"]["value"] is None and "cannot be told from 0" in same["reason"]
+    assert same["price"]["value"] is None and "is not significantly different from 0" in same["reason"]
 
 
 def test_clusters_flow_by_prompt():
