@@ -133,7 +133,8 @@ def stream_rows(
         sink: called with (objective, parameter name, (n,) indices, (n, *shape) rows).
         passes: how the batch is cut and rows are formed. Unless its `verify` is false, rows are checked against autograd's
             gradient over all trainable parameters in the bucket that passes first (the smallest, where coefficients are no
-            function) and in those twice as large, and one row against that of its sequence alone (`entropy_core.passes.row_check`).
+            function) and in those twice as large, and one row against that of its sequence alone
+            (`entropy_core.passes.row_check`).
         restart: empties what the sink has filled. With it the method "auto" can fall back to the loop at any time, without it
             only until the first rows were sent.
         as_trained: by torch's rules for padding embeddings (`entropy_core.passes.forward.true_embedding_gradients`), as the

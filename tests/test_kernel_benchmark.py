@@ -116,9 +116,8 @@ def test_counted_flop_are_those_of_a_real_pass(load, keys):
     case.model.get_base_model().set_attn_implementation("eager")
     counted = roofline.kernel_products(shape, rank, n_rows, n_columns, prompt + completion - 1, completion)
     assert roofline.trainable(shape, rank) == sum(p.numel() for p in case.parameters.values())
-    probe = (
-        2 * 2 * _PROBE_TOKENS * shape["hidden_size"] * shape["vocab_size"]
-    )  # on either side the head is tried on a few tokens
+    # On either side the head is tried on a few tokens, and compared with the product of its weight.
+    probe = 2 * 2 * 2 * _PROBE_TOKENS * shape["hidden_size"] * shape["vocab_size"]
     assert sum(p.flop for p in counted) == _flop_of_kernel(case) - probe
 
 
@@ -126,19 +125,21 @@ def _flop_of_kernel(case):
     """What torch counts in one pass over both sides, their rows and their product; no self-check."""
     from entropy_core.entropy import score_coefficients
     from entropy_core.gradients import gradient_rows
+    from entropy_core.passes.state import PassState
 
     def added(_self_shape, left_shape, right_shape, *_args, out_shape=None, **_kwargs) -> int:
         return mm_flop(left_shape, right_shape)
 
-    gradient_rows(case.model, case.rows, score_coefficients(case.rows))  # adapters are compared with peft's once
     in_place = {torch.ops.aten.addmm_: added}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        rows, columns = (
-            gradient_rows(case.model, side, score_coefficients(side), passes=PassSettings(verify=False))
-            for side in (case.rows, case.columns)
-        )
-        for name in rows:
-            rows[name].flatten(1) @ columns[name].flatten(1).T
+    with PassState(case.model):
+        gradient_rows(case.model, case.rows, score_coefficients(case.rows))  # adapters are compared with peft's once
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            rows, columns = (
+                gradient_rows(case.model, side, score_coefficients(side), passes=PassSettings(verify=False))
+                for side in (case.rows, case.columns)
+            )
+            for name in rows:
+                rows[name].flatten(1) @ columns[name].flatten(1).T
     return counter.get_total_flops()
 
 

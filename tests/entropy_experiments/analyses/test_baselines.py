@@ -104,7 +104,7 @@ def test_sentence_says_who_is_near() -> None:
     near = {name: row_of(table, name).agrees for name in ("rao_blackwell", "split", "score_function")}
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
     assert baselines_finding(table) == (
-        "The measured change was −0.250 [−0.325, −0.159] nats per token (brackets: 95% intervals); it and the predictor "
+        "The measured change was −0.250 [−0.325, −0.151] nats per token (brackets: 95% intervals); it and the predictor "
         "cannot be distinguished: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of "
         "those on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
         "covariance, natural gradient."
@@ -182,7 +182,7 @@ def test_chart_of_baselines_draws_the_table() -> None:
     words = [text.get_text() for text in axes.texts]
     assert words[0] == f"z = {row_of(full_table(), 'rao_blackwell').z:.1f}"
     assert words[labels.index("covariance, natural gradient")].endswith("other sign than measured")
-    assert "−0.250 [−0.325, −0.159]" in caption_of(figure)
+    assert "−0.250 [−0.325, −0.151]" in caption_of(figure)
 
 
 def test_chart_of_weightings_draws_the_table() -> None:

@@ -107,8 +107,11 @@ def test_sizes_on_the_page() -> None:
 
 def test_messages_on_the_page_are_those_of_the_program() -> None:
     page = PAGE.read_text(encoding="utf-8")
+    root = PAGE.parents[2]
     source = "".join(
-        path.read_text(encoding="utf-8") for path in (PAGE.parents[2] / "entropy_experiments").rglob("*.py")
+        path.read_text(encoding="utf-8")
+        for package in ("entropy_experiments", "rl_training")
+        for path in (root / package).rglob("*.py")
     )
     for words in (
         "is damaged",

@@ -48,16 +48,16 @@ def test_any_optimizer_is_predicted_along_the_step_it_takes(tiny_policy, tmp_pat
     wanted, kept = [], {}
     observe, after = probe.observe, probe.after_step
 
-    def watching(batch, *rest):
+    def watching(batch, *rest, **named):
         rows = entropy_rows(model, batch, "split", passes=PassSettings(method="loop"))
         kept["gradient"] = {n: r.double().mean(0) for n, r in rows.items()}
         kept["before"] = {n: p.detach().double() for n, p in model.named_parameters()}
-        return observe(batch, *rest)
+        return observe(batch, *rest, **named)
 
-    def comparing():
+    def comparing(**named):
         taken = {n: p.detach().double() - kept["before"][n] for n, p in model.named_parameters()}
         wanted.append(sum(float((g * taken[n]).sum()) for n, g in kept["gradient"].items()))
-        return after()
+        return after(**named)
 
     probe.observe, probe.after_step = watching, comparing
     with pytest.warns(RuntimeWarning, match="without parts"):

@@ -56,7 +56,7 @@ def run(trainer: GRPOTrainer, **probe: object) -> tuple[list[tuple[float, float]
             drawn.setdefault((tuple(prompt), tuple(completion)), score(model, tuple(prompt), tuple(completion)))
         return out
 
-    def observing(batch, *rest):
+    def observing(batch, *rest, **named):
         weights = []
         for n in range(len(batch)):
             prompt = tuple(batch.input_ids[n][batch.prompt_mask[n]].tolist())
@@ -64,7 +64,7 @@ def run(trainer: GRPOTrainer, **probe: object) -> tuple[list[tuple[float, float]
             weights.append(score(model, prompt, completion) - drawn[prompt, completion])
         w = torch.tensor(weights).double().softmax(0)
         wanted.append(float(1 / w.square().sum()))
-        seen = observe(batch, *rest)
+        seen = observe(batch, *rest, **named)
         found.append(callback._probe._observation.effective_size())
         return seen
 

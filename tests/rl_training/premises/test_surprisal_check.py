@@ -116,9 +116,9 @@ def test_what_the_probe_watches_is_looked_at_without_a_pass_more(model, tmp_path
             monkeypatch.setattr(SamplerWatch, "wanted", property(lambda self: False))
         observe = callback._probe.observe
 
-        def noting(batch, *rest, observe=observe, looking=looking):
+        def noting(batch, *rest, observe=observe, looking=looking, **named):
             watched.extend([batch] if looking else [])
-            return observe(batch, *rest)
+            return observe(batch, *rest, **named)
 
         callback._probe.observe = noting
         trainer.train()
