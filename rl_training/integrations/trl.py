@@ -161,7 +161,19 @@ class EntropyProbeCallback(TrainerCallback):
         every = "" if c.refresh_every == 1 else f", every {c.refresh_every} steps"
         return (
             f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts{every}, "
-            f"{c.estimator.replace('_', ' ')} estimator, up to {megabytes:,.0f} MB beside activations"
+            f"{c.estimator.replace('_', ' ')} estimator, up to {megabytes:,.0f} MB beside activations{self._overlap()}"
+        )
+
+    def _overlap(self) -> str:
+        """A line more where what is watched is known to overstate the policy's change (benchmarks/probe_replay)."""
+        parameters = list(self._model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        if self._config.rollouts != "current" or 2 * trained < sum(p.numel() for p in parameters):
+            return ""
+        return (
+            "\nentropy probe: all weights are trained, and a step may move entropy two to three times as far on its own "
+            "sequences, which `predicted` and `measured` are of, as on others: preset=watch with held-out prompts has no such "
+            "overlap"
         )
 
     def examine(self, optimizer: torch.optim.Optimizer) -> None:
