@@ -17,6 +17,7 @@ from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
 from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
+from entropy_experiments.records.record import json_of
 from entropy_experiments.records.training_course import Column, course
 from entropy_experiments.statistics.confidence import known
 from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
@@ -75,7 +76,7 @@ def weighting_tests(repeats: int) -> Rates:
             arrays = KernelArrays(
                 evaluation, training, scores @ rows.T, kh, inner, inner, weights, reward - 0.5, weights * products, products, 1.0
             )  # fmt: skip
-            table = weighting_schemes(arrays, 8, drop_top=(1,))
+            table = json_of(weighting_schemes(arrays, 8, drop_top=(1,)))
             run = np.asarray(table["weights"]["run"])
             for row in table["rows"]:
                 if row["name"] not in ("grpo", "reinforce", "positives_only", "drop_top_1") or "delta_h" not in row:
@@ -155,7 +156,7 @@ def order_tests(repeats: int) -> Rates:
             draws = mean + np.array([0.8, 0.5, 0.2, 0.1]) * (rng.gamma(1.0, size=(prompts, 4)) - 1)
             curves = draws @ powers
             left_out = (curves.sum(0) - curves) / (prompts - 1)
-            result = measure_orders(scales, curves.mean(0), left_out)
+            result = json_of(measure_orders(scales, curves.mean(0), left_out))
             _note(held, "coverage of the second order", result["second_order"], mean[1])
             _note(held, "coverage of the first order of the curve", result["first_order"], mean[0])
             at, truth = result["equal_at"], abs(mean[0] / mean[1])
@@ -274,7 +275,7 @@ def response_tests(repeats: int) -> Rates:
             noise = 0.3 * (0.5 + np.abs(predicted)) * rng.standard_t(5, size=subsets)
             score = linear_datamodelling_score(halves, shares, 0.1 + 0.8 * predicted + noise, seed=1)
             for name, truth in (("slope", 0.8), ("intercept", 0.1)):
-                low, high = score[f"{name}_interval"]
+                low, high = getattr(score, f"{name}_interval")
                 held.setdefault(f"coverage of the {name} of the response over halves", []).append(low <= truth <= high)
         _collect(found, f"{subsets} subsets", held)
     return found

@@ -17,6 +17,7 @@ from entropy_experiments.analyses.cluster_contents import shared_by_clusters
 from entropy_experiments.analyses.clustering import choose_number
 from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.prompt_structure import prompt_structure, u_statistic_of_products
+from entropy_experiments.records.record import json_of
 from entropy_experiments.statistics.correlation import correlation
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.sweep.evolution.kernel_alignment import align_kernels
@@ -102,7 +103,7 @@ def structure_tests(repeats: int) -> Rates:
         rejected: dict[str, list[bool | None]] = {label: [] for label in paths}
         for _ in range(repeats):
             kernels = _kernels(rng, prompts, each, copies)
-            result = prompt_structure(kernels, permutations=PERMUTATIONS, seed=int(rng.integers(2**31)))
+            result = json_of(prompt_structure(kernels, permutations=PERMUTATIONS, seed=int(rng.integers(2**31))))
             for label, (section, kind) in paths.items():
                 p = result[section][kind]["test"]["p_value"]
                 rejected[label].append(None if p is None else p <= LEVEL)
@@ -122,13 +123,13 @@ def cluster_tests(repeats: int) -> Rates:
         for _ in range(repeats):
             rows = rng.normal(size=(len(own), 6)) * np.array([3.0, 2.0, 1.0, 1.0, 0.5, 0.5])
             choice = choose_number(rows @ rows.T, list(range(2, 9)), 59, rng, of)
-            clouds.append(choice["p_value"] <= LEVEL)
+            clouds.append(choice.p_value <= LEVEL)
             labels = _labels(rng, own, 1, "training")
             entry = shared_by_clusters(
                 rng.integers(0, 3, len(own)), np.arange(len(own)), labels, np.where(labels.reward > 0.5, 1, -1), 99, rng,
                 np.full(len(own), copies),
             )["length"]  # fmt: skip
-            p = entry["p_value"] if entry["p_within_prompt"] is None else entry["p_within_prompt"]
+            p = entry.p_value if entry.p_within_prompt is None else entry.p_within_prompt
             shared.append(None if p is None else p <= LEVEL)
         found.setdefault("level of clusters, one cloud", {})[name] = _rate(clouds)
         found.setdefault("level of what clusters share, lengths", {})[name] = _rate(shared)
@@ -159,7 +160,7 @@ def buffer_tests(repeats: int) -> Rates:
                         labels.completion,
                     )  # fmt: skip
                 )
-            result = compare_buffers(*sides)["quantities"]
+            result = json_of(compare_buffers(*sides))["quantities"]
             p = result["entropy"]["p_value"]
             rejected.append(None if p is None else p <= LEVEL)
             differs.append(any(q["differs"] for q in result.values()))
@@ -211,7 +212,7 @@ def correlation_intervals(repeats: int) -> Rates:
             )  # half of its spread over halves
             score = linear_datamodelling_score(halves, shares, predicted + noise, seed=int(rng.integers(2**31)))
             truth = 6 / math.pi * math.asin(1 / math.sqrt(1.25) / 2)  # Spearman's of a normal pair
-            hits.append(score["interval"][0] <= truth <= score["interval"][1])
+            hits.append(score.interval[0] <= truth <= score.interval[1])
         found.setdefault("coverage of the score over halves (LDS)", {})[f"{subsets} subsets"] = float(np.mean(hits))
     return found
 

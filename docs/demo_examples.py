@@ -8,7 +8,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from entropy_experiments.records.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES, FIGURES = ROOT / "docs" / "analyses", ROOT / "docs" / "figures" / "analyses"
@@ -44,11 +47,14 @@ def shown_on_page(name: str) -> str:
     return text[text.index(begin) + len(begin) : text.index(end)].strip("\n")
 
 
-def examples(outcome: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
+def examples(outcome: Mapping[str, Any], summary: Summary) -> dict[str, str]:
     """Name -> the text of its example. Raises KeyError for an analysis that the demo lacks."""
     from entropy_experiments.console.tables import outcome_facts
+    from entropy_experiments.records.analysis_results import finished
+    from entropy_experiments.report.findings import FINDINGS
 
-    found = {name: f"> {summary['analyses'][name]['sentence']}" for name in EXAMPLES}
+    results = {name: finished(result) for name, result in summary.analyses.entries()}
+    found = {name: f"> {FINDINGS[name](results[name])}" for name in EXAMPLES}
     facts = [(what, value) for what, value, _ in outcome_facts(outcome) if what != "Folder"]
     width = max(len(what) for what, _ in facts) + 3
     lines = [f" {what.ljust(width)}{value}" for what, value in facts]

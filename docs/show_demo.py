@@ -70,6 +70,7 @@ def photograph(report: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Copy, photograph, record, and rewrite README."""
+    from entropy_experiments.records.reader import read_results_folder
     from entropy_experiments.report.outcome import read_outcome
 
     parser = argparse.ArgumentParser(description="Show a demo's results in README.")
@@ -80,8 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         shutil.copyfile(results / "figures" / name, FIGURES / name)
     photograph(results / "report.html", FIGURES / PHOTOGRAPH)
     run = json.loads((results / "run.json").read_text(encoding="utf-8"))
-    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
-    texts = examples(outcome, summary)
+    texts = examples(outcome, read_results_folder(results).summary)
     show(results, texts)
     record = {
         "created": run["created"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks import calibration_analyses, calibration_tests
 from benchmarks.calibration import SHAPES, WORLDS, World, simulate
 from benchmarks.calibration_buffers import columns, draw, sums, truths, with_each_left_out
 from benchmarks.calibration_page import write_page
@@ -148,3 +149,19 @@ def test_the_page_marks_what_is_out_of_range(tmp_path) -> None:
     assert "| coverage of predicted | **91.2%** | 91.2% |" in text, "below 8 prompts from 90% on"
     assert "**2.0%**" in text and "| 95.1% | 95.1% |" in text and "**10.0%**" in text and "9 prompts" not in text
     assert "**80.0%**" not in text and (tmp_path / "coverage.png").stat().st_size > 10_000
+
+
+PARTS = [
+    (module, name)
+    for module in (calibration_tests, calibration_analyses)
+    for name, part in vars(module).items()
+    if getattr(part, "__module__", "") == module.__name__
+    and getattr(part, "__annotations__", {}).get("return") == "Rates"
+]
+
+
+@pytest.mark.parametrize(("module", "name"), PARTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_part_of_make_calibrate_runs(module, name) -> None:
+    """On four buffers a cell, where rates say nothing yet and some are withheld."""
+    rates = [rate for cells in getattr(module, name)(4).values() for rate in cells.values()]
+    assert all(0.0 <= rate <= 1.0 or np.isnan(rate) for rate in rates)

@@ -207,7 +207,9 @@ def test_presets_run(tiny_policy, tmp_path, preset):
     assert len(callback.history) == 2 and preset in callback.describe()
     adapted = any(not p.requires_grad for p in trainer.model.parameters())
     overlaps = preset != "held_out" and not adapted
-    assert ("all weights are trained" in callback.describe()) == overlaps, "that own sequences overstate a change is said"
+    assert ("all weights are trained" in callback.describe()) == overlaps, (
+        "that own sequences overstate a change is said"
+    )
     assert len(callback.costs) == 2 and all(wall > 0 and cpu > 0 for wall, cpu in callback.costs)
     assert logged(trainer)[1]["seconds"] == pytest.approx(callback.costs[1][0])
 
