@@ -14,6 +14,8 @@ import pytest
 
 from tests.entropy_experiments.results_fixture import build_results
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("entropy_core", "rl_training", "entropy_experiments", "pyproject.toml", "README.md", "LICENSE")
 

@@ -298,6 +298,7 @@ def test_directions_must_cover_the_same_parameters() -> None:
         gradient.along({})
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_finds() -> None:
     alone, (first, second) = numbers_of_every_setting(), in_two_processes(numbers_of_every_setting)
     assert sorted(first.pop("mine") + second.pop("mine")) == alone.pop("mine") == list(range(6)), "each sequence once"

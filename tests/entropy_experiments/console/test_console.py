@@ -258,6 +258,7 @@ def run(*arguments, **environment):
     return warm_run("-m", "entropy_experiments", *arguments, env=env, prelude=UNPAINTED)
 
 
+@pytest.mark.long
 def test_json_is_one_object_on_stdout_and_progress_stays_on_stderr(tiny_run, tmp_path):
     found = run("analyze", tiny_run, "--trust", "--json", *SMALL, f"output_dir={tmp_path}/out")
     assert found.returncode == 0, found.stderr
@@ -283,6 +284,7 @@ def test_json_of_a_comparison(tmp_path):
     assert replaced.stdout.strip() == str(tmp_path / "out" / "comparison.html") and replaced.stderr == ""
 
 
+@pytest.mark.long
 def test_on_a_real_terminal(tiny_run, tmp_path):
     """stderr on a pseudo-terminal of 70 columns: a bar, then the table; stdout, a pipe, holds the path alone."""
     master, slave = pty.openpty()

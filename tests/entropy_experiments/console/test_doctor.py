@@ -49,6 +49,7 @@ def verdict_of(path) -> tuple[str, str]:
     return "no", first
 
 
+@pytest.mark.long
 def test_every_kind_has_its_row(table):
     assert table.keys() == ZOO.keys() and len(ZOO) >= 25
 

@@ -27,6 +27,8 @@ from rl_training.configuration import dump_config
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import config, whole_config
 
+pytestmark = pytest.mark.long
+
 KERNEL = "entropy_analysis.fisher_kernel."
 
 
@@ -180,7 +182,6 @@ def _launch(arguments: list[str], processes: int, cwd: Path) -> subprocess.Popen
     )
 
 
-@pytest.mark.long
 def test_the_command_killed_and_resumed_by_two_processes(plain, tiny_run, tmp_path):
     """As typed: killed with SIGKILL once blocks lie there, resumed by two processes of one launch."""
     (tmp_path / "analysis.yaml").write_text(dump_config(config(f"{KERNEL}strategy=tiles", f"output_dir={tmp_path}")))
@@ -238,7 +239,6 @@ def test_a_dry_run_knows_sequences_of_ones_own(tiny_run, tmp_path):
     assert columns.plan.passes == 16 + 12 and columns.n_train == 12
 
 
-@pytest.mark.long
 def test_ten_thousand_by_ten_thousand_is_planned_and_its_tiles_run_inside_eight_gib():
     done = subprocess.run(
         [sys.executable, "-m", "tests.entropy_experiments.large_kernel_script"],

@@ -72,6 +72,7 @@ def test_as_a_script_bad_input_is_one_line(tmp_path):
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.long
 def test_it_exports_to_a_page(folder, tmp_path):
     page = tmp_path / "page.html"
     notebook = shutil.copy(NOTEBOOK, tmp_path)  # marimo leaves what it has shown beside it

@@ -184,6 +184,7 @@ def test_provenance_and_legend(written):
         assert words in page.text, words
 
 
+@pytest.mark.long
 def test_report_is_deterministic(written, tmp_path):
     _, html, _ = written
     with painted():

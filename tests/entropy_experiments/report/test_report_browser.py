@@ -9,6 +9,8 @@ from entropy_experiments.report import page as report_module
 from entropy_experiments.report.page import render_report
 from tests.entropy_experiments.browser_visit import FIGURES, Visit, by_prompt
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def visit(browser, whole_report):

@@ -19,6 +19,8 @@ from tests.entropy_experiments.results_fixture import (
     write_sequences,
 )
 
+pytestmark = pytest.mark.long
+
 HOSTILE = (
     "<script>window.pwned=1</script>",
     "<img src=x onerror=window.pwned=2>",
@@ -94,7 +96,6 @@ def seconds_of_work(session):
     return {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
 
 
-@pytest.mark.long
 def test_a_large_analysis_stays_small_and_quick(browser, tmp_path, images, whole_report, record_property):
     """128 x 256 sequences of 200 tokens: below 20 MB, and below 3 s of the page's own time until the figures are drawn."""
     folder = build_results(tmp_path / "large")

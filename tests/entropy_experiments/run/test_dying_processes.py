@@ -20,6 +20,8 @@ from rl_training.configuration import dump_config
 from tests.entropy_experiments.small_analysis import config
 from tests.warm_python import UNPAINTED, WarmProcess
 
+pytestmark = pytest.mark.long
+
 SIZES = ("entropy_analysis.eval_batch_size=72", "entropy_analysis.fisher_kernel.strategy=memory")  # three blocks
 SOON = 150.0  # seconds, on a busy machine, far below the half hour of gloo; nothing is waited for
 ANALYZE = ["-m", "entropy_experiments"]
@@ -88,7 +90,6 @@ def test_the_other_ends_and_resuming_gives_the_same_bits(undisturbed, tiny_run, 
     assert_whole_after_resuming(undisturbed, tiny_run, settings, tmp_path, block)
 
 
-@pytest.mark.long
 def test_under_a_launcher(undisturbed, tiny_run, tmp_path):
     """torchrun stops the survivor; what is left goes on all the same."""
     settings, block = config(*SIZES, f"output_dir={tmp_path}"), "tile-00000-rows-00001"  # which process 1 writes
@@ -103,7 +104,6 @@ def test_under_a_launcher(undisturbed, tiny_run, tmp_path):
     assert_whole_after_resuming(undisturbed, tiny_run, settings, tmp_path, block)
 
 
-@pytest.mark.long
 def test_accelerate_launch_on_cpus(undisturbed, tiny_run, tmp_path):
     """The documented command, where there is no GPU: two processes, and the kernel of one."""
     settings = config(*SIZES, f"output_dir={tmp_path}")
@@ -150,7 +150,6 @@ def test_who_never_comes_is_not_waited_for_without_end():
     assert lines[-1].startswith("error: the processes of this run did not come together (") and len(lines) == 1
 
 
-@pytest.mark.long
 def test_long_work_of_one_is_waited_for():
     """JOINING bounds the start alone: drawing takes one process as long as it takes."""
     script = (

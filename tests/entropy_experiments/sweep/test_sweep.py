@@ -63,6 +63,7 @@ def sweep(*arguments, **environment) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_real_sweep_killed_and_resumed_with_a_broken_checkpoint(run, tmp_path):
     """SIGKILL in the second analysis; what was done stays, the rest is done, the broken one is told in one line at the end."""
     arguments = [run, *REAL, "--folder", tmp_path / "out"]

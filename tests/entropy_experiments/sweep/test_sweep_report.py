@@ -201,6 +201,7 @@ def test_verdict_tells_the_planted_story(run):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_page_in_a_browser(browser, page):
     """Figures are drawn, the slider moves by key, the table sorts and leads on, it is dark on demand."""
     visit = Visit(browser, page)

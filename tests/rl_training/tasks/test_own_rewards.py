@@ -212,6 +212,7 @@ def test_a_function_in_a_child_process_keeps_the_contract(in_a_process: Any) -> 
     assert found == [7.0] and said == [("mean", 1.0), ("seen", ["a"])]
 
 
+@pytest.mark.long
 def test_what_the_child_imports_to_read_its_arguments_is_no_part_of_the_call(here: str) -> None:
     """As the trainer's state does: its class lies in a library that takes longer to load than the limit."""
     Path("slow_library.py").write_text("import time\ntime.sleep(2.5)\nclass State:\n    pass\n")
@@ -227,6 +228,7 @@ def test_what_the_child_imports_to_read_its_arguments_is_no_part_of_the_call(her
         del sys.modules["slow_library"]
 
 
+@pytest.mark.long
 def test_a_call_ends_even_where_its_caller_was_killed(here: str) -> None:
     """Nobody is left to end the child at its limit but the kernel."""
     script = (

@@ -9,6 +9,8 @@ from rl_training.run.rollouts import read_rollouts
 from rl_training.train import run_training
 from tests.tiny_policy import tiny_train_config
 
+pytestmark = pytest.mark.long
+
 FUNCTION = """
 import os
 def even(prompts, completions, trainer_state, **columns):
