@@ -97,7 +97,7 @@ def _shared() -> list[Tensor]:
     return out
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_several_processes_give_the_same_bits(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERNEL_TEST_FOLDER", str(tmp_path / "shared"))
     threads = torch.get_num_threads()
