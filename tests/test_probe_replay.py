@@ -209,9 +209,9 @@ def test_agreement_is_what_plain_regressions_say() -> None:
     assert found["partial"] == pytest.approx(np.corrcoef(left[0], left[1])[0, 1])
     assert found["slope"] == pytest.approx(np.polyfit(predicted, truth, 1)[0])
     assert found["sum"] == pytest.approx(predicted.sum() / truth.sum())
-    assert 0.85 <= float(found["coverage"]) <= 1.0  # type: ignore[arg-type]
-    low, high = found["r_interval"]  # type: ignore[misc]
-    assert low < found["r"] < high  # type: ignore[operator]
+    assert 0.85 <= float(found["coverage"]) <= 1.0
+    low, high = found["r_interval"]
+    assert low < found["r"] < high
 
 
 @pytest.fixture(scope="module")

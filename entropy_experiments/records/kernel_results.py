@@ -55,6 +55,9 @@ class Histogram(Record):
         return self
 
 
+Quantity = Literal["length", "entropy", "reward", "truncated"]
+
+
 class BufferComparison(Record):
     """One quantity of both buffers."""
 
@@ -79,7 +82,7 @@ class BufferComparison(Record):
 class BuffersResult(Result):
     """analyses.buffers: how the training buffer differs from the evaluation buffer."""
 
-    quantities: dict[Literal["length", "entropy", "reward", "truncated"], BufferComparison]
+    quantities: dict[Quantity, BufferComparison]
     """length (tokens), entropy (nats per token), reward, truncated (share cut at the maximum length)."""
     shared_prompts: Count
     """Prompts that are in both buffers."""

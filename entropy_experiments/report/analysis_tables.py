@@ -15,6 +15,7 @@ from entropy_experiments.records.kernel_results import (
     PairBlock,
     PermutationTest,
     PromptStructureResult,
+    Quantity,
 )
 from entropy_experiments.records.step_results import (
     BaselinesResult,
@@ -28,7 +29,7 @@ from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
 _PROMPTS_SHOWN = 5
-_QUANTITIES = {
+_QUANTITIES: dict[Quantity, str] = {
     "length": "Completion length, tokens",
     "entropy": "Token entropy, nats per token",
     "reward": "Reward",
@@ -67,7 +68,7 @@ def _p(value: float | None) -> str:
 def _buffers(result: BuffersResult) -> list[Table]:
     rows = []
     for name, heading in _QUANTITIES.items():
-        quantity = result.quantities[name]  # type: ignore[index]
+        quantity = result.quantities[name]
         if quantity.training.mean is None and quantity.evaluation.mean is None:
             continue
         means = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from entropy_experiments.records.attribution_results import AttributionResult
-from entropy_experiments.records.kernel_results import BuffersResult
+from entropy_experiments.records.kernel_results import BuffersResult, Quantity
 from entropy_experiments.records.step_results import (
     BaselineRow,
     BaselinesResult,
@@ -21,7 +21,7 @@ from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE,
 from entropy_experiments.text.numbers import counted, plain, signed
 
 _UNIT = "nats per token"
-_QUANTITIES = {
+_QUANTITIES: dict[Quantity, tuple[str, str, str, str]] = {
     "length": ("completion length", "tokens", "longer", "shorter"),
     "entropy": ("token entropy", _UNIT, "more undecided", "more decided"),
     "reward": ("reward", "", "rewarded higher", "rewarded lower"),
@@ -37,7 +37,7 @@ def buffers_finding(result: BuffersResult) -> str:
     lead = f"Beside {counted(length.evaluation.sequences, 'evaluation sequence')}, {training}"
     found, tested = [], []
     for name, (label, unit, larger, smaller) in _QUANTITIES.items():
-        quantity = result.quantities[name]  # type: ignore[index]
+        quantity = result.quantities[name]
         if quantity.p_value is not None:
             tested.append(label)
         if quantity.differs:

@@ -177,7 +177,9 @@ def test_a_resumed_run_watches_on_as_if_it_had_not_been_stopped(tiny_policy, tmp
     assert len(callback.history) == 2 and len(again.state.stateful_callbacks[STATE_KEY]["step"]) == 4
     for theirs, ours in zip(wanted[2:], found, strict=True):
         for name in ("watched", "watched_se", "critic_r2", "cumulative_watched", "cumulative_watched_se"):
-            assert ours[name] == pytest.approx(theirs[name], rel=5e-3, abs=1e-7), name  # whose pass is whose differs
+            # The first pass after resuming is the probe's own, the undisturbed run's the trainer's: float32 rounding.
+            limit = 2e-5 if name == "critic_r2" else 5e-7
+            assert abs(ours[name] - theirs[name]) < limit, name
     assert ["predicted" in entry for entry in found] == [False, True], "the phase went on"
 
 
