@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +51,13 @@ class TrialMoves:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Outside the main thread no interrupt arrives, and nothing is done."""
-    if threading.current_thread() is not threading.main_thread():
+    """Nothing is done outside the main thread, where no interrupt arrives, and where Python does not
+    handle interrupts: a background job of a shell ignores them, and goes on ignoring them."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     held: list[tuple[int, FrameType | None]] = []
-    before: Any = signal.getsignal(signal.SIGINT)
 
     def hold(number: int, frame: FrameType | None) -> None:
         if held:  # whoever insists is let through
@@ -69,5 +69,5 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if held and callable(before):
+    if held:
         before(*held[0])

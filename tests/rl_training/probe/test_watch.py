@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -135,6 +136,25 @@ def test_weights_come_back_bit_by_bit(trained: Setting, ending: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in setting.values().items())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: a shell starts background jobs, and so some test runs, without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ignored_interrupts_stay_ignored(trained: Setting, interruptible: None) -> None:
+    setting = trained.twin()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with TrialMoves(trainable_parameters(setting.model)).begin() as trial:
+        trial.move(moved(setting))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_until_the_weights_are_back(trained: Setting) -> None:
     setting, reached = trained.twin(), []
     before, handler = setting.values(), signal.getsignal(signal.SIGINT)
@@ -148,6 +168,7 @@ def test_an_interrupt_waits_until_the_weights_are_back(trained: Setting) -> None
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_goes_through_at_once(trained: Setting) -> None:
     setting, reached = trained.twin(), []
     before = setting.values()
