@@ -38,7 +38,7 @@ from entropy_experiments.records.writer import describe_environment
 from rl_training.config import EntropyProbeConfig, TrainConfig
 from rl_training.configuration import load_config, validate_config
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
-from rl_training.sampling import draw, sampling_law
+from rl_training.sampling import draw, make_sampling_config
 from rl_training.train import build_trainer
 
 RESULTS = Path("benchmarks/results/entropy_probe")
@@ -91,15 +91,25 @@ class Independent(TrainerCallback):
 
     def __init__(self, trainer: Any, rows: list[dict[str, Any]]) -> None:
         self._trainer, self._rows = trainer, rows
-        self._law = sampling_law(trainer.model, trainer.processing_class, 1.0, trainer.args.max_completion_length)
+        self._sampling_config = make_sampling_config(
+            trainer.model, trainer.processing_class, 1.0, trainer.args.max_completion_length
+        )
         self._batch = self._before = self._drawn_scores = None
         self.changes: list[Any] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % 4 == 0:
             model = self._trainer.model
-            found = draw(model, self._trainer.processing_class, self._rows, 1, self._law, 7000 + state.global_step, "")
-            self._batch = found.to_batch(self._law)
+            found = draw(
+                model,
+                self._trainer.processing_class,
+                self._rows,
+                1,
+                self._sampling_config,
+                7000 + state.global_step,
+                "",
+            )
+            self._batch = found.to_batch(self._sampling_config)
             self._before = shared_statistics(model, self._batch, short_rows)
             self._drawn_scores = self._before.scores()
 

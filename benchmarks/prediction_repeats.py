@@ -66,8 +66,8 @@ def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement
     config = load_config(FisherAnalysisConfig, None, [f"seed={seed}"])
     plan = plan_sampling(checkpoint, config)
     evaluation, training = draw_buffers(checkpoint, plan, config, lambda stage: None)
-    model, batch = checkpoint.model, evaluation.to_batch(plan.law)
-    gradient = loss_gradient(checkpoint, training.rollouts.to_batch(plan.law), training.weights)
+    model, batch = checkpoint.model, evaluation.to_batch(plan.sampling_config)
+    gradient = loss_gradient(checkpoint, training.rollouts.to_batch(plan.sampling_config), training.weights)
     assert checkpoint.optimizer is not None
     step = take_next_step(model, checkpoint.optimizer, gradient, 1.0, None)
     before = shared_statistics(model, batch, short_rows)

@@ -23,7 +23,7 @@ from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.premises.surprisal_check import _TIGHTEST, FALSE_ALARMS
-from rl_training.sampling import draw, sampling_law
+from rl_training.sampling import draw, make_sampling_config
 from rl_training.tasks.task import load_task
 
 RESULT = Path(__file__).parent / "results" / "sampler_check_power.md"
@@ -73,12 +73,14 @@ def contexts(sequences: int) -> tuple[Tensor, list[Tensor], float]:
     config = load_config(TrainConfig, CONFIG)
     task = load_task(config.task)
     model, tokenizer = load_model_and_tokenizer(config.model.name, config.model.dtype, "cpu")
-    law = sampling_law(model, tokenizer, config.rollouts.temperature, config.rollouts.max_completion_length)
-    batch = draw(model, tokenizer, task.train[:sequences], 1, law, 0, "").to_batch(law)
+    sampling_config = make_sampling_config(
+        model, tokenizer, config.rollouts.temperature, config.rollouts.max_completion_length
+    )
+    batch = draw(model, tokenizer, task.train[:sequences], 1, sampling_config, 0, "").to_batch(sampling_config)
     logits, seen = [], []
     with torch.no_grad(), evaluation_mode(model):
         for bucket in length_buckets(batch):
-            logits.append(completion_logits(model, bucket, law.temperature))
+            logits.append(completion_logits(model, bucket, sampling_config.temperature))
             for row, column in zip(bucket.sequences.tolist(), bucket.columns.tolist(), strict=True):
                 seen.append(batch.input_ids[row, :column][batch.attention_mask[row, :column].bool()].unique())
     return torch.cat(logits), seen, float(batch.completion_lengths.double().mean())

@@ -177,7 +177,7 @@ def sample_evaluation_batch(
     if settings.sampling.eval_completions == "reference":
         return reference_rollouts(checkpoint.tokenizer, rows, plan, "evaluation")
     each, seed = settings.sampling.eval_completions_per_prompt, config.seed + _EVALUATION_STREAM + 1
-    rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.law, seed, "evaluation")
+    rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.sampling_config, seed, "evaluation")
     return rollouts.select(range(settings.eval_batch_size))
 
 
@@ -224,7 +224,7 @@ def sample_training_batch(
         rates.subset(places),
         prompts=min(prompts, len(places)),
         completions_per_prompt=plan.completions_per_prompt,
-        law=plan.law,
+        sampling_config=plan.sampling_config,
         seed=config.seed + _TRAINING_STREAM,
         max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
         difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
@@ -247,11 +247,11 @@ def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: SamplingConfig) -
         rewards[group & ~judged] = rewards[group & judged].mean() if bool((group & judged).any()) else 0.0
     lengths = torch.tensor(rollouts.lengths)
     weights = sequence_weights(
-        rewards, index, lengths, "dr_grpo", plan.law.max_completion_length, plan.length_normalizer
+        rewards, index, lengths, "dr_grpo", plan.sampling_config.max_completion_length, plan.length_normalizer
     )
     if sampling.mask_truncated_completions:
         # TRL's own rule: the last token, whoever wrote it, is neither an end of sequence nor padding.
-        ends = {*plan.law.eos_token_ids, plan.law.pad_token_id}
+        ends = {*plan.sampling_config.eos_token_ids, plan.sampling_config.pad_token_id}
         weights = weights * torch.tensor([float(ids[-1] in ends) for ids in rollouts.completion_ids])
     return advantages(rewards, index, "dr_grpo") * judged, weights * judged
 

@@ -228,13 +228,13 @@ def _analyze(
     processes: Processes | None = None,
 ) -> AnalysisInputs:
     device = input_device(checkpoint.model)
-    eval_batch = evaluation.to_batch(plan.law).to(device)
+    eval_batch = evaluation.to_batch(plan.sampling_config).to(device)
     try:
         found = analyze_batches(
             checkpoint.model,
             checkpoint.optimizer,
             eval_batch,
-            training.rollouts.to_batch(plan.law).to(device),
+            training.rollouts.to_batch(plan.sampling_config).to(device),
             training.weights,
             settings_of(
                 checkpoint, config, kernel_options(config.entropy_analysis.fisher_kernel, work, processes, reporter)

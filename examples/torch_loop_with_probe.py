@@ -8,7 +8,7 @@ from entropy_core import SequenceBatch
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.models import load_model_and_tokenizer
-from rl_training.sampling import draw, sampling_law
+from rl_training.sampling import draw, make_sampling_config
 
 
 def loss_of(model: torch.nn.Module, batch: SequenceBatch, advantages: torch.Tensor) -> torch.Tensor:
@@ -40,11 +40,11 @@ def main(model_name: str = "smollm2-135m", steps: int = 4) -> None:
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     watched = Watched(model, optimizer, EntropyProbeConfig(rollouts="current", standard_error_folds=4))
-    law = sampling_law(model, tokenizer, temperature=1.0, max_completion_length=8)
+    sampling_config = make_sampling_config(model, tokenizer, temperature=1.0, max_completion_length=8)
     rows = [{"prompt": f"{a} + {b} =", "prompt_index": 6 * a + b} for a in range(6) for b in range(6)]
     for step in range(steps):
-        rollouts = draw(model, tokenizer, rows[step % 6 :: 6], 4, law, seed=step, status="training")
-        batch = rollouts.to_batch(law)
+        rollouts = draw(model, tokenizer, rows[step % 6 :: 6], 4, sampling_config, seed=step, status="training")
+        batch = rollouts.to_batch(sampling_config)
         rewards = torch.tensor([float("7" in text) for text in rollouts.completion])
         optimizer.zero_grad()
         loss_of(model, batch, rewards - rewards.mean()).backward()

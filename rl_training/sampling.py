@@ -33,7 +33,7 @@ from rl_training.tasks.reward_calls import total_rewards
 
 
 @dataclass(frozen=True)
-class SamplingLaw:
+class SamplingConfig:
     """The distribution completions come from: softmax(logits / temperature), cut after EOS or `max_completion_length`.
 
     Prompts are rendered as `rendering` says.
@@ -88,10 +88,10 @@ class Rollouts:
         pairs = zip(self.completion_ids, self.drawn, strict=True)
         return [len(ids) if drawn is None else sum(drawn) for ids, drawn in pairs]
 
-    def endings(self, law: SamplingLaw) -> list[Ending]:
+    def endings(self, sampling_config: SamplingConfig) -> list[Ending]:
         """How every completion came to its end (rl_training.prompts.endings)."""
         pairs = zip(self.completion_ids, self.drawn, strict=True)
-        return [ending(ids, drawn, law.eos_token_ids) for ids, drawn in pairs]
+        return [ending(ids, drawn, sampling_config.eos_token_ids) for ids, drawn in pairs]
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -103,9 +103,14 @@ class Rollouts:
     def select(self, keep: Sequence[int]) -> Rollouts:
         return Rollouts(**{name: [getattr(self, name)[i] for i in keep] for name in self.__dataclass_fields__})
 
-    def to_batch(self, law: SamplingLaw) -> SequenceBatch:
+    def to_batch(self, sampling_config: SamplingConfig) -> SequenceBatch:
         return SequenceBatch.from_sequences(
-            self.prompt_ids, self.completion_ids, self.prompt_index, law.pad_token_id, law.temperature, self.drawn
+            self.prompt_ids,
+            self.completion_ids,
+            self.prompt_index,
+            sampling_config.pad_token_id,
+            sampling_config.temperature,
+            self.drawn,
         )
 
 
@@ -120,9 +125,9 @@ class CollectionCounts:
     kept: int = 0
 
 
-def sampling_law(
+def make_sampling_config(
     model: nn.Module, tokenizer: Any, temperature: float, max_completion_length: int, top_k: int = 0, top_p: float = 1.0
-) -> SamplingLaw:
+) -> SamplingConfig:
     """The law with the model's own end-of-sequence tokens (all of them, as generation stops at any).
 
     tokenizer: or a processor that holds one.
@@ -134,13 +139,13 @@ def sampling_law(
     if not eos:
         raise UserError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos)
-    return SamplingLaw(temperature, max_completion_length, tuple(sorted(eos)), pad, top_k, top_p)
+    return SamplingConfig(temperature, max_completion_length, tuple(sorted(eos)), pad, top_k, top_p)
 
 
 def generate_completions(
     model: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
-    law: SamplingLaw,
+    sampling_config: SamplingConfig,
     seed: int,
     batch_size: int = 64,
 ) -> list[list[int]]:
@@ -153,19 +158,19 @@ def generate_completions(
 
     config = GenerationConfig(
         do_sample=True,
-        temperature=law.temperature,
-        top_k=law.top_k,
-        top_p=law.top_p,
-        max_new_tokens=law.max_completion_length,
-        eos_token_id=list(law.eos_token_ids),
-        pad_token_id=law.pad_token_id,
+        temperature=sampling_config.temperature,
+        top_k=sampling_config.top_k,
+        top_p=sampling_config.top_p,
+        max_new_tokens=sampling_config.max_completion_length,
+        eos_token_id=list(sampling_config.eos_token_ids),
+        pad_token_id=sampling_config.pad_token_id,
     )
     longest = max(map(len, prompt_ids), default=0)
     try:
-        check_length(model, longest + law.max_completion_length - 1)
+        check_length(model, longest + sampling_config.max_completion_length - 1)
     except ValueError as error:
         raise UserError(
-            f"prompts of up to {longest} tokens with completions of {law.max_completion_length}: {error}"
+            f"prompts of up to {longest} tokens with completions of {sampling_config.max_completion_length}: {error}"
         ) from error
     device = input_device(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -179,9 +184,9 @@ def generate_completions(
     ):
         torch.manual_seed(seed)
         _check_logits(model, prompt_ids[order[0]])
-        for part in _parts(model, prompt_ids, order, batch_size, law.pad_token_id):
+        for part in _parts(model, prompt_ids, order, batch_size, sampling_config.pad_token_id):
             width = max(len(prompt_ids[i]) for i in part)
-            ids = torch.full((len(part), width), law.pad_token_id, dtype=torch.long)
+            ids = torch.full((len(part), width), sampling_config.pad_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(part):
                 ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
@@ -190,7 +195,7 @@ def generate_completions(
                 :, width:
             ].tolist()
             for i, tokens in zip(part, drawn, strict=True):
-                completions[i] = _until_eos(tokens, law)
+                completions[i] = _until_eos(tokens, sampling_config)
     return completions
 
 
@@ -234,8 +239,8 @@ def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:
         )
 
 
-def _until_eos(tokens: list[int], law: SamplingLaw) -> list[int]:
-    ends = [k for k, token in enumerate(tokens) if token in law.eos_token_ids]
+def _until_eos(tokens: list[int], sampling_config: SamplingConfig) -> list[int]:
+    ends = [k for k, token in enumerate(tokens) if token in sampling_config.eos_token_ids]
     return tokens[: ends[0] + 1] if ends else tokens
 
 
@@ -252,7 +257,7 @@ def draw(
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     completions_per_prompt: int,
-    law: SamplingLaw,
+    sampling_config: SamplingConfig,
     seed: int,
     status: str,
     batch_size: int = 64,
@@ -261,10 +266,10 @@ def draw(
     repeated = [row for row in rows for _ in range(completions_per_prompt)]
     ids = [
         tokens
-        for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows], law.rendering)
+        for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows], sampling_config.rendering)
         for _ in range(completions_per_prompt)
     ]
-    completions = generate_completions(model, ids, law, seed, batch_size)
+    completions = generate_completions(model, ids, sampling_config, seed, batch_size)
     return Rollouts(
         prompt_ids=ids,
         completion_ids=completions,
@@ -306,7 +311,7 @@ def collect_filtered(
     pass_rates: PassRates,
     prompts: int,
     completions_per_prompt: int,
-    law: SamplingLaw,
+    sampling_config: SamplingConfig,
     seed: int,
     max_refill_rounds: int = 2,
     difficulty_weighting: bool = True,
@@ -326,8 +331,8 @@ def collect_filtered(
         drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=difficulty_weighting)
         seen.extend(drawn)
         part = draw(
-            model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, law, seed + 7919 * (counts.rounds + 1),
-            "trained", batch_size,
+            model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, sampling_config,
+            seed + 7919 * (counts.rounds + 1), "trained", batch_size,
         )  # fmt: skip
         score(part, reward_functions, trainer_state)
         counts.rounds += 1

@@ -184,17 +184,17 @@ def test_prompts_come_before_completions_of_one() -> None:
 def test_the_discriminator_is_the_derivative_of_a_contexts_entropy() -> None:
     logits = torch.randn(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
     drawn, advantage = 2, -1.7
-    law = torch.log_softmax(logits, 0)
-    entropy = -(law.exp() * law).sum()
+    sampling_config = torch.log_softmax(logits, 0)
+    entropy = -(sampling_config.exp() * sampling_config).sum()
     (gradient,) = torch.autograd.grad(entropy, logits)
-    step = advantage * (torch.eye(5, dtype=torch.float64)[drawn] - law.exp())
-    p, h = law.exp().detach(), entropy.detach()
+    step = advantage * (torch.eye(5, dtype=torch.float64)[drawn] - sampling_config.exp())
+    p, h = sampling_config.exp().detach(), entropy.detach()
     s = random_steps().steps[0].own.select(torch.tensor([0]))
     extra = {
         "advantage": torch.tensor([advantage], dtype=torch.float64),
-        "sharpness": (p**2 * (law.detach() + h)).sum().expand(1, 2),
+        "sharpness": (p**2 * (sampling_config.detach() + h)).sum().expand(1, 2),
     }
-    s = replace(s, logprob=law.detach()[drawn].expand(1, 2), entropy=h.expand(1, 2), extra=extra)
+    s = replace(s, logprob=sampling_config.detach()[drawn].expand(1, 2), entropy=h.expand(1, 2), extra=extra)
     assert float(rivals.discriminator_tokens(s)[0, 0]) == pytest.approx(float((gradient @ step).detach()))
 
 

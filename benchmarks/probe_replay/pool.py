@@ -15,7 +15,7 @@ from torch import nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.scores import token_statistics
 from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
-from rl_training.sampling import SamplingLaw, draw
+from rl_training.sampling import SamplingConfig, draw
 
 POOL_AGE = 8
 
@@ -33,9 +33,15 @@ class Pool:
     """`size` slots; slot j is drawn anew in the steps whose number less one has j's remainder by POOL_AGE, all in the first."""
 
     def __init__(
-        self, trainer: Any, model: nn.Module, rows: Sequence[dict[str, Any]], law: SamplingLaw, size: int
+        self, trainer: Any, model: nn.Module, rows: Sequence[dict[str, Any]], sampling_config: SamplingConfig, size: int
     ) -> None:
-        self._trainer, self._model, self._rows, self._law, self._size = trainer, model, rows, law, size
+        self._trainer, self._model, self._rows, self._sampling_config, self._size = (
+            trainer,
+            model,
+            rows,
+            sampling_config,
+            size,
+        )
         self._watched: list[_Watched] = []
 
     def turn(self, step: int) -> tuple[SequenceBatch, list[float]]:
@@ -46,12 +52,14 @@ class Pool:
         taken = {w.row for w in self._watched}
         chosen = [int(i) for i in rng.permutation(len(self._rows)) if i not in taken][: len(slots)]
         coder, rows = self._trainer.processing_class, [self._rows[i] for i in chosen]
-        found = draw(self._model, coder, rows, 1, self._law, 104729 + step, "")
-        scores = token_statistics(self._model, found.to_batch(self._law)).scores().tolist()
+        found = draw(self._model, coder, rows, 1, self._sampling_config, 104729 + step, "")
+        scores = token_statistics(self._model, found.to_batch(self._sampling_config)).scores().tolist()
         drawn = zip(chosen, found.prompt_ids, found.completion_ids, scores, strict=True)
         new = [_Watched(row, RolloutSequence(tuple(p), tuple(c)), score) for row, p, c, score in drawn]
         if first:
             self._watched = new
         for slot, watched in zip(slots, new, strict=True):
             self._watched[slot] = watched
-        return to_batch([w.sequence for w in self._watched], self._law), [w.drawn_score for w in self._watched]
+        return to_batch([w.sequence for w in self._watched], self._sampling_config), [
+            w.drawn_score for w in self._watched
+        ]

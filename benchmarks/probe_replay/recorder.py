@@ -124,14 +124,14 @@ class Recorder(TrainerCallback):
             )
         self._heldout = list(heldout)
         self._model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-        self._law = describe_sampling(trainer).law()
+        self._sampling_config = describe_sampling(trainer).sampling_config()
         self._rollouts = StepRollouts(trainer)
         self._prefixes = PrefixSharing(self._model, WorkSharing())
         self._earlier: deque[_Earlier] = deque(maxlen=max(1, settings.lags))
         self._held: SequenceBatch | None = None
         self._held_statistics: TokenStatistics | None = None
         self._drawn_score = torch.zeros(0)
-        self._pool = Pool(trainer, self._model, self._heldout, self._law, settings.pool)
+        self._pool = Pool(trainer, self._model, self._heldout, self._sampling_config, settings.pool)
         self._pool_batch: SequenceBatch | None = None
         self._now = _Step()
         (folder / "steps").mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ class Recorder(TrainerCallback):
     # ------------------------------------------------------------------ before the step
     def _before(self, optimizer: Any, step: int) -> None:
         generated, trained = self._rollouts.take()
-        own = to_batch(generated, self._law)
+        own = to_batch(generated, self._sampling_config)
         self._now.own = own
         self._describe_own(generated, trained, own)
         with self._timed("hidden", len(own)):
@@ -252,7 +252,7 @@ class Recorder(TrainerCallback):
         self._keep("own_", own, {"share": weights[:, None] * along.logprobs})
 
     def _lagged(self, update: AdamWUpdate, own: SequenceBatch) -> None:
-        lags, longest = self._settings.lags, self._law.max_completion_length
+        lags, longest = self._settings.lags, self._sampling_config.max_completion_length
         if not lags:
             return
         rest = {name: update.momentum[name] + update.weight_decay[name] for name in update.momentum}
@@ -281,9 +281,16 @@ class Recorder(TrainerCallback):
             rows = [self._heldout[i] for i in rng.permutation(len(self._heldout))[: self._settings.held_out]]
             with self._timed("draw", len(rows)):
                 drawn = draw(
-                    self._model, self._trainer.processing_class, rows, 1, self._law, 7919 + step, "", len(rows)
+                    self._model,
+                    self._trainer.processing_class,
+                    rows,
+                    1,
+                    self._sampling_config,
+                    7919 + step,
+                    "",
+                    len(rows),
                 )
-            self._held = drawn.to_batch(self._law)
+            self._held = drawn.to_batch(self._sampling_config)
             self._held_statistics = self._of_held_out(self._held)
             self._drawn_score = self._held_statistics.scores()
         held, before = self._held, self._held_statistics
@@ -363,7 +370,7 @@ class Recorder(TrainerCallback):
         ]
 
     def _completions(self, batch: SequenceBatch, values: Tensor) -> np.ndarray:
-        return completions_from_the_left(batch, values, self._law.max_completion_length)
+        return completions_from_the_left(batch, values, self._sampling_config.max_completion_length)
 
     @contextmanager
     def _weights(self, weights: dict[str, Tensor]) -> Iterator[None]:

@@ -29,16 +29,16 @@ def statistics_with_hidden(model: Any, batch: SequenceBatch) -> dict[str, Tensor
         for bucket in length_buckets(batch, 2048):
             hidden = _hidden_states(model, bucket.input_ids)[bucket.rows, bucket.positions]
             for some in torch.arange(len(hidden)).split(_TOKENS_AT_ONCE):
-                law = torch.log_softmax(layer(hidden[some]).double() / batch.temperature, -1)
-                p, drawn = law.exp(), bucket.targets[some]
-                entropy = -(p * law).sum(-1)
+                sampling_config = torch.log_softmax(layer(hidden[some]).double() / batch.temperature, -1)
+                p, drawn = sampling_config.exp(), bucket.targets[some]
+                entropy = -(p * sampling_config).sum(-1)
                 found.append(
                     {
-                        "logprob": law.gather(1, drawn[:, None])[:, 0],
+                        "logprob": sampling_config.gather(1, drawn[:, None])[:, 0],
                         "entropy": entropy,
                         "collision": p.square().sum(-1),
-                        "sharpness": (p.square() * (law + entropy[:, None])).sum(-1),
-                        "variance": (p * (law + entropy[:, None]).square()).sum(-1),
+                        "sharpness": (p.square() * (sampling_config + entropy[:, None])).sum(-1),
+                        "variance": (p * (sampling_config + entropy[:, None]).square()).sum(-1),
                         "projected": hidden[some].float() @ hidden_projection(hidden.shape[1]),
                     }
                 )

@@ -88,7 +88,7 @@ def entropy_prediction(inputs: AnalysisInputs) -> EntropyPredictionResult:
             inputs.evaluation,
             inputs.eval_batch,
             numbers.eval_statistics,
-            inputs.plan.law,
+            inputs.plan.sampling_config,
             inputs.config.seed + _FRESH_STREAM + number,
             PassSettings(settings.fisher_kernel.token_batch_size),
         )
@@ -139,7 +139,10 @@ def attribution(inputs: AnalysisInputs) -> AttributionResult:
         completion_mask=side.batch.completion_mask.cpu().numpy(),
         token_texts=texts,
         drawn=inputs.training.rollouts.drawn,
-        endings=(inputs.training.rollouts.endings(inputs.plan.law), inputs.evaluation.endings(inputs.plan.law)),
+        endings=(
+            inputs.training.rollouts.endings(inputs.plan.sampling_config),
+            inputs.evaluation.endings(inputs.plan.sampling_config),
+        ),
         advantages=None if inputs.training.advantages is None else inputs.training.advantages.double().numpy(),
         evaluation=inputs.evaluation_labels(),
         contributions=step.predictions.contributions.cpu().numpy(),
@@ -196,7 +199,7 @@ def _rest(inputs: AnalysisInputs, estimator: str) -> float:
 def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
     """analyses/weighting_schemes.py; with `weighting_steps` each weighting's real step at equal length is measured."""
     arrays = inputs.kernel_arrays()
-    table = table_of_weightings(arrays, inputs.plan.law.max_completion_length)
+    table = table_of_weightings(arrays, inputs.plan.sampling_config.max_completion_length)
     if not np.isfinite(arrays.training.reward).all():
         why = {"reason": "not all training sequences have rewards"}
         rows = tuple(row.model_copy(update=why) if row.kind == "scheme" else row for row in table.rows)

@@ -53,7 +53,7 @@ class AnalysisInputs:
     def truncated(self) -> tuple[np.ndarray, np.ndarray]:
         """(n_eval,) and (n_train,) bool: which completions were cut before an end of sequence."""
         evaluation, training = (
-            np.array([end == "truncated" for end in rollouts.endings(self.plan.law)], dtype=bool)
+            np.array([end == "truncated" for end in rollouts.endings(self.plan.sampling_config)], dtype=bool)
             for rollouts in (self.evaluation, self.training.rollouts)
         )
         return evaluation, training
@@ -111,7 +111,9 @@ class AnalysisInputs:
             return self.training.advantages.double().numpy()
         if self.training.weights is None:
             raise ValueError("this analysis has no weights")
-        return (self.training.weights * len(self.training.rollouts) * self.plan.law.max_completion_length).numpy()
+        return (
+            self.training.weights * len(self.training.rollouts) * self.plan.sampling_config.max_completion_length
+        ).numpy()
 
 
 def label_sequences(rollouts: Rollouts, statistics: TokenStatistics) -> SequenceLabels:

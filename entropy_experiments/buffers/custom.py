@@ -26,7 +26,7 @@ from typing import Any
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import tokenize_prompts
-from rl_training.sampling import Rollouts, SamplingLaw, prompt_text
+from rl_training.sampling import Rollouts, SamplingConfig, prompt_text
 from rl_training.tasks.json_lines import check_values, regular_file
 
 _KEYS = ("prompt", "completion", "prompt_index", "reward", "weight")
@@ -218,20 +218,20 @@ def _messages(prompt: Any, system_prompt: str | None) -> list[dict[str, str]]:
     return messages
 
 
-def as_sampled(tokenizer: Any, completion: str, law: SamplingLaw) -> list[int]:
+def as_sampled(tokenizer: Any, completion: str, sampling_config: SamplingConfig) -> list[int]:
     """The text as tokens of a completion: up to its first end-of-sequence token, one added where it has none, and cut at the
     law's maximum length.
     """
     tokens = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    ends = [k for k, token in enumerate(tokens) if token in law.eos_token_ids]
+    ends = [k for k, token in enumerate(tokens) if token in sampling_config.eos_token_ids]
     own = tokenizer.eos_token_id
-    eos = own if own in law.eos_token_ids else law.eos_token_ids[0]
+    eos = own if own in sampling_config.eos_token_ids else sampling_config.eos_token_ids[0]
     whole = tokens[: ends[0] + 1] if ends else [*tokens, eos]
-    return whole[: law.max_completion_length]
+    return whole[: sampling_config.max_completion_length]
 
 
 def segments_as_tokens(
-    tokenizer: Any, segments: Sequence[tuple[str, bool]], law: SamplingLaw
+    tokenizer: Any, segments: Sequence[tuple[str, bool]], sampling_config: SamplingConfig
 ) -> tuple[list[int], list[bool]]:
     """(tokens, which of them were drawn): each segment's own, closed by an end-of-sequence token where the last one was drawn."""
     ids: list[int] = []
@@ -239,9 +239,12 @@ def segments_as_tokens(
     for text, own in segments:
         tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         ids, drawn = ids + tokens, drawn + [own] * len(tokens)
-    if drawn and drawn[-1] and ids[-1] not in law.eos_token_ids:
+    if drawn and drawn[-1] and ids[-1] not in sampling_config.eos_token_ids:
         eos = tokenizer.eos_token_id
-        ids, drawn = [*ids, eos if eos in law.eos_token_ids else law.eos_token_ids[0]], [*drawn, True]
+        ids, drawn = (
+            [*ids, eos if eos in sampling_config.eos_token_ids else sampling_config.eos_token_ids[0]],
+            [*drawn, True],
+        )
     return ids, drawn
 
 
@@ -261,9 +264,9 @@ def given_rollouts(
     ids, drawn = [], []
     for text, parts in zip(completions, segments or [None] * len(completions), strict=True):
         tokens, mask = (
-            (as_sampled(tokenizer, text, plan.law), None)
+            (as_sampled(tokenizer, text, plan.sampling_config), None)
             if parts is None
-            else segments_as_tokens(tokenizer, parts, plan.law)
+            else segments_as_tokens(tokenizer, parts, plan.sampling_config)
         )
         ids.append(tokens)
         drawn.append(None if mask is None or all(mask) else mask)
@@ -274,7 +277,7 @@ def given_rollouts(
     # decoding need not give back a text to the letter; where nothing was cut off, the text itself is shown
     shown = [t if d == w else d for t, d, w in zip(completions, decoded, whole, strict=True)]
     return Rollouts(
-        prompt_ids=tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.law.rendering),
+        prompt_ids=tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.sampling_config.rendering),
         completion_ids=ids,
         prompt_index=[int(row["prompt_index"]) for row in rows],
         prompt=[prompt_text(row["prompt"]) for row in rows],

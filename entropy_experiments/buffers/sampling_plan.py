@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_experiments.buffers.recorded_law import recorded_rendering, refuse_another_law, refuse_other_prompts
+from entropy_experiments.buffers.recorded_sampling import recorded_rendering, refuse_another_law, refuse_other_prompts
 from entropy_experiments.buffers.recorded_task import task_of_analysis, trainer_state_of
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.errors import UserError
-from rl_training.sampling import SamplingLaw, sampling_law
+from rl_training.sampling import SamplingConfig, make_sampling_config
 from rl_training.tasks.task import Task, load_task
 
 _NO_TASK = Task(name="none", train=[], heldout=[], reward_functions=[], origin="no task", reward_name="none")
@@ -21,7 +21,7 @@ class SamplingPlan:
     """What the run's record and the configuration say together. system_prompt: the task's, before every prompt."""
 
     task: Task
-    law: SamplingLaw
+    sampling_config: SamplingConfig
     completions_per_prompt: int
     length_normalizer: str
     system_prompt: str | None = None
@@ -38,7 +38,7 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)
     refuse_another_law(checkpoint)
-    law = _law(checkpoint, config)
+    sampling_config = _sampling_config(checkpoint, config)
     size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
     drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"
     if drawn and config.entropy_analysis.train_batch_size % size:
@@ -49,12 +49,14 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     normalizer = sidecar.algorithm.length_normalizer if sidecar else "constant"
     task = _NO_TASK if task_config is None else load_task(task_config)
     if config.checkpoint.task is None:
-        refuse_other_prompts(checkpoint, law, task)
+        refuse_other_prompts(checkpoint, sampling_config, task)
     system_prompt = None if task_config is None else task_config.system_prompt
-    return SamplingPlan(task, law, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config))
+    return SamplingPlan(
+        task, sampling_config, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config)
+    )
 
 
-def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:
+def _sampling_config(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingConfig:
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     temperature = sampling.temperature or (sidecar.sampling.temperature if sidecar else None)
     longest = sampling.max_completion_length or (sidecar.sampling.max_completion_length if sidecar else None)
@@ -64,7 +66,7 @@ def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:
             "max_completion_length"
         )
     if sidecar is None:
-        return sampling_law(checkpoint.model, checkpoint.tokenizer, temperature, longest)
+        return make_sampling_config(checkpoint.model, checkpoint.tokenizer, temperature, longest)
     recorded = sidecar.sampling
     for name, found, wanted in (
         ("temperature", temperature, recorded.temperature),
@@ -75,7 +77,7 @@ def _law(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> SamplingLaw:
                 f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: under another law it is "
                 "another policy; leave it out"
             )
-    return SamplingLaw(
+    return SamplingConfig(
         temperature,
         longest,
         tuple(recorded.eos_token_ids),

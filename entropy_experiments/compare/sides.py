@@ -189,14 +189,15 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
     models = differing([point.summary.checkpoint.model for point in points])
     if models:
         found.append(f"Different models with the same tokenizer: {models}.")
-    laws = [point.summary.policy.law for point in points]
+    configs = [point.summary.policy.sampling_config for point in points]
     for name, values in (
-        ("temperature", [law.temperature for law in laws]),
-        ("longest completion", [law.max_completion_length for law in laws]),
+        ("temperature", [config.temperature for config in configs]),
+        ("longest completion", [config.max_completion_length for config in configs]),
     ):
-        if law := differing(values):
+        if different := differing(values):
             found.append(
-                f"Another sampling law, {name}: {law}. Each entropy is of its own law, so part of a difference may be the law's."
+                f"Completions were sampled with another {name}: {different}. Each entropy is of its own sampling distribution, "
+                "so part of a difference may be the sampling's."
             )
     steps = differing([step_of(point) for point in points])
     if steps:

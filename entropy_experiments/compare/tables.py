@@ -147,8 +147,8 @@ def _weightings(sides: Sequence[Side], point: Point) -> Table:
 
 _NAMES = {
     "policy.tokenizer": "Tokenizer (fingerprint)",
-    "policy.law.temperature": "Sampling temperature",
-    "policy.law.max_completion_length": "Longest completion, tokens",
+    "policy.sampling_config.temperature": "Sampling temperature",
+    "policy.sampling_config.max_completion_length": "Longest completion, tokens",
     "policy.task": "Task",
 }
 

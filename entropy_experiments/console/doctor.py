@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from entropy_experiments.buffers.recorded_law import (
+from entropy_experiments.buffers.recorded_sampling import (
     law_of,
     recorded_rendering,
     refuse_another_law,
@@ -31,7 +31,7 @@ from rl_training.models.load import read_tokenizer
 from rl_training.prompts.chat_prompts import tokenize_prompts
 from rl_training.run.rollouts import rollouts_path
 from rl_training.run.sidecar import Sidecar
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.tasks.task import load_task
 
 YES = "yes"
@@ -98,12 +98,12 @@ def _check_task(checkpoint: Checkpoint, config: TaskConfig | None) -> None:
     if checkpoint.tokenizer is None or sidecar is None:
         return
     s = sidecar.sampling
-    law = SamplingLaw(
+    sampling_config = SamplingConfig(
         s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id,
         rendering=recorded_rendering(s),
     )  # fmt: skip
-    tokenize_prompts(checkpoint.tokenizer, [task.train[0]["prompt"]], law.rendering)
-    refuse_other_prompts(checkpoint, law, task)
+    tokenize_prompts(checkpoint.tokenizer, [task.train[0]["prompt"]], sampling_config.rendering)
+    refuse_other_prompts(checkpoint, sampling_config, task)
 
 
 def _check_law(found: Examined, sidecar: Sidecar) -> Checkpoint:
@@ -111,7 +111,7 @@ def _check_law(found: Examined, sidecar: Sidecar) -> Checkpoint:
     compared where the folder holds one.
     """
     s, folder = sidecar.sampling, found.folder
-    SamplingLaw(s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id, s.top_k, s.top_p)
+    SamplingConfig(s.temperature, s.max_completion_length, tuple(s.eos_token_ids), s.pad_token_id, s.top_k, s.top_p)
     tokenizer = read_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     if tokenizer is None or tokenizer.chat_template is None:
         sidecar = sidecar.model_copy(update={"sampling": s.model_copy(update={"chat_template_sha256": None})})

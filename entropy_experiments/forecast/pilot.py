@@ -155,7 +155,7 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
 
     def drawn(rows: Sequence[dict[str, Any]], prompts: int, completions: int) -> Rollouts:
         chosen, seed = [rows[i % len(rows)] for i in range(prompts)], config.seed + 7 + len(drawings)
-        arguments = (model, checkpoint.tokenizer, chosen, completions, plan.law, seed, "pilot")
+        arguments = (model, checkpoint.tokenizer, chosen, completions, plan.sampling_config, seed, "pilot")
         drawings.append(_timed(lambda: draw(*arguments)))
         return drawings[-1][1]
 
@@ -167,7 +167,9 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
     settings = config.entropy_analysis
     formation = RowFormation(settings.fisher_kernel.method, announce=lambda line: None)
     timed = [
-        _time_passes(model, side.to_batch(plan.law).to(input_device(model)), min(count, _PASSED), config, formation)
+        _time_passes(
+            model, side.to_batch(plan.sampling_config).to(input_device(model)), min(count, _PASSED), config, formation
+        )
         for side, count in ((evaluation, settings.eval_batch_size), (training, settings.train_batch_size))
     ]
     recorded = _recorded_rows(checkpoint)

@@ -8,12 +8,12 @@ from typing import Any
 
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.records.summary import LawRecord, PolicyRecord, TrainingSettings
+from entropy_experiments.records.summary import PolicyRecord, SamplingConfigRecord, TrainingSettings
 
 
 def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> PolicyRecord:
     """The policy's tokenizer, its law and, where recorded, how it was trained."""
-    law, sidecar = plan.law, checkpoint.record.sidecar
+    sampling_config, sidecar = plan.sampling_config, checkpoint.record.sidecar
     training = None
     if sidecar is not None:
         training = TrainingSettings(
@@ -28,7 +28,9 @@ def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> PolicyRecord:
         )
     return PolicyRecord(
         tokenizer=tokenizer_fingerprint(checkpoint.tokenizer),
-        law=LawRecord(temperature=law.temperature, max_completion_length=law.max_completion_length),
+        sampling_config=SamplingConfigRecord(
+            temperature=sampling_config.temperature, max_completion_length=sampling_config.max_completion_length
+        ),
         task=plan.task.origin,
         training=training,
     )

@@ -193,7 +193,7 @@ class SamplingRecord(Record):
     """The training buffer."""
 
 
-class LawRecord(Record):
+class SamplingConfigRecord(Record):
     """How completions are drawn."""
 
     temperature: Finite
@@ -228,7 +228,7 @@ class PolicyRecord(Record):
 
     tokenizer: str
     """Fingerprint of the vocabulary."""
-    law: LawRecord
+    sampling_config: SamplingConfigRecord
     """How completions are drawn."""
     task: str
     """The task in words."""

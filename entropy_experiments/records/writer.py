@@ -110,7 +110,7 @@ def _rows(
     rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
 ) -> list[dict[str, Any]]:
     scores, sums = statistics.scores(), statistics.entropy_sums()
-    lengths, endings = rollouts.lengths, rollouts.endings(plan.law)
+    lengths, endings = rollouts.lengths, rollouts.endings(plan.sampling_config)
     out = []
     for i in range(len(rollouts)):
         prompt, tokens, drawn = rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.drawn[i]

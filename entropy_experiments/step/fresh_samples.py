@@ -18,7 +18,7 @@ from entropy_core.measurement import EntropyMeasurement
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
-from rl_training.sampling import Rollouts, SamplingLaw, draw
+from rl_training.sampling import Rollouts, SamplingConfig, draw
 
 
 def fresh_entropy_change(
@@ -57,7 +57,7 @@ def measure_with_fresh_samples(
     evaluation: Rollouts,
     eval_batch: SequenceBatch,
     eval_statistics: TokenStatistics,
-    law: SamplingLaw,
+    sampling_config: SamplingConfig,
     seed: int,
     passes: PassSettings,
 ) -> EntropyMeasurement:
@@ -66,7 +66,7 @@ def measure_with_fresh_samples(
     The model is restored bit by bit.
     """
     with weights_moved(model, direction, scale):
-        fresh = draw(model, tokenizer, evaluation.prompt_row, 1, law, seed, "evaluation")
-        batch = fresh.to_batch(law).to(eval_batch.device)
+        fresh = draw(model, tokenizer, evaluation.prompt_row, 1, sampling_config, seed, "evaluation")
+        batch = fresh.to_batch(sampling_config).to(eval_batch.device)
         after = token_statistics(model, batch, passes)
     return fresh_entropy_change(eval_statistics, eval_batch, after, batch)

@@ -148,8 +148,8 @@ class DrGRPOTrainer(GRPOTrainer):
             raise UserError(f"init_lora_weights={name!r}: a checkpoint would be another policy at each load; {REMEDY}")
         self._guard = PremiseGuard(self, self.args.on_failed_premise)
         self.add_callback(self._guard)
-        self._law = LawKeeper(self)
-        self.add_callback(self._law)
+        self._sampling_config = LawKeeper(self)
+        self.add_callback(self._sampling_config)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -208,7 +208,7 @@ class DrGRPOTrainer(GRPOTrainer):
             ) from error
         if more := beyond_text(output, TEXT_INPUTS):
             raise UserError(refusal(sorted(more), "DrGRPOTrainer"))
-        self._law.check_round(rows, output)
+        self._sampling_config.check_round(rows, output)
         return output
 
     def _judge_round(

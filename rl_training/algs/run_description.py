@@ -24,7 +24,7 @@ from rl_training.run.sidecar import (
     SidecarSampling,
     SidecarWitness,
 )
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.tasks.difficulty import PassRates
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -123,7 +123,7 @@ def describe_run(
         optimizer_class=optimizer_class(trainer.optimizer),
         sha256=checkpoint_digests(folder),
         rollouts_sha256=file_digest(record) if (record := _rollouts(folder, trainer)).is_file() else None,
-        witness=_witness(trainer, model, sampling.law()),
+        witness=_witness(trainer, model, sampling.sampling_config()),
         gradient_premise=_gradient_premise(trainer),
     )
 
@@ -132,11 +132,11 @@ def _rollouts(folder: Path, trainer: Any) -> Path:
     return rollouts_path(folder.parent, trainer.state.global_step)
 
 
-def _witness(trainer: Any, model: torch.nn.Module, law: SamplingLaw) -> SidecarWitness | None:
+def _witness(trainer: Any, model: torch.nn.Module, sampling_config: SamplingConfig) -> SidecarWitness | None:
     """Log-probabilities of a few of this process's newest sequences; None where no process holds the whole model."""
     if is_sharded(trainer):
         return None
-    return witness_of(model, trainer.unfiltered_rollouts, law.temperature, law.pad_token_id)
+    return witness_of(model, trainer.unfiltered_rollouts, sampling_config.temperature, sampling_config.pad_token_id)
 
 
 def _gradient_premise(trainer: Any) -> SidecarGradientPremise | None:

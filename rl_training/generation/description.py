@@ -17,7 +17,7 @@ from rl_training.generation.settings import Departure, departures, final_setting
 from rl_training.generation.training_noise import training_noise
 from rl_training.prompts.chat_prompts import PromptRendering, rendering_of, template_digest
 from rl_training.prompts.text_tokenizer import text_tokenizer
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 
 _OTHER_ENGINE = (
     "completions are drawn by another engine, in a precision of its own and by settings that cannot be read here; that they "
@@ -65,9 +65,9 @@ class SamplingDescription:
         """The argument of the trainer by which something beside the policy writes into completions, or None."""
         return next((d.name for d in self.departures if d.effect == _ENVIRONMENT), None)
 
-    def law(self) -> SamplingLaw:
+    def sampling_config(self) -> SamplingConfig:
         """The distribution that fresh completions are drawn from, and that is differentiated."""
-        return SamplingLaw(
+        return SamplingConfig(
             self.temperature,
             self.max_completion_length,
             self.eos_token_ids,

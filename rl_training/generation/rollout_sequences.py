@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_core.batch import SequenceBatch
 from rl_training.probe.shares import TrainingSequences
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ def choose(
     return chosen
 
 
-def to_batch(sequences: Sequence[RolloutSequence], law: SamplingLaw) -> SequenceBatch:
+def to_batch(sequences: Sequence[RolloutSequence], sampling_config: SamplingConfig) -> SequenceBatch:
     """Sequences with equal prompts share a prompt index."""
     index: dict[tuple[int, ...], int] = {}
     return SequenceBatch.from_sequences(
         [s.prompt_ids for s in sequences],
         [s.completion_ids for s in sequences],
         [index.setdefault(s.prompt_ids, len(index)) for s in sequences],
-        law.pad_token_id,
-        law.temperature,
+        sampling_config.pad_token_id,
+        sampling_config.temperature,
         [s.drawn for s in sequences],
     )
 
@@ -93,10 +93,10 @@ def prior_log_weights(sequences: Sequence[RolloutSequence]) -> Tensor | None:
 
 
 def to_training_sequences(
-    sequences: Sequence[RolloutSequence], law: SamplingLaw, device: torch.device
+    sequences: Sequence[RolloutSequence], sampling_config: SamplingConfig, device: torch.device
 ) -> TrainingSequences:
     """All sequences of a step, with weights where every one is known: of every token where they were read off the loss."""
-    batch = to_batch(sequences, law)
+    batch = to_batch(sequences, sampling_config)
     return TrainingSequences(
         batch.to(device),
         torch.tensor([s.advantage for s in sequences], dtype=torch.float64, device=device),

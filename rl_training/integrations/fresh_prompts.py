@@ -15,7 +15,7 @@ from rl_training.generation.drawn_tokens import environment_of
 from rl_training.generation.model_inputs import row_beyond_text
 from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.prompts.text_tokenizer import text_tokenizer
-from rl_training.sampling import SamplingLaw, draw
+from rl_training.sampling import SamplingConfig, draw
 
 
 def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]], source: str = "fresh") -> None:
@@ -36,8 +36,8 @@ def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]], source: str = "
 class FreshCompletions:
     """Draws completions of rows by today's policy, each process some, all of them the same list."""
 
-    def __init__(self, trainer: Any, model: nn.Module, law: SamplingLaw, sharing: WorkSharing) -> None:
-        self._trainer, self._model, self._law, self._sharing = trainer, model, law, sharing
+    def __init__(self, trainer: Any, model: nn.Module, sampling_config: SamplingConfig, sharing: WorkSharing) -> None:
+        self._trainer, self._model, self._sampling_config, self._sharing = trainer, model, sampling_config, sharing
 
     def draw(self, rows: Sequence[dict[str, Any]], rng: np.random.Generator, each: int = 1) -> list[RolloutSequence]:
         """`each` completions of every row, in the order of the rows."""
@@ -45,7 +45,7 @@ class FreshCompletions:
         mine, seed, drawn = list(rows)[rank::size], int(rng.integers(2**31)) + rank, []
         if mine:
             coder = text_tokenizer(self._trainer.processing_class)
-            found = draw(self._model, coder, mine, each, self._law, seed, "evaluation")
+            found = draw(self._model, coder, mine, each, self._sampling_config, seed, "evaluation")
             pairs = zip(found.prompt_ids, found.completion_ids, strict=True)
             drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
         blocks = [drawn[i : i + each] for i in range(0, len(drawn), each)]

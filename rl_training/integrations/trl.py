@@ -116,14 +116,19 @@ class EntropyProbeCallback(TrainerCallback):
         description: SamplingDescription,
         config: EntropyProbeConfig,
     ) -> None:
-        self._trainer, self._prompts, self._law, self._config = trainer, prompts, description.law(), config
+        self._trainer, self._prompts, self._sampling_config, self._config = (
+            trainer,
+            prompts,
+            description.sampling_config(),
+            config,
+        )
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         group = torch.distributed.group.WORLD if trainer.accelerator.num_processes > 1 else None
         self._sharing = WorkSharing(group)
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
-        self._fresh = FreshCompletions(trainer, self._model, self._law, self._sharing)
+        self._fresh = FreshCompletions(trainer, self._model, self._sampling_config, self._sharing)
         self._watch: StepWatch | None = None
         if config.mode == "watch":
             pool = None
@@ -134,7 +139,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts in OF_PROMPTS else None
         self._sampler = SamplerWatch(trainer)
-        self._sequences = WatchedSequences(trainer, config, self._law, self._probe)
+        self._sequences = WatchedSequences(trainer, config, self._sampling_config, self._probe)
         self._generated = GeneratedSequences(trainer)
         self._carried: list[RolloutSequence] = []
         self._splits: dict[str, float] = {}
@@ -226,7 +231,7 @@ class EntropyProbeCallback(TrainerCallback):
         generated, trained = self._rollouts.take()
         # What the probe watches says nothing of how this step's were drawn, or its pass does not take variances.
         if config.rollouts != "current" or self._watch is not None:
-            self._sampler.look(generated, self._law, self._probe.statistics)
+            self._sampler.look(generated, self._sampling_config, self._probe.statistics)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
         plan = self._plan
         self._trained, self._splits, self._seen = trained, {}, None
@@ -235,7 +240,7 @@ class EntropyProbeCallback(TrainerCallback):
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
         watched, scores = self._watched(generated, rng) if plan.watches else nothing, None
         if watched.sequences:
-            batch = to_batch(watched.sequences, self._law).to(self._trainer.accelerator.device)
+            batch = to_batch(watched.sequences, self._sampling_config).to(self._trainer.accelerator.device)
             drawn, prior = _on(batch.device, watched.drawn), _on(batch.device, prior_log_weights(watched.sequences))
             if self._watch is not None:
                 seen, drawn = self._watch.before(step, batch, watched.sequences, drawn, prior)
@@ -247,7 +252,10 @@ class EntropyProbeCallback(TrainerCallback):
                 seen = self._probe.observe(batch, drawn, prior, drawn_now, gradient=plan.refreshes)
                 if drawn_now:
                     self._sampler.take(seen.statistics, seen.batch)
-            scores, self._splits = seen.statistics.scores(), entropy_by_ending(seen, self._law.eos_token_ids)
+            scores, self._splits = (
+                seen.statistics.scores(),
+                entropy_by_ending(seen, self._sampling_config.eos_token_ids),
+            )
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)
         if not fresh:
@@ -258,7 +266,11 @@ class EntropyProbeCallback(TrainerCallback):
             self._watch.parts(optimizer)
         if plan.predicts:
             asked = config.predictors or config.wants_shares
-            training = to_training_sequences(trained, self._law, self._trainer.accelerator.device) if asked else None
+            training = (
+                to_training_sequences(trained, self._sampling_config, self._trainer.accelerator.device)
+                if asked
+                else None
+            )
             self._probe.before_step(optimizer, training, score)
 
     def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
@@ -301,7 +313,7 @@ class EntropyProbeCallback(TrainerCallback):
         if (word := self._rounding.word(change)) is not None:
             warnings.warn(f"the entropy probe: {word}", RuntimeWarning, stacklevel=2)
         if change.shares is not None:
-            kinds = [ending(s.completion_ids, s.drawn, self._law.eos_token_ids) for s in self._trained]
+            kinds = [ending(s.completion_ids, s.drawn, self._sampling_config.eos_token_ids) for s in self._trained]
             self._splits |= shares_by_group(change.shares, kinds, [s.advantage for s in self._trained])
         self.history.append(change)
         self.costs.append(

@@ -14,7 +14,7 @@ from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.generation.rollout_sequences import RolloutSequence, choose, to_batch
 from rl_training.premises.drawn_policies import DrawnPolicies
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class WatchedSequences:
     where no later one trains on them); None where this step made none, so that its sequences are of an earlier one's.
     """
 
-    def __init__(self, trainer: Any, config: EntropyProbeConfig, law: SamplingLaw, probe: SimpleEntropyProbe) -> None:
-        self._config, self._law, self._probe = config, law, probe
+    def __init__(
+        self, trainer: Any, config: EntropyProbeConfig, sampling_config: SamplingConfig, probe: SimpleEntropyProbe
+    ) -> None:
+        self._config, self._sampling_config, self._probe = config, sampling_config, probe
         self._device = trainer.accelerator.device
         args = trainer.args
         self._micro_batches = int(args.gradient_accumulation_steps)
@@ -118,7 +120,7 @@ class WatchedSequences:
         return self._policies.drawn(chosen, self._scores(chosen), self._step, self._stale)
 
     def _scores(self, sequences: Sequence[RolloutSequence]) -> Tensor:
-        return self._probe.statistics(to_batch(sequences, self._law).to(self._device)).scores()
+        return self._probe.statistics(to_batch(sequences, self._sampling_config).to(self._device)).scores()
 
     def _some(self, sequences: Sequence[RolloutSequence], rng: np.random.Generator) -> list[RolloutSequence]:
         return choose(sequences, self._config.eval_sequences, self._config.completions_per_prompt, rng)

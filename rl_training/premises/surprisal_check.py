@@ -27,7 +27,7 @@ import torch
 from entropy_core.batch import SequenceBatch
 from entropy_core.scores import TokenStatistics
 from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 
 FALSE_ALARMS = 5e-4
 _TIGHTEST = 30.0
@@ -128,7 +128,10 @@ class SamplerWatch:
             warnings.warn(f"entropy probe: {self.check.sentence()}", UserWarning, stacklevel=2)
 
     def look(
-        self, generated: Sequence[RolloutSequence], law: SamplingLaw, statistics: Callable[..., TokenStatistics]
+        self,
+        generated: Sequence[RolloutSequence],
+        sampling_config: SamplingConfig,
+        statistics: Callable[..., TokenStatistics],
     ) -> None:
         """generated: the step's sequences before any was rejected, of all processes, the same list in each.
         statistics: `SimpleEntropyProbe.statistics`.
@@ -139,7 +142,7 @@ class SamplerWatch:
         if self._steps < self._next:
             return
         self._next *= _LOOK_EVERY
-        batch = to_batch(_some(generated), law).to(self._trainer.accelerator.device)
+        batch = to_batch(_some(generated), sampling_config).to(self._trainer.accelerator.device)
         self.take(statistics(batch, with_variances=True), batch)
 
 

@@ -164,8 +164,8 @@ def test_logprobs_and_entropies_have_the_right_derivatives() -> None:
 def test_a_token_that_is_ruled_out_costs_nothing() -> None:
     logits = torch.tensor([[0.0, float("-inf"), 1.0]], dtype=torch.float64, requires_grad=True)
     logprob, entropy = logprobs_and_entropies(logits, torch.tensor([2]))
-    law = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0)
-    assert_close(entropy[0], -(law * law.log()).sum(), 1e-12, "0·log 0 is not taken as 0")
+    sampling_config = torch.softmax(torch.tensor([0.0, 1.0], dtype=torch.float64), 0)
+    assert_close(entropy[0], -(sampling_config * sampling_config.log()).sum(), 1e-12, "0·log 0 is not taken as 0")
     gradient = torch.autograd.grad(logprob.sum() + entropy.sum(), logits)[0]
     assert torch.isfinite(gradient).all() and gradient[0, 1] == 0, "a token at −inf receives a gradient"
 

@@ -58,8 +58,8 @@ def _policy_gradient_step(model: nn.Module, optimizer: torch.optim.Optimizer, ge
     ids, model = prompts, model.eval()
     with torch.no_grad():
         for _ in range(TOKENS):
-            law = model(input_ids=ids).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(law, 1, generator=generator)], 1)
+            sampling_config = model(input_ids=ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(sampling_config, 1, generator=generator)], 1)
     weights = torch.randn(len(ids), generator=generator)
     scores = _logprobs(model, ids)[:, prompts.shape[1] - 1 :].sum(1)
     optimizer.zero_grad()

@@ -62,10 +62,10 @@ def training_settings() -> dict[str, Any]:
     }
 
 
-def policy(**law: Any) -> dict[str, Any]:
+def policy(**sampling_config: Any) -> dict[str, Any]:
     return {
         "tokenizer": "0123456789abcdef",
-        "law": {"temperature": 1.0, "max_completion_length": 24} | law,
+        "sampling_config": {"temperature": 1.0, "max_completion_length": 24} | sampling_config,
         "task": "sums",
         "training": training_settings(),
     }

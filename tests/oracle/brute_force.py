@@ -20,9 +20,9 @@ def token_terms(
     logits = model(input_ids=ids).logits[0] / temperature
     logprobs, entropies = [], []
     for k, token in enumerate(completion):
-        law = torch.softmax(logits[len(prompt) + k - 1], dim=-1)
-        logprobs.append(torch.log(law[token]))
-        entropies.append(-(law * torch.log(law)).sum())
+        sampling_config = torch.softmax(logits[len(prompt) + k - 1], dim=-1)
+        logprobs.append(torch.log(sampling_config[token]))
+        entropies.append(-(sampling_config * torch.log(sampling_config)).sum())
     return torch.stack(logprobs), torch.stack(entropies)
 
 

@@ -76,9 +76,9 @@ def drawn_terms(
     logprobs, entropies = [], []
     for k, (token, own) in enumerate(zip(completion, drawn, strict=True)):
         if own:
-            law = torch.softmax(logits[len(prompt) + k - 1], dim=-1)
-            logprobs.append(torch.log(law[token]))
-            entropies.append(-(law * torch.log(law)).sum())
+            sampling_config = torch.softmax(logits[len(prompt) + k - 1], dim=-1)
+            logprobs.append(torch.log(sampling_config[token]))
+            entropies.append(-(sampling_config * torch.log(sampling_config)).sum())
     return torch.stack(logprobs), torch.stack(entropies)
 
 

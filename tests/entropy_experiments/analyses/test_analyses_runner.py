@@ -152,7 +152,7 @@ def test_train_kernels_follow_from_the_rows_that_the_folder_holds(whole):
     from entropy_experiments.checkpoint_loader import load_checkpoint
 
     checkpoint = load_checkpoint(json_of(whole.summary)["checkpoint"]["path"])
-    batch = whole.training.rollouts.to_batch(plan_sampling(checkpoint, whole_config()).law)
+    batch = whole.training.rollouts.to_batch(plan_sampling(checkpoint, whole_config()).sampling_config)
     p = adam_preconditioner(checkpoint.optimizer, trainable_parameters(checkpoint.model))
     expected = compute_kernels(checkpoint.model, batch, batch, p)
     stored = load_file(whole.folder / "kernel.safetensors")

@@ -22,12 +22,12 @@ from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.records.record import json_of
 from entropy_experiments.run.reporter import SILENT
 from rl_training.errors import UserError
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.tasks.task import Task
 from tests.entropy_experiments.small_analysis import config
 from tests.tiny_policy import character_tokenizer
 
-LAW = SamplingLaw(1.0, 8, (1,), 0)
+LAW = SamplingConfig(1.0, 8, (1,), 0)
 
 
 def write(path, *lines):
@@ -166,8 +166,8 @@ def test_given_rows_are_held_against_the_kernel_of_the_core(tiny_run, texts, tmp
     assert result.evaluation.completion[:3] == ["0", "1", "2"] and len(result.evaluation) == 12
     assert len(set(result.evaluation.prompt_index)) == 4
     checkpoint = load_checkpoint(tiny_run)
-    law = plan_sampling(checkpoint, config()).law
-    rows, columns = result.evaluation.to_batch(law), result.training.rollouts.to_batch(law)
+    sampling_config = plan_sampling(checkpoint, config()).sampling_config
+    rows, columns = result.evaluation.to_batch(sampling_config), result.training.rollouts.to_batch(sampling_config)
     p = adam_preconditioner(checkpoint.optimizer, trainable_parameters(checkpoint.model))
     expected = compute_kernels(checkpoint.model, rows, columns, p, "fixed_prefix")
     stored = load_file(result.folder / "kernel.safetensors")
@@ -191,7 +191,7 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
     plan = plan_sampling(checkpoint, settings)
     evaluation, training = draw_buffers(checkpoint, plan, settings)
     found = entropy_runner._analyze(checkpoint, plan, settings, evaluation, training, SILENT)
-    rows = evaluation.to_batch(plan.law)
+    rows = evaluation.to_batch(plan.sampling_config)
     before = token_statistics(checkpoint.model, rows)
     changes = []
     for scale in (0.5, -0.5):

@@ -209,7 +209,7 @@ def test_segments_of_a_file(tiny_run: Path, tmp_path) -> None:
         assert [len(ids) for ids in rollouts.completion_ids] == [7, 3, 6] and rollouts.lengths == [4, 1, 6]
         assert rollouts.completion_ids[0][-1] == 1 and rollouts.completion_ids[1][-1] != 1, "only drawn ends get an EOS"
         assert rollouts.completion == ["abXYZc", "qRS", "plain"]
-        assert rollouts.endings(plan.law) == ["ended", "environment", "ended"]
+        assert rollouts.endings(plan.sampling_config) == ["ended", "environment", "ended"]
     result = run_fisher_analysis(tiny_run, settings, folder=tmp_path / "own")
     assert not result.failed_checks
 

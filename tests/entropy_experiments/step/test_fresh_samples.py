@@ -11,7 +11,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_experiments.step.fresh_samples import fresh_entropy_change, measure_with_fresh_samples
-from rl_training.sampling import draw, sampling_law
+from rl_training.sampling import draw, make_sampling_config
 from tests.tiny_policy import character_tokenizer, save_tiny_policy
 
 
@@ -55,20 +55,20 @@ def test_fresh_completions_come_from_the_moved_policy(tmp_path):
     """One whole step takes every weight to zero: the policy is then uniform, whatever it was."""
     tokenizer = character_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(save_tiny_policy(tmp_path / "policy"))
-    law = sampling_law(model, tokenizer, 1.0, 6)
+    sampling_config = make_sampling_config(model, tokenizer, 1.0, 6)
     rows = [{"prompt": [{"role": "user", "content": f"{k} + 1 ="}], "prompt_index": k} for k in range(8)]
-    evaluation = draw(model, tokenizer, rows, 1, law, 0, "evaluation")
-    batch = evaluation.to_batch(law)
+    evaluation = draw(model, tokenizer, rows, 1, sampling_config, 0, "evaluation")
+    batch = evaluation.to_batch(sampling_config)
     before = token_statistics(model, batch)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     direction = {name: -p for name, p in weights.items()}
     found = measure_with_fresh_samples(
-        model, tokenizer, direction, 1.0, evaluation, batch, before, law, seed=1, passes=PassSettings(512)
+        model, tokenizer, direction, 1.0, evaluation, batch, before, sampling_config, seed=1, passes=PassSettings(512)
     )
     assert found.after == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
     assert found.change == pytest.approx(found.after - found.before) and found.before < found.after
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     same = measure_with_fresh_samples(
-        model, tokenizer, direction, 0.0, evaluation, batch, before, law, seed=2, passes=PassSettings(512)
+        model, tokenizer, direction, 0.0, evaluation, batch, before, sampling_config, seed=2, passes=PassSettings(512)
     )
     assert abs(same.change) < 4 * same.standard_error and same.change != 0.0, "the same policy, other completions"

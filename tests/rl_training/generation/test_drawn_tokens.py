@@ -25,7 +25,7 @@ from rl_training.generation.rollout_sequences import RolloutSequence, to_trainin
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.integrations.trl_rollouts import StepRollouts
 from rl_training.run.rollouts import SCHEMA, read_rollouts, rollouts_path
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.train import build_trainer
 from tests.oracle.comparison import assert_named_close
 from tests.oracle.environment import drawn_terms
@@ -34,7 +34,7 @@ from tests.rl_training.integrations.test_trl_rollouts import fake_trainer, micro
 from tests.rl_training.two_turns import two_turns
 from tests.tiny_policy import tiny_train_config
 
-LAW = SamplingLaw(1.0, 12, (1,), 0)
+LAW = SamplingConfig(1.0, 12, (1,), 0)
 
 
 # ---------------------------------------------------------------- micro-batches by hand

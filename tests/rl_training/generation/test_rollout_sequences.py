@@ -17,9 +17,9 @@ from rl_training.generation.rollout_sequences import (
     to_batch,
     to_training_sequences,
 )
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 
-LAW = SamplingLaw(temperature=0.7, max_completion_length=4, eos_token_ids=(1,), pad_token_id=9)
+LAW = SamplingConfig(temperature=0.7, max_completion_length=4, eos_token_ids=(1,), pad_token_id=9)
 
 
 def sequences(prompts: int = 6, each: int = 4) -> list[RolloutSequence]:

@@ -15,7 +15,7 @@ from entropy_core.gradients import batch_gradients, trainable_parameters
 from rl_training.generation.rollout_sequences import to_training_sequences
 from rl_training.integrations.trl_rollouts import StepRollouts
 from rl_training.run.rollouts import read_rollouts
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.train import build_trainer
 from tests.oracle.comparison import assert_named_close
 from tests.rl_training.integrations.test_trl_integration import make_trainer
@@ -144,8 +144,8 @@ def test_minus_the_weights_times_the_scores_is_the_trainers_own_gradient(tiny_po
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
             sequences = rollouts.take()[1]
-            law = SamplingLaw(1.0, 20, (1,), 0)
-            training = to_training_sequences(sequences, law, torch.device("cpu"))
+            sampling_config = SamplingConfig(1.0, 20, (1,), 0)
+            training = to_training_sequences(sequences, sampling_config, torch.device("cpu"))
             assert training.weights is not None and len(sequences) == 32
             formula = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
             masked = (training.weights == 0).all(1)

@@ -124,10 +124,10 @@ def test_generation_draws_from_the_whole_softmax(llama_folder: Path) -> None:
     prompt = torch.tensor([[1, 5]]).repeat(4000, 1)
     drawn = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1)[:, -1]
     with torch.no_grad():
-        law = model(prompt[:1]).logits[0, -1].softmax(-1)
+        sampling_config = model(prompt[:1]).logits[0, -1].softmax(-1)
     frequency = torch.bincount(drawn, minlength=len(TOKENS)) / 4000
     # 5 standard errors of each frequency; the stored top_k = 3 would leave 20 of the tokens undrawn
-    assert ((frequency - law).abs() < 5 * (law * (1 - law) / 4000).sqrt()).all()
+    assert ((frequency - sampling_config).abs() < 5 * (sampling_config * (1 - sampling_config) / 4000).sqrt()).all()
 
 
 def test_train_and_eval_mode_agree_without_dropout(llama_folder: Path, tmp_path: Path) -> None:

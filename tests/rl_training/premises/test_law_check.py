@@ -103,14 +103,14 @@ def test_a_setting_that_is_changed_between_construction_and_training_is_found(mo
 
 def test_fresh_completions_take_nothing_from_the_models_own_settings(model):
     """Their lengths alone would say it: with a forced end every completion would be one token long."""
-    from rl_training.sampling import SamplingLaw, generate_completions
+    from rl_training.sampling import SamplingConfig, generate_completions
 
     model.generation_config = GenerationConfig(min_new_tokens=6, suppress_tokens=[5], repetition_penalty=9.0, top_k=1)
-    law = SamplingLaw(1.0, 6, (1,), 0)
-    ours = generate_completions(model, [[4, 5, 6]] * 200, law, seed=0)
+    sampling_config = SamplingConfig(1.0, 6, (1,), 0)
+    ours = generate_completions(model, [[4, 5, 6]] * 200, sampling_config, seed=0)
     kept = model.generation_config
     model.generation_config = GenerationConfig()
-    assert ours == generate_completions(model, [[4, 5, 6]] * 200, law, seed=0)
+    assert ours == generate_completions(model, [[4, 5, 6]] * 200, sampling_config, seed=0)
     assert kept.repetition_penalty == 9.0 and len({c[0] for c in ours}) > 10
 
 
@@ -118,9 +118,13 @@ def test_the_law_is_that_of_the_generators_final_configuration(model, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=[1, 7])
     trainer = make_trainer(model, tmp_path, temperature=0.7, generation_kwargs={"max_new_tokens": 4})
     description = describe_sampling(trainer)
-    law = description.law()
+    sampling_config = description.sampling_config()
     stops = getattr(trainer, "eos_token_ids", [1])  # releases before 1.14 stop at the tokenizer's alone
-    assert (law.temperature, law.max_completion_length, law.eos_token_ids) == (0.7, 4, tuple(sorted(stops)))
+    assert (sampling_config.temperature, sampling_config.max_completion_length, sampling_config.eos_token_ids) == (
+        0.7,
+        4,
+        tuple(sorted(stops)),
+    )
     assert [d.name for d in description.departures] == ["max_new_tokens"]
     assert description.generation["temperature"] == 0.7 and "top_k" in description.generation
     assert any("softmax(logits / 0.7)" in line for line in description.describe())
@@ -288,4 +292,7 @@ def test_prompts_that_are_rendered_otherwise_are_refused(model, tmp_path, kind):
 def test_the_loaded_policy_of_train_is_plain(tiny_policy, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
     trainer = make_trainer(model.requires_grad_(True), tmp_path, DrGRPOTrainer, tokenizer=tokenizer)
-    assert trainer._law.description.departures == () and trainer._law.description.training_noise == ()
+    assert (
+        trainer._sampling_config.description.departures == ()
+        and trainer._sampling_config.description.training_noise == ()
+    )

@@ -20,7 +20,7 @@ from rl_training.config import EntropyProbeConfig, LoraConfig
 from rl_training.errors import UserError
 from rl_training.models.load import add_lora, load_model_and_tokenizer
 from rl_training.probe.shares import TrainingSequences
-from rl_training.sampling import draw, sampling_law
+from rl_training.sampling import draw, make_sampling_config
 from tests.rl_training.probe_setting import Setting, along, difference, make_probe
 
 ROWS = [{"prompt": f"{i}+{i}=", "prompt_index": i} for i in range(6)]
@@ -32,8 +32,10 @@ class RealSetting:
 
     def __init__(self, tiny_policy, lora: bool) -> None:
         self.model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
-        law = sampling_law(self.model, tokenizer, 1.0, 6)
-        self.batch = draw(self.model, tokenizer, ROWS, 4, law, seed=0, status="evaluation").to_batch(law)
+        sampling_config = make_sampling_config(self.model, tokenizer, 1.0, 6)
+        self.batch = draw(self.model, tokenizer, ROWS, 4, sampling_config, seed=0, status="evaluation").to_batch(
+            sampling_config
+        )
         self.model = add_lora(self.model, LoraConfig(r=4)) if lora else self.model.requires_grad_(True)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.1)

@@ -16,7 +16,7 @@ from rl_training.generation.settings import Departure, departures, token_ids
 from rl_training.prompts.chat_prompts import PromptRendering, first_difference, template_digest, tokenize_prompts
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.run.sidecar import SidecarSampling
-from rl_training.sampling import SamplingLaw
+from rl_training.sampling import SamplingConfig
 from rl_training.tasks.task import Task
 
 _PROMPTS_COMPARED = 8
@@ -49,7 +49,7 @@ def recorded_rendering(sampling: SidecarSampling) -> PromptRendering:
     return PromptRendering(sampling.chat_template_kwargs, sampling.contents_in_parts)
 
 
-def recorded_law(sampling: SidecarSampling) -> list[str]:
+def recorded_sampling(sampling: SidecarSampling) -> list[str]:
     """The record in words, for `doctor`: a line for each part, and one for each departure."""
     return law_lines(
         temperature=sampling.temperature,
@@ -87,7 +87,7 @@ def refuse_another_law(checkpoint: Checkpoint) -> None:
         )
 
 
-def refuse_other_prompts(checkpoint: Checkpoint, law: SamplingLaw, task: Task) -> None:
+def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig, task: Task) -> None:
     """Hold the task's prompts, rendered here, against those recorded with the run's step, where they are recorded.
 
     Raises UserError where tokens differ.
@@ -98,7 +98,7 @@ def refuse_other_prompts(checkpoint: Checkpoint, law: SamplingLaw, task: Task) -
     rows = {int(row["prompt_index"]): row for row in [*task.train, *task.heldout]}
     recorded = {int(row["prompt_index"]): row["prompt_ids"] for row in read_rollouts(record.run_dir, record.step)}
     for number in [n for n in recorded if n in rows][:_PROMPTS_COMPARED]:
-        ours = tokenize_prompts(checkpoint.tokenizer, [rows[number]["prompt"]], law.rendering)[0]
+        ours = tokenize_prompts(checkpoint.tokenizer, [rows[number]["prompt"]], sampling_config.rendering)[0]
         theirs: Sequence[int] = list(recorded[number])
         if ours != theirs:
             raise UserError(
@@ -109,8 +109,8 @@ def refuse_other_prompts(checkpoint: Checkpoint, law: SamplingLaw, task: Task) -
 
 
 def law_of(folder: Path, sampling: SidecarSampling) -> list[str]:
-    """Like `recorded_law`, with a line on whether the folder's own tokenizer files still hold the run's template."""
-    lines = recorded_law(sampling)
+    """Like `recorded_sampling`, with a line on whether the folder's own tokenizer files still hold the run's template."""
+    lines = recorded_sampling(sampling)
     template = folder / "chat_template.jinja"
     if (
         sampling.chat_template_sha256 is None

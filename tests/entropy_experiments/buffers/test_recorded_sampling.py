@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from entropy_experiments.buffers.recorded_law import recorded_departures, recorded_law, refuse_another_law
+from entropy_experiments.buffers.recorded_sampling import recorded_departures, recorded_sampling, refuse_another_law
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -52,7 +52,7 @@ def sampling(generation, **more):
 def test_a_recorded_setting_that_is_not_the_law_is_refused_by_name(more):
     recorded = sampling({**PLAIN, **more})
     assert [d.name for d in recorded_departures(recorded)] == list(more)
-    assert any("not this law" in line and next(iter(more)) in line for line in recorded_law(recorded))
+    assert any("not this law" in line and next(iter(more)) in line for line in recorded_sampling(recorded))
     record = SimpleNamespace(sidecar=SimpleNamespace(sampling=recorded), path="checkpoint-1")
     with pytest.raises(UserError, match=next(iter(more))):
         refuse_another_law(SimpleNamespace(record=record, model=SimpleNamespace()))
@@ -69,7 +69,7 @@ def test_a_run_records_its_law_and_is_analysed_by_it(run):
     recorded = read_sidecar(run).sampling
     assert recorded.generation["max_new_tokens"] == 8 and recorded.generation["top_k"] == 0
     assert len(recorded.chat_template_sha256) == 64 and recorded.training_noise == []
-    assert plan_sampling(load_checkpoint(run), FisherAnalysisConfig()).law.eos_token_ids == (1,)
+    assert plan_sampling(load_checkpoint(run), FisherAnalysisConfig()).sampling_config.eos_token_ids == (1,)
     assert any("softmax(logits / 1)" in line for line in examine(run)[0])
 
 
