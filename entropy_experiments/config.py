@@ -11,7 +11,7 @@ Place = Annotated[int | str, BeforeValidator(lambda x: int(x) if isinstance(x, s
 Scales = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 
 
-class SamplingConfig(StrictModel):
+class BuffersConfig(StrictModel):
     """Double sampling: where the two buffers' prompts come from."""
 
     eval_prompts: Literal["random", "fixed_set", "from_run"] = "random"
@@ -141,7 +141,7 @@ class EntropyAnalysisConfig(StrictModel):
     """Sequences in the unfiltered evaluation buffer."""
     train_batch_size: PositiveInt = 64
     """Sequences in the filtered training buffer."""
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: BuffersConfig = BuffersConfig()
     """Double sampling."""
     fisher_kernel: FisherKernelConfig = FisherKernelConfig()
     """Kernel."""

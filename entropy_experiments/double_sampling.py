@@ -32,7 +32,7 @@ from entropy_experiments.buffers.saved import (
     refuse_other_vocabulary,
 )
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
+from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
 from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, score
@@ -235,7 +235,7 @@ def sample_training_batch(
     return TrainingBuffer(rollouts, gains, weights * (len(rollouts) / settings.train_batch_size), counts)
 
 
-def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, weights) of scored rollouts, N their number; both 0 for a completion that no function judged, as in TRL, and
     the weight of one that the run masked out.
     """

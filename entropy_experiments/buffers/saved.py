@@ -18,7 +18,7 @@ import numpy as np
 
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.config import FisherAnalysisConfig, SamplingConfig
+from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.sampling import Rollouts, prompt_text
@@ -29,7 +29,7 @@ _REMEDY = (
 )
 
 
-def refuse_drawing(checkpoint: Checkpoint, sampling: SamplingConfig) -> None:
+def refuse_drawing(checkpoint: Checkpoint, sampling: BuffersConfig) -> None:
     """Raises UserError where a buffer is to be drawn and the run's completions were not the policy's alone."""
     sidecar = checkpoint.record.sidecar
     if sidecar is None or sidecar.sampling.environment is None:
@@ -47,7 +47,7 @@ def refuse_drawing(checkpoint: Checkpoint, sampling: SamplingConfig) -> None:
         )
 
 
-def refuse_foreign(training: Rollouts, sampling: SamplingConfig) -> None:
+def refuse_foreign(training: Rollouts, sampling: BuffersConfig) -> None:
     """The same for runs that did not record an environment but foreign tokens."""
     if any(training.drawn) and sampling.rows_are_drawn and sampling.eval_prompts != "from_run":
         raise UserError(

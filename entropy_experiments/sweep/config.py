@@ -6,10 +6,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from entropy_experiments.config import (
     AnalysisConfig,
+    BuffersConfig,
     CheckpointOverrides,
     EntropyAnalysisConfig,
     FisherAnalysisConfig,
-    SamplingConfig,
     Scales,
 )
 from rl_training.configuration import StrictModel
@@ -33,7 +33,7 @@ class CheckpointSelection(StrictModel):
         return self
 
 
-class SweepSamplingConfig(SamplingConfig):
+class SweepBuffersConfig(BuffersConfig):
     """Double sampling, with the same evaluation prompts at every checkpoint unless they are the run's own."""
 
     eval_prompts: Literal["random", "fixed_set", "from_run"] = "fixed_set"
@@ -59,7 +59,7 @@ class SweepQuestionsConfig(AnalysisConfig):
 class SweepAnalysisConfig(EntropyAnalysisConfig):
     """The analysis of every checkpoint: sizes of the two buffers, how they are drawn, and what is computed."""
 
-    sampling: SweepSamplingConfig = SweepSamplingConfig()
+    sampling: SweepBuffersConfig = SweepBuffersConfig()
     """Double sampling."""
     analysis: SweepQuestionsConfig = SweepQuestionsConfig()
     """Questions."""
