@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_experiments.checkpoints.optimizer_relatives import ADAMW_CLASSES, STATE_KEYS, name_by_classes, name_by_keys
+from rl_training.run.optimizer_relatives import ADAMW_CLASSES, STATE_KEYS, name_by_classes, name_by_keys
 from rl_training.errors import UserError
 
 WITHOUT_IT = (

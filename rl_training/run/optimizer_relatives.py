@@ -11,7 +11,7 @@ from typing import Any
 
 ADAMW_CLASSES = ("torch.optim.adamw.AdamW", "torch.optim.adam.Adam")
 STATE_KEYS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"})
-# torch's own groups; the values of those that change the step are looked at one by one (optimizer_file).
+# torch's own groups; the values of those that change the step are looked at one by one (optimizer_state).
 REQUIRED_GROUP_KEYS = frozenset({"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"})
 # How the same step is computed, not which one; and what schedulers and the names of parameters leave behind.
 HARMLESS_GROUP_KEYS = frozenset(
