@@ -28,12 +28,12 @@ from entropy_experiments.checkpoints.folder import (
 from entropy_experiments.checkpoints.learning_rates import logged_rate, rates_after, rates_of_last_step
 from entropy_experiments.checkpoints.loaded_policy import refuse_broken_premise
 from entropy_experiments.checkpoints.missing_entries import missing_note, without_entry
-from rl_training.run.optimizer_state import check_optimizer_state, read_tensor_file
 from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import outline_policy
 from rl_training.errors import UserError
 from rl_training.models.source import is_on_the_hub
 from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
+from rl_training.run.optimizer_state import check_optimizer_state, read_tensor_file
 from rl_training.run.sidecar import Sidecar, read_sidecar, refuse_special_file
 
 _OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")

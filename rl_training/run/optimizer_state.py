@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_training.run.optimizer_relatives import ADAMW_CLASSES, STATE_KEYS, name_by_classes, name_by_keys
 from rl_training.errors import UserError
+from rl_training.run.optimizer_relatives import ADAMW_CLASSES, STATE_KEYS, name_by_classes, name_by_keys
 
 WITHOUT_IT = (
     "analyse without it by entropy_analysis.fisher_kernel.preconditioning=none (a plain gradient step, not this run's own), or "
