@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.graph_passes import weighted_sum
@@ -31,6 +30,7 @@ from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowHooks
 from entropy_core.passes.state import open_passes
+from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
 
@@ -46,12 +46,12 @@ Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 
 @dataclass(frozen=True)
 class FoldGradients:
-    """folds: name -> (F, *shape), this process's part; `sharing` adds up what several processes hold. shares: (F,) float64, the
+    """folds: name -> (F, *shape), this process's part; `processes` adds up what several processes hold. shares: (F,) float64, the
     part of all sequences that each fold has, adding up to 1; None: equal parts.
     """
 
     folds: dict[str, Tensor]
-    sharing: WorkSharing
+    processes: Processes
     shares: Tensor | None = None
 
     @property
@@ -61,7 +61,7 @@ class FoldGradients:
 
     def total(self) -> dict[str, Tensor]:
         """Name -> the whole gradient, summed over folds and processes."""
-        return {name: self.sharing.sum(folds.sum(0)) for name, folds in self.folds.items()}
+        return {name: self.processes.sum(folds.sum(0)) for name, folds in self.folds.items()}
 
     def along(self, direction: Mapping[str, Tensor]) -> Tensor:
         """(F,) float64: <g_f, direction> of every fold, summed over processes. Raises ValueError when names differ."""
@@ -76,7 +76,7 @@ class FoldGradients:
             for start in range(0, flat.shape[1], _STRETCH):
                 stretch = slice(start, start + _STRETCH)
                 products += (flat[:, stretch] @ along[stretch]).double()
-        return self.sharing.sum(products)
+        return self.processes.sum(products)
 
     def predict(self, direction: Mapping[str, Tensor]) -> Estimate:
         """<g, direction> with its standard error over folds (NaN for one fold)."""
@@ -128,7 +128,7 @@ def fold_gradients(
     objectives: Objectives,
     buckets: Buckets,
     folds: int = 8,
-    sharing: WorkSharing | None = None,
+    processes: Processes = ALONE,
     rows: FoldRows | None = None,
     with_variances: bool = False,
 ) -> tuple[list[FoldGradients], TokenStatistics]:
@@ -141,11 +141,11 @@ def fold_gradients(
     `surprisal_variances` as well.
     (Coefficients need the whole batch's statistics, so several buckets take a forward pass for them first.)
     """
-    sharing, rows = sharing or WorkSharing(), rows or FoldRows()
-    work = _Work(model, trainable_parameters(model), batch, objectives, sharing, with_variances)
+    rows = rows or FoldRows()
+    work = _Work(model, trainable_parameters(model), batch, objectives, processes, with_variances)
     count = max(1, min(folds, len(batch.prompt_index.unique())))
     fold_of = fold_of_sequences(batch.prompt_index, count)
-    whole = _own_buckets(batch, buckets, sharing)
+    whole = _own_buckets(batch, buckets, processes)
     rows.begin(work.parameters)
     with open_passes(model), true_embedding_gradients(model), torch.enable_grad():
         known = rows.failure
@@ -153,7 +153,7 @@ def fold_gradients(
             found = _by_rows(work, whole, fold_of, count, rows)
             if found is not None:
                 return found
-        pieces = _pieces_of_folds(batch, buckets, sharing, fold_of, count) if count > 1 else whole
+        pieces = _pieces_of_folds(batch, buckets, processes, fold_of, count) if count > 1 else whole
         try:
             return _by_passes(work, pieces, fold_of, count, keep=len(whole) == 1)
         except Exception:
@@ -169,7 +169,7 @@ class _Work:
     parameters: dict[str, nn.Parameter]
     batch: SequenceBatch
     objectives: Objectives
-    sharing: WorkSharing
+    processes: Processes
     with_variances: bool
 
     def forward(self, bucket: Bucket, rows: bool) -> _Forward:
@@ -178,8 +178,8 @@ class _Work:
     def statistics(self, kept: Sequence[_Forward], pieces: Sequence[Bucket]) -> TokenStatistics:
         """Of the whole batch, out of passes that were made already where there are some."""
         if kept:
-            return _summed(_together([f.statistics() for f in kept]), self.sharing)
-        return _summed(_statistics(self.model, self.batch, pieces, self.with_variances), self.sharing)
+            return _summed(_together([f.statistics() for f in kept]), self.processes)
+        return _summed(_statistics(self.model, self.batch, pieces, self.with_variances), self.processes)
 
     def coefficients(self, statistics: TokenStatistics) -> list[TokenCoefficients]:
         return [c.scaled(1.0 / len(self.batch)) for c in self.objectives(statistics)]
@@ -212,11 +212,11 @@ def _by_rows(
         trouble = str(error)
     if _any_fails(work, rows, trouble):
         return None
-    return [FoldGradients(f, work.sharing, fold_shares(fold_of, count)) for f in found], statistics
+    return [FoldGradients(f, work.processes, fold_shares(fold_of, count)) for f in found], statistics
 
 
 def _any_fails(work: _Work, rows: FoldRows, trouble: str | None) -> bool:
-    if not work.sharing.any(trouble is not None, work.batch.device):
+    if not work.processes.any(trouble is not None, work.batch.device):
         return False
     rows.fail(trouble or "another process could not form per-sequence gradients")
     return True
@@ -235,15 +235,15 @@ def _by_passes(
         forward = kept.pop() if kept else work.forward(piece, False)
         forward.backward(wanted, fold_of, found)
         del forward  # its graph, before the next piece makes its own
-    return [FoldGradients(f, work.sharing, fold_shares(fold_of, count)) for f in found], statistics
+    return [FoldGradients(f, work.processes, fold_shares(fold_of, count)) for f in found], statistics
 
 
 def _pieces_of_folds(
-    batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing, fold_of: Tensor, count: int
+    batch: SequenceBatch, buckets: Buckets, processes: Processes, fold_of: Tensor, count: int
 ) -> list[Bucket]:
     """This process's buckets, each with sequences of one fold."""
     mine = torch.zeros(len(batch), dtype=torch.bool, device=batch.device)
-    mine[sharing.mine(batch.prompt_index)] = True
+    mine[processes.my_sequences(batch.prompt_index)] = True
     members = [(mine & (fold_of == fold)).nonzero()[:, 0] for fold in range(count)]
     return [piece for some in members if len(some) for piece in _placed(buckets(batch.select(some)), some)]
 
@@ -252,19 +252,18 @@ def shared_statistics(
     model: nn.Module,
     batch: SequenceBatch,
     buckets: Buckets,
-    sharing: WorkSharing | None = None,
+    processes: Processes = ALONE,
     with_variances: bool = False,
 ) -> TokenStatistics:
     """Token statistics of the whole batch, without gradients, each process computing some of its prompts."""
-    sharing = sharing or WorkSharing()
-    return _summed(_statistics(model, batch, _own_buckets(batch, buckets, sharing), with_variances), sharing)
+    return _summed(_statistics(model, batch, _own_buckets(batch, buckets, processes), with_variances), processes)
 
 
-def _own_buckets(batch: SequenceBatch, buckets: Buckets, sharing: WorkSharing) -> list[Bucket]:
+def _own_buckets(batch: SequenceBatch, buckets: Buckets, processes: Processes) -> list[Bucket]:
     """This process's sequences in buckets, their places those of the whole batch; none where prompts are too few for it."""
-    if sharing.size == 1:
+    if processes.size == 1:
         return buckets(batch)
-    mine = sharing.mine(batch.prompt_index)
+    mine = processes.my_sequences(batch.prompt_index)
     return _placed(buckets(batch.select(mine)), mine) if len(mine) else []
 
 
@@ -289,8 +288,8 @@ def _statistics(
     return TokenStatistics(*full)
 
 
-def _summed(own: TokenStatistics, sharing: WorkSharing) -> TokenStatistics:
-    return TokenStatistics(*(sharing.sum(values) for values in _filled(own)))
+def _summed(own: TokenStatistics, processes: Processes) -> TokenStatistics:
+    return TokenStatistics(*(processes.sum(values) for values in _filled(own)))
 
 
 def _together(parts: Sequence[TokenStatistics]) -> TokenStatistics:

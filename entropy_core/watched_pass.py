@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.critic import PROJECTED, hidden_projection
 from entropy_core.passes.forward import evaluation_mode
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.hidden_states import noted_hidden_states, projected
+from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
 
 
@@ -36,7 +36,7 @@ def watched_pass(
     model: nn.Module,
     batch: SequenceBatch,
     buckets: Callable[[SequenceBatch], list[Bucket]],
-    sharing: WorkSharing | None = None,
+    processes: Processes = ALONE,
     lockstep: bool = False,
     with_hidden: bool = True,
 ) -> WatchedPass:
@@ -44,7 +44,7 @@ def watched_pass(
 
     Args:
         buckets: how rows are laid out (length_buckets, or shared_prefix_buckets).
-        sharing: processes that are given the same batch; each computes some of its prompts.
+        processes: processes that are given the same batch; each computes some of its prompts.
         lockstep: whether every process must call the model equally often.
         with_hidden: whether hidden states are wanted.
 
@@ -54,7 +54,6 @@ def watched_pass(
     Raises:
         ValueError: logits that are not finite, naming the sequence.
     """
-    sharing = sharing or WorkSharing()
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     shape, device = batch.input_ids.shape, batch.device
     logprobs = torch.zeros(shape, dtype=dtype, device=device)
@@ -62,7 +61,7 @@ def watched_pass(
     hidden = torch.zeros((*shape, PROJECTED), device=device) if with_hidden else None
     unseen = False
     with evaluation_mode(model), torch.no_grad():
-        for bucket, counts in _rounds(batch, buckets, sharing, lockstep):
+        for bucket, counts in _rounds(batch, buckets, processes, lockstep):
             with noted_hidden_states(model) as states:
                 found = completion_values(model, bucket, batch.temperature)
             if not counts:
@@ -78,19 +77,19 @@ def watched_pass(
             state = states[-1]
             rows = state[bucket.rows.to(state.device), bucket.positions.to(state.device)]
             hidden[at] = projected(rows, hidden_projection(rows.shape[1])).to(device)
-    if hidden is not None and sharing.any(unseen, device):
+    if hidden is not None and processes.any(unseen, device):
         hidden = None
-    statistics = TokenStatistics(sharing.sum(logprobs), sharing.sum(entropies))
-    return WatchedPass(statistics, None if hidden is None else sharing.sum(hidden))
+    statistics = TokenStatistics(processes.sum(logprobs), processes.sum(entropies))
+    return WatchedPass(statistics, None if hidden is None else processes.sum(hidden))
 
 
 def _rounds(
-    batch: SequenceBatch, buckets: Callable[[SequenceBatch], list[Bucket]], sharing: WorkSharing, lockstep: bool
+    batch: SequenceBatch, buckets: Callable[[SequenceBatch], list[Bucket]], processes: Processes, lockstep: bool
 ) -> list[tuple[Bucket, bool]]:
     """This process's buckets, with places of the whole batch, and whether each counts: under lockstep a process with fewer than
     another passes one of them again for nothing.
     """
-    mine = sharing.mine(batch.prompt_index)
+    mine = processes.my_sequences(batch.prompt_index)
     chosen = mine if len(mine) else torch.zeros(1, dtype=torch.long, device=batch.device)
     pieces = [
         replace(piece, indices=chosen[piece.indices], sequences=chosen[piece.sequences])
@@ -99,7 +98,7 @@ def _rounds(
     rounds = [(piece, bool(len(mine))) for piece in pieces]
     if lockstep:
         place = 0
-        while sharing.any(place < len(pieces), batch.device):
+        while processes.any(place < len(pieces), batch.device):
             if place >= len(rounds):
                 rounds.append((pieces[-1], False))
             place += 1

@@ -16,6 +16,7 @@ import typer
 from entropy_experiments.run.endings import run_to_the_end
 from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
+from rl_training.run.launched import is_first
 
 if TYPE_CHECKING:
     from entropy_experiments.config import FisherAnalysisConfig
@@ -63,7 +64,7 @@ def train(
     from rl_training.train import run_training
 
     folder = run_training(settings, quiet)
-    if os.environ.get("RANK", "0") == "0":  # once, not by every process
+    if is_first():  # once, not by every process
         print(folder)
 
 

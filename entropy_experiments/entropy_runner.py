@@ -21,6 +21,7 @@ import numpy as np
 
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.state import PassState
+from entropy_core.processes import Processes
 from entropy_experiments.analyses.headline_units import leaving_out_summary, with_training_noise
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
@@ -53,7 +54,7 @@ from entropy_experiments.records.writer import (
     write_summary,
 )
 from entropy_experiments.report.page import write_report
-from entropy_experiments.run.processes import Processes
+from entropy_experiments.run.launch import join_launch
 from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.run.stage_times import StageTimes
@@ -118,7 +119,7 @@ def run_fisher_analysis(
     """
     config = config or FisherAnalysisConfig()
     check_trust(checkpoint_path, config, trust)
-    processes = Processes.join(on_cpu=config.checkpoint.on_cpu)
+    processes = join_launch(on_cpu=config.checkpoint.on_cpu)
     clock = StageTimes(reporter)
     path = resolve_checkpoint(checkpoint_path)
     step = checkpoint_step(path)

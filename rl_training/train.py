@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from rl_training.models.load import add_lora, load_model_and_tokenizer
 from rl_training.prompts.limited_templates import limited_templates
 from rl_training.run.console import ConsoleCallback, MetricsFile
 from rl_training.run.folder_lock import holds_something, run_folder_locked
+from rl_training.run.launched import world_size
 from rl_training.run.resume import check_resumable
 from rl_training.tasks.task import Task, load_task
 
@@ -68,7 +68,7 @@ def _dataset(task: Task) -> Dataset:
 
 def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
     """TRL's arguments for a configuration. Raises UserError where the buffer does not divide into micro-batches."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     rollouts, optimizer, buffer, run = config.rollouts, config.optimizer, config.training_buffer, config.training
     sequences = rollouts.prompts_per_step * rollouts.completions_per_prompt
     micro = min(optimizer.micro_batch_size, sequences // processes)

@@ -53,13 +53,13 @@ from entropy_core.adamw import (
     split_adamw_update,
 )
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.critic import prompt_folds
 from entropy_core.directional import token_derivatives, weights_moved
 from entropy_core.entropy import score_coefficients
 from entropy_core.fold_gradients import shared_statistics
 from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
 from entropy_core.passes.shared_prefix import common_prefix_buckets
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.generation.description import describe_sampling
 from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
@@ -126,7 +126,7 @@ class Recorder(TrainerCallback):
         self._model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
         self._sampling_config = describe_sampling(trainer).sampling_config()
         self._rollouts = StepRollouts(trainer)
-        self._prefixes = PrefixSharing(self._model, WorkSharing())
+        self._prefixes = PrefixSharing(self._model, Processes())
         self._earlier: deque[_Earlier] = deque(maxlen=max(1, settings.lags))
         self._held: SequenceBatch | None = None
         self._held_statistics: TokenStatistics | None = None
@@ -346,13 +346,13 @@ class Recorder(TrainerCallback):
 
     # ------------------------------------------------------------------ passes
     def _statistics(self, batch: SequenceBatch) -> TokenStatistics:
-        return shared_statistics(self._model, batch, self._prefixes.buckets(batch), WorkSharing())
+        return shared_statistics(self._model, batch, self._prefixes.buckets(batch), Processes())
 
     def _of_held_out(self, batch: SequenceBatch) -> TokenStatistics:
         if not self._settings.common_prefix:
             return self._statistics(batch)
         return shared_statistics(
-            self._model, batch, lambda b: common_prefix_buckets(b, tokens_per_row=256), WorkSharing()
+            self._model, batch, lambda b: common_prefix_buckets(b, tokens_per_row=256), Processes()
         )
 
     # ------------------------------------------------------------------ keeping

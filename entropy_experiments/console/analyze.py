@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from entropy_experiments.config import FisherAnalysisConfig
@@ -10,6 +9,7 @@ from entropy_experiments.console.progress import StageProgress, progress_console
 from entropy_experiments.console.tables import print_verdict
 from entropy_experiments.entropy_runner import FisherAnalysis, run_fisher_analysis
 from entropy_experiments.report.outcome import read_outcome
+from rl_training.run.launched import is_first
 
 # Seconds the stages take on SmolLM2-135M with 64 x 64 sequences, in forward passes over a buffer: what the bar advances by.
 _FORWARD = 1.0
@@ -66,7 +66,7 @@ def analyze_with_progress(
     table: bool = True,
 ) -> FisherAnalysis:
     """run_fisher_analysis with progress on stderr and, where `table` is set, the closing table there as well."""
-    console = progress_console(quiet or os.environ.get("RANK", "0") != "0")
+    console = progress_console(quiet or not is_first())
     with StageProgress(console, expected_shares(config)) as progress:
         analysis = run_fisher_analysis(
             checkpoint,

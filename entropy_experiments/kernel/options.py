@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -14,6 +14,7 @@ from torch import nn
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.row_formation import Method, RowFormation
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import ALONE, Processes
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel.contraction import ROW_KINDS
@@ -23,7 +24,6 @@ from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, pl
 from entropy_experiments.kernel.row_passes import RowPasses
 from entropy_experiments.kernel.strategy import KernelSetup
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
-from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
 
@@ -49,7 +49,7 @@ class KernelOptions:
     projection_dim: int | None = None
     workspace: UnfinishedWork | None = None
     store_folder: Path | None = None
-    processes: Processes = field(default_factory=Processes)
+    processes: Processes = ALONE
     reporter: Reporter = SILENT
 
     def plan(self, model: nn.Module, n_eval: int, n_train: int, passes: PassSettings) -> KernelPlan:

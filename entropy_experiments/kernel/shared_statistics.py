@@ -7,8 +7,8 @@ from torch import nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.run.processes import Processes
 
 
 def shared_statistics(

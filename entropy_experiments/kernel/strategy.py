@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
+from entropy_core.processes import ALONE, Processes
 from entropy_core.sketch import ModuleSketch
 from entropy_experiments.kernel.contraction import Wanted
 from entropy_experiments.kernel.modules import only_trainable
@@ -26,7 +27,6 @@ from entropy_experiments.kernel.row_passes import RowPasses, Rows
 from entropy_experiments.kernel.store.row_storage import StoredRows, store_rows
 from entropy_experiments.kernel.store.store import GradientStore
 from entropy_experiments.kernel.workspace import KernelWorkspace
-from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
 
 Preconditioner = Mapping[str, Tensor] | None
@@ -47,7 +47,7 @@ class KernelSetup:
     passes: RowPasses
     batch: SequenceBatch
     plan: KernelPlan
-    processes: Processes = field(default_factory=Processes)
+    processes: Processes = ALONE
     workspace: KernelWorkspace | None = None
     store_folder: Path | None = None
     storage: str = "float32"

@@ -19,7 +19,7 @@ from entropy_core.directional import sequence_derivatives
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
-from entropy_experiments.run.processes import Processes
+from entropy_core.processes import Processes
 
 
 class TrainingRows(Protocol):

@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from rl_training.errors import UserError
+from rl_training.run.launched import launcher_number, world_size
 
 Item = TypeVar("Item")
 _LAUNCHER = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
+_ARRAY = {"ID": 0, "MIN": 0, "STEP": 1}
+"""A job array's variables and what they are where they are not set."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Share:
 def share_of_process(shard: str | None, environ: Mapping[str, str] | None = None) -> Share:
     """The share that `shard` ("2/8") or the environment gives this process. Raises UserError where they make no sense."""
     env = os.environ if environ is None else environ
-    world, tasks = _whole(env, "WORLD_SIZE", 1), _whole(env, "SLURM_ARRAY_TASK_COUNT", 1)
+    world, tasks = world_size(env), launcher_number("SLURM_ARRAY_TASK_COUNT", 1, env)
     if shard is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", shard.strip())
         if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -61,13 +64,13 @@ def share_of_process(shard: str | None, environ: Mapping[str, str] | None = None
             )
         return Share(int(match[1]) - 1, int(match[2]), "shard") if int(match[2]) > 1 else Share()
     if world > 1:
-        rank = _whole(env, "RANK", 0)
+        rank = launcher_number("RANK", 0, env)
         if rank >= world:
             raise UserError(f"RANK={rank} is not below WORLD_SIZE={world}: the launcher's variables are broken")
-        return Share(rank, world, "rank", _whole(env, "LOCAL_RANK", rank))
+        return Share(rank, world, "rank", launcher_number("LOCAL_RANK", rank, env))
     if tasks > 1:
-        first, stride = _whole(env, "SLURM_ARRAY_TASK_MIN", 0), max(1, _whole(env, "SLURM_ARRAY_TASK_STEP", 1))
-        index, off = divmod(_whole(env, "SLURM_ARRAY_TASK_ID", 0) - first, stride)
+        number, first, stride = (launcher_number(f"SLURM_ARRAY_TASK_{n}", d, env) for n, d in _ARRAY.items())
+        index, off = divmod(number - first, max(1, stride))
         if off or not 0 <= index < tasks:
             raise UserError(
                 "the SLURM array's task numbers have gaps, so that shares cannot be told from them: use --array=0-7 or give "
@@ -75,15 +78,6 @@ def share_of_process(shard: str | None, environ: Mapping[str, str] | None = None
             )
         return Share(index, tasks, "array")
     return Share()
-
-
-def _whole(env: Mapping[str, str], name: str, default: int) -> int:
-    text = env.get(name, "").strip()
-    if not text:
-        return default
-    if not text.isdigit():
-        raise UserError(f"the environment variable {name} is {text!r}, which is no whole number")
-    return int(text)
 
 
 @contextmanager

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, normalized_weights
 from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_statistics
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.state import PassState
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
@@ -85,12 +85,12 @@ class SimpleEntropyProbe:
         self,
         config: EntropyProbeConfig | None,
         model: nn.Module,
-        sharing: WorkSharing | None = None,
+        sharing: Processes | None = None,
         gradient_tolerance: float = SAME_GRADIENT,
     ) -> None:
         self._config = config or EntropyProbeConfig()
         self._model, self._gradient_tolerance = model, gradient_tolerance
-        self._sharing = sharing or WorkSharing()
+        self._sharing = sharing or Processes()
         self._prefixes = PrefixSharing(model, self._sharing)
         self._rows, self._passes = FoldRows(), PassState(model, true_derivatives=True)
         self._said: set[str] = set()

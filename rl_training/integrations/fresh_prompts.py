@@ -9,7 +9,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from torch import nn
 
-from entropy_core.collectives import WorkSharing
+from entropy_core.processes import Processes
 from rl_training.errors import UserError
 from rl_training.generation.drawn_tokens import environment_of
 from rl_training.generation.model_inputs import row_beyond_text
@@ -36,7 +36,7 @@ def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]], source: str = "
 class FreshCompletions:
     """Draws completions of rows by today's policy, each process some, all of them the same list."""
 
-    def __init__(self, trainer: Any, model: nn.Module, sampling_config: SamplingConfig, sharing: WorkSharing) -> None:
+    def __init__(self, trainer: Any, model: nn.Module, sampling_config: SamplingConfig, sharing: Processes) -> None:
         self._trainer, self._model, self._sampling_config, self._sharing = trainer, model, sampling_config, sharing
 
     def draw(self, rows: Sequence[dict[str, Any]], rng: np.random.Generator, each: int = 1) -> list[RolloutSequence]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
+from entropy_core.processes import Processes
 from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
@@ -41,7 +41,7 @@ class StepWatch:
         trainer: Any,
         model: nn.Module,
         config: EntropyProbeConfig,
-        sharing: WorkSharing,
+        sharing: Processes,
         pool: SequencePool | None = None,
     ) -> None:
         self._config, self._model, self._pool = config, model, pool

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.critic import PROJECTED, hidden_projection
 from entropy_core.passes.hidden_states import noted_hidden_states, projected
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from entropy_core.watched_pass import WatchedPass
 from rl_training.generation.rollout_sequences import RolloutSequence
@@ -39,7 +39,7 @@ class _Rows(NamedTuple):
 class TrainerPass:
     """Listens to a trainer's forward passes. `listening` says whether to keep what is heard; `clear` begins a step."""
 
-    def __init__(self, trainer: Any, model: nn.Module, sharing: WorkSharing) -> None:
+    def __init__(self, trainer: Any, model: nn.Module, sharing: Processes) -> None:
         self._sharing = sharing
         self._rows: list[_Rows] = []
         self.listening = False

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from entropy_core.collectives import WorkSharing
+from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
@@ -123,8 +123,7 @@ class EntropyProbeCallback(TrainerCallback):
             config,
         )
         self._model = trainer.accelerator.unwrap_model(trainer.model)
-        group = torch.distributed.group.WORLD if trainer.accelerator.num_processes > 1 else None
-        self._sharing = WorkSharing(group)
+        self._sharing = Processes.world()
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None

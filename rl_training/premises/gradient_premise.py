@@ -24,9 +24,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.premises.loss_reading import LossReader, LossReading
@@ -155,8 +155,7 @@ class GradientPremise:
         size = _norm(gradients.values())
         if not 0.0 < size < math.inf:  # nothing to see yet, or for others to complain of
             return
-        group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
-        averaged = WorkSharing(group) if accelerator.sync_gradients else WorkSharing()
+        averaged = Processes.world() if accelerator.sync_gradients else ALONE
         rebuilt, difference, by_padding, failure = {}, math.nan, (0.0, 0.0), None
         try:
             with without_autocast(self._model), _without_gradient_hooks(parameters.values()):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
-from entropy_core.collectives import WorkSharing
 from entropy_core.fold_gradients import Buckets
 from entropy_core.passes.shared_prefix import shared_prefix_buckets, shares_prefixes, tells_of_sharing
+from entropy_core.processes import Processes
 
 
 class PrefixSharing:
     """One model's answer, kept from batch to batch; asked anew for longer sequences. All processes come to the same one."""
 
-    def __init__(self, model: nn.Module, sharing: WorkSharing) -> None:
+    def __init__(self, model: nn.Module, sharing: Processes) -> None:
         self._model, self._sharing = model, sharing
         self._shares: bool | None = None
         self._longest_tried = 0

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_core.collectives import WorkSharing
 from entropy_core.fold_gradients import FoldGradients
 from entropy_core.gradients import trainable_parameters
+from entropy_core.processes import Processes
 
 # Spread of w_ik over a sequence's tokens, relative to its size, that rounding explains.
 _SAME_WEIGHT = 1e-3
@@ -78,7 +78,7 @@ class FusedScore:
             step = (-clip * step_per_gradient[name] * update).flatten(1).double()
             products += (self._weighted[name].flatten(1).double() @ step.T).cpu()
             lengths += (self._lengths[name].flatten(1).double() @ step.T).cpu()
-        sharing = self.gradient.sharing
+        sharing = self.gradient.processes
         products, lengths = sharing.sum(products), sharing.sum(lengths)
         total_entropy, total_tokens = self._entropy.sum() - self._entropy, self._tokens.sum() - self._tokens
         others = 1.0 - torch.eye(count, dtype=torch.float64)
@@ -93,8 +93,8 @@ class FusedScoreTerm:
     Raises ValueError where a trainable parameter is not the weight or bias of a Linear.
     """
 
-    def __init__(self, model: nn.Module, folds: int, sharing: WorkSharing | None = None) -> None:
-        self._model, self._folds, self._sharing = model, max(2, folds), sharing or WorkSharing()
+    def __init__(self, model: nn.Module, folds: int, sharing: Processes | None = None) -> None:
+        self._model, self._folds, self._sharing = model, max(2, folds), sharing or Processes()
         self._names = {id(p): name for name, p in trainable_parameters(model).items()}
         self._reset()
         covered: set[str] = set()

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.leaving_out import clip_response
 from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import Processes
 
 # What of the real gradient may be left over, relative to its size, before the weights are not the loss's.
 SAME_GRADIENT = 1e-3
@@ -60,7 +60,7 @@ def attribute_sequences(
     training: TrainingSequences,
     entropy_gradient: Mapping[str, Tensor],
     step_per_gradient: Mapping[str, Tensor],
-    sharing: WorkSharing,
+    sharing: Processes,
     rows: FoldRows | None = None,
     tolerance: float = SAME_GRADIENT,
     metric: Mapping[str, Tensor] | None = None,
@@ -74,7 +74,7 @@ def attribute_sequences(
     if training.weights is None:
         raise ValueError("shares need each sequence's weight in the loss, which is not known for this loss")
     parameters, rows = trainable_parameters(model), rows or FoldRows()
-    mine = sharing.mine(training.batch.prompt_index)
+    mine = sharing.my_sequences(training.batch.prompt_index)
     coefficients, device = _coefficients(training.batch, training.weights), training.batch.device
     towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
     q, clipped = _effect_directions(parameters, entropy_gradient, metric)

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.bias_correction import BiasCorrection, PairedEstimates
-from entropy_core.collectives import WorkSharing
 from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
+from entropy_core.processes import Processes
 from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
 from entropy_core.token_ratios import TokenRatioChange, token_ratio_change
@@ -94,11 +94,11 @@ class EntropyWatch:
         self,
         config: EntropyProbeConfig,
         model: nn.Module,
-        sharing: WorkSharing | None = None,
+        sharing: Processes | None = None,
         lockstep: bool = False,
     ) -> None:
         self._config, self._model, self.lockstep = config, model, lockstep
-        self._sharing = sharing or WorkSharing()
+        self._sharing = sharing or Processes()
         self._prefixes = PrefixSharing(model, self._sharing)
         self._critic = EntropyCritic(keep=config.critic_keep)
         self._correction = None if config.bias_keep is None else BiasCorrection(config.bias_keep)

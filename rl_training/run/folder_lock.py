@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rl_training.errors import UserError
 from rl_training.files import refuse_link
+from rl_training.run.launched import is_first
 
 LOCK_NAME = ".lock"
 
@@ -46,7 +47,7 @@ def run_folder_locked(folder: Path) -> Iterator[None]:
 
     Of several processes of one launch (RANK in the environment) the first holds it for all.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
     there = folder.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers.trainer_pt_utils import safe_globals
 from rl_training.errors import UserError
 from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
 from rl_training.run.folder_lock import holds_something
+from rl_training.run.launched import world_size
 from rl_training.run.rollouts import check_rollouts
 from rl_training.run.sidecar import read_sidecar
 
@@ -34,7 +34,7 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
             f"{where}: {checkpoint} has no entropy_experiments.json: it is of another trainer, or was cut short while it was "
             "being saved; resume from another one"
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     if sidecar.rank_count != processes:
         raise UserError(
             f"{where}: {checkpoint} was trained by {sidecar.rank_count} process(es), this run has {processes}"

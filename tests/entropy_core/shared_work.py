@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import ESTIMATORS, TokenCoefficients, entropy_coefficients
 from entropy_core.fold_gradients import Objectives, fold_gradients, shared_statistics
 from entropy_core.gradients import dot, trainable_parameters
 from entropy_core.passes.shared_prefix import shared_prefix_buckets
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from tests.entropy_core.attention_policy import DistanceAttention
 
@@ -58,9 +57,9 @@ def five_prompts() -> SequenceBatch:
     return SequenceBatch.from_sequences([prompts[p] for p in index], completions, index, 0, 0.9)
 
 
-def world() -> WorkSharing:
+def world() -> Processes:
     """All processes, or this one where there is no group."""
-    return WorkSharing(dist.group.WORLD if dist.is_initialized() else None)
+    return Processes.world()
 
 
 def numbers_of_every_setting() -> dict[str, list[float]]:
@@ -82,7 +81,7 @@ def numbers_of_every_setting() -> dict[str, list[float]]:
                 values += again.scores().tolist() + again.entropy_sums().tolist()
                 out[f"sequences {chosen}, {layout}, {folds} folds"] = values
     prompts, kept = torch.tensor([4, 4, 9, 1, 9, 30]), torch.tensor([1.0, 2.0])
-    out["mine"] = sharing.mine(prompts).tolist()
+    out["mine"] = sharing.my_sequences(prompts).tolist()
     out["any"] = [float(sharing.any(c, prompts.device)) for c in (False, sharing.rank == sharing.size - 1)]
     out["sum"] = sharing.sum(kept).tolist()
     out["summed tensor afterwards"] = kept.tolist()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import length_buckets
-from entropy_core.collectives import WorkSharing
 from entropy_core.fold_gradients import (
     Estimate,
     FoldGradients,
@@ -25,6 +24,7 @@ from entropy_core.gradients import dot, entropy_gradient, entropy_rows
 from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.shared_prefix import shared_prefix_buckets
+from entropy_core.processes import Processes
 from entropy_core.scores import token_statistics
 from tests.entropy_core.shared_work import OBJECTIVES, numbers_of_every_setting, objectives_of, random_direction
 from tests.entropy_core.support import left_padded, right_padded
@@ -189,14 +189,14 @@ def test_gradients_of_unequal_folds_know_their_shares() -> None:
     assert gradient.shares is not None and len(set(members.tolist())) > 1, "this batch's folds must be unequal"
     torch.testing.assert_close(gradient.shares, members.double() / len(batch))
     rows = {"a": gradient.shares[:, None] * torch.ones(1, 5, dtype=torch.float64)}
-    equal = FoldGradients(rows, WorkSharing(), gradient.shares)
+    equal = FoldGradients(rows, Processes(), gradient.shares)
     assert equal.predict({"a": torch.ones(5, dtype=torch.float64)}).standard_error == pytest.approx(0.0, abs=1e-12)
     later = FoldGradients(
-        {"a": torch.ones(3, 5, dtype=torch.float64)}, WorkSharing(), torch.tensor([0.5, 0.5, 0.0]).double()
+        {"a": torch.ones(3, 5, dtype=torch.float64)}, Processes(), torch.tensor([0.5, 0.5, 0.0]).double()
     )
     blended = equal.blend(later, 0.5)
     torch.testing.assert_close(blended.shares, 0.5 * gradient.shares + 0.5 * later.shares)
-    one_fold = FoldGradients({"a": torch.eye(2, 5)}, WorkSharing(), torch.tensor([1.0, 0.0]))
+    one_fold = FoldGradients({"a": torch.eye(2, 5)}, Processes(), torch.tensor([1.0, 0.0]))
     assert math.isnan(one_fold.predict({"a": torch.ones(5)}).standard_error), "all sequences in one fold: no error"
 
 
@@ -274,7 +274,7 @@ def test_a_blend_is_a_weighted_mean_fold_by_fold_in_place() -> None:
     def gradient(seed: int, folds: int = 3) -> FoldGradients:
         generator = torch.Generator().manual_seed(seed)
         return FoldGradients(
-            {"a": torch.randn(folds, 2, 4, generator=generator), "b": torch.ones(folds, 1) * seed}, WorkSharing()
+            {"a": torch.randn(folds, 2, 4, generator=generator), "b": torch.ones(folds, 1) * seed}, Processes()
         )
 
     older, newer = gradient(1), gradient(2)
@@ -290,7 +290,7 @@ def test_a_blend_is_a_weighted_mean_fold_by_fold_in_place() -> None:
 
 
 def test_directions_must_cover_the_same_parameters() -> None:
-    gradient = FoldGradients({"a": torch.ones(2, 3)}, WorkSharing())
+    gradient = FoldGradients({"a": torch.ones(2, 3)}, Processes())
     assert gradient.along({"a": torch.tensor([1.0, 2.0, 3.0])}).tolist() == [6.0, 6.0]
     with pytest.raises(ValueError, match="'b'"):
         gradient.along({"a": torch.ones(3), "b": torch.ones(3)})

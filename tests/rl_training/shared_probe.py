@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.collectives import WorkSharing
+from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.probe.metrics import metrics_of
@@ -46,7 +45,7 @@ def backward(model: nn.Module, optimizer: torch.optim.Optimizer, training: Train
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-def watched_steps(config: dict, batch: SequenceBatch, sharing: WorkSharing) -> list[dict[str, Tensor]]:
+def watched_steps(config: dict, batch: SequenceBatch, sharing: Processes) -> list[dict[str, Tensor]]:
     """Everything that the probe says of three steps on one fixed batch and fixed losses."""
     model = DistanceAttention(VOCABULARY).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -70,7 +69,7 @@ def watched_steps(config: dict, batch: SequenceBatch, sharing: WorkSharing) -> l
 
 def all_that_the_probe_says() -> dict[str, list[dict[str, Tensor]]]:
     """Of every configuration and batch; in a process group shared, without one alone."""
-    sharing = WorkSharing(dist.group.WORLD if dist.is_initialized() else None)
+    sharing = Processes.world()
     return {
         f"{config}, {batch}": watched_steps(CONFIGS[config], five_prompts().select(list(BATCHES[batch])), sharing)
         for config in CONFIGS

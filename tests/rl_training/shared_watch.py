@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from entropy_core.collectives import WorkSharing
+from entropy_core.processes import Processes
 from rl_training.config import EntropyProbeConfig
 from rl_training.probe.watch import EntropyWatch
 from tests.entropy_core.attention_policy import DistanceAttention
@@ -16,7 +15,7 @@ from tests.rl_training.shared_probe import BATCHES, backward, training_sequences
 
 def watched_steps(rows: list[int], lockstep: bool) -> dict[str, Tensor]:
     """Three watched steps, with trial moves; and how often the model was called without gradients."""
-    sharing = WorkSharing(dist.group.WORLD if dist.is_initialized() else None)
+    sharing = Processes.world()
     model, batch = DistanceAttention(VOCABULARY).double(), five_prompts().select(rows)
     calls = torch.zeros(1)
     model.register_forward_pre_hook(lambda *_: calls.add_(0.0 if torch.is_grad_enabled() else 1.0) and None)

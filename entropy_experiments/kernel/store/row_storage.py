@@ -20,10 +20,10 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import emptied, keeping, stream_rows, trainable_parameters
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import Processes
 from entropy_experiments.kernel.store.fingerprint import store_fingerprint
 from entropy_experiments.kernel.store.layout import RowKind
 from entropy_experiments.kernel.store.store import GradientStore
-from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import SILENT, Reporter
 
 

@@ -18,6 +18,7 @@ from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import gradient_rows
 from entropy_core.kernel import compute_cross_fisher_kernel
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import Processes
 from entropy_experiments.kernel.contraction import OtherMetric
 from entropy_experiments.kernel.engine import Kernel, KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
@@ -25,7 +26,6 @@ from entropy_experiments.kernel.plan import KernelPlan, KernelSize, fixed_bytes,
 from entropy_experiments.kernel.row_passes import RowPasses
 from entropy_experiments.kernel.strategy import KernelSetup
 from entropy_experiments.kernel.workspace import KernelWorkspace
-from entropy_experiments.run.processes import Processes
 from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from rl_training.errors import UserError
@@ -92,7 +92,7 @@ def _shared() -> list[Tensor]:
     out = []
     for plan in PLANS.values():
         folder = Path(os.environ["KERNEL_TEST_FOLDER"]) / plan.strategy / str(plan.disk)
-        found = kernel(plan, folder, Processes(torch.distributed.get_rank(), torch.distributed.get_world_size()))
+        found = kernel(plan, folder, Processes.world())
         out.append(torch.zeros(0) if found is None else found[0])
     return out
 
@@ -132,7 +132,7 @@ def _killed_at_random(plan: KernelPlan, folder: Path, size: int, kills: int, see
                         torch.distributed.init_process_group(
                             "gloo", init_method=f"file://{meeting}/point", rank=rank, world_size=size
                         )
-                    kernel(plan, folder, Processes(rank, size), pause=0.01 if kill else 3600.0)
+                    kernel(plan, folder, Processes.world(), pause=0.01 if kill else 3600.0)
                     code = 0
                 finally:
                     os._exit(code)

@@ -16,11 +16,11 @@ from entropy_core.gradients import gradient_rows
 from entropy_core.passes import frozen_head as output_head
 from entropy_core.passes.row_formation import RowFormation
 from entropy_core.passes.settings import PassSettings
+from entropy_core.processes import Processes
 from entropy_core.scores import token_statistics
 from entropy_experiments.kernel.store import row_storage
 from entropy_experiments.kernel.store.row_storage import StoredRows, store_rows
 from entropy_experiments.kernel.store.store import GradientStore
-from entropy_experiments.run.processes import Processes
 from tests.entropy_experiments.analyses.tiny_step import sample_batch
 from tests.entropy_experiments.store_cases import content
 from tests.oracle.model_cases import CASES
@@ -81,7 +81,7 @@ def test_the_model_is_passed_once_for_both_kinds(tmp_path: Path, monkeypatch: py
 
 
 def _shared() -> None:
-    group = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    group = Processes.world()
     both(Path(os.environ["ROW_STORAGE_FOLDER"]), processes=group)
 
 

@@ -138,9 +138,9 @@ def test_who_never_comes_is_not_waited_for_without_end():
     script = (
         "from datetime import timedelta\n"
         "from entropy_experiments import cli\n"
-        "from entropy_experiments.run import processes\n"
-        "processes.JOINING = timedelta(seconds=2)\n"
-        "cli.app = lambda **_: processes.Processes.join(on_cpu=True)\n"
+        "from entropy_experiments.run import launch\n"
+        "launch.JOINING = timedelta(seconds=2)\n"
+        "cli.app = lambda **_: launch.join_launch(on_cpu=True)\n"
         "cli.main()"
     )
     alone, never = start_two([["-c", script], ["-c", ""]])
@@ -155,9 +155,9 @@ def test_long_work_of_one_is_waited_for():
     script = (
         "import time, torch\n"
         "from datetime import timedelta\n"
-        "from entropy_experiments.run import processes\n"
-        "processes.JOINING = timedelta(seconds=6)\n"
-        "group = processes.Processes.join(on_cpu=True)\n"
+        "from entropy_experiments.run import launch\n"
+        "launch.JOINING = timedelta(seconds=6)\n"
+        "group = launch.join_launch(on_cpu=True)\n"
         "drawn = group.from_root(lambda: time.sleep(8) or 'drawn')\n"
         "assert drawn == 'drawn'\n"
         "if group.rank == 1: time.sleep(8)\n"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from entropy_core.collectives import WorkSharing
 from entropy_core.fold_gradients import FoldGradients
+from entropy_core.processes import Processes
 from rl_training.probe.running_gradient import RunningGradient
 
 
 def gradient(seed: int, folds: int = 3) -> FoldGradients:
     generator = torch.Generator().manual_seed(seed)
-    return FoldGradients({"a": torch.randn(folds, 4, generator=generator, dtype=torch.float64)}, WorkSharing())
+    return FoldGradients({"a": torch.randn(folds, 4, generator=generator, dtype=torch.float64)}, Processes())
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])

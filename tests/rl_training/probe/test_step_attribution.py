@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entropy_core.collectives import WorkSharing
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients
+from entropy_core.processes import Processes
 from rl_training.probe.metrics import metrics_of
 from rl_training.probe.shares import TrainingSequences, attribute_sequences
 from rl_training.probe.step_parts import step_per_gradient
@@ -150,7 +150,7 @@ def shares_of(setting: Setting, training: TrainingSequences) -> torch.Tensor:
     named = dict(setting.model.named_parameters())
     gradient = unflatten(setting.gradients()[0], setting.values())
     scale = step_per_gradient(named, setting.optimizer, "actual")
-    return attribute_sequences(setting.model, training, gradient, scale, WorkSharing()).shares
+    return attribute_sequences(setting.model, training, gradient, scale, Processes()).shares
 
 
 def test_a_loss_that_is_not_the_weighted_sum_of_scores_is_refused(setting):
