@@ -5,6 +5,8 @@
 # make durations   both, and how long each test took into tests/durations.md
 # make check   ruff, format, pyright, floors
 # make architecture   draw the import graph into docs/architecture.md
+# make docs    the documentation site, into build/site; a link that leads nowhere fails it
+# make dist    the source distribution and the wheel, into dist/
 # make results-format write the fields of a results folder into docs/guides/results-format.md
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
@@ -30,7 +32,7 @@ STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-all durations check architecture results-format format bench bench-probe \
+.PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
   bench-replay bench-kernel calibrate clean distclean
 
 help:
@@ -84,6 +86,14 @@ check: $(STAMP)
 
 architecture: $(STAMP)
 	$(BIN)/python docs/draw_architecture.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/build_site.py
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@for file in dist/*; do echo "$$file"; done
 
 results-format: $(STAMP)
 	$(BIN)/python docs/write_results_format.py

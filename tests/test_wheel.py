@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -75,3 +77,44 @@ def test_configurations_and_notebook_are_in_the_wheel(installed: Path, tmp_path:
 def test_nothing_else_is_in_the_wheel(installed: Path) -> None:
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"entropy_core", "rl_training", "entropy_experiments"}
+
+
+def test_the_source_distribution_holds_the_repository(tmp_path: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    for name in files:
+        target = tmp_path / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(tmp_path / "source"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        packed = {name.partition("/")[2] for name in content.getnames()}
+    assert not set(files) - packed
+
+
+def test_the_wheel_holds_packages_and_nothing_else(installed: Path) -> None:
+    found = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert found == {"entropy_core", "rl_training", "entropy_experiments"}
+    odd = [path for path in installed.rglob("*") if path.suffix in {".pyc", ".safetensors", ".parquet", ".pt"}]
+    assert not odd, odd
+
+
+def test_one_version_everywhere() -> None:
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert not released or released[0] == version, "the changelog's newest release is another version"
