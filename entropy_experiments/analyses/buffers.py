@@ -4,12 +4,9 @@
     d = (mean_train - mean_eval) / sqrt((s_train^2 + s_eval^2)/2)
 
 A is the Mann-Whitney statistic as a probability: 1/2 where neither buffer has the larger values, whatever their shapes. Its
-standard error is a jackknife over prompts, the independent units: both sides' in quadrature, or over prompts jointly where
-the buffers share some. (A - 1/2)/error is taken for a t with Welch-Satterthwaite's degrees of freedom. Where the buffers do
-not overlap at all the error is 0, and p is that of this one arrangement of the prompts, 2/binomial(B, B_train).
+error is a jackknife over prompts, its p-value that of a permutation of prompts (permuted_prompts.py).
 
-Sources: Mann & Whitney 1947; Brunner & Munzel 2000 (unequal shapes); Holm 1979 (several quantities at once);
-docs/analyses/buffers.md, docs/theory/double-sampling.md.
+Sources: Mann & Whitney 1947; Holm 1979 (several quantities at once); docs/analyses/buffers.md, docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
@@ -19,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import stats
 
 from entropy_core.uncertainty import jackknife_over_prompts
 from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.analyses.permuted_prompts import superiority
 from entropy_experiments.records.estimates import Mean
 from entropy_experiments.records.kernel_results import BufferComparison, BufferDescription, BuffersResult, Histogram
 
@@ -87,17 +84,16 @@ def _compare(
     pooled = math.sqrt((_variance(left) + _variance(right)) / 2)
     if pooled > 0:
         out["standardised_difference"] = float(right.mean() - left.mean()) / pooled
-    value, error, freedom = _probability_larger(left, right, left_prompts, right_prompts)
-    out["probability_larger"] = Mean(value=value, standard_error=error)
-    if error is None:
+    found = superiority(left, right, left_prompts, right_prompts)
+    if found is None:
+        wins = ((right[None, :] > left[:, None]) + 0.5 * (right[None, :] == left[:, None])).mean()
+        out["probability_larger"] = Mean(value=float(wins), standard_error=None)
         return out | {"reason": "a single prompt has no spread over prompts"}
-    if error > 0:
-        out["p_value"] = float(2 * stats.t.sf(abs(value - 0.5) / error, freedom))
-    elif value == 0.5:
+    out["probability_larger"] = Mean(value=found.value, standard_error=found.standard_error)
+    out["p_value"] = found.p_value
+    if found.p_value is None:
         out["reason"] = "all values are equal"
-    else:
-        count = len(np.unique(left_prompts)), len(np.unique(right_prompts))
-        out["p_value"] = min(1.0, 2 / math.comb(sum(count), count[1]))
+    elif found.standard_error == 0 and found.value != 0.5:
         out["reason"] = "the buffers do not overlap"
     return out
 
@@ -118,35 +114,6 @@ def _describe(values: np.ndarray, prompts: np.ndarray) -> BufferDescription:
 def _variance(values: np.ndarray) -> float:
     """With Bessel's correction; exactly 0 for equal values, whose mean may be rounded, and for a single one."""
     return float(values.var(ddof=1)) if len(values) > 1 and np.ptp(values) > 0 else 0.0
-
-
-def _probability_larger(
-    left: np.ndarray, right: np.ndarray, left_prompts: np.ndarray, right_prompts: np.ndarray
-) -> tuple[float, float | None, float]:
-    """(A, its standard error or None, degrees of freedom) from sums over pairs, each prompt left out in turn."""
-    wins = (right[None, :] > left[:, None]) + 0.5 * (right[None, :] == left[:, None])  # (n_left, n_right)
-    value = float(wins.mean())
-    members = np.union1d(left_prompts, right_prompts)
-    in_left, in_right = left_prompts[None, :] == members[:, None], right_prompts[None, :] == members[:, None]
-    if min(in_left.any(1).sum(), in_right.any(1).sum()) < 2:
-        return value, None, 0.0
-    by_left, by_right = in_left @ wins.sum(1), in_right @ wins.sum(0)
-    both = ((in_left @ wins) * in_right).sum(1)
-    pairs = (len(left) - in_left.sum(1)) * (len(right) - in_right.sum(1))
-    left_out = (wins.sum() - by_left - by_right + both) / pairs
-    shared = in_left.any(1) & in_right.any(1)
-    groups = [np.ones(len(members), dtype=bool)] if shared.any() else [in_left.any(1), in_right.any(1)]
-    variances, freedoms = [], []
-    for group in groups:
-        count, values = int(group.sum()), left_out[group]
-        spread = float(np.square(values - values.mean()).sum()) if np.ptp(values) > 1e-12 else 0.0
-        variances.append((count - 1) / count * spread)
-        freedoms.append(count - 1)
-    total = sum(variances)
-    if total == 0:
-        return value, 0.0, 1.0
-    freedom = total**2 / sum(v**2 / f for v, f in zip(variances, freedoms, strict=True))
-    return value, math.sqrt(total), freedom
 
 
 def _histogram(left: np.ndarray, right: np.ndarray) -> Histogram:
