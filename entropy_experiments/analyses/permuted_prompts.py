@@ -5,10 +5,10 @@
                                                           jointly where the buffers share some
     p   = part of the allocations of prompts to the two sides, the observed one among them, whose z is as large
 
-Prompts keep their sequences together. One that is on both sides changes places with itself; all others are allocated to as many
-places on either side as there were. Exact where prompts are exchangeable; dividing by the error keeps the level, for many prompts,
-where the two sides have values of unequal spread about the same middle. Student's t in place of the allocations rejects 7% of
-equal buffers of six prompts a side, and 4% at 1.25%, which is what counts for the smallest of four p-values.
+Prompts keep their sequences together. One that is on both sides changes places with itself; all others are allocated to as
+many places on either side as there were. Exact where prompts are exchangeable; dividing by the error keeps the level, for many
+prompts, where the two sides have values of unequal spread about the same middle. Student's t in place of the allocations rejects
+7% of equal buffers of six prompts a side, and 2% at 1.25%, which is what counts for the smallest of four p-values.
 
 Sources: Mann & Whitney 1947; Neubert & Brunner, Computational Statistics & Data Analysis 51 (2007); docs/analyses/buffers.md.
 """

@@ -157,7 +157,7 @@ def test_the_figure_says_what_it_shows():
 
 
 def test_the_smallest_of_four_p_values_keeps_its_level_at_few_prompts():
-    """Rejections at 5%/4 by six prompts a side, of which half are duplicates, where Student's t rejects two to three times as often."""
+    """Rejections at 5%/4 by six prompts a side, half of the sequences duplicates: Student's t rejects about twice as often."""
     rng = np.random.default_rng(5)
     p = []
     for _ in range(250):
