@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from entropy_core.weighting import longest_of_prompt
 from rl_training.algs.buffer_reward import reward_of_all_prompts
-from rl_training.algs.run_description import LearningRateRecorder, describe_run
+from rl_training.algs.run_description import LearningRateRecorder, describe_run, run_facts
 from rl_training.algs.trainer_arguments import refuse_arguments
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.errors import UserError
@@ -38,6 +38,7 @@ from rl_training.premises.law_check import LawKeeper
 from rl_training.premises.premise_guard import PremiseGuard
 from rl_training.premises.reward_range import TrainedAtAll, check_rewards, without_weight
 from rl_training.run.disk import disk_is_full
+from rl_training.run.model_card import write_model_card
 from rl_training.run.rollouts import write_rollouts
 from rl_training.run.sidecar import read_sidecar, write_sidecar
 from rl_training.sampling import has_reward_differences
@@ -349,6 +350,14 @@ class DrGRPOTrainer(GRPOTrainer):
             raise UserError(
                 f"no space left on the disk of {folder}: this checkpoint was not kept; free some and resume from the one before"
             ) from error
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """README.md of the run, in place of TRL's, which names no base where that is not on a hub."""
+        if self.is_world_process_zero():
+            base, facts = run_facts(self, self._model_name, self._task)
+            write_model_card(Path(self.args.output_dir), base, facts, self.state.log_history)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

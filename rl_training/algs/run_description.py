@@ -128,6 +128,26 @@ def describe_run(
     )
 
 
+def run_facts(trainer: Any, model_name: str | None, task: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Name of the base model, and a run's settings in words for its model card."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = "an adapter" if hasattr(model, "peft_config") else "all weights"
+    facts: dict[str, Any] = {
+        "steps so far": trainer.state.global_step,
+        "batch of a step": f"{args.generation_batch_size // args.num_generations} prompts × {args.num_generations} completions",
+        "longest completion": f"{args.max_completion_length} tokens",
+        "sampling temperature": f"{args.temperature:g}",
+        "trained": f"{trained:,} parameters ({adapters})",
+        "optimizer": f"AdamW, learning rate {args.learning_rate:g}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in _VERSIONS),
+    }
+    if task:
+        facts = {"task": ", ".join(f"{key} {value}" for key, value in task.items() if isinstance(value, str)), **facts}
+    return model_name or str(base.config._name_or_path), facts
+
+
 def _rollouts(folder: Path, trainer: Any) -> Path:
     return rollouts_path(folder.parent, trainer.state.global_step)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_training.files import append_line, write_whole
@@ -95,16 +96,20 @@ class ProbeConsole(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._console.print(self._statement, soft_wrap=True)
-            self._console.print(
-                f"{'step':>5} {'entropy':>8}{_PROBE_COLUMNS} {'ess':>6}   (nats per token)", soft_wrap=True
-            )
+            self._write(self._statement)
+            self._write(f"{'step':>5} {'entropy':>8}{_PROBE_COLUMNS} {'ess':>6}   (nats per token)")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         probe = _probe_values(kwargs.get("logs") or {})
         if state.is_world_process_zero and probe:
             line = f"{state.global_step:>5} {_number(probe.get('entropy'), '>8.3f')}{_probe_cells(probe)}"
-            self._console.print(f"{line} {_number(probe.get('ess'), '>6.1f')}{_low_ess(probe)}", soft_wrap=True)
+            self._write(f"{line} {_number(probe.get('ess'), '>6.1f')}{_low_ess(probe)}")
+
+    def _write(self, text: str) -> None:
+        """A line above the trainer's progress bar, which is drawn again below it."""
+        with self._console.capture() as rendered:
+            self._console.print(text, soft_wrap=True)
+        tqdm.write(rendered.get(), file=sys.stderr, end="")
 
 
 class ConsoleCallback(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -213,18 +214,16 @@ def test_a_correlation_is_logged_from_eight_steps_on_with_its_interval_and_sums_
 @pytest.mark.parametrize(
     "make", [lambda: ProbeConsole("probe"), lambda: ConsoleCallback("run", True)], ids=["probe", "train"]
 )
-def test_the_console_marks_them(make):
+def test_the_console_marks_them(make, capsys):
     class State:
         is_world_process_zero, global_step = True, 3
 
     lines = []
     for step in (change(-0.01, 0.317, 1.07), change(-0.01, 0.317, 8.0)):
         console = make()
-        console._console = Console(
-            record=True, force_terminal=True, highlight=False, width=200, file=open("/dev/null", "w")
-        )
+        console._console = Console(force_terminal=True, highlight=False, width=200, file=sys.stderr)
         logs = {"loss": 0.0, **{f"entropy_probe/{k}": v for k, v in metrics_of(step).items()}}
         console.on_log(None, State(), None, logs=logs)
-        lines.append(console._console.export_text(styles=True))
+        lines.append(capsys.readouterr().err)
     assert "low ESS" in lines[0] and "\x1b[2m" in lines[0] and "+0.3170" in lines[0]
     assert "low ESS" not in lines[1] and "\x1b[2m" not in lines[1]

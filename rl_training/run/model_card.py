@@ -1,0 +1,124 @@
+"""README.md of a run: what was trained from what, how its entropy went, and what the probe said of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from rl_training.files import write_whole
+from rl_training.intervals import t_quantile
+
+FIGURE = "entropy.png"
+_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def write_model_card(folder: Path, base: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes README.md and, where entropy was logged, its figure into `folder`.
+
+    Args:
+        base: the name that the base model is loaded by: a hub id, a folder, or a bundled model.
+        facts: what stands in the table of settings, in its order.
+        rows: the trainer's log history.
+    """
+    rows = [row for row in rows if "loss" in row]
+    entropy = _series(rows, "entropy_probe/entropy") or _series(rows, "entropy")
+    parts = [_front_matter(base), f"# {folder.resolve().name}", _what(base)]
+    parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]))
+    if entropy:
+        write_whole(folder / FIGURE, _figure(rows, entropy))
+        parts += ["## Entropy", f"![Entropy over training]({FIGURE})", " ".join(_sentences(rows, entropy))]
+    parts += [
+        "## Limits",
+        "Quality and safety of this model were not evaluated; reward and entropy are those of its training task.",
+    ]
+    write_whole(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _front_matter(base: str) -> str:
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if hub := _hub_id(base):
+        data["base_model"] = hub
+    data["tags"] = ["trl", "dr-grpo", "reinforcement-learning", "generated_from_trainer"]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
+
+
+def _hub_id(base: str) -> str | None:
+    """The base as hubs know it; None for a local folder or file, whose path means nothing to others."""
+    name = _BASES.get(base, base)
+    return None if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/")) else name
+
+
+def _what(base: str) -> str:
+    hub = _hub_id(base)
+    named = f"[{hub}](https://huggingface.co/{hub})" if hub else f"a local model (`{Path(base).name}`)"
+    return f"Fine-tuned from {named} by reinforcement learning with Dr. GRPO, with TRL {version('trl')}."
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that hold a finite value."""
+    return [
+        (int(row["step"]), float(row[name]))
+        for row in rows
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    ]
+
+
+def _sentences(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float]]) -> list[str]:
+    (first, before), (last, after) = entropy[0], entropy[-1]
+    where = "the probe's sequences" if _series(rows, "entropy_probe/entropy") else "the training batches"
+    found = [f"Entropy was {before:.3f} nats per token at step {first} and {after:.3f} at step {last}, on {where}."]
+    sums = [f"{words} changes add up to {told}" for name, words in _SUMS if (told := _sum(rows, name))]
+    if sums:
+        found.append(f"While training, the probe's {', its '.join(sums)} nats per token.")
+    return found
+
+
+_SUMS = (("predicted", "predicted"), ("watched", "measured"), ("measured", "measured"))
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> str | None:
+    key = f"entropy_probe/cumulative_{name}"
+    if name == "measured" and _series(rows, "entropy_probe/cumulative_watched"):
+        return None
+    row = next((row for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
+    if row is None:
+        return None
+    error, freedom = row.get(f"{key}_se"), row.get(f"{key}_df")
+    value = f"{row[key]:+.3f}"
+    if isinstance(error, int | float) and math.isfinite(error):
+        if isinstance(freedom, int | float):
+            reach = t_quantile(freedom) * error
+            value += f" (95% interval {row[key] - reach:+.3f} to {row[key] + reach:+.3f})"
+        else:
+            value += f" (standard error {error:.3f})"
+    return value.replace("-", "−")
+
+
+def _figure(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float]]) -> bytes:
+    changes = [
+        (label, found)
+        for name, label in (("predicted", "predicted"), ("watched", "measured"), ("measured", "measured"))
+        if (found := _series(rows, f"entropy_probe/{name}"))
+    ]
+    figure = Figure(figsize=(7, 4.5 if changes else 2.8), layout="constrained")
+    axes = figure.subplots(2 if changes else 1, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].plot(*zip(*entropy, strict=True), marker="o", markersize=3)
+    axes[0].set_ylabel("entropy\n(nats per token)")
+    axes[0].set_ylim(bottom=0)
+    if changes:
+        axes[1].axhline(0, color="grey", linewidth=0.8)
+        for label, series in changes:
+            axes[1].plot(*zip(*series, strict=True), marker="o", markersize=3, label=label)
+        axes[1].set_ylabel("change in a step\n(nats per token)")
+        axes[1].legend(frameon=False)
+    axes[-1].set_xlabel("training step")
+    target = BytesIO()
+    figure.savefig(target, format="png", dpi=120)
+    return target.getvalue()
