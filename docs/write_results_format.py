@@ -23,6 +23,7 @@ INTRODUCTION = """# The format of a results folder
 | --- | --- |
 | `summary.json` | the numbers of the analysis, and of each question that was asked |
 | `run.json` | versions, machine, stages with their times, self-checks |
+| `SHA256SUMS` | digests of the other files, compared whenever the folder is read; `sha256sum -c SHA256SUMS` does too |
 | `training_history.json` | the run's log up to the checkpoint, one entry a training step |
 | `sequences.parquet` | both buffers, one row a sequence: texts, tokens, rewards, weights, shares |
 | `kernel.safetensors` | the kernels; rows and columns in the order of `sequences.parquet` |

@@ -37,6 +37,7 @@ from entropy_experiments.kernel.options import kernel_options
 from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
 from entropy_experiments.records.analysis_results import AnalysesRecord, finished
 from entropy_experiments.records.estimate_entries import finite_number
+from entropy_experiments.records.folder_files import written_data
 from entropy_experiments.records.history import stored_state, training_history
 from entropy_experiments.records.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
 from entropy_experiments.records.leave_one_out import write_leave_one_out
@@ -65,6 +66,7 @@ from rl_training.errors import ResumableError, UserError
 from rl_training.files import refuse_link, remove_leftovers, rename_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
+from rl_training.run.sums import write_sums
 from rl_training.sampling import Rollouts
 
 
@@ -186,6 +188,7 @@ def _analyze_into(
                 "failed_analyses": analyses.failed(),
             },
         )
+        write_sums(part, written_data(part))
         write_report(part, unfinished=True)
     return FisherAnalysis(target, target / "report.html", summary, numbers, evaluation, training)
 

@@ -32,8 +32,9 @@ from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import outline_policy
 from rl_training.errors import UserError
 from rl_training.models.source import is_on_the_hub
-from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
+from rl_training.run.checkpoint_digests import check_digests, check_nothing_added, holds_numbers
 from rl_training.run.optimizer_state import check_optimizer_state, read_tensor_file
+from rl_training.run.rollouts import check_rollouts
 from rl_training.run.sidecar import Sidecar, read_sidecar, refuse_special_file
 
 _OPTIMIZER_FILES = ("optimizer.pt", "scheduler.pt")
@@ -109,7 +110,7 @@ def examine_checkpoint(
     if fatal:
         return found
     recorded = {} if found.sidecar is None else found.sidecar.sha256
-    weights = {name: digest for name, digest in recorded.items() if name not in _OPTIMIZER_FILES}
+    weights = {n: d for n, d in recorded.items() if holds_numbers(n) and n not in _OPTIMIZER_FILES}
     attempt(fatal, lambda: check_nothing_added(folder, recorded))
     if attempt(fatal, lambda: check_digests(folder, weights)):
         attempt(fatal, lambda: _check_policy(found, model_name, local_files_only))
@@ -121,6 +122,11 @@ def examine_checkpoint(
             attempt(found.optimizer_problems, lambda: _check_optimizer(found))
     if found.sidecar is not None:
         attempt(fatal, lambda: _take_recorded_rates(found))
+        # Last, since the checks above say what is wrong with such a file.
+        others = {n: d for n, d in recorded.items() if not holds_numbers(n)}
+        attempt(fatal, lambda: check_digests(folder, others))
+        digest = found.sidecar.rollouts_sha256
+        attempt(fatal, lambda: check_rollouts(folder.parent, found.step, digest))
     if learning_rate is not None or found.sidecar is None:
         unknown: list[str] = []
         attempt(unknown, lambda: _find_rates(found, learning_rate))

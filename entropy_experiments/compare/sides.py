@@ -18,6 +18,7 @@ from entropy_experiments.records.reader import ResultsFolder, read_results_folde
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import as_number, plain
 from rl_training.errors import UserError
+from rl_training.run.sums import check_sums
 
 LETTERS = "ABCDEFGH"
 SWEEP_RECORD = "sweep.json"
@@ -117,6 +118,7 @@ def _open_sweep(path: Path) -> list[Side]:
     record = path / SWEEP_RECORD
     if not record.is_file():
         raise UserError(f"{path} is an unfinished sweep: finish it with `entropy-experiments sweep --resume`")
+    check_sums(path, "run the sweep again with --resume")
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         entries = [

@@ -7,6 +7,7 @@ to compute it). Nothing here loads torch: a report can be written on any machine
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from entropy_experiments.records.record import REMEDY, json_of, validated
 from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
 from rl_training.errors import UserError
+from rl_training.run.sums import SUMS_NAME, check_sums
 
 _COLUMNS = (
     "buffer",
@@ -180,7 +182,7 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
 
     Raises:
         UserError: No such folder, an unfinished one, a missing or broken file, a field that is not of this format, another
-            format, or files that contradict each other.
+            format, files that contradict each other, or one that differs from its digest in SHA256SUMS.
     """
     path = Path(path)
     if not path.is_dir():
@@ -211,4 +213,8 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
         kernels = _read_kernels(kernel_path, len(evaluation), len(training))
     elif summary.kernel is not None:
         raise UserError(f"{path} is incomplete, kernel.safetensors is missing: {REMEDY}")
+    if not check_sums(path, REMEDY):
+        warnings.warn(
+            f"{path} has no {SUMS_NAME}: whether its files are as they were written is not known", stacklevel=2
+        )
     return ResultsFolder(path, run, summary, history, evaluation, training, kernels)

@@ -25,8 +25,10 @@ from entropy_experiments.sweep.targets import Target
 from entropy_experiments.sweep.tidy_table import write_table
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_json_whole, write_whole
+from rl_training.run.sums import SUMS_NAME, write_sums
 
 _BAND_SEED = 0
+_DATA = ("evolution.json", "results.parquet", "sweep.json")
 
 
 def assemble_sweep(
@@ -52,6 +54,7 @@ def assemble_sweep(
         "config": config.model_dump(mode="json"),
     }
     report = None
+    (place.path / SUMS_NAME).unlink(missing_ok=True)  # of an earlier assembly, whose files are about to be replaced
     if evolutions:
         write_json_whole(place.path / "evolution.json", {run: evolution for run, (evolution, _) in evolutions.items()})
         write_table(place.path / "results.parquet", evolutions)
@@ -62,6 +65,7 @@ def assemble_sweep(
             write_whole(folder / f"{name}.png", png)
         report = write_sweep_report(place.path, sweep, evolutions, figures, pictures)
     write_json_whole(place.sweep_file, sweep)
+    write_sums(place.path, [name for name in _DATA if (place.path / name).is_file()])
     return report
 
 

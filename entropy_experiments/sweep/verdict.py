@@ -29,12 +29,14 @@ from entropy_experiments.statistics.confidence import (
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
 from entropy_experiments.text.numbers import counted, plain, signed
+from rl_training.run.sums import check_sums
 
 _UNIT = "nats per token"
 
 
 def read_sweep_verdict(folder: Path) -> list[Sentence]:
     """The verdict on the sweep in `folder`, which must be put together."""
+    check_sums(folder, "run the sweep again with --resume")
     sweep, evolutions = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in ("sweep.json", "evolution.json")
     )

@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a checkpoint that hold numbers: one flipped byte in them makes another policy, or another step.
+"""SHA-256 of the files of a checkpoint: one flipped byte makes another policy, another step, another tokenizer or another run.
 
 Taken by the trainer when it saves and compared by whoever loads: reading costs about a second a gigabyte each time.
 """
@@ -13,6 +13,8 @@ from rl_training.errors import UserError
 
 _LONGEST_NAME = 500
 _KINDS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "optimizer.pt", "scheduler.pt")
+_OF_READERS = ("*.md", "entropy_experiments.json", ".*")
+"""Files that nothing is computed from; and the record itself."""
 
 
 def file_digest(path: Path) -> str:
@@ -22,10 +24,16 @@ def file_digest(path: Path) -> str:
 
 
 def checkpoint_digests(folder: Path) -> dict[str, str]:
-    """Digest of each file of weights, optimizer and scheduler, by its path in the folder ("policy/adapter_model.safetensors")."""
-    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink())]
-    paths = sorted({path for place in places for kind in _KINDS for path in place.glob(kind)})
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+    """Digest of each file by its path in the folder ("policy/adapter_model.safetensors"); of subfolders those with numbers."""
+    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink())
+    paths = {path for place in inside for kind in _KINDS for path in place.glob(kind)}
+    paths |= {p for p in folder.iterdir() if p.is_file() and not any(p.match(kind) for kind in _OF_READERS)}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(paths)}
+
+
+def holds_numbers(name: str) -> bool:
+    """Whether a recorded file holds weights or the state of optimizer or schedule."""
+    return any(Path(name).match(kind) for kind in _KINDS)
 
 
 def check_digests(folder: Path, recorded: Mapping[str, str]) -> None:

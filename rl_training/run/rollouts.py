@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole_by
 from rl_training.run.checkpoint_digests import file_digest
+from rl_training.run.sums import add_sum, check_sum
 
+COPY_AGAIN = "copy it again, or move it away to go on without it"
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -48,6 +50,7 @@ def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> 
     path = rollouts_path(run_dir, step)
     own_folder(path.parent)
     write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
+    add_sum(path)
     return path
 
 
@@ -68,6 +71,7 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random"
         )
+    check_sum(path, COPY_AGAIN)
     try:
         rows = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:

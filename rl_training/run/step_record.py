@@ -25,7 +25,9 @@ from pydantic import PositiveFloat, PositiveInt
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole, write_whole_by
+from rl_training.run.rollouts import COPY_AGAIN
 from rl_training.run.sidecar import refuse_special_file
+from rl_training.run.sums import add_sum, check_sum
 
 FOLDER = "recorded_steps"
 FORMAT = 1
@@ -76,7 +78,9 @@ def step_path(run_dir: Path, step: int) -> Path:
 
 def write_settings(run_dir: Path, settings: RunSettings) -> None:
     """Write the run's settings. Raises UserError where the folder is a link."""
-    write_whole(own_folder(Path(run_dir) / FOLDER) / "run.json", settings.model_dump_json(indent=1))
+    path = own_folder(Path(run_dir) / FOLDER) / "run.json"
+    write_whole(path, settings.model_dump_json(indent=1))
+    add_sum(path)
 
 
 def read_settings(run_dir: Path) -> RunSettings | None:
@@ -85,6 +89,7 @@ def read_settings(run_dir: Path) -> RunSettings | None:
     if not path.exists():
         return None
     refuse_special_file(path)
+    check_sum(path, COPY_AGAIN)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -100,6 +105,7 @@ def write_step(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None
     path = step_path(run_dir, step)
     own_folder(path.parent)
     write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
+    add_sum(path)
 
 
 def read_step(run_dir: Path, step: int) -> list[dict[str, Any]] | None:
@@ -108,6 +114,7 @@ def read_step(run_dir: Path, step: int) -> list[dict[str, Any]] | None:
     if not path.exists():
         return None
     refuse_special_file(path)
+    check_sum(path, COPY_AGAIN)
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:

@@ -20,6 +20,7 @@ from entropy_experiments.audit.step_choice import parse_steps
 from entropy_experiments.audit.verdicts import AGREES, DIFFERS, UNEXPLAINED
 from rl_training.errors import UserError
 from rl_training.run.step_record import SCHEMA, read_step, step_path
+from rl_training.run.sums import add_sum
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +136,11 @@ def test_damaged_records(planted, tmp_path) -> None:
         {"sampler_logprobs": [0.0]},
     ):
         pq.write_table(pa.Table.from_pylist([{**rows[0], **change}, *rows[1:]], schema=SCHEMA), step_path(run, 2))
+        add_sum(step_path(run, 2))
         with pytest.raises(UserError, match="damaged"):
             audit_run(run, "cpu", steps=[2])
     pq.write_table(pa.table({"part": ["loss"]}), step_path(run, 2))
+    add_sum(step_path(run, 2))
     with pytest.raises(UserError, match="other columns"):
         audit_run(run, "cpu")
     # Of a step without a record nothing is said; its neighbours are audited.

@@ -8,8 +8,6 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -21,7 +19,7 @@ from entropy_experiments.audit.recorded_run import read_run
 from entropy_experiments.audit.verdicts import AGREES, DIFFERS, RECOMPUTED
 from rl_training.integrations.step_recorder import record_steps
 from rl_training.models.load import load_model_and_tokenizer
-from rl_training.run.step_record import GENERATED, SCHEMA, read_step, step_path
+from rl_training.run.step_record import GENERATED, read_step, write_step
 from rl_training.train import run_training
 from tests.entropy_experiments.audit.conftest import SETTINGS
 from tests.entropy_experiments.audit.planted_log import statistics, train_recorded
@@ -163,7 +161,7 @@ def test_the_samplers_own_log_probabilities(planted, tmp_path) -> None:
                 logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1] / temperature
                 chosen = logits.log_softmax(-1).gather(1, torch.tensor(row["completion_ids"])[:, None])
                 row["sampler_logprobs"] = chosen[:, 0].tolist()
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), step_path(folder, step))
+            write_step(folder, step, rows)
         audit = audit_run(folder, "cpu")
         found = of(audit, "surprisal by the sampler's own log-probabilities")
         assert len(found) == 4 and {f.status for f in found} == {expected}

@@ -1,5 +1,6 @@
 """Recorded sequences that no run records are refused in one line, whatever their column."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
+from rl_training.run.checkpoint_digests import file_digest
 from rl_training.run.rollouts import read_rollouts, rollouts_path
+from rl_training.run.sums import add_sum
 from tests.entropy_experiments.small_analysis import config
 
 NAN = float("nan")
@@ -24,7 +27,11 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 def rewrite(run: Path, step: int, **columns: Any) -> None:
     """Every row that was kept with other values; None: without the column."""
     rows = [{**row, **(columns if row["status"] != "rejected" else {})} for row in read_rollouts(run, step)]
-    pq.write_table(pa.Table.from_pylist(rows), rollouts_path(run, step))
+    path = rollouts_path(run, step)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    add_sum(path)
+    record = run / f"checkpoint-{step}" / "entropy_experiments.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"rollouts_sha256": file_digest(path)}))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,7 @@ def test_tokens_beyond_the_vocabulary(run: Path, tmp_path: Path) -> None:
 
 def test_garbage_is_one_line(run: Path) -> None:
     rollouts_path(run, 4).write_bytes(b"PAR1garbage")
+    add_sum(rollouts_path(run, 4))
     with pytest.raises(UserError, match="cannot be read") as caught:
         read_rollouts(run, 4)
     assert "\n" not in str(caught.value)
