@@ -34,7 +34,7 @@ def test_the_folder_holds_what_the_contract_says(analysis):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "config.yaml", "run.json", "summary.json", "sequences.parquet", "kernel.safetensors", "training_history.json",
-        "evaluation_set.json", "figures", "report.html", "leave_one_out.parquet",
+        "evaluation_set.json", "figures", "report.html", "leave_one_out.parquet", "SHA256SUMS",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
     assert len(run["self_checks"]) == 10 and all(check["passed"] for check in run["self_checks"])
