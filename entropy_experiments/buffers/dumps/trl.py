@@ -1,0 +1,66 @@
+"""TRL's `log_completions=True`: `<output_dir>/completions/completions_<step>.parquet` of GRPOTrainer and RLOOTrainer.
+
+    step, prompt, completion (texts, or chat messages), one column a reward function, columns of log_extra, advantage
+
+Texts without special tokens, no token ids and no groups: sequences with one prompt and one step are a group. Which numeric
+columns are rewards is not said, so that the advantage alone is taken, and the reward where one column alone can be it.
+A file holds the last generation batch before the log, and an evaluation at the same step overwrites it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from entropy_experiments.buffers.dumps.rows import RolloutRow, messages, number, text, whole
+
+NAME = "TRL"
+# With one of these it is a file of this project's own schema.
+_NEVER_TRLS = {"prompt_ids", "completion_ids", "prompt_form", "already_templated", "group", "weight", "truncated"}
+FILES = r"completions_(?P<step>\d+)\.(parquet|jsonl)"
+
+
+def matches(keys: set[str]) -> bool:
+    """Whether a row of these keys is one of TRL's."""
+    return {"step", "prompt", "completion", "advantage"} <= keys and not _NEVER_TRLS & keys
+
+
+def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
+    """The sequence of a row. Raises ValueError where it is not what TRL writes."""
+    prompt = data["prompt"]
+    advantage = number("advantage", data["advantage"])
+    if advantage is None:
+        raise ValueError("advantage is null")
+    yield RolloutRow(
+        place=place,
+        prompt=prompt if isinstance(prompt, str) else messages("prompt", prompt),
+        prompt_form="plain" if isinstance(prompt, str) else "chat",
+        completion=_reply(data["completion"]),
+        reward=_reward(data),
+        advantage=advantage,
+        step=whole("step", data["step"]) if data["step"] is not None else step,
+    )
+
+
+def _reply(completion: Any) -> str:
+    if isinstance(completion, str):
+        return text("completion", completion) or ""
+    turns = messages("completion", completion)
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise ValueError(
+            f"completion has {len(turns)} messages: tokens of tools and turns cannot be had again from texts; save token ids"
+        )
+    return turns[0]["content"]
+
+
+def _reward(data: dict[str, Any]) -> float | None:
+    known = {"step", "prompt", "completion", "advantage"}
+    judged = [v for k, v in data.items() if k not in known and isinstance(v, float)]
+    return judged[0] if len(judged) == 1 and math.isfinite(judged[0]) else None
+
+
+def notes(rows: list[RolloutRow], path: Path) -> list[str]:
+    """What has to be said of all of them."""
+    return ["TRL writes no group: sequences with one prompt and one step are taken for a group"]
