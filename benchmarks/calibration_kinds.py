@@ -84,7 +84,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     ),
     "training_noise.to_json": (NOISE,),
     "training_noise.training_noise": (NOISE,),
-    "entropy_law.reach": (
+    "entropy_law.fit_law": (
         "coverage of the law's slope",
         "coverage of reward at zero entropy",
         "level of a forecast called outside",

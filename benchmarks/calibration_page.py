@@ -29,8 +29,8 @@ Why some are out of range:
 - Intervals of 4 prompts are wide, so that differences of nothing are called something less often than at 5%.
 - With 4 prompts there are 24 permutations of prompts: the smallest two-sided p is 8%.
 - 8 of 12 prompts are most of all: errors over prompts do not know that, and are too large.
-- Errors of the law R = -a e^H + b take steps as independent; where neighbours correlate at 0.6 they are too small, which the
-  report warns of from about 30 steps on.
+- Intervals of the law R = -a e^H + b allow for any correlation of neighbouring steps: of independent ones they are too wide, of
+  12 steps by half.
 """
 _SHOWN = ("entropy", "predicted", "measured", "4 folds")
 
