@@ -7,7 +7,8 @@ own instead (entropy_experiments/buffers/custom.py). See docs/theory/double-samp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from entropy_experiments.buffers.custom import (
 )
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.buffers.saved import (
-    has_drawn,
     recorded_evaluation,
     recorded_training,
     refuse_drawing,
@@ -44,16 +44,25 @@ _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
 
 @dataclass(frozen=True)
 class TrainingBuffer:
-    """Columns of the kernel with (N,) float64 advantages and weights w_i, and what their collection cost.
-
-    weights are None for given sequences that have neither weights nor rewards: then there is no step. advantages are None where
-    there are no rewards.
-    """
+    """Columns of the kernel, each sequence with its advantage and weight, and what their collection cost."""
 
     rollouts: Rollouts
-    advantages: torch.Tensor | None
-    weights: torch.Tensor | None
     counts: CollectionCounts
+
+    @property
+    def advantages(self) -> torch.Tensor | None:
+        """(N,) float64 A_i; None where a sequence has none (given sequences without rewards)."""
+        return _known(s.advantage for s in self.rollouts)
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """(N,) float64 w_i; None for given sequences that have neither weights nor rewards: then there is no step."""
+        return _known(s.weight for s in self.rollouts)
+
+
+def _known(values: Iterable[float]) -> torch.Tensor | None:
+    found = torch.tensor(list(values), dtype=torch.float64)
+    return None if bool(found.isnan().any()) else found
 
 
 def draw_buffers(
@@ -178,7 +187,7 @@ def sample_evaluation_batch(
         return reference_rollouts(checkpoint.tokenizer, rows, plan, "evaluation")
     each, seed = settings.sampling.eval_completions_per_prompt, config.seed + _EVALUATION_STREAM + 1
     rollouts = draw(checkpoint.model, checkpoint.tokenizer, rows, each, plan.sampling_config, seed, "evaluation")
-    return rollouts.select(range(settings.eval_batch_size))
+    return rollouts[: settings.eval_batch_size]
 
 
 def sample_training_batch(
@@ -210,7 +219,7 @@ def sample_training_batch(
         order = places if fixed else np.random.default_rng(config.seed + _TRAINING_STREAM).permutation(places)
         rows = [plan.task.train[i] for i in order[: settings.train_batch_size]]
         answers = reference_rollouts(checkpoint.tokenizer, rows, plan, "trained")
-        return TrainingBuffer(answers, None, None, CollectionCounts(kept=len(answers)))
+        return TrainingBuffer(answers, CollectionCounts(kept=len(answers)))
     prompts = settings.train_batch_size // plan.completions_per_prompt
     rates, rules = PassRates(len(plan.task.train)), record.sidecar.algorithm if record.sidecar else None
     if record.sidecar is not None and len(record.sidecar.pass_rates["passes"]) == rates.size:
@@ -232,7 +241,8 @@ def sample_training_batch(
         trainer_state=plan.trainer_state,
     )
     gains, weights = _dr_grpo(rollouts, plan, settings.sampling)
-    return TrainingBuffer(rollouts, gains, weights * (len(rollouts) / settings.train_batch_size), counts)
+    weights = weights * (len(rollouts) / settings.train_batch_size)
+    return TrainingBuffer(rollouts.with_values(advantage=gains.tolist(), weight=weights.tolist()), counts)
 
 
 def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -278,29 +288,30 @@ def custom_training(
     texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
     segments = [s.segments for s in sequences]
     rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards, segments)
-    gains = weights = None
     if sequences[0].reward is not None:
         gains, weights = _dr_grpo(rollouts, plan, config.entropy_analysis.sampling)
+        rollouts = rollouts.with_values(advantage=gains.tolist(), weight=weights.tolist())
     if sequences[0].weight is not None:
-        weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
-    if weights is not None and not bool(weights.any()):
+        rollouts = rollouts.with_values(weight=[s.weight for s in sequences])
+    training = TrainingBuffer(rollouts, CollectionCounts(kept=len(rollouts)))
+    if training.weights is not None and not bool(training.weights.any()):
         why = "every weight is 0" if sequences[0].weight is not None else "the rewards of each prompt are all equal"
         raise UserError(
             f"{path}: {why}, so there is no step to analyse; leave {'weights' if sequences[0].weight is not None else 'rewards'} "
             "out for the kernel alone"
         )
-    return TrainingBuffer(rollouts, gains, weights, CollectionCounts(kept=len(rollouts)))
+    return training
 
 
-def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> None:
-    """Fill in the rewards of an evaluation buffer: those of the task's own prompts that have none yet."""
+def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> Rollouts:
+    """An evaluation buffer with rewards: those of the task's own prompts that had none yet are filled in."""
     known = {row["prompt_index"] for row in (*plan.task.train, *plan.task.heldout)}
-    missing = [i for i, r in enumerate(rollouts.reward) if r is None and rollouts.prompt_index[i] in known]
-    if missing:
-        part = rollouts.select(missing)
-        score(part, plan.task.reward_functions, plan.trainer_state)
-        for i, reward in zip(missing, part.reward, strict=True):
-            rollouts.reward[i] = reward
+    missing = [i for i, s in enumerate(rollouts) if s.reward is None and s.prompt_index in known]
+    scored = score(rollouts.select(missing), plan.task.reward_functions, plan.trainer_state)
+    rewards = rollouts.reward
+    for i, sequence in zip(missing, scored, strict=True):
+        rewards[i] = sequence.reward
+    return rollouts.with_values(reward=rewards)
 
 
 def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[str, Any]:
@@ -321,14 +332,13 @@ def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[s
 
 
 def _buffer_of_run(run_dir: Path, step: int, plan: SamplingPlan) -> TrainingBuffer:
-    rollouts, rows = recorded_training(run_dir, step, plan)
+    rollouts, recorded = recorded_training(run_dir, step, plan)
+    of = Counter(s.status for s in recorded)
     counts = CollectionCounts(
-        rounds=1 + max(row["round"] for row in rows),
-        generated=len(rows),
-        rejected=sum(row["status"] == "rejected" for row in rows),
-        filler=sum(row["status"] == "filler" for row in rows),
-        kept=sum(row["status"] == "trained" for row in rows),
+        rounds=1 + max(s.round for s in recorded),
+        generated=len(recorded),
+        rejected=of["rejected"],
+        filler=of["filler"],
+        kept=of["trained"],
     )
-    kept = [row for row in rows if row["status"] != "rejected" and has_drawn(row)]
-    recorded = (torch.tensor([row[name] for row in kept], dtype=torch.float64) for name in ("advantage", "weight"))
-    return TrainingBuffer(rollouts, *recorded, counts)
+    return TrainingBuffer(rollouts, counts)

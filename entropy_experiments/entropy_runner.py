@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,8 @@ def _analyze_into(
         numbers = inputs.numbers
         if not keep_going:
             _refuse_failed_checks(numbers.checks)
-        score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
+        evaluation = score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
+        inputs = replace(inputs, evaluation=evaluation)
         inputs = with_training_noise(inputs, clock)
         analyses = run_analyses(inputs, clock, work)
         if not keep_going:

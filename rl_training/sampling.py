@@ -3,18 +3,18 @@
     unfiltered   prompts uniform, every completion kept, no reward looked at: the data distribution
     filtered     prompts by difficulty, groups without reward differences rejected and refilled: what gives gradient
 
-Completions are drawn from the whole softmax at the stated temperature, the very law that is differentiated afterwards.
+Completions are drawn from the whole softmax at the stated temperature, the very distribution that is differentiated afterwards.
 See docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
 from rl_training.prompts.endings import Ending, ending
 from rl_training.prompts.left_padding import positions_matter
 from rl_training.prompts.text_tokenizer import text_tokenizer
+from rl_training.sequences import RolloutSequence
 from rl_training.tasks.difficulty import PassRates
 from rl_training.tasks.reward_calls import total_rewards
 
@@ -60,50 +61,87 @@ class SamplingConfig:
             raise UserError(f"max_completion_length={self.max_completion_length}: it must be at least 1")
 
 
-@dataclass
-class Rollouts:
-    """Sequences as drawn, one entry of each list a sequence; `reward` stays None where none was looked at.
+@dataclass(frozen=True)
+class Rollouts(Sequence[RolloutSequence]):
+    """Sequences in the order of their batch. A column (`prompt_ids`, `reward`, ...) is a list with one entry a sequence."""
 
-    prompt, completion are texts; prompt_row is the task's row the prompt came from. status is "evaluation", or in a
-    training buffer "trained", "filler" (kept without gradient because refilling ran out) or "rejected". drawn: which tokens of
-    a completion the policy drew, None where it drew every one.
-    """
+    sequences: tuple[RolloutSequence, ...] = ()
 
-    prompt_ids: list[list[int]] = field(default_factory=list)
-    completion_ids: list[list[int]] = field(default_factory=list)
-    prompt_index: list[int] = field(default_factory=list)
-    prompt: list[str] = field(default_factory=list)
-    completion: list[str] = field(default_factory=list)
-    prompt_row: list[dict[str, Any]] = field(default_factory=list)
-    reward: list[float | None] = field(default_factory=list)
-    status: list[str] = field(default_factory=list)
-    drawn: list[Sequence[bool] | None] = field(default_factory=list)
+    @overload
+    def __getitem__(self, place: int) -> RolloutSequence: ...
 
-    def __post_init__(self) -> None:
-        self.drawn = self.drawn or [None] * len(self.prompt_ids)
+    @overload
+    def __getitem__(self, place: slice) -> Rollouts: ...
+
+    def __getitem__(self, place: int | slice) -> RolloutSequence | Rollouts:
+        return Rollouts(self.sequences[place]) if isinstance(place, slice) else self.sequences[place]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, keep: Iterable[int]) -> Rollouts:
+        """The sequences at these places, in this order."""
+        return Rollouts(tuple(self.sequences[i] for i in keep))
+
+    def with_values(self, **columns: Iterable[Any]) -> Rollouts:
+        """The same sequences with other values of the fields named, one for each sequence. Raises ValueError for other counts."""
+        rows = zip(*columns.values(), strict=True)
+        pairs = zip(self.sequences, rows, strict=True)
+        return Rollouts(tuple(replace(s, **dict(zip(columns, row, strict=True))) for s, row in pairs))
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [list(s.prompt_ids) for s in self.sequences]
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        return [list(s.completion_ids) for s in self.sequences]
+
+    @property
+    def drawn(self) -> list[list[bool] | None]:
+        """Which tokens of each completion the policy drew; None where it drew every one."""
+        return [None if s.drawn is None else list(s.drawn) for s in self.sequences]
+
+    @property
+    def prompt_index(self) -> list[int]:
+        """Numbers of the prompts. Raises ValueError where a sequence has none."""
+        numbers = [s.prompt_index for s in self.sequences if s.prompt_index is not None]
+        if len(numbers) != len(self):
+            raise ValueError(f"{len(self) - len(numbers)} of {len(self)} sequences have no prompt_index")
+        return numbers
+
+    @property
+    def prompt(self) -> list[str]:
+        return [s.prompt for s in self.sequences]
+
+    @property
+    def completion(self) -> list[str]:
+        return [s.completion for s in self.sequences]
+
+    @property
+    def prompt_row(self) -> list[dict[str, Any]]:
+        """The task's rows; {} where a sequence has none."""
+        return [s.prompt_row or {} for s in self.sequences]
+
+    @property
+    def reward(self) -> list[float | None]:
+        return [s.reward for s in self.sequences]
+
+    @property
+    def status(self) -> list[str]:
+        return [s.status for s in self.sequences]
 
     @property
     def lengths(self) -> list[int]:
         """T of every completion: the tokens in it that the policy drew."""
-        pairs = zip(self.completion_ids, self.drawn, strict=True)
-        return [len(ids) if drawn is None else sum(drawn) for ids, drawn in pairs]
+        return [s.length for s in self.sequences]
 
     def endings(self, sampling_config: SamplingConfig) -> list[Ending]:
         """How every completion came to its end (rl_training.prompts.endings)."""
-        pairs = zip(self.completion_ids, self.drawn, strict=True)
-        return [ending(ids, drawn, sampling_config.eos_token_ids) for ids, drawn in pairs]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids)
-
-    def extend(self, other: Rollouts) -> None:
-        for name in self.__dataclass_fields__:
-            getattr(self, name).extend(getattr(other, name))
-
-    def select(self, keep: Sequence[int]) -> Rollouts:
-        return Rollouts(**{name: [getattr(self, name)[i] for i in keep] for name in self.__dataclass_fields__})
+        return [ending(s.completion_ids, s.drawn, sampling_config.eos_token_ids) for s in self.sequences]
 
     def to_batch(self, sampling_config: SamplingConfig) -> SequenceBatch:
+        """The sequences as tensors, padded on the right; row i is sequence i."""
         return SequenceBatch.from_sequences(
             self.prompt_ids,
             self.completion_ids,
@@ -128,7 +166,7 @@ class CollectionCounts:
 def make_sampling_config(
     model: nn.Module, tokenizer: Any, temperature: float, max_completion_length: int, top_k: int = 0, top_p: float = 1.0
 ) -> SamplingConfig:
-    """The law with the model's own end-of-sequence tokens (all of them, as generation stops at any).
+    """The sampling configuration with the model's own end-of-sequence tokens (all of them, as generation stops at any).
 
     tokenizer: or a processor that holds one.
     """
@@ -149,7 +187,7 @@ def generate_completions(
     seed: int,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """One completion a prompt, drawn from `law`; the global random streams are left as they were.
+    """One completion a prompt, drawn from the distribution of `sampling_config`; the global random streams are left as they were.
 
     The model's own generation settings have no say. Prompts run in batches of similar length, and of equal length where
     padding changes what the model draws. Deterministic for the same model, prompts, batch size and seed.
@@ -270,28 +308,37 @@ def draw(
         for _ in range(completions_per_prompt)
     ]
     completions = generate_completions(model, ids, sampling_config, seed, batch_size)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollouts(
-        prompt_ids=ids,
-        completion_ids=completions,
-        prompt_index=[int(row["prompt_index"]) for row in repeated],
-        prompt=[prompt_text(row["prompt"]) for row in repeated],
-        completion=tokenizer.batch_decode(completions, skip_special_tokens=True),
-        prompt_row=repeated,
-        reward=[None] * len(repeated),
-        status=[status] * len(repeated),
+        tuple(
+            RolloutSequence(
+                tuple(prompt),
+                tuple(completion),
+                prompt_index=int(row["prompt_index"]),
+                prompt=prompt_text(row["prompt"]),
+                completion=text,
+                prompt_row=row,
+                status=status,
+            )
+            for prompt, completion, row, text in zip(ids, completions, repeated, texts, strict=True)
+        )
     )
 
 
-def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., Any]], trainer_state: Any = None) -> None:
-    """Fill in `reward`: the sum of the reward functions that judge a completion, called by TRL's contract; None where none does.
+def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., Any]], trainer_state: Any = None) -> Rollouts:
+    """The sequences with `reward`: the sum of the reward functions that judge a completion, called by TRL's contract; None where
+    none does.
 
     trainer_state: as the functions are to see it; see rl_training/tasks/reward_calls.py.
     """
+    if not len(rollouts):
+        return rollouts
     conversational = not isinstance(rollouts.prompt_row[0]["prompt"], str)
     shown = [[{"role": "assistant", "content": c}] if conversational else c for c in rollouts.completion]
     columns = {key: [row.get(key) for row in rollouts.prompt_row] for key in rollouts.prompt_row[0] if key != "prompt"}
     prompts = [row["prompt"] for row in rollouts.prompt_row]
-    rollouts.reward = total_rewards(reward_functions, prompts, shown, rollouts.completion_ids, columns, trainer_state)
+    rewards = total_rewards(reward_functions, prompts, shown, rollouts.completion_ids, columns, trainer_state)
+    return rollouts.with_values(reward=rewards)
 
 
 def has_reward_differences(rewards: Sequence[float]) -> bool:
@@ -325,7 +372,7 @@ def collect_filtered(
 
     Raises UserError when no group at all has differing rewards.
     """
-    buffer, counts, seen = Rollouts(), CollectionCounts(), []
+    buffer, counts, seen = [], CollectionCounts(), []
     while counts.rounds <= max_refill_rounds and (missing := prompts - counts.kept // completions_per_prompt) > 0:
         rng = np.random.default_rng((seed, counts.rounds))
         drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=difficulty_weighting)
@@ -334,7 +381,7 @@ def collect_filtered(
             model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, sampling_config,
             seed + 7919 * (counts.rounds + 1), "trained", batch_size,
         )  # fmt: skip
-        score(part, reward_functions, trainer_state)
+        part = score(part, reward_functions, trainer_state)
         counts.rounds += 1
         counts.generated += len(part)
         for group, row in enumerate(drawn):
@@ -344,12 +391,12 @@ def collect_filtered(
             if reject_zero_advantage and not has_reward_differences(rewards):
                 counts.rejected += len(rewards)
                 continue
-            buffer.extend(part.select(members))
+            buffer += part.select(members)
             counts.kept += len(rewards)
-    if not len(buffer):
+    if not buffer:
         raise UserError(
             f"no prompt with mixed rewards among {counts.generated} completions in {counts.rounds} rounds: every group is all "
             "right or all wrong, so there is no gradient to analyse; choose an earlier checkpoint, an easier or harder "
             "task, more completions per prompt or more refill rounds"
         )
-    return buffer, counts
+    return Rollouts(tuple(buffer)), counts

@@ -14,8 +14,9 @@ from torch import nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.scores import token_statistics
-from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
+from rl_training.generation.rollout_sequences import to_batch
 from rl_training.sampling import SamplingConfig, draw
+from rl_training.sequences import RolloutSequence
 
 POOL_AGE = 8
 
@@ -54,8 +55,7 @@ class Pool:
         coder, rows = self._trainer.processing_class, [self._rows[i] for i in chosen]
         found = draw(self._model, coder, rows, 1, self._sampling_config, 104729 + step, "")
         scores = token_statistics(self._model, found.to_batch(self._sampling_config)).scores().tolist()
-        drawn = zip(chosen, found.prompt_ids, found.completion_ids, scores, strict=True)
-        new = [_Watched(row, RolloutSequence(tuple(p), tuple(c)), score) for row, p, c, score in drawn]
+        new = [_Watched(*drawn) for drawn in zip(chosen, found, scores, strict=True)]
         if first:
             self._watched = new
         for slot, watched in zip(slots, new, strict=True):

@@ -62,10 +62,11 @@ from entropy_core.passes.shared_prefix import common_prefix_buckets
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.generation.description import describe_sampling
-from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
+from rl_training.generation.rollout_sequences import to_batch
 from rl_training.integrations.trl_rollouts import StepRollouts
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.sampling import draw
+from rl_training.sequences import RolloutSequence
 
 _TIMED_STEPS = 3
 DIFFERENTIATED = 64  # held-out sequences of which derivatives and hidden states are kept

@@ -19,7 +19,7 @@ from entropy_experiments.audit.recorded_run import RecordedRun, Sequence
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.errors import UserError
-from rl_training.generation.rollout_sequences import RolloutSequence, choose
+from rl_training.generation.rollout_sequences import choose
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 
 METRICS = ("entropy", "measured", "measured_fixed_prefix")
@@ -110,21 +110,8 @@ class ProbeMeans:
         """(sequence, log of its prompt's weight)."""
         if not rollouts_path(self._run.folder, step).exists():
             return []
-        recorded = [
-            r
-            for r in read_rollouts(self._run.folder, step)
-            if r["completion_mask"] is None or any(r["completion_mask"])
-        ]
-        rows = [r for r in recorded if (r["status"] != "rejected" if which == "kept" else r["round"] == 0)]
-        sequences = [
-            RolloutSequence(
-                tuple(r["prompt_ids"]),
-                tuple(r["completion_ids"]),
-                log_prior=-math.log(r["draw_probability"]),
-                drawn=None if r["completion_mask"] is None else tuple(r["completion_mask"]),
-            )
-            for r in rows
-        ]
+        recorded = [s for s in read_rollouts(self._run.folder, step) if s.length]
+        sequences = [s for s in recorded if (s.status != "rejected" if which == "kept" else s.round == 0)]
         probe = self._config.entropy_probe
         if which == "watched" and sequences:
             # The probe's own stream of random numbers, by the step that is about to be taken.

@@ -160,21 +160,17 @@ def _trouble(row: dict[str, Any]) -> str | None:
 def _trained_sequences(folder: Path, step: int) -> set[tuple[tuple[int, ...], tuple[int, ...]]] | None:
     if not rollouts_path(folder, step).exists():
         return None
-    rows = read_rollouts(folder, step)
-    return {(tuple(r["prompt_ids"]), tuple(r["completion_ids"])) for r in rows if r["status"] != "rejected"}
+    return {(s.prompt_ids, s.completion_ids) for s in read_rollouts(folder, step) if s.status != "rejected"}
 
 
 def _from_rollouts(folder: Path, step: int, sidecar: Sidecar, batch_size: Any) -> Callable[[], StepRecord]:
     def read() -> StepRecord:
         rounds: dict[int, list[Sequence]] = {}
-        rows = read_rollouts(folder, step)
-        for row in rows:
-            ids, mask = tuple(row["completion_ids"]), row.get("completion_mask")
-            kept = row["status"] != "rejected"
-            drawn = (True,) * len(ids) if mask is None else tuple(mask)
-            rewards = (row["reward"],)
-            rounds.setdefault(row["round"], []).append(
-                Sequence(tuple(row["prompt_ids"]), ids, drawn, len(ids), row["rank"], rewards, None, kept)
+        for s in read_rollouts(folder, step):
+            drawn, width = s.drawn or (True,) * len(s.completion_ids), len(s.completion_ids)
+            kept = s.status != "rejected"
+            rounds.setdefault(s.round, []).append(
+                Sequence(s.prompt_ids, s.completion_ids, drawn, width, s.rank, (s.reward,), None, kept)
             )
         loss = tuple(s for number in sorted(rounds) for s in rounds[number] if s.kept)
         known = isinstance(batch_size, int) and batch_size > 0

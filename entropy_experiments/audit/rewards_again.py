@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 from entropy_experiments.audit.recorded_run import RecordedRun
+from entropy_experiments.buffers.saved import with_prompts
 from rl_training.config import TaskConfig
 from rl_training.configuration import validate_config
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.run.sidecar import Sidecar, read_sidecar
-from rl_training.sampling import Rollouts, prompt_text, score
+from rl_training.sampling import score
 from rl_training.tasks.task import Task, load_task
 from rl_training.tasks.trust import why_trust_is_needed
 
@@ -60,33 +61,16 @@ def _with_reward(sidecar: Sidecar, name: str) -> Task | None:
 
 
 def _scored(run: RecordedRun, task: Task, steps: Sequence[int]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
-    known = {row["prompt_index"]: row for row in [*task.train, *task.heldout]}
-    rows = [row for step in steps for row in read_rollouts(run.folder, step)]
-    unknown = [row["prompt_index"] for row in rows if row["prompt_index"] not in known]
-    if unknown:
-        raise UserError(f"the rollouts name prompt {unknown[0]}, which the task does not have: tasks differ")
-    rollouts = Rollouts(
-        prompt_ids=[row["prompt_ids"] for row in rows],
-        completion_ids=[row["completion_ids"] for row in rows],
-        prompt_index=[row["prompt_index"] for row in rows],
-        prompt=[prompt_text(known[row["prompt_index"]]["prompt"]) for row in rows],
-        completion=[row["completion"] for row in rows],
-        prompt_row=[known[row["prompt_index"]] for row in rows],
-        reward=[None] * len(rows),
-        status=[row["status"] for row in rows],
-    )
-    score(rollouts, task.reward_functions)
-    return {
-        (tuple(row["prompt_ids"]), tuple(row["completion_ids"])): math.nan if reward is None else reward
-        for row, reward in zip(rows, rollouts.reward, strict=True)
-    }
+    recorded = [s for step in steps for s in read_rollouts(run.folder, step)]
+    scored = score(with_prompts(recorded, task), task.reward_functions)
+    return {(s.prompt_ids, s.completion_ids): math.nan if s.reward is None else s.reward for s in scored}
 
 
 def _others(run: RecordedRun, steps: Sequence[int], again: dict[tuple[tuple[int, ...], tuple[int, ...]], float]) -> int:
     """Recorded rewards that are not what the function gives."""
     count = 0
-    for row in (row for step in steps for row in read_rollouts(run.folder, step)):
-        now, then = again[tuple(row["prompt_ids"]), tuple(row["completion_ids"])], row["reward"]
-        then = math.nan if then is None else then
+    for sequence in (s for step in steps for s in read_rollouts(run.folder, step)):
+        now = again[sequence.prompt_ids, sequence.completion_ids]
+        then = math.nan if sequence.reward is None else sequence.reward
         count += not (math.isnan(now) and math.isnan(then)) and not abs(now - then) <= _EQUAL
     return count

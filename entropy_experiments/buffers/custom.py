@@ -27,6 +27,7 @@ from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import tokenize_prompts
 from rl_training.sampling import Rollouts, SamplingConfig, prompt_text
+from rl_training.sequences import RolloutSequence
 from rl_training.tasks.json_lines import check_values, regular_file
 
 _KEYS = ("prompt", "completion", "prompt_index", "reward", "weight")
@@ -269,23 +270,23 @@ def given_rollouts(
             else segments_as_tokens(tokenizer, parts, plan.sampling_config)
         )
         ids.append(tokens)
-        drawn.append(None if mask is None or all(mask) else mask)
+        drawn.append(None if mask is None or all(mask) else tuple(mask))
     decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
     whole = tokenizer.batch_decode(
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions], skip_special_tokens=True
     )
     # decoding need not give back a text to the letter; where nothing was cut off, the text itself is shown
     shown = [t if d == w else d for t, d, w in zip(completions, decoded, whole, strict=True)]
-    return Rollouts(
-        prompt_ids=tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.sampling_config.rendering),
-        completion_ids=ids,
+    prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.sampling_config.rendering)
+    rollouts = Rollouts(tuple(RolloutSequence(tuple(p), tuple(c)) for p, c in zip(prompts, ids, strict=True)))
+    return rollouts.with_values(
+        drawn=drawn,
         prompt_index=[int(row["prompt_index"]) for row in rows],
         prompt=[prompt_text(row["prompt"]) for row in rows],
         completion=shown,
-        prompt_row=list(rows),
-        reward=list(rewards) if rewards is not None else [None] * len(rows),
+        prompt_row=rows,
+        reward=rewards if rewards is not None else [None] * len(rows),
         status=[status] * len(rows),
-        drawn=drawn,
     )
 
 

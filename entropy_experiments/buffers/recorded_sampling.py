@@ -96,7 +96,9 @@ def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig
     if record.sidecar is None or not rollouts_path(record.run_dir, record.step).exists():
         return
     rows = {int(row["prompt_index"]): row for row in [*task.train, *task.heldout]}
-    recorded = {int(row["prompt_index"]): row["prompt_ids"] for row in read_rollouts(record.run_dir, record.step)}
+    recorded = {
+        s.prompt_index: s.prompt_ids for s in read_rollouts(record.run_dir, record.step) if s.prompt_index is not None
+    }
     for number in [n for n in recorded if n in rows][:_PROMPTS_COMPARED]:
         ours = tokenize_prompts(checkpoint.tokenizer, [rows[number]["prompt"]], sampling_config.rendering)[0]
         theirs: Sequence[int] = list(recorded[number])

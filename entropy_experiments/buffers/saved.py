@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.sampling import Rollouts, prompt_text
+from rl_training.sequences import RolloutSequence
+from rl_training.tasks.task import Task
 
 _REMEDY = (
     "take what it recorded (sampling.train_prompts=from_run, sampling.eval_prompts=from_run), or sequences of your own "
@@ -56,11 +58,14 @@ def refuse_foreign(training: Rollouts, sampling: BuffersConfig) -> None:
         )
 
 
-def recorded_training(run_dir: Path, step: int, plan: SamplingPlan) -> tuple[Rollouts, list[dict[str, Any]]]:
-    """(the sequences that step trained on, fillers included; all of its recorded rows). Raises UserError where it has none."""
-    rows = read_rollouts(run_dir, step)
-    kept = [row for row in rows if row["status"] != "rejected" and has_drawn(row)]
-    return _rollouts(kept, plan, step, [row["status"] for row in kept]), rows
+def recorded_training(run_dir: Path, step: int, plan: SamplingPlan) -> tuple[Rollouts, list[RolloutSequence]]:
+    """(the sequences that step trained on, fillers included, with their weights; all that it recorded).
+
+    Raises UserError where it recorded none.
+    """
+    recorded = read_rollouts(run_dir, step)
+    kept = [s for s in recorded if s.status != "rejected" and s.length]
+    return with_prompts(kept, plan.task), recorded
 
 
 def recorded_evaluation(
@@ -78,23 +83,24 @@ def recorded_evaluation(
             f"eval_prompts=from_run needs what the step after the checkpoint drew, and {path} does not exist: analyse an earlier "
             "checkpoint of this run, or give sequences of your own (eval_sequences_path)"
         )
-    rows = [row for row in read_rollouts(record.run_dir, step) if row["round"] == 0 and has_drawn(row)]
-    prompts = sorted({row["prompt_index"] for row in rows} - set(keep_out))
+    recorded = [s for s in read_rollouts(record.run_dir, step) if s.round == 0 and s.length]
+    prompts = sorted({s.prompt_index for s in recorded if s.prompt_index is not None} - set(keep_out))
     if not prompts:
         raise UserError(
             f"every prompt of {path} is in the training buffer as well: analyse another checkpoint, or give sequences of your "
             "own (eval_sequences_path)"
         )
     order = prompts
-    if settings.eval_batch_size < sum(row["prompt_index"] in set(prompts) for row in rows):
+    if settings.eval_batch_size < sum(s.prompt_index in set(prompts) for s in recorded):
         rng = np.random.default_rng(config.seed + 2_000_003)
         order = [prompts[i] for i in rng.permutation(len(prompts))]
-    members = {p: [row for row in rows if row["prompt_index"] == p] for p in order}
+    members = {p: [s for s in recorded if s.prompt_index == p] for p in order}
     # Distinct prompts first: completions of one prompt are added in turns until the buffer is full.
     turns = max(len(m) for m in members.values())
     chosen = [members[p][turn] for turn in range(turns) for p in order if turn < len(members[p])]
     chosen = chosen[: settings.eval_batch_size]
-    return _rollouts(chosen, plan, step, ["evaluation"] * len(chosen))
+    chosen = [replace(s, status="evaluation", advantage=math.nan, weight=math.nan) for s in chosen]
+    return with_prompts(chosen, plan.task)
 
 
 def refuse_other_vocabulary(checkpoint: Checkpoint, rollouts: Rollouts) -> None:
@@ -109,27 +115,16 @@ def refuse_other_vocabulary(checkpoint: Checkpoint, rollouts: Rollouts) -> None:
         )
 
 
-def has_drawn(row: dict[str, Any]) -> bool:
-    """Whether the policy drew any token of a recorded sequence: one without has no entropy and no gradient."""
-    mask = row.get("completion_mask")
-    return bool(row["completion_ids"]) and (mask is None or any(mask))
+def with_prompts(recorded: Sequence[RolloutSequence], task: Task) -> Rollouts:
+    """Recorded sequences with the task's rows, which a run does not record.
 
-
-def _rollouts(rows: Sequence[dict[str, Any]], plan: SamplingPlan, step: int, status: list[str]) -> Rollouts:
-    known = {row["prompt_index"]: row for row in [*plan.task.train, *plan.task.heldout]}
-    unknown = [row["prompt_index"] for row in rows if row["prompt_index"] not in known]
-    if unknown:
+    Raises UserError for a prompt that is none of them.
+    """
+    known = {row["prompt_index"]: row for row in [*task.train, *task.heldout]}
+    unknown = next((s for s in recorded if s.prompt_index not in known), None)
+    if unknown is not None:
         raise UserError(
-            f"the rollouts of step {step} name prompt {unknown[0]}, which the task does not have: tasks differ"
+            f"the rollouts of step {unknown.step} name prompt {unknown.prompt_index}, which the task does not have: tasks differ"
         )
-    return Rollouts(
-        prompt_ids=[row["prompt_ids"] for row in rows],
-        completion_ids=[row["completion_ids"] for row in rows],
-        prompt_index=[row["prompt_index"] for row in rows],
-        prompt=[prompt_text(known[row["prompt_index"]]["prompt"]) for row in rows],
-        completion=[row["completion"] for row in rows],
-        prompt_row=[known[row["prompt_index"]] for row in rows],
-        reward=[None if row["reward"] is None or math.isnan(row["reward"]) else row["reward"] for row in rows],
-        status=status,
-        drawn=[row.get("completion_mask") for row in rows],
-    )
+    rows = [known[s.prompt_index] for s in recorded]
+    return Rollouts(tuple(recorded)).with_values(prompt_row=rows, prompt=[prompt_text(row["prompt"]) for row in rows])

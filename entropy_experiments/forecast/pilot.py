@@ -44,6 +44,7 @@ from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts
 from rl_training.sampling import Rollouts, draw
+from rl_training.sequences import RolloutSequence
 
 PILOT = 16  # sequences a side
 _PASSED = 64  # at most, where passes without gradients are timed: these go in larger batches
@@ -172,15 +173,15 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
         )
         for side, count in ((evaluation, settings.eval_batch_size), (training, settings.train_batch_size))
     ]
-    recorded = _recorded_rows(checkpoint)
+    recorded = _recorded(checkpoint)
     lengths = [len(c) for _, rollouts in drawings for c in rollouts.completion_ids]
-    recorded_lengths = [len(row["completion_ids"]) for row in recorded if row["completion_ids"]]
+    recorded_lengths = [len(s.completion_ids) for s in recorded if s.completion_ids]
     longer = _mean(recorded_lengths or lengths) - _mean(lengths)
     rates = [
         passes if known else passes.scaled(max(passes.tokens + longer, 1.0))
         for (passes, _), known in zip(timed, (given.evaluation, given.training), strict=True)
     ]
-    kept = sum(row["status"] == "trained" for row in recorded)
+    kept = sum(s.status == "trained" for s in recorded)
     return Pilot(
         rates[1],
         rates[0],
@@ -192,14 +193,14 @@ def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysis
 
 
 def _first(rollouts: Rollouts | None) -> Rollouts | None:
-    return rollouts and rollouts.select(range(min(PILOT, len(rollouts))))
+    return rollouts and rollouts[:PILOT]
 
 
 def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values)
 
 
-def _recorded_rows(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _recorded(checkpoint: Checkpoint) -> list[RolloutSequence]:
     """Of the run's last steps up to the checkpoint; none where it recorded none."""
     found, last = [], checkpoint.record.step
     for step in range(max(1, last - _RECORDED_STEPS + 1), last + 1):

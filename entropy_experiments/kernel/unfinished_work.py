@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
@@ -26,6 +24,7 @@ from rl_training.errors import UserError
 from rl_training.files import read_json_object, write_json_whole
 from rl_training.run.disk import disk_errors_explained
 from rl_training.sampling import CollectionCounts, Rollouts
+from rl_training.sequences import RolloutSequence
 
 FOLDER_NAME = "work"
 _VERSIONS = ("torch", "transformers", "peft", "entropy-experiments")
@@ -53,14 +52,9 @@ class UnfinishedWork(KernelWorkspace):
         return read_json_object(path, "start anew with --overwrite") if path.exists() else None
 
     def keep_buffers(self, evaluation: Rollouts, training: TrainingBuffer) -> None:
-        def numbers(values: torch.Tensor | None) -> list[float] | None:
-            return None if values is None else values.double().tolist()
-
         content = {
-            "evaluation": asdict(evaluation),
-            "training": asdict(training.rollouts),
-            "advantages": numbers(training.advantages),
-            "weights": numbers(training.weights),
+            "evaluation": [sequence.to_json() for sequence in evaluation],
+            "training": [sequence.to_json() for sequence in training.rollouts],
             "counts": asdict(training.counts),
         }
         try:
@@ -72,21 +66,20 @@ class UnfinishedWork(KernelWorkspace):
             return
 
     def kept_buffers(self) -> tuple[Rollouts, TrainingBuffer] | None:
-        """(evaluation, training) as they were drawn; None where they were not kept."""
+        """(evaluation, training) as they were drawn; None where they were not kept. Raises UserError where they are damaged."""
         found = self.kept("buffers")
         if found is None:
             return None
-
-        def numbers(values: list[float] | None) -> torch.Tensor | None:
-            return None if values is None else torch.tensor(values, dtype=torch.float64)
-
-        training = TrainingBuffer(
-            Rollouts(**found["training"]),
-            numbers(found["advantages"]),
-            numbers(found["weights"]),
-            CollectionCounts(**found["counts"]),
-        )
-        return Rollouts(**found["evaluation"]), training
+        try:
+            evaluation, training = (
+                Rollouts(tuple(RolloutSequence.from_json(values) for values in found[name]))
+                for name in ("evaluation", "training")
+            )
+            return evaluation, TrainingBuffer(training, CollectionCounts(**found["counts"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder / 'buffers.json'} is damaged, or of another version: start anew with --overwrite"
+            ) from error
 
 
 def describe_work(checkpoint: Path, config: FisherAnalysisConfig) -> dict[str, Any]:

@@ -110,30 +110,29 @@ def _rows(
     rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
 ) -> list[dict[str, Any]]:
     scores, sums = statistics.scores(), statistics.entropy_sums()
-    lengths, endings = rollouts.lengths, rollouts.endings(plan.sampling_config)
-    out = []
-    for i in range(len(rollouts)):
-        prompt, tokens, drawn = rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.drawn[i]
+    endings, out = rollouts.endings(plan.sampling_config), []
+    for i, sequence in enumerate(rollouts):
+        prompt, tokens, drawn = list(sequence.prompt_ids), list(sequence.completion_ids), sequence.drawn
         span = slice(len(prompt), len(prompt) + len(tokens))  # from_sequences pads on the right
         out.append(
             {
                 "buffer": buffer,
                 "row": i,
-                "prompt_index": rollouts.prompt_index[i],
-                "prompt": rollouts.prompt[i],
-                "completion": rollouts.completion[i],
+                "prompt_index": sequence.prompt_index,
+                "prompt": sequence.prompt,
+                "completion": sequence.completion,
                 "prompt_ids": prompt,
                 "completion_ids": tokens,
                 "token_texts": token_texts(tokenizer, tokens),
                 "completion_mask": None if drawn is None else list(drawn),
                 "logprobs": _of_drawn(statistics.logprobs[i, span].tolist(), drawn),
                 "entropies": _of_drawn(statistics.entropies[i, span].tolist(), drawn),
-                "length": lengths[i],
+                "length": sequence.length,
                 "truncated": endings[i] == "truncated",
                 "ending": endings[i],
                 "score": float(scores[i]),
                 "entropy_sum": float(sums[i]),
-                "reward": rollouts.reward[i],
+                "reward": sequence.reward,
             }
         )
     return out

@@ -32,7 +32,6 @@ from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.errors import UserError
 from rl_training.generation.drawn_tokens import completion_of_row, loss_mask
 from rl_training.generation.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
 from rl_training.premises.law_check import LawKeeper
 from rl_training.premises.premise_guard import PremiseGuard
@@ -42,6 +41,7 @@ from rl_training.run.model_card import write_model_card
 from rl_training.run.rollouts import write_rollouts
 from rl_training.run.sidecar import read_sidecar, write_sidecar
 from rl_training.sampling import has_reward_differences
+from rl_training.sequences import RolloutSequence
 from rl_training.tasks.difficulty import PassRates, mean_reward
 
 
@@ -297,42 +297,34 @@ class DrGRPOTrainer(GRPOTrainer):
         weights: list[float],
     ) -> None:
         place_in_buffer = {id(group): place for place, group in enumerate(kept)}
-        rows = []
+        sequences: list[RolloutSequence] = []
         for group in groups:
             output, place = outputs[group.round], place_in_buffer.get(id(group))
             for k, row in enumerate(group.rows):
                 tokens, drawn = completion_of_row(output, row)
                 in_buffer = None if place is None else place * self.num_generations + k
-                rows.append(
-                    {
-                        "step": self.state.global_step + 1,
-                        "round": group.round,
-                        "rank": self.accelerator.process_index,
-                        "status": group.status,
-                        "prompt_index": int(self.train_dataset[group.prompt]["prompt_index"]),
-                        "draw_probability": group.draw_probability,
-                        "prompt_ids": output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist(),
-                        "completion_ids": tokens,
-                        "completion_mask": None if drawn is None else list(drawn),
-                        "completion": self._tokenizer.decode(tokens, skip_special_tokens=True),
-                        "reward": None if math.isnan(group.rewards[k]) else group.rewards[k],
-                        "advantage": None if in_buffer is None else advantages[in_buffer],
-                        "weight": None if in_buffer is None else weights[in_buffer],
-                    }
+                prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
+                sequences.append(
+                    RolloutSequence(
+                        tuple(prompt),
+                        tuple(tokens),
+                        advantage=math.nan if in_buffer is None else advantages[in_buffer],
+                        weight=math.nan if in_buffer is None else weights[in_buffer],
+                        draw_probability=group.draw_probability,
+                        drawn=drawn,
+                        prompt_index=int(self.train_dataset[group.prompt]["prompt_index"]),
+                        completion=self._tokenizer.decode(tokens, skip_special_tokens=True),
+                        reward=None if math.isnan(group.rewards[k]) else group.rewards[k],
+                        status=group.status,
+                        step=self.state.global_step + 1,
+                        round=group.round,
+                        rank=self.accelerator.process_index,
+                    )
                 )
-        self.unfiltered_rollouts = [
-            RolloutSequence(
-                tuple(row["prompt_ids"]),
-                tuple(row["completion_ids"]),
-                log_prior=-math.log(row["draw_probability"]),
-                drawn=None if row["completion_mask"] is None else tuple(row["completion_mask"]),
-            )
-            for row in rows
-            if row["round"] == 0 and (row["completion_mask"] is None or any(row["completion_mask"]))
-        ]
-        rows = gather_object(rows)
+        self.unfiltered_rollouts = [s for s in sequences if s.round == 0 and s.length]
+        everywhere = gather_object(sequences)
         if self.accelerator.is_main_process:
-            write_rollouts(Path(self.args.output_dir), self.state.global_step + 1, rows)
+            write_rollouts(Path(self.args.output_dir), self.state.global_step + 1, everywhere)
 
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

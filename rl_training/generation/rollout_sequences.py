@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,26 +11,7 @@ from torch import Tensor
 from entropy_core.batch import SequenceBatch
 from rl_training.probe.shares import TrainingSequences
 from rl_training.sampling import SamplingConfig
-
-
-@dataclass(frozen=True)
-class RolloutSequence:
-    """One generated sequence.
-
-    drawn_score: its log-probability under the policy that drew it, None where that is today's. log_prior: minus the log of
-    the probability with which its prompt was drawn. advantage, weight: A_i and w_i in the loss; NaN where unknown. drawn:
-    which tokens of the completion the policy drew; None where it drew every one.
-    token_weights: w_ik of each of its completion's tokens, as the loss gave them; None where they were not read.
-    """
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    advantage: float = math.nan
-    weight: float = math.nan
-    drawn_score: float | None = None
-    log_prior: float = 0.0
-    drawn: tuple[bool, ...] | None = None
-    token_weights: tuple[float, ...] | None = None
+from rl_training.sequences import RolloutSequence
 
 
 def choose(

@@ -13,9 +13,9 @@ from entropy_core.processes import Processes
 from rl_training.errors import UserError
 from rl_training.generation.drawn_tokens import environment_of
 from rl_training.generation.model_inputs import row_beyond_text
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.sampling import SamplingConfig, draw
+from rl_training.sequences import RolloutSequence
 
 
 def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]], source: str = "fresh") -> None:
@@ -46,8 +46,7 @@ class FreshCompletions:
         if mine:
             coder = text_tokenizer(self._trainer.processing_class)
             found = draw(self._model, coder, mine, each, self._sampling_config, seed, "evaluation")
-            pairs = zip(found.prompt_ids, found.completion_ids, strict=True)
-            drawn = [RolloutSequence(tuple(prompt), tuple(completion)) for prompt, completion in pairs]
+            drawn = [RolloutSequence(s.prompt_ids, s.completion_ids) for s in found]  # a row may hold anything
         blocks = [drawn[i : i + each] for i in range(0, len(drawn), each)]
         places = range(rank, len(rows), size)
         gathered = gather_object(list(zip(places, blocks, strict=True)))

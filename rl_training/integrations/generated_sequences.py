@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.sequences import RolloutSequence
 
 
 class GeneratedSequences:

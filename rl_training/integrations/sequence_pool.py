@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.sequences import RolloutSequence
 
 Draw = Callable[[Sequence[dict[str, Any]], np.random.Generator], list[RolloutSequence]]
 

@@ -14,7 +14,6 @@ from entropy_core.processes import Processes
 from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.integrations.known_pass import LastPass
 from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
@@ -22,6 +21,7 @@ from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.watch import EntropyWatch, WatchedChange
 from rl_training.probe.watch_state import WatchHistory
+from rl_training.sequences import RolloutSequence
 
 OVERLAP = (
     "the step's own sequences are what it learns from, so that the change on them may be larger than the policy's, several times "

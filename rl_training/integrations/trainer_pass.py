@@ -19,8 +19,8 @@ from entropy_core.passes.hidden_states import noted_hidden_states, projected
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from entropy_core.watched_pass import WatchedPass
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.integrations.known_pass import KnownPass, Ours
+from rl_training.sequences import RolloutSequence
 
 _FORWARD = "_get_per_token_logps_and_entropies"
 _TOKENS = ("input_ids", "attention_mask", "logits_to_keep")

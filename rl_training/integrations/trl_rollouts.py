@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rl_training.generation.drawn_tokens import GeneratedMasks, drawn_completions, loss_mask
 from rl_training.generation.model_inputs import ModelInputs, refusal
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.premises.loss_reading import LossReader
 from rl_training.prompts.text_tokenizer import text_tokenizer
+from rl_training.sequences import RolloutSequence
 
 # Losses that are sums of w_i S_i while the policy is the one that drew the sequences.
 _LINEAR_LOSSES = ("dr_grpo", "grpo", "bnpo", "dapo")

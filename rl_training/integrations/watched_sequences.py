@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
-from rl_training.generation.rollout_sequences import RolloutSequence, choose, to_batch
+from rl_training.generation.rollout_sequences import choose, to_batch
 from rl_training.premises.drawn_policies import DrawnPolicies
 from rl_training.sampling import SamplingConfig
+from rl_training.sequences import RolloutSequence
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl_training.generation.rollout_sequences import RolloutSequence
+from rl_training.sequences import RolloutSequence
 
 _COINCIDENCE = 1e-3
 # Log-probabilities of whole sequences, root mean square: recorded ones that are as near to the probe's own are as good.

@@ -17,9 +17,9 @@ from torch import nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.passes.forward import input_device
 from entropy_core.scores import token_statistics
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.run.sidecar import SidecarWitness
+from rl_training.sequences import RolloutSequence
 
 SEQUENCES, COMPLETION_TOKENS, TOKENS = 4, 64, 4096
 

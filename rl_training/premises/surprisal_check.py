@@ -26,8 +26,9 @@ import torch
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.scores import TokenStatistics
-from rl_training.generation.rollout_sequences import RolloutSequence, to_batch
+from rl_training.generation.rollout_sequences import to_batch
 from rl_training.sampling import SamplingConfig
+from rl_training.sequences import RolloutSequence
 
 FALSE_ALARMS = 5e-4
 _TIGHTEST = 30.0

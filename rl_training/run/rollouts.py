@@ -8,7 +8,7 @@ completion_ids the policy drew (the others came from tools or an environment), n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole_by
 from rl_training.run.checkpoint_digests import file_digest
 from rl_training.run.sums import add_sum, check_sum
+from rl_training.sequences import RolloutSequence
 
 COPY_AGAIN = "copy it again, or move it away to go on without it"
 SCHEMA = pa.schema(
@@ -45,13 +46,19 @@ def rollouts_path(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / "rollouts" / f"step-{step:06d}.parquet"
 
 
-def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write one step's rows, whole or not at all. Raises UserError where the folder of rollouts is a link."""
+def write_rollouts(run_dir: Path, step: int, sequences: Iterable[RolloutSequence]) -> Path:
+    """Write one step's sequences, whole or not at all. Raises UserError where the folder of rollouts is a link."""
     path = rollouts_path(run_dir, step)
     own_folder(path.parent)
-    write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), part))
+    rows = [_row(sequence) for sequence in sequences]
+    write_whole_by(path, lambda part: pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part))
     add_sum(path)
     return path
+
+
+def _row(sequence: RolloutSequence) -> dict[str, Any]:
+    row = sequence.to_json()
+    return {name: row["drawn" if name == "completion_mask" else name] for name in SCHEMA.names}
 
 
 def check_rollouts(run_dir: Path, step: int, digest: str | None) -> None:
@@ -64,8 +71,8 @@ def check_rollouts(run_dir: Path, step: int, digest: str | None) -> None:
         )
 
 
-def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of one step. Raises UserError where they were not recorded or cannot be read."""
+def read_rollouts(run_dir: Path, step: int) -> list[RolloutSequence]:
+    """The sequences of one step. Raises UserError where they were not recorded or cannot be read."""
     path = rollouts_path(run_dir, step)
     if not path.exists():
         raise UserError(
@@ -78,13 +85,22 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): it is damaged") from error
     for row in rows:
         odd = next((name for name, is_right in _COLUMNS.items() if not is_right(row.get(name))), None)
+        if odd is None and row.get("completion_mask") and len(row["completion_mask"]) != len(row["completion_ids"]):
+            odd = "completion_mask"
         if odd is None and row["status"] != "rejected":
             odd = next((name for name in ("weight", "advantage") if not _is_finite(row.get(name))), None)
         if odd is not None:
             raise UserError(
                 f"{path}: {odd} holds {str(row.get(odd))[:60]}, which no run records: it is damaged; copy it again"
             )
-    return rows
+    return [_sequence(row) for row in rows]
+
+
+def _sequence(row: dict[str, Any]) -> RolloutSequence:
+    drawn, reward = row.pop("completion_mask", None), row["reward"]
+    known = {name: row[name] for name in SCHEMA.names if name in row}
+    judged = reward is not None and not math.isnan(reward)
+    return RolloutSequence.from_json({**known, "drawn": drawn, "reward": reward if judged else None})
 
 
 def _is_finite(value: Any) -> bool:
@@ -98,6 +114,9 @@ def _are_tokens(value: Any) -> bool:
 _COLUMNS: dict[str, Callable[[Any], bool]] = {
     "status": lambda value: isinstance(value, str),
     "prompt_index": lambda value: type(value) is int,
+    "round": lambda value: type(value) is int,
+    "rank": lambda value: type(value) is int,
+    "draw_probability": lambda value: _is_finite(value) and value > 0,
     "prompt_ids": _are_tokens,
     "completion_ids": _are_tokens,
     "completion": lambda value: isinstance(value, str),

@@ -222,6 +222,6 @@ def test_the_buffer_of_the_run_itself(tiny_run, tmp_path):
     )
     from rl_training.run.rollouts import read_rollouts
 
-    kept = [row for row in read_rollouts(tiny_run, 4) if row["status"] != "rejected"]
-    assert result.training.rollouts.completion_ids == [row["completion_ids"] for row in kept]
-    np.testing.assert_allclose(result.training.weights, [row["weight"] for row in kept], rtol=1e-6)
+    kept = [row for row in read_rollouts(tiny_run, 4) if row.status != "rejected"]
+    assert result.training.rollouts.completion_ids == [list(row.completion_ids) for row in kept]
+    np.testing.assert_allclose(result.training.weights, [row.weight for row in kept], rtol=1e-6)

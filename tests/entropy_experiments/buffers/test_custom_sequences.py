@@ -297,8 +297,7 @@ def test_rewards_for_the_reader_are_the_files_else_the_tasks_own(tiny_run, tmp_p
     found = []
     for path in (scored, bare):
         evaluation = custom_evaluation(checkpoint, plan, path, PromptNumbers(plan.task.heldout))
-        score_for_the_reader(evaluation, plan)
-        found.append(evaluation.reward)
+        found.append(score_for_the_reader(evaluation, plan).reward)
     assert found[0] == [0.25, 0.25]
     assert found[1] == [1.0, 0.0, None, None], "the task rewards even characters; of other prompts it knows nothing"
 

@@ -26,8 +26,9 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 
 def rewrite(run: Path, step: int, **columns: Any) -> None:
     """Every row that was kept with other values; None: without the column."""
-    rows = [{**row, **(columns if row["status"] != "rejected" else {})} for row in read_rollouts(run, step)]
     path = rollouts_path(run, step)
+    stored = pq.read_table(path).to_pylist()
+    rows = [{**row, **(columns if row["status"] != "rejected" else {})} for row in stored]
     pq.write_table(pa.Table.from_pylist(rows), path)
     add_sum(path)
     record = run / f"checkpoint-{step}" / "entropy_experiments.json"
@@ -39,7 +40,7 @@ def rewrite(run: Path, step: int, **columns: Any) -> None:
     [
         {"weight": NAN}, {"weight": None}, {"weight": float("inf")}, {"weight": "x"}, {"advantage": NAN}, {"prompt_ids": [-1]},
         {"completion_ids": None}, {"completion_ids": ["x"]}, {"completion": 1}, {"reward": "x"}, {"prompt_index": 0.5},
-        {"completion_mask": [1]}, {"status": None},
+        {"completion_mask": [1]}, {"status": None}, {"completion_mask": [True] * 99}, {"draw_probability": 0.0}, {"round": None},
     ],
 )  # fmt: skip
 def test_a_value_that_no_run_records(run: Path, columns: dict[str, Any]) -> None:

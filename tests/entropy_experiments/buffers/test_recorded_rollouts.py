@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: P
     recorded = {"training": read_rollouts(run, 2), "evaluation": read_rollouts(run, 3)}
     sums = {"training": np.zeros(2), "evaluation": np.zeros(2)}
     for row in rows:
-        assert any(row["completion_ids"] == r["completion_ids"] for r in recorded[row["buffer"]]), (
+        assert any(row["completion_ids"] == list(r.completion_ids) for r in recorded[row["buffer"]]), (
             "not what was recorded"
         )
         drawn = row["completion_mask"] or [True] * len(row["completion_ids"])
@@ -89,7 +90,7 @@ def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: P
             row["delta_h"], abs=1e-4 * max(map(abs, shares))
         )
         assert [x is None for x in row["token_shares"]] == [x is None for x in row["logprobs"]]
-    weights = {tuple(r["completion_ids"]): r["weight"] for r in recorded["training"] if r["status"] != "rejected"}
+    weights = {r.completion_ids: r.weight for r in recorded["training"] if r.status != "rejected"}
     assert all(row["weight"] == weights[tuple(row["completion_ids"])] for row in training), "the run's own weights"
     prompts = {name: {row["prompt_index"] for row in rows if row["buffer"] == name} for name in sums}
     assert not prompts["training"] & prompts["evaluation"]
@@ -175,12 +176,12 @@ def test_evaluation_from_the_run_takes_the_first_round_and_other_prompts(tiny_ru
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)
     rows = read_rollouts(copy, 3)
-    write_rollouts(copy, 3, [*rows, {**rows[0], "round": 1, "prompt_index": 23}])
+    write_rollouts(copy, 3, [*rows, replace(rows[0], round=1, prompt_index=23)])
     checkpoint = load_checkpoint(copy / "checkpoint-2", device="cpu")
     settings = config(*FROM_RUN)
     evaluation, training = draw_buffers(checkpoint, plan_sampling(checkpoint, settings), settings)
-    first = [r for r in rows if r["round"] == 0 and r["prompt_index"] not in set(training.rollouts.prompt_index)]
-    assert sorted(evaluation.completion_ids) == sorted(r["completion_ids"] for r in first)[: len(evaluation)]
+    first = [r for r in rows if r.round == 0 and r.prompt_index not in set(training.rollouts.prompt_index)]
+    assert sorted(evaluation.completion_ids) == sorted(list(r.completion_ids) for r in first)[: len(evaluation)]
     assert evaluation.drawn == [None] * len(evaluation) and len(evaluation) == len(first)
     small = config(FROM_RUN[1], "entropy_analysis.eval_batch_size=4")
     again, drawn = draw_buffers(checkpoint, plan_sampling(checkpoint, small), small)

@@ -94,11 +94,11 @@ def test_gradients_recognise_their_own_moments_and_not_shuffled_ones(tiny_run):
 
     checkpoint = load_checkpoint(tiny_run)
     parameters = trainable_parameters(checkpoint.model)
-    rows = [r for step in (3, 4) for r in read_rollouts(tiny_run, step) if r["status"] == "trained"]
+    rows = [r for step in (3, 4) for r in read_rollouts(tiny_run, step) if r.status == "trained"]
     batch = SequenceBatch.from_sequences(
-        [r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows], [r["prompt_index"] for r in rows], 0
+        [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prompt_index for r in rows], 0
     )
-    weights = torch.tensor([r["weight"] for r in rows])
+    weights = torch.tensor([r.weight for r in rows])
     gradient = batch_gradients(checkpoint.model, batch, [score_coefficients(batch, -weights)])[0]
     state = read_adamw_state(checkpoint.optimizer, parameters)
     true = mapping_evidence(state, gradient)

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.errors import UserError
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.models.adapter_initialisation import REPEATABLE, unrepeatable_initialisation
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.premises.policy_witness import choose_witness, witness_differences
 from rl_training.run.sidecar import read_sidecar
+from rl_training.sequences import RolloutSequence
 from tests.entropy_experiments.checkpoint_edits import reseal
 from tests.tiny_policy import even_start_reward, save_tiny_policy
 

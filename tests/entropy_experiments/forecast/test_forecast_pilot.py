@@ -9,6 +9,7 @@ from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.passes.token_plan import TokenPlan
 from entropy_experiments.forecast.pilot import DrawingRates, PassRates, _drawing_rates, more_of_the_kind
 from rl_training.sampling import Rollouts
+from rl_training.sequences import RolloutSequence
 
 LENGTHS = [1, 2, 2, 3, 5, 8, 8, 20]
 
@@ -29,7 +30,7 @@ def test_more_than_a_batch_is_drawn_in_batches() -> None:
 
 def drawing(n: int, prompt: int, longest: int, seconds: float) -> tuple[float, Rollouts]:
     lengths = [1] * (n - 1) + [longest]
-    return seconds, Rollouts(prompt_ids=[[0] * prompt] * n, completion_ids=[[0] * k for k in lengths])
+    return seconds, Rollouts(tuple(RolloutSequence((0,) * prompt, (0,) * k) for k in lengths))
 
 
 def test_two_drawings_tell_what_a_step_and_what_a_sequence_costs() -> None:

@@ -55,18 +55,18 @@ def test_the_loss_gradient_is_minus_the_recorded_weights_times_the_score_rows(
     with torch.no_grad():
         for name, p in trainable_parameters(trainer.model).items():
             p.copy_(spy.parameters[name])
-    rows = [row for row in read_rollouts(tmp_path / "run", 1) if row["status"] != "rejected"]
+    rows = [row for row in read_rollouts(tmp_path / "run", 1) if row.status != "rejected"]
     assert len(rows) == 16
     longest: dict[int, int] = {}
     for r in rows:
-        longest[r["prompt_index"]] = max(longest.get(r["prompt_index"], 0), len(r["completion_ids"]))
+        longest[r.prompt_index] = max(longest.get(r.prompt_index, 0), len(r.completion_ids))
     assert len(longest) == 8 and min(longest.values()) < 64 and len(set(longest.values())) > 1, "nothing to tell apart"
     batch = SequenceBatch.from_sequences(
-        [r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows], [r["prompt_index"] for r in rows], 0
+        [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prompt_index for r in rows], 0
     )
-    weights = torch.tensor([r["weight"] for r in rows], dtype=torch.float64)
+    weights = torch.tensor([r.weight for r in rows], dtype=torch.float64)
     expected = sequence_weights(
-        torch.tensor([r["reward"] for r in rows]),
+        torch.tensor([r.reward for r in rows]),
         batch.prompt_index,
         batch.completion_lengths,
         "dr_grpo",
@@ -116,13 +116,13 @@ def test_trained_groups_have_reward_differences_and_counts_add_up(tiny_policy, t
         logged = next(entry for entry in trainer.state.log_history if entry.get("step") == step)
         assert len(rows) == logged["buffer/generated"]
         for status in ("trained", "filler", "rejected"):
-            assert sum(row["status"] == status for row in rows) == logged[f"buffer/{status}"]
+            assert sum(row.status == status for row in rows) == logged[f"buffer/{status}"]
         groups: dict[int, set] = {}
         for row in rows:
-            if row["status"] == "trained":
-                groups.setdefault(row["prompt_index"], set()).add(row["reward"])
-            elif row["status"] == "filler":
-                assert row["weight"] == 0.0
+            if row.status == "trained":
+                groups.setdefault(row.prompt_index, set()).add(row.reward)
+            elif row.status == "filler":
+                assert row.weight == 0.0
         assert groups and all(len(rewards) > 1 for rewards in groups.values())
 
 
@@ -139,8 +139,8 @@ def test_where_nothing_gives_gradient_the_buffer_is_filler_and_the_policy_stays(
     before = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model).items()}
     trainer.train()
     rows = read_rollouts(tmp_path / "run", 1)
-    assert {row["status"] for row in rows} == {"filler", "rejected"}
-    assert len(rows) == 2 * 16 and sum(row["status"] == "filler" for row in rows) == 16
+    assert {row.status for row in rows} == {"filler", "rejected"}
+    assert len(rows) == 2 * 16 and sum(row.status == "filler" for row in rows) == 16
     assert all(torch.equal(p, before[name]) for name, p in trainable_parameters(trainer.model).items())
 
 

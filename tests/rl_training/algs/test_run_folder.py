@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import pytest
 from rl_training.errors import UserError
 from rl_training.run.folder_lock import LOCK_NAME, holds_something, locked, run_folder_locked
 from rl_training.run.resume import check_resumable
-from rl_training.run.rollouts import SCHEMA, rollouts_path, write_rollouts
+from rl_training.run.rollouts import SCHEMA, read_rollouts, rollouts_path, write_rollouts
 from rl_training.run.sidecar import read_sidecar
 from rl_training.train import run_training
 from tests.tiny_policy import tiny_train_config
@@ -140,10 +141,10 @@ def test_the_record_of_a_steps_sequences_is_held_against_its_digest(finished):
     assert sidecar is not None and sidecar.rollouts_sha256 is not None
     check_resumable(checkpoint, finished, 3)
     content = path.read_bytes()
-    rows = pq.read_table(path).to_pylist()
-    rows[0]["reward"] = 1.0 - rows[0]["reward"]
+    first, *others = read_rollouts(finished, 2)
+    assert first.reward is not None
     try:
-        write_rollouts(finished, 2, rows)
+        write_rollouts(finished, 2, [replace(first, reward=1.0 - first.reward), *others])
         assert pq.read_table(path).schema == SCHEMA
         with pytest.raises(UserError, match="step-000002.parquet is not the file that the trainer wrote"):
             check_resumable(checkpoint, finished, 3)

@@ -21,11 +21,12 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.generation.drawn_tokens import GeneratedMasks
 from rl_training.generation.model_inputs import row_beyond_text
-from rl_training.generation.rollout_sequences import RolloutSequence, to_training_sequences
+from rl_training.generation.rollout_sequences import to_training_sequences
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.integrations.trl_rollouts import StepRollouts
 from rl_training.run.rollouts import SCHEMA, read_rollouts, rollouts_path
 from rl_training.sampling import SamplingConfig
+from rl_training.sequences import RolloutSequence
 from rl_training.train import build_trainer
 from tests.oracle.comparison import assert_named_close
 from tests.oracle.environment import drawn_terms
@@ -285,15 +286,15 @@ def test_dr_grpo_trains_on_tool_results_and_records_which_tokens_were_drawn(tiny
 
     trainer.add_callback(BeforeTheStep(trainer, look))
     trainer.train()
-    rows = [row for row in read_rollouts(tmp_path / "run", 1) if row["status"] != "rejected"]
-    drawn = [row["completion_mask"] for row in rows]
+    rows = [row for row in read_rollouts(tmp_path / "run", 1) if row.status != "rejected"]
+    drawn = [row.drawn for row in rows]
     assert sum(mask is not None and not all(mask) for mask in drawn) > 4
     batch = SequenceBatch.from_sequences(
-        [r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows], [r["prompt_index"] for r in rows], 0,
+        [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prompt_index for r in rows], 0,
         drawn=drawn,
     )  # fmt: skip
-    weights = torch.tensor([r["weight"] for r in rows], dtype=torch.float64)
-    rewards = torch.tensor([r["reward"] for r in rows])
+    weights = torch.tensor([r.weight for r in rows], dtype=torch.float64)
+    rewards = torch.tensor([r.reward for r in rows])
     lengths = batch.completion_lengths
     wanted = sequence_weights(rewards, batch.prompt_index, lengths, "dr_grpo", 12, normalizer)
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-9)
@@ -303,10 +304,8 @@ def test_dr_grpo_trains_on_tool_results_and_records_which_tokens_were_drawn(tiny
             p.copy_(before["weights"][name])
     rebuilt = batch_gradients(model, batch, [score_coefficients(batch, -weights)])[0]
     assert_named_close(rebuilt, before["real"], 1e-4, "the trainer's gradient is not −Σ w ∇S over drawn tokens")
-    first = [row for row in read_rollouts(tmp_path / "run", 2) if row["round"] == 0]
-    assert [s.drawn for s in trainer.unfiltered_rollouts] == [
-        None if row["completion_mask"] is None else tuple(row["completion_mask"]) for row in first
-    ]
+    first = [row for row in read_rollouts(tmp_path / "run", 2) if row.round == 0]
+    assert trainer.unfiltered_rollouts == first
     assert len(logged(trainer)) == 2
 
 
@@ -338,4 +337,4 @@ def test_rollouts_of_older_runs_are_read(tmp_path) -> None:
     path = rollouts_path(tmp_path, 1)
     path.parent.mkdir()
     pq.write_table(pa.Table.from_pylist([row], schema=old), path)
-    assert read_rollouts(tmp_path, 1)[0]["completion_ids"] == [1, 2]
+    assert read_rollouts(tmp_path, 1)[0].completion_ids == (1, 2)

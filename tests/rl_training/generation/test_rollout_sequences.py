@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -108,10 +107,10 @@ def test_scores_known_for_some_alone_are_an_error() -> None:
 
 
 def test_prior_weights_are_minus_the_log_of_how_prompts_were_drawn() -> None:
-    even = [RolloutSequence((p,), (2,), log_prior=-math.log(0.25)) for p in range(4)]
+    even = [RolloutSequence((p,), (2,), draw_probability=0.25) for p in range(4)]
     assert prior_log_weights(even) is None
     chances = [0.5, 0.25, 0.125]
-    uneven = [RolloutSequence((p,), (2,), log_prior=-math.log(chance)) for p, chance in enumerate(chances)]
+    uneven = [RolloutSequence((p,), (2,), draw_probability=chance) for p, chance in enumerate(chances)]
     found = prior_log_weights(uneven)
     assert found is not None and found.dtype == torch.float64
     torch.testing.assert_close(found.exp() * torch.tensor(chances, dtype=torch.float64), torch.ones(3).double())

@@ -109,7 +109,9 @@ def test_rewards_add_up_and_a_wrong_count_is_refused(policy):
     sampling_config = make_sampling_config(model, tokenizer, 1.0, 4)
     rollouts = draw(model, tokenizer, ROWS[:2], 2, sampling_config, seed=0, status="evaluation")
     assert rollouts.reward == [None] * 4
-    score(rollouts, [lambda completions, **_: [1.0] * len(completions), lambda answer, **_: [None, 2.0, 0.0, 0.5]])
+    rollouts = score(
+        rollouts, [lambda completions, **_: [1.0] * len(completions), lambda answer, **_: [None, 2.0, 0.0, 0.5]]
+    )
     assert rollouts.reward == [1.0, 3.0, 1.0, 1.5]
     with pytest.raises(UserError, match="returned 1 rewards for 4"):
         score(rollouts, [lambda **_: [1.0]])

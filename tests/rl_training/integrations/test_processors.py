@@ -85,6 +85,6 @@ def test_dr_grpo_saves_and_the_checkpoint_is_loaded(tiny_policy, tmp_path) -> No
     folder = tmp_path / "run" / "checkpoint-2"
     sidecar = read_sidecar(folder)
     assert sidecar is not None and sidecar.sampling.pad_token_id == tokenizer.pad_token_id
-    assert all(row["completion"] for row in read_rollouts(tmp_path / "run", 2))
+    assert all(row.completion for row in read_rollouts(tmp_path / "run", 2))
     loaded = load_checkpoint(folder, device="cpu")
     assert loaded.tokenizer("2+2=")["input_ids"] == tokenizer("2+2=")["input_ids"]

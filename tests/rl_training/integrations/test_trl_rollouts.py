@@ -175,12 +175,11 @@ def test_a_trainer_that_rejects_groups_hands_over_what_it_drew_before(tiny_polic
     trainer, _ = build_trainer(config)
     trainer.train()
     last = read_rollouts(tmp_path / "run", 3)
-    first_round = [row for row in last if row["round"] == 0]
-    assert {row["status"] for row in first_round} >= {"rejected"}, "nothing was rejected: the test is blind"
+    first_round = [row for row in last if row.round == 0]
+    assert {row.status for row in first_round} >= {"rejected"}, "nothing was rejected: the test is blind"
     found = trainer.unfiltered_rollouts
-    assert [s.completion_ids for s in found] == [tuple(row["completion_ids"]) for row in first_round]
-    assert [s.prompt_ids for s in found] == [tuple(row["prompt_ids"]) for row in first_round]
-    assert [s.log_prior for s in found] == pytest.approx([-math.log(row["draw_probability"]) for row in first_round])
+    assert found == first_round
+    assert [s.log_prior for s in found] == pytest.approx([-math.log(row.draw_probability) for row in first_round])
     assert len({s.log_prior for s in found}) > 1, "prompts were drawn by difficulty"
     logged = [entry for entry in trainer.state.log_history if "entropy_probe/predicted" in entry]
     assert len(logged) == 3 and logged[2]["entropy_probe/weights_ess"] < 8, "uneven prompts are weighted"

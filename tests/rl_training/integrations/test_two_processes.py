@@ -64,10 +64,10 @@ def test_two_processes_fill_one_buffer(tiny_policy, tmp_path):
     assert sidecar.witness is not None
     for step in (1, 2):
         rows = read_rollouts(tmp_path / "run", step)
-        buffer = [row for row in rows if row["status"] != "rejected"]
-        assert {row["rank"] for row in buffer} == {0, 1} and len(buffer) == 16
-        weights = torch.tensor([row["weight"] for row in buffer], dtype=torch.float64)
-        advantages = torch.tensor([row["advantage"] for row in buffer], dtype=torch.float64)
+        buffer = [row for row in rows if row.status != "rejected"]
+        assert {row.rank for row in buffer} == {0, 1} and len(buffer) == 16
+        weights = torch.tensor([row.weight for row in buffer], dtype=torch.float64)
+        advantages = torch.tensor([row.advantage for row in buffer], dtype=torch.float64)
         torch.testing.assert_close(weights, advantages / (16 * 8), rtol=1e-5, atol=1e-9)
     counted = sum(sidecar.pass_rates["passes"]) + sum(sidecar.pass_rates["failures"])
     assert counted > 0, "pass rates of all processes belong to one table"

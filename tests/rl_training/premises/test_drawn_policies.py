@@ -11,10 +11,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from rl_training.config import EntropyProbeConfig
-from rl_training.generation.rollout_sequences import RolloutSequence
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.premises.drawn_policies import DrawnPolicies
+from rl_training.sequences import RolloutSequence
 from tests.rl_training.integrations.test_trl_integration import make_trainer
 from tests.tiny_policy import save_tiny_policy
 

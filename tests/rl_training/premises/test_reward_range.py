@@ -64,7 +64,7 @@ def test_rewards_within_it_are_trained_on(tiny_policy, tmp_path, size):
         warnings.simplefilter("error", RuntimeWarning)
         trainer.train()
     rows = read_rollouts(tmp_path / "run", 1)
-    assert all(row["weight"] == pytest.approx(row["reward"] / (16 * 8)) for row in rows)
+    assert all(row.weight == pytest.approx(row.reward / (16 * 8)) for row in rows)
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters()), "training stands still"
 
 
@@ -76,7 +76,7 @@ def test_sequences_without_weight_are_not_counted_as_trained_and_a_run_of_them_s
         trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "buffer/trained" in entry)
     assert logged["buffer/trained"] == 0 and logged["buffer/filler"] == 16 == logged["buffer/generated"]
-    assert {row["status"] for row in read_rollouts(tmp_path / "run", 1)} == {"filler"}
+    assert {row.status for row in read_rollouts(tmp_path / "run", 1)} == {"filler"}
 
 
 def test_one_function_among_several_is_named(tiny_policy, tmp_path):

@@ -78,15 +78,15 @@ def test_the_trainers_gradient_is_that_of_the_unpadded_sequences(tmp_path):
     spy = FirstGradient(trainer.model)
     trainer.add_callback(spy)
     trainer.train()
-    rows = [row for row in read_rollouts(tmp_path, 1) if row["status"] != "rejected"]
-    assert len({len(row["prompt_ids"]) for row in rows}) > 1, "nothing is padded, so this shows nothing"
+    rows = [row for row in read_rollouts(tmp_path, 1) if row.status != "rejected"]
+    assert len({len(row.prompt_ids) for row in rows}) > 1, "nothing is padded, so this shows nothing"
     with torch.no_grad():
         for name, p in trainable_parameters(trainer.model).items():
             p.copy_(spy.weights[name])
     batch = SequenceBatch.from_sequences(
-        [r["prompt_ids"] for r in rows], [r["completion_ids"] for r in rows], [r["prompt_index"] for r in rows], 0
+        [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prompt_index for r in rows], 0
     )
-    weights = torch.tensor([r["weight"] for r in rows], dtype=torch.float64)
+    weights = torch.tensor([r.weight for r in rows], dtype=torch.float64)
     ours = batch_gradients(trainer.model, batch, [score_coefficients(batch, -weights)])[0]
     left = torch.cat([g.flatten() for g in spy.real.values()]).double()
     right = torch.cat([ours[name].flatten() for name in spy.real]).double()

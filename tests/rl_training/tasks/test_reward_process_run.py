@@ -33,7 +33,7 @@ def settings(tiny_policy, folder, **task):
 def test_it_earns_zero_and_the_next_step_has_another_child(tiny_policy, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run_training(settings(tiny_policy, tmp_path, on_reward_error="zero"), quiet=True)
-    earned = [{row["reward"] for row in read_rollouts(tmp_path / "run", step)} for step in (1, 2, 3)]
+    earned = [{row.reward for row in read_rollouts(tmp_path / "run", step)} for step in (1, 2, 3)]
     assert earned == [{0.0, 1.0}, {0.0}, {0.0, 1.0}]
     assert sum("ended its process (status 7)" in record.message for record in caplog.records) == 1
 

@@ -19,6 +19,7 @@ import pytest
 from rl_training.config import TaskConfig
 from rl_training.errors import UserError
 from rl_training.sampling import Rollouts, score
+from rl_training.sequences import RolloutSequence
 from rl_training.tasks.sandbox import client, seccomp
 from rl_training.tasks.sandbox.evaluation_guard import refuse_more_than_mathematics
 from rl_training.tasks.sandbox.scoring import RewardLimits, SandboxedScorer, mathematics_server
@@ -183,11 +184,8 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 def _rewards(task: Task, texts: list[str]) -> list[float]:
     """By the way an analysis takes: a reward function of a task, called by sampling.score."""
     row = task.train[0]
-    count = len(texts)
-    rollouts = Rollouts(
-        [[1]] * count, [[2]] * count, [row["prompt_index"]] * count, ["?"] * count, texts, [row] * count
-    )
-    score(rollouts, task.reward_functions)
+    answers = tuple(RolloutSequence((1,), (2,), completion=text, prompt_row=row) for text in texts)
+    rollouts = score(Rollouts(answers), task.reward_functions)
     assert all(isinstance(r, float) for r in rollouts.reward)
     return [float(r or 0.0) for r in rollouts.reward]
 
