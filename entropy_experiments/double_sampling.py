@@ -35,7 +35,8 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
-from rl_training.sampling import CollectionCounts, Rollouts, collect_filtered, draw, score
+from rl_training.filtered_buffer import CollectionCounts, collect_filtered
+from rl_training.sampling import Rollouts, draw, score
 from rl_training.tasks.difficulty import PassRates
 
 # Offsets that keep the random streams of the two buffers apart for one seed.

@@ -22,8 +22,9 @@ from entropy_experiments.double_sampling import TrainingBuffer
 from entropy_experiments.kernel.workspace import KernelWorkspace
 from rl_training.errors import UserError
 from rl_training.files import read_json_object, write_json_whole
+from rl_training.filtered_buffer import CollectionCounts
 from rl_training.run.disk import disk_errors_explained
-from rl_training.sampling import CollectionCounts, Rollouts
+from rl_training.sampling import Rollouts
 from rl_training.sequences import RolloutSequence
 
 FOLDER_NAME = "work"

@@ -30,6 +30,7 @@ from rl_training.algs.run_description import LearningRateRecorder, describe_run,
 from rl_training.algs.trainer_arguments import refuse_arguments
 from rl_training.algs.training_buffer import GeneratedGroup, merge_rounds
 from rl_training.errors import UserError
+from rl_training.filtered_buffer import has_reward_differences
 from rl_training.generation.drawn_tokens import completion_of_row, loss_mask
 from rl_training.generation.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
@@ -40,7 +41,6 @@ from rl_training.run.disk import disk_is_full
 from rl_training.run.model_card import write_model_card
 from rl_training.run.rollouts import write_rollouts
 from rl_training.run.sidecar import read_sidecar, write_sidecar
-from rl_training.sampling import has_reward_differences
 from rl_training.sequences import RolloutSequence
 from rl_training.tasks.difficulty import PassRates, mean_reward
 

@@ -6,10 +6,10 @@ import torch
 
 from entropy_core.scores import token_statistics
 from rl_training.errors import UserError
+from rl_training.filtered_buffer import collect_filtered
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.sampling import (
     SamplingConfig,
-    collect_filtered,
     draw,
     generate_completions,
     make_sampling_config,
