@@ -29,9 +29,9 @@ from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.premises.gradient_changes import GradientChanges
 from rl_training.premises.gradient_premise import GradientPremise
-from rl_training.premises.law_check import LawKeeper, LawWatcher
 from rl_training.premises.premise_guard import PremiseGuard
 from rl_training.premises.probe_premise import ProbePremise
+from rl_training.premises.sampling_check import SamplingGuard, SamplingWatcher
 from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.train import build_trainer
 
@@ -41,9 +41,9 @@ STEPS = 20
 
 # What runs, under which name, and whether it is done in every step (else once a run, however long).
 CHECKS: list[tuple[Any, str, str, bool]] = [
-    (LawKeeper, "on_train_begin", "noise and padding, when training begins", False),
-    (LawWatcher, "on_train_begin", "noise and padding, when training begins", False),
-    (LawKeeper, "check_round", "prompts, and padding that cannot be borne", True),
+    (SamplingGuard, "on_train_begin", "noise and padding, when training begins", False),
+    (SamplingWatcher, "on_train_begin", "noise and padding, when training begins", False),
+    (SamplingGuard, "check_round", "prompts, and padding that cannot be borne", True),
     (GradientPremise, "_examine", "gradient against the recorded weights", False),
     (GradientChanges, "_keep", "gradient at the optimizer's call", True),
     (GradientChanges, "_compare", "gradient at the optimizer's call", True),

@@ -96,7 +96,7 @@ def entropy_coefficients(
     """Coefficients of an estimator, normalised so that the *mean over sequences* of their gradients estimates the gradient.
 
     per_token: the gradient of h (nats per token) if true, of H (nats per completion) if false. weights: (N,) of mean 1,
-    for sequences that another law drew.
+    for sequences drawn from another distribution.
 
     Raises ValueError for an unknown estimator, or for a score-function baseline with a single sequence.
     """

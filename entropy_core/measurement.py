@@ -55,7 +55,8 @@ def snis_entropy_change(
 ) -> EntropyMeasurement:
     """Change of h (per_token) or H by self-normalised importance sampling.
 
-    log_weights: (N,) log-ratio of the policy `before` to the law that drew the batch; None where it was drawn under `before`.
+    log_weights: (N,) log-ratio of the policy `before` to the distribution that the batch was drawn from; None
+        where that is `before`.
 
     Raises ValueError when the log-ratios are not finite.
     """

@@ -87,7 +87,7 @@ def contributions_without_each_prompt(prompt_index: Tensor, contributions: Calla
 
 def effective_degrees_of_freedom(deviations: Tensor) -> float:
     """Of a standard error that is the norm of (F,) deviations which add up to 0: F - 1, and fewer, at least 1, where one or two
-    make most of it. 1/df = 1/(F - 1) + max(0, k)/2F with k their excess kurtosis, unbiased for a normal law.
+    make most of it. 1/df = 1/(F - 1) + max(0, k)/2F with k their excess kurtosis, unbiased for normal values.
 
     Source: Satterthwaite 1946, as Var(s^2)/s^4 = 2/(F - 1) + k/F; entropy_experiments.statistics.jackknife_interval.
     """

@@ -104,7 +104,7 @@ class TaskConfig(StrictModel):
 
 
 class RolloutsConfig(StrictModel):
-    """How completions are sampled: by the law that is differentiated, the plain softmax at a temperature."""
+    """How completions are sampled: from the distribution that is differentiated, the softmax at a temperature."""
 
     prompts_per_step: PositiveInt = 8
     """Prompts in the buffer of one optimizer step."""
@@ -113,9 +113,9 @@ class RolloutsConfig(StrictModel):
     max_completion_length: PositiveInt = 24
     """Tokens after which a completion is cut off."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; entropies and their gradients are those of the law at this temperature."""
+    """Sampling temperature; entropies and their gradients are those of the policy at this temperature."""
     top_p: float = 1.0
-    """Must stay 1: nucleus sampling draws from a law other than the one that is differentiated."""
+    """Must stay 1: nucleus sampling draws from another distribution than the one that is differentiated."""
     top_k: int = 0
     """Must stay 0 (off), for the same reason."""
 

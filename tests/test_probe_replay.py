@@ -70,7 +70,7 @@ def values_of_prefixes(s: Sequences) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("advantages", ["split", "rao_blackwell", "without_own", "td"])
-def test_first_order_estimators_are_exact_on_the_whole_law(
+def test_first_order_estimators_are_exact_on_the_whole_distribution(
     world: tuple[Sequences, float, float], advantages: str
 ) -> None:
     s, slope, _ = world
@@ -90,7 +90,7 @@ def test_watching_finds_a_small_change(world: tuple[Sequences, float, float], cr
     assert found.value == pytest.approx(change, rel=2e-3)  # second order in a step of 1e-4
 
 
-def test_reweighting_is_exact_on_the_whole_law(world: tuple[Sequences, float, float]) -> None:
+def test_reweighting_is_exact_on_the_whole_distribution(world: tuple[Sequences, float, float]) -> None:
     s, _, change = world
     found, effective = s.snis()
     assert found.value == pytest.approx(change, rel=1e-9)

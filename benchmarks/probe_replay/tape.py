@@ -48,7 +48,7 @@ class Sequences:
 
     logprob_along, entropy_along: (N, T, parts); projected: (N, T, 64); of the first sequences alone where N is large.
 
-    omega: weights of mean 1 of the law that is watched against the one that drew the prompts (and, of held-out sequences, drawn
+    omega: weights of mean 1 of the watched distribution against the one that drew the prompts (and, of held-out sequences, drawn
     up to a few steps ago, against the policy then).
     """
 

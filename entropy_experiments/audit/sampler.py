@@ -45,13 +45,13 @@ def check_sampler(run: RecordedRun, policies: Policies, rows: list[LoggedRow]) -
     if not check.alarmed:
         notes.append(
             f"surprisal less entropy of the {check.tokens} drawn tokens is {check.difference / check.tokens:+.3g} nats a token "
-            f"(z = {check.z:+.1f}): nothing says that they were drawn from another law than they are scored by"
+            f"(z = {check.z:+.1f}): no sign that they were drawn from another distribution than they are scored by"
         )
         return [], notes
     first, last = rows[0].first, rows[-1].step
     scale = 1 / check.tokens
     tolerance = check.limit() * scale
-    why = f"the sampler is not the law that entropy is of: {check.sentence()}"
+    why = f"completions were not drawn from the distribution whose entropy is logged: {check.sentence()}"
     return [
         Finding("surprisal against entropy", first, last, surprisal * scale, entropy * scale, tolerance, DIFFERS, why)
     ], notes

@@ -221,7 +221,7 @@ def _messages(prompt: Any, system_prompt: str | None) -> list[dict[str, str]]:
 
 def as_sampled(tokenizer: Any, completion: str, sampling_config: SamplingConfig) -> list[int]:
     """The text as tokens of a completion: up to its first end-of-sequence token, one added where it has none, and cut at the
-    law's maximum length.
+    sampling configuration's maximum length.
     """
     tokens = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     ends = [k for k, token in enumerate(tokens) if token in sampling_config.eos_token_ids]

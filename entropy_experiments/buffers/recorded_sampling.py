@@ -11,7 +11,7 @@ from pathlib import Path
 
 from entropy_experiments.checkpoint_loader import Checkpoint
 from rl_training.errors import UserError
-from rl_training.generation.description import law_lines
+from rl_training.generation.description import sampling_lines
 from rl_training.generation.settings import Departure, departures, token_ids
 from rl_training.prompts.chat_prompts import PromptRendering, first_difference, template_digest, tokenize_prompts
 from rl_training.run.rollouts import read_rollouts, rollouts_path
@@ -51,7 +51,7 @@ def recorded_rendering(sampling: SidecarSampling) -> PromptRendering:
 
 def recorded_sampling(sampling: SidecarSampling) -> list[str]:
     """The record in words, for `doctor`: a line for each part, and one for each departure."""
-    return law_lines(
+    return sampling_lines(
         temperature=sampling.temperature,
         max_completion_length=sampling.max_completion_length,
         eos_token_ids=sampling.eos_token_ids,
@@ -61,7 +61,7 @@ def recorded_sampling(sampling: SidecarSampling) -> list[str]:
     )
 
 
-def refuse_another_law(checkpoint: Checkpoint) -> None:
+def refuse_another_distribution(checkpoint: Checkpoint) -> None:
     """Raises UserError where the run drew from another distribution, or with another chat template than the checkpoint's.
 
     An image token that TRL never drew is let pass: here it is drawn as often as the policy would.
@@ -110,7 +110,7 @@ def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig
             )
 
 
-def law_of(folder: Path, sampling: SidecarSampling) -> list[str]:
+def sampling_in_words(folder: Path, sampling: SidecarSampling) -> list[str]:
     """Like `recorded_sampling`, with a line on whether the folder's own tokenizer files still hold the run's template."""
     lines = recorded_sampling(sampling)
     template = folder / "chat_template.jinja"
@@ -124,6 +124,6 @@ def law_of(folder: Path, sampling: SidecarSampling) -> list[str]:
 
     if sha256(template.read_text(encoding="utf-8").encode()).hexdigest() != sampling.chat_template_sha256:
         lines.append(
-            f"not this law: {template.name} is not the chat template of the run; put back the one that it saved"
+            f"another distribution: {template.name} is not the chat template of the run; put back the one that it saved"
         )
     return lines

@@ -1,11 +1,15 @@
-"""The task, the law and the group size that both buffers of an analysis are drawn with."""
+"""The task, the sampling configuration and the group size that both buffers of an analysis are drawn with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_experiments.buffers.recorded_sampling import recorded_rendering, refuse_another_law, refuse_other_prompts
+from entropy_experiments.buffers.recorded_sampling import (
+    recorded_rendering,
+    refuse_another_distribution,
+    refuse_other_prompts,
+)
 from entropy_experiments.buffers.recorded_task import task_of_analysis, trainer_state_of
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -37,7 +41,7 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)
-    refuse_another_law(checkpoint)
+    refuse_another_distribution(checkpoint)
     sampling_config = _sampling_config(checkpoint, config)
     size = sampling.completions_per_prompt or (sidecar.sampling.completions_per_prompt if sidecar else 8)
     drawn = sampling.train_sequences_path is None and sampling.train_completions == "sampled"
@@ -74,7 +78,7 @@ def _sampling_config(checkpoint: Checkpoint, config: FisherAnalysisConfig) -> Sa
     ):
         if found != wanted:
             raise UserError(
-                f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: under another law it is "
+                f"entropy_analysis.sampling.{name}={found}, but the run was sampled with {wanted}: at another one it is "
                 "another policy; leave it out"
             )
     return SamplingConfig(

@@ -249,7 +249,7 @@ def _difference(
 
 
 def settings_that_differ(points: Sequence[ResultsFolder]) -> list[tuple[str, list[Any]]]:
-    """Names and values of everything recorded about law, training and sampling that is not the same on all sides."""
+    """Names and values of everything recorded about sampling, task and training that is not the same on all sides."""
     flat = [_flatten({"policy": json_of(p.summary.policy), "attribution": _step_settings(p)}) for p in points]
     names = list(dict.fromkeys(name for values in flat for name in values))
     rows = [(name, [values.get(name) for values in flat]) for name in names]

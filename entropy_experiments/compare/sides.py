@@ -2,8 +2,8 @@
 
 Refused, because a difference would be of two different things: another tokenizer (entropy per token depends on what a token
 is), given texts against texts drawn from the policy, a sweep against a single analysis. Compared with a caveat that the
-report repeats: another sampling law, another model with the same tokenizer, another training step, another evaluation set,
-another results format.
+report repeats: another sampling configuration, another model with the same tokenizer, another training step, another
+evaluation set, another results format.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from entropy_experiments.buffers.recorded_sampling import (
-    law_of,
     recorded_rendering,
-    refuse_another_law,
+    refuse_another_distribution,
     refuse_other_prompts,
+    sampling_in_words,
 )
 from entropy_experiments.buffers.recorded_task import task_of_analysis
 from entropy_experiments.checkpoint_loader import Checkpoint
@@ -67,7 +67,7 @@ def diagnose(path: str | Path, trust: bool = False) -> Diagnosis:
     found = examine_checkpoint(folder, local_files_only=True, read_weights=True)
     if found.sidecar is not None and not found.problems:
         try:
-            checkpoint = _check_law(found, found.sidecar)
+            checkpoint = _check_sampling(found, found.sidecar)
             check_witness(found.folder, found.sidecar, vocabulary_size(found.outline))
             if found.sidecar.task is not None:
                 task = task_of_analysis(found.sidecar, FisherAnalysisConfig(), trust)
@@ -106,8 +106,8 @@ def _check_task(checkpoint: Checkpoint, config: TaskConfig | None) -> None:
     refuse_other_prompts(checkpoint, sampling_config, task)
 
 
-def _check_law(found: Examined, sidecar: Sidecar) -> Checkpoint:
-    """The checkpoint without its weights. Raises UserError where an analysis would refuse the recorded law; a template is
+def _check_sampling(found: Examined, sidecar: Sidecar) -> Checkpoint:
+    """The checkpoint without its weights. Raises UserError where an analysis would refuse the recorded sampling; a template is
     compared where the folder holds one.
     """
     s, folder = sidecar.sampling, found.folder
@@ -117,7 +117,7 @@ def _check_law(found: Examined, sidecar: Sidecar) -> Checkpoint:
         sidecar = sidecar.model_copy(update={"sampling": s.model_copy(update={"chat_template_sha256": None})})
     record = CheckpointRecord(folder, found.step, found.model_name, sidecar, found.log_history)
     checkpoint = Checkpoint(found.outline or nn.Module(), None, None, tokenizer, record)
-    refuse_another_law(checkpoint)
+    refuse_another_distribution(checkpoint)
     return checkpoint
 
 
@@ -181,7 +181,7 @@ def _recorded(sidecar: Sidecar, folder: Path) -> list[str]:
     recorded = "recorded" if step.exists() else "not recorded (train_prompts: from_run is not possible)"
     return [
         f"  sidecar: {sidecar.model_name}, {precision}, {count} optimizer entries named",
-        *(f"  sampling: {line}" for line in law_of(folder, s)),
+        *(f"  sampling: {line}" for line in sampling_in_words(folder, s)),
         f"  sequences of its last step: {recorded}",
     ]
 

@@ -1,4 +1,4 @@
-"""What is needed to say whether two analyses may be compared: the policy's law, its tokenizer, and how the run was trained."""
+"""What says whether two analyses may be compared: sampling configuration, tokenizer, and how the run was trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from entropy_experiments.records.summary import PolicyRecord, SamplingConfigReco
 
 
 def describe_policy(checkpoint: Checkpoint, plan: SamplingPlan) -> PolicyRecord:
-    """The policy's tokenizer, its law and, where recorded, how it was trained."""
+    """The policy's tokenizer, the sampling configuration and, where recorded, how it was trained."""
     sampling_config, sidecar = plan.sampling_config, checkpoint.record.sidecar
     training = None
     if sidecar is not None:

@@ -120,7 +120,7 @@ def check_kernel(
     train_fisher: Tensor,
     passes: PassSettings,
 ) -> list[SelfCheck]:
-    """`fisher` times the weights against finite differences, and `train_fisher`, of equal batches, against its laws.
+    """`fisher` times the weights against finite differences, and `train_fisher`, of equal batches, held to be symmetric and PSD.
 
     towards: P g, with g the gradient that these (n_train,) weights make of the training rows.
     """
@@ -151,7 +151,7 @@ def check_kernel(
         ),
         SelfCheck(
             "K symmetric and PSD on equal batches",
-            _lawlessness(train_fisher.double()), 1e-4,
+            _symmetry_and_psd_error(train_fisher.double()), 1e-4,
             "asymmetry, and the most negative eigenvalue relative to the largest, of a kernel of training sequences with "
             "themselves.",
         ),
@@ -177,7 +177,7 @@ def check_entropy_kernel(entropy_fisher: Tensor, products: Tensor) -> SelfCheck:
     )  # fmt: skip
 
 
-def _lawlessness(square: Tensor) -> float:
+def _symmetry_and_psd_error(square: Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh((square + square.T) / 2)
     return max(relative_error(square, square.T), float(-eigenvalues[0] / eigenvalues[-1].clamp(min=1e-30)))
 

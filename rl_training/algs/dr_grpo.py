@@ -34,9 +34,9 @@ from rl_training.filtered_buffer import has_reward_differences
 from rl_training.generation.drawn_tokens import completion_of_row, loss_mask
 from rl_training.generation.model_inputs import TEXT_INPUTS, beyond_text, refusal, row_beyond_text
 from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
-from rl_training.premises.law_check import LawKeeper
 from rl_training.premises.premise_guard import PremiseGuard
 from rl_training.premises.reward_range import TrainedAtAll, check_rewards, without_weight
+from rl_training.premises.sampling_check import SamplingGuard
 from rl_training.run.disk import disk_is_full
 from rl_training.run.model_card import write_model_card
 from rl_training.run.rollouts import write_rollouts
@@ -149,8 +149,8 @@ class DrGRPOTrainer(GRPOTrainer):
             raise UserError(f"init_lora_weights={name!r}: a checkpoint would be another policy at each load; {REMEDY}")
         self._guard = PremiseGuard(self, self.args.on_failed_premise)
         self.add_callback(self._guard)
-        self._sampling_config = LawKeeper(self)
-        self.add_callback(self._sampling_config)
+        self._sampling_guard = SamplingGuard(self)
+        self.add_callback(self._sampling_guard)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if model.training:
@@ -209,7 +209,7 @@ class DrGRPOTrainer(GRPOTrainer):
             ) from error
         if more := beyond_text(output, TEXT_INPUTS):
             raise UserError(refusal(sorted(more), "DrGRPOTrainer"))
-        self._sampling_config.check_round(rows, output)
+        self._sampling_guard.check_round(rows, output)
         return output
 
     def _judge_round(

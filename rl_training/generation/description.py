@@ -77,7 +77,7 @@ class SamplingDescription:
 
     def describe(self) -> list[str]:
         """A few lines for a person."""
-        return law_lines(
+        return sampling_lines(
             temperature=self.temperature,
             max_completion_length=self.max_completion_length,
             eos_token_ids=self.eos_token_ids,
@@ -131,7 +131,7 @@ def describe_sampling(trainer: Any) -> SamplingDescription:
     )
 
 
-def law_lines(
+def sampling_lines(
     temperature: float,
     max_completion_length: int,
     eos_token_ids: tuple[int, ...] | list[int],
@@ -140,7 +140,7 @@ def law_lines(
     noise: tuple[str, ...] | list[str] = (),
     departing: tuple[Departure, ...] | list[Departure] = (),
 ) -> list[str]:
-    """A law in words, a line for each of its parts that says something."""
+    """The sampling configuration in words, a line for each of its parts that says something."""
     stops = ", ".join(map(str, eos_token_ids))
     lines = [f"softmax(logits / {temperature:g}), until token {stops} or {max_completion_length} tokens"]
     named = {key: "..." if key in ("tools", "chat_template") else value for key, value in template_arguments.items()}
@@ -149,7 +149,7 @@ def law_lines(
         lines.append(f"chat template{digest}" + (f" with {named}" if named else ""))
     if noise:
         lines.append("noise in training mode: " + ", ".join(noise))
-    lines += [f"not this law: {departure.sentence()}" for departure in departing]
+    lines += [f"another distribution: {departure.sentence()}" for departure in departing]
     return lines
 
 

@@ -34,8 +34,8 @@ from rl_training.integrations.step_watch import StepWatch
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
-from rl_training.premises.law_check import FirstPrompts, LawWatcher
 from rl_training.premises.probe_premise import ProbePremise
+from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
 from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.probe.change import EntropyChange
 from rl_training.probe.forecast import FORECAST, EntropyForecast
@@ -78,7 +78,7 @@ def attach_entropy_probe(
     prompts = _prompts(trainer, rows, config.rollouts) if config.rollouts in OF_PROMPTS else []
     description = describe_sampling(trainer)
     callback = EntropyProbeCallback(trainer, prompts, description, config)
-    trainer.add_callback(LawWatcher(trainer, description))
+    trainer.add_callback(SamplingWatcher(trainer, description))
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
     trainer.add_callback(callback)

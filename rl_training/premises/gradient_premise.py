@@ -35,7 +35,7 @@ from rl_training.premises.loss_terms import ENTROPY, KL, ROUTER, further_terms, 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 NOISE, PADDING = "noise", "padding"
-"""Causes that are looked for when training begins as well (rl_training.premises.law_check)."""
+"""Causes that are looked for when training begins as well (rl_training.premises.sampling_check)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from entropy_core.uncertainty import Estimate, jackknife_standard_error, leave_o
 
 @dataclass(frozen=True)
 class Observation:
-    """log_weights: (N,) today's policy against the law that drew the sequences, None where today's drew them."""
+    """log_weights: (N,) today's policy against the distribution the sequences were drawn from, None where today's drew them."""
 
     batch: SequenceBatch
     statistics: TokenStatistics

@@ -241,7 +241,7 @@ def moved_copy(policy: DyadicPolicy, seed: int = 5, size: float = 0.3) -> Dyadic
 def test_importance_weights_give_the_gradient_of_the_policy_that_did_not_draw(
     dyadic_policy, dyadic_exact: ExactPolicy, dyadic_batch, estimator: str, per_token: bool
 ) -> None:
-    """The batch is the law of the drawing policy, so weighted means are expectations under the target."""
+    """The batch is the distribution of the drawing policy, so weighted means are expectations under the target."""
     target = moved_copy(dyadic_policy)
     exact = solve(target, dyadic_exact.space)
     drawn = token_statistics(dyadic_policy, dyadic_batch).scores()

@@ -32,7 +32,7 @@ def test_without_optimizer_state_only_the_plain_step_is_analysed(checkpoint_copy
     assert not result.failed_checks
 
 
-def test_a_plain_trl_checkpoint_needs_to_be_told_task_and_law(checkpoint_copy, tiny_run, tmp_path):
+def test_a_plain_trl_checkpoint_needs_to_be_told_task_and_sampling(checkpoint_copy, tiny_run, tmp_path):
     sidecar = json.loads((checkpoint_copy / "entropy_experiments.json").read_text())
     (checkpoint_copy / "entropy_experiments.json").unlink()
     with pytest.raises(UserError, match=r"checkpoint\.task"):
@@ -106,7 +106,7 @@ def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_p
     assert "FAILED" in (target / "report.html").read_text()
 
 
-def test_another_law_than_the_runs_is_refused(tiny_run, tmp_path):
+def test_another_sampling_than_the_runs_is_refused(tiny_run, tmp_path):
     for override in ("temperature=0.3", "max_completion_length=4"):
         with pytest.raises(UserError, match=override.split("=")[0]):
             run_fisher_analysis(tiny_run, config(f"entropy_analysis.sampling.{override}"), folder=tmp_path / "no")

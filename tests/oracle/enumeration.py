@@ -84,9 +84,9 @@ def token_terms(
     logits = functional_call(model, values, (space.input_ids,)).logits / temperature
     rows = torch.arange(len(space.tokens))[:, None]
     logits = logits[rows, space.predicted_at]
-    log_law = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-    logprobs = log_law[rows, torch.arange(space.tokens.shape[1])[None, :], space.tokens]
-    entropies = -(log_law.exp() * log_law).sum(-1)
+    log_policy = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+    logprobs = log_policy[rows, torch.arange(space.tokens.shape[1])[None, :], space.tokens]
+    entropies = -(log_policy.exp() * log_policy).sum(-1)
     return logprobs * space.mask, entropies * space.mask
 
 

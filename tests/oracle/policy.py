@@ -1,6 +1,6 @@
 """Two small policies whose completions can all be enumerated.
 
-`RecurrentPolicy` is generic: its next-token law depends on the whole prefix through a leaky recurrent state,
+`RecurrentPolicy` is generic: its next-token distribution depends on the whole prefix through a leaky recurrent state,
 so that prefix-dependent terms of the entropy gradient are large. `DyadicPolicy` has next-token probabilities
 in whole eighths, of another shape at every prefix: a completion of at most three tokens then has a
 probability that is a whole multiple of 1/512, and a batch in which every completion stands 512·π(t|p) times
@@ -72,8 +72,8 @@ class DyadicPolicy(nn.Module):
         self.head = nn.Linear(self.VOCABULARY, self.VOCABULARY)
         self.double()
         generator = torch.Generator().manual_seed(seed)
-        laws = (torch.tensor(self.EIGHTHS, dtype=torch.float64) / 8).log()
-        chosen = laws[torch.randint(0, len(laws), (prefixes,), generator=generator)]
+        distributions = (torch.tensor(self.EIGHTHS, dtype=torch.float64) / 8).log()
+        chosen = distributions[torch.randint(0, len(distributions), (prefixes,), generator=generator)]
         order = torch.rand(prefixes, self.VOCABULARY, generator=generator).argsort(dim=1)
         with torch.no_grad():
             self.table.weight.copy_(chosen.gather(1, order))

@@ -85,7 +85,7 @@ class Setting:
             return float(exact_entropies(self.model, self.space)[1])
 
     def counting_scores(self) -> Tensor:
-        """`drawn_scores` under which the batch stands for the policy's own law: each completion was taken once."""
+        """`drawn_scores` under which the batch stands for the policy's own distribution: each completion was taken once."""
         return torch.zeros(len(self.batch), dtype=torch.float64)
 
     def training(self, seed: int) -> tuple[list[int], TrainingSequences]:
@@ -118,7 +118,7 @@ class Setting:
         return probe.after_step()
 
     def watched_step(self, seed: int, probe: SimpleEntropyProbe, training: bool = False) -> EntropyChange:
-        """A step with the policy's exact law observed before it."""
+        """A step with the policy's exact distribution observed before it."""
         probe.observe(self.batch, self.counting_scores())
         change = self.step(seed, probe, training)
         assert change is not None

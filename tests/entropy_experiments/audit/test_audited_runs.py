@@ -136,18 +136,20 @@ def tools_trainer(policy, folder):
 
 
 # ---------------------------------------------------------------------- the sampler
-def test_a_sampler_that_is_not_the_law(audited_policy, tmp_path) -> None:
+def test_a_sampler_with_another_distribution(audited_policy, tmp_path) -> None:
     trainer = make_trainer(audited_policy, tmp_path / "run", **{**SETTINGS, "max_steps": 2, "top_k": 5})
     planted = train_recorded(trainer)
     audit = audit_run(planted.run, "cpu")
     (found,) = [f for f in audit.findings if f.status not in (AGREES, RECOMPUTED)]
     assert found.metric == "surprisal against entropy" and found.status == DIFFERS and not audit.agrees
-    assert "the sampler is not the law" in found.why and found.logged is not None and found.logged < found.recomputed
+    assert (
+        "not drawn from the distribution" in found.why and found.logged is not None and found.logged < found.recomputed
+    )
     assert any("top_k=5" in note for note in audit.notes)
 
 
 def test_the_samplers_own_log_probabilities(planted, tmp_path) -> None:
-    """They agree where they are of the law, and are named where they are of temperature 1."""
+    """They agree where they are of the sampled distribution, and are named where they are of temperature 1."""
     for temperature, expected in ((0.7, AGREES), (1.0, DIFFERS)):
         folder = tmp_path / str(temperature)
         shutil.copytree(planted.run, folder)

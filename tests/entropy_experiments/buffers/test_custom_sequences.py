@@ -27,7 +27,7 @@ from rl_training.tasks.task import Task
 from tests.entropy_experiments.small_analysis import config
 from tests.tiny_policy import character_tokenizer
 
-LAW = SamplingConfig(1.0, 8, (1,), 0)
+SAMPLING = SamplingConfig(1.0, 8, (1,), 0)
 
 
 def write(path, *lines):
@@ -151,11 +151,11 @@ def test_the_same_prompt_has_the_same_number_in_both_files_and_in_the_task(tmp_p
 def test_completions_end_as_the_sampler_would_end_them():
     tokenizer = character_tokenizer()
     digits = tokenizer("1234567890")["input_ids"]
-    assert as_sampled(tokenizer, "12", LAW) == [*digits[:2], 1]
-    assert as_sampled(tokenizer, "", LAW) == [1]
-    assert as_sampled(tokenizer, "1234567", LAW) == [*digits[:7], 1], "eight tokens with the end: just fits"
-    assert as_sampled(tokenizer, "1234567890", LAW) == digits[:8], "cut, without an end of sequence"
-    assert as_sampled(tokenizer, "12<eos>34", LAW) == [*digits[:2], 1], "nothing comes after the end"
+    assert as_sampled(tokenizer, "12", SAMPLING) == [*digits[:2], 1]
+    assert as_sampled(tokenizer, "", SAMPLING) == [1]
+    assert as_sampled(tokenizer, "1234567", SAMPLING) == [*digits[:7], 1], "eight tokens with the end: just fits"
+    assert as_sampled(tokenizer, "1234567890", SAMPLING) == digits[:8], "cut, without an end of sequence"
+    assert as_sampled(tokenizer, "12<eos>34", SAMPLING) == [*digits[:2], 1], "nothing comes after the end"
 
 
 def test_given_rows_are_held_against_the_kernel_of_the_core(tiny_run, texts, tmp_path):

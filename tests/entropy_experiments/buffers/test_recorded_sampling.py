@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from entropy_experiments.buffers.recorded_sampling import recorded_departures, recorded_sampling, refuse_another_law
+from entropy_experiments.buffers.recorded_sampling import (
+    recorded_departures,
+    recorded_sampling,
+    refuse_another_distribution,
+)
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -20,8 +24,8 @@ PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_n
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("law") / "run"
-    tiny_policy = save_tiny_policy(tmp_path_factory.mktemp("law_policy") / "policy")
+    folder = tmp_path_factory.mktemp("sampling") / "run"
+    tiny_policy = save_tiny_policy(tmp_path_factory.mktemp("sampling_policy") / "policy")
     config = tiny_train_config(
         tiny_policy, folder, training={"steps": 1, "save_every": 1}, entropy_probe={"enabled": False}
     )
@@ -49,13 +53,13 @@ def sampling(generation, **more):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_recorded_setting_that_is_not_the_law_is_refused_by_name(more):
+def test_a_recorded_setting_of_another_distribution_is_refused_by_name(more):
     recorded = sampling({**PLAIN, **more})
     assert [d.name for d in recorded_departures(recorded)] == list(more)
-    assert any("not this law" in line and next(iter(more)) in line for line in recorded_sampling(recorded))
+    assert any("another distribution" in line and next(iter(more)) in line for line in recorded_sampling(recorded))
     record = SimpleNamespace(sidecar=SimpleNamespace(sampling=recorded), path="checkpoint-1")
     with pytest.raises(UserError, match=next(iter(more))):
-        refuse_another_law(SimpleNamespace(record=record, model=SimpleNamespace()))
+        refuse_another_distribution(SimpleNamespace(record=record, model=SimpleNamespace()))
 
 
 def test_recorded_noise_is_refused_and_an_old_record_is_not():
@@ -65,7 +69,7 @@ def test_recorded_noise_is_refused_and_an_old_record_is_not():
     ]
 
 
-def test_a_run_records_its_law_and_is_analysed_by_it(run):
+def test_a_run_records_its_sampling_and_is_analysed_by_it(run):
     recorded = read_sidecar(run).sampling
     assert recorded.generation["max_new_tokens"] == 8 and recorded.generation["top_k"] == 0
     assert len(recorded.chat_template_sha256) == 64 and recorded.training_noise == []

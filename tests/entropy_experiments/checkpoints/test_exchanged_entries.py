@@ -30,7 +30,7 @@ from tests.tiny_policy import tiny_train_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not verified")
 MODULES = "all-linear"
-LAW = ("entropy_analysis.sampling.temperature=1.0", "entropy_analysis.sampling.max_completion_length=8")
+SAMPLING = ("entropy_analysis.sampling.temperature=1.0", "entropy_analysis.sampling.max_completion_length=8")
 
 
 def exchange(checkpoint: Path, one: str, other: str) -> None:
@@ -118,7 +118,7 @@ def task_of(tiny_run: Path) -> str:
 def test_gradients_tell_exchanged_entries_of_a_whole_model(
     whole_model_run: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
-    settings = config(task_of(tiny_run), *LAW)
+    settings = config(task_of(tiny_run), *SAMPLING)
     found = run_fisher_analysis(whole_model_run, settings, folder=tmp_path / "right", keep_going=True)
     entries = next(c for c in found.numbers.checks if c.name == "optimizer entries recognised")
     told = re.search(r"Of (\d+) pairs of parameters of one shape (\d+) have certainly not", entries.explanation)
@@ -141,7 +141,7 @@ def test_a_lost_entry_is_named_by_doctor_and_refused_by_analyze(
     assert any(f"no entry for '{name}': right only if these never had a gradient" in line for line in lines)
     for preconditioning in ("checkpoint", "step"):
         settings = config(
-            task_of(tiny_run), *LAW,
+            task_of(tiny_run), *SAMPLING,
             f"entropy_analysis.fisher_kernel.preconditioning={preconditioning}",
         )  # fmt: skip
         with pytest.raises(UserError, match=f"no entry for '{name}', which has a gradient"):

@@ -35,7 +35,7 @@ from tests.rl_training.integrations.test_trl_rollouts import fake_trainer, micro
 from tests.rl_training.two_turns import two_turns
 from tests.tiny_policy import tiny_train_config
 
-LAW = SamplingConfig(1.0, 12, (1,), 0)
+SAMPLING = SamplingConfig(1.0, 12, (1,), 0)
 
 
 # ---------------------------------------------------------------- micro-batches by hand
@@ -165,7 +165,7 @@ def test_minus_the_weights_times_the_scores_is_the_trainers_own_gradient(
         assert len(sequences) == 32
         kinds = {(s.drawn is None, s.drawn is not None and s.drawn[-1]) for s in sequences}
         assert len(kinds) >= 2 and any(s.drawn is not None for s in sequences), "the environment was silent"
-        training = to_training_sequences(sequences, LAW, torch.device("cpu"))
+        training = to_training_sequences(sequences, SAMPLING, torch.device("cpu"))
         formula = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
         assert training.weights is not None and bool((formula == 0).any()) >= masked
         read = formula[:, None] * training.batch.completion_mask

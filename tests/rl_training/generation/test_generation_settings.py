@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, LogitsProcessorList
 
 from rl_training.generation.settings import PARAMETERS, departures, final_settings, plain, token_ids
-from tests.rl_training.law_setting import tiny_model, vocabulary
+from tests.rl_training.sampling_setting import tiny_model, vocabulary
 
 PLAIN = {
     "do_sample": True, "temperature": 0.7, "max_new_tokens": 4, "eos_token_id": [1], "pad_token_id": 0, "top_k": 0, "top_p": 1.0,

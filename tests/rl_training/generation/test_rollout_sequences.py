@@ -18,7 +18,7 @@ from rl_training.generation.rollout_sequences import (
 )
 from rl_training.sampling import SamplingConfig
 
-LAW = SamplingConfig(temperature=0.7, max_completion_length=4, eos_token_ids=(1,), pad_token_id=9)
+SAMPLING = SamplingConfig(temperature=0.7, max_completion_length=4, eos_token_ids=(1,), pad_token_id=9)
 
 
 def sequences(prompts: int = 6, each: int = 4) -> list[RolloutSequence]:
@@ -80,7 +80,7 @@ def test_of_nothing_nothing_can_be_chosen() -> None:
 
 def test_a_batch_of_sequences() -> None:
     some = [sequences()[i] for i in (5, 0, 4, 1)]
-    batch = to_batch(some, LAW)
+    batch = to_batch(some, SAMPLING)
     assert batch.temperature == 0.7
     assert batch.prompt_index.tolist() == [0, 1, 0, 1], "equal prompts share an index"
     for n, sequence in enumerate(some):
@@ -117,9 +117,9 @@ def test_prior_weights_are_minus_the_log_of_how_prompts_were_drawn() -> None:
 
 
 def test_training_sequences_with_weights_where_every_one_is_known() -> None:
-    training = to_training_sequences(sequences(2, 2), LAW, torch.device("cpu"))
+    training = to_training_sequences(sequences(2, 2), SAMPLING, torch.device("cpu"))
     assert training.advantages.tolist() == [0.0, 1.0, 100.0, 101.0]
     assert training.weights is not None and training.weights.tolist() == [0.0, 0.5, 0.0, 0.5]
     assert training.batch.prompt_index.tolist() == [0, 0, 1, 1]
     unknown = [*sequences(1, 2), RolloutSequence((5,), (6,), advantage=1.0)]
-    assert to_training_sequences(unknown, LAW, torch.device("cpu")).weights is None
+    assert to_training_sequences(unknown, SAMPLING, torch.device("cpu")).weights is None

@@ -1,4 +1,4 @@
-"""Sampling: the law that is differentiated, streams left alone, and the two policies of the collector."""
+"""Sampling: the distribution that is differentiated, streams left alone, and the two policies of the collector."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def policy(tiny_policy):
 
 
 @pytest.mark.parametrize("bad", [{"top_p": 0.9}, {"top_k": 50}, {"temperature": 0.0}, {"max_completion_length": 0}])
-def test_a_law_that_is_not_the_softmax_is_refused(bad):
+def test_another_distribution_than_the_softmax_is_refused(bad):
     settings = {"temperature": 1.0, "max_completion_length": 4, "eos_token_ids": (1,), "pad_token_id": 0, **bad}
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingConfig(**settings)

@@ -16,8 +16,8 @@ from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.probe.watch_state import STATE_KEY
 from tests.rl_training.integrations.test_trl_integration import logged, make_trainer
-from tests.rl_training.law_setting import make_trainer as make_other_trainer
-from tests.rl_training.premises.test_law_words import llama
+from tests.rl_training.premises.test_sampling_words import llama
+from tests.rl_training.sampling_setting import make_trainer as make_other_trainer
 
 RATE = 1e-3
 

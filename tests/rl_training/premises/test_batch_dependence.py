@@ -1,4 +1,4 @@
-"""Models whose law of a sequence goes by the longest one of its batch: found by what they do, held against real long batches."""
+"""Models whose output for a sequence depends on the longest one of its batch: found by what they do."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.premises.batch_dependence import LongestSequence, longest_dependence
-from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
 
 CONTEXT, ORIGINAL = 24, 12
 BASE = {"rope_theta": 10_000.0, "factor": 4.0}

@@ -10,8 +10,8 @@ import torch
 from rl_training.algs.dr_grpo import DrGRPOTrainer
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.trl import attach_entropy_probe
-from tests.rl_training.law_setting import make_trainer
-from tests.rl_training.premises.test_law_words import llama
+from tests.rl_training.premises.test_sampling_words import llama
+from tests.rl_training.sampling_setting import make_trainer
 
 KINDS = {
     "full": None,

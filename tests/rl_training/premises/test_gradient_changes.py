@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 
 from rl_training.algs.dr_grpo import DrGRPOTrainer
 from rl_training.errors import UserError
-from tests.rl_training.law_setting import make_trainer
-from tests.rl_training.premises.test_law_words import llama
+from tests.rl_training.premises.test_sampling_words import llama
+from tests.rl_training.sampling_setting import make_trainer
 
 
 class Change(TrainerCallback):

@@ -16,8 +16,8 @@ from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.premises.reward_range import check_rewards
 from rl_training.run.rollouts import read_rollouts
 from rl_training.train import build_trainer
-from tests.rl_training.law_setting import make_trainer
-from tests.rl_training.premises.test_law_words import llama
+from tests.rl_training.premises.test_sampling_words import llama
+from tests.rl_training.sampling_setting import make_trainer
 from tests.tiny_policy import tiny_train_config
 
 

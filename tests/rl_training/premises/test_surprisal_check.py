@@ -14,9 +14,9 @@ from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.premises.surprisal_check import FALSE_ALARMS, SamplerWatch, SurprisalCheck, surprisal_sums
 from rl_training.sampling import SamplingConfig, generate_completions
 from rl_training.sequences import RolloutSequence
-from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
 
-LAW = SamplingConfig(1.0, 6, (1,), 0)
+SAMPLING = SamplingConfig(1.0, 6, (1,), 0)
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def test_the_inequality_behind_the_bound_holds():
 
 def test_sums_are_those_of_the_distribution(model):
     prompts = [[4, 5, 6], [7, 8, 9, 10]] * 20
-    drawn = generate_completions(model, prompts, LAW, seed=1)
-    batch = to_batch([RolloutSequence(tuple(p), tuple(c)) for p, c in zip(prompts, drawn, strict=True)], LAW)
+    drawn = generate_completions(model, prompts, SAMPLING, seed=1)
+    batch = to_batch([RolloutSequence(tuple(p), tuple(c)) for p, c in zip(prompts, drawn, strict=True)], SAMPLING)
     difference, variance, tokens = surprisal_sums(token_statistics(model, batch, with_variances=True), batch).tolist()
     wanted = [0.0, 0.0]
     with torch.no_grad():

@@ -29,7 +29,7 @@ def setting() -> Setting:
 
 
 def exact_gradient(exact: ExactPolicy, estimator: str, per_token: bool) -> Tensor:
-    """What each estimator is to give on a batch that is the policy's law."""
+    """What each estimator is to give on a batch that is the policy's distribution."""
     wanted = exact.token_entropy_gradient if per_token else exact.sequence_entropy_gradient
     if estimator == "fixed_prefix":
         return exact.expectation(exact.entropy_gradients.sum(1)) / (exact.mean_length if per_token else 1.0)
@@ -76,7 +76,7 @@ def test_the_prediction_is_the_exact_directional_derivative_and_the_measurement_
 
 
 def test_the_prediction_goes_to_the_exact_one_as_the_batch_grows_to_all_completions(setting):
-    """The likeliest completions first: what is missing of the law is what is missing of the prediction."""
+    """The likeliest completions first: what is missing of the distribution is what is missing of the prediction."""
     setting.backward(TAUGHT)
     parts = setting.parts_by_hand()
     update = {name: parts["batch"][name] + parts["momentum"][name] + parts["decay"][name] for name in parts["batch"]}
@@ -264,7 +264,7 @@ def test_sequences_of_an_earlier_policy_and_uneven_prompts_are_weighted_to_today
         setting.step(seed)
     gradient, entropy, before = setting.gradients()[0], setting.entropy(), setting.values()
     probe = make_probe(setting)
-    # Each completion stands in the batch `times` times, not in the earlier law's proportion: a prior that undoes both.
+    # Each completion stands in the batch `times` times, not in the earlier distribution's proportion: a prior that undoes both.
     probe.observe(setting.batch.select(everything), drawn, prior_log_weights=drawn - places.log())
     change = setting.step(TAUGHT + 3, probe)
     assert change is not None and change.measured is not None

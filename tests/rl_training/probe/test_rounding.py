@@ -14,8 +14,8 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.probe.change import EntropyChange, StepParts
 from rl_training.probe.rounding import RoundingNoise
-from tests.rl_training.law_setting import make_trainer
-from tests.rl_training.premises.test_law_words import llama
+from tests.rl_training.premises.test_sampling_words import llama
+from tests.rl_training.sampling_setting import make_trainer
 
 
 def adapters(model: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ def make_watch(setting: Setting, **config: object) -> EntropyWatch:
 
 
 def watched_step(setting: Setting, watch: EntropyWatch, seed: int, parts: bool = False):
-    """A step of AdamW with the policy's exact law before it."""
+    """A step of AdamW with the policy's exact distribution before it."""
     log_weights = watch.look(setting.batch).statistics.scores()
     watch.before_step(setting.batch, log_weights)
     setting.backward(seed)

@@ -15,7 +15,7 @@ from rl_training.errors import UserError
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.prompts.left_padding import pass_positions, positions_matter
 from rl_training.run.rollouts import read_rollouts
-from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
 
 IDS = {"vocab_size": vocabulary(), "bos_token_id": 1, "eos_token_id": 1}
 MODELS = {

@@ -14,8 +14,8 @@ from rl_training.errors import UserError
 from rl_training.generation.description import describe_sampling
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.models.load import load_model_and_tokenizer
-from rl_training.premises.law_check import LawKeeper, LawWatcher
-from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+from rl_training.premises.sampling_check import SamplingGuard, SamplingWatcher
+from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
 
 # Plain GRPO's settings, and the name that must be said.
 SAMPLERS = [
@@ -114,7 +114,7 @@ def test_fresh_completions_take_nothing_from_the_models_own_settings(model):
     assert kept.repetition_penalty == 9.0 and len({c[0] for c in ours}) > 10
 
 
-def test_the_law_is_that_of_the_generators_final_configuration(model, tmp_path):
+def test_the_sampling_is_that_of_the_generators_final_configuration(model, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=[1, 7])
     trainer = make_trainer(model, tmp_path, temperature=0.7, generation_kwargs={"max_new_tokens": 4})
     description = describe_sampling(trainer)
@@ -160,7 +160,7 @@ def test_a_rollout_function_is_named(model, tmp_path):
 )
 def test_arguments_are_refused_before_there_is_a_trainer(tmp_path, setting):
     from rl_training.algs.dr_grpo import DrGRPOConfig
-    from tests.rl_training.law_setting import arguments
+    from tests.rl_training.sampling_setting import arguments
 
     with pytest.raises(UserError, match=list(setting)[-1] if "generation_kwargs" not in setting else "new_key"):
         arguments(tmp_path, DrGRPOConfig, **setting)
@@ -172,7 +172,7 @@ def test_an_argument_of_a_release_to_come_is_refused_unless_at_its_default(tmp_p
     from trl import GRPOConfig
 
     from rl_training.algs.trainer_arguments import refuse_arguments
-    from tests.rl_training.law_setting import arguments
+    from tests.rl_training.sampling_setting import arguments
 
     later = dataclasses.make_dataclass("Later", [("tilt", float, 0.0)], bases=(GRPOConfig,))
     later.__module__ = "trl.later"
@@ -192,7 +192,7 @@ def test_noise_on_the_embeddings_is_found_when_training_begins(model, tmp_path):
 @pytest.mark.parametrize("kind", [GRPOTrainer, DrGRPOTrainer])
 def test_what_a_sharded_model_leaves_unchecked_is_said(model, tmp_path, kind, monkeypatch):
     trainer = make_trainer(model, tmp_path, kind)
-    watcher = LawKeeper(trainer) if kind is DrGRPOTrainer else LawWatcher(trainer, describe_sampling(trainer))
+    watcher = SamplingGuard(trainer) if kind is DrGRPOTrainer else SamplingWatcher(trainer, describe_sampling(trainer))
     monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
     with pytest.warns(match="the model is sharded .* was not checked"):
         watcher.on_train_begin()
@@ -293,6 +293,6 @@ def test_the_loaded_policy_of_train_is_plain(tiny_policy, tmp_path):
     model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
     trainer = make_trainer(model.requires_grad_(True), tmp_path, DrGRPOTrainer, tokenizer=tokenizer)
     assert (
-        trainer._sampling_config.description.departures == ()
-        and trainer._sampling_config.description.training_noise == ()
+        trainer._sampling_guard.description.departures == ()
+        and trainer._sampling_guard.description.training_noise == ()
     )

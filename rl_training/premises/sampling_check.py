@@ -1,7 +1,7 @@
-"""A trainer held to the account of its sampling: by name when it is made, by a few forward passes when training begins, and
-on the first prompts that it renders.
+"""Whether a trainer draws completions from the distribution that is differentiated: its settings are checked by name when it is
+made, its model by a few forward passes when training begins, and its prompts when the first ones are rendered.
 
-`DrGRPOTrainer` refuses what is found (LawKeeper), the entropy probe in a trainer of others warns of it, once (LawWatcher).
+`DrGRPOTrainer` refuses what is found (SamplingGuard); in another trainer the entropy probe warns of it once (SamplingWatcher).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def prompt_finding(
     return None
 
 
-class LawKeeper(TrainerCallback):
-    """Holds a DrGRPOTrainer to its account: made at the end of its construction, it refuses by name and takes noise away.
+class SamplingGuard(TrainerCallback):
+    """The checks of a DrGRPOTrainer, made at the end of its construction: settings are refused by name, noise is switched off.
 
     Raises UserError for whatever takes completions or the loss away from the distribution that is recorded.
     """
@@ -165,10 +165,10 @@ class LawKeeper(TrainerCallback):
         return description
 
 
-class LawWatcher(TrainerCallback):
+class SamplingWatcher(TrainerCallback):
     """Warns, once for each finding, of what makes the probe's numbers other than the trainer's. Stops nothing.
 
-    In a trainer of ours, whose LawKeeper warns and refuses by itself, it is silent.
+    In a trainer of ours, whose SamplingGuard warns and refuses by itself, it is silent.
     """
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
@@ -177,7 +177,7 @@ class LawWatcher(TrainerCallback):
         self._longest: LongestSequence | None = None
         self._masks_seen = False
         self._reader = LossReader.of(trainer)
-        self._kept = any(isinstance(callback, LawKeeper) for callback in trainer.callback_handler.callbacks)
+        self._kept = any(isinstance(callback, SamplingGuard) for callback in trainer.callback_handler.callbacks)
         self._tell([departure.sentence() for departure in description.departures])
         if not self._kept:
             watch_rewards(trainer, lambda sentence: self._tell([sentence], of="rewards"))
@@ -190,7 +190,7 @@ class LawWatcher(TrainerCallback):
             found += [_SHARDED] if is_sharded(self._trainer) else self._of_the_model()
         except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
             found = [
-                f"whether completions follow the sampling law could not be checked ({type(error).__name__}: {error})"
+                f"whether completions follow the sampling configuration could not be checked ({type(error).__name__}: {error})"
             ]
         self._tell(found)
 

@@ -1,4 +1,4 @@
-"""What is said of a run's law is said once, of what is there, and not of what is not."""
+"""What is said of a run's sampling is said once, of what is there, and not of what is not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rl_training.algs.dr_grpo import DrGRPOTrainer
 from rl_training.config import EntropyProbeConfig
 from rl_training.generation.training_noise import silence_training_noise, train_mode_change, training_noise
 from rl_training.integrations.trl import attach_entropy_probe
-from tests.rl_training.law_setting import make_trainer, tiny_model, vocabulary
+from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
 from tests.rl_training.two_turns import two_turns
 
 
@@ -68,7 +68,7 @@ def test_noise_and_padding_are_told_once(tmp_path, kind):
 
 
 def test_the_gradient_check_speaks_where_nothing_was_told_before(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl_training.premises.law_check.train_mode_finding", lambda trainer: None)
+    monkeypatch.setattr("rl_training.premises.sampling_check.train_mode_finding", lambda trainer: None)
     (told,) = told_of(of_kind("attention dropout"), tmp_path)
     assert "random numbers in training mode" in told
 
