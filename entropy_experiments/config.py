@@ -22,13 +22,19 @@ class BuffersConfig(StrictModel):
     eval_completions: Literal["sampled", "reference"] = "sampled"
     """`sampled` from the policy; `reference`: each prompt's own answer, a row that was not drawn from the policy."""
     eval_sequences_path: str | None = None
-    """JSONL of one's own sequences as rows, in place of anything drawn."""
+    """Sequences of one's own, or a trainer's dump of rollouts, as rows in place of anything drawn."""
+    eval_sequences_step: NonNegativeInt | None = None
+    """Which step's sequences of a dump are taken; by default those drawn for the step after the checkpoint."""
+    eval_sequences_drawn: bool = False
+    """True says that this checkpoint's policy drew them, all that it drew: they then stand for its entropy. It is checked."""
     train_prompts: Literal["random", "fixed_set", "from_run"] = "random"
     """`random`: by difficulty; `fixed_set`: the first prompts; `from_run`: the buffer the checkpoint's last step used."""
     train_completions: Literal["sampled", "reference"] = "sampled"
     """`sampled` from the policy; `reference`: each prompt's own answer, columns without weights."""
     train_sequences_path: str | None = None
-    """JSONL of one's own sequences as columns; without rewards or weights there is no step, only the kernel."""
+    """The same as columns; without rewards, advantages or weights there is no step, only the kernel."""
+    train_sequences_step: NonNegativeInt | None = None
+    """Which step's sequences of a dump are taken; by default those of the checkpoint's own step."""
     same_prompts: bool = False
     """True draws the evaluation buffer from the training buffer's prompts (fresh completions); false keeps them apart."""
     completions_per_prompt: int | None = Field(default=None, ge=2)
@@ -48,6 +54,11 @@ class BuffersConfig(StrictModel):
     @property
     def rows_are_drawn(self) -> bool:
         """Whether the evaluation sequences come from the policy, so that they say something of its entropy."""
+        return self.analysis_draws_rows or (self.eval_sequences_path is not None and self.eval_sequences_drawn)
+
+    @property
+    def analysis_draws_rows(self) -> bool:
+        """Whether they are neither given nor references: drawn here, or taken from what the run recorded."""
         return self.eval_sequences_path is None and self.eval_completions == "sampled"
 
     @model_validator(mode="after")
@@ -62,7 +73,12 @@ class BuffersConfig(StrictModel):
             raise ValueError(
                 "train_sequences_path and train_completions=reference both say what the columns are: take one of them"
             )
-        if self.eval_prompts == "from_run" and (not self.rows_are_drawn or self.same_prompts):
+        for side, path in (("eval", self.eval_sequences_path), ("train", self.train_sequences_path)):
+            if path is None and getattr(self, f"{side}_sequences_step") is not None:
+                raise ValueError(f"{side}_sequences_step is of {side}_sequences_path: give that, or leave it out")
+        if self.eval_sequences_drawn and self.eval_sequences_path is None:
+            raise ValueError("eval_sequences_drawn is said of eval_sequences_path: give that, or leave it out")
+        if self.eval_prompts == "from_run" and (not self.analysis_draws_rows or self.same_prompts):
             raise ValueError(
                 "eval_prompts=from_run takes the sequences that the run recorded: leave out eval_sequences_path, "
                 "eval_completions=reference and same_prompts, or eval_prompts"

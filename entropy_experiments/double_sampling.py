@@ -2,14 +2,14 @@
 
 One batch in both roles would add the t = t' terms (K(t, t) > 0) and bias every delta H. The evaluation buffer is drawn
 without looking at any reward; rewards are filled in afterwards, for the report alone. Either side may be sequences of one's
-own instead (entropy_experiments/buffers/custom.py). See docs/theory/double-sampling.md.
+own or recorded ones instead (entropy_experiments/buffers/custom.py, buffers/dumps). See docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 
 from entropy_core.weighting import advantages, sequence_weights
+from entropy_experiments.buffers.apart import require_other_prompts, require_other_sequences
 from entropy_experiments.buffers.custom import (
     PromptNumbers,
     given_rollouts,
     read_custom_sequences,
     reference_rollouts,
 )
+from entropy_experiments.buffers.dumps.given import GivenSide, Side, advantage_weights, given_side
+from entropy_experiments.buffers.dumps.read import is_dump
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.buffers.saved import (
     recorded_evaluation,
@@ -45,10 +48,14 @@ _TRAINING_STREAM, _EVALUATION_STREAM = 1_000_003, 2_000_003
 
 @dataclass(frozen=True)
 class TrainingBuffer:
-    """Columns of the kernel, each sequence with its advantage and weight, and what their collection cost."""
+    """Columns of the kernel, each sequence with its advantage and weight, and what their collection cost.
+
+    notes: what has to be said of recorded sequences, on either side.
+    """
 
     rollouts: Rollouts
     counts: CollectionCounts
+    notes: tuple[str, ...] = ()
 
     @property
     def advantages(self) -> torch.Tensor | None:
@@ -86,8 +93,9 @@ def draw_buffers(
     refuse_drawing(checkpoint, sampling)
     numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
     evaluation = training = None
+    notes: tuple[str, ...] = ()
     if sampling.eval_sequences_path is not None:
-        evaluation = custom_evaluation(checkpoint, plan, Path(sampling.eval_sequences_path), numbers)
+        evaluation, notes = custom_evaluation(checkpoint, plan, config, numbers)
     if sampling.train_sequences_path is not None:
         training = custom_training(checkpoint, plan, config, numbers)
     if sampling.eval_prompts == "from_run":
@@ -104,32 +112,18 @@ def draw_buffers(
         training = sample_training_batch(checkpoint, plan, config, [] if sampling.same_prompts else rows)
     refuse_foreign(training.rollouts, sampling)
     if not sampling.same_prompts:
-        _require_apart(rows, training.rollouts, config)
+        require_other_prompts(rows, training.rollouts, sampling)
     reporter.stage("drawing the evaluation buffer")
     if evaluation is None:
         rows = rows_of(training.rollouts, config) if sampling.same_prompts else rows
         evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
+    require_other_sequences(evaluation, training.rollouts, sampling)
     for rollouts in (evaluation, training.rollouts):
         refuse_other_vocabulary(checkpoint, rollouts)
+    training = replace(training, notes=(*notes, *training.notes))
+    for note in training.notes:
+        reporter.note(note)
     return evaluation, training
-
-
-def _require_apart(rows: Sequence[dict[str, Any]], training: Rollouts, config: FisherAnalysisConfig) -> None:
-    shared = {int(row["prompt_index"]) for row in rows} & set(training.prompt_index)
-    if not shared:
-        return
-    sampling = config.entropy_analysis.sampling
-    source = sampling.train_sequences_path or (
-        "the run's own buffer" if sampling.train_prompts == "from_run" else "the training buffer"
-    )
-    remedy = "draw that from held-out prompts (eval_split=heldout)"
-    if sampling.eval_sequences_path is not None:
-        remedy = f"take {'them' if len(shared) > 1 else 'it'} out of {sampling.eval_sequences_path}"
-    more = f" ({len(shared)} such prompts)" if len(shared) > 1 else ""
-    raise UserError(
-        f"{source} holds prompt {min(shared)}, which the evaluation buffer has too{more}: {remedy}, or say that they are to be "
-        "shared (same_prompts=true)"
-    )
 
 
 def choose_evaluation_rows(
@@ -246,13 +240,15 @@ def sample_training_batch(
     return TrainingBuffer(rollouts.with_values(advantage=gains.tolist(), weight=weights.tolist()), counts)
 
 
-def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _dr_grpo(
+    rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig, groups: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages, weights) of scored rollouts, N their number; both 0 for a completion that no function judged, as in TRL, and
-    the weight of one that the run masked out.
+    the weight of one that the run masked out. groups: (N,) which ones share a mean, where not those of one prompt.
     """
     judged = torch.tensor([r is not None for r in rollouts.reward])
     rewards = torch.tensor([0.0 if r is None else float(r) for r in rollouts.reward], dtype=torch.float64)
-    index = torch.tensor(rollouts.prompt_index)
+    index = torch.tensor(rollouts.prompt_index) if groups is None else groups
     for prompt in index[~judged].unique():  # the mean of the others leaves their advantages as they are
         group = index == prompt
         rewards[group & ~judged] = rewards[group & judged].mean() if bool((group & judged).any()) else 0.0
@@ -260,46 +256,83 @@ def _dr_grpo(rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig) ->
     weights = sequence_weights(
         rewards, index, lengths, "dr_grpo", plan.sampling_config.max_completion_length, plan.length_normalizer
     )
-    if sampling.mask_truncated_completions:
-        # TRL's own rule: the last token, whoever wrote it, is neither an end of sequence nor padding.
-        ends = {*plan.sampling_config.eos_token_ids, plan.sampling_config.pad_token_id}
-        weights = weights * torch.tensor([float(ids[-1] in ends) for ids in rollouts.completion_ids])
-    return advantages(rewards, index, "dr_grpo") * judged, weights * judged
+    return advantages(rewards, index, "dr_grpo") * judged, _masked(weights, rollouts, plan, sampling) * judged
 
 
-def custom_evaluation(checkpoint: Checkpoint, plan: SamplingPlan, path: Path, numbers: PromptNumbers) -> Rollouts:
-    """Rows that the user gives. Raises UserError for a file with bad lines."""
+def _masked(weights: torch.Tensor, rollouts: Rollouts, plan: SamplingPlan, sampling: BuffersConfig) -> torch.Tensor:
+    """The weights, 0 for completions that were cut where the run masked these out."""
+    if not sampling.mask_truncated_completions:
+        return weights
+    # TRL's own rule: the last token, whoever wrote it, is neither an end of sequence nor padding.
+    ends = {*plan.sampling_config.eos_token_ids, plan.sampling_config.pad_token_id}
+    return weights * torch.tensor([float(ids[-1] in ends) for ids in rollouts.completion_ids])
+
+
+def custom_evaluation(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, numbers: PromptNumbers
+) -> tuple[Rollouts, tuple[str, ...]]:
+    """(rows that the user gives, what has to be said of them). Raises UserError for a file with bad lines."""
+    path = Path(config.entropy_analysis.sampling.eval_sequences_path or "")
+    if is_dump(path):
+        given = _recorded(checkpoint, plan, config, numbers, "evaluation")
+        return given.rollouts, tuple(given.notes)
     sequences = read_custom_sequences(path, plan.system_prompt)
     rows = numbers.rows(path, sequences)
     texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
     segments = [s.segments for s in sequences]
-    return given_rollouts(checkpoint.tokenizer, rows, texts, plan, "evaluation", rewards, segments)
+    return given_rollouts(checkpoint.tokenizer, rows, texts, plan, "evaluation", rewards, segments), ()
+
+
+def _recorded(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, numbers: PromptNumbers, side: Side
+) -> GivenSide:
+    settings = config.entropy_analysis
+    sampling, evaluation = settings.sampling, side == "evaluation"
+    path = sampling.eval_sequences_path if evaluation else sampling.train_sequences_path
+    step = sampling.eval_sequences_step if evaluation else sampling.train_sequences_step
+    drawn = evaluation and sampling.eval_sequences_drawn
+    batch_size = settings.fisher_kernel.token_batch_size
+    return given_side(checkpoint, plan, Path(path or ""), numbers, side, step, drawn, batch_size)
 
 
 def custom_training(
     checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, numbers: PromptNumbers
 ) -> TrainingBuffer:
-    """Columns that the user gives: with the file's weights, else with Dr. GRPO's from its rewards, else without weights.
+    """Columns that the user gives: with the file's weights, else those of its advantages, else with Dr. GRPO's from its rewards,
+    else without weights.
 
     Raises UserError for a file with bad lines, or whose weights are all 0.
     """
-    path = Path(config.entropy_analysis.sampling.train_sequences_path or "")
-    sequences = read_custom_sequences(path, plan.system_prompt)
-    rows = numbers.rows(path, sequences)
-    texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
-    segments = [s.segments for s in sequences]
-    rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards, segments)
-    if sequences[0].reward is not None:
-        gains, weights = _dr_grpo(rollouts, plan, config.entropy_analysis.sampling)
-        rollouts = rollouts.with_values(advantage=gains.tolist(), weight=weights.tolist())
-    if sequences[0].weight is not None:
-        rollouts = rollouts.with_values(weight=[s.weight for s in sequences])
-    training = TrainingBuffer(rollouts, CollectionCounts(kept=len(rollouts)))
+    sampling = config.entropy_analysis.sampling
+    path = Path(sampling.train_sequences_path or "")
+    groups, notes = None, ()
+    if is_dump(path):
+        given = _recorded(checkpoint, plan, config, numbers, "training")
+        rollouts, groups, notes = given.rollouts, given.groups, tuple(given.notes)
+        if given.advantages is not None and given.weights is None:
+            weights = _masked(advantage_weights(given, plan), rollouts, plan, sampling)
+            rollouts = rollouts.with_values(weight=weights.tolist())
+    else:
+        sequences = read_custom_sequences(path, plan.system_prompt)
+        rows = numbers.rows(path, sequences)
+        texts, rewards = [s.completion for s in sequences], [s.reward for s in sequences]
+        segments = [s.segments for s in sequences]
+        rollouts = given_rollouts(checkpoint.tokenizer, rows, texts, plan, "trained", rewards, segments)
+        if sequences[0].weight is not None:
+            rollouts = rollouts.with_values(weight=[s.weight for s in sequences])
+    given_weights = TrainingBuffer(rollouts, CollectionCounts()).weights
+    if None not in rollouts.reward and TrainingBuffer(rollouts, CollectionCounts()).advantages is None:
+        gains, found = _dr_grpo(rollouts, plan, sampling, groups)
+        rollouts = rollouts.with_values(
+            advantage=gains.tolist(), weight=(found if given_weights is None else given_weights).tolist()
+        )
+    training = TrainingBuffer(rollouts, CollectionCounts(kept=len(rollouts)), notes)
     if training.weights is not None and not bool(training.weights.any()):
-        why = "every weight is 0" if sequences[0].weight is not None else "the rewards of each prompt are all equal"
+        from_rewards = given_weights is None
+        why = "the rewards of each prompt are all equal" if from_rewards else "every weight is 0"
         raise UserError(
-            f"{path}: {why}, so there is no step to analyse; leave {'weights' if sequences[0].weight is not None else 'rewards'} "
-            "out for the kernel alone"
+            f"{path}: {why}, so there is no step to analyse; leave {'rewards' if from_rewards else 'weights'} out for the kernel "
+            "alone"
         )
     return training
 
@@ -318,7 +351,7 @@ def score_for_the_reader(rollouts: Rollouts, plan: SamplingPlan) -> Rollouts:
 def evaluation_set(config: FisherAnalysisConfig, evaluation: Rollouts) -> dict[str, Any]:
     """What draws this evaluation buffer again: its prompts in order, and the seeds of their choice and of the completions."""
     sampling = config.entropy_analysis.sampling
-    drawn = sampling.rows_are_drawn and sampling.eval_prompts != "from_run"
+    drawn = sampling.analysis_draws_rows and sampling.eval_prompts != "from_run"
     return {
         "source": sampling.eval_sequences_path
         or ("rollouts of the run's next step" if sampling.eval_prompts == "from_run" else None)

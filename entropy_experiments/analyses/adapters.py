@@ -82,7 +82,6 @@ def entropy_prediction(inputs: AnalysisInputs) -> EntropyPredictionResult:
     for number, scale in enumerate(wanted):
         fresh[scale] = measure_with_fresh_samples(
             inputs.model,
-            inputs.tokenizer,
             inputs.side.known_step.parameter_delta,
             scale,
             inputs.evaluation,

@@ -85,11 +85,12 @@ class PromptNumbers:
         task_row = {_key(row["prompt"]): row for row in self.task_rows}
         keys = [_key(s.messages) for s in sequences]
         return [
-            task_row.get(key) or {"prompt": s.messages, "prompt_index": self._number(key)}
+            task_row.get(key) or {"prompt": s.messages, "prompt_index": self.number(key)}
             for key, s in zip(keys, sequences, strict=True)
         ]
 
-    def _number(self, key: str) -> int:
+    def number(self, key: str) -> int:
+        """The number of a prompt that is none of the task's, by whatever tells it from others."""
         if key not in self._number_of:
             self._highest += 1
             self._number_of[key], self._owner_of[self._highest] = self._highest, key

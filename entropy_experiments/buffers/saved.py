@@ -37,7 +37,7 @@ def refuse_drawing(checkpoint: Checkpoint, sampling: BuffersConfig) -> None:
     if sidecar is None or sidecar.sampling.environment is None:
         return
     drawn = []
-    if sampling.rows_are_drawn and sampling.eval_prompts != "from_run":
+    if sampling.analysis_draws_rows and sampling.eval_prompts != "from_run":
         drawn.append("evaluation")
     train_given = sampling.train_sequences_path is not None or sampling.train_completions == "reference"
     if not train_given and sampling.train_prompts != "from_run":
@@ -51,7 +51,7 @@ def refuse_drawing(checkpoint: Checkpoint, sampling: BuffersConfig) -> None:
 
 def refuse_foreign(training: Rollouts, sampling: BuffersConfig) -> None:
     """The same for runs that did not record an environment but foreign tokens."""
-    if any(training.drawn) and sampling.rows_are_drawn and sampling.eval_prompts != "from_run":
+    if any(training.drawn) and sampling.analysis_draws_rows and sampling.eval_prompts != "from_run":
         raise UserError(
             "the training buffer holds tokens that the policy did not draw (tools, an environment), and an evaluation buffer "
             f"that is drawn anew would have none: {_REMEDY}"

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,7 +130,7 @@ def given_buffers(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnal
     numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
     evaluation = training = None
     if sampling.eval_sequences_path is not None:
-        evaluation = custom_evaluation(checkpoint, plan, Path(sampling.eval_sequences_path), numbers)
+        evaluation, _ = custom_evaluation(checkpoint, plan, config, numbers)
     elif sampling.eval_completions == "reference" and not sampling.same_prompts:
         rows = choose_evaluation_rows(plan, config)
         evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)

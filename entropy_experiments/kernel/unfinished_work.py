@@ -57,6 +57,7 @@ class UnfinishedWork(KernelWorkspace):
             "evaluation": [sequence.to_json() for sequence in evaluation],
             "training": [sequence.to_json() for sequence in training.rollouts],
             "counts": asdict(training.counts),
+            "notes": list(training.notes),
         }
         try:
             self.keep("buffers", content)
@@ -76,7 +77,8 @@ class UnfinishedWork(KernelWorkspace):
                 Rollouts(tuple(RolloutSequence.from_json(values) for values in found[name]))
                 for name in ("evaluation", "training")
             )
-            return evaluation, TrainingBuffer(training, CollectionCounts(**found["counts"]))
+            counts, notes = CollectionCounts(**found["counts"]), tuple(found["notes"])
+            return evaluation, TrainingBuffer(training, counts, notes)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.folder / 'buffers.json'} is damaged, or of another version: start anew with --overwrite"

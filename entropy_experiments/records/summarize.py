@@ -84,7 +84,9 @@ def summarize(
             "training_noise": None if training_noise is None else finite(training_noise.to_json()),
             "rows_drawn": numbers.estimand.rows_drawn,
             "step_analysed": step is not None,
-            "sampling": SamplingRecord(evaluation=BufferRecord(**_buffer(evaluation)), training=_training(training)),
+            "sampling": SamplingRecord(
+                evaluation=BufferRecord(**_buffer(evaluation)), training=_training(training), notes=training.notes
+            ),
         }
         | {name: finite(section) for name, section in sections.items()}
     )

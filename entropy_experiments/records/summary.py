@@ -191,6 +191,9 @@ class SamplingRecord(Record):
     """The evaluation buffer."""
     training: TrainingBufferRecord
     """The training buffer."""
+    notes: Rows[str] = ()
+    """What has to be said of sequences that a trainer recorded: their source, what their tokens rest on, and whether their
+    recorded log-probabilities are the policy's."""
 
 
 class SamplingConfigRecord(Record):

@@ -47,12 +47,16 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
                 "warning",
             )
         )
+    notes = summary.sampling.notes
+    if notes:
+        found.append(Sentence(f"Sequences were recorded, not drawn here: {'; '.join(notes)}.", "warning"))
     if not summary.step_analysed:
         text = (
             "The training sequences have neither weights nor rewards, so there is no step: the kernel is all there is."
         )
         return [*found, Sentence(text)]
-    where = f"The next step from checkpoint {summary.checkpoint.step}, on a fresh training buffer,"
+    buffer = "the training sequences of this analysis" if notes else "a fresh training buffer"
+    where = f"The next step from checkpoint {summary.checkpoint.step}, on {buffer},"
     value = None if summary.prediction is None else summary.prediction.total.known()
     measured, compared = summary.measured, summary.compared
     actual = None if measured is None else measured.known()

@@ -7,8 +7,6 @@ Standard error: a jackknife that leaves a prompt out of both sides at once. Sour
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from entropy_core.measurement import EntropyMeasurement
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
-from rl_training.sampling import Rollouts, SamplingConfig, draw
+from rl_training.sampling import Rollouts, SamplingConfig, generate_completions
 
 
 def fresh_entropy_change(
@@ -51,7 +49,6 @@ def _ratio(statistics: TokenStatistics, batch: SequenceBatch) -> tuple[float, Te
 
 def measure_with_fresh_samples(
     model: nn.Module,
-    tokenizer: Any,
     direction: dict[str, Tensor],
     scale: float,
     evaluation: Rollouts,
@@ -66,7 +63,8 @@ def measure_with_fresh_samples(
     The model is restored bit by bit.
     """
     with weights_moved(model, direction, scale):
-        fresh = draw(model, tokenizer, evaluation.prompt_row, 1, sampling_config, seed, "evaluation")
+        drawn = generate_completions(model, evaluation.prompt_ids, sampling_config, seed)
+        fresh = evaluation.with_values(completion_ids=map(tuple, drawn), drawn=[None] * len(drawn))
         batch = fresh.to_batch(sampling_config).to(eval_batch.device)
         after = token_statistics(model, batch, passes)
     return fresh_entropy_change(eval_statistics, eval_batch, after, batch)

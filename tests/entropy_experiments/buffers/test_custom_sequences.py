@@ -296,7 +296,7 @@ def test_rewards_for_the_reader_are_the_files_else_the_tasks_own(tiny_run, tmp_p
     bare = write(tmp_path / "b", *({"prompt": p, "completion": c} for p in (known, "?") for c in ("0", "1")))
     found = []
     for path in (scored, bare):
-        evaluation = custom_evaluation(checkpoint, plan, path, PromptNumbers(plan.task.heldout))
+        evaluation, _ = custom_evaluation(checkpoint, plan, own("eval", path), PromptNumbers(plan.task.heldout))
         found.append(score_for_the_reader(evaluation, plan).reward)
     assert found[0] == [0.25, 0.25]
     assert found[1] == [1.0, 0.0, None, None], "the task rewards even characters; of other prompts it knows nothing"

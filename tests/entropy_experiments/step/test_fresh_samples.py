@@ -63,12 +63,12 @@ def test_fresh_completions_come_from_the_moved_policy(tmp_path):
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     direction = {name: -p for name, p in weights.items()}
     found = measure_with_fresh_samples(
-        model, tokenizer, direction, 1.0, evaluation, batch, before, sampling_config, seed=1, passes=PassSettings(512)
+        model, direction, 1.0, evaluation, batch, before, sampling_config, seed=1, passes=PassSettings(512)
     )
     assert found.after == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
     assert found.change == pytest.approx(found.after - found.before) and found.before < found.after
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     same = measure_with_fresh_samples(
-        model, tokenizer, direction, 0.0, evaluation, batch, before, sampling_config, seed=2, passes=PassSettings(512)
+        model, direction, 0.0, evaluation, batch, before, sampling_config, seed=2, passes=PassSettings(512)
     )
     assert abs(same.change) < 4 * same.standard_error and same.change != 0.0, "the same policy, other completions"
