@@ -15,7 +15,6 @@ from entropy_experiments.checkpoints.readers.inert_pickle import Call, Damaged, 
 from entropy_experiments.checkpoints.readers.stored_tensor import StoredTensor
 
 DTENSOR = "torch.distributed.tensor DTensor"
-SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.api ShardedTensor"
 _MOST_DIMENSIONS = 16
 _DTYPES = (
     "float32 float64 float16 bfloat16 uint8 int8 int16 int32 int64 bool float8_e4m3fn float8_e5m2 complex64".split()
@@ -84,11 +83,15 @@ def _wrapper(_cls: Any, *_rest: Any) -> None:
     """The shell of a DTensor; its content comes with the state."""
 
 
-def _subclass(_function: Any, kind: Any, _arguments: Any, state: Any) -> Any:
-    """A subclass of tensors: a DTensor by its state, others are refused."""
-    if not isinstance(kind, Name) or kind.text not in _DTENSORS:
-        raise Damaged(f"a tensor of it is a {kind.text if isinstance(kind, Name) else 'something'}, which is not read")
-    return Record(DTENSOR, (), state)
+def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A DTensor by its state; a plain tensor with attributes, as ZeRO-3 has, without them. Others are refused."""
+    name = kind.text if isinstance(kind, Name) else ""
+    if name in _DTENSORS:
+        return Record(DTENSOR, (), state)
+    rebuild = _TENSORS.get(function.text) if isinstance(function, Name) else None
+    if name in _PLAIN and rebuild in (_tensor, _tensor_of_dtype, _parameter) and isinstance(arguments, tuple):
+        return rebuild(*arguments)
+    raise Damaged(f"a tensor of it is a {name[:80] or 'something'}, which is not read")
 
 
 def _size(items: Any = ()) -> tuple[int, ...]:
@@ -100,9 +103,10 @@ def _text(value: Any = "", *_rest: Any) -> str:
 
 
 _DTENSORS = frozenset({DTENSOR, "torch.distributed._tensor.api DTensor", "torch.distributed.tensor._api DTensor"})
+_PLAIN = frozenset({"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"})
 _PLACEMENTS = "torch.distributed.tensor.placement_types"
-_OLD_PLACEMENTS = "torch.distributed._tensor.placement_types"
-_SHARD = "torch.distributed._shard"
+_OLD_PLAIN = frozenset({"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"})
+_PLACEMENTS = "torch.distributed._tensor.placement_types"
 
 _TENSORS: dict[str, Call | None] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
@@ -110,7 +114,7 @@ _TENSORS: dict[str, Call | None] = {
     "torch._utils _rebuild_tensor_v3": _tensor_of_dtype,
     "torch._utils _rebuild_parameter": _parameter,
     "torch._utils _rebuild_parameter_with_state": _parameter,
-    "torch.nn.parameter Parameter": _parameter,
+    **dict.fromkeys(_PLAIN),
     "torch._utils _rebuild_wrapper_subclass": _wrapper,
     "torch._tensor _rebuild_from_type_v2": _subclass,
     "torch.serialization _get_layout": _text,
@@ -144,16 +148,6 @@ _DISTRIBUTED: dict[str, Call | None] = dict.fromkeys(
             for module in (_PLACEMENTS, _OLD_PLACEMENTS)
             for name in ("Shard", "Replicate", "Partial", "_StridedShard")
         ),
-        SHARDED_TENSOR,
-        f"{_SHARD}.sharded_tensor.shard Shard",
-        f"{_SHARD}.metadata ShardMetadata",
-        f"{_SHARD}.sharded_tensor.metadata ShardedTensorMetadata",
-        f"{_SHARD}.sharded_tensor.metadata TensorProperties",
-        f"{_SHARD}.sharded_tensor.metadata MEM_FORMAT_ENCODING",
-        f"{_SHARD}.sharded_tensor.api ProcessGroupState",
-        f"{_SHARD}.sharding_spec.chunk_sharding_spec ChunkShardingSpec",
-        f"{_SHARD}.sharding_spec.api EnumerableShardingSpec",
-        "torch.distributed.remote_device _remote_device",
     ]
 )
 # What lies beside tensors in the files of DeepSpeed, and in states of schedules and of random numbers.
