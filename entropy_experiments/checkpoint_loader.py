@@ -80,6 +80,7 @@ def load_checkpoint(
         sidecar=found.sidecar,
         log_history=found.log_history,
         learning_rates=found.learning_rates,
+        imported=found.imported,
     )
     optimizer = _load_optimizer(found, model) if require_optimizer else None
     return Checkpoint(model, optimizer, found.scheduler, tokenizer, record)
@@ -181,8 +182,7 @@ def _refuse_offloaded_training(model: nn.Module, folder: Path) -> None:
 def _load_optimizer(found: Examined, model: nn.Module) -> torch.optim.AdamW:
     state = found.optimizer_state
     assert state is not None, "examine_checkpoint reads it wherever it is required"
-    recorded = found.sidecar.optimizer_parameter_names if found.sidecar else None
-    names = match_names(model, state, recorded)
+    names = match_names(model, state, found.recorded_names)
     parameters = trainable_parameters(model)
     for group in state["param_groups"]:
         group.update({key: value for key, value in _HOW.items() if key in group})

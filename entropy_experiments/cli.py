@@ -210,12 +210,42 @@ def doctor(
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
+        from entropy_experiments.console.import_source import describe, importable
 
         many = checkpoints_inside(checkpoint)
-        lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
+        if importable(checkpoint):
+            lines, healthy = describe(checkpoint)
+        else:
+            lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
     print(visible("\n".join(lines)))  # a stranger's record may hold terminal escapes
     if not healthy:
         raise typer.Exit(1)
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="Checkpoint, or run, of another trainer")],
+    output: Annotated[Path, typer.Option("--output", help="Run folder to make")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or name with configuration and tokenizer, if SOURCE has none")
+    ] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option("--rollouts", help="Dump of sequences, of any trainer, to lie beside each checkpoint")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder alone")] = False,
+) -> None:
+    """Make a run of this project out of checkpoints of TRL, DeepSpeed, torch DCP, verl or SkyRL. Prints its folder last."""
+    from entropy_experiments.console.early_refusals import refuse_absent_folder
+
+    refuse_absent_folder(source)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.console.import_source import import_lines, import_run
+
+        made = import_run(source, output, model, rollouts)
+        if not quiet:
+            print(visible("\n".join(import_lines(made))), file=sys.stderr)
+    print(output)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from entropy_experiments.checkpoints.foreign import foreign_layout
+from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, ImportRecord, read_import_record
 from rl_training.errors import UserError
 from rl_training.run.sidecar import SIDECAR_NAME, Sidecar, read_sidecar, refuse_special_file
 
@@ -30,7 +31,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 @dataclass(frozen=True)
 class CheckpointRecord:
     """What is known about how the checkpoint came to be. `sidecar` is None for checkpoints of plain TRL, and `learning_rates`,
-    those its last step was taken with by parameter group, are empty where nothing says them.
+    those its last step was taken with by parameter group, are empty where nothing says them. `imported` is the record of a
+    checkpoint that `import` made.
     """
 
     path: Path
@@ -39,10 +41,13 @@ class CheckpointRecord:
     sidecar: Sidecar | None
     log_history: list[dict[str, Any]]
     learning_rates: tuple[float, ...] = ()
+    imported: ImportRecord | None = None
 
     @property
     def optimizer_record(self) -> Literal["none", "names", "digest"]:
         """What the sidecar says of the optimizer's entries: their names, and the digest of the very file as well."""
+        if self.imported is not None:
+            return "names" if self.imported.named_by == "files" else "none"
         if self.sidecar is None:
             return "none"
         return "digest" if "optimizer.pt" in self.sidecar.sha256 else "names"
@@ -126,6 +131,9 @@ def checkpoint_step(folder: Path) -> int:
     if not (folder / "trainer_state.json").exists():
         if sidecar is not None:
             return sidecar.step
+        imported = read_import_record(folder)
+        if imported is not None:
+            return imported.step
         numbered = re.fullmatch(r"checkpoint-(\d+)", folder.name)
         return int(numbered.group(1)) if numbered else 0
     step = int(read_trainer_state(folder)["global_step"])
@@ -143,10 +151,10 @@ def missing_parts(folder: Path) -> list[str]:
     Lines that begin with "optimizer.pt" are of the optimizer's state alone: preconditioning=none does without.
     """
     missing = []
-    foreign = foreign_layout(folder)
+    foreign, imported = foreign_layout(folder), (folder / IMPORT_RECORD).exists()
     sidecar_missing = not (folder / SIDECAR_NAME).exists()
     adapters = adapter_folders(folder)
-    if (folder.parent / "rollouts").is_dir() and sidecar_missing:
+    if (folder.parent / "rollouts").is_dir() and sidecar_missing and not imported:
         missing.append(
             f"{SIDECAR_NAME}, which this project's trainer writes last: the checkpoint was cut short while saving"
         )
@@ -154,14 +162,25 @@ def missing_parts(folder: Path) -> list[str]:
         if not any((a / ADAPTER_WEIGHTS).exists() for a in adapters):
             missing.append(f"{ADAPTER_WEIGHTS} (adapter weights): {_without_adapter_weights(adapters)}")
     elif not any((folder / name).exists() for name in _WEIGHT_FILES):
-        advice = "the checkpoint is partial" if foreign is None else f"{foreign.what}. {foreign.weights}"
+        advice = (
+            "the checkpoint is partial"
+            if foreign is None
+            else f"{foreign.what}. {foreign.weights or import_it(folder)}"
+        )
         missing.append(f"model weights (adapter_config.json or model.safetensors): {advice}")
     trained = not sidecar_missing or any((folder / name).exists() for name in _LEFT_BY_THE_TRAINER)
     if not (folder / "trainer_state.json").exists() and trained:
         missing.append("trainer_state.json, which the Trainer writes last: the checkpoint is partial; copy it again")
-    if not (folder / "optimizer.pt").exists():
+    if not (folder / "optimizer.pt").exists() and not (imported and (folder / MOMENTS_FILE).exists()):
         missing.append(f"optimizer.pt (Adam's moments): {_without_optimizer(folder, trained)}")
     return missing
+
+
+def import_it(folder: Path) -> str:
+    """The remedy for a layout that is read, in words."""
+    return (
+        f"make a run of this project out of it by `entropy-experiments import {folder} --output RUN`, and analyse RUN"
+    )
 
 
 def _without_adapter_weights(adapters: Sequence[Path]) -> str:
@@ -173,8 +192,12 @@ def _without_adapter_weights(adapters: Sequence[Path]) -> str:
 def _without_optimizer(folder: Path, trained: bool) -> str:
     alone = "analyse with entropy_analysis.fisher_kernel.preconditioning=none"
     foreign = foreign_layout(folder)
+    if foreign is not None and foreign.imported:
+        return f"{foreign.what}: {import_it(folder)}"
     if foreign is not None:
         return f"{foreign.what}, whose optimizer state is not read; {alone}"
+    if (folder / IMPORT_RECORD).exists():
+        return f"the checkpoint that was imported held none; {alone} and checkpoint.learning_rate=..."
     if not (folder / "trainer_state.json").exists() and not trained:
         return f"the folder holds a saved model and no training state; {alone} and checkpoint.learning_rate=..."
     sidecar = read_sidecar(folder)

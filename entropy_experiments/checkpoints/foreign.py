@@ -1,7 +1,6 @@
 """Checkpoints in the layouts of other systems, told by the names of their files, with what to do with each.
 
-None of these is read: their optimizer states are sharded, or in a format of their own. Where the folder holds whole weights in
-the ordinary files as well, these can be analysed with preconditioning=none.
+An analysis opens none of these. All but Megatron's can be imported (entropy_experiments.checkpoints.readers).
 """
 
 from __future__ import annotations
@@ -11,53 +10,38 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Where verl, SkyRL and Megatron put the policy, beside a critic and the state of the data.
-_POLICY_FOLDERS = ("actor", "policy", "model", "dist_ckpt")
-_THEN = "Analyse the result with entropy_analysis.fisher_kernel.preconditioning=none and checkpoint.learning_rate=..."
+# Where verl, SkyRL, Megatron and prime-rl put the policy, beside a critic and the state of the data.
+_POLICY_FOLDERS = ("actor", "policy", "model", "dist_ckpt", "trainer")
 
 
 @dataclass(frozen=True)
 class ForeignLayout:
-    """what: in words, for a sentence. weights: how whole weights are had from it."""
+    """what: in words, for a sentence. weights: how whole weights are had from it, None where it is imported."""
 
     name: str
     what: str
-    weights: str
+    weights: str | None = None
+
+    @property
+    def imported(self) -> bool:
+        """Whether `entropy-experiments import` reads it."""
+        return self.weights is None
 
 
 _Names = set[str]
 
-_VERL = ForeignLayout(
-    "verl or SkyRL",
-    "this is a sharded checkpoint of verl or SkyRL (model_world_size_*_rank_*.pt)",
-    f"Merge it with verl's own `python -m verl.model_merger merge` (for FSDP shards: --backend fsdp). {_THEN}",
-)
-_DEEPSPEED = ForeignLayout(
-    "DeepSpeed",
-    "this is a checkpoint of DeepSpeed (ZeRO shards under global_step*/)",
-    "Merge its shards with deepspeed's own `zero_to_fp32` (deepspeed.utils.zero_to_fp32, not the script that lies in the "
-    f"folder), or train with stage3_gather_16bit_weights_on_model_save. {_THEN}",
-)
+_VERL = ForeignLayout("verl or SkyRL", "this is a sharded checkpoint of verl or SkyRL (model_world_size_*_rank_*.pt)")
+_DEEPSPEED = ForeignLayout("DeepSpeed", "this is a checkpoint of DeepSpeed (ZeRO shards under global_step*/)")
 _FSDP_SHARDED = ForeignLayout(
-    "FSDP, sharded",
-    "this is a sharded checkpoint of FSDP (optimizer_0/ and pytorch_model_fsdp_0/)",
-    f"Merge it with `accelerate merge-weights pytorch_model_fsdp_0 OUT`, or train with FULL_STATE_DICT. {_THEN}",
+    "FSDP, sharded", "this is a sharded checkpoint of FSDP (optimizer_0/ and pytorch_model_fsdp_0/)"
 )
-_FSDP_FULL = ForeignLayout(
-    "FSDP, full",
-    "this is a checkpoint of FSDP (optimizer.bin, its entries keyed by name)",
-    f"Load pytorch_model_fsdp.bin into the model and save it by save_pretrained. {_THEN}",
-)
-_DCP = ForeignLayout(
-    "torch DCP",
-    "this is a distributed checkpoint of torch (.metadata and *.distcp)",
-    "Convert it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`, load the file into the "
-    f"model and save it by save_pretrained. {_THEN}",
-)
+_FSDP_FULL = ForeignLayout("FSDP, full", "this is a checkpoint of FSDP (optimizer.bin, its entries keyed by name)")
+_DCP = ForeignLayout("torch DCP", "this is a distributed checkpoint of torch (.metadata and *.distcp)")
 _MEGATRON = ForeignLayout(
     "Megatron",
     "this is a checkpoint of Megatron (mp_rank_*/)",
-    f"Convert it to the format of transformers with Megatron's own tools. {_THEN}",
+    "Convert it to the format of transformers with Megatron's own tools. Analyse the result with "
+    "entropy_analysis.fisher_kernel.preconditioning=none and checkpoint.learning_rate=...",
 )
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from entropy_experiments.checkpoints.adapter_file import saved_factors
+from entropy_experiments.checkpoints.eight_bit_moments import as_adamw, rounded_note
 from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_factors
 from entropy_experiments.checkpoints.folder import (
     Adapter,
@@ -24,6 +25,13 @@ from entropy_experiments.checkpoints.folder import (
     missing_parts,
     read_json,
     read_trainer_state,
+)
+from entropy_experiments.checkpoints.imported import (
+    MOMENTS_FILE,
+    ImportRecord,
+    check_imported_files,
+    imported_optimizer,
+    read_import_record,
 )
 from entropy_experiments.checkpoints.learning_rates import logged_rate, rates_after, rates_of_last_step
 from entropy_experiments.checkpoints.loaded_policy import refuse_broken_premise
@@ -51,6 +59,7 @@ class Examined:
 
     folder: Path
     sidecar: Sidecar | None = None
+    imported: ImportRecord | None = None
     trainer_state: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     adapter: Adapter | None = None
@@ -64,6 +73,18 @@ class Examined:
     optimizer_problems: list[str] = field(default_factory=list)
     rate_problem: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def optimizer_path(self) -> Path:
+        """The file of the optimizer's moments."""
+        return self.folder / ("optimizer.pt" if self.imported is None else MOMENTS_FILE)
+
+    @property
+    def recorded_names(self) -> list[list[str]] | None:
+        """Names of the optimizer's entries by group, where a record of ours says them."""
+        if self.imported is not None:
+            return self.imported.names
+        return None if self.sidecar is None else self.sidecar.optimizer_parameter_names
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -116,7 +137,10 @@ def examine_checkpoint(
         attempt(fatal, lambda: _check_policy(found, model_name, local_files_only))
         if read_weights and not fatal:
             attempt(fatal, lambda: _check_finite(found))
-    if with_optimizer and (folder / "optimizer.pt").exists():
+    imported = found.imported
+    if imported is not None:
+        attempt(fatal, lambda: check_imported_files(folder, imported))
+    if with_optimizer and found.optimizer_path.exists() and not (imported and fatal):
         states = {name: recorded[name] for name in recorded.keys() & set(_OPTIMIZER_FILES)}
         if attempt(found.optimizer_problems, lambda: check_digests(folder, states)):
             attempt(found.optimizer_problems, lambda: _check_optimizer(found))
@@ -141,6 +165,7 @@ def _read_records(found: Examined) -> None:
         for path in sorted(place.iterdir()):
             refuse_special_file(path)
     found.sidecar = read_sidecar(folder)
+    found.imported = read_import_record(folder)
     found.trainer_state = read_trainer_state(folder)
     found.step = checkpoint_step(folder)
     found.adapter = find_adapter(folder, found.sidecar)
@@ -234,17 +259,24 @@ def _check_finite(found: Examined) -> None:
 
 
 def _check_optimizer(found: Examined) -> None:
-    path, sidecar = found.folder / "optimizer.pt", found.sidecar
-    state = read_tensor_file(path)
-    scheduler = found.folder / "scheduler.pt"
-    found.scheduler = read_tensor_file(scheduler) if scheduler.exists() else None
-    if not isinstance(found.scheduler, dict | None):
-        raise UserError(f"{scheduler} is no state of a schedule: it is damaged; copy it again")
+    path, sidecar = found.optimizer_path, found.sidecar
+    if found.imported is not None:
+        state, rounded = imported_optimizer(found.folder, found.imported), found.imported.quantised
+        found.scheduler = found.imported.scheduler
+    else:
+        state, rounded = as_adamw(path, read_tensor_file(path))
+        scheduler = found.folder / "scheduler.pt"
+        found.scheduler = read_tensor_file(scheduler) if scheduler.exists() else None
+        if not isinstance(found.scheduler, dict | None):
+            raise UserError(f"{scheduler} is no state of a schedule: it is damaged; copy it again")
+    if rounded:
+        found.notes.append(rounded_note(state))
     steps = _steps_seen(found)
     trusted = sidecar is not None and "optimizer.pt" in sidecar.sha256
-    check_optimizer_state(path, state, steps, None if sidecar is None else sidecar.optimizer_class, trusted)
+    optimizer_class = None if sidecar is None or rounded else sidecar.optimizer_class
+    check_optimizer_state(path, state, steps, optimizer_class, trusted, rounded)
     if found.outline is not None:
-        found.names = match_names(found.outline, state, None if sidecar is None else sidecar.optimizer_parameter_names)
+        found.names = match_names(found.outline, state, found.recorded_names)
         _check_entries(found, state, trusted)
     found.optimizer_state = state
 
@@ -261,7 +293,7 @@ def _check_entries(found: Examined, state: dict[str, Any], trusted: bool) -> Non
     factors = saved_factors(found.adapter.folder, found.adapter.name, entries.keys() - set(missing))
     pair = exchanged_factors(factors, lambda name: _moments(state["state"][entries[name]]))
     if pair is not None:
-        raise exchange_refused(str(found.folder / "optimizer.pt"), pair)
+        raise exchange_refused(str(found.optimizer_path), pair)
 
 
 def _moments(entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -273,7 +305,8 @@ def _steps_seen(found: Examined) -> Sequence[int]:
     if not found.trainer_state and found.sidecar is None:
         return ()
     steps = [found.step]
-    if (found.folder / "scaler.pt").exists() and isinstance(found.scheduler, dict):
+    scaled = (found.folder / "scaler.pt").exists() or found.imported is not None
+    if scaled and isinstance(found.scheduler, dict):
         steps.append(int(found.scheduler.get("last_epoch", found.step)))
     return steps
 

@@ -128,6 +128,8 @@ def _kind(found: Examined) -> str:
         return foreign.name
     if found.sidecar is not None:
         maker = "this project"
+    elif found.imported is not None:
+        maker = f"imported from {found.imported.layout}"
     elif (found.folder / "trainer_state.json").exists():
         maker = "plain TRL"
     else:

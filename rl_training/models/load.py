@@ -107,6 +107,18 @@ def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
         )
 
 
+def outline_of_configuration(folder: Path) -> PreTrainedModel:
+    """The model that a folder's config.json describes, on the meta device: no weights need lie beside it.
+
+    Raises UserError as `outline_model` does.
+    """
+    with _failures_explained(str(folder), str(folder)), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        refuse_kernels(str(folder), config)
+        refuse_quantized(str(folder), config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer that a checkpoint folder holds, as it stands, padding on the left. Raises UserError where it is damaged."""
     try:

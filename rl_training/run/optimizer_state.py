@@ -61,7 +61,7 @@ def _objects(path: Path) -> list[str]:
 
 
 def check_optimizer_state(
-    path: Path, state: Any, steps: Sequence[int], recorded_class: str | None, trusted: bool
+    path: Path, state: Any, steps: Sequence[int], recorded_class: str | None, trusted: bool, rounded: bool = False
 ) -> None:
     """Raises UserError unless `state` is that of AdamW (or of Adam without coupled decay) at its step, entry by entry.
 
@@ -84,7 +84,7 @@ def check_optimizer_state(
     if stray:
         raise UserError(f"{path} has an entry {stray[0]} that belongs to no group: it is damaged; copy it again")
     for number, entry in entries.items():
-        _check_entry(path, number, entry, group_of[number])
+        _check_entry(path, number, entry, group_of[number], rounded)
     _check_steps(path, {int(e["step"]) for e in entries.values()}, steps, trusted)
 
 
@@ -148,7 +148,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mapping[str, Any], rounded: bool) -> None:
     where = f"{path}, entry {number}"
     wanted = STATE_KEYS if group["amsgrad"] else STATE_KEYS - {"max_exp_avg_sq"}
     if entry.keys() != wanted:
@@ -179,16 +179,21 @@ def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mappi
             f"{where}: eps {float(group['eps']):g} is nothing in its precision and some second moments are 0, so that the "
             f"step is not finite: {WITHOUT_IT}"
         )
-    _check_bound(where, moments[0], moments[1:], int(step), group)
+    _check_signs(where, moments[1:])
+    if not rounded:
+        _check_bound(where, moments[0], moments[1:], int(step), group)
 
 
-def _check_bound(where: str, m: Tensor, squares: list[Tensor], step: int, group: Mapping[str, Any]) -> None:
+def _check_signs(where: str, squares: list[Tensor]) -> None:
     if any(bool((v < 0).any()) for v in squares):
         raise UserError(
             f"{where}: exp_avg_sq holds negative values, which no squares are: it is damaged; copy it again"
         )
     if len(squares) == 2 and bool((squares[1] < squares[0] * (1 - 1e-3)).any()):
         raise UserError(f"{where}: max_exp_avg_sq is below exp_avg_sq: it is damaged; copy it again")
+
+
+def _check_bound(where: str, m: Tensor, squares: list[Tensor], step: int, group: Mapping[str, Any]) -> None:
     if m.dtype not in (torch.float32, torch.float64):
         return  # rounding of the moments breaks the bound
     beta1, beta2 = map(float, group["betas"])

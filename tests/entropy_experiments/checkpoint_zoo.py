@@ -342,7 +342,7 @@ ZOO: dict[str, Kind] = {
     ),
     "fsdp-full": Kind(lambda f, z: z.foreign(f, "optimizer.bin", weights=True), "without Adam", ("FSDP",)),
     "fsdp-sharded": Kind(
-        lambda f, z: z.foreign(f, "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"), "no", ("FSDP", "merge-weights")
+        lambda f, z: z.foreign(f, "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"), "no", ("FSDP", "import")
     ),
     "deepspeed": Kind(
         lambda f, z: z.foreign(f, "latest", "zero_to_fp32.py", "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),

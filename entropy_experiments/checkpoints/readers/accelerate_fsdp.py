@@ -4,7 +4,8 @@
     SHARDED_STATE_DICT  optimizer_0/ and pytorch_model_fsdp_0/: DCP folders, under `optimizer.` and `model.`
                         or, without DCP, optimizer_0_rank<r>.bin and pytorch_model_fsdp_0_rank<r>.bin
 
-Beside them lie the Trainer's own files, and save_pretrained's where the weights were gathered. Source: accelerate/utils/fsdp_utils.py.
+Beside them lie the Trainer's own files, and save_pretrained's where weights were gathered.
+Source: accelerate/utils/fsdp_utils.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from entropy_experiments.checkpoints.readers.dcp_folder import is_dcp_folder, op
 from entropy_experiments.checkpoints.readers.dcp_trees import dcp_adam
 from entropy_experiments.checkpoints.readers.rank_files import joined_adam, joined_weights
 from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
-from entropy_experiments.checkpoints.readers.trainer_files import schedule_beside, step_beside, weights_beside
 from entropy_experiments.checkpoints.readers.trained_state import AdamState, LazyTensor, TrainedState
+from entropy_experiments.checkpoints.readers.trainer_files import schedule_beside, step_beside, weights_beside
 from rl_training.errors import UserError
 
 _FULL_MODEL, _FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
@@ -115,10 +116,12 @@ def _by_rank(folder: Path) -> dict[str, list[Path]]:
             found.setdefault(matched[1].removesuffix("_0"), {})[int(matched[2])] = path
     counts = {kind: max(ranks) + 1 for kind, ranks in found.items()}
     world = max(counts.values(), default=0)
-    for kind, ranks in found.items():
+    for _kind, ranks in found.items():
         missing = [rank for rank in range(world) if rank not in ranks]
         if missing:
             example = next(iter(ranks.values())).name
             name = re.sub(r"_rank\d+", f"_rank{missing[0]}", example)
-            raise UserError(f"{folder / name} is missing: {world} processes wrote one file each of a kind; copy those of every node")
+            raise UserError(
+                f"{folder / name} is missing: {world} processes wrote one file each of a kind; copy those of every node"
+            )
     return {kind: [ranks[rank] for rank in sorted(ranks)] for kind, ranks in found.items()}

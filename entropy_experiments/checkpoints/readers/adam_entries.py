@@ -1,4 +1,4 @@
-"""From the state dict of a torch optimizer, its tensors still on disk, to `AdamState`: keys are allow-listed, others are refused by name."""
+"""The state dict of a torch optimizer, its tensors still on disk, as `AdamState`; only keys of an allow-list are taken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from rl_training.errors import UserError
 from rl_training.run.optimizer_relatives import HARMLESS_GROUP_KEYS, REQUIRED_GROUP_KEYS, name_by_keys
 from rl_training.run.optimizer_state import WITHOUT_IT
 
-_KEPT = (REQUIRED_GROUP_KEYS | HARMLESS_GROUP_KEYS) - {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+_KEPT = (REQUIRED_GROUP_KEYS | HARMLESS_GROUP_KEYS) - {
+    "params",
+    "param_names",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+}
 
 
 def lazy(path: Path, value: Any) -> Any:
@@ -54,7 +61,9 @@ def adam_state(where: Path, content: Any) -> AdamState:
 def check_moments(where: Path, key: Any, moments: list[Any]) -> None:
     """Raises UserError unless all are tensors of one shape."""
     if not all(isinstance(moment, LazyTensor) for moment in moments) or len({m.shape for m in moments}) != 1:
-        raise UserError(f"{where}, entry {str(key)[:80]!r}: its moments are no tensors of one shape: it is damaged; copy it again")
+        raise UserError(
+            f"{where}, entry {str(key)[:80]!r}: its moments are no tensors of one shape: it is damaged; copy it again"
+        )
 
 
 def count_of(where: Path, key: Any, step: Any) -> int:
@@ -101,7 +110,9 @@ def _structure(where: Path, content: Any) -> tuple[dict[Any, Mapping[str, Any]],
     entries = {_as_in(key, keys): entry for key, entry in entries.items() if entry}
     stray = sorted(map(str, entries.keys() - keys))
     if stray:
-        raise UserError(f"{where} has an entry {stray[0][:80]!r} that belongs to no group: it is damaged; copy it again")
+        raise UserError(
+            f"{where} has an entry {stray[0][:80]!r} that belongs to no group: it is damaged; copy it again"
+        )
     return entries, groups
 
 

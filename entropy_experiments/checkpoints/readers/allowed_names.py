@@ -105,8 +105,7 @@ def _text(value: Any = "", *_rest: Any) -> str:
 _DTENSORS = frozenset({DTENSOR, "torch.distributed._tensor.api DTensor", "torch.distributed.tensor._api DTensor"})
 _PLAIN = frozenset({"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"})
 _PLACEMENTS = "torch.distributed.tensor.placement_types"
-_OLD_PLAIN = frozenset({"torch Tensor", "torch._tensor Tensor", "torch.nn.parameter Parameter"})
-_PLACEMENTS = "torch.distributed._tensor.placement_types"
+_OLD_PLACEMENTS = "torch.distributed._tensor.placement_types"
 
 _TENSORS: dict[str, Call | None] = {
     "torch._utils _rebuild_tensor_v2": _tensor,

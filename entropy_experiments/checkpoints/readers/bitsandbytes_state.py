@@ -65,7 +65,9 @@ def from_bitsandbytes(
         if first.shape != second.shape:
             raise UserError(f"{at}: its moments have two shapes: it is damaged; copy it again")
         read[key] = AdamEntry(int(step), first, second)
-    notes = ("the moments were stored in 8 bits by bitsandbytes and are rounded as they were there",) if quantised else ()
+    notes = (
+        ("the moments were stored in 8 bits by bitsandbytes and are rounded as they were there",) if quantised else ()
+    )
     return AdamState(read, tuple(_group(where, group) for group in groups), quantised, notes)
 
 

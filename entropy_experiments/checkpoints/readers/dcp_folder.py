@@ -76,7 +76,9 @@ def open_dcp(folder: Path) -> DcpFolder:
         content = read_pickle(path.read_bytes(), METADATA_NAMES)
         described, stored = _parts(content)
         pieces = _pieces(stored)
-        tensors = {name: _tensor(folder, name, entry, pieces) for name, entry in described.items() if _is(entry, _TENSOR)}
+        tensors = {
+            name: _tensor(folder, name, entry, pieces) for name, entry in described.items() if _is(entry, _TENSOR)
+        }
         objects = {name: _object(name, pieces) for name, entry in described.items() if _is(entry, _BYTES)}
     except (Damaged, OSError) as error:
         raise unreadable(path, error) from error
@@ -93,7 +95,9 @@ def _parts(content: Any) -> tuple[dict[str, Any], dict[Any, Any]]:
     stored = content.get("storage_data") if isinstance(content, Record) else None
     if not isinstance(described, dict) or not isinstance(stored, dict):
         raise Damaged("it is no description of a distributed checkpoint")
-    if not all(isinstance(name, str) and (_is(entry, _TENSOR) or _is(entry, _BYTES)) for name, entry in described.items()):
+    if not all(
+        isinstance(name, str) and (_is(entry, _TENSOR) or _is(entry, _BYTES)) for name, entry in described.items()
+    ):
         raise Damaged("it describes something that is neither a tensor nor an object")
     return described, stored
 
@@ -155,7 +159,8 @@ def _tensor(
 def _check_cover(name: str, shape: tuple[int, ...], chunks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
     """Raises Damaged unless the chunks make up the tensor, without gap and overlap."""
     inside = all(
-        len(offset) == len(size) == len(shape) and all(o + n <= whole for o, n, whole in zip(offset, size, shape, strict=True))
+        len(offset) == len(size) == len(shape)
+        and all(o + n <= whole for o, n, whole in zip(offset, size, shape, strict=True))
         for offset, size in chunks
     )
     full = [chunk for chunk in chunks if 0 not in chunk[1]]
@@ -174,9 +179,7 @@ def _overlap(chunks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def _meet(a: tuple[tuple[int, ...], tuple[int, ...]], b: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    return all(
-        max(oa, ob) < min(oa + na, ob + nb) for oa, na, ob, nb in zip(a[0], a[1], b[0], b[1], strict=True)
-    )
+    return all(max(oa, ob) < min(oa + na, ob + nb) for oa, na, ob, nb in zip(a[0], a[1], b[0], b[1], strict=True))
 
 
 def _check_files(folder: Path, pieces: Mapping[Any, _Piece]) -> None:

@@ -44,7 +44,9 @@ def read_dcp_tree(folder: Path) -> TrainedState:
     tree = open_dcp(folder)
     weights = _weights(tree)
     if not weights:
-        raise UserError(f"{folder}: this distributed checkpoint holds no weights: name the folder that holds model and optimizer")
+        raise UserError(
+            f"{folder}: this distributed checkpoint holds no weights: name the folder that holds model and optimizer"
+        )
     adam = dcp_adam(tree)
     extra = folder / "extra_state.pt"
     beside = read_torch_file(extra) if extra.is_file() else {}
@@ -66,7 +68,11 @@ def _writer(tree: DcpFolder) -> str:
         return "prime-rl"
     if any(name.startswith("app.") for name in tree.tensors):
         return "OpenRLHF FSDP2 or like it"
-    return "torchtitan" if any(name.startswith("train_state.") for name in (*tree.tensors, *tree.objects)) else "model and optimizer"
+    return (
+        "torchtitan"
+        if any(name.startswith("train_state.") for name in (*tree.tensors, *tree.objects))
+        else "model and optimizer"
+    )
 
 
 def _weights(tree: DcpFolder) -> dict[str, LazyTensor]:
@@ -101,7 +107,9 @@ def dcp_adam(tree: DcpFolder) -> AdamState | None:
     if not entries and not groups:
         return None
     if len(prefixes) > 1:
-        raise UserError(f"{tree.folder} holds {len(prefixes)} optimizers ({', '.join(sorted(prefixes))[:80]}): only one is read")
+        raise UserError(
+            f"{tree.folder} holds {len(prefixes)} optimizers ({', '.join(sorted(prefixes))[:80]}): only one is read"
+        )
     numbered = all(of.isdecimal() for of in groups)
     listed = [groups[of] for of in sorted(groups, key=int)] if numbered else _grouped(entries, groups)
     return adam_state(tree.folder, {"state": entries, "param_groups": listed})
@@ -112,14 +120,18 @@ def _grouped(entries: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -
     found: dict[str, dict[str, Any]] = {}
     for name in [*entries, *(name for name in groups if name not in entries)]:
         settings = groups.get(name, {})
-        found.setdefault(repr(sorted(settings.items(), key=str))[:4000], {**settings, "params": []})["params"].append(name)
+        found.setdefault(repr(sorted(settings.items(), key=str))[:4000], {**settings, "params": []})["params"].append(
+            name
+        )
     return list(found.values())
 
 
 def _object(tree: DcpFolder, names: tuple[str, ...]) -> dict[str, Any] | None:
     """A dict that was flattened one level deep, put together again."""
     for prefix in names:
-        keys = [name for name in tree.objects if name.startswith(f"{prefix}.") and name.count(".") == prefix.count(".") + 1]
+        keys = [
+            name for name in tree.objects if name.startswith(f"{prefix}.") and name.count(".") == prefix.count(".") + 1
+        ]
         if keys:
             return {name.rpartition(".")[2]: tree.value(name) for name in keys}
     return None

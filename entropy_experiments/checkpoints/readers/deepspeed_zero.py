@@ -3,15 +3,14 @@
     global_step<N>/[bf16_|fp16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   process r's part of weights and moments
     global_step<N>/mp_rank_00_model_states.pt (stage 3: zero_pp_rank_0_...)   param_shapes: names and shapes in order, by group
 
-Stages 1 and 2: of each parameter group the processes' vectors, laid end to end, hold the parameters one after the other, each with
-its `param_alignment_paddings`, padded at the end. Stage 3: of every parameter each process holds the r-th of W equal parts, the
-last one padded; groups may be cut into several vectors. Source: deepspeed/utils/zero_to_fp32.py and runtime/zero.
+Stages 1 and 2: of each parameter group the processes' vectors, laid end to end, hold the parameters one after the other, each
+with its `param_alignment_paddings`, padded at the end. Stage 3: of every parameter process r holds the r-th of W equal parts,
+the last one padded; groups may be cut into several vectors. Source: deepspeed/utils/zero_to_fp32.py and runtime/zero.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 
 from entropy_experiments.checkpoints.readers.adam_entries import count_of, lazy, optimizer_groups
-from entropy_experiments.checkpoints.readers.allowed_names import sizes
 from entropy_experiments.checkpoints.readers.flat_vectors import cut, is_vector
 from entropy_experiments.checkpoints.readers.inert_pickle import Damaged, Record
 from entropy_experiments.checkpoints.readers.stored_tensor import StoredTensor
-from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from entropy_experiments.checkpoints.readers.trained_state import (
     AdamEntry,
     AdamState,
@@ -33,37 +30,20 @@ from entropy_experiments.checkpoints.readers.trained_state import (
     reading,
 )
 from entropy_experiments.checkpoints.readers.trainer_files import plain_schedule, schedule_beside, weights_beside
+from entropy_experiments.checkpoints.readers.zero_files import (
+    Shapes,
+    files_by_rank,
+    model_states,
+    optimizer_of,
+    param_shapes,
+    stage_of,
+)
 from rl_training.errors import UserError
 from rl_training.run.optimizer_state import WITHOUT_IT
 
-_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
-_STEP_FOLDER = re.compile(r"global_step(\d{1,9})")
-_INSIDE = ("actor", "_actor", "policy")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Of DeepSpeed's own Adams beside torch's keys.
 _OWN = frozenset({"bias_correction", "step", "adam_w_mode", "set_grad_none"})
-
-
-def zero_folder(folder: Path) -> Path | None:
-    """Where the files lie: the folder itself, that named by `latest`, or the newest global_step<N>; None where there are none."""
-    for place in (folder, *(folder / name for name in _INSIDE)):
-        if place.is_dir():
-            found = _files_in(place)
-            if found is not None:
-                return found
-    return None
-
-
-def _files_in(place: Path) -> Path | None:
-    if any(_OPTIM.fullmatch(path.name) for path in place.iterdir()):
-        return place
-    steps = {path.name: int(m[1]) for path in place.iterdir() if (m := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()}
-    latest = place / "latest"
-    tag = latest.read_text(encoding="utf-8", errors="replace")[:200].strip() if latest.is_file() and latest.stat().st_size < 1000 else ""
-    chosen = tag if tag in steps else max(steps, key=lambda name: steps[name], default=None)
-    inside = None if chosen is None else place / chosen
-    return inside if inside is not None and any(_OPTIM.fullmatch(p.name) or _MODEL.fullmatch(p.name) for p in inside.iterdir()) else None
 
 
 def read_zero(folder: Path, beside: Path) -> TrainedState:
@@ -77,11 +57,11 @@ def read_zero(folder: Path, beside: Path) -> TrainedState:
         UserError: For a missing process, another number of processes, tensor or expert parallelism, names that do not fit the
             vectors, and files that are damaged or hold anything but tensors and plain data.
     """
-    paths = _by_rank(folder)
-    states = [_optimizer_of(path) for path in paths]
-    stage, world = _stage(folder, states), len(paths)
-    model_path, model = _model_states(folder, stage, world)
-    shapes = _param_shapes(model_path, model)
+    paths = files_by_rank(folder)
+    states = [optimizer_of(path) for path in paths]
+    stage, world = stage_of(folder, states), len(paths)
+    model_path, model = model_states(folder, stage, world)
+    shapes = param_shapes(model_path, model)
     try:
         if stage == 3:
             adam, masters = _stage3(folder, paths, states, shapes)
@@ -110,91 +90,6 @@ def read_zero(folder: Path, beside: Path) -> TrainedState:
     )
 
 
-def _by_rank(folder: Path) -> list[Path]:
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("expp_rank_"):
-            raise UserError(f"{path} is of experts spread over processes, which is not read: {WITHOUT_IT}")
-        matched = _OPTIM.fullmatch(path.name)
-        if matched and int(matched[2]):
-            raise UserError(f"{path} is of a model cut by tensor parallelism, which is not read: {WITHOUT_IT}")
-        if matched and int(matched[1]) in found:
-            raise UserError(f"{folder} holds {found[int(matched[1])].name} and {path.name}: two checkpoints are mixed; keep one")
-        if matched:
-            found[int(matched[1])] = path
-    missing = [rank for rank in range(max(found, default=-1) + 1) if rank not in found]
-    if not found or missing:
-        raise UserError(
-            f"{folder} has no *zero_pp_rank_{(missing or [0])[0]}_mp_rank_00_optim_states.pt: every process wrote one; copy those of "
-            "every node"
-        )
-    return [found[rank] for rank in sorted(found)]
-
-
-def _optimizer_of(path: Path) -> dict[str, Any]:
-    content = read_torch_file(path)
-    state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no optimizer_state_dict: it is damaged; copy it again")
-    return state
-
-
-def _stage(folder: Path, states: list[dict[str, Any]]) -> int:
-    """ZeRO's stage. Raises UserError where the files are of another number of processes."""
-    world = len(states)
-    for rank, state in enumerate(states):
-        counts = state.get("partition_count", world)
-        for count in counts if isinstance(counts, list) else [counts]:
-            if count != world:
-                raise UserError(
-                    f"{folder}: rank {rank}'s file is of {str(count)[:20]} processes, and there are {world} files: a file is missing, "
-                    "or is of another checkpoint; copy those of every node"
-                )
-    stages = {_number(state.get("zero_stage", 1)) for state in states}  # BF16_Optimizer does as stage 1 and names none
-    if len(stages) > 1 or not stages <= {1, 2, 3}:
-        raise UserError(f"{folder}: its files are of no one stage of ZeRO: two checkpoints are mixed; copy it again")
-    return int(stages.pop())
-
-
-def _number(value: Any) -> Any:
-    """ZeroStageEnum is an integer with a name."""
-    return value.arguments[0] if isinstance(value, Record) and value.arguments else value
-
-
-def _model_states(folder: Path, stage: int, world: int) -> tuple[Path, dict[str, Any]]:
-    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    path = folder / name
-    if not path.exists():
-        raise UserError(f"{path} is missing, which names the parameters: the checkpoint is partial; copy it again")
-    content = read_torch_file(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no model states: it is damaged; copy it again")
-    if content.get("mp_world_size", 1) not in (1, None):
-        raise UserError(f"{path} is of a model cut by tensor parallelism, which is not read: {WITHOUT_IT}")
-    recorded = content.get("dp_world_size", world)
-    if recorded != world:
-        raise UserError(f"{path} is of {str(recorded)[:20]} processes, and there are files of {world}: two checkpoints are mixed; copy it again")
-    return path, content
-
-
-_Shapes = list[dict[str, tuple[int, ...]]]
-
-
-def _param_shapes(path: Path, model: Mapping[str, Any]) -> _Shapes:
-    """Names and shapes by group, in the vectors' order."""
-    listed = model.get("param_shapes")
-    try:
-        if not isinstance(listed, list) or not listed or not all(isinstance(group, dict) for group in listed):
-            raise Damaged("it has no param_shapes, which name the parameters")
-        shapes = [{str(name): sizes(shape) for name, shape in group.items()} for group in listed]
-        names = [name for group in shapes for name in group]
-        if len(set(names)) < len(names):
-            raise Damaged("it names a parameter twice")
-    except Damaged as error:
-        raise UserError(f"{path}: {error}: it is damaged; copy it again") from error
-    return shapes
-
-
 def _settings(folder: Path, groups: Any) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Groups with the settings of torch's AdamW, and what is to be said of them. Raises UserError for another optimizer."""
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
@@ -212,7 +107,9 @@ def _settings(folder: Path, groups: Any) -> tuple[list[dict[str, Any]], tuple[st
                 settings["decoupled_weight_decay"] = False
             elif own:
                 settings["decoupled_weight_decay"] = True
-                notes.add("DeepSpeed's Adam does not record whether weight decay is decoupled: taken as AdamW's (adam_w_mode, its default)")
+                notes.add(
+                    "DeepSpeed's Adam does not record whether weight decay is decoupled: taken as AdamW's (its default)"
+                )
         read.append(settings)
     return read, tuple(sorted(notes))
 
@@ -220,7 +117,9 @@ def _settings(folder: Path, groups: Any) -> tuple[list[dict[str, Any]], tuple[st
 def _vectors(paths: Sequence[Path], values: list[Any], what: str) -> list[StoredTensor]:
     if not all(map(is_vector, values)):
         rank = next(rank for rank, value in enumerate(values) if not is_vector(value))
-        raise Damaged(f"{paths[rank].name} has no flat vector of {what} (another optimizer than Adam, or an elastic checkpoint)")
+        raise Damaged(
+            f"{paths[rank].name} has no flat vector of {what} (another optimizer than Adam, or an elastic checkpoint)"
+        )
     return values
 
 
@@ -229,11 +128,15 @@ def _base(paths: Sequence[Path], states: list[dict[str, Any]], key: str) -> list
     found = [state.get(key) for state in states]
     for path, base in zip(paths, found, strict=True):
         if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
-            raise Damaged(f"{path.name} has no {key} of Adam (an elastic checkpoint is not read: save with elastic_checkpoint false)")
+            raise Damaged(
+                f"{path.name} has no {key} of Adam (an elastic checkpoint is not read: save with elastic_checkpoint false)"
+            )
     return found
 
 
-def _moments(paths: Sequence[Path], bases: list[dict[str, Any]], number: int) -> tuple[dict[str, list[StoredTensor]], Any]:
+def _moments(
+    paths: Sequence[Path], bases: list[dict[str, Any]], number: int
+) -> tuple[dict[str, list[StoredTensor]], Any]:
     """exp_avg and exp_avg_sq of the vector `number`, of every process, and the steps it has seen."""
     entries = [base["state"].get(number, base["state"].get(str(number))) for base in bases]
     if not all(isinstance(entry, dict) and entry.keys() <= {*_MOMENTS, "step"} for entry in entries):
@@ -257,12 +160,14 @@ def _step(path: Path, entry: Mapping[str, Any], base: Mapping[str, Any], number:
 
 
 def _stage2(
-    folder: Path, paths: list[Path], states: list[dict[str, Any]], shapes: _Shapes
+    folder: Path, paths: list[Path], states: list[dict[str, Any]], shapes: Shapes
 ) -> tuple[AdamState, dict[str, LazyTensor]]:
     bases = _base(paths, states, "base_optimizer_state")
     settings, notes = _settings(folder, bases[0].get("param_groups"))
     if len(settings) != len(shapes):
-        raise Damaged(f"param_shapes has {len(shapes)} groups, the optimizer {len(settings)}: the files are of two checkpoints")
+        raise Damaged(
+            f"param_shapes has {len(shapes)} groups, the optimizer {len(settings)}: the files are of two checkpoints"
+        )
     paddings = states[0].get("param_alignment_paddings")
     masters = [state.get("single_partition_of_fp32_groups") for state in states]
     entries: dict[str | int, AdamEntry] = {}
@@ -281,20 +186,25 @@ def _stage2(
             offset += math.prod(shape) + pad
         have = sum(v.shape[0] for v in vectors["exp_avg"])
         if not 0 <= have - offset <= 2 * len(paths) * 512:
-            raise Damaged(f"group {g} names {offset} elements, and the processes' vectors hold {have}: a part is missing, or it is of another checkpoint")
+            raise Damaged(
+                f"group {g} names {offset} elements, and the processes' vectors hold {have}: a part is missing, or it "
+                "is of another checkpoint"
+            )
     listed = [{**s, "params": list(group)} for s, group in zip(settings, shapes, strict=True)]
     return AdamState(entries, optimizer_groups(folder, listed), notes=notes), weights
 
 
 def _stage3(
-    folder: Path, paths: list[Path], states: list[dict[str, Any]], shapes: _Shapes
+    folder: Path, paths: list[Path], states: list[dict[str, Any]], shapes: Shapes
 ) -> tuple[AdamState, dict[str, LazyTensor]]:
     bases = _base(paths, states, "optimizer_state_dict")
     settings, notes = _settings(folder, bases[0].get("param_groups"))
     masters = [state.get("fp32_flat_groups") for state in states]
     world = len(paths)
     if not all(isinstance(m, list) and len(m) == len(shapes) for m in masters):
-        raise Damaged(f"param_shapes has {len(shapes)} groups, the vectors have other ones: the files are of two checkpoints")
+        raise Damaged(
+            f"param_shapes has {len(shapes)} groups, the vectors have other ones: the files are of two checkpoints"
+        )
     entries: dict[str | int, AdamEntry] = {}
     weights: dict[str, LazyTensor] = {}
     for k, group in enumerate(shapes):
@@ -304,12 +214,16 @@ def _stage3(
         for name, shape in group.items():
             each = -(-math.prod(shape) // world)
             first, second, weight = (
-                _gathered(f"{folder} ({name})", of, offset, each, shape) for of in (vectors["exp_avg"], vectors["exp_avg_sq"], flat)
+                _gathered(f"{folder} ({name})", of, offset, each, shape)
+                for of in (vectors["exp_avg"], vectors["exp_avg_sq"], flat)
             )
             entries[name], weights[name] = AdamEntry(step, first, second), weight
             offset += each
         if any(v.shape[0] != offset for v in (*vectors["exp_avg"], *flat)):
-            raise Damaged(f"vector {k} names {offset} elements of each process, and they hold {flat[0].shape[0]}: a part is missing, or it is of another checkpoint")
+            raise Damaged(
+                f"vector {k} names {offset} elements of each process, and they hold {flat[0].shape[0]}: a "
+                "part is missing, or it is of another checkpoint"
+            )
     listed = []
     for group in settings:
         numbers = group.get("params")
@@ -331,7 +245,7 @@ def _gathered(origin: str, vectors: list[StoredTensor], offset: int, each: int, 
     return reading(origin, shape, vectors[0].dtype, read)
 
 
-def _check_names(folder: Path, states: list[dict[str, Any]], shapes: _Shapes) -> None:
+def _check_names(folder: Path, states: list[dict[str, Any]], shapes: Shapes) -> None:
     """Raises Damaged where a process's own record of what lies where in its vector says otherwise than param_shapes."""
     for rank, state in enumerate(states):
         mappings = state.get("param_slice_mappings")
@@ -343,11 +257,15 @@ def _check_names(folder: Path, states: list[dict[str, Any]], shapes: _Shapes) ->
             if not isinstance(mapping, dict) or len(named) < len(mapping) or starts != sorted(starts):
                 odd = next((str(n) for n in mapping if n not in group), named[0] if named else "")
                 raise Damaged(
-                    f"rank {rank}'s file does not have the parameters in the order of the model states, e.g. {odd[:80]!r}: names were "
-                    "changed, or the files are of two checkpoints"
+                    f"rank {rank}'s file does not have the parameters in the order of the model states, e.g. {odd[:80]!r}: names "
+                    "were changed, or the files are of two checkpoints"
                 )
             for name, address in mapping.items():
-                if isinstance(address, Record) and len(address.arguments) == 2 and address.arguments[0] > math.prod(group[name]):
+                if (
+                    isinstance(address, Record)
+                    and len(address.arguments) == 2
+                    and address.arguments[0] > math.prod(group[name])
+                ):
                     raise Damaged(f"rank {rank}'s file has {name[:80]!r} longer than its shape: names were changed")
 
 
@@ -365,6 +283,6 @@ def _check_masters(path: Path, masters: Mapping[str, LazyTensor], module: Mappin
             continue
         if saved.shape != master.shape or not torch.equal(master.read().to(saved.dtype), saved.read()):
             raise UserError(
-                f"{path}: the weight {name[:80]!r} is not the one that the optimizer's files hold under its name: names were changed, or "
-                "the files are of two checkpoints; copy it again"
+                f"{path}: the weight {name[:80]!r} is not the one that the optimizer's files hold under its name: names "
+                "were changed, or the files are of two checkpoints; copy it again"
             )

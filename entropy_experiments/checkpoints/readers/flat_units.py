@@ -37,10 +37,16 @@ def unflatten(
     """
     folder, world = paths[0].parent, len(paths)
     numbers = [key for group in groups for key in group.get("params", [])] if isinstance(groups, list) else []
-    if any(list(state) != list(states[0]) for state in states) or sorted(map(str, states[0])) != sorted(map(str, numbers)):
-        raise UserError(f"{folder}: the optimizer's flat vectors differ between processes, or some are missing: {_REMEDY}")
+    if any(list(state) != list(states[0]) for state in states) or sorted(map(str, states[0])) != sorted(
+        map(str, numbers)
+    ):
+        raise UserError(
+            f"{folder}: the optimizer's flat vectors differ between processes, or some are missing: {_REMEDY}"
+        )
     if len(groups) != 1:
-        raise UserError(f"{folder}: the optimizer's flat vectors (FSDP1) lie in {len(groups)} groups, and nothing names them: {_REMEDY}")
+        raise UserError(
+            f"{folder}: the optimizer's flat vectors (FSDP1) lie in {len(groups)} groups, and nothing names them: {_REMEDY}"
+        )
     units = _units(folder, weights)
     by_text = {str(key): key for key in states[0]}
     vectors = [by_text[str(number)] for number in numbers]
@@ -73,7 +79,9 @@ def _units(folder: Path, weights: Mapping[str, LazyTensor]) -> list[list[tuple[s
         matched = _LAYER.match(name)
         (root if matched is None else layers.setdefault(matched[1], [])).append((name, weight.shape))
     if not layers:
-        raise UserError(f"{folder}: the optimizer's state is of flat vectors (FSDP1), and the model has no layers to cut by: {_REMEDY}")
+        raise UserError(
+            f"{folder}: the optimizer's state is of flat vectors (FSDP1), and the model has no layers to cut by: {_REMEDY}"
+        )
     # A tied head is listed a second time, and is no parameter of its own.
     tables = {shape for name, shape in root if "embed" in name or "wte" in name}
     tied = [item for item in root if not (item[0].endswith("lm_head.weight") and item[1] in tables)]

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rl_training.errors import UserError
-
 MOST_BYTES = 256 << 20
 # Of a pickle's opcodes: 10 to 20 make up a tensor, so that these suffice for a million tensors, and end within a minute.
 MOST_OPCODES = 20_000_000
@@ -76,7 +74,7 @@ def read_pickle(
     except Damaged:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Damaged(f"its description is no pickle of torch ({type(error).__name__})") from error
+        raise Damaged(f"its description is damaged or cut short ({type(error).__name__})") from error
     raise Damaged("its description is cut short")
 
 

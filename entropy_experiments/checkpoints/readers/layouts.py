@@ -9,10 +9,11 @@ from pathlib import Path
 
 from entropy_experiments.checkpoints.readers.accelerate_fsdp import is_accelerate_fsdp, read_accelerate_fsdp
 from entropy_experiments.checkpoints.readers.dcp_trees import dcp_tree_folder, read_dcp_tree
-from entropy_experiments.checkpoints.readers.deepspeed_zero import read_zero, zero_folder
+from entropy_experiments.checkpoints.readers.deepspeed_zero import read_zero
 from entropy_experiments.checkpoints.readers.rank_files import rank_files_folder, read_rank_files
 from entropy_experiments.checkpoints.readers.saved_model import is_saved_model, read_saved_model
 from entropy_experiments.checkpoints.readers.trained_state import TrainedState
+from entropy_experiments.checkpoints.readers.zero_files import zero_folder
 from rl_training.errors import UserError
 
 _STEPS = re.compile(r"(?:checkpoint-|global_steps?_?|step[-_])(\d{1,9})")

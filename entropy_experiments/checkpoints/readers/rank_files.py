@@ -1,7 +1,7 @@
 """Files of torch.save, one for each process: verl and SkyRL under FSDP2 or FSDP1, and accelerate's FSDP without DCP.
 
     model_world_size_<W>_rank_<r>.pt        the model's state dict: parameters by name, DTensors
-    optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters, with DTensors; FSDP1 flat vectors (flat_units)
+    optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters (DTensors), FSDP1 flat vectors (flat_units)
     extra_state_world_size_<W>_rank_<r>.pt  schedule, step (SkyRL), random numbers
     huggingface/                            configuration, tokenizer and, where asked for, whole weights
 
@@ -40,8 +40,8 @@ def read_rank_files(folder: Path) -> TrainedState:
     """A checkpoint of verl or SkyRL.
 
     Raises:
-        UserError: For a missing process, files of two numbers of processes, parts that do not fit together, files that are damaged
-            or hold anything but tensors and plain data.
+        UserError: For a missing process, files of two numbers of processes, parts that do not fit together, files that are
+            damaged or hold anything but tensors and plain data.
     """
     model, ranks = _files(folder, "model")
     weights = joined_weights(model)
@@ -91,7 +91,9 @@ def joined_adam(paths: list[Path], weights: Mapping[str, LazyTensor]) -> AdamSta
         raise UserError(f"{paths[0]} is not the state of an optimizer: it is damaged; copy it again")
     groups = [content.get("param_groups") for content in contents]
     if any(_plain(group) != _plain(groups[0]) for group in groups):
-        raise UserError(f"{paths[0].parent}: the processes' parameter groups differ: their files are of two checkpoints")
+        raise UserError(
+            f"{paths[0].parent}: the processes' parameter groups differ: their files are of two checkpoints"
+        )
     states = [content["state"] for content in contents]
     if is_flat(states):
         return adam_state(paths[0].parent, unflatten(paths, states, groups[0], weights))
@@ -116,8 +118,8 @@ def _same_keys(paths: list[Path], contents: list[Any]) -> list[Any]:
         if list(content) != list(contents[0]):
             odd = next(iter(content.keys() ^ contents[0].keys()), next(iter(content), ""))
             raise UserError(
-                f"{path} does not name the same parameters in the same order as {paths[0].name}, e.g. {str(odd)[:80]!r}: they are of "
-                "two checkpoints; copy them again"
+                f"{path} does not name the same parameters in the same order as {paths[0].name}, e.g. {str(odd)[:80]!r}: they "
+                "are of two checkpoints; copy them again"
             )
     return list(contents[0])
 
@@ -132,7 +134,9 @@ def _files(folder: Path, kind: str, ranks: int | None = None) -> tuple[list[Path
     if not found and kind != "model":
         return [], ranks or 0
     if not found:
-        raise UserError(f"{folder} has no model_world_size_*_rank_*.pt: the weights were not saved; save 'model' as well")
+        raise UserError(
+            f"{folder} has no model_world_size_*_rank_*.pt: the weights were not saved; save 'model' as well"
+        )
     worlds = sorted(found)
     if len(worlds) > 1 or (ranks is not None and worlds != [ranks]):
         numbers = " and ".join(map(str, sorted({*worlds, *([] if ranks is None else [ranks])})))
@@ -143,7 +147,8 @@ def _files(folder: Path, kind: str, ranks: int | None = None) -> tuple[list[Path
     recorded = _recorded_world(folder)
     if recorded is not None and recorded != world:
         raise UserError(
-            f"{folder}/fsdp_config.json is of {recorded} processes, the files are of {world}: two checkpoints are mixed; copy it again"
+            f"{folder}/fsdp_config.json is of {recorded} processes, the files are of {world}: two checkpoints are "
+            "mixed; copy it again"
         )
     missing = [rank for rank in range(world) if rank not in found[world]]
     if missing or len(found[world]) > world:

@@ -1,6 +1,6 @@
 """One tensor out of the parts that its processes saved, each a DTensor: cut along one axis, or the same everywhere.
 
-A DTensor of process r holds, for n rows over w processes, rows r c .. (r + 1) c with c = ceil(n / w), the last ones fewer or none.
+A DTensor of process r holds, for n rows over w processes, rows r c .. (r + 1) c with c = ceil(n / w), the last ones less or none.
 Source: torch.distributed.tensor, placement_types.Shard.
 """
 
@@ -62,7 +62,9 @@ class _Part:
         kinds = [p.kind.rpartition(" ")[2] if isinstance(p, Record) else "" for p in placements]
         odd = [kind for kind in kinds if kind not in ("Shard", "Replicate")]
         if odd or kinds.count("Shard") > 1:
-            raise Damaged(f"it is cut over two axes of processes ({odd[0] if odd else 'Shard'}), as by tensor parallelism, not read")
+            raise Damaged(
+                f"it is cut over two axes of processes ({odd[0] if odd else 'Shard'}), as by tensor parallelism, not read"
+            )
         self.mesh_axis = kinds.index("Shard") if "Shard" in kinds else None
         shard = None if self.mesh_axis is None else placements[self.mesh_axis]
         self.axis = None if shard is None else (shard.get("dim") if shard.state else shard.arguments[0])
@@ -132,7 +134,9 @@ def _same(what: str, paths: Sequence[Path], parts: Sequence[StoredTensor]) -> La
     """A tensor that every process holds whole."""
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
-        raise Damaged("the processes hold it in two shapes: their files are of two checkpoints, or it is cut in a way not read")
+        raise Damaged(
+            "the processes hold it in two shapes: their files are of two checkpoints, or it is cut in a way not read"
+        )
     if first.numel <= 1 and len({part.read().item() for part in parts}) > 1:
         raise Damaged("the processes hold two values of it: their files are of two checkpoints")
     return reading(paths[0], first.shape, first.dtype, first.read)

@@ -20,6 +20,10 @@ from rl_training.run.sidecar import refuse_special_file
 
 _LOCAL_HEADER = 30
 _MOST_ENTRIES = 1_000_000
+# What zipfile raises for a damaged directory: names that are no text and offsets out of range among it.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError, EOFError, IndexError, KeyError,
+)  # fmt: skip
 
 
 def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> Any:
@@ -36,14 +40,20 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
     try:
         refuse_special_file(path)
         return _Archive(path, start, length).content()
-    except (Damaged, OSError, zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as error:
+    except (Damaged, OSError, *_ZIP_ERRORS) as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """The refusal of a file, with what is wrong in it."""
-    what = str(error).splitlines()[0] if isinstance(error, Damaged | OSError) and str(error) else "it is no archive of torch.save"
-    return UserError(f"{path} cannot be read: {what}; copy the checkpoint again, or save it anew with the trainer that wrote it")
+    what = (
+        str(error).splitlines()[0]
+        if isinstance(error, Damaged | OSError) and str(error)
+        else "it is no archive of torch.save"
+    )
+    return UserError(
+        f"{path} cannot be read: {what}; copy the checkpoint again, or save it anew with the trainer that wrote it"
+    )
 
 
 class _Window(io.RawIOBase):

@@ -88,7 +88,9 @@ class AdamState:
         keys = [change(str(key)) for group in self.groups for key in group.keys]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"two parameters of the optimizer's state are both called {twice!r}: it is damaged; copy it again")
+            raise UserError(
+                f"two parameters of the optimizer's state are both called {twice!r}: it is damaged; copy it again"
+            )
         return self.with_names([[change(str(key)) for key in group.keys] for group in self.groups])
 
 
@@ -98,8 +100,8 @@ class TrainedState:
 
     layout: Of which trainer, in words. folder: Where it lies. step: Steps taken, None where nothing says. weights: By name; empty
     where `weights_folder` holds them in the files of save_pretrained. weights_folder: Where those files, or the configuration and
-    the tokenizer alone, lie; None where there are none. adam: None where no optimizer's state was saved. scheduler: The schedule's
-    state, plain data. origins: What was read from which file, relative to `folder`. missing: What is not there, with what to do.
+    the tokenizer alone, lie; None where there are none. adam: None where no optimizer's state was saved. scheduler: The
+    schedule's state, plain data. ranks: Processes that wrote it. origins: What was read from which file.
     """
 
     layout: str

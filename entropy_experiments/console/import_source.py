@@ -1,0 +1,187 @@
+"""`import`: a run of ours out of another trainer's checkpoints; and what `doctor` says of these before they are imported."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_experiments.buffers.dumps.read import dump_steps, import_rollouts
+from entropy_experiments.buffers.dumps.rows import RolloutTable
+from entropy_experiments.checkpoints.folder import existing_folder
+from entropy_experiments.checkpoints.foreign import foreign_layout
+from entropy_experiments.checkpoints.import_checkpoint import Imported, fill_checkpoint
+from entropy_experiments.checkpoints.imported import IMPORT_RECORD
+from entropy_experiments.checkpoints.readers.layouts import Source, find_source, find_sources
+from entropy_experiments.checkpoints.readers.trained_state import TrainedState
+from entropy_experiments.checkpoints.readers.trainer_files import SAVED_WEIGHTS
+from entropy_experiments.checkpoints.validation import examine_checkpoint
+from rl_training.errors import UserError
+from rl_training.files import PART, own_folder, refuse_link, rename_whole
+from rl_training.run.folder_lock import locked
+
+ROLLOUTS_FILE = "rollouts.parquet"
+
+
+def import_run(source: Path, output: Path, model: str | None = None, rollouts: Path | None = None) -> list[Imported]:
+    """Make a run folder of ours out of a checkpoint, or of all checkpoints of a run.
+
+    Args:
+        source: A folder of any layout that is read (entropy_experiments.checkpoints.readers).
+        output: The run folder; `checkpoint-<step>` appear in it whole or not at all, and nothing is overwritten.
+        model: Folder or name with configuration and tokenizer, where the source has none.
+        rollouts: A dump of sequences (docs/guides/rollouts.md); those of each checkpoint's next step come beside it.
+
+    Returns:
+        One for each checkpoint, in the order of steps.
+
+    Raises:
+        UserError: Where a checkpoint is damaged, partial or of no layout that is read, where it could not be analysed once
+            imported, or where the output holds that step already.
+    """
+    sources = find_sources(existing_folder(source))
+    states = [found.read() for found in sources]
+    steps = [state.step for state in states]
+    if len({step or 0 for step in steps}) < len(steps):
+        raise UserError(f"{source} holds two checkpoints of one step ({steps}): name the folder of one of them")
+    own_folder(output)
+    with locked(output / ".lock", str(output)):
+        for state in states:
+            target = _target(output, state)
+            if target.exists():
+                raise UserError(
+                    f"{target} exists already: nothing is overwritten; choose another --output, or remove it"
+                )
+        return [
+            _import_one(state, found, output, model, rollouts) for state, found in zip(states, sources, strict=True)
+        ]
+
+
+def _target(output: Path, state: TrainedState) -> Path:
+    return output / f"checkpoint-{state.step or 0}"
+
+
+def _import_one(
+    state: TrainedState, source: Source, output: Path, model: str | None, rollouts: Path | None
+) -> Imported:
+    target = _target(output, state)
+    part = output / f".{target.name}.{secrets.token_hex(8)}{PART}"
+    part.mkdir()
+    try:
+        dump = None if rollouts is None else _sequences(rollouts, state.step or 0)
+        beside = {}
+        if dump is not None:
+            dump.table.write(part / ROLLOUTS_FILE)
+            beside[ROLLOUTS_FILE] = dump.origin
+        made = fill_checkpoint(state, source.folder, part, model, beside)
+        found = examine_checkpoint(part, model_name=model if (part / "adapter_config.json").exists() else None)
+        found.refuse(False)
+        if found.optimizer_problems and made.moments:
+            raise UserError(found.optimizer_problems[0])
+        refuse_link(target)
+        rename_whole(part, target)
+    except UserError as error:
+        raise UserError(str(error).replace(str(part), str(source.folder))) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Imported(target, made.record, made.weights, made.moments)
+
+
+@dataclass(frozen=True)
+class _Dump:
+    table: RolloutTable
+    origin: str
+
+
+def _sequences(rollouts: Path, step: int) -> _Dump:
+    """Those that the checkpoint's policy drew, for the step that came next; without them those of its last step.
+
+    Raises UserError where the dump has neither, or is damaged.
+    """
+    steps = dump_steps(rollouts)
+    wanted = step + 1 if step + 1 in steps or not steps else step
+    try:
+        table = import_rollouts(rollouts, wanted)
+    except UserError:
+        if wanted == step:
+            raise
+        wanted, table = step, import_rollouts(rollouts, step)
+    by = "drawn by this policy" if wanted == step + 1 else "drawn by the policy before its last step"
+    return _Dump(table, f"{rollouts}, {len(table)} sequences of step {wanted}, {by}")
+
+
+def import_lines(made: list[Imported]) -> list[str]:
+    """What was imported, for a person."""
+    lines = []
+    for one in made:
+        moments = (
+            f"moments of {one.moments} parameters" if one.moments else "no moments: analyse with preconditioning=none"
+        )
+        lines.append(f"{one.folder}: {one.record.layout}, step {one.record.step}: {one.weights} weights, {moments}")
+        lines += [f"  {note}" for note in one.record.notes]
+        if ROLLOUTS_FILE in one.record.origins:
+            lines.append(
+                f"  sequences: {one.record.origins[ROLLOUTS_FILE]}; analyse them with "
+                f"entropy_analysis.sampling.train_sequences_path={one.folder / ROLLOUTS_FILE}"
+            )
+    return lines
+
+
+def importable(folder: Path) -> bool:
+    """Whether `doctor` should speak of importing: a layout that is read, and no checkpoint that is analysed as it is."""
+    if not folder.is_dir() or (folder / "optimizer.pt").exists() or (folder / IMPORT_RECORD).exists():
+        return False
+    foreign = foreign_layout(folder)
+    if foreign is not None:
+        return foreign.imported
+    source = find_source(folder)
+    return source is not None and not any((folder / name).exists() for name in (*SAVED_WEIGHTS, "adapter_config.json"))
+
+
+def describe(folder: Path, outermost: Path | None = None) -> tuple[list[str], bool]:
+    """What a foreign checkpoint holds and lacks, and whether it can be imported whole. No tensor is read but for checks.
+
+    Raises:
+        UserError: Where it is no layout that is read.
+    """
+    source = find_sources(folder)[-1]
+    lines = [f"checkpoint {source.folder}"]
+    try:
+        state = source.read()
+    except UserError as error:
+        return [*lines, f"  MISSING {error}", "cannot be imported as it is"], False
+    lines += [f"  {state.layout}", f"  step {'unknown' if state.step is None else state.step}", *_parts(state)]
+    missing = _missing(state)
+    lines += [f"  {note}" for note in (*state.notes, *((state.adam.notes) if state.adam else ()))]
+    lines += [f"  MISSING {line}" for line in missing]
+    command = f"entropy-experiments import {outermost or folder} --output RUN"
+    lines.append(f"can be imported: {command}{' --model FOLDER' if missing and state.adam else ''}")
+    return lines, not missing
+
+
+def _parts(state: TrainedState) -> list[str]:
+    saved = state.weights_folder is not None and any((state.weights_folder / n).exists() for n in SAVED_WEIGHTS)
+    lines = [
+        f"  weights: {'saved by save_pretrained' if saved else f'{len(state.weights)} tensors, gathered at import'}"
+    ]
+    if state.adam is None:
+        return [
+            *lines,
+            "  optimizer: none; analyse with fisher_kernel.preconditioning=none and checkpoint.learning_rate",
+        ]
+    rates = ", ".join(f"{group.settings.get('lr', 0):g}" for group in state.adam.groups)
+    names = "named in the files" if state.adam.named else "numbered; named by the model's order at import, and verified"
+    lines.append(f"  AdamW: moments of {len(state.adam.entries)} parameters at step {state.adam.step}, {names}")
+    lines.append(f"  parameter groups: {len(state.adam.groups)}, learning rates in the file {rates}")
+    return lines
+
+
+def _missing(state: TrainedState) -> list[str]:
+    places = [place for place in (state.weights_folder, state.folder) if place is not None]
+    lines = []
+    if not any((place / name).exists() for place in places for name in ("config.json", "adapter_config.json")):
+        lines.append("config.json and a tokenizer: give --model, a folder of save_pretrained or a name on the hub")
+    elif not any((place / name).exists() for place in places for name in ("tokenizer.json", "tokenizer_config.json")):
+        lines.append("a tokenizer (tokenizer.json): give --model, a folder of save_pretrained or a name on the hub")
+    return lines

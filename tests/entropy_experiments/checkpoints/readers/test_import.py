@@ -1,0 +1,195 @@
+"""`import` makes a run of ours out of every layout, and an analysis of it says what one of the Trainer's checkpoint says."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from entropy_experiments.checkpoint_loader import load_checkpoint
+from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, read_import_record
+from entropy_experiments.checkpoints.validation import examine_checkpoint
+from entropy_experiments.console.doctor import examine
+from entropy_experiments.console.import_source import describe, import_lines, import_run, importable
+from entropy_experiments.entropy_runner import run_fisher_analysis
+from rl_training.errors import UserError
+from tests.entropy_experiments.checkpoints.readers import written_formats as written
+from tests.entropy_experiments.small_analysis import config
+from tests.warm_python import warm_run
+
+FORMATS = [
+    written.VERL, written.PRIME, written.TITAN, written.OPENRLHF, written.FULL, written.SHARDED, written.RANKED, written.TRAINER,
+    "zero1/checkpoint-4", "zero2/checkpoint-4", "zero3/checkpoint-4",
+]  # fmt: skip
+TASK = "{name: chain_sum, arguments: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}, size: 24, heldout_size: 16}"
+TOLD = (
+    f"checkpoint.task={TASK}", "entropy_analysis.sampling.temperature=1.0", "checkpoint.learning_rate=1e-3",
+    "entropy_analysis.sampling.max_completion_length=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(formats, tmp_path_factory):
+    """format -> the run that was imported from it."""
+    root = tmp_path_factory.mktemp("imported")
+    made = {name: root / name.split("/")[0] for name in FORMATS}
+    for name, run in made.items():
+        import_run(formats / name, run, str(formats / "policy"))
+    return made
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_imported_checkpoint_loads_with_its_moments(runs, reference, name):
+    with pytest.warns(UserWarning, match="not verified"):
+        checkpoint = load_checkpoint(runs[name], device="cpu")
+    assert checkpoint.record.step == 4 and checkpoint.record.imported is not None
+    weights = dict(checkpoint.model.named_parameters())
+    state = checkpoint.optimizer.state if hasattr(checkpoint.optimizer, "state") else None
+    for key, moments in reference["moments"].items():
+        assert torch.equal(weights[key].detach(), reference["weights"][key]), key
+        mine = state[weights[key]] if state is not None else checkpoint.optimizer[key]
+        first = mine["exp_avg"] if isinstance(mine, dict) else mine.exp_avg
+        second = mine["exp_avg_sq"] if isinstance(mine, dict) else mine.exp_avg_sq
+        assert torch.equal(first, moments["exp_avg"]) and torch.equal(second, moments["exp_avg_sq"]), key
+    assert checkpoint.record.learning_rates == (1e-3, 1e-3)
+
+
+def numbers(value, path="") -> dict[str, float]:
+    """Every number of a summary by its place."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in numbers(inner, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in numbers(inner, f"{path}/{i}").items()}
+    return {path: float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else {}
+
+
+ANALYSED = [written.VERL, written.PRIME, "zero2/checkpoint-4"]
+_ALL = [name for name in FORMATS if name not in (*ANALYSED, written.TRAINER)]
+
+
+@pytest.fixture(scope="module")
+def summary_of(tmp_path_factory):
+    done: dict[Path, dict] = {}
+
+    def summary(checkpoint: Path) -> dict:
+        if checkpoint not in done:
+            folder = tmp_path_factory.mktemp("analysis")
+            analysis = run_fisher_analysis(checkpoint, config(*TOLD, f"output_dir={folder}"))
+            done[checkpoint] = json.loads((analysis.folder / "summary.json").read_text())
+        return done[checkpoint]
+
+    return summary
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*ANALYSED, *(pytest.param(n, marks=pytest.mark.long) for n in _ALL)])
+def test_one_policy_in_every_format_gives_the_same_summary(formats, runs, summary_of, name):
+    wanted, found = (numbers(summary_of(path)) for path in (formats / written.TRAINER, runs[name] / "checkpoint-4"))
+    skipped = ("seconds", "memory", "bytes", "/timing", "date", "time")
+    compared = {k for k in wanted if not any(word in k for word in skipped)}
+    assert len(compared) > 100 and compared <= found.keys()
+    for key in compared:
+        assert math.isclose(found[key], wanted[key], rel_tol=1e-5, abs_tol=1e-9), (key, found[key], wanted[key])
+
+
+def test_the_record_says_where_each_thing_came_from(formats, runs):
+    record = read_import_record(runs[written.VERL] / "checkpoint-4")
+    assert record is not None and record.layout == "verl or SkyRL, FSDP2, 2 processes"
+    assert record.source == str(formats / written.VERL) and record.named_by == "order"
+    assert record.origins["config.json"].endswith("huggingface/config.json")
+    assert record.origins[MOMENTS_FILE].endswith("optim_world_size_2_rank_*.pt")
+    assert record.sha256.keys() == {"model.safetensors", MOMENTS_FILE}
+    assert set(record.steps.values()) == {4} and len(record.steps) == 20
+    assert read_import_record(runs[written.PRIME] / "checkpoint-4").named_by == "files"
+
+
+def test_saved_weights_are_linked_not_copied(formats, runs):
+    here, there = runs[written.TRAINER] / "checkpoint-4", formats / written.TRAINER
+    assert os.path.samefile(here / "model.safetensors", there / "model.safetensors")
+
+
+def test_a_linked_file_that_was_written_anew_is_refused(formats, copied, tmp_path):
+    source = copied(written.TRAINER)
+    import_run(source, tmp_path / "run")
+    here = tmp_path / "run" / "checkpoint-4"
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\1\2\3\4")
+    assert "is not the file that was imported" in examine_checkpoint(here).problems[0]
+
+
+def test_weights_that_are_not_the_moments_are_refused(formats, copied, tmp_path):
+    """Saved weights beside the shards, two of them under each other's names."""
+    source = copied(written.SHARDED)
+    a, b = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+    with safe_open(formats / written.TRAINER / "model.safetensors", framework="pt") as file:
+        saved = {{a: b, b: a}.get(key, key): file.get_tensor(key) for key in file.keys()}
+    save_file(saved, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{a}' is not the weight that .* names were changed"):
+        import_run(source, tmp_path / "run", str(formats / "policy"))
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_names_that_changed_places_are_refused_by_gradients(formats, tmp_path):
+    """Moments of all matrices of one shape, each under another's name: shapes fit, gradients do not."""
+    run = import_run(formats / written.PRIME, tmp_path / "run", str(formats / "policy"))[0].folder
+    with safe_open(run / MOMENTS_FILE, framework="pt") as file:
+        moments = {key: file.get_tensor(key) for key in file.keys()}
+    by_shape: dict[tuple, list[str]] = {}
+    for key in moments:
+        by_shape.setdefault((key.split("/")[0], *moments[key].shape), []).append(key)
+    shuffled = {k: moments[v] for own in by_shape.values() for k, v in zip(own, own[1:] + own[:1], strict=True)}
+    save_file({key: shuffled[key].clone() for key in moments}, run / MOMENTS_FILE)
+    record = json.loads((run / IMPORT_RECORD).read_text())
+    (run / IMPORT_RECORD).write_text(json.dumps({**record, "sha256": {}}))
+    with pytest.raises(UserError, match="optimizer entries|changed places"), pytest.warns(UserWarning):
+        run_fisher_analysis(run, config(*TOLD, f"output_dir={tmp_path}"))
+
+
+def test_a_saved_model_has_no_adam(formats, tmp_path):
+    made = import_run(formats / "policy", tmp_path / "run")
+    assert "no moments: analyse with preconditioning=none" in import_lines(made)[0]
+    checkpoint = made[0].folder
+    assert load_checkpoint(checkpoint, device="cpu", require_optimizer=False).optimizer is None
+    with pytest.raises(UserError, match="the checkpoint that was imported held none"):
+        load_checkpoint(checkpoint, device="cpu")
+
+
+def test_an_import_is_whole_or_absent_and_overwrites_nothing(formats, runs, tmp_path):
+    with pytest.raises(UserError, match="exists already: nothing is overwritten"):
+        import_run(formats / written.VERL, runs[written.VERL])
+    broken = Path(shutil.copytree(formats / written.VERL, tmp_path / "broken"))
+    (broken / "actor" / "huggingface" / "config.json").write_text("{")
+    with pytest.raises(UserError):
+        import_run(broken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_says_what_a_source_is_and_what_an_import_is(formats, runs):
+    lines, healthy = describe(formats / written.VERL)
+    text = "\n".join(lines)
+    assert (
+        healthy
+        and "moments of 20 parameters at step 4" in text
+        and "can be imported: entropy-experiments import" in text
+    )
+    lines, healthy = describe(formats / written.PRIME)
+    assert not healthy and "MISSING config.json and a tokenizer: give --model" in "\n".join(lines)
+    assert importable(formats / written.SHARDED) and not importable(formats / written.TRAINER)
+    lines, _ = examine(runs[written.VERL])
+    assert "imported from verl or SkyRL, FSDP2, 2 processes" in lines[1] and "can be analysed" in lines[-1]
+
+
+@pytest.mark.long
+def test_the_commands(formats, tmp_path):
+    said = warm_run("-m", "entropy_experiments", "doctor", formats / written.VERL)
+    assert said.returncode == 0 and "can be imported" in said.stdout
+    done = warm_run("-m", "entropy_experiments", "import", formats / written.VERL, "--output", tmp_path / "run")
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "run"), done.stderr
+    refused = warm_run("-m", "entropy_experiments", "analyze", formats / written.VERL)
+    assert refused.returncode == 2 or "entropy-experiments import" in refused.stderr
