@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from entropy_experiments.checkpoints.readers.bitsandbytes_state import from_bits
 from entropy_experiments.checkpoints.readers.trained_state import LazyTensor
 
 
-def as_adamw(path: Path, state: Any) -> tuple[Any, bool]:
-    """(the state dict with exp_avg and exp_avg_sq in float32, whether 8 bits rounded them).
+@dataclass(frozen=True)
+class Converted:
+    """state: with exp_avg and exp_avg_sq. converted: whether bitsandbytes wrote it. rounded: whether 8 bits rounded it."""
+
+    state: Any
+    converted: bool = False
+    rounded: bool = False
+
+
+def as_adamw(path: Path, state: Any) -> Converted:
+    """The state dict of an `optimizer.pt` as torch's AdamW has it, in float32 where it was in 8 bits.
 
     Args:
         path: For messages.
@@ -24,9 +34,9 @@ def as_adamw(path: Path, state: Any) -> tuple[Any, bool]:
     entries, groups = (state.get("state"), state.get("param_groups")) if isinstance(state, dict) else (None, None)
     whole = isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())
     if not whole or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        return state, False
+        return Converted(state)
     if not is_bitsandbytes(entries, groups) or not all(isinstance(group.get("params"), list) for group in groups):
-        return state, False
+        return Converted(state)
     lazy = {key: {k: _lazy(path, v) for k, v in entry.items()} for key, entry in entries.items()}
     found = from_bitsandbytes(path, lazy, groups)
     moments = {
@@ -34,7 +44,7 @@ def as_adamw(path: Path, state: Any) -> tuple[Any, bool]:
         for key, entry in found.entries.items()
     }
     named = [{**group.settings, "params": list(group.keys)} for group in found.groups]
-    return {"state": moments, "param_groups": named}, found.quantised
+    return Converted({"state": moments, "param_groups": named}, True, found.quantised)
 
 
 def _lazy(path: Path, value: Any) -> Any:

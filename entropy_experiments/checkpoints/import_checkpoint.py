@@ -116,7 +116,8 @@ def fill_checkpoint(
 
 def _configuration(state: TrainedState, folder: Path, model: str | None, origins: dict[str, str]) -> None:
     """Configuration and tokenizer: the source's own first, then the named model's."""
-    places = [place for place in (state.weights_folder, state.folder) if place is not None]
+    own = (state.weights_folder, state.folder, state.folder / "huggingface")
+    places = [place for place in own if place is not None]
     named = Path(model) if model is not None and Path(model).is_dir() else None
     for place in [*places, *([named] if named is not None else [])]:
         for name in _CONFIGURATION:
@@ -272,6 +273,8 @@ def _under_own_names(state: TrainedState, folder: Path, model: str | None) -> Ad
     outline = outline_policy(folder, base, adapter, False)
     order = {name: place for place, (name, p) in enumerate(outline.named_parameters()) if p.requires_grad}
     adam = state.adam
+    numbers = sum(len(group.keys) for group in adam.groups)
+    adam = adam.without_idle(lambda key: numbers > len(order) if isinstance(key, int) else _clean(key) not in order)
     if not adam.named:
         adam = adam.with_names(match_names(outline, _as_torch(adam), None))
     else:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from entropy_experiments.checkpoints.adapter_file import saved_factors
-from entropy_experiments.checkpoints.eight_bit_moments import as_adamw, rounded_note
+from entropy_experiments.checkpoints.eight_bit_moments import Converted, as_adamw, rounded_note
 from entropy_experiments.checkpoints.exchanged_entries import exchange_refused, exchanged_factors
 from entropy_experiments.checkpoints.folder import (
     Adapter,
@@ -261,20 +261,21 @@ def _check_finite(found: Examined) -> None:
 def _check_optimizer(found: Examined) -> None:
     path, sidecar = found.optimizer_path, found.sidecar
     if found.imported is not None:
-        state, rounded = imported_optimizer(found.folder, found.imported), found.imported.quantised
+        read = Converted(imported_optimizer(found.folder, found.imported), rounded=found.imported.quantised)
         found.scheduler = found.imported.scheduler
     else:
-        state, rounded = as_adamw(path, read_tensor_file(path))
+        read = as_adamw(path, read_tensor_file(path))
         scheduler = found.folder / "scheduler.pt"
         found.scheduler = read_tensor_file(scheduler) if scheduler.exists() else None
         if not isinstance(found.scheduler, dict | None):
             raise UserError(f"{scheduler} is no state of a schedule: it is damaged; copy it again")
-    if rounded:
+    state = read.state
+    if read.rounded:
         found.notes.append(rounded_note(state))
     steps = _steps_seen(found)
     trusted = sidecar is not None and "optimizer.pt" in sidecar.sha256
-    optimizer_class = None if sidecar is None or rounded else sidecar.optimizer_class
-    check_optimizer_state(path, state, steps, optimizer_class, trusted, rounded)
+    optimizer_class = None if sidecar is None or read.converted else sidecar.optimizer_class
+    check_optimizer_state(path, state, steps, optimizer_class, trusted, read.rounded)
     if found.outline is not None:
         found.names = match_names(found.outline, state, found.recorded_names)
         _check_entries(found, state, trusted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -45,7 +46,19 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
     steps = [state.step for state in states]
     if len({step or 0 for step in steps}) < len(steps):
         raise UserError(f"{source} holds two checkpoints of one step ({steps}): name the folder of one of them")
+    made_here = not output.exists()
     own_folder(output)
+    try:
+        return _import_all(states, sources, output, model, rollouts)
+    finally:
+        if made_here:
+            with contextlib.suppress(OSError):  # not empty: something was imported
+                output.rmdir()
+
+
+def _import_all(
+    states: list[TrainedState], sources: list[Source], output: Path, model: str | None, rollouts: Path | None
+) -> list[Imported]:
     with locked(output / ".lock", str(output)):
         for state in states:
             target = _target(output, state)

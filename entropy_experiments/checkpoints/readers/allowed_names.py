@@ -89,7 +89,12 @@ def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     if name in _DTENSORS:
         return Record(DTENSOR, (), state)
     rebuild = _TENSORS.get(function.text) if isinstance(function, Name) else None
-    if name in _PLAIN and rebuild in (_tensor, _tensor_of_dtype, _parameter) and isinstance(arguments, tuple):
+    if (
+        name in _PLAIN
+        and rebuild is not None
+        and rebuild in (_tensor, _tensor_of_dtype, _parameter)
+        and isinstance(arguments, tuple)
+    ):
         return rebuild(*arguments)
     raise Damaged(f"a tensor of it is a {name[:80] or 'something'}, which is not read")
 

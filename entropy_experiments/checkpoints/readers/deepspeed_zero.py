@@ -125,12 +125,14 @@ def _vectors(paths: Sequence[Path], values: list[Any], what: str) -> list[Stored
 
 def _base(paths: Sequence[Path], states: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """The wrapped optimizer's state dict of each process."""
-    found = [state.get(key) for state in states]
-    for path, base in zip(paths, found, strict=True):
+    found: list[dict[str, Any]] = []
+    for path, state in zip(paths, states, strict=True):
+        base = state.get(key)
         if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
             raise Damaged(
                 f"{path.name} has no {key} of Adam (an elastic checkpoint is not read: save with elastic_checkpoint false)"
             )
+        found.append(base)
     return found
 
 
@@ -199,9 +201,9 @@ def _stage3(
 ) -> tuple[AdamState, dict[str, LazyTensor]]:
     bases = _base(paths, states, "optimizer_state_dict")
     settings, notes = _settings(folder, bases[0].get("param_groups"))
-    masters = [state.get("fp32_flat_groups") for state in states]
+    masters = [m for state in states if isinstance(m := state.get("fp32_flat_groups"), list)]
     world = len(paths)
-    if not all(isinstance(m, list) and len(m) == len(shapes) for m in masters):
+    if len(masters) < world or any(len(m) != len(shapes) for m in masters):
         raise Damaged(
             f"param_shapes has {len(shapes)} groups, the vectors have other ones: the files are of two checkpoints"
         )

@@ -3,7 +3,7 @@
     model_world_size_<W>_rank_<r>.pt        the model's state dict: parameters by name, DTensors
     optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters (DTensors), FSDP1 flat vectors (flat_units)
     extra_state_world_size_<W>_rank_<r>.pt  schedule, step (SkyRL), random numbers
-    huggingface/                            configuration, tokenizer and, where asked for, whole weights
+    huggingface/, lora_adapter/             configuration, tokenizer and, where asked for, whole weights; an adapter
 
 Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py, skyrl_train/distributed/fsdp_strategy.py.
 """
@@ -52,7 +52,9 @@ def read_rank_files(folder: Path) -> TrainedState:
         adam = None
     step = extra.get("global_step") if type(extra.get("global_step")) is int else _step_of(folder)
     scheduler = extra.get("lr_scheduler")
-    beside = folder / "huggingface"
+    # verl saves an adapter beside the shards, and names no configuration of it in huggingface/.
+    adapter = folder / "lora_adapter"
+    beside = adapter if (adapter / "adapter_config.json").is_file() else folder / "huggingface"
     origins = {"weights": f"model_world_size_{ranks}_rank_*.pt"} | (
         {"moments": f"optim_world_size_{ranks}_rank_*.pt"} if adam else {}
     )

@@ -22,7 +22,8 @@ _LOCAL_HEADER = 30
 _MOST_ENTRIES = 1_000_000
 # What zipfile raises for a damaged directory: names that are no text and offsets out of range among it.
 _ZIP_ERRORS = (
-    zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError, EOFError, IndexError, KeyError,
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, ValueError, OverflowError, EOFError,
+    IndexError, KeyError,
 )  # fmt: skip
 
 

@@ -83,6 +83,17 @@ class AdamState:
         groups = (replace(group, keys=tuple(given)) for group, given in zip(self.groups, names, strict=True))
         return replace(self, entries=entries, groups=tuple(groups))
 
+    def without_idle(self, idle: Callable[[str | int], bool]) -> AdamState:
+        """The same state without the parameters that have no moments and of which `idle` says that no gradient was expected.
+
+        Trainers of adapters hand frozen parameters to the optimizer as well, which makes no entry for them.
+        """
+        groups = [
+            replace(group, keys=tuple(key for key in group.keys if key in self.entries or not idle(key)))
+            for group in self.groups
+        ]
+        return replace(self, groups=tuple(group for group in groups if group.keys))
+
     def rename(self, change: Callable[[str], str]) -> AdamState:
         """The same state under other names. Raises UserError where two become one."""
         keys = [change(str(key)) for group in self.groups for key in group.keys]

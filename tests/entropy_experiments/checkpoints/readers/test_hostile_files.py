@@ -166,6 +166,13 @@ def test_views_are_read_as_they_are(tmp_path, values):
     assert torch.equal(read_torch_file(tmp_path / "view.pt").read(), values)
 
 
+class Seeds(tuple):
+    """Of a short name, for hypothesis prints what a test is called with."""
+
+    def __repr__(self) -> str:
+        return "seeds"
+
+
 @pytest.fixture(scope="module")
 def seeds(formats):
     """Files whose headers are fuzzed: an archive of torch, a description of DCP."""
@@ -173,7 +180,7 @@ def seeds(formats):
     torch.save(
         {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}, archive
     )
-    return archive.getvalue(), (formats / written.SHARDED / "optimizer_0" / ".metadata").read_bytes()
+    return Seeds((archive.getvalue(), (formats / written.SHARDED / "optimizer_0" / ".metadata").read_bytes()))
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, database=None)

@@ -46,7 +46,7 @@ def runs(formats, tmp_path_factory):
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_imported_checkpoint_loads_with_its_moments(runs, reference, name):
     with pytest.warns(UserWarning, match="not verified"):
-        checkpoint = load_checkpoint(runs[name], device="cpu")
+        checkpoint = load_checkpoint(runs[name], device="cpu", learning_rate=1e-3)
     assert checkpoint.record.step == 4 and checkpoint.record.imported is not None
     weights = dict(checkpoint.model.named_parameters())
     state = checkpoint.optimizer.state if hasattr(checkpoint.optimizer, "state") else None
