@@ -92,7 +92,7 @@ class AdamState:
             replace(group, keys=tuple(key for key in group.keys if key in self.entries or not idle(key)))
             for group in self.groups
         ]
-        return replace(self, groups=tuple(group for group in groups if group.keys))
+        return replace(self, groups=tuple(groups))
 
     def rename(self, change: Callable[[str], str]) -> AdamState:
         """The same state under other names. Raises UserError where two become one."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from entropy_core.adamw import read_adamw_state
+from entropy_core.gradients import trainable_parameters
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, read_import_record
 from entropy_experiments.checkpoints.validation import examine_checkpoint
@@ -19,6 +22,7 @@ from entropy_experiments.console.import_source import describe, import_lines, im
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
+from tests.entropy_experiments.checkpoints.readers.stored.write_zero import HERE
 from tests.entropy_experiments.small_analysis import config
 from tests.warm_python import warm_run
 
@@ -43,19 +47,26 @@ def runs(formats, tmp_path_factory):
     return made
 
 
+def moments_of(checkpoint) -> list[torch.Tensor]:
+    """exp_avg and exp_avg_sq of every trained parameter, in the model's order."""
+    trained = trainable_parameters(checkpoint.model)
+    stored = checkpoint.optimizer
+    state = stored if isinstance(stored, Mapping) else read_adamw_state(stored, trained)
+    return [m for name in trained for m in (state[name].exp_avg, state[name].exp_avg_sq)]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_imported_checkpoint_loads_with_its_moments(runs, reference, name):
     with pytest.warns(UserWarning, match="not verified"):
         checkpoint = load_checkpoint(runs[name], device="cpu", learning_rate=1e-3)
     assert checkpoint.record.step == 4 and checkpoint.record.imported is not None
     weights = dict(checkpoint.model.named_parameters())
-    state = checkpoint.optimizer.state if hasattr(checkpoint.optimizer, "state") else None
+    found = dict(zip((f"{name}/{kind}" for name in weights for kind in "mv"), moments_of(checkpoint), strict=True))
     for key, moments in reference["moments"].items():
         assert torch.equal(weights[key].detach(), reference["weights"][key]), key
-        mine = state[weights[key]] if state is not None else checkpoint.optimizer[key]
-        first = mine["exp_avg"] if isinstance(mine, dict) else mine.exp_avg
-        second = mine["exp_avg_sq"] if isinstance(mine, dict) else mine.exp_avg_sq
-        assert torch.equal(first, moments["exp_avg"]) and torch.equal(second, moments["exp_avg_sq"]), key
+        assert torch.equal(found[f"{key}/m"], moments["exp_avg"]) and torch.equal(
+            found[f"{key}/v"], moments["exp_avg_sq"]
+        )
     assert checkpoint.record.learning_rates == (1e-3, 1e-3)
 
 
@@ -135,20 +146,39 @@ def test_weights_that_are_not_the_moments_are_refused(formats, copied, tmp_path)
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
-def test_names_that_changed_places_are_refused_by_gradients(formats, tmp_path):
+@pytest.fixture
+def adapter_run(tiny_run, tmp_path):
+    """The run imported from a checkpoint of an adapter, as plain TRL leaves it; it was trained by policy gradients."""
+    source = Path(shutil.copytree(tiny_run / "checkpoint-4", tmp_path / "trl" / "checkpoint-4"))
+    (source / "entropy_experiments.json").unlink()
+    return import_run(source, tmp_path / "run")[0].folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_imported_adapter_is_what_it_was(tiny_run, adapter_run):
+    before, after = (load_checkpoint(path, device="cpu") for path in (tiny_run / "checkpoint-4", adapter_run))
+    found = dict(after.model.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in before.model.named_parameters())
+    assert before.record.learning_rates == after.record.learning_rates
+    for one, other in zip(moments_of(before), moments_of(after), strict=True):
+        assert torch.equal(one, other)
+    assert read_import_record(adapter_run).layout == "HF Trainer"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_names_that_changed_places_are_refused_by_gradients(adapter_run, tmp_path):
     """Moments of all matrices of one shape, each under another's name: shapes fit, gradients do not."""
-    run = import_run(formats / written.PRIME, tmp_path / "run", str(formats / "policy"))[0].folder
-    with safe_open(run / MOMENTS_FILE, framework="pt") as file:
+    with safe_open(adapter_run / MOMENTS_FILE, framework="pt") as file:
         moments = {key: file.get_tensor(key) for key in file.keys()}
     by_shape: dict[tuple, list[str]] = {}
     for key in moments:
         by_shape.setdefault((key.split("/")[0], *moments[key].shape), []).append(key)
     shuffled = {k: moments[v] for own in by_shape.values() for k, v in zip(own, own[1:] + own[:1], strict=True)}
-    save_file({key: shuffled[key].clone() for key in moments}, run / MOMENTS_FILE)
-    record = json.loads((run / IMPORT_RECORD).read_text())
-    (run / IMPORT_RECORD).write_text(json.dumps({**record, "sha256": {}}))
-    with pytest.raises(UserError, match="optimizer entries|changed places"), pytest.warns(UserWarning):
-        run_fisher_analysis(run, config(*TOLD, f"output_dir={tmp_path}"))
+    save_file({key: shuffled[key].clone() for key in moments}, adapter_run / MOMENTS_FILE)
+    record = json.loads((adapter_run / IMPORT_RECORD).read_text())
+    (adapter_run / IMPORT_RECORD).write_text(json.dumps({**record, "sha256": {}}))
+    with pytest.raises(UserError, match="optimizer entries|changed places"):
+        run_fisher_analysis(adapter_run, config(*TOLD, f"output_dir={tmp_path}"))
 
 
 def test_a_saved_model_has_no_adam(formats, tmp_path):
@@ -193,3 +223,60 @@ def test_the_commands(formats, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "run"), done.stderr
     refused = warm_run("-m", "entropy_experiments", "analyze", formats / written.VERL)
     assert refused.returncode == 2 or "entropy-experiments import" in refused.stderr
+
+
+def in_eight_bits(values: torch.Tensor, qmap: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Blocks of 256 elements, each by its largest magnitude, to the nearest value of the map."""
+    flat = values.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % 256)).reshape(-1, 256)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks / absmax[:, None].clamp(min=1e-30)).flatten()[: len(flat)]
+    state = (scaled[:, None] - qmap).abs().argmin(1).to(torch.uint8)
+    return {"state": state.reshape(values.shape), "qmap": qmap, "absmax": absmax}
+
+
+def eight_bit_copy(formats: Path, folder: Path) -> tuple[Path, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """The Trainer's checkpoint with its matrices' moments as bitsandbytes stores them (maps of its own), and what they are."""
+    shutil.copytree(formats / written.TRAINER, folder)
+    maps = torch.load(HERE / "adamw_8bit.pt")["state"][0]["__bnb_optimizer_quant_state__"]
+    content = torch.load(folder / "optimizer.pt")
+    expected = {}
+    for number, entry in content["state"].items():
+        moments = entry["exp_avg"], entry["exp_avg_sq"]
+        parts: dict[str, torch.Tensor] = {"state1": moments[0], "state2": moments[1]}
+        if moments[0].dim() == 2:
+            small = {k: in_eight_bits(m, maps[f"qmap{k}"]) for k, m in zip("12", moments, strict=True)}
+            parts = {f"{name}{k}": value for k, own in small.items() for name, value in own.items()}
+            moments = tuple(
+                (
+                    own["qmap"][own["state"].long().flatten()] * own["absmax"].repeat_interleave(256)[: m.numel()]
+                ).reshape(m.shape)
+                for own, m in zip(small.values(), moments, strict=True)
+            )
+        expected[number] = moments
+        content["state"][number] = {"step": 4, "__bnb_optimizer_quant_state__": parts}
+    unused = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
+    for group in content["param_groups"]:
+        kept = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "initial_lr", "params")}
+        group.clear()
+        group.update(kept, **unused)
+    torch.save(content, folder / "optimizer.pt")
+    return folder, expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eight_bit_moments_of_the_trainer_are_analysed_as_they_are(formats, tmp_path):
+    checkpoint, expected = eight_bit_copy(formats, tmp_path / "checkpoint-4")
+    found = examine_checkpoint(checkpoint)
+    assert not found.problems + found.optimizer_problems and any(
+        "of the second moments are 0" in n for n in found.notes
+    )
+    made = import_run(checkpoint, tmp_path / "run")
+    assert made[0].record.quantised and any("8 bits" in note for note in made[0].record.notes)
+    numbers = {name: n for n, name in enumerate(name for group in found.names for name in group)}
+    for path in (checkpoint, made[0].folder):
+        loaded = load_checkpoint(path, device="cpu")
+        names = list(trainable_parameters(loaded.model))
+        for name, (m, v) in zip(names, zip(*[iter(moments_of(loaded))] * 2, strict=True), strict=True):
+            wanted = expected[numbers[name]]
+            assert torch.equal(m, wanted[0]) and torch.equal(v, wanted[1]), name
