@@ -173,7 +173,7 @@ def _forward_mode(
                 except NotImplementedError as error:
                     raise _NoForwardModeError(
                         f"{_culprit(error.__traceback__, wrapper)} has no forward-mode derivative "
-                        f"({str(error).splitlines()[0]}); use method='central'"
+                        f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); use method='central'"
                     ) from error
                 primal, tangent = forward_ad.unpack_dual(logits)
             if tangent is None:

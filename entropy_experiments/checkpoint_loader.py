@@ -24,7 +24,7 @@ from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import resize_vocabulary
 from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint
 from entropy_experiments.config import CheckpointOverrides
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from rl_training.models.device_map import DeviceMap
@@ -161,7 +161,7 @@ def _attach_adapter(model: nn.Module, folder: Path, name: str = "default") -> nn
             adapted = PeftModel.from_pretrained(model, where, adapter_name=name, is_trainable=True)
             place_adapters(adapted, where)
     except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise UserError(f"the adapter in {where} does not fit its base model or is damaged: {line}") from error
     disable_dropout(adapted)
     return adapted

@@ -38,7 +38,7 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
-from rl_training.filtered_buffer import CollectionCounts, collect_filtered
+from rl_training.filtered_buffer import CollectionCounts, FilterRules, collect_filtered
 from rl_training.sampling import Rollouts, draw, score
 from rl_training.tasks.difficulty import PassRates
 
@@ -230,9 +230,11 @@ def sample_training_batch(
         completions_per_prompt=plan.completions_per_prompt,
         sampling_config=plan.sampling_config,
         seed=config.seed + _TRAINING_STREAM,
-        max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
-        difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
-        reject_zero_advantage=rules is None or rules.reject_zero_advantage,
+        rules=FilterRules(
+            difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
+            reject_zero_advantage=rules is None or rules.reject_zero_advantage,
+            max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
+        ),
         trainer_state=plan.trainer_state,
     )
     gains, weights = _dr_grpo(rollouts, plan, settings.sampling)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 
 
 class StrictModel(BaseModel):
@@ -128,7 +128,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{where}: invalid YAML{line}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: invalid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: invalid YAML: {first_line(error)}") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that is meant for users: its message is printed as a single line."""
+"""The exception that is meant for users, whose message is printed as a single line; and what others say, as one line."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,8 @@ class ResumableError(UserError):
 
 class ShareDone(Exception):
     """Raised in a helping process when its share of the work is done: the first process goes on and writes the results."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line; the error's own name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,6 +29,15 @@ class CollectionCounts:
     kept: int = 0
 
 
+@dataclass(frozen=True)
+class FilterRules:
+    """How groups are chosen: prompts by difficulty or evenly, groups without gradient rejected or kept, rounds of refilling."""
+
+    difficulty_weighting: bool = True
+    reject_zero_advantage: bool = True
+    max_refill_rounds: int = 2
+
+
 def has_reward_differences(rewards: Sequence[float]) -> bool:
     """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are all equal.
 
@@ -48,26 +57,35 @@ def collect_filtered(
     completions_per_prompt: int,
     sampling_config: SamplingConfig,
     seed: int,
-    max_refill_rounds: int = 2,
-    difficulty_weighting: bool = True,
-    reject_zero_advantage: bool = True,
-    batch_size: int = 64,
+    rules: FilterRules = FilterRules(),
     trainer_state: Any = None,
 ) -> tuple[Rollouts, CollectionCounts]:
     """A training buffer of up to `prompts` groups that give gradient, in up to 1 + max_refill_rounds rounds.
 
-    Unlike the trainer's buffer it holds no filler: where refilling ran out it is smaller, and the counts say so.
+    Unlike the trainer's buffer it holds no filler: where refilling ran out it is smaller.
 
-    Raises UserError when no group at all has differing rewards.
+    Args:
+        rows: the task's rows that may be drawn.
+        pass_rates: of these rows; updated by what is drawn.
+        prompts: groups wanted.
+        completions_per_prompt: sequences of a group.
+        seed: of prompts and completions.
+        trainer_state: as the reward functions are to see it.
+
+    Returns:
+        The buffer, and what was generated for it.
+
+    Raises:
+        UserError: no group at all has differing rewards.
     """
     buffer, counts, seen = [], CollectionCounts(), []
-    while counts.rounds <= max_refill_rounds and (missing := prompts - counts.kept // completions_per_prompt) > 0:
+    while counts.rounds <= rules.max_refill_rounds and (missing := prompts - counts.kept // completions_per_prompt) > 0:
         rng = np.random.default_rng((seed, counts.rounds))
-        drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=difficulty_weighting)
+        drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=rules.difficulty_weighting)
         seen.extend(drawn)
         part = draw(
             model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, sampling_config,
-            seed + 7919 * (counts.rounds + 1), "trained", batch_size,
+            seed + 7919 * (counts.rounds + 1), "trained",
         )  # fmt: skip
         part = score(part, reward_functions, trainer_state)
         counts.rounds += 1
@@ -76,7 +94,7 @@ def collect_filtered(
             members = range(group * completions_per_prompt, (group + 1) * completions_per_prompt)
             rewards = [math.nan if (reward := part.reward[i]) is None else reward for i in members]
             pass_rates.update(row, rewards)
-            if reject_zero_advantage and not has_reward_differences(rewards):
+            if rules.reject_zero_advantage and not has_reward_differences(rewards):
                 counts.rejected += len(rewards)
                 continue
             buffer += part.select(members)

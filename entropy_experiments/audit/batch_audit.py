@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from entropy_experiments.audit.batch_definitions import BatchDefinition, BatchMeans
 from entropy_experiments.audit.batch_definitions import alternatives as batch_alternatives
-from entropy_experiments.audit.causes import Window, exactly
+from entropy_experiments.audit.causes import Window, exactly, in_words
 from entropy_experiments.audit.logged_values import LoggedRow, rounding
 from entropy_experiments.audit.recorded_run import RecordedRun
 from entropy_experiments.audit.result import Audit, ranges
@@ -65,11 +64,9 @@ def audit_batches(
                 tolerance = written + _EXACT * max(1.0, abs(value))
                 windows.append(Window(row.steps, row.values[name], value, tolerance, means.grain(right, row.steps)))
         choices = batch_alternatives(right, run)
-        audit.findings += judge(name, right, choices, means.value, windows, exactly, lambda c, k=choices: _plain(c, k))
-
-
-def _plain(changes: Sequence[tuple[str, Any]], choices: Mapping[str, Mapping[Any, str]]) -> str:
-    return " and ".join(choices[name][value] for name, value in changes)
+        audit.findings += judge(
+            name, right, choices, means.value, windows, exactly, lambda c, k=choices: in_words(c, k)
+        )
 
 
 def _say_missing(audit: Audit, what: str, rows: Sequence[LoggedRow], why: str) -> None:

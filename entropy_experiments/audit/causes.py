@@ -12,19 +12,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
+
+from rl_training.errors import UserError
 
 # Expected number of accidental agreements above which nothing is said to be the cause.
 _ACCIDENTS = 0.05
 # Fields that need a forward pass of their own: no pair of both.
 _DEAR = {"policy", "precision"}
 _NEIGHBOURHOOD = 20  # tolerances, over which the density of alternatives is taken
-
-
-class Definition(Protocol):
-    """A frozen dataclass, one field a choice."""
-
-    def changes(self, other: Any) -> list[tuple[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,23 @@ class Cause:
 Values = Callable[[Any, range], float]
 """(definition, steps) -> value; NaN where it has none."""
 Slack = Callable[[Any, range], float]
+
+
+def where_known(value: Values) -> Values:
+    """`value`, NaN where a policy that the definition needs is not there."""
+
+    def known(definition: Any, steps: range) -> float:
+        try:
+            return value(definition, steps)
+        except UserError:
+            return math.nan
+
+    return known
+
+
+def in_words(changes: Sequence[tuple[str, Any]], choices: Mapping[str, Mapping[Any, str]]) -> str:
+    """(field, value) pairs by the words of `choices`."""
+    return " and ".join(choices[name][value] for name, value in changes)
 
 
 def exactly(definition: Any, steps: range) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from entropy_experiments.audit.causes import Window, exactly
+from entropy_experiments.audit.causes import Window, exactly, in_words, where_known
 from entropy_experiments.audit.logged_values import LoggedRow, rounding
 from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.probe_definitions import METRICS, PROBE_ALTERNATIVES, ProbeDefinition, ProbeMeans
@@ -46,17 +45,10 @@ def audit_probe(
             **PROBE_ALTERNATIVES,
             "quantity": {k: v for k, v in PROBE_ALTERNATIVES["quantity"].items() if k != name},
         }
-
-        def value(definition: Any, steps: range) -> float:
-            try:
-                return means.value(definition, steps)
-            except UserError:  # a policy that this alternative needs is not there
-                return math.nan
-
-        def say(changes: Sequence[tuple[str, Any]]) -> str:
-            return " and ".join(PROBE_ALTERNATIVES[field][value] for field, value in changes)
-
-        audit.findings += judge(f"entropy_probe/{name}", right, choices, value, windows, exactly, say)
+        value, key = where_known(means.value), f"entropy_probe/{name}"
+        audit.findings += judge(
+            key, right, choices, value, windows, exactly, lambda changes: in_words(changes, PROBE_ALTERNATIVES)
+        )
 
 
 def _same_sequences(means: ProbeMeans, row: LoggedRow) -> bool:

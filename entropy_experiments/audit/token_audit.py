@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from entropy_experiments.audit.causes import Slack, Window, exactly, find_causes
+from entropy_experiments.audit.causes import Slack, Window, exactly, find_causes, where_known
 from entropy_experiments.audit.logged_values import LoggedRow, rounding
 from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.recorded_run import RecordedRun
@@ -16,7 +16,6 @@ from entropy_experiments.audit.solved_temperature import solve_temperature
 from entropy_experiments.audit.token_definitions import ALTERNATIVES, TokenDefinition, TokenMeans, words
 from entropy_experiments.audit.token_precision import TokenPrecision
 from entropy_experiments.audit.verdicts import RECOMPUTED, Finding, judge, some
-from rl_training.errors import UserError
 
 # Relative difference between two float32 computations of one number, with a wide margin.
 _FLOAT32 = 2e-5
@@ -154,12 +153,7 @@ def _judge_tokens(
     slack: Slack,
     run: RecordedRun,
 ) -> list[Finding]:
-    def value(definition: TokenDefinition, steps: range) -> float:
-        try:
-            return means.value(definition, steps)
-        except UserError:  # a policy that this alternative needs is not there
-            return math.nan
-
+    value = where_known(means.value)
     differing = [w for w in windows if w.differs]
     searched = some(differing)
     causes = find_causes(right, choices, value, searched, slack, pairs_too=False) if differing else []

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from entropy_experiments.checkpoints.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
 
 # Options that say where the adapter came from, and none that change what it computes.
@@ -130,7 +130,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise UserError(f"{path} is damaged ({line}): the checkpoint is partial; copy it again") from error
 
 

@@ -23,7 +23,7 @@ from entropy_experiments.checkpoints.adapter_file import (
 )
 from entropy_experiments.checkpoints.adapter_patterns import refuse_endless_patterns
 from entropy_experiments.checkpoints.folder import ADAPTER_CONFIG, Adapter
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.models.load import outline_model
 
 
@@ -50,7 +50,7 @@ def outline_policy(
         try:
             return _attach(model, adapter, shapes, "cpu")
         except (NotImplementedError, RuntimeError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = first_line(error)
             raise UserError(f"the adapter in {adapter.folder} cannot be examined: {line[:200]}; train LoRA") from error
 
 
@@ -98,7 +98,7 @@ def _attach(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]], de
             adapted = get_peft_model(model, config, adapter_name=adapter.name, low_cpu_mem_usage=device == "meta")
             wanted = get_peft_model_state_dict(adapted, adapter_name=adapter.name, save_embedding_layers=False)
         except (ValueError, KeyError, AttributeError, TypeError, re.error) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = first_line(error)
             raise UserError(
                 f"{where} does not fit its base model: {line}; name the right one with checkpoint.model=..."
             ) from error

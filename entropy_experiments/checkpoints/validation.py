@@ -38,7 +38,7 @@ from entropy_experiments.checkpoints.loaded_policy import refuse_broken_premise
 from entropy_experiments.checkpoints.missing_entries import missing_note, without_entry
 from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import outline_policy
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.models.source import is_on_the_hub
 from rl_training.run.checkpoint_digests import check_digests, check_nothing_added, holds_numbers
 from rl_training.run.optimizer_state import check_optimizer_state, read_tensor_file
@@ -255,7 +255,7 @@ def _check_finite(found: Examined) -> None:
                             f"{path}: parameter {name!r} holds NaN or infinite values; the run diverged before this step"
                         )
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): copy it again") from error
+            raise UserError(f"{path} is damaged ({first_line(error)}): copy it again") from error
 
 
 def _check_optimizer(found: Examined) -> None:

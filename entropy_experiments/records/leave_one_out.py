@@ -25,7 +25,7 @@ from entropy_experiments.statistics.agreement import compare
 from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.statistics.largest_part import largest_part
 from entropy_experiments.step.numbers import AnalysisNumbers
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.files import write_whole_by
 from rl_training.sampling import Rollouts
 
@@ -116,6 +116,6 @@ def read_leave_one_out(folder: Path) -> LeftOut | None:
             name: torch.tensor(values, dtype=torch.float64) for name, values in table.items() if None not in values
         }
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        what = first_line(error)[:200]
         raise UserError(f"{path} cannot be read ({what}): run `entropy-experiments analyze` again") from error
     return LeftOut(prompts, columns)

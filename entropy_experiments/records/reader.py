@@ -24,7 +24,7 @@ from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.record import REMEDY, json_of, validated
 from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.run.sums import SUMS_NAME, check_sums
 
 _COLUMNS = (
@@ -98,7 +98,7 @@ def _read_json(path: Path, kind: type) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {REMEDY}") from error
     except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"{path} is not valid JSON ({_first_line(error)}): {REMEDY}") from error
+        raise UserError(f"{path} is not valid JSON ({first_line(error)[:200]}): {REMEDY}") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply to be a results file: {REMEDY}") from error
     except OSError as error:
@@ -117,11 +117,7 @@ def _read_sequences(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {REMEDY}")
         return pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable parquet file ({_first_line(error)}): {REMEDY}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)[:200]}): {REMEDY}") from error
 
 
 def _buffer(path: Path, rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -144,7 +140,7 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)}): {REMEDY}") from error
+        raise UserError(f"{path} is not a readable safetensors file ({first_line(error)[:200]}): {REMEDY}") from error
     kernels = {name: tensors[name] for name in _KERNELS + _TRAIN_KERNELS if name in tensors}
     if not kernels.keys() & set(_KERNELS):
         raise UserError(f"{path} holds neither {' nor '.join(_KERNELS)}: {REMEDY}")

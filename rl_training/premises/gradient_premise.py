@@ -28,6 +28,7 @@ from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
+from rl_training.errors import first_line
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.premises.loss_reading import LossReader, LossReading
 from rl_training.premises.loss_terms import ENTROPY, KL, ROUTER, further_terms, remedy, train_mode_noise
@@ -163,7 +164,7 @@ class GradientPremise:
         except torch.OutOfMemoryError:
             failure = "there is no memory left for a second backward pass"
         except Exception as error:  # a check that cannot be made says so, and stops no training
-            failure = f"a second pass over the same sequences fails ({type(error).__name__}: {_first_line(error)})"
+            failure = f"a second pass over the same sequences fails ({type(error).__name__}: {first_line(error)})"
         if averaged.any(
             failure is not None, accelerator.device
         ):  # all leave together: sums are taken over processes next
@@ -321,10 +322,6 @@ def _without_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None
 
 def _has_hooks(p: nn.Parameter) -> bool:
     return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 def _number(value: float) -> float:

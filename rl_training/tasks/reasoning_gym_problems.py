@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from random import Random
 from typing import Any
 
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 
 # A finite data set is taken to be exhausted after this many draws in a row that were all seen before.
 DRAWS_WITHOUT_A_NEW_PROMPT = 2000
@@ -43,7 +43,7 @@ def create_dataset(name: str, arguments: Mapping[str, Any], seed: int, count: in
         return dataset_class(config=config_class(seed=seed, size=size, **arguments))
     except Exception as error:  # the data sets raise whatever they like; nothing is hidden, all of it is the user's
         given = ", ".join(f"{key}={value!r}"[:80] for key, value in arguments.items()) or "no arguments"
-        raise UserError(f"task.arguments: {name} refuses {given}: {_first_line(error)}") from error
+        raise UserError(f"task.arguments: {name} refuses {given}: {first_line(error)}") from error
 
 
 def draw_entries(dataset: Any, count: int) -> list[dict[str, Any]]:
@@ -62,7 +62,3 @@ def draw_entries(dataset: Any, count: int) -> list[dict[str, Any]]:
         if len(entries) == count:
             break
     return list(entries.values())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

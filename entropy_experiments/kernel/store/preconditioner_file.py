@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.files import write_whole
 from rl_training.run.disk import disk_errors_explained
 
@@ -53,7 +53,7 @@ def read_preconditioner(folder: Path | str) -> tuple[dict[str, Tensor], dict[str
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not a readable safetensors file ({first_line(error)})") from error
     expected = metadata.pop(_CHECKSUM, None)
     if expected is None:
         raise UserError(f"{path} has no checksum in its metadata: it was not written by this program")
