@@ -11,7 +11,7 @@
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
-# make calibrate   how often intervals cover and tests reject, simulated in an exact world, five minutes
+# make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #
@@ -110,8 +110,7 @@ bench: $(STAMP)
 	if [ $$found = 1 ]; then echo; echo "run one with: $(BIN)/python benchmarks/NAME.py"; else echo "no benchmarks yet"; fi
 
 calibrate: $(STAMP)
-	PYTHONPATH=. $(BIN)/python benchmarks/calibration.py
-	PYTHONPATH=. $(BIN)/python benchmarks/calibration_training.py 1000
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
 
 bench-probe: $(STAMP)
 	rm -rf runs/bench-probe runs/bench-probe-overhead

@@ -3,14 +3,15 @@
     python benchmarks/calibration.py [buffers]          default 2000; results: benchmarks/results/calibration/
 
 In the world (calibration_world.py) every completion of a policy is enumerated in float64, so that the truth is known; buffers are
-drawn as a trainer draws them, and the product's own functions make intervals, rules and p-values from them. For each shape of a
-buffer:
+drawn as a trainer draws them, and the product's own functions make intervals, rules and p-values from them. Twelve minutes on one
+core; the training side's own noise (calibration_training.py) is the last part. For each shape of a buffer:
 
     coverage    how often a 95% interval holds the truth (93 to 97%; below 8 prompts 90 to 98%)
     level       how often a rule or test rejects what is right, at 5% (3 to 7%)
     power       how often "they do not agree" is said of a prediction 15% too large
     carries     how often a buffer holds none of the completions (or prompts) that carry half of the variance of a prediction,
                 and how often the interval holds the truth with and without: what no interval made of the buffer can know
+    said        how often reports say that few prompts carry an error, and how often intervals hold the truth where they do not
 
 "as before": the rule that was replaced, on the same buffers. The other worlds were not looked at when rules were chosen.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import calibration_training
 from benchmarks.calibration_analyses import ANALYSES
 from benchmarks.calibration_checks import (
     Hits,
@@ -35,6 +37,7 @@ from benchmarks.calibration_checks import (
     tail_checks,
 )
 from benchmarks.calibration_page import write_page
+from benchmarks.calibration_shares import share_intervals
 from benchmarks.calibration_tests import TESTS
 from benchmarks.calibration_world import Shape, World
 
@@ -90,13 +93,14 @@ def main(buffers: int = 2000) -> None:
         tables[name][LARGE.name] = simulate(other, LARGE, buffers // 5)
         print(name, "done", flush=True)
     tests: dict[str, dict[str, float]] = {}
-    for test in (*TESTS, *ANALYSES):
+    for test in (*TESTS, *ANALYSES, share_intervals):
         tests |= test(min(buffers, 400))
         print({name: rates for name, rates in list(tests.items())[-3:]}, flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     rates = {"buffers": buffers, "worlds": tables, "tests": tests}
     (RESULTS / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
     write_page(RESULTS, rates)
+    calibration_training.main(max(40, buffers // 2))
 
 
 if __name__ == "__main__":

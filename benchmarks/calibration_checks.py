@@ -11,7 +11,12 @@ from benchmarks.calibration_buffers import Columns, columns, draw, sums, truths,
 from benchmarks.calibration_world import Shape, World
 from entropy_core.fold_gradients import fold_estimate
 from entropy_experiments.statistics.agreement import paired_agreement
-from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
+from entropy_experiments.statistics.jackknife_interval import (
+    FEWEST_FOR_LEVEL,
+    carried_by_few,
+    effective_degrees_of_freedom,
+    jackknife_interval,
+)
 from rl_training.intervals import interval, t_quantile, welch_freedom
 from rl_training.probe.history import error_of_sum
 
@@ -52,8 +57,18 @@ def interval_checks(world: World, shape: Shape, buffers: int, rng: np.random.Gen
     for name, label in NAMES.items():
         here = trusted if name == "measured" else np.ones(buffers, dtype=bool)
         part = effective if name == "measured" else np.ones(buffers)
+        if name == "score_function" and (shape.completions[1] == 1 or shape.copies > 1):
+            continue  # no interval is made where prompts have one completion; copies are no draws, on which its baseline rests
         found = jackknife_interval(whole[name], left_out[name], part)
-        hits[f"coverage of {label}"] = found.holds(truth[name])[here]
+        held = found.holds(truth[name])
+        hits[f"coverage of {label}"] = held[here]
+        if label in ("predicted", "measured"):
+            few = [
+                shape.prompts < FEWEST_FOR_LEVEL or carried_by_few(f, shape.prompts) for f in found.degrees_of_freedom
+            ]
+            told = np.array(few)[here]
+            hits[f"few prompts said to carry the error of {label}"] = told
+            hits[f"interval of {label} holds, where that is not said"] = held[here][~told]
         if label in ("entropy", "predicted", "measured"):
             hits[f"coverage of {label}, by Student's t alone, as before"] = student(
                 whole[name], left_out[name], truth[name]

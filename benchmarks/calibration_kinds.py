@@ -19,6 +19,7 @@ ORDERS, EQUAL = "coverage of the second order", "coverage of where both orders a
 WEIGHTING, COURSE = "coverage of a weighting's change at equal length", "coverage of a change over training"
 STRUCTURE, ALIGNMENT = "level of same prompt, raw", "level of kernel alignment"
 BUFFERS, PARTS = "level of buffers, entropy", "level of naming the largest of two equal parts"
+SHARE = "coverage of an accounting share"
 U_STATISTIC = "coverage of the U-statistic of a single batch"
 
 COVERED: dict[str, tuple[str, ...]] = {
@@ -57,6 +58,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "estimate_entries.ratio_estimate": (ENTROPY, "coverage of entropy per completion"),
     "estimates.known": (WEIGHTING,),
     "history.probed_sums": (PROBED, CORRELATION),
+    "left_out_evaluation_prompts.interval_columns": (SHARE, "coverage of the effect of leaving a sequence out"),
     "leave_one_out.agreements": (RULE,),
     "leave_one_out.largest_parts": (PARTS,),
     "training_course._one": (COURSE,),

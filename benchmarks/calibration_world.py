@@ -102,6 +102,13 @@ class World:
         other._measure()
         return other
 
+    def towards(self, direction: dict[str, Tensor]) -> World:
+        """The same world with another direction."""
+        other = World.__new__(World)
+        other.policy, other.space, other.direction = self.policy, self.space, direction
+        other._measure()
+        return other
+
     def after(self, step: float) -> tuple[TokenStatistics, float]:
         """Statistics after `step` times the direction, and the true change of entropy, nats per token."""
         if step not in self._after:

@@ -22,7 +22,12 @@ import numpy as np
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
-from entropy_experiments.analyses.headline_units import leaving_out_summary, with_training_noise
+from entropy_experiments.analyses.headline_units import (
+    leaving_out_summary,
+    sequence_intervals,
+    shares_of_prompts,
+    with_training_noise,
+)
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import run_analyses
@@ -310,8 +315,9 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
         inputs.plan,
         inputs.tokenizer,
         inputs.token_shares if finished(analyses.attribution) is not None else None,
+        sequence_intervals(inputs),
     )
-    write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers)
+    write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers, shares_of_prompts(inputs))
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
     write_summary(part / "summary.json", summary)
     write_json(part / "evaluation_set.json", evaluation_set(config, inputs.evaluation))

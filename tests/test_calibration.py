@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import calibration_analyses, calibration_tests
+from benchmarks import calibration_analyses, calibration_shares, calibration_tests
 from benchmarks.calibration import SHAPES, WORLDS, World, simulate
 from benchmarks.calibration_buffers import columns, draw, sums, truths, with_each_left_out
 from benchmarks.calibration_page import write_page
@@ -153,7 +153,7 @@ def test_the_page_marks_what_is_out_of_range(tmp_path) -> None:
 
 PARTS = [
     (module, name)
-    for module in (calibration_tests, calibration_analyses)
+    for module in (calibration_tests, calibration_analyses, calibration_shares)
     for name, part in vars(module).items()
     if getattr(part, "__module__", "") == module.__name__
     and getattr(part, "__annotations__", {}).get("return") == "Rates"

@@ -38,7 +38,8 @@ class KernelArrays:
     symmetric and positive semi-definite; the second has E of the training sequence as its row).
     weights, advantages, shares: (n_train,) w_i, A_i and dH_i (nats per token, adding up to the step's batch part).
     products: (n_train,) <grad h, P_t dS_i>, so that shares = step_factor * weights * products, step_factor = lr (1 - beta1)/
-    (1 - beta1^t) c.
+    (1 - beta1^t) c. left_out_products: (B, n_train) the same with each evaluation prompt left out, in ascending order of index;
+    None where not known.
     """
 
     evaluation: SequenceLabels
@@ -52,3 +53,4 @@ class KernelArrays:
     shares: np.ndarray
     products: np.ndarray
     step_factor: float
+    left_out_products: np.ndarray | None = None

@@ -13,6 +13,7 @@ import torch
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
 from entropy_experiments.analyses.inputs import AnalysisInputs
+from entropy_experiments.analyses.left_out_evaluation_prompts import interval_columns
 from entropy_experiments.analyses.who_was_first import (
     bootstrap_counts,
     numbers_of_draws,
@@ -75,6 +76,35 @@ def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
         "slope_of_real": _slope(np.array([row["effect"] for row in rows]), real),
         "first": _first(inputs, inputs.numbers.step.headline, effects if early else shares),
     }
+
+
+def sequence_intervals(inputs: AnalysisInputs) -> dict[str, np.ndarray]:
+    """Columns of sequences.parquet: the 95% intervals of shares and effects, (n_train,) each; {} where not known."""
+    step, left_out = inputs.numbers.step, inputs.left_out
+    if step is None or left_out is None:
+        return {}
+    found = {}
+    for name, values, series in (
+        ("delta_h", step.attribution.shares, left_out_shares(inputs)),
+        ("effect", step.attribution.effects, left_out.effects),
+    ):
+        found[f"{name}_low"], found[f"{name}_high"] = interval_columns(values.numpy(), series)
+    return found
+
+
+def shares_of_prompts(inputs: AnalysisInputs) -> dict[int, torch.Tensor]:
+    """Training prompt -> (B,) accounting share of its sequences with each evaluation prompt left out; {} where not known."""
+    if inputs.left_out is None:
+        return {}
+    prompts, shares = np.array(inputs.training.rollouts.prompt_index), left_out_shares(inputs)
+    return {int(p): torch.from_numpy(shares[:, prompts == p].sum(1)) for p in np.unique(prompts)}
+
+
+def left_out_shares(inputs: AnalysisInputs) -> np.ndarray:
+    """(B, n_train) accounting shares with each evaluation prompt left out, which must be known."""
+    step, weights = inputs.numbers.step, inputs.side.weights
+    assert step is not None and weights is not None and inputs.left_out is not None
+    return step.attribution.step_factor * weights.double().cpu().numpy() * inputs.left_out.products
 
 
 def prompt_units(inputs: AnalysisInputs) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,15 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.left_out_evaluation_prompts import LeftOutNumbers, without_each_prompt
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.step.effects_of_leaving_out import effects_of_leaving_out
+from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.real_steps import token_shares
+from entropy_experiments.step.shares import attribute
 from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.step.training_side import TrainingSide
 from rl_training.sampling import Rollouts
@@ -76,6 +81,24 @@ class AnalysisInputs:
             PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size),
         ).cpu()
 
+    @cached_property
+    def left_out(self) -> LeftOutNumbers | None:
+        """Products and effects of training sequences with each evaluation prompt left out, made once; None without a step, with a
+        single prompt, and where training rows are not kept in memory.
+        """
+        side, step = self.side, self.side.step
+        weights, rows = side.weights, side.rows
+        if weights is None or step is None or not isinstance(rows, KeptRows):
+            return None
+
+        def numbers_of(gradient: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            effects = effects_of_leaving_out(gradient, side.gradient, rows, weights, step)
+            return attribute(gradient, rows, weights, step).products, effects
+
+        passes = PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size)
+        statistics, estimator = self.numbers.eval_statistics, self.numbers.estimand.gradient
+        return without_each_prompt(self.model, self.eval_batch, statistics, estimator, numbers_of, passes)
+
     def kernel_arrays(self, step_needed: bool = True) -> KernelArrays:
         """step_needed=False puts zeros where there is no step, for analyses that look at kernels alone.
 
@@ -100,6 +123,7 @@ class AnalysisInputs:
             shares=array(None if step is None else step.attribution.shares),
             products=array(None if step is None else step.attribution.products),
             step_factor=0.0 if step is None else step.attribution.step_factor,
+            left_out_products=None if self.left_out is None else self.left_out.products,
         )
 
     def advantages(self) -> np.ndarray:

@@ -16,7 +16,8 @@ training. Where evaluation sequences have no rewards, or equal ones, training re
 of (r_j - mean of the others of its group) K(j, i) over the sequences j of *other* prompts.
 
 Standard errors: jackknife over evaluation prompts (of a gain from the training side, over the prompts of its rows), ratios
-recomputed whole, the step held as it is. The spread of dh comes from KH, hence is under the kernel's P. A gain whose 95% interval
+recomputed whole, the step held as it is: the run's own change has the interval of the step's batch part. (Where training rows are
+not in memory, the spread of dh comes from KH, under the kernel's P.) A gain whose 95% interval
 holds 0 is no denominator: what would divide by it is None and says why.
 Source: docs/analyses/weighting-schemes.md; the weights themselves: candidate_weights.py.
 """
@@ -146,9 +147,13 @@ def _check(arrays: KernelArrays) -> None:
 
 
 def _entropy_changes(arrays: KernelArrays, columns: np.ndarray) -> _Statistic:
-    """dh under P_t; with a prompt left out it moves by what the mean over KH's rows moves."""
-    rows = arrays.entropy_fisher @ columns
+    """dh under P_t, recomputed whole without each prompt; where products without it are not known, it moves by what the mean over
+    KH's rows moves, the entropy that these are centred with held.
+    """
     value = arrays.products @ columns
+    if arrays.left_out_products is not None:
+        return _Statistic(arrays.step_factor * value, arrays.step_factor * (arrays.left_out_products @ columns))
+    rows = arrays.entropy_fisher @ columns
     left_out = [value + rows[kept].mean(0) - rows.mean(0) for kept in _leave_one_out(arrays.evaluation) if kept.any()]
     return _Statistic(arrays.step_factor * value, arrays.step_factor * np.array(left_out).reshape(-1, columns.shape[1]))
 

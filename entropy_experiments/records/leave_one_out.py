@@ -1,8 +1,9 @@
 """Every number of an analysis with one evaluation prompt left out: what paired comparisons between analyses rest on.
 
 ``leave_one_out.parquet`` has a row per evaluation prompt and a column per number: ``entropy.per_token``,
-``predicted.ESTIMATOR.PART``, ``actual.snis``, ``actual.fixed_prefix``, nats per token. Two analyses with the same evaluation
-prompts err together; the difference of their columns is the leave-one-out series of the difference, so that
+``predicted.ESTIMATOR.PART``, ``actual.snis``, ``actual.fixed_prefix``, ``share.prompt.NUMBER`` (accounting share of the sequences
+of a training prompt), nats per token. Two analyses with the same evaluation prompts err together; the difference of their columns
+is the leave-one-out series of the difference, so that
 
     se(b - a)^2 = (B - 1)/B  sum_p (d_{-p} - mean_p d_{-p})^2,     d_{-p} = b_{-p} - a_{-p}
 
@@ -11,6 +12,7 @@ with B prompts (entropy_core.uncertainty). Source: docs/theory/measurement-and-u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from rl_training.files import write_whole_by
 from rl_training.sampling import Rollouts
 
 FILE_NAME = "leave_one_out.parquet"
+SHARE_OF_PROMPT = "share.prompt."
 
 
 def leave_one_out_columns(evaluation: Rollouts, numbers: AnalysisNumbers) -> dict[str, Tensor]:
@@ -78,14 +81,20 @@ def largest_parts(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
     return {name: one.as_dict() for name, one in found.items() if one is not None}
 
 
-def write_leave_one_out(path: Path, evaluation: Rollouts, numbers: AnalysisNumbers) -> None:
-    """Write the file; with a single prompt nothing is left, and every value is null."""
+def write_leave_one_out(
+    path: Path, evaluation: Rollouts, numbers: AnalysisNumbers, shares: Mapping[int, Tensor] | None = None
+) -> None:
+    """Write the file; with a single prompt nothing is left, and every value is null.
+
+    shares: training prompt -> (B,), where known.
+    """
     texts = dict(zip(evaluation.prompt_index, evaluation.prompt, strict=True))
     table: dict[str, pa.Array] = {
         "prompt_index": pa.array(sorted(texts), pa.int64()),
         "prompt": pa.array([texts[index] for index in sorted(texts)], pa.string()),
     }
-    for name, values in leave_one_out_columns(evaluation, numbers).items():
+    of_prompts = {f"{SHARE_OF_PROMPT}{prompt}": values for prompt, values in (shares or {}).items()}
+    for name, values in (leave_one_out_columns(evaluation, numbers) | of_prompts).items():
         known = torch.isfinite(values).tolist()
         entries = [value if finite else None for value, finite in zip(values.tolist(), known, strict=True)]
         table[name] = pa.array(entries, pa.float64())

@@ -33,6 +33,7 @@ from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_json_whole, write_whole_by
 from rl_training.sampling import Rollouts
 
+INTERVAL_COLUMNS = ("delta_h_low", "delta_h_high", "effect_low", "effect_high")
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -73,10 +74,12 @@ def write_sequences(
     plan: SamplingPlan,
     tokenizer: Any,
     token_shares: torch.Tensor | None = None,
+    intervals: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Both buffers; row is the index on that kernel axis.
 
-    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed.
+    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed. intervals: INTERVAL_COLUMNS ->
+    (n_train,), where known.
     """
     step = numbers.step
     rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
@@ -97,6 +100,7 @@ def write_sequences(
     )
     for row, advantage, weight, share, effect in zip(trained, *columns, strict=True):
         row.update(advantage=advantage, weight=weight, delta_h=share, effect_of_leaving_out=effect)
+        row.update({name: float(ends[row["row"]]) for name, ends in (intervals or {}).items()})
         row["delta_h_horizon"] = None if share is None or step is None else share * step.attribution.horizon_factor
     table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
     write_whole_by(path, lambda part: pq.write_table(table, part))
@@ -159,6 +163,7 @@ def _sequence_schema() -> pa.Schema:
         ]
         + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
         + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost", "effect_of_leaving_out")]
+        + [(name, number) for name in INTERVAL_COLUMNS]
     )
 
 

@@ -11,6 +11,7 @@ Source: docs/theory/measurement-and-uncertainty.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -91,7 +92,10 @@ class EvaluationProducts:
 
     def estimate(self, estimator: Estimator, per_token: bool) -> list[Estimate]:
         """One for each column."""
-        values, left_out = self.of(estimator, per_token).mean(0), self.without_each_prompt(estimator, per_token)
+        values = self.of(estimator, per_token).mean(0)
+        if not error_is_known(estimator, self.side.batch):
+            return [Estimate(float(value), math.nan, None) for value in values]
+        left_out = self.without_each_prompt(estimator, per_token)
         return [estimate_with_error(values[k], left_out[:, k]) for k in range(len(values))]
 
     def _combined(self, kept: Tensor, estimator: Estimator, per_token: bool) -> Tensor:
@@ -102,6 +106,18 @@ class EvaluationProducts:
         own, score = self.products["own_tokens"], self.products["score"]
         alpha, gamma = (part.gather(1, first).to(score) for part in (c.entropy, c.logprob))
         return alpha * own[kept] + gamma * score[kept]
+
+
+def error_is_known(estimator: Estimator, batch: SequenceBatch) -> bool:
+    """Whether an error can be made of the prompts: not of the score function where most of them have a single completion.
+
+    Its baseline is that of other prompts then, and it rests on completions so rare that most buffers hold none of them: in exact
+    worlds its 95% intervals cover 82 to 91% of 4 to 64 such prompts, and 93 to 96% from two completions a prompt on.
+    """
+    return (
+        estimator != "score_function"
+        or float((batch.prompt_index.unique(return_counts=True)[1] == 1).double().mean()) <= 0.5
+    )
 
 
 def estimate_with_error(value: Tensor, left_out: Tensor) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,12 @@ from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import contributions_without_each_prompt
 from entropy_experiments.kernel.contraction import PARTS, STEP_VECTORS, RowKind
-from entropy_experiments.step.evaluation_products import EvaluationProducts, EvaluationSide, estimate_with_error
+from entropy_experiments.step.evaluation_products import (
+    EvaluationProducts,
+    EvaluationSide,
+    error_is_known,
+    estimate_with_error,
+)
 from entropy_experiments.step.numbers import Estimate, PartsByEstimator, Predictions
 
 
@@ -69,4 +75,6 @@ def _estimate(side: EvaluationSide, along: TokenStatistics, estimator: Estimator
         return entropy_derivatives(side.statistics.select(kept), along.select(kept), some, estimator, per_token)
 
     value = of_rows(torch.arange(len(side.batch))).mean()
+    if not error_is_known(estimator, side.batch):
+        return Estimate(float(value), math.nan, None)
     return estimate_with_error(value, contributions_without_each_prompt(side.batch.prompt_index, of_rows))

@@ -53,6 +53,19 @@ def test_every_token_of_the_training_buffer_has_its_share(whole):
     assert json.loads((whole.folder / "summary.json").read_text())["format_version"] == RESULTS_FORMAT == 2
 
 
+def test_every_share_and_effect_has_the_interval_of_its_values_without_each_evaluation_prompt(whole):
+    """Shares add up to the batch part of the step, with every prompt left out too."""
+    training = [r for r in pq.read_table(whole.folder / "sequences.parquet").to_pylist() if r["buffer"] == "training"]
+    for name, short in (("delta_h", "delta_h"), ("effect_of_leaving_out", "effect")):
+        assert all(row[f"{short}_low"] <= row[name] <= row[f"{short}_high"] for row in training)
+        assert any(row[f"{short}_low"] < row[f"{short}_high"] for row in training)
+    left_out = pq.read_table(whole.folder / "leave_one_out.parquet").to_pydict()
+    shares = {name: values for name, values in left_out.items() if name.startswith("share.prompt.")}
+    assert {int(name.split(".")[-1]) for name in shares} == {row["prompt_index"] for row in training}
+    batch = np.array(left_out["predicted.rao_blackwell.batch"])
+    np.testing.assert_allclose(np.sum(list(shares.values()), 0), batch, rtol=1e-3, atol=1e-3 * np.abs(batch).max())
+
+
 def test_effects_of_leaving_out_and_the_training_sides_noise_stand_beside_the_shares(whole):
     summary = json.loads((whole.folder / "summary.json").read_text())
     found, noise = summary["leaving_out"], summary["training_noise"]
@@ -123,6 +136,11 @@ def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses
     )
     run = next(row for row in analyses["weighting_schemes"]["rows"] if row["name"] == "run")
     assert run["delta_h"]["raw"]["value"] == pytest.approx(batch, rel=1e-3)
+    of_step = summary["predicted"]["rao_blackwell"]["batch"]
+    for end in ("low", "high"):
+        wanted = pytest.approx(of_step[end], rel=1e-3, abs=1e-3 * of_step["standard_error"])
+        assert run["delta_h"]["raw"][end] == wanted, "one number, one interval: is the entropy of the buffer held?"
+        assert run["delta_h"]["equal_length"][end] == wanted
     assert run["actual"]["equal_length"]["value"] == pytest.approx(
         summary["predicted"]["split"]["batch"]["value"], rel=0.1
     ), "momentum and decay belong to no weighting: is the step of zero weights taken off?"

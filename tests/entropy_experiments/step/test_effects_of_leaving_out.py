@@ -157,3 +157,18 @@ def test_who_was_first_counts_units_and_names_a_set_where_there_is_none() -> Non
         "rows": [4], "value": 4.0, "first_in": 1.0, "set": {"rows": [[4]], "value": 4.0, "first_in": 1.0}
     }  # fmt: skip
     assert who_was_first(values[4:], draw[:, 4:], {"prompts": np.zeros(1)}, 9)["prompts"]["lowering"] is None
+
+
+@pytest.mark.parametrize(("each", "known"), [(1, False), (2, True)])
+def test_the_score_function_has_an_error_where_prompts_have_completions_to_compare(each: int, known: bool) -> None:
+    """With single completions its baseline is that of other prompts, and intervals would cover 82 to 91%."""
+    tiny = make_step()
+    batch = sample_batch(tiny.model, 6, each, torch.Generator().manual_seed(2))
+    numbers = analyze_batches(tiny.model, tiny.optimizer, batch, tiny.train, tiny.weights).numbers
+    assert numbers.step is not None
+    for predicted in (numbers.step.predictions.per_token, numbers.step.predictions.per_completion):
+        for estimator, parts in predicted.items():
+            found = parts["total"]
+            assert np.isfinite(found.value)
+            has = known or estimator != "score_function"
+            assert np.isfinite(found.standard_error) == has and (found.left_out is not None) == has
