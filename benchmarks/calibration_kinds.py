@@ -105,6 +105,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "intervals.correlation_interval": (CORRELATION,),
     "intervals.interval": (FOLDS, PROBED),
     "history.totals": (PROBED, CORRELATION),
+    "model_card._sum": (PROBED,),
     "observation.entropy": (ENTROPY,),
     "step_prediction.predicted_parts": (FOLDS,),
     "watch._parts": (MEASURED,),
