@@ -53,6 +53,7 @@ Trust = Annotated[
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration of the run")],
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if any")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal")] = False,
 ) -> None:
     """Train with Dr. GRPO and the entropy probe. Prints the run folder."""
@@ -63,7 +64,7 @@ def train(
     _quiet_libraries()
     from rl_training.train import run_training
 
-    folder = run_training(settings, quiet)
+    folder = run_training(settings, quiet, resume)
     if is_first():  # once, not by every process
         print(folder)
 

@@ -42,7 +42,7 @@ from entropy_experiments.kernel.options import kernel_options
 from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
 from entropy_experiments.records.analysis_results import AnalysesRecord, finished
 from entropy_experiments.records.estimate_entries import finite_number
-from entropy_experiments.records.folder_files import written_data
+from entropy_experiments.records.folder_files import refuse_replacing, written_data
 from entropy_experiments.records.history import stored_state, training_history
 from entropy_experiments.records.leave_one_out import FILE_NAME as LEAVE_ONE_OUT
 from entropy_experiments.records.leave_one_out import write_leave_one_out
@@ -68,7 +68,7 @@ from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.settings import settings_of
 from rl_training.configuration import dump_config
 from rl_training.errors import ResumableError, UserError
-from rl_training.files import refuse_link, remove_leftovers, rename_whole, write_whole
+from rl_training.files import refuse_link, remove_leftovers, replace_folder, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 from rl_training.run.sums import write_sums
@@ -133,6 +133,8 @@ def run_fisher_analysis(
     target = processes.from_root(lambda: _target(folder, path, step, config.output_dir, resume))
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
+    if target.exists():
+        processes.from_root(lambda: refuse_replacing(target))
     with contextlib.ExitStack() as held:
         lock = locked(target.with_name(f".{target.name}{LOCK_NAME}"), str(target))
         processes.from_root(lambda: held.enter_context(lock))
@@ -345,18 +347,17 @@ def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bo
     earlier = processes.from_root(lambda: _begin(part, resume, overwrite))
     try:
         yield part
-        shutil.rmtree(part / FOLDER_NAME, ignore_errors=True)
         remove_leftovers(part)
-        if target.exists():
-            shutil.rmtree(target)
-        rename_whole(part, target)
+        replace_folder(part, target)
+        shutil.rmtree(target / FOLDER_NAME, ignore_errors=True)  # only now: until then a kill loses nothing
     except BaseException as error:
         if not processes.is_root:
             raise
-        if isinstance(error, UserError) and not isinstance(error, ResumableError) and not earlier:
+        full = disk_is_full(error)
+        if isinstance(error, UserError) and not isinstance(error, ResumableError) and not earlier and not full:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        if disk_is_full(error):
+        if full:
             raise ResumableError(
                 f"no space left on the disk of {target.parent}: free some and go on with --resume, or set output_dir=..."
             ) from error
@@ -373,6 +374,7 @@ def _begin(part: Path, resume: bool, overwrite: bool) -> bool:
                 f"{part} holds the unfinished work of a run that was interrupted: go on with --resume, or start anew with "
                 "--overwrite"
             )
+        refuse_replacing(part)
         shutil.rmtree(part)
     part.mkdir(parents=True, exist_ok=True)
     return UnfinishedWork(part).begun

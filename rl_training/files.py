@@ -12,9 +12,11 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import shutil
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rl_training.errors import UserError
 
@@ -70,6 +72,39 @@ def write_json_whole(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+COPY_AGAIN = "copy it again, or check its permissions"
+LARGEST_JSON = 1 << 30
+"""Bytes; a log of a million steps has as many."""
+
+
+@contextlib.contextmanager
+def opened_regular(path: Path, remedy: str = COPY_AGAIN) -> Iterator[BinaryIO]:
+    """A regular file, open for reading.
+
+    Raises:
+        UserError: for a pipe, a device, a socket or a folder, none of which is waited for, and for one that cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    with os.fdopen(descriptor, "rb") as handle:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is no regular file but a folder, a pipe or a device: {remedy}")
+        yield handle
+
+
+def read_regular(path: Path, limit: int = LARGEST_JSON, remedy: str = COPY_AGAIN) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises UserError as `opened_regular`, and for a larger one."""
+    with opened_regular(path, remedy) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise UserError(
+                f"{path} has {size:,} bytes, and no run writes more than {limit:,}: it is damaged; {remedy}"
+            )
+        return handle.read(limit + 1)
+
+
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -77,10 +112,10 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         UserError: ending in `remedy`, where the file is missing, unreadable or holds no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
-    except ValueError as error:
+        content = json.loads(read_regular(path, remedy=remedy).decode("utf-8"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object: {remedy}")
@@ -96,6 +131,16 @@ def rename_whole(part: Path, path: Path) -> None:
     flush(path.parent)
 
 
+def replace_folder(part: Path, folder: Path) -> None:
+    """Give a finished folder its name, replacing a folder of that name, which a kill in between leaves beside it."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    rename_whole(part, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line of text. Raises UserError where the file is a link."""
     refuse_link(path)
@@ -109,6 +154,34 @@ def own_folder(path: Path) -> Path:
     refuse_link(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def strange_files(folder: Path, ours: Collection[str]) -> list[str]:
+    """What lies in a folder beside files of ours: other names, and in `figures` whatever is no picture; paths inside, sorted.
+
+    Files that a killed process of ours was writing are not counted.
+    """
+    names = [path.name for path in folder.iterdir() if path.name not in ours and not _LEFT.fullmatch(path.name)]
+    pictures = folder / "figures"
+    inside = pictures.iterdir() if pictures.is_dir() and not pictures.is_symlink() else ()
+    return sorted(names + [f"figures/{p.name}" for p in inside if p.suffix != ".png" and not _LEFT.fullmatch(p.name)])
+
+
+def write_all_whole(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Write several files of a folder (names like "figures/a.png"): every one, or on a full disk none, and no folder for them."""
+    made = [path for path in {(folder / name).parent for name in contents} if not path.exists()]
+    try:
+        with contextlib.ExitStack() as finished:
+            for name, content in contents.items():
+                own_folder((folder / name).parent)
+                part = finished.enter_context(replacing(folder / name))
+                part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+                flush(part)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # another process has written there meanwhile
+                path.rmdir()
+        raise
 
 
 def refuse_link(path: Path) -> None:

@@ -20,15 +20,15 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.files import refuse_links_inside, write_whole
 from rl_training.integrations.step_recorder import record_steps
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models.load import add_lora, load_model_and_tokenizer
 from rl_training.prompts.limited_templates import limited_templates
 from rl_training.run.console import ConsoleCallback, MetricsFile
-from rl_training.run.folder_lock import holds_something, run_folder_locked
+from rl_training.run.folder_lock import run_folder_locked
 from rl_training.run.launched import world_size
-from rl_training.run.resume import check_resumable
+from rl_training.run.run_files import CONFIG_NAME, ConfigFile, remove_records
+from rl_training.run.start import find_start
 from rl_training.tasks.task import Task, load_task
 
 
@@ -115,32 +115,26 @@ def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
     )
 
 
-def run_training(config: TrainConfig, quiet: bool = False) -> Path:
+def run_training(config: TrainConfig, quiet: bool = False, resume: bool = False) -> Path:
     """Train, and return the run folder.
 
-    Raises UserError where the folder holds a run already (unless resuming from one of its checkpoints) or another process
-    is training into it, or the checkpoint to resume from is not one.
+    Args:
+        resume: go on from the folder's newest checkpoint, or begin anew where it has none.
+
+    Raises:
+        UserError: where the folder holds a run already (unless resuming) or something else, another process is training into it,
+            or the checkpoint to go on from is damaged, of another run or of other settings.
     """
     folder = Path(config.training.output_dir)
     with run_folder_locked(folder), limited_templates():
-        return _train(config, folder, quiet)
+        return _train(config, folder, quiet, resume)
 
 
-def _train(config: TrainConfig, folder: Path, quiet: bool) -> Path:
-    run = config.training
-    resume = None if run.resume_from_checkpoint is None else Path(run.resume_from_checkpoint)
-    refuse_links_inside(folder)
-    if resume is None and holds_something(folder):
-        raise UserError(
-            f"{folder} is not empty: choose another training.output_dir, or go on from one of its checkpoints with "
-            "training.resume_from_checkpoint"
-        )
-    if resume is not None:
-        check_resumable(resume, folder, run.steps)
+def _train(config: TrainConfig, folder: Path, quiet: bool, resume: bool) -> Path:
+    start = find_start(config, resume)
     trainer, task = build_trainer(config)
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", dump_config(config))
+    written = ConfigFile(folder / CONFIG_NAME, dump_config(config))
+    trainer.add_callback(written)
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
     record_steps(trainer)
     probes = [c for c in trainer.callback_handler.callbacks if isinstance(c, EntropyProbeCallback)]
@@ -148,13 +142,15 @@ def _train(config: TrainConfig, folder: Path, quiet: bool) -> Path:
     if not quiet:
         trainer.add_callback(console)
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except SystemExit as error:  # a run that ends here has saved nothing since its last checkpoint: never status 0
         raise UserError(
             f"something called exit() at step {trainer.state.global_step + 1} of training (a reward function, a callback?)"
         ) from error
     finally:
         console.close()
+        if start is None and not written.done and trainer.is_world_process_zero():
+            remove_records(folder)  # of a run that was refused, or ended, before its first step
     _save_last(trainer, folder)
     return folder
 

@@ -31,10 +31,11 @@ from entropy_experiments.report.interactive.comparison import compared_changes, 
 from entropy_experiments.report.interactive.page import PageFigure, render_page
 from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
-from rl_training.files import refuse_link, rename_whole, write_whole, write_whole_by
+from rl_training.files import refuse_link, replace_folder, strange_files, write_whole, write_whole_by
 
 _REPORT = "comparison.html"
 _FORMAT = 1
+_WRITTEN = (_REPORT, "comparison.json", "comparison.parquet", "figures")
 _CHANGES = {
     "measured": "measured",
     "predicted": "predicted",
@@ -72,6 +73,10 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
         raise UserError(
             f"{output} is not a folder that compare wrote, so it is not overwritten: choose another --output"
         )
+    if output.exists() and (strange := strange_files(output, _WRITTEN)):
+        raise UserError(
+            f"{output} holds {strange[0]}, which compare did not write, so it is not overwritten: move that away"
+        )
     sides = open_sides(paths)
     inside = next(
         (s for s in sides if output.resolve() == s.path.resolve() or output.resolve() in s.path.resolve().parents), None
@@ -93,9 +98,7 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
         write_whole(part / _REPORT, _page(sides, points, verdict, figures))
         write_tidy(part / "comparison.parquet", sides, points)
         write_json(part / "comparison.json", record)
-        if output.exists():
-            shutil.rmtree(output)
-        rename_whole(part, output)
+        replace_folder(part, output)
     except OSError as error:
         raise UserError(
             f"cannot write to {output} ({error.strerror}): free some space, or choose another --output"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from rl_training.files import PART
+from rl_training.errors import UserError
+from rl_training.files import strange_files
 from rl_training.run.sums import SUMS_NAME
 
 DATA = (
@@ -29,12 +29,15 @@ def written_data(folder: Path) -> list[str]:
 
 def not_of_an_analysis(folder: Path) -> list[str]:
     """What lies in a results folder, finished or not, that no analysis wrote there, by its path inside."""
-    ours = {*DATA, *_FOLDERS, SUMS_NAME, "report.html"}
-    strange = [path.name for path in folder.iterdir() if path.name not in ours and not _unfinished(path.name)]
-    pictures = folder / "figures"
-    inside = pictures.iterdir() if pictures.is_dir() else ()
-    return sorted(strange + [f"figures/{p.name}" for p in inside if p.suffix != ".png" and not _unfinished(p.name)])
+    return strange_files(folder, {*DATA, *_FOLDERS, SUMS_NAME, "report.html"})
 
 
-def _unfinished(name: str) -> bool:
-    return re.fullmatch(r"\..*" + re.escape(PART), name) is not None
+def refuse_replacing(folder: Path) -> None:
+    """Raises UserError where the folder that is to be replaced holds anything but an analysis, finished or not."""
+    if not folder.is_dir() or folder.is_symlink():
+        raise UserError(f"{folder} is no folder of an analysis, so it is not overwritten: choose another output_dir")
+    strange = not_of_an_analysis(folder)
+    if strange:
+        raise UserError(
+            f"{folder} holds {strange[0]}, which no analysis wrote, so it is not overwritten: move that away"
+        )

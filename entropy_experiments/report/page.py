@@ -39,7 +39,7 @@ from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import series
 from rl_training.errors import UserError
-from rl_training.files import own_folder, write_whole
+from rl_training.files import write_all_whole
 
 # file name -> (heading, how to read the figure)
 _FIGURES = {
@@ -206,10 +206,8 @@ def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
     page = render_report(results, images)
     report = results.path / "report.html"
     try:
-        figures = own_folder(results.path / "figures")
-        for name, (png, _) in images.items():
-            write_whole(figures / f"{name}.png", png)
-        write_whole(report, page)
+        pictures = {f"figures/{name}.png": png for name, (png, _) in images.items()}
+        write_all_whole(results.path, {**pictures, report.name: page})
     except OSError as error:
         raise UserError(
             f"cannot write the report into {results.path} ({error.strerror}): check its permissions"

@@ -25,16 +25,14 @@ from typing import Any
 from entropy_experiments.run.launch_end import ending_the_launch
 from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
+from rl_training.run.disk import disk_is_full
 
 _PACKAGES = ("entropy_core", "rl_training", "entropy_experiments")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What torch says, without an errno, where a file could not be written to its end.
-_TORCH_WRITING = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 _TORCH_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 _KEPT = {
     "analyze": "what is finished is kept: go on with the same command and --resume",
     "sweep": "what is finished is kept: go on with the same command and --resume",
-    "train": "checkpoints are kept: go on with training.resume_from_checkpoint=RUN/checkpoint-N",
+    "train": "checkpoints are kept: go on with the same command and --resume",
 }
 _DEBUG = "--debug"
 
@@ -132,7 +130,7 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _ForeignExit):
         return 2, f"error: {error}, outside this project: remove that call; --debug shows the way there"
     text = (str(error).splitlines() or [""])[0]
-    if isinstance(error, OSError) and error.errno in _FULL or any(words in str(error) for words in _TORCH_WRITING):
+    if disk_is_full(error) or (isinstance(error, OSError) and error.errno == errno.EFBIG):
         path = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return 2, f"error: the disk is full, or a file limit was reached{path}: free space; {_kept_words()}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _TORCH_MEMORY):

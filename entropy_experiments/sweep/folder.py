@@ -26,7 +26,12 @@ from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.records.reader import read_results_folder
 from entropy_experiments.sweep.targets import Target
 from rl_training.errors import UserError
-from rl_training.files import own_folder, refuse_link, write_json_whole
+from rl_training.files import own_folder, refuse_link, strange_files, write_json_whole
+from rl_training.run.sums import SUMS_NAME
+
+_OURS = frozenset(
+    "sweep_plan.json config.yaml checkpoints sweep.json evolution.json results.parquet figures report.html locks".split()
+) | {SUMS_NAME}
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,11 @@ class SweepFolder:
                 f"{self.path} is not the folder of a sweep (no sweep_plan.json): it is not replaced; choose another"
             )
         if self.path.exists():
+            strange = strange_files(self.path, _OURS)
+            if strange:
+                raise UserError(
+                    f"{self.path} holds {strange[0]}, which no sweep wrote: it is not replaced; move that away"
+                )
             shutil.rmtree(self.path)
 
     def open_targets(self, targets: Sequence[Target]) -> list[Target]:

@@ -14,7 +14,6 @@ Source: Liu et al. 2025, "Understanding R1-Zero-Like Training".
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,12 @@ from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initi
 from rl_training.premises.premise_guard import PremiseGuard
 from rl_training.premises.reward_range import TrainedAtAll, check_rewards, without_weight
 from rl_training.premises.sampling_check import SamplingGuard
-from rl_training.run.disk import disk_is_full
 from rl_training.run.model_card import write_model_card
+from rl_training.run.resume import ELSEWHERE
 from rl_training.run.rollouts import write_rollouts
 from rl_training.run.sidecar import read_sidecar, write_sidecar
+from rl_training.run.trainer_files import check_entries_fit
+from rl_training.run.whole_checkpoint import saved_whole
 from rl_training.sequences import RolloutSequence
 from rl_training.tasks.difficulty import PassRates, mean_reward
 
@@ -328,20 +329,13 @@ class DrGRPOTrainer(GRPOTrainer):
 
     # ------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with saved_whole(self) as folder:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process writes its random state, and has it in the digests
             if self.args.should_save:
                 rates = self._learning_rates.used
                 record = describe_run(folder, self, rates, self._model_name, self._task, self.pass_rates)
                 write_sidecar(folder, record)
-        except Exception as error:
-            if not disk_is_full(error):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint must not pass for one
-            raise UserError(
-                f"no space left on the disk of {folder}: this checkpoint was not kept; free some and resume from the one before"
-            ) from error
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
@@ -355,6 +349,7 @@ class DrGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        check_entries_fit(Path(checkpoint) / "optimizer.pt", self.optimizer, ELSEWHERE)
         sidecar = read_sidecar(Path(checkpoint))
         if sidecar is None:
             raise UserError(

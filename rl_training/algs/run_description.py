@@ -122,7 +122,7 @@ def describe_run(
         versions={name: version(name) for name in _VERSIONS},
         optimizer_class=optimizer_class(trainer.optimizer),
         sha256=checkpoint_digests(folder),
-        rollouts_sha256=file_digest(record) if (record := _rollouts(folder, trainer)).is_file() else None,
+        rollouts_sha256=file_digest(record) if (record := _rollouts(trainer)).is_file() else None,
         witness=_witness(trainer, model, sampling.sampling_config()),
         gradient_premise=_gradient_premise(trainer),
     )
@@ -148,8 +148,8 @@ def run_facts(trainer: Any, model_name: str | None, task: dict[str, Any] | None)
     return model_name or str(base.config._name_or_path), facts
 
 
-def _rollouts(folder: Path, trainer: Any) -> Path:
-    return rollouts_path(folder.parent, trainer.state.global_step)
+def _rollouts(trainer: Any) -> Path:
+    return rollouts_path(Path(trainer.args.output_dir), trainer.state.global_step)
 
 
 def _witness(trainer: Any, model: torch.nn.Module, sampling_config: SamplingConfig) -> SidecarWitness | None:

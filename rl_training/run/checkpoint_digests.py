@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rl_training.errors import UserError
+from rl_training.files import opened_regular
 
 _LONGEST_NAME = 500
 _KINDS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "optimizer.pt", "scheduler.pt")
@@ -19,7 +20,7 @@ _OF_READERS = ("*.md", "entropy_experiments.json", ".*")
 
 def file_digest(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
-    with path.open("rb") as handle:
+    with opened_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

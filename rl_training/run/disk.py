@@ -9,13 +9,16 @@ from pathlib import Path
 
 from rl_training.errors import ResumableError, UserError
 
+# What torch says, without an errno, where a file could not be written to its end.
+_TORCH_WRITING = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+
 
 def disk_is_full(error: BaseException | None) -> bool:
     """True for an out-of-space error, or one that was caused by it; writers in other languages only say it in words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):
+        if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", *_TORCH_WRITING)):
             return True
         error = error.__cause__ or error.__context__
     return False

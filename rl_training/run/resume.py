@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.trainer_pt_utils import safe_globals
@@ -13,10 +13,18 @@ from rl_training.errors import UserError
 from rl_training.run.checkpoint_digests import check_digests, check_nothing_added
 from rl_training.run.folder_lock import holds_something
 from rl_training.run.launched import world_size
+from rl_training.run.optimizer_state import WITHOUT_IT, check_optimizer_state
 from rl_training.run.rollouts import check_rollouts
-from rl_training.run.sidecar import read_sidecar
+from rl_training.run.sidecar import Sidecar, read_sidecar, refuse_special_file
+from rl_training.run.trainer_files import (
+    check_random_state,
+    check_resumable_state,
+    check_schedule,
+    read_trainer_state_file,
+)
 
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+ELSEWHERE = "resume from another checkpoint"
 
 
 def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
@@ -25,6 +33,10 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
     Records of steps after the checkpoint, which are about to be made again, are removed.
     """
     where = "training.resume_from_checkpoint"
+    if not checkpoint.is_dir():
+        raise UserError(f"{where}: {checkpoint} is no folder: name a checkpoint of the run, RUN/checkpoint-N")
+    for path in sorted(checkpoint.iterdir()):
+        refuse_special_file(path)
     for name in _NEEDED:
         if not (checkpoint / name).exists():
             raise UserError(f"{where}: {checkpoint} has no {name}, so the run cannot go on from it as it was")
@@ -46,9 +58,8 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
     check_digests(checkpoint, sidecar.sha256)
     check_nothing_added(checkpoint, sidecar.sha256)
     check_rollouts(checkpoint.parent, sidecar.step, sidecar.rollouts_sha256)
-    for path in [checkpoint / name for name in _NEEDED[1:]] + sorted(checkpoint.glob("rng_state*.pth")):
-        _check_tensors(path)
-    step = _step_of(checkpoint / "trainer_state.json")
+    step = sidecar.step
+    _check_files(checkpoint, sidecar)
     if step >= steps:
         raise UserError(f"{where}: {checkpoint} has done {step} steps already; raise training.steps above that")
     if holds_something(output_dir) and checkpoint.resolve().parent != output_dir.resolve():
@@ -64,23 +75,38 @@ def check_resumable(checkpoint: Path, output_dir: Path, steps: int) -> None:
         path.unlink(missing_ok=True)  # another process of the same run may have been here
 
 
-def _step_of(path: Path) -> int:
+def _check_files(checkpoint: Path, sidecar: Sidecar) -> None:
+    """Every file that the Trainer reads, whatever the digests say: a file can have been wrong when it was written."""
+    where = checkpoint / "trainer_state.json"
+    check_resumable_state(where, read_trainer_state_file(where), sidecar.step)
+    named = [len(names) for names in sidecar.optimizer_parameter_names]
+    scaled = (checkpoint / "scaler.pt").exists()  # a loss scaler skips steps of the optimizer and of the schedule alike
+    schedule = _read_tensors(checkpoint / "scheduler.pt")
+    check_schedule(checkpoint / "scheduler.pt", schedule, [] if scaled else [sidecar.step], len(named))
+    steps = [sidecar.step] + ([schedule["last_epoch"]] if scaled and "last_epoch" in schedule else [])
+    path = checkpoint / "optimizer.pt"
+    state = _read_tensors(path)
     try:
-        step = json.loads(path.read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged; copy it again") from error
-    if type(step) is not int:
-        raise UserError(f"{path} names no global_step: it is damaged; copy it again")
-    return step
+        check_optimizer_state(path, state, steps, sidecar.optimizer_class, path.name in sidecar.sha256)
+    except UserError as error:  # its remedies are those of an analysis
+        raise UserError(str(error).replace(WITHOUT_IT, ELSEWHERE)) from error
+    entries = [len(group["params"]) for group in state["param_groups"]]
+    if entries != named:
+        raise UserError(
+            f"{path} has {entries} parameters by group, the checkpoint's record names {named}: files of two checkpoints are "
+            f"mixed; {ELSEWHERE}"
+        )
+    for path in sorted(checkpoint.glob("rng_state*.pth")):
+        check_random_state(path, _read_tensors(path))
 
 
-def _check_tensors(path: Path) -> None:
+def _read_tensors(path: Path) -> Any:
     """Raises UserError for a file that the Trainer would end on in the middle of its own loading; nothing in it is run."""
     if not path.is_file():
         raise UserError(f"{path} is no regular file: copy the checkpoint again")
     try:
         with safe_globals():  # numpy's random state, and nothing else beside tensors, as the Trainer reads it
-            torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file; each is the same news
         raise UserError(
             f"{path} cannot be read as plain tensors ({type(error).__name__}): it is damaged, or holds objects that would have "

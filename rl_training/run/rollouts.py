@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from rl_training.errors import UserError
 from rl_training.files import own_folder, write_whole_by
 from rl_training.run.checkpoint_digests import file_digest
+from rl_training.run.sidecar import refuse_special_file
 from rl_training.run.sums import add_sum, check_sum
 from rl_training.sequences import RolloutSequence
 
@@ -78,6 +79,7 @@ def read_rollouts(run_dir: Path, step: int) -> list[RolloutSequence]:
         raise UserError(
             f"{path} does not exist: this run recorded no sequences of step {step}; use train_prompts: random"
         )
+    refuse_special_file(path)
     check_sum(path, COPY_AGAIN)
     try:
         rows = pq.read_table(path).to_pylist()

@@ -12,11 +12,12 @@ from typing import Literal
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
-from rl_training.files import write_whole
+from rl_training.files import read_regular, write_whole
 from rl_training.run import record_ranges as of
 
 SIDECAR_NAME = "entropy_experiments.json"
 SIDECAR_FORMAT = 2
+_LARGEST = 1 << 28
 # What this release reads: a checkpoint of format 1 lacks the fields that have a default below.
 _READABLE_FORMATS = (1, 2)
 
@@ -137,8 +138,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         return None
     refuse_special_file(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(read_regular(path, _LARGEST).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to analyse without it") from error
     known = isinstance(data, dict) and type(data.get("format")) is int and data["format"] in _READABLE_FORMATS
     if not known:

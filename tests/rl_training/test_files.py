@@ -19,9 +19,13 @@ from rl_training.files import (
     append_line,
     own_folder,
     read_json_object,
+    read_regular,
     remove_leftovers,
     rename_whole,
+    replace_folder,
     replacing,
+    strange_files,
+    write_all_whole,
     write_json_whole,
     write_whole,
     write_whole_by,
@@ -193,3 +197,59 @@ def test_what_lies_at_a_parts_name_is_not_opened(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_whole(tmp_path / "out", "new")
     assert victim.read_text() == "precious" and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- several files, folders, and what is not ours
+@pytest.mark.parametrize("place", range(3))
+def test_several_files_are_written_all_or_none(tmp_path, monkeypatch, place):
+    (tmp_path / "a").write_text("old")
+    contents = {"a": "new", "figures/b.png": b"1", "figures/c.png": b"2"}
+    rename, renamed, flushed = os.replace, [], []
+
+    def full(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) == 1 + place:
+            raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="full"):
+            write_all_whole(tmp_path, contents)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+    monkeypatch.setattr(os, "replace", lambda *names: (renamed.append(names), rename(*names)))
+    write_all_whole(tmp_path, contents)
+    assert {p.name for p in tmp_path.rglob("*")} == {"a", "figures", "b.png", "c.png"} and len(renamed) == 3
+
+
+def test_a_folder_is_replaced_or_kept(tmp_path, monkeypatch):
+    for name in ("old", "new.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    replace_folder(tmp_path / "new.part", tmp_path / "old")
+    assert [(p.name, (p / "file").read_text()) for p in tmp_path.iterdir()] == [("old", "new.part")]
+
+
+def test_what_is_not_ours_is_named(tmp_path):
+    for name in ("a", "figures/b.png", f".a.{'0' * 16}.part", "figures/mine.svg", "notes"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert strange_files(tmp_path, {"a", "figures"}) == ["figures/mine.svg", "notes"]
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match="is no regular file"):
+            read_regular(tmp_path / name)
+    for path in (tmp_path / "loop", tmp_path / "absent"):
+        with pytest.raises(UserError, match="cannot be read .*: mend it"):
+            read_regular(path, remedy="mend it")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_regular(Path("/dev/zero"))
+    assert read_regular(tmp_path / "link", limit=5) == b"12345"
+    with pytest.raises(UserError, match="has 5 bytes, and no run writes more than 4"):
+        read_regular(tmp_path / "file", limit=4)
