@@ -88,9 +88,10 @@ def opened_regular(path: Path, remedy: str = COPY_AGAIN) -> Iterator[BinaryIO]:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is no regular file but a folder, a pipe or a device: {remedy}")
     with os.fdopen(descriptor, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file but a folder, a pipe or a device: {remedy}")
         yield handle
 
 

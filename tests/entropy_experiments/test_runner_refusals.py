@@ -84,9 +84,13 @@ def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
     (target / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="--overwrite"):
         run_fisher_analysis(tiny_run, config(), folder=target)
+    with pytest.raises(UserError, match="holds note.txt, which no analysis wrote"):
+        run_fisher_analysis(tiny_run, config(), folder=target, overwrite=True)
     assert (target / "note.txt").exists()
+    (target / "note.txt").unlink()
+    (target / "report.html").write_text("old")
     run_fisher_analysis(tiny_run, config(), folder=target, overwrite=True)
-    assert not (target / "note.txt").exists() and (target / "report.html").exists()
+    assert (target / "report.html").read_text() != "old" and [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
