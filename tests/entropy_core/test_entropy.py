@@ -25,9 +25,16 @@ from entropy_core.gradients import batch_gradients, entropy_gradient, entropy_ro
 from entropy_core.scores import token_statistics
 from tests.entropy_core.support import distribution_as_batch, right_padded, whole_space
 from tests.oracle.comparison import assert_close, relative_error
-from tests.oracle.enumeration import ExactPolicy, detached_parameters, flatten, flatten_rows, solve
+from tests.oracle.enumeration import (
+    ExactPolicy,
+    detached_parameters,
+    enumerate_completions,
+    flatten,
+    flatten_rows,
+    solve,
+)
 from tests.oracle.model_cases import TokenLists, random_sequences
-from tests.oracle.policy import DyadicPolicy, RecurrentPolicy
+from tests.oracle.policy import DyadicPolicy, RecurrentPolicy, Task
 
 EXACT = 1e-10
 COPIES = 512
@@ -326,3 +333,23 @@ def test_effective_sample_size_by_hand() -> None:
     assert effective_sample_size(torch.tensor([0.0, 5.0, 0.0])) == 1.0
     assert effective_sample_size(torch.tensor([1.0, 1.0, 2.0])) == pytest.approx(16 / 6)
     assert effective_sample_size(torch.tensor([0.1, 0.1, 0.2])) == pytest.approx(16 / 6), "the scale must not matter"
+
+
+def test_the_splits_centre_holds_the_sequence_itself_as_the_measurements_mean_does() -> None:
+    """Over all pairs of completions with their probabilities, the score term is half of its expectation: 1 - 1/n at n = 2."""
+    policy = RecurrentPolicy(vocabulary=3, seed=1)
+    space = enumerate_completions(Task(prompts=((1,),), vocabulary=3, max_completion_length=2))
+    batch = whole_space(space)
+    statistics = token_statistics(policy, batch)
+    chance, sums = statistics.scores().exp(), statistics.entropy_sums()
+    assert float(chance.sum()) == pytest.approx(1.0)
+    derivative = torch.randn(len(batch), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    derivative -= (chance * derivative).sum()  # as scores have: E[dS] = 0
+    found = torch.zeros((), dtype=torch.float64)
+    for i in range(len(batch)):
+        for j in range(len(batch)):
+            pair = torch.tensor([i, j])
+            c = entropy_coefficients(statistics.select(pair), batch.select([i, j]), "split", per_token=False)
+            found += chance[i] * chance[j] * (c.logprob.amax(1) + c.logprob.amin(1)) @ derivative[pair] / 2
+    exact = (chance * (sums - (chance * sums).sum()) * derivative).sum()
+    assert float(found) == pytest.approx(0.5 * float(exact), rel=1e-9)

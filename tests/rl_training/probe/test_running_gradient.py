@@ -26,6 +26,17 @@ def test_the_average_is_the_weighted_mean_of_all_gradients_so_far(keep: float) -
         torch.testing.assert_close(average.value.folds["a"], wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_what_lies_steps_apart_is_forgotten_step_by_step() -> None:
+    """A gradient taken every third step weighs keep^3, not keep: forgetting by refresh lags three times as far."""
+    average, keep = RunningGradient(0.8), 0.8
+    for newest in range(4):
+        average.add(gradient(newest), 3)
+    assert average.value is not None
+    weights = [keep ** (3 * (3 - j)) for j in range(4)]
+    wanted = sum(w * gradient(j).folds["a"] for j, w in enumerate(weights)) / sum(weights)
+    torch.testing.assert_close(average.value.folds["a"], wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_another_number_of_folds_begins_anew() -> None:
     average = RunningGradient(0.5)
     average.add(gradient(0))
