@@ -45,11 +45,11 @@ RESULTS = Path("benchmarks/results/entropy_probe")
 RUN = Path("runs/bench-probe")
 STEPS, SAVE_EVERY, HELD_OUT = 20, 5, 256
 
-EVERY_STEP = {"preset": "accurate"}
+EVERY_STEP = {"mode": "simple", "preset": "accurate"}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "accurate": EVERY_STEP,
-    "default": {},
-    "light": {"preset": "light"},
+    "default": {"mode": "simple"},
+    "light": {"mode": "simple", "preset": "light"},
     "newest alone": {**EVERY_STEP, "averaging": 0.0},
     "8 sequences": {**EVERY_STEP, "eval_sequences": 8},
     "Rao-Blackwell": {**EVERY_STEP, "estimator": "rao_blackwell"},

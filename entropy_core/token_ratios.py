@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import TokenCoefficients
 from entropy_core.scores import TokenStatistics
 from entropy_core.temporal_differences import entropy_advantages, temporal_difference_advantages
 from entropy_core.uncertainty import effective_degrees_of_freedom, jackknife_standard_error, sums_over_prompts
@@ -90,6 +91,32 @@ def token_ratio_change(
     )
 
 
+def change_coefficients(
+    statistics: TokenStatistics,
+    batch: SequenceBatch,
+    values: Tensor | None = None,
+    decay: float = 1.0,
+    weights: Tensor | None = None,
+) -> TokenCoefficients:
+    """Coefficients of the gradient that `token_ratio_change` is the finite form of: its derivative in the update, at none.
+
+    Args:
+        statistics: of `batch` under the policy whose gradient of h is wanted.
+        batch, values, decay: as in `token_ratio_change`.
+        weights: (N,) of mean 1, for sequences that another policy drew.
+
+    Returns:
+        1 on H_k and A_k - h B_k on log pi_k, normalised so that the *mean over sequences* of their gradients is that of h.
+    """
+    mask = batch.completion_mask
+    omega = torch.ones(len(batch), dtype=torch.float64, device=batch.device) if weights is None else weights.double()
+    tokens = (omega * batch.completion_lengths.double()).sum()
+    h = (omega * statistics.entropies.double().sum(1)).sum() / tokens
+    of_entropy, of_length = _advantages(statistics.entropies, mask, values, decay)
+    factor = (omega * (len(batch) / tokens))[:, None]
+    return TokenCoefficients(mask.double() * factor, (of_entropy - h * of_length) * factor)
+
+
 def sequence_sums(
     before: TokenStatistics, after: TokenStatistics, batch: SequenceBatch, values: Tensor | None, decay: float
 ) -> Tensor:
@@ -110,16 +137,20 @@ def sequence_sums(
         bad = int((~torch.isfinite(log_ratio)).any(1).nonzero()[0, 0])
         raise ValueError(f"sequence {bad}: its log-probability is not finite before or after the update")
     moved = torch.expm1(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
-    to_go, tokens_to_go = (None, None) if values is None else (values[..., 0], values[..., 1])
-    # Without values the own entropy is noise that nothing takes off; its term has mean zero.
-    own = values is not None
-    of_entropy = entropy_advantages(after.entropies, mask, 0.0, to_go, decay, own)
-    of_length = temporal_difference_advantages(mask.double(), mask, tokens_to_go, decay) - (
-        0.0 if own else mask.double()
-    )
+    of_entropy, of_length = _advantages(after.entropies, mask, values, decay)
     change = (after.entropies.double() - before.entropies.double()) * mask
     columns = (before.entropies.double() * mask, mask.double(), change, moved * of_entropy, moved * of_length)
     return torch.stack([column.sum(1) for column in columns], 1)
+
+
+def _advantages(entropies: Tensor, mask: Tensor, values: Tensor | None, decay: float) -> tuple[Tensor, Tensor]:
+    """(N, L) A_k with uncentred rewards, and B_k."""
+    to_go, tokens_to_go = (None, None) if values is None else (values[..., 0], values[..., 1])
+    # Without values the own entropy is noise that nothing takes off; its term has mean zero.
+    own = values is not None
+    of_entropy = entropy_advantages(entropies, mask, 0.0, to_go, decay, own)
+    of_length = temporal_difference_advantages(mask.double(), mask, tokens_to_go, decay)
+    return of_entropy, of_length - (0.0 if own else mask.double())
 
 
 def _change(sums: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Estimate:
         parts = [(e.standard_error / error) ** 4 / e.degrees_of_freedom for e in (self, other)] if error > 0 else []
         return Estimate(self.value + other.value, error, 1 / sum(parts) if sum(parts) > 0 else math.inf)
 
+    def scaled(self, factor: float) -> Estimate:
+        """The same times a known number."""
+        deviations = tuple(factor * d for d in self.deviations)
+        return Estimate(factor * self.value, abs(factor) * self.standard_error, self.degrees_of_freedom, deviations)
+
 
 def sums_over_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
     """(N, ...) values -> (B, ...) float64 sums over each prompt's sequences, prompts in ascending order."""

@@ -39,7 +39,7 @@ def main(model_name: str = "smollm2-135m", steps: int = 4) -> None:
     model, tokenizer = load_model_and_tokenizer(model_name)
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    watched = Watched(model, optimizer, EntropyProbeConfig(rollouts="current", standard_error_folds=4))
+    watched = Watched(model, optimizer, EntropyProbeConfig(mode="simple", standard_error_folds=4))
     sampling_config = make_sampling_config(model, tokenizer, temperature=1.0, max_completion_length=8)
     rows = [{"prompt": f"{a} + {b} =", "prompt_index": 6 * a + b} for a in range(6) for b in range(6)]
     for step in range(steps):

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from rl_training.configuration import StrictModel
+from rl_training.probe_config import EntropyProbeConfig
 
 # YAML has lists only; tuples keep the configuration immutable.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -200,126 +201,6 @@ class TrainingConfig(StrictModel):
     """Loggers by their Trainer names (tensorboard, wandb, trackio, ...); [] for none."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from."""
-
-
-PROBE_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"refresh_every": 2},
-    "light": {"eval_sequences": 8, "refresh_every": 2},
-    "accurate": {"refresh_every": 1},
-    "held_out": {
-        "rollouts": "fresh",
-        "eval_sequences": 32,
-        "averaging": 0.0,
-        "completions_per_prompt": 1,
-        "refresh_every": 1,
-    },
-    "watch": {"mode": "watch", "rollouts": "pool", "eval_sequences": 64, "completions_per_prompt": 1},
-    "watch_light": {"mode": "watch", "rollouts": "pool", "eval_sequences": 16, "completions_per_prompt": 1},
-}
-"""Settings that belong together, chosen by measurement (benchmarks/results); single keys may be set beside them."""
-
-
-class EntropyProbeConfig(StrictModel):
-    """The probe that predicts each step's change of entropy while training runs."""
-
-    enabled: bool = True
-    """Attach the probe; training is bit-identical with it and without."""
-    preset: Literal["default", "light", "accurate", "held_out", "watch", "watch_light"] = "default"
-    """Settings that belong together: `default`, `light`, `accurate`, `held_out`; `watch`, `watch_light`: forward passes alone."""
-    mode: Literal["watch", "simple", "attribution"] = "simple"
-    """`watch`: the change by forward passes alone; `simple`: predicted beside measured; `attribution`: with shares as well."""
-    log_every: PositiveInt = 1
-    """Steps between two predictions."""
-    preconditioning: Literal["actual", "previous_step", "none"] = "actual"
-    """`actual`: the step AdamW takes; `previous_step`: -lr P g with the P before it; `none`: a plain gradient step."""
-    estimator: Literal["rao_blackwell", "split", "score_function", "fixed_prefix"] = "split"
-    """Estimator of the entropy gradient; `split` is the exact derivative of the measurement on the same tokens."""
-    rollouts: Literal["pool", "current", "previous_step", "fresh"] = "current"
-    """Tokens that entropy is watched on: a pool of held-out sequences, the step's rollouts, the last step's, or fresh ones."""
-    pool_age: PositiveInt = 8
-    """`rollouts: pool`: watched steps that a sequence stays; one in so many is drawn anew each step."""
-    eval_sequences: int = Field(default=16, ge=2)
-    """Completions on which each gradient of entropy is taken and each change measured."""
-    completions_per_prompt: PositiveInt = 4
-    """At most so many completions of one prompt among them: one prompt's pass through the model together."""
-    refresh_every: PositiveInt = 1
-    """Predicted steps between two gradients of entropy; in between the last one is used, and nothing is measured."""
-    measure_every: PositiveInt | None = None
-    """Predicted steps between two measurements after the step (null: as often as gradients of entropy are taken)."""
-    averaging: float = Field(default=0.75, ge=0.0, lt=1.0)
-    """Weight of a step's gradient relative to the next step's in the running average that predicts; 0: the newest alone."""
-    predict_every: PositiveInt | None = None
-    """`mode: watch`: watched steps between two predictions from a gradient of entropy (null: none)."""
-    shares: bool = False
-    """`mode: watch`: with each prediction the shares of the training sequences, as under `mode: attribution`."""
-    parts_every: NonNegativeInt = 0
-    """`mode: watch`: watched steps between two splits into batch, momentum and decay by trial moves of the weights (0: none)."""
-    advantage_decay: float = Field(default=0.95, ge=0.0, le=1.0)
-    """`mode: watch`: lambda of the advantages of the entropy to go; less is quieter and nearer to 0 than the truth."""
-    critic_keep: float = Field(default=0.9, ge=0.0, le=1.0)
-    """`mode: watch`: weight of a step's sequences relative to the next step's in the critic of the entropy to go."""
-    bias_keep: float | None = Field(default=None, ge=0.0, le=1.0)
-    """`mode: watch`: weight of a step's bias relative to the next step's in the running mean that is added back (null: none)."""
-    entropy_floor: PositiveFloat | None = None
-    """Nats per token: log in how many steps the entropy is forecast to be below it, with an 80% band (null: no forecast)."""
-    memory_limit: ByteSize | None = None
-    """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
-    standard_error_folds: NonNegativeInt | None = None
-    """Parts of the prompts whose spread is the standard error (null: 4; 2 beyond 50M weights); 0 or 1: none, any model."""
-    per_completion: bool = False
-    """Log changes in nats per completion as well, for one more backward pass."""
-    predictors: bool = False
-    """Log rival predictors beside: score function, without momentum, covariance (Cui et al.), STEER."""
-    fused: bool = False
-    """Take the score term from the training backward itself, over all the step's sequences (LoRA, on-policy, no KL)."""
-    on_error: Literal["warn", "raise"] = "warn"
-    """If the probe itself fails: `warn` says so once and turns it off, `raise` stops the run."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_the_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (name := data.get("preset", "default")) in PROBE_PRESETS:
-            return {**PROBE_PRESETS[name], **data}
-        return data
-
-    @property
-    def wants_shares(self) -> bool:
-        """Whether predictions come with shares of the training sequences."""
-        return self.mode == "attribution" or self.shares
-
-    @property
-    def takes_gradients(self) -> bool:
-        """Whether gradients of entropy are taken at all."""
-        return self.mode != "watch" or self.predict_every is not None
-
-    @property
-    def gradients_and_remedy(self) -> tuple[str, str]:
-        """The setting that asks for gradients, as written, and what takes less memory."""
-        if self.mode == "watch":
-            return f"predict_every={self.predict_every}", "leave predict_every out, or set standard_error_folds=0"
-        return f"mode={self.mode}", "use mode=watch, which holds no gradient, or set standard_error_folds=0"
-
-    @model_validator(mode="after")
-    def _settings_suit_the_mode(self) -> Self:
-        watching = self.mode == "watch"
-        for name, asked in (
-            ("predict_every", self.predict_every is not None),
-            ("parts_every", self.parts_every > 0),
-            ("shares", self.shares),
-        ):
-            if asked and not watching:
-                raise ValueError(f"{name} belongs to mode=watch; mode={self.mode} does it at its own steps")
-        if self.shares and self.predict_every is None:
-            raise ValueError("shares come with predictions: set predict_every as well")
-        if self.rollouts == "pool" and not watching:
-            raise ValueError(f"rollouts=pool belongs to mode=watch; for mode={self.mode} use rollouts=fresh")
-        if self.rollouts == "pool" and self.bias_keep is not None:
-            raise ValueError(
-                "bias_keep takes steps for independent, which those of a pool are not: leave it out or change rollouts"
-            )
-        if watching and self.fused:
-            raise ValueError("fused belongs to the modes that predict every step: set mode=simple or fused=false")
-        return self
 
 
 class TrainConfig(StrictModel):

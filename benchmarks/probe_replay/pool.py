@@ -1,6 +1,6 @@
 """A pool of fresh sequences of distinct held-out prompts, each watched for several steps and then replaced.
 
-What is watched across a step was drawn by a policy up to POOL_AGE steps old, and is weighted to today's by its log-probabilities.
+What is watched across a step was drawn by a policy up to `age` steps old, and is weighted to today's by its log-probabilities.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rl_training.sampling import SamplingConfig, draw
 from rl_training.sequences import RolloutSequence
 
 POOL_AGE = 8
+"""Of a recording that says nothing else."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,25 @@ class _Watched:
 
 
 class Pool:
-    """`size` slots; slot j is drawn anew in the steps whose number less one has j's remainder by POOL_AGE, all in the first."""
+    """`size` slots; slot j is drawn anew in the steps whose number less one has j's remainder by `age`, all in the first."""
 
     def __init__(
-        self, trainer: Any, model: nn.Module, rows: Sequence[dict[str, Any]], sampling_config: SamplingConfig, size: int
+        self,
+        trainer: Any,
+        model: nn.Module,
+        rows: Sequence[dict[str, Any]],
+        sampling_config: SamplingConfig,
+        size: int,
+        age: int = POOL_AGE,
     ) -> None:
-        self._trainer, self._model, self._rows, self._sampling_config, self._size = (
-            trainer,
-            model,
-            rows,
-            sampling_config,
-            size,
-        )
+        self._trainer, self._model, self._rows, self._sampling_config = trainer, model, rows, sampling_config
+        self._size, self._age = size, age
         self._watched: list[_Watched] = []
 
     def turn(self, step: int) -> tuple[SequenceBatch, list[float]]:
         """Draw what is due at `step` (from 1) and return all sequences with their log-probabilities when drawn."""
         first = not self._watched
-        slots = [j for j in range(self._size) if first or j % POOL_AGE == (step - 1) % POOL_AGE]
+        slots = [j for j in range(self._size) if first or j % self._age == (step - 1) % self._age]
         rng = np.random.default_rng((self._trainer.args.seed, step, 6))
         taken = {w.row for w in self._watched}
         chosen = [int(i) for i in rng.permutation(len(self._rows)) if i not in taken][: len(slots)]

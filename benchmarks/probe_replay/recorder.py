@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from benchmarks.probe_replay.pool import Pool
+from benchmarks.probe_replay.pool import POOL_AGE, Pool
 from benchmarks.probe_replay.token_passes import completions_from_the_left, stacked, statistics_with_hidden
 from entropy_core.adamw import (
     AdamWUpdate,
@@ -93,6 +93,7 @@ class RecordSettings:
     shares: bool = False
     common_prefix: bool = False
     pool: int = 64
+    pool_age: int = POOL_AGE
 
 
 @dataclass
@@ -132,7 +133,8 @@ class Recorder(TrainerCallback):
         self._held: SequenceBatch | None = None
         self._held_statistics: TokenStatistics | None = None
         self._drawn_score = torch.zeros(0)
-        self._pool = Pool(trainer, self._model, self._heldout, self._sampling_config, settings.pool)
+        pooled = (self._heldout, self._sampling_config, settings.pool, settings.pool_age)
+        self._pool = Pool(trainer, self._model, *pooled)
         self._pool_batch: SequenceBatch | None = None
         self._now = _Step()
         (folder / "steps").mkdir(parents=True, exist_ok=True)
@@ -313,6 +315,7 @@ class Recorder(TrainerCallback):
         self._pool_batch = batch
         values = statistics_with_hidden(self._model, batch)
         self._keep("pool_", batch, {name: values[name] for name in ("logprob", "entropy", "projected")})
+        self._now.numbers["pool_age"] = float(self._settings.pool_age)
         self._now.arrays["pool_length"] = batch.completion_lengths.numpy()
         self._now.arrays["pool_prompt_key"] = prompt_folds(batch, 2**31).numpy()
         self._now.arrays["pool_drawn_score"] = np.array(drawn_scores)

@@ -2,6 +2,7 @@
 
     small-<seed>       the small policy (small_policy.py), all weights trained, 100 steps: entropy collapses
     turning-<seed>     the same with a reward for surprisal from step 36 to 70: entropy falls, rises and falls again
+    aged-<seed>, agedturning-<seed>   the same two with sequences of the pool watched for 16 steps, and no gradients recorded
     smollm2-<seed>     SmolLM2-135M with LoRA, the demo's task with up to three terms, 20 steps: entropy collapses
 
 A run whose last step is there is left alone. SmolLM2's go on from their last checkpoint; the small policy's, minutes long, begin
@@ -71,11 +72,13 @@ def find_run(name: str) -> Run:
     """`small-0`, `turning-3`, `smollm2-1`, ...: the part before the dash says which kind, the number is the seed."""
     kind, _, seed = name.rpartition("-")
     common = (f"training.seed={40 + int(seed)}", f"training.output_dir={ROOT / name / 'run'}")
-    if kind in ("small", "turning"):
+    if kind in ("small", "turning", "aged", "agedturning"):
         policy = ROOT / "small-policy"
         small = (*_SMALL, f"model.name={policy}", f"task.path={policy / 'problems.jsonl'}", *common)
         record = RecordSettings(held_out=768, lags=6, shares=True)
-        if kind == "small":
+        if kind.startswith("aged"):
+            record = RecordSettings(held_out=768, derivatives=False, folds=False, held_derivatives=False, pool_age=16)
+        if not kind.endswith("turning"):
             return Run(name, small, record, 100)
         reward = "task.reward=benchmarks.probe_replay.runs:answer_and_surprisal"
         return Run(name, (*small, reward), record, 110, (36, 70, 0.25))

@@ -18,7 +18,7 @@ from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.correlation import Correlation, correlation
 from entropy_experiments.text.numbers import as_number, series
 from rl_training.intervals import interval, welch_freedom
-from rl_training.probe.history import DEVIATIONS, KEPT, STATE_KEY, error_of_sum
+from rl_training.probe.history import DEVIATIONS, KEPT, MEASURED_DEVIATIONS, STATE_KEY, error_of_sum
 
 # The first of several names that was logged counts; each with its error and the degrees of freedom behind that.
 _LOGGED = {
@@ -97,16 +97,14 @@ def _probed_steps(trainer_state: Mapping[str, Any]) -> dict[int, dict[str, Any]]
             for step, value in zip(steps, values, strict=True):
                 if _is_step(step) and step in out and as_number(value) is not None:
                     out[step][f"probe/{name}"] = value
-    folds = columns.get(DEVIATIONS)
-    if isinstance(folds, list) and len(folds) == len(steps):
+    for name in (DEVIATIONS, MEASURED_DEVIATIONS):
+        folds = columns.get(name)
+        if not isinstance(folds, list) or len(folds) != len(steps):
+            continue
         for step, values in zip(steps, folds, strict=True):
-            if (
-                _is_step(step)
-                and step in out
-                and isinstance(values, list)
-                and all(as_number(value) is not None for value in values)
-            ):
-                out[step][f"probe/{DEVIATIONS}"] = values
+            known = isinstance(values, list) and all(as_number(value) is not None for value in values)
+            if _is_step(step) and step in out and known:
+                out[step][f"probe/{name}"] = values
     return out
 
 
@@ -126,8 +124,8 @@ class ProbedSums:
 def probed_sums(rows: Sequence[Mapping[str, Any]]) -> ProbedSums | None:
     """None where no step has both and can be trusted.
 
-    Measured changes of different steps are of different sequences: their errors add in quadrature. Predictions share a running
-    average: their errors add fold by fold (rl_training.probe.history.error_of_sum).
+    Predictions share a running average, measurements on held-out sequences some of these: their errors add fold by fold
+    (rl_training.probe.history.error_of_sum). Of measurements on each step's own sequences they add in quadrature.
     """
     predicted, measured = series(rows, "probe/predicted"), series(rows, "probe/measured")
     both, low = np.isfinite(predicted) & np.isfinite(measured), series(rows, "probe/low_ess") == 1.0
@@ -144,7 +142,9 @@ def probed_sums(rows: Sequence[Mapping[str, Any]]) -> ProbedSums | None:
         sums[0] = Known(sums[0].value, *interval(sums[0].value, error, float(freedoms[0].min())))
     if np.isfinite(errors[1]).all() and np.isfinite(freedoms[1]).all():
         freedom = welch_freedom(zip(errors[1].tolist(), freedoms[1].tolist(), strict=True))
-        sums[1] = Known(sums[1].value, *interval(sums[1].value, float(np.linalg.norm(errors[1])), freedom))
+        shared = [row.get(f"probe/{MEASURED_DEVIATIONS}") for row in chosen]
+        error = error_of_sum(errors[1], shared) if any(shared) else float(np.linalg.norm(errors[1]))
+        sums[1] = Known(sums[1].value, *interval(sums[1].value, error or 0.0, freedom))
     found = correlation(predicted[used], measured[used])
     return ProbedSums(len(used), sums[0], sums[1], found, int((both & low).sum()))
 

@@ -51,12 +51,10 @@ class HistoryRow(Record):
     """Its standard error."""
     probe_measured_df: Number = Field(None, alias="probe/measured_df")
     """Degrees of freedom behind that."""
-    probe_watched: Number = Field(None, alias="probe/watched")
-    """Measured change of entropy by this step on the held-out sequences of the watch, nats per token."""
-    probe_watched_se: Number = Field(None, alias="probe/watched_se")
-    """Its standard error."""
-    probe_watched_df: Number = Field(None, alias="probe/watched_df")
-    """Degrees of freedom behind that."""
+    probe_measured_over: Number = Field(None, alias="probe/measured_over")
+    """Steps up to this one that it is the mean of, where it was measured by forward passes."""
+    probe_measured_deviations: Rows[Finite] | None = Field(None, alias="probe/measured_deviations")
+    """Deviations of the steps' measured change by fold of held-out prompts, nats per token: sums have their errors from them."""
     probe_ess: Number = Field(None, alias="probe/ess")
     """Effective sample size of the measurement, in sequences."""
     probe_low_ess: Number = Field(None, alias="probe/low_ess")

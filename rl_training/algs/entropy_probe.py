@@ -10,7 +10,7 @@ policy where an earlier one drew them); under `rollouts: current`, <g, dtheta_ba
 sequences entered it. Knows no trainer: a model, a batch, an optimizer. It reads parameters, gradients and
 moments, and writes nothing that training uses. Standard errors are the spread over folds of prompts.
 
-    probe = SimpleEntropyProbe(config, model)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(mode="simple"), model)
     probe.observe(batch)                 # sequences drawn from the policy as it is now
     loss.backward(); clip_grad_norm_()
     probe.before_step(optimizer); optimizer.step(); change = probe.after_step()
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, normalized_weights
+from entropy_core.entropy import TokenCoefficients, normalized_weights
 from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_statistics
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
@@ -44,7 +44,7 @@ from rl_training.probe.change import EntropyChange, StepParts
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.prefix_sharing import PrefixSharing
-from rl_training.probe.running_gradient import RunningGradient
+from rl_training.probe.running_gradient import RunningGradient, keep_those_of
 from rl_training.probe.score_term import FusedScore
 from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, attribute_sequences, clip_coefficient
 from rl_training.probe.step_parts import (
@@ -65,11 +65,16 @@ from rl_training.probe.step_prediction import (
     PER_TOKEN,
     SCORE_FUNCTION,
     SCORE_TERM,
+    Objective,
     StepPrediction,
+    Wanted,
+    coefficients_of,
     folds_of,
     objectives_of,
+    of_completions,
     predicted_parts,
     token_predictors,
+    without_critic,
 )
 
 
@@ -88,7 +93,7 @@ class SimpleEntropyProbe:
         sharing: Processes | None = None,
         gradient_tolerance: float = SAME_GRADIENT,
     ) -> None:
-        self._config = config or EntropyProbeConfig()
+        self._config = config or EntropyProbeConfig(mode="simple")
         self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or Processes()
         self._prefixes = PrefixSharing(model, self._sharing)
@@ -111,7 +116,8 @@ class SimpleEntropyProbe:
     def memory_bytes(self) -> int:
         """The most that the probe holds beside activations: gradients in folds (newest and average) and the step's parts."""
         size = sum(p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
-        return size * (2 * max(1, self.folds) * len(objectives_of(self._config)) + 5)
+        averages = 2 if self._config.averaging else 1
+        return size * (averages * max(1, self.folds) * len(objectives_of(self._config)) + 5)
 
     # ------------------------------------------------------------------ one call
     def compute_delta_h_fast(
@@ -128,14 +134,13 @@ class SimpleEntropyProbe:
         applied to it: an AdamW update holds it already. advantages: (N,) where the rollouts are the update's own sequences,
         else None; the predictors of the literature are then added, at learning rate 1.
         """
-        wanted = {PER_TOKEN: (self._config.estimator, True), PER_COMPLETION: (self._config.estimator, False)}
+        wanted = {PER_TOKEN: (self._config.estimator, True), PER_COMPLETION: (of_completions(self._config), False)}
         seen, gradients = self._gradients(rollouts, drawn_scores, None, wanted)
         whole = not isinstance(param_update, AdamWUpdate)
 
         def along(key: str) -> StepParts:
-            if whole:
-                return StepParts.only_total(gradients[key].predict(param_update))
-            return predicted_parts(gradients[key], param_update)
+            found = gradients[key]
+            return StepParts.only_total(found.predict(param_update)) if whole else predicted_parts(found, param_update)
 
         change = self._change(seen, along(PER_TOKEN), along(PER_COMPLETION))
         if advantages is None:
@@ -155,19 +160,23 @@ class SimpleEntropyProbe:
         prior_log_weights: Tensor | None = None,
         with_variances: bool = False,
         gradient: bool = True,
+        critic: Objective = without_critic,
     ) -> Observation:
         """Take the gradient of entropy on `batch` under the model as it is now, and watch its tokens across the next step.
 
         drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's. prior_log_weights: (N,)
         further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
-        `surprisal_variances`. gradient: false watches the tokens alone. Returns what is watched.
+        `surprisal_variances`. gradient: false watches the tokens alone. critic: what `estimator: critic` differentiates. Returns
+        what is watched.
         """
+        if gradient and not self._config.averaging:
+            self._averages = {}
         if not gradient:
             seen = self.statistics(batch, with_variances)
             self._observation = Observation(batch, seen, joint_log_weights(seen, drawn_scores, prior_log_weights))
             return self._observation
         self._observation, self._newest = self._gradients(
-            batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances
+            batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances, critic
         )
         return self._observation
 
@@ -186,7 +195,7 @@ class SimpleEntropyProbe:
         `preconditioning` ask for what this optimizer's step does not have; ValueError for a loss that cannot be attributed.
         """
         parameters, how = trainable_parameters(self._model), self._config.preconditioning
-        self._drop_averages_of_others(parameters)
+        keep_those_of(parameters, self._averages, self._newest)
         why = self.examine(optimizer)
         if not (self._newest or self._averages):
             return
@@ -213,7 +222,7 @@ class SimpleEntropyProbe:
         if self._newest and score is None:
             same_tokens = float(self._newest[PER_TOKEN].along(total).sum())
         # Along the batch's own part earlier gradients speak, where there are any: its sequences would meet themselves (t = t').
-        lagged = self._config.rollouts == "current" and bool(self._averages)
+        lagged = self._config.rollouts in ("current", None) and bool(self._averages)
         of_batch: dict[str, Tensor] = {}
         shares = effects = None
         if not lagged:
@@ -274,26 +283,19 @@ class SimpleEntropyProbe:
             )
         return found.shares, found.effects
 
-    def _drop_averages_of_others(self, parameters: Mapping[str, Tensor]) -> None:
-        """Averages over another set of trainable parameters than today's predict nothing."""
-        for key in [k for k, average in self._averages.items() if _value(average).folds.keys() != parameters.keys()]:
-            del self._averages[key]
-        for key in [k for k, newest in self._newest.items() if newest.folds.keys() != parameters.keys()]:
-            del self._newest[key]
-
     def _take_in_newest(self) -> None:
         for key, gradient in self._newest.items():
             self._averages.setdefault(key, RunningGradient(self._config.averaging)).add(gradient, self._steps_since)
         self._steps_since = 0 if self._newest else self._steps_since
         self._newest = {}
 
-    def after_step(self, measure: bool = True) -> EntropyChange | None:
+    def after_step(self, measure: bool = True, steps: int | None = None) -> EntropyChange | None:
         """Predicted and, where tokens were observed (and if `measure`), measured change of the step just taken; None if nothing
-        was predicted.
+        was predicted. steps: of the optimizer since the last call, where not `log_every`.
         """
         seen, made = self._observation, self._prediction
         self._observation = self._prediction = None
-        self._steps_since += self._config.log_every
+        self._steps_since += steps or self._config.log_every
         if made is None:
             return None
         parts, same_tokens = self._of_step_taken(made)
@@ -310,14 +312,9 @@ class SimpleEntropyProbe:
         )
         if seen is None or not measure:
             return change
-        after = self.statistics(seen.batch)
-        return replace(
-            change,
-            measured=snis_entropy_change(seen.statistics, after, seen.batch, True, seen.log_weights),
-            measured_fixed_prefix=fixed_prefix_entropy_change(
-                seen.statistics, after, seen.batch, True, seen.log_weights
-            ),
-        )
+        both = (seen.statistics, self.statistics(seen.batch), seen.batch, True, seen.log_weights)
+        snis, fixed = snis_entropy_change(*both), fixed_prefix_entropy_change(*both)
+        return replace(change, measured=snis, measured_fixed_prefix=fixed)
 
     def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float]:
         """The prediction, its parts checked against the step that was taken; and `same_tokens`."""
@@ -326,7 +323,7 @@ class SimpleEntropyProbe:
             off = unexplained(made.before, after, made.step)
         if made.parts and off is None:
             return made.parts, made.same_tokens
-        taken, lagged = made.before, self._config.rollouts == "current" and bool(self._averages)
+        taken, lagged = made.before, self._config.rollouts in ("current", None) and bool(self._averages)
         moved = turn_into_difference(taken, after)
         if off is not None and not moved:  # a scaler that met an overflow, say: there was no step
             return dict.fromkeys(made.parts, NO_CHANGE), 0.0
@@ -355,8 +352,9 @@ class SimpleEntropyProbe:
         batch: SequenceBatch,
         drawn_scores: Tensor | None,
         prior_log_weights: Tensor | None,
-        wanted: Mapping[str, tuple[Estimator, bool]],
+        wanted: Mapping[str, Wanted],
         with_variances: bool = False,
+        critic: Objective = without_critic,
     ) -> tuple[Observation, dict[str, FoldGradients]]:
         log_weights: Tensor | None = None
 
@@ -364,7 +362,7 @@ class SimpleEntropyProbe:
             nonlocal log_weights
             log_weights = joint_log_weights(statistics, drawn_scores, prior_log_weights)
             weights = None if log_weights is None else normalized_weights(log_weights)
-            return [entropy_coefficients(statistics, batch, e, per_token, weights) for e, per_token in wanted.values()]
+            return coefficients_of(wanted.values(), statistics, batch, weights, critic)
 
         with self._passes, self._passes.attached_norms():
             found, statistics = fold_gradients(
@@ -394,5 +392,5 @@ class SimpleEntropyProbe:
 
 
 def _value(average: RunningGradient) -> FoldGradients:
-    assert average.value is not None  # an average exists once a gradient has entered it
+    assert average.value is not None
     return average.value

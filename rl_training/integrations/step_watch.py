@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,21 @@ from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
+from rl_training.probe.spans import CALM, Spans
+from rl_training.probe.step_prediction import Objective
 from rl_training.probe.watch import EntropyWatch, WatchedChange
 from rl_training.probe.watch_state import WatchHistory
 from rl_training.sequences import RolloutSequence
 
-OVERLAP = (
-    "the step's own sequences are what it learns from, so that the change on them may be larger than the policy's, several times "
-    "where all weights are trained: use rollouts=pool where there are prompts to draw from"
-)
-
 
 class StepWatch:
-    """Call `begin` when training begins, `arm` when a step does, `before`, `parts` and `after` around the optimizer's step.
+    """Call `begin` when training begins, `arm` when a step does, `before` and `parts` where a span begins, `took` after each step
+    of the optimizer, and `after` where a span ends.
 
     Args:
         trainer: a GRPOTrainer. model: its policy without wrappers.
+        config: with the sequences that are to be watched in `rollouts`.
+        pool: where these are a pool's.
     """
 
     def __init__(
@@ -46,34 +47,42 @@ class StepWatch:
     ) -> None:
         self._config, self._model, self._pool = config, model, pool
         self._said: set[str] = set()
-        self._renew = False
         self._watch = EntropyWatch(config, model, sharing)
         self._trainer_pass, self._last_pass = TrainerPass(trainer, model, sharing), LastPass()
-        if config.rollouts == "current":
-            self._say(OVERLAP)
+        # The step's own sequences, and the last one's, are of one step.
+        self.spans = Spans((config.measure_every or 1) if config.rollouts in ("pool", "fresh") else 1)
         self._history = WatchHistory()
 
     def begin(self, callbacks: dict[str, Any], last_step: int) -> None:
         """A run begins after `last_step`. callbacks: `TrainerState.stateful_callbacks`, of the checkpoint where it is resumed."""
-        self._watch.forget_step()
+        self.drop()
         if self._pool is not None:
             self._pool.clear()
         trouble = self._history.begin(callbacks, last_step, self._watch)
         if trouble is not None:
-            self._say(f"{trouble}: the critic and the running correction of `watched` begin anew")
+            self._say(f"{trouble}: the critic and the running sum of `measured` begin anew")
+        elif self._history.source is not None:
+            try:
+                self._load_source(self._history.source)
+            except ValueError as error:
+                self._say(f"the checkpoint's record of the watched sequences is damaged ({error}): they are drawn anew")
+
+    def _load_source(self, source: Any) -> None:
+        if not isinstance(source, Mapping) or not isinstance(source.get("spans"), Mapping):
+            raise ValueError("it is no record")
+        self.spans.load(source["spans"])
+        if self._pool is not None and source.get("pool") is not None:
+            self._pool.load(source["pool"])
 
     def arm(self, wanted: bool) -> None:
-        """A step begins, which is to be watched if `wanted`."""
+        """A step begins, before which is to be looked if `wanted`."""
         self._trainer_pass.clear()
         self._trainer_pass.listening = wanted and self._pool is None
 
-    def pooled(self, rng: np.random.Generator) -> list[RolloutSequence] | None:
-        """The sequences of the pool for the coming step; None where there is no pool."""
+    def pooled(self, step: int, rng: np.random.Generator) -> list[RolloutSequence] | None:
+        """The sequences of the pool for what begins with `step` (counted from 0); None where there is no pool."""
         refuse_sharded(self._model)
-        if self._pool is not None and self._renew:
-            self._pool.clear()
-            self._renew = False
-        return None if self._pool is None else self._pool.turn(rng)
+        return None if self._pool is None else self._pool.turn(step, rng)
 
     def before(
         self,
@@ -108,36 +117,48 @@ class StepWatch:
             self._say(f"{trouble}; the pass before each step is one of the probe's own")
         weights = joint_log_weights(found.statistics, drawn_scores, prior_log_weights)
         seen = self._watch.before_step(batch, weights, found)
-        if self._pool is not None and 2 * seen.effective_size() < len(batch):
-            self._renew = True
-            self._say(
-                "the policy moves so fast that less than half of the pool counts after weighting: `watched` is then nearer to 0 "
-                "than the truth, and the pool is drawn anew before the next step; a smaller pool_age avoids it"
-            )
+        self.spans.begin()
         return seen, drawn_scores
+
+    @property
+    def objective(self) -> Objective:
+        """What the measurement of the span that has begun is the finite form of."""
+        return self._watch.objective
 
     def parts(self, optimizer: torch.optim.Optimizer) -> None:
         """Trial moves of the coming step's parts, where this optimizer has them."""
         why = self._watch.why_no_parts(optimizer)
         if why is not None:
-            self._say(f"{why}: `watched` has no parts (batch, momentum, decay)")
+            self._say(f"{why}: `measured` has no parts (batch, momentum, decay)")
             return
         refuse_beyond(self._config.memory_limit, self._watch.parts_bytes(), "parts_every", "set parts_every=0")
         self._watch.try_parts(optimizer)
 
     def after(self, step: int) -> WatchedChange | None:
-        """Look at the policy after the step (counted from 1) and note it for the trainer's state."""
-        seen = self._watch.seen
-        found = self._watch.after_step(with_hidden=self._pool is not None)
-        if found is not None and seen is not None:
-            self._history.add(step, found.pair, found.entropy, self._watch)
-            if self._pool is not None and self._watch.after is not None:
-                self._last_pass.note(step - 1, self._pool.names, seen.batch, self._watch.after)
+        """Look at the policy after the step (counted from 1), which ends the span, and note it for the trainer's state."""
+        seen, steps = self._watch.seen, self.spans.taken
+        found = self._watch.after_step(with_hidden=self._pool is not None, steps=steps)
+        if found is None or seen is None:
+            self.spans.drop()
+            return None
+        counting = found.effective_size / len(seen.batch)
+        self.spans.end(counting)
+        if self._pool is not None and self._watch.after is not None:
+            self._last_pass.note(step - 1, self._pool.names, seen.batch, self._watch.after)
+            self._pool.scored(self._watch.after.statistics.scores())
+            if counting < CALM and steps == 1:
+                self._say(
+                    "the policy moves so fast that a third of the held-out sequences no longer counts after a single step: "
+                    "`measured` may be nearer to 0 than the truth, and they are drawn anew early"
+                )
+        pool = None if self._pool is None else self._pool.state()
+        self._history.add(step, found, self._watch, {"spans": self.spans.state(), "pool": pool})
         return found
 
     def drop(self) -> None:
-        """Forget the step, and listen no more until the next `arm`."""
+        """Forget the span, and listen no more until the next `arm`."""
         self._watch.forget_step()
+        self.spans.drop()
         self.arm(False)
 
     def _say(self, text: str) -> None:

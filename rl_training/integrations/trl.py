@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from trl import GRPOTrainer
 from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
-from rl_training.errors import UserError
 from rl_training.generation.description import SamplingDescription, describe_sampling
 from rl_training.generation.drawn_tokens import loss_mask
 from rl_training.generation.rollout_sequences import (
@@ -27,12 +25,13 @@ from rl_training.generation.rollout_sequences import (
     to_batch,
     to_training_sequences,
 )
-from rl_training.integrations.fresh_prompts import FreshCompletions, refuse_prompts
+from rl_training.integrations.fresh_prompts import FreshCompletions
 from rl_training.integrations.generated_sequences import GeneratedSequences
 from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.step_watch import StepWatch
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
+from rl_training.integrations.watched_source import OF_PROMPTS, watched_source
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.premises.probe_premise import ProbePremise
 from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
@@ -46,14 +45,9 @@ from rl_training.probe.rounding import RoundingNoise
 from rl_training.probe.schedule import NOTHING, plan_of
 from rl_training.probe.score_term import FusedScoreTerm
 from rl_training.probe.splits import entropy_by_ending, shares_by_group
+from rl_training.probe.watch import WatchedChange
 from rl_training.prompts.endings import ending
 from rl_training.run.console import ProbeConsole
-
-# Sources of sequences that are drawn for the probe.
-OF_PROMPTS = ("fresh", "pool")
-
-# Of an endless stream of prompts the probe keeps so many to draw from.
-_PROMPTS_TAKEN = 1024
 
 
 def attach_entropy_probe(
@@ -62,20 +56,25 @@ def attach_entropy_probe(
     rows: Sequence[dict[str, Any]] | None = None,
     console: bool = True,
 ) -> EntropyProbeCallback:
-    """Watch the entropy of any GRPOTrainer: logs `entropy_probe/...` with every step. Call it before `trainer.train()`.
+    """Watch the entropy of any GRPOTrainer: logs `entropy_probe/...`. Call it before `trainer.train()`.
 
-    The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is predicted is the step that the
-    optimizer takes, AdamW's in its parts, any other's as a whole. Training stays bit-identical.
+    The loss does not matter (nor clipping, KL, accumulation or reuse of completions): what is measured and predicted is the step
+    that the optimizer takes, AdamW's in its parts, any other's as a whole. Training stays bit-identical.
 
-    rows: prompts to draw from under `rollouts: fresh`, dicts with `prompt` (text or chat messages); by default those of the
-    trainer's evaluation set, or else of its training set. console: print a line a logged step to standard error.
+    Args:
+        rows: prompts whose completions are watched, dicts with `prompt` (text or chat messages), best ones that are not trained
+            on; by default those of the trainer's evaluation set, or else of its training set. Where none can be drawn of, the
+            step's own sequences are watched, and that is said.
+        console: print a line a logged step to standard error.
 
-    Raises UserError where fresh rollouts or a pool are asked for and the trainer has no prompts, prompts of more than text,
-    or tools or an environment, which cannot be run for them; or for settings that the optimizer does not suit. An optimizer that
-    is made by `train()` is looked at in the first step, and there `config.on_error` decides.
+    Raises:
+        UserError: where fresh rollouts or a pool are asked for by name and the trainer has no prompts, prompts of more than text,
+            or tools or an environment, which cannot be run for them; or for settings that the optimizer does not suit. An
+            optimizer that is made by `train()` is looked at in the first step, and there `config.on_error` decides.
     """
-    config = config or EntropyProbeConfig()
-    prompts = _prompts(trainer, rows, config.rollouts) if config.rollouts in OF_PROMPTS else []
+    config, prompts, word = watched_source(trainer, rows, config or EntropyProbeConfig())
+    if word is not None:
+        warnings.warn(f"the entropy probe: {word}", RuntimeWarning, stacklevel=2)
     description = describe_sampling(trainer)
     callback = EntropyProbeCallback(trainer, prompts, description, config)
     trainer.add_callback(SamplingWatcher(trainer, description))
@@ -85,18 +84,6 @@ def attach_entropy_probe(
     if console:
         trainer.add_callback(ProbeConsole(callback.describe()))
     return callback
-
-
-def _prompts(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]] | None, source: str) -> list[dict[str, Any]]:
-    if rows is None:
-        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
-    if not rows:
-        raise UserError("the entropy probe has no prompts to draw from: give it held-out rows")
-    refuse_prompts(trainer, rows, source)
-    return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
 
 
 class EntropyProbeCallback(TrainerCallback):
@@ -147,7 +134,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._failed = self._probing = False
         self._plan = NOTHING
         self._seen: Observation | None = None
-        self._seconds = self._cpu_seconds = 0.0
+        self._spent, self._since = (0.0, 0.0), (0.0, 0.0)
         self._steps, self._forecast = ProbeHistory(), EntropyForecast.of(config)
         self.history: list[EntropyChange] = []
         self.costs: list[tuple[float, float]] = []
@@ -156,15 +143,17 @@ class EntropyProbeCallback(TrainerCallback):
     def describe(self) -> str:
         """One line: what is watched, how, and the memory it takes at most beside activations."""
         c, megabytes = self._config, self._probe.memory_bytes() / 1e6
-        if c.mode == "watch":
-            gradients = f", up to {megabytes:,.0f} MB for a prediction every {c.predict_every} steps"
+        whose = "held-out prompts" if c.rollouts == "pool" else f"{str(c.rollouts).replace('_', ' ')} rollouts"
+        if self._watch is not None:
+            every = "" if (n := c.measure_every or 1) == 1 else f" {n}"
+            predicted = f"; predicted every {c.predict_every}, with up to {megabytes:,.0f} MB beside activations"
             return (
-                f"entropy probe (watch): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts, forward "
-                f"passes alone{gradients if c.predict_every else ''}"
+                f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {whose}, measured every{every} step{'s' * (n > 1)} "
+                f"by forward passes{predicted if c.predict_every else ''}"
             )
         every = "" if c.refresh_every == 1 else f", every {c.refresh_every} steps"
         return (
-            f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {c.rollouts.replace('_', ' ')} rollouts{every}, "
+            f"entropy probe ({c.mode}, {c.preset}): {c.eval_sequences} sequences of {whose}{every}, "
             f"{c.estimator.replace('_', ' ')} estimator, up to {megabytes:,.0f} MB beside activations{self._overlap()}"
         )
 
@@ -176,7 +165,7 @@ class EntropyProbeCallback(TrainerCallback):
             return ""
         return (
             "\nentropy probe: all weights are trained, and a step may move entropy two to three times as far on its own "
-            "sequences, which `predicted` and `measured` are of, as on others: preset=watch with held-out prompts has no such "
+            "sequences, which `predicted` and `measured` are of, as on others: mode=watch with held-out prompts has no such "
             "overlap"
         )
 
@@ -196,13 +185,12 @@ class EntropyProbeCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seconds = self._cpu_seconds = 0.0
         self._rollouts.clear()
         self._sampler.step_begins()
         self._plan = NOTHING if self._failed else plan_of(self._config, state.global_step)
         self._probing = self._plan is not NOTHING
         if self._watch is not None:
-            self._watch.arm(self._probing)
+            self._watch.arm(self._plan.watches and not self._watch.spans.open)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -216,6 +204,16 @@ class EntropyProbeCallback(TrainerCallback):
     ) -> None:
         self._guard(self._after_step, state.global_step + 1)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What is saved, or is the last, holds all that was measured up to it."""
+        if self._watch is not None and self._watch.spans.open and (control.should_save or control.should_training_stop):
+            self._guard(self._end_span, state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control, **kwargs)
+
     def _begin_micro_batch(self, inputs: dict[str, Any]) -> None:
         if self._fused is not None and self._probing:
             self._fused.begin(prompts_of(inputs), loss_mask(inputs))
@@ -223,7 +221,7 @@ class EntropyProbeCallback(TrainerCallback):
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         config, fresh = self._config, self._config.rollouts in OF_PROMPTS
-        if not self._probing and fresh:
+        if fresh and (not self._probing or (self._watch is not None and self._watch.spans.open)):
             return
         # First of all: the hooks must not see the probe's own passes.
         score = self._fused.take() if self._fused is not None and self._probing else None
@@ -237,7 +235,7 @@ class EntropyProbeCallback(TrainerCallback):
         nothing = Watched([], None)
         if not fresh:  # unprobed steps as well: a later step may train on their sequences again
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
-        watched, scores = self._watched(generated, rng) if plan.watches else nothing, None
+        watched, scores = self._watched(step, generated, rng) if plan.watches else nothing, None
         if watched.sequences:
             batch = to_batch(watched.sequences, self._sampling_config).to(self._trainer.accelerator.device)
             drawn, prior = _on(batch.device, watched.drawn), _on(batch.device, prior_log_weights(watched.sequences))
@@ -248,7 +246,8 @@ class EntropyProbeCallback(TrainerCallback):
                 drawn_now = (
                     self._watch is None and config.rollouts == "current" and drawn is None and self._sampler.wanted
                 )
-                seen = self._probe.observe(batch, drawn, prior, drawn_now, gradient=plan.refreshes)
+                critic = {} if self._watch is None else {"critic": self._watch.objective}
+                seen = self._probe.observe(batch, drawn, prior, drawn_now, gradient=plan.refreshes, **critic)
                 if drawn_now:
                     self._sampler.take(seen.statistics, seen.batch)
             scores, self._splits = (
@@ -272,10 +271,10 @@ class EntropyProbeCallback(TrainerCallback):
             )
             self._probe.before_step(optimizer, training, score)
 
-    def _watched(self, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
+    def _watched(self, step: int, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:
             self._first_prompts.require_ours()
-            pooled = None if self._watch is None else self._watch.pooled(rng)
+            pooled = None if self._watch is None else self._watch.pooled(step, rng)
             return Watched(self._draw(rng) if pooled is None else pooled, None)
         if self._config.rollouts == "previous_step":
             return Watched(self._carried, drawn_scores(self._carried))
@@ -297,16 +296,24 @@ class EntropyProbeCallback(TrainerCallback):
         return self._fresh.draw([self._prompts[i] for i in order[:count]], rng, each)
 
     def _after_step(self, step: int) -> None:
-        if not self._probing:
-            return
-        started, cpu = time.perf_counter(), time.process_time()
-        change = self._probe.after_step(measure=self._plan.measures)
-        watched = None if self._watch is None else self._watch.after(step)
-        if watched is not None:
-            if change is None and self._seen is not None:
-                change = EntropyChange.only_watched(self._seen, watched)
-            elif change is not None:
-                change = change.with_watched(watched)
+        if self._watch is not None:
+            alone = self._plan.predicts or self._plan.splits
+            coming = plan_of(self._config, step)
+            if self._watch.spans.took() or (self._watch.spans.open and (alone or coming.predicts or coming.splits)):
+                self._end_span(step)
+        elif self._probing:
+            self._log(step, self._probe.after_step(measure=self._plan.measures), None)
+
+    def _end_span(self, step: int) -> None:
+        """Measure what the steps since `_before_step` did, up to `step` (counted from 1)."""
+        assert self._watch is not None
+        steps = max(self._watch.spans.taken, self._config.log_every)
+        change, watched = self._probe.after_step(measure=False, steps=steps), self._watch.after(step)
+        if watched is not None and self._seen is not None:
+            change = EntropyChange.only_watched(self._seen, watched) if change is None else change.with_watched(watched)
+        self._log(step, change, watched)
+
+    def _log(self, step: int, change: EntropyChange | None, watched: WatchedChange | None) -> None:
         if change is None:
             return
         if (word := self._rounding.word(change)) is not None:
@@ -315,14 +322,17 @@ class EntropyProbeCallback(TrainerCallback):
             kinds = [ending(s.completion_ids, s.drawn, self._sampling_config.eos_token_ids) for s in self._trained]
             self._splits |= shares_by_group(change.shares, kinds, [s.advantage for s in self._trained])
         self.history.append(change)
-        self.costs.append(
-            (self._seconds + time.perf_counter() - started, self._cpu_seconds + time.process_time() - cpu)
-        )
+        self.costs.append(self._spent_so_far())
+        self._spent, self._since = (0.0, 0.0), _clocks()
         metrics, logged = metrics_of(change), self._trainer._metrics["train"]
-        self._steps.add(step, metrics, change.total.deviations)
+        self._steps.add(step, metrics, change.total.deviations, [] if watched is None else watched.deviations)
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)
-        totals = self._steps.totals() | ({} if watched is None else running_of(watched))
+        totals = self._steps.totals()
+        if watched is not None:  # of all steps, which predictions of some have no sum to stand beside
+            if self._config.predict_every != 1:
+                totals = {name: value for name, value in totals.items() if not name.startswith("cumulative_predicted")}
+            totals |= running_of(watched)
         if self._forecast is not None:
             totals |= self._forecast.add(metrics)
         # TRL logs the mean of a list over the steps since its last log: of these, the last value alone.
@@ -334,7 +344,7 @@ class EntropyProbeCallback(TrainerCallback):
     def _guard(self, action: Callable[..., None], *arguments: Any) -> None:
         if self._failed:
             return
-        started, cpu = time.perf_counter(), time.process_time()
+        self._since = _clocks()
         try:
             with without_autocast(self._model):
                 action(*arguments)
@@ -355,8 +365,16 @@ class EntropyProbeCallback(TrainerCallback):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._seconds += time.perf_counter() - started
-        self._cpu_seconds += time.process_time() - cpu
+        self._spent = self._spent_so_far()
+
+    def _spent_so_far(self) -> tuple[float, float]:
+        """Wall and CPU seconds since the last row that was logged."""
+        wall, cpu = (spent + now - since for spent, now, since in zip(self._spent, _clocks(), self._since, strict=True))
+        return wall, cpu
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _on(device: torch.device, values: torch.Tensor | None) -> torch.Tensor | None:

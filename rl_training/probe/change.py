@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rl_training.probe.watch import WatchedChange
 
 ESTIMANDS = {
+    "critic": "entropy of the policy",
     "rao_blackwell": "entropy of the policy",
     "split": "entropy of the policy",
     "score_function": "entropy of the policy",
@@ -64,7 +65,7 @@ class EntropyChange:
     `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
     predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's accounting share
     of `batch`; effects: (n_train,) what leaving each out of the step does (entropy_core.leaving_out), under `actual` from the
-    optimizer's second step on. watched: under `mode: watch`.
+    optimizer's second step on. watched: the measurement under `mode: watch`, in place of the other two.
     """
 
     per_token: StepParts
@@ -97,18 +98,13 @@ class EntropyChange:
 
     @classmethod
     def only_watched(cls, seen: Observation, watched: WatchedChange) -> EntropyChange:
-        """Of a step that was watched and not predicted."""
+        """Of steps that were measured and not predicted."""
         nothing = StepParts.only_total(Estimate(math.nan))
         return cls.predicted("token_ratios", seen, nothing, None).with_watched(watched)
 
     def with_watched(self, watched: WatchedChange) -> EntropyChange:
-        """The same step, watched as well; what it was measured by comes from these passes."""
-        return replace(
-            self,
-            watched=watched,
-            measured=watched.measured,
-            measured_fixed_prefix=watched.measured_fixed_prefix,
-        )
+        """The same step, measured by forward passes."""
+        return replace(self, watched=watched)
 
     @property
     def total(self) -> Estimate:

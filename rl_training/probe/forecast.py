@@ -19,13 +19,13 @@ class EntropyForecast:
     """Give it the metrics of one probed step after the other.
 
     Args:
-        config: `entropy_floor`, `log_every`; sequences of a pool stay for `pool_age` steps, so that their entropies are not as
-            many independent looks: each counts as one in so many.
+        config: `entropy_floor`, `log_every`; sequences of a pool stay for several measurements, so that their entropies are not
+            as many independent looks: each counts as one in so many.
     """
 
     def __init__(self, config: EntropyProbeConfig) -> None:
         self._every = config.log_every
-        self._repeats = math.sqrt(config.pool_age) if config.rollouts == "pool" else 1.0
+        self._repeats = math.sqrt(config.pool_age / (config.measure_every or 1)) if config.rollouts == "pool" else 1.0
         self._floor = config.entropy_floor
         self._filter = EntropyFilter(self._floor)
 
@@ -47,16 +47,19 @@ class EntropyForecast:
             Values by the names in `FORECAST`, nats per token and steps; those not finite are left out.
         """
         nothing = math.nan
-        error = metrics.get("entropy_se", nothing) * self._repeats
-        found = self._filter.add(metrics.get("entropy", nothing), error, [_change(metrics)])
+        seen = (metrics.get("entropy", nothing), metrics.get("entropy_se", nothing) * self._repeats)
+        (value, error), over, found = _change(metrics), int(metrics.get("measured_over", 1.0)), None
+        for _ in range(over):  # the mean of so many steps, as often; their errors make up that of their sum
+            found = self._filter.add(*seen, [(value, error * math.sqrt(over))])
+            seen = (nothing, nothing)
         return {} if found is None else _named(found, self._every)
 
 
 def _change(metrics: Mapping[str, float]) -> tuple[float, float]:
-    """The step's change and its error: watched, else measured on enough sequences, else predicted. They share their tokens, so
-    only one of them is taken.
+    """The step's change and its error: measured on enough sequences, else predicted. They share their tokens, so only one of them
+    is taken.
     """
-    for name in ("watched", "measured", "predicted"):
+    for name in ("measured", "predicted"):
         trusted = name != "measured" or metrics.get("low_ess", 0.0) == 0.0
         if trusted and name in metrics and f"{name}_se" in metrics:
             return metrics[name], metrics[f"{name}_se"]

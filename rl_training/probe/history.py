@@ -18,12 +18,13 @@ STATE_KEY = "entropy_probe"
 
 KEPT = (
     "entropy", "entropy_se", "predicted", "predicted_se", "predicted_df", "batch", "momentum", "decay",
-    "measured", "measured_se", "measured_df", "ess", "low_ess", "watched", "watched_se", "watched_df",
+    "measured", "measured_se", "measured_df", "measured_over", "ess", "low_ess",
 )  # fmt: skip
 """Names of `metrics_of` that are kept of every step."""
 
-DEVIATIONS = "predicted_deviations"
-"""One list a step: the deviations of its prediction by fold (entropy_core.uncertainty.Estimate), from which sums have errors."""
+DEVIATIONS, MEASURED_DEVIATIONS = "predicted_deviations", "measured_deviations"
+"""One list a step: the deviations of its prediction by fold (entropy_core.uncertainty.Estimate), and those of its measurement
+where sequences are in several steps (rl_training.probe.watch); from them sums have errors."""
 
 FEWEST_CORRELATED = 8
 """Measured steps below which no correlation is logged: of fewer its 95% interval spans most of -1 to 1."""
@@ -31,7 +32,7 @@ FEWEST_CORRELATED = 8
 RUNNING = (
     "steps", "measured_steps", "low_ess_steps", "cumulative_predicted", "cumulative_predicted_se", "cumulative_measured",
     "cumulative_measured_se", "cumulative_predicted_where_measured", "correlation", "correlation_low", "correlation_high",
-    "cumulative_watched", "cumulative_watched_se", "cumulative_watched_df",
+    "cumulative_measured_df",
 )  # fmt: skip
 """Names of `ProbeHistory.totals` and `metrics.running_of`: values at a step, of which a window's last one counts and no mean."""
 
@@ -53,10 +54,19 @@ class ProbeHistory:
                 columns[name] = [values[i] if i < len(values) else None for i in places]
         self._columns = callbacks[STATE_KEY] = columns
 
-    def add(self, step: int, metrics: Mapping[str, float], deviations: Sequence[float] = ()) -> None:
-        """metrics: of `metrics_of`, of step `step` (counted from 1). deviations: of `predicted`, by fold, where known."""
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        deviations: Sequence[float] = (),
+        of_measured: Sequence[float] = (),
+    ) -> None:
+        """metrics: of `metrics_of`, of step `step` (counted from 1). deviations, of_measured: of `predicted` and of `measured`
+        together with the steps that it is over, by fold, where known.
+        """
         self._columns["step"].append(step)
         self._columns[DEVIATIONS].append(list(deviations) or None)
+        self._columns[MEASURED_DEVIATIONS].append(list(of_measured) or None)
         for name in KEPT:
             self._columns[name].append(metrics.get(name))
 
@@ -78,7 +88,7 @@ class ProbeHistory:
         low = _floats(self._columns["low_ess"]) == 1.0
         made = np.isfinite(predicted)
         both = np.isfinite(measured) & ~low & made
-        if not made.any():  # watched alone
+        if not made.any():  # measured alone
             return {"steps": 0.0}
         totals = {"steps": float(made.sum()), "cumulative_predicted": float(predicted[made].sum())}
         deviations = [d for d, is_made in zip(self._columns[DEVIATIONS], made, strict=True) if is_made]
@@ -90,7 +100,8 @@ class ProbeHistory:
             totals["low_ess_steps"] = float(low.sum())
         if both.any():
             totals["cumulative_measured"] = float(measured[both].sum())
-            if np.isfinite(errors[both]).all():  # every step has sequences of its own
+            shared = [d for d, is_both in zip(self._columns[MEASURED_DEVIATIONS], both, strict=True) if is_both]
+            if np.isfinite(errors[both]).all() and not any(shared):  # every step has sequences of its own
                 totals["cumulative_measured_se"] = float(np.sqrt(np.square(errors[both]).sum()))
             if not both[made].all():
                 totals["cumulative_predicted_where_measured"] = float(predicted[both].sum())
@@ -116,7 +127,7 @@ def error_of_sum(errors: np.ndarray, deviations: Sequence[Any]) -> float | None:
 
 
 def _no_columns() -> dict[str, list[Any]]:
-    return {name: [] for name in ("step", DEVIATIONS, *KEPT)}
+    return {name: [] for name in ("step", DEVIATIONS, MEASURED_DEVIATIONS, *KEPT)}
 
 
 def _floats(values: list[Any]) -> np.ndarray:

@@ -15,9 +15,10 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
 
     predicted, batch, momentum, decay and their `_se`; entropy, entropy_se; same_tokens; measured, measured_se,
     measured_fixed_prefix; predicted_df and measured_df (of entropy_se as well): degrees of freedom behind these errors;
-    ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0);
-    weights_ess; predictor_<name>. Under `mode: watch` watched, its error, degrees of freedom and the bias that is in it
-    (watched_bias), watched_batch, watched_momentum and watched_decay, critic_r2.
+    ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0; not
+    under `mode: watch`, whose measurement rests on no such weights); weights_ess; predictor_<name>. Under `mode: watch` as well
+    measured_over (steps, of which `measured` is the mean), measured_filtered, measured_bias (which is in it), measured_batch,
+    measured_momentum and measured_decay, critic_r2.
     """
     values = _parts(change.per_token, "")
     if change.per_completion is not None:
@@ -49,28 +50,32 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
 
 
 def running_of(watched: WatchedChange) -> dict[str, float]:
-    """Sums over the watched steps so far, of which a window's last value counts and no mean."""
+    """The sum of all that was watched so far, of which a window's last value counts and no mean."""
     total = watched.cumulative
     values = {
-        "cumulative_watched": total.value,
-        "cumulative_watched_se": total.standard_error,
-        "cumulative_watched_df": total.degrees_of_freedom,
+        "cumulative_measured": total.value,
+        "cumulative_measured_se": total.standard_error,
+        "cumulative_measured_df": total.degrees_of_freedom,
     }
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _watched(watched: WatchedChange) -> dict[str, float]:
+    each = watched.each
     values = {
-        "watched": watched.change.value,
-        "watched_se": watched.change.standard_error,
-        "watched_df": watched.change.degrees_of_freedom,
-        "watched_filtered": watched.filtered.value,
-        "watched_filtered_se": watched.filtered.standard_error,
-        "watched_bias": watched.bias,
+        "measured": each.value,
+        "measured_se": each.standard_error,
+        "measured_df": each.degrees_of_freedom,
+        "measured_over": float(watched.steps),
+        "measured_fixed_prefix": watched.quiet.fixed_prefix / watched.steps,
+        "measured_filtered": watched.filtered.value,
+        "measured_filtered_se": watched.filtered.standard_error,
+        "measured_bias": watched.bias / watched.steps,
+        "ess": watched.effective_size,
         "critic_r2": watched.explained,
     }
     for name, part in watched.parts.items():
-        values |= {f"watched_{name}": part.value, f"watched_{name}_se": part.standard_error}
+        values |= {f"measured_{name}": part.value, f"measured_{name}_se": part.standard_error}
     return values
 
 

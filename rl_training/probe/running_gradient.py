@@ -8,6 +8,10 @@ point in similar directions, so that the noise of their predictions would be sha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from entropy_core.fold_gradients import FoldGradients
 
 
@@ -31,3 +35,13 @@ class RunningGradient:
             return
         self.value = self.value.blend(newest, older / (older + 1.0))
         self._weight = older + 1.0
+
+
+def keep_those_of(
+    parameters: Mapping[str, Tensor], averages: dict[str, RunningGradient], newest: dict[str, FoldGradients]
+) -> None:
+    """Drop gradients over another set of trainable parameters than today's: they predict nothing."""
+    for key in [k for k, a in averages.items() if a.value is None or a.value.folds.keys() != parameters.keys()]:
+        del averages[key]
+    for key in [k for k, gradient in newest.items() if gradient.folds.keys() != parameters.keys()]:
+        del newest[key]

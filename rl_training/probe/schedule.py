@@ -9,8 +9,9 @@ from rl_training.config import EntropyProbeConfig
 
 class StepPlan(NamedTuple):
     """Attributes:
-    predicts: a prediction is made. watches: sequences are watched across the step. refreshes: a gradient of entropy is taken.
-    measures: under the modes that predict every step, the change is measured after it. splits: trial moves of the step's parts.
+    predicts: a prediction is made. watches: sequences are watched across the step, or from it on. refreshes: a gradient of
+    entropy is taken. measures: under the modes that predict every step, the change is measured after it. splits: trial moves of
+    the step's parts.
     """
 
     predicts: bool
@@ -36,7 +37,9 @@ def plan_of(config: EntropyProbeConfig, step: int) -> StepPlan:
     if config.mode == "watch":
         predicts = config.predict_every is not None and phase % config.predict_every == 0
         splits = config.parts_every > 0 and phase % config.parts_every == 0
-        return StepPlan(predicts, True, predicts, False, splits)
+        # Held-out sequences are watched on and on; a step's own are of that step.
+        watches = config.rollouts in ("pool", "fresh") or phase % (config.measure_every or 1) == 0
+        return StepPlan(predicts, watches or predicts or splits, predicts, False, splits)
     refreshes = phase % config.refresh_every == 0
     measures = phase % (config.measure_every or config.refresh_every) == 0
     return StepPlan(True, refreshes or measures, refreshes, measures, False)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import Estimator
+from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients
 from entropy_core.fold_gradients import FoldGradients, fold_estimate
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
+from entropy_core.token_ratios import change_coefficients
 from entropy_core.uncertainty import Estimate
 from rl_training.config import EntropyProbeConfig
 from rl_training.probe.change import StepParts
@@ -21,6 +24,12 @@ _MANY_WEIGHTS = 50_000_000
 
 PER_TOKEN, PER_COMPLETION, SCORE_FUNCTION, SCORE_TERM = "token", "completion", "score function", "score term"
 """Names of the gradients that predictions are made with; the last comes out of the training backward pass."""
+
+Wanted = tuple[Estimator | Literal["critic"], bool]
+"""An estimator, and whether the gradient is that of h (per token) or H."""
+
+Objective = Callable[[TokenStatistics, SequenceBatch, Tensor | None], TokenCoefficients]
+"""Statistics under today's policy, their batch, weights of its sequences -> what is differentiated."""
 
 NO_CHANGE = StepParts(*[Estimate(0.0, 0.0)] * 4)
 """Of a step that was not taken."""
@@ -33,15 +42,40 @@ def folds_of(config: EntropyProbeConfig, trained_weights: int) -> int:
     return 4 if trained_weights <= _MANY_WEIGHTS else 2
 
 
-def objectives_of(config: EntropyProbeConfig) -> dict[str, tuple[Estimator, bool]]:
-    """Name of each gradient that is taken -> its estimator, and whether it is that of h (per token) or H."""
-    main: Estimator = "fixed_prefix" if config.fused else config.estimator
-    wanted: dict[str, tuple[Estimator, bool]] = {PER_TOKEN: (main, True)}
+def of_completions(config: EntropyProbeConfig) -> Estimator:
+    """The estimator of H (nats per completion); a critic is of h."""
+    return "rao_blackwell" if config.estimator == "critic" else config.estimator
+
+
+def objectives_of(config: EntropyProbeConfig) -> dict[str, Wanted]:
+    """By name of each gradient that is taken."""
+    wanted: dict[str, Wanted] = {PER_TOKEN: ("fixed_prefix" if config.fused else config.estimator, True)}
     if config.per_completion:
-        wanted[PER_COMPLETION] = (config.estimator, False)
+        wanted[PER_COMPLETION] = (of_completions(config), False)
     if config.predictors:
         wanted[SCORE_FUNCTION] = ("score_function", True)
     return wanted
+
+
+def without_critic(statistics: TokenStatistics, batch: SequenceBatch, weights: Tensor | None) -> TokenCoefficients:
+    """What `estimator: critic` differentiates where there is none: Rao-Blackwell's without each token's own entropy."""
+    return change_coefficients(statistics, batch, weights=weights)
+
+
+def coefficients_of(
+    wanted: Iterable[Wanted],
+    statistics: TokenStatistics,
+    batch: SequenceBatch,
+    weights: Tensor | None,
+    critic: Objective,
+) -> list[TokenCoefficients]:
+    """Of each gradient that is wanted. weights: (N,) of mean 1."""
+    return [
+        critic(statistics, batch, weights)
+        if estimator == "critic"
+        else entropy_coefficients(statistics, batch, estimator, per_token, weights)
+        for estimator, per_token in wanted
+    ]
 
 
 @dataclass(frozen=True)

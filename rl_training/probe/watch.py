@@ -1,6 +1,6 @@
-"""The change of entropy of every step, from forward passes alone: before it, after it, and on request at trial moves in between.
+"""The change of entropy over one step or several, by forward passes alone: before, after, and on request at trial moves between.
 
-    watched = quiet + bias        quiet: token ratios with advantages of decay lambda            (entropy_core.token_ratios)
+    change = quiet + bias         quiet: token ratios with advantages of decay lambda            (entropy_core.token_ratios)
                                   bias: on request the running mean of (decay 1) - (decay lambda)
                                                                                              (entropy_core.bias_correction)
     parts   change to theta + batch, from there to theta + batch + momentum, and from there to the weights after the step: they
@@ -14,7 +14,7 @@ forward pass, and during a trial move that of the update and a copy of the train
     watch.before_step(batch)          # sequences drawn from the policy as it is now
     watch.try_parts(optimizer)        # optional; gradients are final
     optimizer.step()
-    seen = watch.after_step()
+    seen = watch.after_step()         # or, after several steps of the optimizer: after_step(steps=4)
 
 Source: docs/theory/entropy-critic.md.
 """
@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.bias_correction import BiasCorrection, PairedEstimates
 from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
+from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.gradients import trainable_parameters
-from entropy_core.measurement import EntropyMeasurement, fixed_prefix_entropy_change, snis_entropy_change
 from entropy_core.processes import Processes
 from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
-from entropy_core.token_ratios import TokenRatioChange, token_ratio_change
+from entropy_core.token_ratios import TokenRatioChange, change_coefficients, token_ratio_change
 from entropy_core.uncertainty import Estimate, jackknife_standard_error
 from entropy_core.watched_pass import WatchedPass, watched_pass
 from rl_training.config import EntropyProbeConfig
@@ -51,33 +51,47 @@ from rl_training.probe.trial_moves import TrialMoves
 PARTS = ("batch", "momentum", "decay")
 
 
+FOLDS = 16
+"""Parts of the prompts, by their tokens, that `WatchedChange.deviations` are of."""
+
+
 @dataclass(frozen=True)
 class WatchedChange:
-    """What a step did to h, nats per token.
+    """What steps of the optimizer did to h, nats per token.
 
     Attributes:
-        change: corrected; its error holds that of the correction.
-        cumulative: sum of the corrected changes of all watched steps so far.
-        entropy: h before the step. quiet: with decay lambda, not corrected.
+        change: of all `steps` together, corrected; its error holds that of the correction.
+        steps: how many it is over.
+        cumulative: sum of the corrected changes of all that was watched so far.
+        entropy: h before the first of them.
+        quiet: with decay lambda, not corrected; its `fixed_prefix` is the change on given tokens.
         pair: the same with the reference, for a record of steps.
         bias: what was added to `quiet`.
-        parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
         explained: R^2 of the critic on these sequences, which it has not seen.
-        filtered: `change` with what the steps before say of it (rl_training.probe.local_level).
-        measured, measured_fixed_prefix: the same passes by weights of whole sequences, and on given tokens.
+        effective_size: how many of the sequences would count, drawn before the steps and weighted to the policy after them.
+        deviations: FOLDS numbers, the same parts of the prompts each time: of a sum over steps they add up part by part, and
+            their norm is its error, sequences that are in several steps counted as what they are.
+        filtered: of one step, with what earlier ones say of it (rl_training.probe.local_level).
+        parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
     """
 
     change: Estimate
+    steps: int
     cumulative: Estimate
     entropy: float
     quiet: TokenRatioChange
     pair: PairedEstimates
     bias: float
     explained: float
-    measured: EntropyMeasurement
-    measured_fixed_prefix: EntropyMeasurement
+    effective_size: float
+    deviations: list[float]
     filtered: Estimate
     parts: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def each(self) -> Estimate:
+        """The mean of the steps' changes."""
+        return self.change.scaled(1 / self.steps)
 
 
 class EntropyWatch:
@@ -179,9 +193,21 @@ class EntropyWatch:
         """What was seen before the step that is being taken."""
         return self._seen
 
-    def after_step(self, with_hidden: bool = False) -> WatchedChange | None:
-        """Look at the policy after the step; None where nothing was seen before it. with_hidden: keep the pass in `after`."""
-        self._steps_since += 1
+    def objective(self, statistics: TokenStatistics, batch: SequenceBatch, weights: Tensor | None) -> TokenCoefficients:
+        """What `after_step` will measure, to be differentiated: of the batch of `before_step`, once it was called."""
+        return change_coefficients(statistics, batch, self._values, self._config.advantage_decay, weights)
+
+    def after_step(self, with_hidden: bool = False, steps: int = 1) -> WatchedChange | None:
+        """Look at the policy after so many steps of the optimizer.
+
+        Args:
+            with_hidden: keep the pass in `after`.
+            steps: of the optimizer since `before_step`.
+
+        Returns:
+            None where nothing was seen before.
+        """
+        self._steps_since += steps
         seen, values, trials, explained = self._seen, self._values, self._trials, self._explained
         self.forget_step()
         if seen is None:
@@ -202,18 +228,19 @@ class EntropyWatch:
         corrected = Estimate(quiet.change, quiet.standard_error, quiet.degrees_of_freedom)
         if self._correction is not None:
             corrected, total = self._correction.add(pair), self._correction.total()
-        of_tokens = (seen.statistics, after, seen.batch, True, seen.log_weights)
+        ratios = after.scores() - seen.statistics.scores()
         return WatchedChange(
             change=corrected,
+            steps=steps,
             cumulative=total,
             entropy=h,
             quiet=quiet,
             pair=pair,
             bias=corrected.value - quiet.change,
             explained=explained,
-            measured=snis_entropy_change(*of_tokens),
-            measured_fixed_prefix=fixed_prefix_entropy_change(*of_tokens),
-            filtered=self._level.add(corrected, h),
+            effective_size=effective_sample_size(normalized_weights(ratios)),
+            deviations=_by_fold(quiet.left_out, units),
+            filtered=self._level.add(corrected.scaled(1 / steps), h),
             parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
         )
 
@@ -222,8 +249,9 @@ class EntropyWatch:
         """What the critic has learned, as small tensors; for `load`."""
         return self._critic.state() | {"steps_since": self._steps_since, "sum": self._sum.state()}
 
-    def load(self, state: dict[str, Any], steps: Iterable[tuple[PairedEstimates, float]]) -> None:
-        """Go on from `state`, with the pairs of all steps watched so far and the entropies before them (nats per token).
+    def load(self, state: dict[str, Any], past: Iterable[tuple[PairedEstimates, float, int]]) -> None:
+        """Go on from `state`, with the pairs of all that was watched so far, the entropies before (nats per token), and over how
+        many steps each was.
 
         Raises:
             ValueError: a state that is not one of this class.
@@ -238,9 +266,10 @@ class EntropyWatch:
         self._level = LocalLevel()
         keep = self._config.bias_keep
         self._correction = None if keep is None else BiasCorrection(keep)
-        for pair, entropy in steps:
+        for pair, entropy, steps in past:
             quiet = Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
-            self._level.add(quiet if self._correction is None else self._correction.add(pair), entropy)
+            found = quiet if self._correction is None else self._correction.add(pair)
+            self._level.add(found.scaled(1 / steps), entropy)
 
 
 def _units(batch: SequenceBatch) -> list[str]:
@@ -251,6 +280,15 @@ def _units(batch: SequenceBatch) -> list[str]:
         if prompt not in names:
             names[prompt] = hashlib.sha256(row[kept].numpy().tobytes()).hexdigest()[:16]
     return [names[prompt] for prompt in sorted(names)]
+
+
+def _by_fold(left_out: Tensor, units: list[str]) -> list[float]:
+    """`WatchedChange.deviations` of values with each unit left out."""
+    count, out = len(left_out), [0.0] * FOLDS
+    deviations = (left_out.double() - left_out.double().mean()) * math.sqrt((count - 1) / count)
+    for unit, deviation in zip(units, deviations.tolist(), strict=True):
+        out[int(unit, 16) % FOLDS] -= deviation
+    return out
 
 
 def _parts(way: list[TokenRatioChange]) -> dict[str, Estimate]:

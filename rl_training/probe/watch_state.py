@@ -1,4 +1,4 @@
-"""What a watch has learned, kept in the trainer's state: the critic's sums, and a pair of estimates for every watched step.
+"""What a watch has learned, kept in the trainer's state: the critic's sums, estimates of all that was watched, the pool.
 
 `trainer_state.json` keeps `stateful_callbacks` as it is. The critic's sums are symmetric, float64, and stand there as the upper
 triangle in base64 (some 100 kB); pairs as one list a number. All of it is checked when it is read.
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from entropy_core.bias_correction import PairedEstimates
-from rl_training.probe.watch import EntropyWatch
+from rl_training.probe.watch import EntropyWatch, WatchedChange
 
 STATE_KEY = "entropy_probe_watch"
-_NUMBERS = (*(f.name for f in fields(PairedEstimates)), "entropy")
+_PAIR = tuple(f.name for f in fields(PairedEstimates))
+_NUMBERS = (*_PAIR, "entropy", "steps")
 
 
 class WatchHistory:
@@ -48,17 +49,23 @@ class WatchHistory:
         self._record = callbacks[STATE_KEY] = record
         return None
 
-    def add(self, step: int, pair: PairedEstimates, entropy: float, watch: EntropyWatch) -> None:
-        """Note a watched step, counted from 1, and what the critic knows after it."""
+    def add(self, step: int, found: WatchedChange, watch: EntropyWatch, source: Mapping[str, Any]) -> None:
+        """Note what was watched up to a step, counted from 1, and what is known after it. source: of the sequences watched."""
         self._record["step"].append(step)
-        for name in _NUMBERS:
-            value = entropy if name == "entropy" else float(getattr(pair, name))
+        values = {name: float(getattr(found.pair, name)) for name in _PAIR}
+        for name, value in {**values, "entropy": found.entropy, "steps": float(found.steps)}.items():
             self._record[name].append(value if math.isfinite(value) else None)
         self._record["critic"] = _encoded(watch.state())
+        self._record["source"] = dict(source)
+
+    @property
+    def source(self) -> Any:
+        """As it was given to `add` last; None where there is none. It is a file's, and not checked."""
+        return self._record.get("source")
 
 
 def _empty() -> dict[str, Any]:
-    return {"critic": None, "step": [], **{name: [] for name in _NUMBERS}}
+    return {"critic": None, "source": None, "step": [], **{name: [] for name in _NUMBERS}}
 
 
 def _checked(found: Any, last_step: int) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def _checked(found: Any, last_step: int) -> dict[str, Any]:
         raise ValueError("its steps do not ascend")
     if steps and steps[-1] > last_step:
         raise ValueError(f"it goes beyond step {last_step}")
-    out: dict[str, Any] = {"critic": found.get("critic"), "step": list(steps)}
+    out: dict[str, Any] = {"critic": found.get("critic"), "source": found.get("source"), "step": list(steps)}
     for name in _NUMBERS:
         values = found.get(name)
         if not isinstance(values, list) or len(values) != len(steps):
@@ -80,17 +87,17 @@ def _checked(found: Any, last_step: int) -> dict[str, Any]:
             raise ValueError(f"a {name} is not a number")
         if name in ("quiet_variance", "difference_variance") and any(v < 0 for v in known):
             raise ValueError(f"a {name} is negative")
-        if name in ("quiet", "freedom", "entropy") and (
-            len(known) != len(steps) or (name == "freedom" and min(known, default=1) < 1)
+        if name in ("quiet", "freedom", "entropy", "steps") and (
+            len(known) != len(steps) or (name in ("freedom", "steps") and min(known, default=1) < 1)
         ):
             raise ValueError(f"a {name} is missing or out of range")
         out[name] = list(values)
     return out
 
 
-def _pairs(record: Mapping[str, Any]) -> list[tuple[PairedEstimates, float]]:
+def _pairs(record: Mapping[str, Any]) -> list[tuple[PairedEstimates, float, int]]:
     columns = [[math.nan if v is None else float(v) for v in record[name]] for name in _NUMBERS]
-    return [(PairedEstimates(*row[:-1]), row[-1]) for row in zip(*columns, strict=True)]
+    return [(PairedEstimates(*row[:-2]), row[-2], int(row[-1])) for row in zip(*columns, strict=True)]
 
 
 def _encoded(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,12 +65,12 @@ def _probe_cells(probe: dict[str, float]) -> str:
     """The cells under `_PROBE_COLUMNS`; what a step was not probed for stands as n/a."""
     predicted, measured = (
         f"{_number(probe.get(name), '>+8.4f')} ± {_number(_reach(probe, name), '>6.4f')}"
-        for name in ("predicted", "watched" if "watched" in probe else "measured")
+        for name in ("predicted", "measured")
     )
     measured = f"{measured:>18}"
-    if probe.get("low_ess") and "watched" not in probe:  # of a logged row's steps one at least
+    if probe.get("low_ess"):  # of a logged row's steps one at least
         measured = f"[dim]{measured}[/dim]"
-    parts = (probe.get(name, probe.get(f"watched_{name}")) for name in ("batch", "momentum"))
+    parts = (probe.get(name, probe.get(f"measured_{name}")) for name in ("batch", "momentum"))
     return " ".join([f" {predicted:>18}", measured, *(_number(part, ">+8.4f") for part in parts)])
 
 
@@ -82,7 +82,7 @@ def _reach(probe: dict[str, float], name: str) -> float | None:
 
 def _low_ess(probe: dict[str, float]) -> str:
     """The words beside a measurement that is not to be trusted."""
-    return "  [dim]measured: low ESS[/dim]" if probe.get("low_ess") and "watched" not in probe else ""
+    return "  [dim]measured: low ESS[/dim]" if probe.get("low_ess") else ""
 
 
 class ProbeConsole(TrainerCallback):

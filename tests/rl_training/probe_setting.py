@@ -171,5 +171,6 @@ def difference(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str,
 def make_probe(setting: Setting, **config: object) -> SimpleEntropyProbe:
     """A probe that predicts from the newest gradient alone, unless the test says otherwise."""
     return SimpleEntropyProbe(
-        EntropyProbeConfig(**{"preset": "accurate", "rollouts": "fresh", "averaging": 0.0, **config}), setting.model
+        EntropyProbeConfig(**{"mode": "simple", "preset": "accurate", "rollouts": "fresh", "averaging": 0.0, **config}),
+        setting.model,
     )

@@ -49,7 +49,7 @@ def watched_steps(config: dict, batch: SequenceBatch, sharing: Processes) -> lis
     """Everything that the probe says of three steps on one fixed batch and fixed losses."""
     model = DistanceAttention(VOCABULARY).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    probe = SimpleEntropyProbe(EntropyProbeConfig(**{"preset": "accurate", **config}), model, sharing)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(**{"mode": "simple", "preset": "accurate", **config}), model, sharing)
     out: list[dict[str, Tensor]] = []
     drawn = probe.statistics(batch).scores()
     for seed in range(3):

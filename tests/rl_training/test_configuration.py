@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import rl_training.config
-from rl_training.config import PROBE_PRESETS, TrainConfig
+from rl_training.config import TrainConfig
 from rl_training.configuration import StrictModel, dump_config, load_config, validate_config
 from rl_training.errors import UserError
+from rl_training.probe_config import GRADIENT_PRESETS, WATCH_PRESETS
 
 DEMO = Path(rl_training.config.__file__).parent / "cfg" / "testconfig.yaml"
 
@@ -37,9 +38,9 @@ def test_demo_config_names_every_key_and_is_replayable(tmp_path: Path) -> None:
         for key in set(type(getattr(config, section)).model_fields) - getattr(config, section).model_fields_set
     }
     # A key that stands in the file would override the preset's, so those that presets set are left to them.
-    filled = PROBE_PRESETS[config.entropy_probe.preset]
-    preset = {f"entropy_probe.{key}" for settings in PROBE_PRESETS.values() for key in settings if key not in filled}
-    assert unset == {"task.path", *preset}, "the demo's configuration should show every key"
+    tables = (*WATCH_PRESETS.values(), *GRADIENT_PRESETS.values())
+    preset = {f"entropy_probe.{key}" for settings in tables for key in (*settings, "estimator")}
+    assert unset <= {"task.path", *preset}, "the demo's configuration should show every key"
     assert config.rollouts.prompts_per_step == config.rollouts.completions_per_prompt == 8
     assert _load_text(tmp_path, dump_config(config)) == config
 

@@ -181,7 +181,7 @@ def own_run(audited_policy, tmp_path_factory):
         rollouts={"prompts_per_step": 4, "completions_per_prompt": 2, "max_completion_length": 20},
         optimizer={"micro_batch_size": 4, "learning_rate": 3e-3},
         training={"steps": 4, "save_every": 1},
-        entropy_probe={"preset": "accurate", "rollouts": "current", "eval_sequences": 6},
+        entropy_probe={"mode": "simple", "preset": "accurate", "rollouts": "current", "eval_sequences": 6},
     )
     return run_training(config, quiet=True)
 

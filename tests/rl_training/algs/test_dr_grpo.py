@@ -193,7 +193,13 @@ def test_probe_predicts_what_the_step_does_and_its_parts_add_up(tiny_policy, tmp
         tmp_path / "run",
         optimizer={"learning_rate": 2e-4, "weight_decay": 0.1},
         training={"steps": 3},
-        entropy_probe={"preset": "accurate", "rollouts": "fresh", "eval_sequences": 32, "completions_per_prompt": 2},
+        entropy_probe={
+            "mode": "simple",
+            "preset": "accurate",
+            "rollouts": "fresh",
+            "eval_sequences": 32,
+            "completions_per_prompt": 2,
+        },
     )
     trainer, _ = build_trainer(config)
     trainer.train()

@@ -199,7 +199,7 @@ def test_the_probe_goes_on_through_tool_results(tiny_policy, tmp_path, probe: di
         entropies.append(float(sums[0] / sums[1]))
 
     trainer.add_callback(BeforeTheStep(trainer, look))
-    config = EntropyProbeConfig(preset="accurate", on_error="raise", eval_sequences=16, **probe)
+    config = EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise", eval_sequences=16, **probe)
     callback = attach_entropy_probe(trainer, config, console=False)
     trainer.train()
     entries = logged(trainer)
@@ -212,7 +212,7 @@ def test_the_probe_goes_on_through_tool_results(tiny_policy, tmp_path, probe: di
 
 
 def test_fresh_rollouts_cannot_run_an_environment(tiny_policy, tmp_path) -> None:
-    config = EntropyProbeConfig(preset="accurate", rollouts="fresh")
+    config = EntropyProbeConfig(mode="simple", preset="accurate", rollouts="fresh")
     with pytest.raises(UserError, match=r"rollout_func.*rollouts=current"):
         attach_entropy_probe(with_environment(make_trainer(tiny_policy, tmp_path)), config, console=False)
     with pytest.raises(UserError, match="images"):
@@ -243,7 +243,7 @@ def test_what_a_model_gets_beside_tokens_is_seen_at_its_call(
         return {**output, name: values(ids)}
 
     trainer._generate_and_score_completions = with_more
-    attach_entropy_probe(trainer, EntropyProbeConfig(preset="accurate", on_error="warn"), console=False)
+    attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", preset="accurate", on_error="warn"), console=False)
     if refused:
         with pytest.warns(RuntimeWarning, match=f"gets {name} beside its tokens"):
             trainer.train()
@@ -273,7 +273,7 @@ def test_dr_grpo_trains_on_tool_results_and_records_which_tokens_were_drawn(tiny
         rollouts={"prompts_per_step": 8, "completions_per_prompt": 2, "max_completion_length": 12},
         optimizer={"micro_batch_size": 4, "max_grad_norm": 1e9},
         training={"steps": 2, "save_every": 2},
-        entropy_probe={"preset": "accurate", "rollouts": "current", "eval_sequences": 16},
+        entropy_probe={"mode": "simple", "preset": "accurate", "rollouts": "current", "eval_sequences": 16},
     )  # fmt: skip
     trainer, _ = build_trainer(config)
     trainer.rollout_func = two_turns

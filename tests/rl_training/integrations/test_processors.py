@@ -59,7 +59,7 @@ def test_the_probe_attaches_to_a_trainer_with_a_processor(tiny_policy, tmp_path,
         plain.model, even_start_reward, args=plain.args, train_dataset=plain.train_dataset,
         processing_class=processor_of(plain.processing_class),
     )  # fmt: skip
-    config = EntropyProbeConfig(preset="accurate", rollouts=rollouts, on_error="raise", eval_sequences=8)
+    config = EntropyProbeConfig(mode="simple", preset="accurate", rollouts=rollouts, on_error="raise", eval_sequences=8)
     attach_entropy_probe(trainer, config, console=False)
     trainer.train()
     check_same_tokens(logged(trainer))

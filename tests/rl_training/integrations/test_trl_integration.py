@@ -55,7 +55,7 @@ def make_trainer(tiny_policy, folder, lora=False, **settings):
 def train(tiny_policy, folder, probe=None, rows=None, **settings):
     """(trainer, callback) after training; `probe` holds settings of the probe's own."""
     trainer = make_trainer(tiny_policy, folder, **settings)
-    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **(probe or {})})
+    config = EntropyProbeConfig(**{"on_error": "raise", "mode": "simple", "preset": "accurate", **(probe or {})})
     callback = attach_entropy_probe(trainer, config, rows, console=False)
     trainer.train()
     return trainer, callback
@@ -169,7 +169,9 @@ def test_fresh_draws_from_the_evaluation_set_where_there_is_one(tiny_policy, tmp
     for held_out in (None, Dataset.from_list([{"prompt": "9*9="}, {"prompt": "8*8="}])):
         trainer = make_trainer(tiny_policy, tmp_path, max_steps=1)
         trainer.eval_dataset = held_out if held_out is None else {"some": held_out}
-        config = EntropyProbeConfig(preset="accurate", rollouts="fresh", on_error="raise", eval_sequences=8)
+        config = EntropyProbeConfig(
+            mode="simple", preset="accurate", rollouts="fresh", on_error="raise", eval_sequences=8
+        )
         attach_entropy_probe(trainer, config, console=False)
         drawn.clear()
         trainer.train()
@@ -329,7 +331,7 @@ def test_training_is_bit_identical_with_and_without(tiny_policy, tmp_path, probe
 def test_a_failure_is_one_warning_frees_memory_and_leaves_training_as_it_was(tiny_policy, tmp_path, monkeypatch):
     """In the second step, after an average exists: from there on as if there were no probe."""
     trainer = make_trainer(tiny_policy, tmp_path / "with", max_steps=4, learning_rate=1e-3)
-    callback = attach_entropy_probe(trainer, EntropyProbeConfig(preset="accurate"), console=False)
+    callback = attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", preset="accurate"), console=False)
     held, calls = [], []
     original = callback._probe.before_step
 

@@ -25,7 +25,7 @@ def train_with(tiny_policy, folder, optimizer, probe=None, **settings):
     trainer = make_trainer(tiny_policy, folder, **settings)
     trainer.optimizer = optimizer([p for p in trainer.model.parameters() if p.requires_grad])
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
-    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **(probe or {})})
+    config = EntropyProbeConfig(**{"on_error": "raise", "mode": "simple", "preset": "accurate", **(probe or {})})
     callback = attach_entropy_probe(trainer, config, console=False)
     return trainer, callback
 

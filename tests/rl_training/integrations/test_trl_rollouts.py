@@ -170,7 +170,7 @@ def test_a_trainer_that_rejects_groups_hands_over_what_it_drew_before(tiny_polic
         task={"size": 8},
         rollouts={"prompts_per_step": 4, "completions_per_prompt": 2},
         training={"steps": 3, "save_every": 3},
-        entropy_probe={"preset": "accurate", "rollouts": "current", "eval_sequences": 8},
+        entropy_probe={"mode": "simple", "preset": "accurate", "rollouts": "current", "eval_sequences": 8},
     )
     trainer, _ = build_trainer(config)
     trainer.train()

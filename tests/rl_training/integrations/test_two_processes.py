@@ -42,7 +42,7 @@ def test_two_processes_fill_one_buffer(tiny_policy, tmp_path):
         tiny_policy,
         tmp_path / "run",
         optimizer={"micro_batch_size": 8},
-        entropy_probe={"preset": "accurate", "eval_sequences": 8},
+        entropy_probe={"mode": "simple", "preset": "accurate", "eval_sequences": 8},
     )
     (tmp_path / "train.yaml").write_text(dump_config(config))
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}

@@ -86,7 +86,9 @@ def test_our_trainer_refuses_and_the_probe_warns_once_where_a_batch_gets_that_lo
             with pytest.raises(UserError, match="depend on the longest one of its batch.*linear, yarn, llama3"):
                 trainer.train()
             continue
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise", preset="accurate"), console=False)
+        attach_entropy_probe(
+            trainer, EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate"), console=False
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train()

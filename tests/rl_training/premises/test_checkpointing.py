@@ -41,7 +41,7 @@ def test_a_checkpointed_run_is_the_same_with_the_probe_and_without(tmp_path, kin
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if watched:
-                config = EntropyProbeConfig(on_error="raise", preset="accurate")
+                config = EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate")
                 callback = attach_entropy_probe(trainer, config, console=False)
             trainer.train()
         assert not [w for w in caught if "could not be checked" in str(w.message) or "not checked" in str(w.message)]

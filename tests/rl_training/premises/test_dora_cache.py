@@ -26,7 +26,7 @@ def model():
 
 def changes(model, folder, caching):
     trainer = make_trainer(model, folder, max_steps=2, learning_rate=1e-3)
-    config = EntropyProbeConfig(on_error="raise", preset="accurate", eval_sequences=16)
+    config = EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate", eval_sequences=16)
     callback = attach_entropy_probe(trainer, config, console=False)
     with DoraCaching(enabled=caching):
         trainer.train()

@@ -43,7 +43,9 @@ def run(trainer: GRPOTrainer, **probe: object) -> tuple[list[tuple[float, float]
 
     By hand: the score of every sequence right after it was generated, and today's, one sequence at a time.
     """
-    config = EntropyProbeConfig(**{"preset": "accurate", "on_error": "raise", "eval_sequences": 8, **probe})
+    config = EntropyProbeConfig(
+        **{"mode": "simple", "preset": "accurate", "on_error": "raise", "eval_sequences": 8, **probe}
+    )
     callback = attach_entropy_probe(trainer, config, console=False)
     drawn: dict[tuple, float] = {}
     wanted, found = [], []
@@ -220,7 +222,7 @@ def test_recorded_log_probabilities_in_half_precision_are_not_taken(tmp_path):
         return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = watching
-    config = EntropyProbeConfig(preset="accurate", on_error="raise")
+    config = EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise")
     callback = attach_entropy_probe(trainer, config, console=False)
     trainer.train()
     for change in callback.history:

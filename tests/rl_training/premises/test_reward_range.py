@@ -96,7 +96,9 @@ def test_the_probe_says_once_that_a_trainer_of_trl_cannot_compute_with_them(tmp_
     trainer = make_trainer(llama(), tmp_path, OfSize, max_steps=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callback = attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise", preset="accurate"), console=False)
+        callback = attach_entropy_probe(
+            trainer, EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate"), console=False
+        )
         trainer.train()
     told = [str(w.message) for w in caught if "even_start_reward" in str(w.message)]
     assert len(told) == (size > 1e18) == all(change.total.value == 0 for change in callback.history)

@@ -53,7 +53,7 @@ def warnings_of(action):
 
 
 def attached(trainer, **probe):
-    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **probe})
+    config = EntropyProbeConfig(**{"on_error": "raise", "mode": "simple", "preset": "accurate", **probe})
     return warnings_of(lambda: attach_entropy_probe(trainer, config, console=False))
 
 

@@ -49,7 +49,9 @@ def told_of(model: torch.nn.Module, folder: Any, **settings: Any) -> list[str]:
     trainer = make_trainer(model, folder, router_aux_loss_coef=0.0, max_steps=2, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise", preset="accurate"), console=False)
+        attach_entropy_probe(
+            trainer, EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate"), console=False
+        )
         trainer.train()
     return [str(w.message) for w in caught if str(w.message).startswith("entropy probe:")]
 
@@ -113,7 +115,9 @@ def test_a_rollout_function_is_asked_for_a_mask_only_where_it_returns_none(tmp_p
         warnings.simplefilter("always")
         trainer = make_trainer(llama(), tmp_path, kind, max_completion_length=12, max_steps=2)
         trainer.rollout_func = two_turns if marks else without_masks
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise", preset="accurate"), console=False)
+        attach_entropy_probe(
+            trainer, EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate"), console=False
+        )
         trainer.train()
     said = [str(w.message) for w in caught]
     assert sum("returned no env_mask" in text for text in said) == (not marks)

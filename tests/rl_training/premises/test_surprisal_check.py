@@ -101,7 +101,7 @@ def test_another_sampler_is_found_without_a_name(model, sampler):
 
 def attached(model, folder, steps, probe, **settings):
     trainer = make_trainer(model, folder, max_steps=steps, **settings)
-    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **probe})
+    config = EntropyProbeConfig(**{"on_error": "raise", "mode": "simple", "preset": "accurate", **probe})
     return trainer, attach_entropy_probe(trainer, config, console=False)
 
 
@@ -155,7 +155,7 @@ def run(model, folder, **settings):
     trainer = make_trainer(model, folder, max_steps=4, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise"), console=False)
+        attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", on_error="raise"), console=False)
         trainer.train()
     return [str(w.message) for w in caught if "(z = " in str(w.message)]
 

@@ -69,7 +69,7 @@ def test_what_is_unknown_is_left_out():
 
 
 def test_a_resumed_forecast_is_the_same():
-    config = EntropyProbeConfig(entropy_floor=FLOOR, log_every=2)
+    config = EntropyProbeConfig(mode="simple", entropy_floor=FLOOR, log_every=2)
     steps = [
         {"entropy": 2 - 0.1 * i, "entropy_se": 0.05, "measured": -0.1, "measured_se": 0.02, "low_ess": float(i % 3 == 0),
          "predicted": -0.09, "predicted_se": 0.03}
@@ -81,13 +81,13 @@ def test_a_resumed_forecast_is_the_same():
     again.replay(steps[:-1])
     assert whole.add(steps[-1]) == again.add(steps[-1])
     assert whole.add(steps[-1])["steps_to_floor"] % 2 == 0, "counted in optimizer steps"
-    assert EntropyForecast.of(EntropyProbeConfig()) is None
+    assert EntropyForecast.of(EntropyProbeConfig(mode="simple")) is None
 
 
 def test_a_trainer_logs_it_and_stops_on_it(tiny_policy, tmp_path):
     for floor, steps in ((4.0, 3), (100.0, 1)):
         trainer = make_trainer(tiny_policy, tmp_path / str(floor), max_steps=3, learning_rate=1e-4)
-        config = EntropyProbeConfig(preset="accurate", entropy_floor=floor, on_error="raise")
+        config = EntropyProbeConfig(mode="simple", preset="accurate", entropy_floor=floor, on_error="raise")
         attach_entropy_probe(trainer, config, console=False)
         trainer.add_callback(StopBeforeFloor(within=0))
         trainer.train()

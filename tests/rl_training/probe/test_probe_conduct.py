@@ -68,7 +68,7 @@ def real(request: pytest.FixtureRequest, tiny_policy) -> RealSetting:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_transformers_step_is_predicted_by_its_gradient_along_it(real: RealSetting, estimator: str) -> None:
-    config = EntropyProbeConfig(preset="accurate", estimator=estimator, averaging=0.0, rollouts="fresh")
+    config = EntropyProbeConfig(mode="simple", preset="accurate", estimator=estimator, averaging=0.0, rollouts="fresh")
     probe = SimpleEntropyProbe(config, real.model)
     gradient, before = entropy_gradient(real.model, real.batch, estimator), real.named()
     probe.observe(real.batch)
@@ -161,7 +161,7 @@ class Memory:
 def test_memory_stays_within_what_is_stated(tiny_policy, config: dict) -> None:
     """Held between calls, and in between while the step is taken apart (no activations there): all weights are trained."""
     real = RealSetting(tiny_policy, lora=False)
-    probe = SimpleEntropyProbe(EntropyProbeConfig(**{"preset": "accurate", **config}), real.model)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(**{"mode": "simple", "preset": "accurate", **config}), real.model)
     real.backward(0)
     real.optimizer.step()
     size = sum(p.numel() * 4 for p in real.parameters)
@@ -186,7 +186,10 @@ def test_memory_stays_within_what_is_stated(tiny_policy, config: dict) -> None:
 
 
 def test_after_a_failure_reset_frees_and_the_probe_can_be_used_again(real: RealSetting) -> None:
-    probe, memory = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate", rollouts="fresh"), real.model), Memory()
+    probe, memory = (
+        SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate", rollouts="fresh"), real.model),
+        Memory(),
+    )
     size = sum(p.numel() * 4 for p in real.parameters)
 
     def failing_step() -> None:
@@ -208,7 +211,7 @@ def test_after_a_failure_reset_frees_and_the_probe_can_be_used_again(real: RealS
 
 
 def test_without_an_observation_nothing_is_predicted(real: RealSetting) -> None:
-    probe = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), real.model)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), real.model)
     real.backward(2)
     probe.before_step(real.optimizer)
     real.optimizer.step()
@@ -265,7 +268,7 @@ def test_no_folds_no_error_the_same_prediction(real: RealSetting) -> None:
     update = {name: torch.randn_like(p) for name, p in real.named().items()}
     changes = [
         SimpleEntropyProbe(
-            EntropyProbeConfig(preset="accurate", standard_error_folds=folds), real.model
+            EntropyProbeConfig(mode="simple", preset="accurate", standard_error_folds=folds), real.model
         ).compute_delta_h_fast(real.batch, None, update)
         for folds in (0, 1, 4, 100)
     ]
@@ -278,9 +281,9 @@ def test_no_folds_no_error_the_same_prediction(real: RealSetting) -> None:
 # ---------------------------------------------------------------------- layouts
 def test_sharing_prefixes_changes_no_prediction(real: RealSetting) -> None:
     update = {name: torch.randn_like(p) for name, p in real.named().items()}
-    probe = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), real.model)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), real.model)
     shared = probe.compute_delta_h_fast(real.batch, None, update)
-    apart = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), real.model)
+    apart = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), real.model)
     alone = replace(real.batch, prompt_index=torch.arange(24))
     assert len(probe._prefixes.buckets(real.batch)(real.batch)[0].input_ids) == 6, "the tiny Llama shares prefixes"
     assert len(apart._prefixes.buckets(alone)(alone)[0].input_ids) == 24
@@ -306,8 +309,8 @@ def test_a_longer_batch_is_tried_anew_before_prefixes_are_shared(tiny_policy) ->
         prompts = [list(range(1, 1 + prompt))] * 2
         return SequenceBatch.from_sequences(prompts, [[3, 4, 5], [6, 7]], [0, 0], 0)
 
-    probe = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), model)
-    exactly = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), model)
+    probe = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), model)
+    exactly = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), model)
     for length, rows in ((2, 1), (3, 1), (12, 2), (2, 2)):
         found = batch(length)
         assert len(probe._prefixes.buckets(found)(found)[0].input_ids) == rows, f"a prompt of {length} tokens"
@@ -315,7 +318,7 @@ def test_a_longer_batch_is_tried_anew_before_prefixes_are_shared(tiny_policy) ->
         torch.testing.assert_close(
             probe.statistics(found).logprobs, exactly.statistics(apart).logprobs, rtol=1e-4, atol=1e-4
         )
-    lone = SimpleEntropyProbe(EntropyProbeConfig(preset="accurate"), model)
+    lone = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), model)
     assert len(lone._prefixes.buckets(batch(2))(batch(2))[0].input_ids) == 1
     long = replace(batch(12), prompt_index=torch.arange(2))
     assert lone._prefixes.buckets(long)(long)[0].attention_mask is None, "a long batch without company was never tried"

@@ -31,7 +31,7 @@ RUNNING += ("cumulative_predicted_se", "cumulative_measured_se")
 def train(tiny_policy, folder, probe=None, resume=None, **settings):
     settings = {"max_steps": STEPS, "learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 3, **settings}
     trainer = make_trainer(tiny_policy, folder, **settings)
-    config = EntropyProbeConfig(**{"on_error": "raise", "preset": "accurate", **(probe or {})})
+    config = EntropyProbeConfig(**{"on_error": "raise", "mode": "simple", "preset": "accurate", **(probe or {})})
     callback = attach_entropy_probe(trainer, config, console=False)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
@@ -110,7 +110,9 @@ def test_a_resumed_run_goes_on_with_the_steps_of_its_checkpoint(tiny_policy, tmp
     folder, _, _ = every_step
     again = make_trainer(tiny_policy, tmp_path, max_steps=STEPS, learning_rate=1e-4, save_strategy="steps", save_steps=3,
                          restore_callback_states_from_checkpoint=True)  # fmt: skip
-    callback = attach_entropy_probe(again, EntropyProbeConfig(preset="accurate", on_error="raise"), console=False)
+    callback = attach_entropy_probe(
+        again, EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise"), console=False
+    )
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     rows, before = reported(tmp_path), reported(folder)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and len(callback.history) == 3

@@ -124,7 +124,7 @@ def by_hand(model: nn.Module, batch: SequenceBatch) -> dict[str, Tensor]:
 
 
 def new_probe(model: nn.Module, **settings: object) -> SimpleEntropyProbe:
-    config = {"preset": "accurate", "rollouts": "fresh", "averaging": 0.0, **settings}
+    config = {"mode": "simple", "preset": "accurate", "rollouts": "fresh", "averaging": 0.0, **settings}
     return SimpleEntropyProbe(EntropyProbeConfig(**config), model)
 
 

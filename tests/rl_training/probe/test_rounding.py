@@ -26,7 +26,7 @@ def adapters(model: nn.Module) -> nn.Module:
 
 def history(model, folder, **settings):
     trainer = make_trainer(model, folder, max_steps=3, **{"learning_rate": 2e-5, **settings})
-    config = EntropyProbeConfig(on_error="raise", preset="accurate", eval_sequences=16)
+    config = EntropyProbeConfig(on_error="raise", mode="simple", preset="accurate", eval_sequences=16)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = attach_entropy_probe(trainer, config, console=False)

@@ -27,7 +27,7 @@ def trained() -> Setting:
 
 
 def make_watch(setting: Setting, **config: object) -> EntropyWatch:
-    return EntropyWatch(EntropyProbeConfig(**{"mode": "watch", "bias_keep": 0.95, **config}), setting.model)
+    return EntropyWatch(EntropyProbeConfig(**{"rollouts": "current", "bias_keep": 0.95, **config}), setting.model)
 
 
 def watched_step(setting: Setting, watch: EntropyWatch, seed: int, parts: bool = False):
@@ -191,7 +191,7 @@ def after_steps(trained: Setting, count: int) -> tuple[Setting, EntropyWatch, Wa
     assert history.begin(state, 0, watch) is None
     for step in range(count):
         seen = watched_step(setting, watch, step)
-        history.add(step + 1, seen.pair, seen.entropy, watch)
+        history.add(step + 1, seen, watch, {"length": 4})
     return setting, watch, history, state
 
 
@@ -199,7 +199,8 @@ def test_a_resumed_watch_goes_on_as_if_nothing_had_happened(trained: Setting) ->
     setting, watch, _, state = after_steps(trained, 3)
     resumed_setting, resumed = setting.twin(), None
     resumed = make_watch(resumed_setting)
-    assert WatchHistory().begin(dict(state), 3, resumed) is None
+    history = WatchHistory()
+    assert history.begin(dict(state), 3, resumed) is None and history.source == {"length": 4}
     for seed in (5, 6):
         went_on, again = watched_step(setting, watch, seed), watched_step(resumed_setting, resumed, seed)
         assert again.change.value == went_on.change.value and again.explained == went_on.explained
@@ -222,6 +223,7 @@ DAMAGE = {
     "the future": lambda r: {**r, "step": [1, 2, 99]},
     "a sum without units": lambda r: {**r, "critic": {**r["critic"], "sum": {"value": 1.0}}},
     "a sum that is none": lambda r: {**r, "critic": {**r["critic"], "sum": {**r["critic"]["sum"], "value": "x"}}},
+    "no steps": lambda r: {**r, "steps": [0.0, *r["steps"][1:]]},
     "steps since": lambda r: {**r, "critic": {**r["critic"], "steps_since": -1}},
 }
 

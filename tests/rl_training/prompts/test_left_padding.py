@@ -98,7 +98,7 @@ def test_the_probe_names_positions_in_plain_grpo(tmp_path):
     trainer = make_trainer(gpt2(), tmp_path, max_steps=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise"), console=False)
+        attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", on_error="raise"), console=False)
         trainer.train()
     told = [str(w.message) for w in caught if "left padding" in str(w.message)]
     assert len(told) == 1 and "GPT2LMHeadModel" in told[0] and "position_ids" in told[0]
@@ -114,6 +114,6 @@ def test_the_probe_says_nothing_of_positions_where_padding_changes_nothing(tmp_p
         pass_positions(trainer.model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach_entropy_probe(trainer, EntropyProbeConfig(on_error="raise"), console=False)
+        attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", on_error="raise"), console=False)
         trainer.train()
     assert [str(w.message) for w in caught if "entropy probe" in str(w.message)] == []

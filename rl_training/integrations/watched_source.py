@@ -1,0 +1,66 @@
+"""Whose entropy a trainer's probe watches, where its configuration leaves that open: held-out sequences if it can draw any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from rl_training.errors import UserError
+from rl_training.integrations.fresh_prompts import refuse_prompts
+from rl_training.probe_config import EntropyProbeConfig
+
+OF_PROMPTS = ("fresh", "pool")
+"""Sources of sequences that are drawn for the probe."""
+
+OVERLAP = (
+    "`measured` and `predicted` are of the step's own sequences, which it learns from: they hold that overlap, and may be "
+    "several times the policy's own change where all weights are trained"
+)
+
+# Of an endless stream of prompts the probe keeps so many to draw from.
+_PROMPTS_TAKEN = 1024
+
+
+class WatchedSource(NamedTuple):
+    """Attributes:
+    config: with its `rollouts` known. prompts: to draw from; none where nothing is drawn. word: what a user is to know, or none.
+    """
+
+    config: EntropyProbeConfig
+    prompts: list[dict[str, Any]]
+    word: str | None
+
+
+def watched_source(trainer: Any, rows: Sequence[dict[str, Any]] | None, config: EntropyProbeConfig) -> WatchedSource:
+    """Find the prompts, and say what is watched.
+
+    Args:
+        trainer: a GRPOTrainer.
+        rows: held-out prompts; None for those of its evaluation set, or else of its training set.
+
+    Raises:
+        UserError: where `config` asks for sequences of prompts that cannot be drawn.
+    """
+    if config.rollouts in OF_PROMPTS:
+        return WatchedSource(config, _prompts(trainer, rows, config.rollouts), None)
+    if config.rollouts is not None:
+        word = OVERLAP if config.mode == "watch" and config.rollouts == "current" else None
+        return WatchedSource(config, [], word)
+    try:
+        prompts = _prompts(trainer, rows, "pool")
+    except UserError as error:
+        return WatchedSource(config.on_own_sequences(), [], f"{error}. Without them {OVERLAP}")
+    return WatchedSource(config.model_copy(update={"rollouts": "pool"}), prompts, None)
+
+
+def _prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None, source: str) -> list[dict[str, Any]]:
+    if rows is None:
+        dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
+    if len(rows) < 2:
+        raise UserError(f"rollouts={source}: the entropy probe has no prompts to draw from: give it held-out rows")
+    refuse_prompts(trainer, rows, source)
+    return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
