@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.probe_replay.pool import POOL_AGE
 from entropy_core.batch import SequenceBatch
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_standard_error, leave_one_prompt_out
@@ -123,6 +124,7 @@ class Sequences:
 @dataclass(frozen=True)
 class RecordedStep:
     """own: the step's own sequences; held: fresh ones; pool: fresh ones watched for several steps; numbers: as recorded.
+    pool_log_weights: (N,) log-ratio of the policy before the step to the one that drew each sequence of the pool.
 
     lagged_logprob, lagged_entropy: (K, N, T, 2) derivatives of earlier own sequences along this step; NaN without such a step.
     """
@@ -133,6 +135,7 @@ class RecordedStep:
     numbers: dict[str, float]
     lagged_logprob: Tensor | None
     lagged_entropy: Tensor | None
+    pool_log_weights: Tensor
 
 
 def load_step(path: Path) -> RecordedStep:
@@ -150,7 +153,8 @@ def load_step(path: Path) -> RecordedStep:
     )
     numbers = dict(zip(arrays["number_names"].tolist(), arrays["numbers"].tolist(), strict=True))
     lagged = (tensor("lagged_logprob_along", torch.float32), tensor("lagged_entropy_along", torch.float32))
-    return RecordedStep(own, held, pool, numbers, *lagged)
+    log_weights = torch.from_numpy(arrays["pool_score"] - arrays["pool_drawn_score"])
+    return RecordedStep(own, held, pool, numbers, *lagged, log_weights)
 
 
 def _sequences(arrays: np.lib.npyio.NpzFile, kind: str, weights: Tensor) -> Sequences:
@@ -191,6 +195,16 @@ class Tape:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def pool_age(self) -> int:
+        """Steps that a slot of the pool keeps its sequence."""
+        return int(self.steps[0].numbers.get("pool_age", POOL_AGE))
+
+    @cached_property
+    def levels(self) -> list[Estimated]:
+        """h before each step on its fresh sequences."""
+        return [ratio(s.omega * s.entropy.sum(1), s.omega * s.length, s.prompt) for s in (x.held for x in self.steps)]
 
     def has(self, what: str) -> bool:
         """Whether the recording holds `along` (own derivatives), `own_part`, `held_along` or `lagged`; true for nothing."""

@@ -99,7 +99,10 @@ def _may_be_fused(layer: nn.Module | None) -> bool:
         return False
     # A trained head goes the ordinary way without gradients too, so that one token has one log-probability, bit by bit.
     trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return layer.weight.device.type != "meta" and not trained
+    whole = (
+        type(layer.weight.data).__name__ != "DTensor"
+    )  # of weights that are spread over processes only modules know all
+    return layer.weight.device.type != "meta" and whole and not trained
 
 
 def _hidden_states(model: nn.Module, layer: nn.Linear, bucket: Bucket) -> Tensor | None:

@@ -14,12 +14,12 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.processes import Processes
 from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
-from rl_training.errors import UserError
 from rl_training.integrations.known_pass import LastPass
 from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
+from rl_training.probe.sharded_weights import refuse_unwatchable
 from rl_training.probe.spans import CALM, Spans
 from rl_training.probe.step_prediction import Objective
 from rl_training.probe.watch import EntropyWatch, WatchedChange
@@ -81,7 +81,7 @@ class StepWatch:
 
     def pooled(self, step: int, rng: np.random.Generator) -> list[RolloutSequence] | None:
         """The sequences of the pool for what begins with `step` (counted from 0); None where there is no pool."""
-        refuse_sharded(self._model)
+        refuse_unwatchable(self._model)
         return None if self._pool is None else self._pool.turn(step, rng)
 
     def before(
@@ -102,7 +102,7 @@ class StepWatch:
         Returns:
             What is watched, and `drawn_scores` (those of the pool, where there is one).
         """
-        refuse_sharded(self._model)
+        refuse_unwatchable(self._model)
 
         def ours(some: SequenceBatch) -> WatchedPass:
             return self._watch.look(some, with_hidden=True)
@@ -165,19 +165,3 @@ class StepWatch:
         if text not in self._said:
             self._said.add(text)
             warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=3)
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raises UserError where a forward pass gathers the weights from other processes (FSDP, ZeRO-3).
-
-    FSDP keeps gathered weights after a pass without gradients, so that the pass after a step would be one with the weights from
-    before it.
-    """
-    names = {type(module).__name__ for module in model.modules()}
-    if "FullyShardedDataParallel" in names or any(
-        hasattr(p, "ds_id") or type(p.data).__name__ == "DTensor" for p in model.parameters()
-    ):
-        raise UserError(
-            "mode=watch cannot look into weights that are spread over processes (FSDP, ZeRO-3): train with DDP or ZeRO-2, or "
-            "set entropy_probe.enabled=false"
-        )

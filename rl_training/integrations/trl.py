@@ -44,6 +44,7 @@ from rl_training.probe.observation import Observation
 from rl_training.probe.rounding import RoundingNoise
 from rl_training.probe.schedule import NOTHING, plan_of
 from rl_training.probe.score_term import FusedScoreTerm
+from rl_training.probe.sharded_weights import refuse_gradients
 from rl_training.probe.splits import entropy_by_ending, shares_by_group
 from rl_training.probe.watch import WatchedChange
 from rl_training.prompts.endings import ending
@@ -235,6 +236,8 @@ class EntropyProbeCallback(TrainerCallback):
         nothing = Watched([], None)
         if not fresh:  # unprobed steps as well: a later step may train on their sequences again
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
+        if plan.refreshes:
+            refuse_gradients(self._model, config.gradients_and_remedy[0])
         watched, scores = self._watched(step, generated, rng) if plan.watches else nothing, None
         if watched.sequences:
             batch = to_batch(watched.sequences, self._sampling_config).to(self._trainer.accelerator.device)

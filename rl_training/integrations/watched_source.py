@@ -44,6 +44,12 @@ def watched_source(trainer: Any, rows: Sequence[dict[str, Any]] | None, config: 
     """
     if config.rollouts in OF_PROMPTS:
         return WatchedSource(config, _prompts(trainer, rows, config.rollouts), None)
+    spread = _spread_weights(trainer)
+    if config.mode == "watch" and spread is not None:
+        own = config.on_own_sequences().model_copy(update={"predict_every": None, "parts_every": 0, "shares": False})
+        return WatchedSource(
+            own, [], f"{spread} spreads the weights over processes: nothing is drawn or predicted. {OVERLAP}"
+        )
     if config.rollouts is not None:
         word = OVERLAP if config.mode == "watch" and config.rollouts == "current" else None
         return WatchedSource(config, [], word)
@@ -54,13 +60,21 @@ def watched_source(trainer: Any, rows: Sequence[dict[str, Any]] | None, config: 
     return WatchedSource(config.model_copy(update={"rollouts": "pool"}), prompts, None)
 
 
+def _spread_weights(trainer: Any) -> str | None:
+    """What will spread the policy's weights over processes once training begins."""
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP"
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return "ZeRO-3" if getattr(plugin, "zero_stage", 0) == 3 else None
+
+
 def _prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None, source: str) -> list[dict[str, Any]]:
     if rows is None:
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
-    if len(rows) < 2:
-        raise UserError(f"rollouts={source}: the entropy probe has no prompts to draw from: give it held-out rows")
     refuse_prompts(trainer, rows, source)
+    if len(rows) < (2 if source == "pool" else 1):  # an error needs two prompts
+        raise UserError(f"rollouts={source}: the entropy probe has too few prompts to draw from: give it held-out rows")
     return [{"prompt_index": i, **row} for i, row in enumerate(rows)]

@@ -15,6 +15,10 @@ FORECAST = (
 """Names of `EntropyForecast.add`: values at a step, of which a window's last one counts and no mean."""
 
 
+_SHARED = 2.0
+"""By how much errors of a pool's changes add up beyond those of independent ones, by replay (benchmarks/probe_replay)."""
+
+
 class EntropyForecast:
     """Give it the metrics of one probed step after the other.
 
@@ -26,6 +30,7 @@ class EntropyForecast:
     def __init__(self, config: EntropyProbeConfig) -> None:
         self._every = config.log_every
         self._repeats = math.sqrt(config.pool_age / (config.measure_every or 1)) if config.rollouts == "pool" else 1.0
+        self._shared = _SHARED if config.rollouts == "pool" else 1.0
         self._floor = config.entropy_floor
         self._filter = EntropyFilter(self._floor)
 
@@ -49,6 +54,7 @@ class EntropyForecast:
         nothing = math.nan
         seen = (metrics.get("entropy", nothing), metrics.get("entropy_se", nothing) * self._repeats)
         (value, error), over, found = _change(metrics), int(metrics.get("measured_over", 1.0)), None
+        error *= self._shared
         for _ in range(over):  # the mean of so many steps, as often; their errors make up that of their sum
             found = self._filter.add(*seen, [(value, error * math.sqrt(over))])
             seen = (nothing, nothing)

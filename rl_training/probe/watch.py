@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_core.batch import SequenceBatch
+from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.bias_correction import BiasCorrection, PairedEstimates
 from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
@@ -45,6 +45,7 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.probe.local_level import LocalLevel
 from rl_training.probe.observation import Observation
 from rl_training.probe.prefix_sharing import PrefixSharing
+from rl_training.probe.sharded_weights import give_back, is_spread
 from rl_training.probe.step_parts import upcoming_step, why_not_split
 from rl_training.probe.trial_moves import TrialMoves
 
@@ -101,7 +102,7 @@ class EntropyWatch:
         config: its `advantage_decay`, `critic_keep` and `bias_keep`.
         model: the policy. It is only ever moved inside `try_parts`, and put back bit for bit.
         sharing: for several processes that are given the same batches.
-        lockstep: whether the model's weights are spread over these processes, so that all must call it equally often.
+        lockstep: whether all processes must call the model equally often; so they do where its weights are spread over them.
     """
 
     def __init__(
@@ -132,8 +133,13 @@ class EntropyWatch:
     # ------------------------------------------------------------------ passes
     def look(self, batch: SequenceBatch, with_hidden: bool = False) -> WatchedPass:
         """One pass over `batch` under the model as it is now."""
-        buckets = self._prefixes.buckets(batch)
-        return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, with_hidden)
+        if not is_spread(self._model):
+            buckets = self._prefixes.buckets(batch)
+            return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, with_hidden)
+        try:
+            return watched_pass(self._model, batch, length_buckets, self._sharing, True, with_hidden)
+        finally:
+            give_back(self._model)
 
     def before_step(
         self, batch: SequenceBatch, log_weights: Tensor | None = None, before: WatchedPass | None = None
@@ -162,6 +168,8 @@ class EntropyWatch:
 
     def why_no_parts(self, optimizer: torch.optim.Optimizer) -> str | None:
         """Why trial moves cannot split this optimizer's step; None where they can."""
+        if is_spread(self._model):
+            return "weights are spread over processes"
         return why_not_split(trainable_parameters(self._model), optimizer)
 
     def parts_bytes(self) -> int:

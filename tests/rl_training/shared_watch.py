@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from entropy_core.processes import Processes
 from rl_training.config import EntropyProbeConfig
@@ -20,7 +22,7 @@ def watched_steps(rows: list[int], lockstep: bool) -> dict[str, Tensor]:
     calls = torch.zeros(1)
     model.register_forward_pre_hook(lambda *_: calls.add_(0.0 if torch.is_grad_enabled() else 1.0) and None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    watch = EntropyWatch(EntropyProbeConfig(mode="watch"), model, sharing, lockstep)
+    watch = EntropyWatch(EntropyProbeConfig(rollouts="current"), model, sharing, lockstep)
     said = []
     for seed in range(3):
         watch.before_step(batch)
@@ -30,8 +32,29 @@ def watched_steps(rows: list[int], lockstep: bool) -> dict[str, Tensor]:
         seen = watch.after_step()
         assert seen is not None
         parts = [part.value for part in seen.parts.values()]
-        said.append([seen.change.value, seen.cumulative.value, seen.explained, seen.measured.change, *parts])
+        said.append([seen.change.value, seen.cumulative.value, seen.explained, seen.effective_size, *parts])
     return {"said": torch.tensor(said, dtype=torch.float64), "calls": calls}
+
+
+def watched_under_fully_shard() -> Tensor:
+    """Three watched steps of a model whose weights two processes share; in one process, of the same model whole."""
+    sharing = Processes.world()
+    model, batch = DistanceAttention(VOCABULARY).double(), five_prompts()
+    if sharing.size > 1:
+        mesh = init_device_mesh("cpu", (sharing.size,))
+        for module in (model.query, model.head, model):
+            fully_shard(module, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    watch = EntropyWatch(EntropyProbeConfig(rollouts="current"), model, sharing)
+    said = []
+    for seed in range(3):
+        watch.before_step(batch)
+        backward(model, optimizer, training_sequences(seed))
+        optimizer.step()
+        seen = watch.after_step()
+        assert seen is not None
+        said.append([seen.entropy, seen.change.value, seen.change.standard_error, seen.explained, seen.effective_size])
+    return torch.tensor(said, dtype=torch.float64)
 
 
 def all_that_is_watched() -> dict[str, dict[str, Tensor]]:

@@ -199,7 +199,9 @@ def test_the_probe_goes_on_through_tool_results(tiny_policy, tmp_path, probe: di
         entropies.append(float(sums[0] / sums[1]))
 
     trainer.add_callback(BeforeTheStep(trainer, look))
-    config = EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise", eval_sequences=16, **probe)
+    config = EntropyProbeConfig(
+        **{"mode": "simple", "preset": "accurate", "on_error": "raise", "eval_sequences": 16, **probe}
+    )
     callback = attach_entropy_probe(trainer, config, console=False)
     trainer.train()
     entries = logged(trainer)

@@ -276,7 +276,7 @@ def test_completions_that_were_masked_out_have_no_weight_and_no_share_and_are_wa
 def test_the_probe_warns_once_and_predicts_on_but_shares_are_refused(tiny_policy, tmp_path, asked):
     trainer = of_model(lora_llama(tiny_policy), tmp_path, Penalty, max_steps=3, learning_rate=1e-5)
     trainer.size = 0.05
-    config = EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise", **asked)
+    config = EntropyProbeConfig(**{"mode": "simple", "preset": "accurate", "on_error": "raise", **asked})
     callback = attach_entropy_probe(trainer, config, console=False)
     if asked:
         with pytest.raises(ValueError, match="compute_loss adds a term of its own.*(mode=simple|fused=false)"):
