@@ -1,9 +1,9 @@
 """The probe's forecast (rl_training.probe.forecast), held against recorded runs, with persistence and straight lines beside it.
 
-Fed with what a watch of the pool logs. `entropy`: share of steps at which the 80% band of the filtered entropy holds the entropy of
-the step's fresh sequences, their own error added. `steps`: over all steps before h falls below a floor, and floors that the run
-crosses, the share at which the 80% band of the steps to it holds the number that it took. A run's crossing is where the mean of five
-steps' fresh entropies is below the floor.
+Fed with what a watch of the pool logs. `entropy`: share of steps at which the 80% band of the filtered entropy holds the entropy
+of the step's fresh sequences, their own error added. `steps`: over all steps before h falls below a floor, and floors that the
+run crosses, the share at which the 80% band of the steps to it holds the number that it took. A run's crossing is where the mean
+of five steps' fresh entropies is below the floor.
 
 `error`: median absolute error of the steps to the floor, in steps, of the forecast and of rivals that continue
     persistence      the last measured change
@@ -44,7 +44,7 @@ def forecast_figures(tapes: list[Tape], watch: PooledWatch) -> dict[str, Any]:
                 logged.append((m.first, m.entropy.value))
                 if floor == FLOORS[0] and found:
                     reach = (found["entropy_filtered_high"] - found["entropy_filtered_low"]) / 2
-                    truth = levels[m.last if watch.span == 1 else m.last]
+                    truth = levels[m.last]
                     both = math.hypot(reach, 1.2816 * truth.error)
                     inside.append(abs(found["entropy_filtered"] - truth.value) <= both)
                 left = None if crossed is None else crossed - (m.last + 1)

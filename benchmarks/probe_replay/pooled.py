@@ -1,9 +1,9 @@
 """The watch of a pool as the probe does it (rl_training.probe.watch, integrations.sequence_pool, probe.spans), on a recording.
 
-A recording holds each slot's tokens before and after every step, while the slot keeps its sequence. A span's change is that of the
-slots that keep theirs through it. Where fewer than ENOUGH of the sequences would count, the older ones leave; what is drawn in
-their place are fresh held-out sequences of the step where the span is of one step, and for the steps to come the slots that the
-recording drew since (so that early renewal is replayed with fewer sequences than it has).
+A recording holds each slot's tokens before and after every step, while the slot keeps its sequence. A span's change is that of
+the slots that keep theirs through it. Where fewer than ENOUGH of the sequences would count, the older ones leave; what is drawn
+in their place are fresh held-out sequences of the step where the span is of one step, and for the steps to come the slots that
+the recording drew since (so that early renewal is replayed with fewer sequences than it has).
 """
 
 from __future__ import annotations

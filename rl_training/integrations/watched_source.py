@@ -76,5 +76,7 @@ def _prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None, source: str) -
         rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
     refuse_prompts(trainer, rows, source)
     if len(rows) < (2 if source == "pool" else 1):  # an error needs two prompts
-        raise UserError(f"rollouts={source}: the entropy probe has too few prompts to draw from: give it held-out rows")
+        raise UserError(
+            f"rollouts={source}: the entropy probe has no prompts to draw from, or one: give it held-out rows"
+        )
     return [{"prompt_index": i, **row} for i, row in enumerate(rows)]
