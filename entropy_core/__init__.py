@@ -1,4 +1,6 @@
-"""The mathematics of entropy change in reinforcement learning of language models. Needs torch alone."""
+"""The mathematics of entropy change in reinforcement learning of language models. Needs torch
+alone.
+"""
 
 from entropy_core.adamw import (
     AdamWParameterState,

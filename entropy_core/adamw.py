@@ -1,6 +1,7 @@
 """What an AdamW step does, taken apart exactly. The only home of the preconditioner P.
 
-At step t (the count after the update), with g the *clipped* loss gradient and decoupled decay lambda:
+At step t (the count after the update), with g the *clipped* loss gradient and decoupled decay
+lambda:
 
     m_t = beta1 m_{t-1} + (1 - beta1) g            v_t = beta2 v_{t-1} + (1 - beta2) g^2
     P_t = 1 / (sqrt(v_t / (1 - beta2^t)) + eps)                          elementwise
@@ -9,8 +10,9 @@ At step t (the count after the update), with g the *clipped* loss gradient and d
              -lr beta1/(1 - beta1^t)       P_t m_{t-1}                    momentum: earlier gradients
              -lr lambda theta                                             weight decay
 
-A measured dtheta holds P already: it is never to be multiplied by P again. Hyper-parameters are those of each parameter's
-own group. Source: Loshchilov & Hutter 2019 (AdamW); docs/theory/adamw-step.md.
+A measured dtheta holds P already: it is never to be multiplied by P again. Hyper-parameters are
+those of each parameter's own group. Source: Loshchilov & Hutter 2019 (AdamW);
+docs/theory/adamw-step.md.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from torch import Tensor
 class AdamWParameterState:
     """One parameter's optimizer state and the hyper-parameters of its group.
 
-    exp_avg, exp_avg_sq: m and v, of the parameter's shape; step: how many steps they have seen; max_exp_avg_sq: the largest v
-    so far, which amsgrad divides by in place of v, and None without it.
+    Attributes:
+        exp_avg, exp_avg_sq: m and v, of the parameter's shape.
+        step: how many steps they have seen.
+        max_exp_avg_sq: the largest v so far, which amsgrad divides by in place of v, and None
+            without it.
     """
 
     exp_avg: Tensor
@@ -59,17 +64,20 @@ def read_adamw_state(
     named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
     others: bool = False,
 ) -> dict[str, AdamWParameterState]:
-    """Name -> state, mapped by identity of the parameters; tensors are shared with the optimizer, not copied.
+    """Name -> state, mapped by identity of the parameters; tensors are shared with the optimizer,
+    not copied.
 
-    others: the optimizer may hold further parameters, and may lack some of the names, which then are in no entry.
+    A parameter without state yet (before its first step) gets zero moments and step 0. Wrappers
+    with an `.optimizer` (accelerate's) are opened.
 
-    A parameter without state yet (before its first step) gets zero moments and step 0. Wrappers with an `.optimizer`
-    (accelerate's) are opened.
+    Args:
+        others: the optimizer may hold further parameters, and may lack some of the names, which
+            then are in no entry.
 
     Raises:
         TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
-        ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and parameters that do not
-            cover each other.
+        ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and
+            parameters that do not cover each other.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     pairs = _pairs(named_parameters)
@@ -102,7 +110,8 @@ def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[t
 
 def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
     kind = type(optimizer).__name__
-    # Relatives keep the same keys but take another step; RAdam's state cannot be told from Adam's but by its class.
+    # Relatives keep the same keys but take another step; RAdam's state cannot be told from Adam's
+    # but by its class.
     relative = isinstance(optimizer, torch.optim.NAdam | torch.optim.RAdam | torch.optim.Adamax)
     if relative or not {"betas", "eps", "lr", "weight_decay"} <= group.keys():
         raise TypeError(f"{kind} is not Adam or AdamW: its step cannot be split into these parts")
@@ -138,7 +147,8 @@ def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> Ad
 
 
 def preconditioner(state: AdamWParameterState) -> Tensor:
-    """P = 1 / (sqrt(v / (1 - beta2^t)) + eps), the parameter's shape; with amsgrad the largest v so far stands for v.
+    """P = 1 / (sqrt(v / (1 - beta2^t)) + eps), the parameter's shape; with amsgrad the largest v so
+    far stands for v.
 
     Raises ValueError before the first step (v is 0).
     """
@@ -154,7 +164,9 @@ def adam_preconditioner(
 ) -> dict[str, Tensor]:
     """Name -> P at the optimizer's current state.
 
-    named_parameters: the model's; may be left out where the optimizer was built from named parameters.
+    Args:
+        named_parameters: the model's; may be left out where the optimizer was built from named
+            parameters.
     """
     if named_parameters is None:
         groups = getattr(optimizer, "optimizer", optimizer).param_groups
@@ -165,7 +177,9 @@ def adam_preconditioner(
 
 
 def after_gradient(state: AdamWParameterState, gradient: Tensor) -> AdamWParameterState:
-    """The state once `gradient` has entered both moments: m_t, v_t and t from m_{t-1}, v_{t-1} and t-1."""
+    """The state once `gradient` has entered both moments: m_t, v_t and t from m_{t-1}, v_{t-1} and
+    t-1.
+    """
     v = state.beta2 * state.exp_avg_sq + (1 - state.beta2) * gradient.square()
     return replace(
         state,
@@ -189,12 +203,14 @@ def split_adamw_update(
 ) -> AdamWUpdate:
     """The next step's dtheta, in its three exact parts.
 
-    state_before: moments and step counts *before* the step, with the lr that the step uses.
-    gradients: the loss gradients the optimizer sees, i.e. after clipping; None where a parameter got none (torch then
-        skips it: no momentum, no decay).
-    parameters: values before the step.
+    Args:
+        state_before: moments and step counts *before* the step, with the lr that the step uses.
+        gradients: the loss gradients the optimizer sees, i.e. after clipping; None where a
+            parameter got none (torch then skips it: no momentum, no decay).
+        parameters: values before the step.
 
-    Raises ValueError when names differ.
+    Raises:
+        ValueError: names differ.
     """
     if not state_before.keys() == gradients.keys() == parameters.keys():
         odd = sorted((state_before.keys() ^ gradients.keys()) | (state_before.keys() ^ parameters.keys()))

@@ -1,12 +1,14 @@
 """A batch of prompts with their completions, and how it is cut into pieces of similar length.
 
-The tokens of one sequence are ``prompt + completion``. Position ``l`` of ``completion_mask`` is true where ``input_ids[:, l]``
-was drawn by the policy; its log-probability is read from the logits at position ``l - 1``. The drawn tokens may form several
-runs: what stands between them, or after the last (tool results, turns of a user), is *foreign*. Foreign tokens are
-conditioned on, never scored, and in no length T (docs/theory/entropy-gradient.md, "Tokens that the policy did not draw").
+The tokens of one sequence are ``prompt + completion``. Position ``l`` of ``completion_mask`` is
+true where ``input_ids[:, l]`` was drawn by the policy; its log-probability is read from the logits
+at position ``l - 1``. The drawn tokens may form several runs: what stands between them, or after
+the last (tool results, turns of a user), is *foreign*. Foreign tokens are conditioned on, never
+scored, and in no length T (docs/theory/entropy-gradient.md, "Tokens that the policy did not draw").
 
-Inside the library every piece is right-padded, whatever the padding of the batch: for a causal model a token never sees
-what stands to its right, so padding cannot change any number (see docs/theory/index.md).
+Inside the library every piece is right-padded, whatever the padding of the batch: for a causal
+model a token never sees what stands to its right, so padding cannot change any number (see
+docs/theory/index.md).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 DEFAULT_TOKEN_BATCH_SIZE = 4096
-# Buckets of more tokens than these need not grow: on a CPU they are no faster, elsewhere where more than this share is padding.
+# Buckets of more tokens than these need not grow: on a CPU they are no faster, elsewhere where more
+# than this share is padding.
 ENOUGH_TOKENS, _PADDING = 1024, 0.125
 
 
@@ -35,8 +38,9 @@ class SequenceBatch:
         temperature: the sampling temperature; every log-probability and entropy is taken at it.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, attended tokens that are not one contiguous run, a completion that is
-            empty, not attended or at the very first of them (nothing predicts it), or a temperature <= 0.
+        ValueError: shapes that disagree, an empty batch, attended tokens that are not one
+            contiguous run, a completion that is empty, not attended or at the very first of them
+            (nothing predicts it), or a temperature <= 0.
     """
 
     input_ids: Tensor
@@ -86,8 +90,12 @@ class SequenceBatch:
     ) -> SequenceBatch:
         """Right-padded batch from lists of token ids (one prompt and one completion a sequence).
 
-        drawn: for each sequence which tokens of its completion the policy drew, None (of one, or of all) where it drew every
-        one. Raises ValueError for lists of unequal lengths.
+        Args:
+            drawn: for each sequence which tokens of its completion the policy drew, None (of one,
+                or of all) where it drew every one.
+
+        Raises:
+            ValueError: lists of unequal lengths.
         """
         if not len(prompt_ids) == len(completion_ids) == len(prompt_index):
             raise ValueError(
@@ -123,7 +131,9 @@ class SequenceBatch:
 
     @property
     def scored_lengths(self) -> Tensor:
-        """(N,) int64, tokens up to the last that the policy drew: what stands after it predicts nothing."""
+        """(N,) int64, tokens up to the last that the policy drew: what stands after it predicts
+        nothing.
+        """
         columns = torch.arange(1, self.input_ids.shape[1] + 1, device=self.device)
         return (self.completion_mask * columns).amax(1) - self.attention_mask.long().argmax(1)
 
@@ -164,20 +174,25 @@ def _drawn_tokens(sequence: int, drawn: Sequence[bool] | None, length: int) -> T
 
 @dataclass(frozen=True)
 class Bucket:
-    """One piece of a batch as the model sees it: right-padded rows, with the place of every completion token.
+    """One piece of a batch as the model sees it: right-padded rows, with the place of every
+    completion token.
 
-    A row holds one sequence up to its last drawn token (the longest ones without that, which predicts nothing); or, where a
-    prefix is shared (entropy_core.passes.shared_prefix), a prompt with several completions.
+    A row holds one sequence up to its last drawn token (the longest ones without that, which
+    predicts nothing); or, where a prefix is shared (entropy_core.passes.shared_prefix), a prompt
+    with several completions.
 
     Attributes:
         indices: (n,) for each row a sequence of the batch (of a shared row, its first).
-        input_ids: (n, l) right-padded ids, l one less than the bucket's longest sequence has, or as many where n would be l.
-        rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and the position of the
-            logits that predict it.
+        input_ids: (n, l) right-padded ids, l one less than the bucket's longest sequence has, or as
+            many where n would be l.
+        rows, positions: (m,) for each of the bucket's m completion tokens its row in the bucket and
+            the position of the logits that predict it.
         targets: (m,) the token ids.
-        sequences, columns: (m,) where the token stood in the batch: `batch.input_ids[sequences, columns] == targets`.
-        position_ids, attention_mask: (n, l) int64 and (n, 1, l, l) bool, true where a token attends to another, for rows that
-            share a prefix; None where positions count up and every token attends to all before it.
+        sequences, columns: (m,) where the token stood in the batch: `batch.input_ids[sequences,
+            columns] == targets`.
+        position_ids, attention_mask: (n, l) int64 and (n, 1, l, l) bool, true where a token attends
+            to another, for rows that share a prefix; None where positions count up and every token
+            attends to all before it.
     """
 
     indices: Tensor
@@ -192,10 +207,12 @@ class Bucket:
 
 
 def pass_order(batch: SequenceBatch) -> Tensor:
-    """(N,) indices in the order in which sequences pass through a model: by length, so that rows of a bucket are alike.
+    """(N,) indices in the order in which sequences pass through a model: by length, so that rows of
+    a bucket are alike.
 
-    Where several completions share a prompt that is longer than they are, they stay together: a prompt passes once with all
-    of them (entropy_core.passes.shared_tokens), which saves more than their padding costs.
+    Where several completions share a prompt that is longer than they are, they stay together: a
+    prompt passes once with all of them (entropy_core.passes.shared_tokens), which saves more than
+    their padding costs.
     """
     lengths = batch.scored_lengths
     order = torch.argsort(lengths, stable=True)
@@ -216,11 +233,14 @@ def _shares_long_prompts(batch: SequenceBatch) -> bool:
 def length_buckets(
     batch: SequenceBatch, token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE, fewest: bool = True
 ) -> list[Bucket]:
-    """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence each), in `pass_order`.
+    """Cut a batch into buckets of at most `token_batch_size` padded tokens (at least one sequence
+    each), in `pass_order`.
 
-    fewest: True cuts into as few buckets as that allows, the largest of them (which decides the memory) as small as may be.
-    False cuts further, where that saves padding, and on a CPU once a bucket is large enough to be fast: passes with gradients
-    then take a part of the memory. Completions that share a long prompt are not torn apart for it.
+    Args:
+        fewest: True cuts into as few buckets as that allows, the largest of them (which decides the
+            memory) as small as may be. False cuts further, where that saves padding, and on a CPU
+            once a bucket is large enough to be fast: passes with gradients then take a part of the
+            memory. Completions that share a long prompt are not torn apart for it.
     """
     if token_batch_size < 1:
         raise ValueError(f"token_batch_size must be at least 1, not {token_batch_size}")
@@ -236,7 +256,9 @@ def length_buckets(
 
 
 def _may_end(batch: SequenceBatch, order: Tensor) -> Callable[[int, int, int], bool]:
-    """Whether a bucket may end before place n, given its padded tokens and its tokens with n, though there is room for more."""
+    """Whether a bucket may end before place n, given its padded tokens and its tokens with n,
+    though there is room for more.
+    """
     sharing, on_cpu = _shares_long_prompts(batch), batch.device.type == "cpu"
     prompts = batch.prompt_index[order].tolist()
 
@@ -261,9 +283,12 @@ def _ends(lengths: list[int], most: int, may_end: Callable[[int, int, int], bool
 
 
 def _even_ends(lengths: list[int], most: int) -> list[int]:
-    """The ends of as few buckets as `most` allows, with the smallest limit that needs no more of them."""
+    """The ends of as few buckets as `most` allows, with the smallest limit that needs no more of
+    them.
+    """
     fewest = _ends(lengths, most)
-    # A higher limit never needs more buckets, because a part of a bucket never has more tokens than the whole.
+    # A higher limit never needs more buckets, because a part of a bucket never has more tokens than
+    # the whole.
     limits = range(1, most + 1)
     return _ends(lengths, limits[bisect_left(limits, -len(fewest), key=lambda limit: -len(_ends(lengths, limit)))])
 

@@ -5,12 +5,14 @@
     x_s   = quiet_s + b_s
     Var x_s = Var(quiet_s) + 2 w_s Cov(quiet_s, d_s) + sum_u w_u^2 Var(d_u) + tau^2 sum_u (w_u - [u = s])^2
 
-tau^2 is how much the bias itself varies from step to step: the spread of the d_u beyond their own errors (DerSimonian & Laird
-1986), never below 0. A running sum of x_s holds d_u with the weight C_u = sum_s w_u(s), and its variance is
+tau^2 is how much the bias itself varies from step to step: the spread of the d_u beyond their own
+errors (DerSimonian & Laird 1986), never below 0. A running sum of x_s holds d_u with the weight C_u
+= sum_s w_u(s), and its variance is
 
     Var sum = sum_u [Var(quiet_u) + 2 C_u Cov(quiet_u, d_u) + C_u^2 Var(d_u)] + tau^2 sum_u (C_u - 1)^2.
 
-Steps have sequences of their own, so their errors are independent. Units: nats per token (variances nats^2).
+Steps have sequences of their own, so their errors are independent. Units: nats per token (variances
+nats^2).
 Source: docs/theory/entropy-critic.md.
 """
 
@@ -32,8 +34,10 @@ class PairedEstimates:
     """One step's quiet estimate and what the reference said beyond it, on the same sequences.
 
     Attributes:
-        quiet: the quiet estimate. difference: reference minus quiet; NaN where there is no reference.
-        quiet_variance, difference_variance, covariance: of these two, over draws of the step's prompts.
+        quiet: the quiet estimate. difference: reference minus quiet; NaN where there is no
+            reference.
+        quiet_variance, difference_variance, covariance: of these two, over draws of the step's
+            prompts.
         freedom: degrees of freedom behind the variances.
     """
 
@@ -48,7 +52,9 @@ class PairedEstimates:
     def from_left_out(
         cls, quiet: float, quiet_left_out: Tensor, reference: float, reference_left_out: Tensor
     ) -> PairedEstimates:
-        """From both statistics and their (B,) values with each prompt left out, prompts in one order."""
+        """From both statistics and their (B,) values with each prompt left out, prompts in one
+        order.
+        """
         count = len(quiet_left_out)
         deviations = torch.stack([quiet_left_out, reference_left_out - quiet_left_out]).double()
         deviations = deviations - deviations.mean(1, keepdim=True)
@@ -79,7 +85,9 @@ class BiasCorrection:
         self._sum = 0.0
 
     def add(self, pair: PairedEstimates) -> Estimate:
-        """The corrected estimate of the next step; without any reference so far the quiet one as it is."""
+        """The corrected estimate of the next step; without any reference so far the quiet one as it
+        is.
+        """
         self._pairs.append(pair)
         known = torch.tensor([math.isfinite(pair.difference)], dtype=torch.float64)
         self._weights = torch.cat([self._weights * self._keep, known])
@@ -103,7 +111,11 @@ class BiasCorrection:
         return float(self._weights @ self._column("difference").nan_to_num()) / total if total > 0 else math.nan
 
     def _estimate(self, value: float, of_quiet: Tensor, of_difference: Tensor) -> Estimate:
-        """of_quiet, of_difference: (n,) how often each step's two numbers are in the value."""
+        """The value of one summary, from the steps that are in it.
+
+        Args:
+            of_quiet, of_difference: (n,) how often each step's two numbers are in the value.
+        """
         terms = (
             of_quiet.square() * self._column("quiet_variance")
             + 2 * of_quiet * (of_difference * self._column("covariance")).nan_to_num()

@@ -1,17 +1,20 @@
-"""A critic for the entropy to go: ridge regression on what the policy knows at a token, fitted on *other* prompts.
+"""A critic for the entropy to go: ridge regression on what the policy knows at a token, fitted on
+*other* prompts.
 
     V(c_k) = phi(c_k) . (w_H - h w_T)                      estimates E[G_k | c_k],  G_k = sum_{k' >= k} (H_k' - h)
     phi(c_k) = [R y_k, k, H_k, 1]                          y_k the hidden state that predicts a_k, R a fixed random projection
     w minimises  sum_tokens (target - phi . w)^2 + ridge n |w|^2
 
-w_H is fitted to the entropies to go, w_T to the tokens to go, so that one critic serves every centre h. n counts tokens;
-features are standardised inside (ridge has no unit) and the constant is not penalised. Only sums of products are kept, the normal
-equations; each step they are multiplied by `keep` before a new batch enters.
+w_H is fitted to the entropies to go, w_T to the tokens to go, so that one critic serves every
+centre h. n counts tokens; features are standardised inside (ridge has no unit) and the constant is
+not penalised. Only sums of products are kept, the normal equations; each step they are multiplied
+by `keep` before a new batch enters.
 
-No leakage: prompts are dealt into folds by a hash of their tokens, sums are kept fold by fold, and a sequence's V comes from the
-sums of the *other* folds, of this step and earlier ones. So no completion of its prompt, of any step, is in the V of a
-sequence, itself least of all: V is fixed given c_k, which `entropy_core.temporal_differences` rests on, also where a sequence is
-trained on in several steps.
+No leakage: prompts are dealt into folds by a hash of their tokens, sums are kept fold by fold, and
+a sequence's V comes from the sums of the *other* folds, of this step and earlier ones. So no
+completion of its prompt, of any step, is in the V of a sequence, itself least of all: V is fixed
+given c_k, which `entropy_core.temporal_differences` rests on, also where a sequence is trained on
+in several steps.
 
 Source: docs/theory/entropy-critic.md.
 """
@@ -56,7 +59,9 @@ def token_features(entropies: Tensor, mask: Tensor, projected: Tensor | None = N
 
 
 def prompt_folds(batch: SequenceBatch, folds: int) -> Tensor:
-    """(N,) int64 fold of each sequence, by its prompt's tokens: the same in every step, process and run."""
+    """(N,) int64 fold of each sequence, by its prompt's tokens: the same in every step, process and
+    run.
+    """
     ids, masks = batch.input_ids.cpu(), batch.prompt_mask.cpu()
     found = [zlib.crc32(row[kept].numpy().tobytes()) % folds for row, kept in zip(ids, masks, strict=True)]
     return torch.tensor(found, dtype=torch.long, device=batch.device)
@@ -111,8 +116,10 @@ class EntropyCritic:
             fold: (N,) of `prompt_folds`.
 
         Returns:
-            (N, L, 2) float64: entropy to go in nats and tokens to go. V of the centred entropy is the first minus h times the
-            second (`centred`). 0 where `mask` is false, and everywhere in a fold whose others have no tokens yet.
+            (N, L, 2) float64: entropy to go in nats and tokens to go. V of the centred entropy is
+            the first minus h times the
+            second (`centred`). 0 where `mask` is false, and everywhere in a fold whose others have
+            no tokens yet.
         """
         out = torch.zeros((*mask.shape, 2), dtype=torch.float64, device=mask.device)
         for f in fold.unique().tolist():
@@ -160,12 +167,17 @@ class EntropyCritic:
 
 
 def centred(values: Tensor, centre: float) -> Tensor:
-    """(N, L) V of the entropy to go around `centre` (nats per token), from the (N, L, 2) of `EntropyCritic.values`."""
+    """(N, L) V of the entropy to go around `centre` (nats per token), from the (N, L, 2) of
+    `EntropyCritic.values`.
+    """
     return values[..., 0] - centre * values[..., 1]
 
 
 def explained_variance(values: Tensor, entropies: Tensor, mask: Tensor, centre: float) -> float:
-    """R^2 of (N, L) V over the drawn tokens: 1 - sum (G_k - V)^2 / sum (G_k - mean G)^2. NaN where G does not vary."""
+    """R^2 of (N, L) V over the drawn tokens: 1 - sum (G_k - V)^2 / sum (G_k - mean G)^2.
+
+    NaN where G does not vary.
+    """
     to_go = ((entropies.double() - centre) * mask).flip(1).cumsum(1).flip(1)[mask]
     spread = (to_go - to_go.mean()).square().sum()
     return float(1 - (to_go - values[mask]).square().sum() / spread) if float(spread) > 0 else float("nan")

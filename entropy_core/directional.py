@@ -1,4 +1,5 @@
-"""Derivatives along one direction: row sums of the kernel and shares of tokens, with neither matrix nor rows.
+"""Derivatives along one direction: row sums of the kernel and shares of tokens, with neither matrix
+nor rows.
 
     u a direction over all trainable parameters,  D f = df(theta + s u)/ds at s = 0,  z = logits / temperature,  zdot = D z
 
@@ -8,11 +9,13 @@
     <dS_i, u>          = D S_i                                 for all i at once; token k's part of it is D log pi(a_k)
     <E_t, u>           = sum_k [ alpha_k D H_k + gamma_k D log pi(a_k) ]       alpha, gamma: entropy_core.entropy
 
-Two ways to D: "forward" carries it along with one forward pass (dual numbers), exact to rounding and without a graph;
-"central" takes (4 d(e) - d(2e))/3 of central differences d, whose error is of order e^4, and works for every model.
+Two ways to D: "forward" carries it along with one forward pass (dual numbers), exact to rounding
+and without a graph; "central" takes (4 d(e) - d(2e))/3 of central differences d, whose error is of
+order e^4, and works for every model.
 
-Symbols: S score, P preconditioner, w weights of training sequences; K1 and E_t as in entropy_core.kernel. Units: nats per
-unit of s. Source: docs/theory/fisher-kernel.md, "Properties that are checked".
+Symbols: S score, P preconditioner, w weights of training sequences; K1 and E_t as in
+entropy_core.kernel. Units: nats per unit of s. Source: docs/theory/fisher-kernel.md, "Properties
+that are checked".
 """
 
 from __future__ import annotations
@@ -44,7 +47,12 @@ _PILOT_SEQUENCES = 8
 
 
 class SequenceDerivatives(NamedTuple):
-    """sequences: (N,) float64 <dS_i, u>. tokens: (N, L) token k's part D log pi(a_k) of it, 0 outside completions."""
+    """Derivatives of log-probabilities along one direction u, of every sequence and token.
+
+    Attributes:
+        sequences: (N,) float64 <dS_i, u>.
+        tokens: (N, L) token k's part D log pi(a_k) of it, 0 outside completions.
+    """
 
     sequences: Tensor
     tokens: Tensor
@@ -58,17 +66,24 @@ def token_derivatives(
     method: Method = "auto",
     hold_padding: bool = False,
 ) -> TokenStatistics:
-    """D log pi(a_k) in `logprobs` and D H_k in `entropies`, both (N, L) in the batch's layout, 0 outside completions.
+    """D log pi(a_k) in `logprobs` and D H_k in `entropies`, both (N, L) in the batch's layout, 0
+    outside completions.
 
-    direction: name -> tensor of the parameter's shape, over all trainable parameters; any scale, weights are not stepped.
-    method: "forward" needs a forward-mode rule for every operation of the model; "central" none, but is good to some 1e-4
-    of the whole in float32 and moves the weights while it runs (they are restored bit by bit, also on an exception);
-    "auto" takes it where "forward" fails.
-    hold_padding: count no movement of a padding token's input embedding, nor of norms that a module holds fixed, as the
-    gradient in training does (`as_trained` in entropy_core.gradients; "central" moves the norms all the same).
+    Args:
+        direction: name -> tensor of the parameter's shape, over all trainable parameters; any
+            scale, weights are not stepped.
+        method: "forward" needs a forward-mode rule for every operation of the model; "central"
+            none, but is good to some 1e-4 of the whole in float32 and moves the weights while it
+            runs (they are restored bit by bit, also on an exception); "auto" takes it where
+            "forward" fails.
+        hold_padding: count no movement of a padding token's input embedding, nor of norms that a
+            module holds fixed, as the gradient in training does (`as_trained` in
+            entropy_core.gradients; "central" moves the norms all the same).
 
-    Raises ValueError where the direction does not fit the parameters or is not finite, for an unknown method, and with
-    method="forward" where an operation has no forward-mode rule (naming the module).
+    Raises:
+        ValueError: the direction does not fit the parameters or is not finite, for an unknown
+            method, and with method="forward" where an operation has no forward-mode rule (naming
+            the module).
     """
     parameters = trainable_parameters(model)
     _check_covers("the direction", direction, parameters)
@@ -96,8 +111,9 @@ def sequence_derivatives(
 ) -> SequenceDerivatives:
     """<dS_i, direction> of every sequence, and every token's part of it, from one pass.
 
-    With hold_padding the rows dS_i are those of the training step, by torch's rule for padding embeddings (`as_trained`);
-    without, true derivatives, as in kernels. They differ only where such an embedding is trained.
+    With hold_padding the rows dS_i are those of the training step, by torch's rule for padding
+    embeddings (`as_trained`); without, true derivatives, as in kernels. They differ only where such
+    an embedding is trained.
     """
     found = token_derivatives(model, batch, direction, passes, method, hold_padding)
     return SequenceDerivatives(found.scores(), found.logprobs)
@@ -110,9 +126,12 @@ def entropy_derivatives(
     estimator: Estimator = "rao_blackwell",
     per_token: bool = True,
 ) -> Tensor:
-    """(N,) float64 <E_t, u>: each sequence's term of an estimate of D h (per_token) or D H; their mean is the estimate.
+    """(N,) float64 <E_t, u>: each sequence's term of an estimate of D h (per_token) or D H; their
+    mean is the estimate.
 
-    statistics: the batch's own; derivatives: its `token_derivatives` along u. All estimators come from the same pair.
+    Args:
+        statistics: the batch's own.
+        derivatives: its `token_derivatives` along u. All estimators come from the same pair.
     """
     c = entropy_coefficients(statistics, batch, estimator, per_token)
     return (c.entropy * derivatives.entropies.double() + c.logprob * derivatives.logprobs.double()).sum(1)
@@ -120,7 +139,9 @@ def entropy_derivatives(
 
 @contextmanager
 def weights_moved(model: nn.Module, direction: Mapping[str, Tensor], scale: float) -> Iterator[None]:
-    """The trainable parameters at theta + scale * direction; restored bit by bit on leaving, however that happens."""
+    """The trainable parameters at theta + scale * direction; restored bit by bit on leaving,
+    however that happens.
+    """
     parameters = trainable_parameters(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
@@ -139,7 +160,9 @@ class _NoForwardModeError(ValueError):
 
 
 class _CompletionLogits(nn.Module):
-    """`completion_logits` as a module, so that its parameters can be replaced by dual numbers for one call."""
+    """`completion_logits` as a module, so that its parameters can be replaced by dual numbers for
+    one call.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -243,8 +266,9 @@ def _central_step(
 ) -> float | None:
     """The e at which curvature and rounding cost about the same; None where nothing moves.
 
-    With r = |d(e) - d(2e)| / 3 |d|, the relative error of d(e), the combination's error is about 4 r^2 from curvature and
-    10 eps / sqrt(r) from rounding (eps of the arithmetic), whose sum is least at r = (10 eps / 16)^(2/5).
+    With r = |d(e) - d(2e)| / 3 |d|, the relative error of d(e), the combination's error is about 4
+    r^2 from curvature and 10 eps / sqrt(r) from rounding (eps of the arithmetic), whose sum is
+    least at r = (10 eps / 16)^(2/5).
     """
     parameters = trainable_parameters(model)
     length = sum(float(direction[name].double().square().sum()) for name in parameters) ** 0.5

@@ -3,7 +3,8 @@
     H   = E[sum_k H_k] = -E[S]                 nats per completion ("sequence entropy")
     h   = E[sum_k H_k] / E[T]                  nats per token      (what trainers plot)
 
-Every estimator of a gradient here is the derivative of one sum over completion tokens with frozen coefficients,
+Every estimator of a gradient here is the derivative of one sum over completion tokens with frozen
+coefficients,
 
     grad = d/dtheta  (1/Z) sum_t sum_k [ alpha_k H_k + gamma_k log pi_k ],        Z = n (for H) or sum_t T_t (for h):
 
@@ -12,14 +13,16 @@ Every estimator of a gradient here is the derivative of one sum over completion 
     score_function   alpha = 0,  gamma_k = -(S - b)                     (h: S + h T in place of S)
     fixed_prefix     alpha = 1,  gamma_k = 0
 
-The first three estimate the gradient of H (or h). The last is *another estimand*: how entropy moves on given tokens, blind
-to which prefixes become likelier. For h, centring by h is the gradient of the denominator E[T].
+The first three estimate the gradient of H (or h). The last is *another estimand*: how entropy moves
+on given tokens, blind to which prefixes become likelier. For h, centring by h is the gradient of
+the denominator E[T].
 
-Sequences may carry weights omega_t (importance weights, of mean 1): sums over sequences are then weighted sums, h and H are
-weighted means, and Z is n or sum_t omega_t T_t.
+Sequences may carry weights omega_t (importance weights, of mean 1): sums over sequences are then
+weighted sums, h and H are weighted means, and Z is n or sum_t omega_t T_t.
 
-Symbols: t a completion of T tokens, S = sum_k log pi_k its score, H_k its token entropies, b a baseline: the mean over the
-other completions of the same prompt, or over the other sequences where a prompt has one completion.
+Symbols: t a completion of T tokens, S = sum_k log pi_k its score, H_k its token entropies, b a
+baseline: the mean over the other completions of the same prompt, or over the other sequences where
+a prompt has one completion.
 Source: docs/theory/entropy-gradient.md.
 """
 
@@ -40,7 +43,9 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 @dataclass(frozen=True)
 class EntropyEstimate:
-    """Entropy on a batch: `per_token` h (nats per token), `per_completion` H, and `surprisal` = mean of -S (estimates H too)."""
+    """Entropy on a batch: `per_token` h (nats per token), `per_completion` H, and `surprisal` =
+    mean of -S (estimates H too).
+    """
 
     per_token: float
     per_completion: float
@@ -49,7 +54,9 @@ class EntropyEstimate:
 
 @dataclass(frozen=True)
 class TokenCoefficients:
-    """Frozen weights of one differentiable sum: `entropy` on H_k and `logprob` on log pi_k, both (N, L), 0 off completions."""
+    """Frozen weights of one differentiable sum: `entropy` on H_k and `logprob` on log pi_k, both
+    (N, L), 0 off completions.
+    """
 
     entropy: Tensor
     logprob: Tensor
@@ -69,7 +76,9 @@ def entropy_estimate(statistics: TokenStatistics, batch: SequenceBatch) -> Entro
 
 
 def score_coefficients(batch: SequenceBatch, weights: Tensor | None = None) -> TokenCoefficients:
-    """Coefficients whose sum is sum_t weights_t S_t (weights (N,), default 1): its gradient is sum_t weights_t dS_t."""
+    """Coefficients whose sum is sum_t weights_t S_t (weights (N,), default 1): its gradient is
+    sum_t weights_t dS_t.
+    """
     logprob = batch.completion_mask.double()
     if weights is not None:
         logprob = logprob * weights.double()[:, None]
@@ -77,12 +86,16 @@ def score_coefficients(batch: SequenceBatch, weights: Tensor | None = None) -> T
 
 
 def normalized_weights(log_weights: Tensor) -> Tensor:
-    """(N,) float64 weights of mean 1 from log-weights, e.g. log-ratios of today's policy to the one that drew the sequences."""
+    """(N,) float64 weights of mean 1 from log-weights, e.g. log-ratios of today's policy to the one
+    that drew the sequences.
+    """
     return torch.softmax(log_weights.double(), 0) * len(log_weights)
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """(sum omega)^2 / sum omega^2: how many equally weighted sequences carry as much; N for equal weights."""
+    """(sum omega)^2 / sum omega^2: how many equally weighted sequences carry as much; N for equal
+    weights.
+    """
     return float(weights.double().sum().square() / weights.double().square().sum())
 
 
@@ -93,12 +106,15 @@ def entropy_coefficients(
     per_token: bool = True,
     weights: Tensor | None = None,
 ) -> TokenCoefficients:
-    """Coefficients of an estimator, normalised so that the *mean over sequences* of their gradients estimates the gradient.
+    """Coefficients of an estimator, normalised so that the *mean over sequences* of their gradients
+    estimates the gradient.
 
-    per_token: the gradient of h (nats per token) if true, of H (nats per completion) if false. weights: (N,) of mean 1,
-    for sequences drawn from another distribution.
+    Args:
+        per_token: the gradient of h (nats per token) if true, of H (nats per completion) if false.
+        weights: (N,) of mean 1, for sequences drawn from another distribution.
 
-    Raises ValueError for an unknown estimator, or for a score-function baseline with a single sequence.
+    Raises:
+        ValueError: an unknown estimator, or for a score-function baseline with a single sequence.
     """
     mask = batch.completion_mask
     omega = torch.ones(len(batch), dtype=torch.float64, device=batch.device) if weights is None else weights.double()
@@ -125,7 +141,8 @@ def entropy_coefficients(
 
 
 def leave_one_out_mean(values: Tensor, prompt_index: Tensor) -> Tensor:
-    """(N,) mean of `values` over the other completions of the same prompt; over all others where there are none.
+    """(N,) mean of `values` over the other completions of the same prompt; over all others where
+    there are none.
 
     Leaving the sequence itself out keeps a score-function estimate unbiased.
     """

@@ -1,14 +1,17 @@
-"""The gradient of entropy in a few parts, one for each fold of the prompts, so that what it predicts has an error.
+"""The gradient of entropy in a few parts, one for each fold of the prompts, so that what it
+predicts has an error.
 
     g = sum_f g_f ,    g_f = sum of the rows E_t / n over the sequences t whose prompt is in fold f
     <g, d> = sum_f c_f = c ,    c_f = <g_f, d> ,    se^2 = sum_f (c_f - p_f c)^2 / (1 - sum_f p_f^2) ,    p_f = n_f / n
 
-for any direction d, a step or a part of one. n_f of the n sequences are in fold f, so that c_f is expected to be p_f c: for
-equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
-over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
+for any direction d, a step or a part of one. n_f of the n sequences are in fold f, so that c_f is
+expected to be p_f c: for equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over
+folds, and with as many folds as prompts the jackknife over prompts. Taking unequal folds for equal
+ones would count their sizes as noise. Memory: F times the trainable parameters.
 
-g_f comes from per-sequence rows in one pass over all folds (which is checked against autograd, entropy_core.passes.fold_rows),
-or, where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
+g_f comes from per-sequence rows in one pass over all folds (which is checked against autograd,
+entropy_core.passes.fold_rows), or, where a model has no such rows, from a plain backward pass over
+each fold's own prompts: as many tokens, in F pieces.
 
 Source: docs/theory/measurement-and-uncertainty.md.
 """
@@ -34,7 +37,7 @@ from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import Estimate, effective_degrees_of_freedom
 
-# Elements of one inner product that are summed in the gradients' own precision; stretches are added up in float64.
+# Elements summed in the gradients' own precision; such stretches are added up in float64.
 _STRETCH = 2**15
 
 # How a model says that hooks and row-wise derivatives do not suit it (vmap raises RuntimeError).
@@ -46,8 +49,13 @@ Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 
 @dataclass(frozen=True)
 class FoldGradients:
-    """folds: name -> (F, *shape), this process's part; `processes` adds up what several processes hold. shares: (F,) float64, the
-    part of all sequences that each fold has, adding up to 1; None: equal parts.
+    """A gradient of entropy in F parts, one for each fold of the prompts.
+
+    Attributes:
+        folds: name -> (F, *shape), this process's part; `processes` adds up what several processes
+            hold.
+        shares: (F,) float64, the part of all sequences that each fold has, adding up to 1; None:
+            equal parts.
     """
 
     folds: dict[str, Tensor]
@@ -64,7 +72,11 @@ class FoldGradients:
         return {name: self.processes.sum(folds.sum(0)) for name, folds in self.folds.items()}
 
     def along(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """(F,) float64: <g_f, direction> of every fold, summed over processes. Raises ValueError when names differ."""
+        """(F,) float64: <g_f, direction> of every fold, summed over processes.
+
+        Raises:
+            ValueError: names differ.
+        """
         if direction.keys() != self.folds.keys():
             odd = sorted(direction.keys() ^ self.folds.keys())
             raise ValueError(f"gradient and direction cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
@@ -83,7 +95,11 @@ class FoldGradients:
         return fold_estimate(self.along(direction), self.shares)
 
     def blend(self, newer: FoldGradients, keep: float) -> FoldGradients:
-        """keep * self + (1 - keep) * newer, fold by fold, in this one's memory. Raises ValueError for unequal fold numbers."""
+        """keep * self + (1 - keep) * newer, fold by fold, in this one's memory.
+
+        Raises:
+            ValueError: unequal fold numbers.
+        """
         if self.count != newer.count:
             raise ValueError(f"{self.count} folds cannot be averaged with {newer.count}")
         for name, folds in self.folds.items():
@@ -94,10 +110,11 @@ class FoldGradients:
 
 
 def fold_estimate(contributions: Tensor, shares: Tensor | None = None) -> Estimate:
-    """Sum of (F,) independent contributions with the standard error of the sum; shares as in FoldGradients.
+    """Sum of (F,) independent contributions with its standard error; shares as in FoldGradients.
 
-    Degrees of freedom: 1 / sum_f p_f^2 - 1, for equal folds F - 1, and fewer where one or two folds make most of the error: with
-    four folds of skewed prompts Student's interval on 3 covers 88 to 91%, on these 92 to 97% (benchmarks/results/calibration).
+    Degrees of freedom: 1 / sum_f p_f^2 - 1, for equal folds F - 1, and fewer where one or two folds
+    make most of the error: with four folds of skewed prompts Student's interval on 3 covers 88 to
+    91%, on these 92 to 97% (benchmarks/results/calibration).
     """
     count, total = len(contributions), float(contributions.sum())
     if shares is None:
@@ -132,14 +149,17 @@ def fold_gradients(
     rows: FoldRows | None = None,
     with_variances: bool = False,
 ) -> tuple[list[FoldGradients], TokenStatistics]:
-    """One FoldGradients for each objective and the batch's token statistics, from one forward pass and a backward pass each.
+    """Gradients of every objective, and token statistics: one forward, a backward pass each.
 
-    objectives: from the statistics of the whole batch to coefficients whose *mean over sequences* is meant
-    (entropy_core.entropy). buckets: how rows are laid out (length_buckets, or shared_prefix_buckets). folds: at most as many
-    as there are prompts are used; below 2 there is no error. rows: what is known of this model's rows, for several calls;
-    afterwards `rows.failure` says why plain passes over each fold were made, if they were. with_variances: the statistics hold
-    `surprisal_variances` as well.
-    (Coefficients need the whole batch's statistics, so several buckets take a forward pass for them first.)
+    Args:
+        objectives: from the statistics of the whole batch to coefficients whose *mean over
+            sequences* is meant (entropy_core.entropy).
+        buckets: how rows are laid out (length_buckets, or shared_prefix_buckets).
+        folds: at most as many as there are prompts are used; below 2 there is no error.
+        rows: what is known of this model's rows, for several calls; afterwards `rows.failure` says
+            why plain passes over each fold were made, if they were.
+        with_variances: the statistics hold `surprisal_variances` as well. (Coefficients need the
+            whole batch's statistics, so several buckets take a forward pass for them first.)
     """
     rows = rows or FoldRows()
     work = _Work(model, trainable_parameters(model), batch, objectives, processes, with_variances)
@@ -188,7 +208,7 @@ class _Work:
 def _by_rows(
     work: _Work, pieces: Sequence[Bucket], fold_of: Tensor, count: int, rows: FoldRows
 ) -> tuple[list[FoldGradients], TokenStatistics] | None:
-    """From per-sequence rows, checked; None, and `rows.failure` set, where they cannot be formed or do not add up.
+    """From per-sequence rows, checked; None and `rows.failure` where that cannot be done.
 
     All processes come to the same answer: what one cannot do, none does.
     """
@@ -225,7 +245,11 @@ def _any_fails(work: _Work, rows: FoldRows, trouble: str | None) -> bool:
 def _by_passes(
     work: _Work, pieces: Sequence[Bucket], fold_of: Tensor, count: int, keep: bool
 ) -> tuple[list[FoldGradients], TokenStatistics]:
-    """By plain autograd, each piece of one fold alone. keep: the graphs of all pieces may live side by side."""
+    """By plain autograd, each piece of one fold alone.
+
+    Args:
+        keep: the graphs of all pieces may live side by side.
+    """
     kept = [work.forward(piece, False) for piece in pieces] if keep else []
     statistics = work.statistics(kept, pieces)
     wanted = work.coefficients(statistics)
@@ -255,12 +279,12 @@ def shared_statistics(
     processes: Processes = ALONE,
     with_variances: bool = False,
 ) -> TokenStatistics:
-    """Token statistics of the whole batch, without gradients, each process computing some of its prompts."""
+    """Token statistics of the whole batch, without gradients, shared by the processes."""
     return _summed(_statistics(model, batch, _own_buckets(batch, buckets, processes), with_variances), processes)
 
 
 def _own_buckets(batch: SequenceBatch, buckets: Buckets, processes: Processes) -> list[Bucket]:
-    """This process's sequences in buckets, their places those of the whole batch; none where prompts are too few for it."""
+    """This process's sequences in buckets, with their places in the batch; may be none."""
     if processes.size == 1:
         return buckets(batch)
     mine = processes.my_sequences(batch.prompt_index)
@@ -340,8 +364,11 @@ class _Forward:
         found: Sequence[dict[str, Tensor]],
         checked: FoldRows | None = None,
     ) -> None:
-        """Add this bucket's part of every objective to `found`. checked: holds the first one's rows against autograd; the
-        sums in `found` must be those of this bucket alone.
+        """Add this bucket's part of every objective to `found`.
+
+        Args:
+            checked: holds the first one's rows against autograd; the sums in `found` must be those
+                of this bucket alone.
         """
         at, rows = (self._bucket.sequences, self._bucket.columns), fold_of[self._bucket.indices]
         for number, (coefficients, into) in enumerate(zip(wanted, found, strict=True)):

@@ -32,9 +32,11 @@ from entropy_core.scores import TokenStatistics, token_statistics
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter for all that require a gradient, in `named_parameters` order (tied weights once).
+    """Name -> parameter for all that require a gradient, in `named_parameters` order (tied weights
+    once).
 
-    Raises ValueError when there are none.
+    Raises:
+        ValueError: there are none.
     """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     found = {name: p for name, p in inner.named_parameters() if p.requires_grad}
@@ -46,7 +48,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """<left, right> over all parameters, summed in float64. Raises ValueError when the names differ."""
+    """<left, right> over all parameters, summed in float64.
+
+    Raises:
+        ValueError: the names differ.
+    """
     if left.keys() != right.keys():
         odd = sorted(left.keys() ^ right.keys())
         raise ValueError(f"the two gradients cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
@@ -55,8 +61,9 @@ def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 @contextmanager
 def gradient_rule(model: nn.Module, as_trained: bool) -> Iterator[None]:
-    """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's rule; and so for gradients
-    that modules stop, where a PassState with true_derivatives is open on the model.
+    """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's
+    rule; and so for gradients that modules stop, where a PassState with true_derivatives is open
+    on the model.
     """
     with ExitStack() as rules:
         if not as_trained:
@@ -72,10 +79,12 @@ def batch_gradients(
     passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd, from one forward pass.
+    """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd,
+    from one forward pass.
 
-    coefficients, as_trained: as in `stream_rows`. A trainable parameter that the model did not use has a gradient of zeros.
-    `p.grad` is not touched.
+    Args:
+        coefficients, as_trained: as in `stream_rows`. A trainable parameter that the model did not
+            use has a gradient of zeros. `p.grad` is not touched.
     """
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
@@ -102,9 +111,12 @@ def entropy_gradient(
     statistics: TokenStatistics | None = None,
     passes: PassSettings = DEFAULT_PASSES,
 ) -> dict[str, Tensor]:
-    """Estimate of the gradient of h (per_token) or H, name -> tensor; see entropy_core.entropy for the estimators.
+    """Estimate of the gradient of h (per_token) or H, name -> tensor; see entropy_core.entropy for
+    the estimators.
 
-    statistics: the batch's token statistics under this very model, where they are known already; saves a forward pass.
+    Args:
+        statistics: the batch's token statistics under this very model, where they are known
+            already; saves a forward pass.
     """
 
     def coefficients(known: TokenStatistics) -> list[TokenCoefficients]:
@@ -123,26 +135,30 @@ def stream_rows(
     restart: Callable[[], None] | None = None,
     as_trained: bool = False,
 ) -> None:
-    """Send every sequence's row of every parameter and objective to `sink`, module by module, as the backward passes by.
+    """Send every sequence's row of every parameter and objective to `sink`, module by module, as
+    the backward passes by.
 
     Args:
         model: any model of causal language; its trainable parameters have rows.
         batch: N sequences.
-        coefficients: one an objective, each (N, L); or a function from the batch's statistics under this model to them, which
-            saves the pass that finds these statistics, in whole or in part (`entropy_core.graph_passes`).
+        coefficients: one an objective, each (N, L); or a function from the batch's statistics under
+            this model to them, which saves the pass that finds these statistics, in whole or in
+            part (`entropy_core.graph_passes`).
         sink: called with (objective, parameter name, (n,) indices, (n, *shape) rows).
-        passes: how the batch is cut and rows are formed. Unless its `verify` is false, rows are checked against autograd's
-            gradient over all trainable parameters in the bucket that passes first (the smallest, where coefficients are no
-            function) and in those twice as large, and one row against that of its sequence alone
-            (`entropy_core.passes.row_check`).
-        restart: empties what the sink has filled. With it the method "auto" can fall back to the loop at any time, without it
-            only until the first rows were sent.
-        as_trained: by torch's rules for padding embeddings (`entropy_core.passes.forward.true_embedding_gradients`), as the
-            gradient that the trainer's optimizer gets.
+        passes: how the batch is cut and rows are formed. Unless its `verify` is false, rows are
+            checked against autograd's gradient over all trainable parameters in the bucket that
+            passes first (the smallest, where coefficients are no function) and in those twice as
+            large, and one row against that of its sequence alone (`entropy_core.passes.row_check`).
+        restart: empties what the sink has filled. With it the method "auto" can fall back to the
+            loop at any time, without it only until the first rows were sent.
+        as_trained: by torch's rules for padding embeddings
+            (`entropy_core.passes.forward.true_embedding_gradients`), as the gradient that the
+            trainer's optimizer gets.
 
     Raises:
-        RowsNotFormedError: (a ValueError) with method="hooks", or too late to fall back, for a parameter whose rows cannot be
-            formed (its module mixes sequences, takes several tensors, or is used other than by being called), naming both.
+        RowsNotFormedError: (a ValueError) with method="hooks", or too late to fall back, for a
+            parameter whose rows cannot be formed (its module mixes sequences, takes several
+            tensors, or is used other than by being called), naming both.
     """
     with gradient_rule(model, as_trained):
         stream = RowStream(model, trainable_parameters(model), batch, coefficients, passes)
@@ -150,9 +166,12 @@ def stream_rows(
 
 
 def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> RowSink:
-    """A sink that keeps the rows of one stream: for each objective name -> (N, *shape), zeros at first, in their dtypes.
+    """A sink that keeps the rows of one stream: for each objective name -> (N, *shape), zeros at
+    first, in their dtypes.
 
-    places: (batch,) where in `rows` each sequence of the batch belongs; None: where it is in the batch.
+    Args:
+        places: (batch,) where in `rows` each sequence of the batch belongs; None: where it is in
+            the batch.
     """
     latest: dict[tuple[int, str], Tensor] = {}
 
@@ -171,7 +190,9 @@ def keeping(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) 
 
 
 def emptied(rows: Sequence[Mapping[str, Tensor]], places: Tensor | None = None) -> None:
-    """Make zeros of rows that a sink of `keeping` filled, of those at `places` only where they are given."""
+    """Make zeros of rows that a sink of `keeping` filled, of those at `places` only where they are
+    given.
+    """
     for one in rows:
         for part in one.values():
             if places is None:
@@ -187,9 +208,12 @@ def gradient_rows(
     passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> dict[str, Tensor]:
-    """All rows at once: name -> (N, *parameter.shape). The memory is N times the trainable parameters.
+    """All rows at once: name -> (N, *parameter.shape).
 
-    passes, as_trained: as in `stream_rows`.
+    The memory is N times the trainable parameters.
+
+    Args:
+        passes, as_trained: as in `stream_rows`.
     """
     parameters = trainable_parameters(model)
     rows = {name: torch.zeros((len(batch), *p.shape), dtype=p.dtype, device=p.device) for name, p in parameters.items()}
@@ -205,7 +229,10 @@ def per_sequence_gradients(
     passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
 ) -> dict[str, Tensor]:
-    """Rows of the score, dS(t)/dtheta: name -> (N, *parameter.shape). No advantage, no length, no preconditioner inside."""
+    """Rows of the score, dS(t)/dtheta: name -> (N, *parameter.shape).
+
+    No advantage, no length, no preconditioner inside.
+    """
     return gradient_rows(model, batch, score_coefficients(batch), passes, as_trained)
 
 
@@ -216,7 +243,10 @@ def entropy_rows(
     per_token: bool = True,
     passes: PassSettings = DEFAULT_PASSES,
 ) -> dict[str, Tensor]:
-    """Each sequence's term E_t of an entropy-gradient estimate: name -> (N, *shape). Their mean over N is the estimate."""
+    """Each sequence's term E_t of an entropy-gradient estimate: name -> (N, *shape).
+
+    Their mean over N is the estimate.
+    """
     statistics = token_statistics(model, batch, passes)
     coefficients = entropy_coefficients(statistics, batch, estimator, per_token)
     return gradient_rows(model, batch, coefficients, passes)

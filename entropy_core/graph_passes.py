@@ -1,10 +1,12 @@
-"""Forward passes with graphs over the buckets of a batch, each ready for backward passes from one or more objectives.
+"""Forward passes with graphs over the buckets of a batch, each ready for backward passes from one
+or more objectives.
 
     objective(c) = sum_t sum_k [ c.entropy_tk H_tk + c.logprob_tk log pi_tk ]       (c frozen, entropy_core.entropy)
 
-Coefficients may depend on the statistics of the whole batch (the mean entropy, say), which only a pass shows. Then the graphs
-of the first buckets, as many as `token_batch_size` allows, are kept side by side until their forward passes have shown them;
-only the other buckets take one more forward pass, without a graph.
+Coefficients may depend on the statistics of the whole batch (the mean entropy, say), which only a
+pass shows. Then the graphs of the first buckets, as many as `token_batch_size` allows, are kept
+side by side until their forward passes have shown them; only the other buckets take one more
+forward pass, without a graph.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ CoefficientsOf = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 
 
 class GraphPasses:
-    """The buckets of a batch in the order in which they pass, and each one's part of every objective.
+    """The buckets of a batch in the order in which they pass, and each one's part of every
+    objective.
 
-    smallest_first: otherwise in the order of `length_buckets`. Where coefficients are a function, the largest come first.
+    Args:
+        smallest_first: otherwise in the order of `length_buckets`. Where coefficients are a
+            function, the largest come first.
     """
 
     def __init__(
@@ -45,7 +50,8 @@ class GraphPasses:
         check_length(model, int(batch.scored_lengths.max()) - 1)
         self._buckets = length_buckets(batch, settings.token_batch_size, fewest=False)
         if callable(coefficients):
-            # Held side by side, small buckets save no memory: one in which many beginnings are alike takes less time.
+            # Held side by side, small buckets save no memory: one in which many beginnings are
+            # alike takes less time.
             few = length_buckets(batch, settings.token_batch_size)
             if len(few) == 1 < len(self._buckets):
                 plan = TokenPlan(few[0])
@@ -59,7 +65,8 @@ class GraphPasses:
         return len(self._buckets)
 
     def run(self, begin: Callable[[Bucket], None] = lambda bucket: None) -> Iterator[tuple[Bucket, list[Tensor]]]:
-        """(bucket, its differentiable scalars), a forward pass each; `begin` is called before every such pass.
+        """(bucket, its differentiable scalars), a forward pass each; `begin` is called before every
+        such pass.
 
         The caller lets go of the scalars before it asks for the next.
         """
@@ -111,9 +118,11 @@ def _objectives(
 
 
 def weighted_sum(logprobs: Tensor, entropies: Tensor | None, c: TokenCoefficients, at: tuple[Tensor, Tensor]) -> Tensor:
-    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are `at`; differentiable.
+    """sum_k [ c.entropy_k H_k + c.logprob_k log pi_k ] over tokens whose places in the batch are
+    `at`; differentiable.
 
-    entropies: None where all c.entropy are 0.
+    Args:
+        entropies: None where all c.entropy are 0.
     """
     scores = torch.dot(c.logprob[at].to(logprobs), logprobs)
     return scores if entropies is None else scores + torch.dot(c.entropy[at].to(entropies), entropies)

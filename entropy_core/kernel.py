@@ -5,9 +5,10 @@
 
     dH_i = lr (1 - beta1)/(1 - beta1^t) c w_i (1/n) sum_t KH(t, i)         training sequence i's share of the entropy change
 
-P stands on one side only. Rows are raw: no advantage, length or P inside. Only one side's rows are stored (n times the
-trainable parameters): of K1 alone the smaller side's, with KH the training side's. The other side streams by, module by
-module, in one forward and one backward pass a kernel. Sums in float32. Source: docs/theory/fisher-kernel.md.
+P stands on one side only. Rows are raw: no advantage, length or P inside. Only one side's rows are
+stored (n times the trainable parameters): of K1 alone the smaller side's, with KH the training
+side's. The other side streams by, module by module, in one forward and one backward pass a kernel.
+Sums in float32. Source: docs/theory/fisher-kernel.md.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ _CPU_PIECE, _DEVICE_PIECE = 2**18, 2**24
 class Columns:
     """Vectors that the rows of a stream are multiplied with.
 
-    vectors: name -> (n, *shape). metric: name -> tensor of the parameter's shape, the diagonal that stands between row and
-    vector (P); None: 1. objectives: numbers of those whose products are wanted, None: all; the products of others are 0.
+    Attributes:
+        vectors: name -> (n, *shape).
+        metric: name -> tensor of the parameter's shape, the diagonal that stands between row and
+            vector (P); None: 1.
+        objectives: numbers of those whose products are wanted, None: all; the products of others
+            are 0.
     """
 
     vectors: Mapping[str, Tensor]
@@ -63,10 +68,14 @@ def compute_cross_fisher_kernel(
     preconditioner: Mapping[str, Tensor] | None = None,
     passes: PassSettings = DEFAULT_PASSES,
 ) -> Tensor:
-    """K1, (n_eval, n_train) float32. preconditioner: name -> P over all trainable parameters; None means P = 1.
+    """K1, (n_eval, n_train) float32.
 
-    Raises ValueError where P does not cover the trainable parameters or
-    holds values that are not positive and finite, and as `stream_rows` does.
+    Args:
+        preconditioner: name -> P over all trainable parameters; None means P = 1.
+
+    Raises:
+        ValueError: P does not cover the trainable parameters or holds values that are not positive
+            and finite, and as `stream_rows` does.
     """
     passes = passes.remembering()
     turned = len(eval_batch) < len(train_batch)
@@ -87,7 +96,9 @@ def compute_kernels(
     statistics: TokenStatistics | None = None,
     passes: PassSettings = DEFAULT_PASSES,
 ) -> CrossKernels:
-    """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's, where known."""
+    """K1 and KH from one forward pass over each side; `statistics` are the evaluation batch's,
+    where known.
+    """
     passes = passes.remembering()
     columns = _columns(model, train_batch, preconditioner, passes)
 
@@ -118,15 +129,17 @@ def inner_products(
     passes: PassSettings = DEFAULT_PASSES,
     kinds: int = 1,
 ) -> list[Tensor]:
-    """For each objective the (N, n_columns) float32 matrix of products of rows and columns, the rows streamed.
+    """For each objective the (N, n_columns) float32 matrix of products of rows and columns, the
+    rows streamed.
 
     Args:
         objectives, passes: as in `stream_rows`; as many as `kinds` where a function gives them.
-        columns: sets of columns that stand side by side in the result, in this order. They lie on their parameters' devices;
-            products are added up on the batch's.
+        columns: sets of columns that stand side by side in the result, in this order. They lie on
+            their parameters' devices; products are added up on the batch's.
 
     Raises:
-        ValueError: where columns name other parameters than the trainable ones; and as `stream_rows` does.
+        ValueError: where columns name other parameters than the trainable ones; and as
+            `stream_rows` does.
     """
     parameters = trainable_parameters(model)
     if any(one.vectors.keys() != parameters.keys() for one in columns):
@@ -152,9 +165,11 @@ def inner_products(
 
 
 def products(rows: Tensor, vectors: Tensor, metric: Tensor | None = None) -> Tensor:
-    """(m, n) of rows (m, *shape) and vectors (n, *shape), with the diagonal `metric` (*shape) between them.
+    """(m, n) of rows (m, *shape) and vectors (n, *shape), with the diagonal `metric` (*shape)
+    between them.
 
-    Both sides stay as they are: what a metric is multiplied into is a copy of a few columns of the smaller side at a time.
+    Both sides stay as they are: what a metric is multiplied into is a copy of a few columns of the
+    smaller side at a time.
     """
     left, right = rows.flatten(1).to(vectors.dtype), vectors.flatten(1)
     if metric is None:
@@ -170,7 +185,9 @@ def products(rows: Tensor, vectors: Tensor, metric: Tensor | None = None) -> Ten
 
 
 def check_preconditioner(preconditioner: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where P (None means 1) lacks a parameter, has another shape, or is not positive and finite."""
+    """Raises ValueError where P (None means 1) lacks a parameter, has another shape, or is not
+    positive and finite.
+    """
     if preconditioner is None:
         return
     missing = [name for name in parameters if name not in preconditioner]

@@ -1,19 +1,22 @@
-"""What leaving one training sequence out of the next AdamW step does to entropy, exact to first order.
+"""What leaving one training sequence out of the next AdamW step does to entropy, exact to first
+order.
 
     r_i = c w_i <d, dS_i>,      d = q - [clipped] gh <q, gh> / (|gh| (|gh| + c 1e-6)),      q = a dh          elementwise
     a   = lr/(1 - beta1^t)  P_t [ (1 - beta1) - (1 - beta2)/(1 - beta2^t)  P_t gh m_t / sqrt(vh_t) ]
 
-r_i is the change of entropy with sequence i less the change without it. Its accounting share (entropy_experiments.step.shares)
-holds P_t fixed and adds up to the step; but P_t holds this gradient's square, and so does the clip coefficient its norm: early in
-training leaving i out makes P_t larger and the rest of the step longer. r_i counts that, and does not add up. The effect of
+r_i is the change of entropy with sequence i less the change without it. Its accounting share
+(entropy_experiments.step.shares) holds P_t fixed and adds up to the step; but P_t holds this
+gradient's square, and so does the clip coefficient its norm: early in training leaving i out makes
+P_t larger and the rest of the step longer. r_i counts that, and does not add up. The effect of
 leaving out several sequences at once is, to first order, the sum of theirs.
 
     gh = c g the clipped gradient, g = -sum_i w_i dS_i; m_t, v_t the moments of the step, vh_t = v_t/(1 - beta2^t)
     P_t = 1/(sqrt(vh_t) + eps); dh the gradient of entropy; the second term of d only where c < 1
 
-Derivation: -d(step)/d(gh) along c w_i dS_i, with dP/dgh = -P^2 (1 - beta2)/(1 - beta2^t) gh/sqrt(vh) and, where
-c = M/(|g| + 1e-6), dgh = c dg - gh <gh, dg> / (|gh| (|g| + 1e-6)). At the first step of all, v_1 = (1 - beta2) gh^2 makes the
-step the gradient's sign and every r_i next to nothing: what leaving a sequence out does there is of higher order.
+Derivation: -d(step)/d(gh) along c w_i dS_i, with dP/dgh = -P^2 (1 - beta2)/(1 - beta2^t)
+gh/sqrt(vh) and, where c = M/(|g| + 1e-6), dgh = c dg - gh <gh, dg> / (|gh| (|g| + 1e-6)). At the
+first step of all, v_1 = (1 - beta2) gh^2 makes the step the gradient's sign and every r_i next to
+nothing: what leaving a sequence out does there is of higher order.
 Source: docs/theory/fisher-kernel.md.
 """
 
@@ -30,20 +33,26 @@ _CLIP_EPSILON = 1e-6  # what torch's clip_grad_norm_ adds to the norm that it di
 
 
 def gradient_weight(state_before: AdamWParameterState) -> float:
-    """(1 - beta2)/(1 - beta2^t): the part of the step's second moment that is this gradient's own square; 1 at the first step."""
+    """(1 - beta2)/(1 - beta2^t): the part of the step's second moment that is this gradient's own
+    square; 1 at the first step.
+    """
     return (1 - state_before.beta2) / (1 - state_before.beta2 ** (state_before.step + 1))
 
 
 def leaving_out_metric(state_before: AdamWParameterState, clipped: Tensor) -> Tensor:
-    """a, of the parameter's shape: what stands between gradient of entropy and rows while the clip coefficient is held.
+    """a, of the parameter's shape: what stands between gradient of entropy and rows while the clip
+    coefficient is held.
 
-    state_before: moments before the step, with the lr that it uses. clipped: the gradient that the optimizer sees.
+    Args:
+        state_before: moments before the step, with the lr that it uses.
+        clipped: the gradient that the optimizer sees.
     """
     after = after_gradient(state_before, clipped)
     p = preconditioner(after)
     v = after.exp_avg_sq if after.max_exp_avg_sq is None else after.max_exp_avg_sq
     root = (v / (1 - after.beta2**after.step)).sqrt()
-    # Where v is 0 so is the gradient, and P does not move to first order; nor does it where amsgrad holds an older v.
+    # Where v is 0 so is the gradient, and P does not move to first order; nor does it where amsgrad
+    # holds an older v.
     moves = (root > 0) & (v == after.exp_avg_sq)
     bend = torch.where(moves, clipped * after.exp_avg / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
     bend = gradient_weight(state_before) * p * bend
@@ -65,9 +74,12 @@ def leaving_out_direction(
 ) -> dict[str, Tensor]:
     """Name -> d, so that r_i = clip * w_i <d, dS_i>, nats per token for an entropy gradient of h.
 
-    state_before: moments before the step, with the lr that it uses. gradient: the loss gradient *before* clipping, clip: c.
+    Args:
+        state_before: moments before the step, with the lr that it uses.
+        gradient: the loss gradient *before* clipping, clip: c.
 
-    Raises ValueError when names differ.
+    Raises:
+        ValueError: names differ.
     """
     if not state_before.keys() == gradient.keys() == entropy_gradient.keys():
         raise ValueError("state, gradient and gradient of entropy name different parameters")

@@ -4,12 +4,14 @@
     h(theta') = sum_t omega_t sum_k H_k(theta') / sum_t omega_t T_t          H(theta') = sum_t omega_t sum_k H_k(theta')
     ESS = 1 / sum_t omega_t^2
 
-(self-normalised importance sampling, SNIS). Its exact derivative at theta' = theta is the `split` estimator of
-entropy_core.entropy on the same batch: a prediction that disagrees with it as the step shrinks has a wrong sign or scale.
-The fixed-prefix change leaves omega uniform: another estimand, entropy on given tokens.
+(self-normalised importance sampling, SNIS). Its exact derivative at theta' = theta is the `split`
+estimator of entropy_core.entropy on the same batch: a prediction that disagrees with it as the step
+shrinks has a wrong sign or scale. The fixed-prefix change leaves omega uniform: another estimand,
+entropy on given tokens.
 
-Log-ratios are differences of float64 sums; forwards belong in float32 (in bfloat16 they are quantised and the change goes
-flat as the step shrinks). Below ESS = n/2 a measurement is not to be trusted.
+Log-ratios are differences of float64 sums; forwards belong in float32 (in bfloat16 they are
+quantised and the change goes flat as the step shrinks). Below ESS = n/2 a measurement is not to be
+trusted.
 Source: docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -27,10 +29,14 @@ from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
 
 @dataclass(frozen=True)
 class EntropyMeasurement:
-    """Entropy before and after an update (nats per token or per completion), its change and that change's standard error.
+    """Entropy before and after an update (nats per token or per completion), its change and that
+    change's standard error.
 
-    effective_sample_size is at most the number of sequences; `trustworthy` says whether it is at least half of them.
-    left_out: (B,) the change with each prompt left out, prompts in ascending order of index.
+    effective_sample_size is at most the number of sequences; `trustworthy` says whether it is at
+    least half of them.
+
+    Attributes:
+        left_out: (B,) the change with each prompt left out, prompts in ascending order of index.
     """
 
     before: float
@@ -55,10 +61,12 @@ def snis_entropy_change(
 ) -> EntropyMeasurement:
     """Change of h (per_token) or H by self-normalised importance sampling.
 
-    log_weights: (N,) log-ratio of the policy `before` to the distribution that the batch was drawn from; None
-        where that is `before`.
+    Args:
+        log_weights: (N,) log-ratio of the policy `before` to the distribution that the batch was
+            drawn from; None where that is `before`.
 
-    Raises ValueError when the log-ratios are not finite.
+    Raises:
+        ValueError: the log-ratios are not finite.
     """
     log_ratio = after.scores() - before.scores()
     if not bool(torch.isfinite(log_ratio).all()):
@@ -75,8 +83,8 @@ def fixed_prefix_entropy_change(
     per_token: bool = True,
     log_weights: Tensor | None = None,
 ) -> EntropyMeasurement:
-    """Change of mean token entropy on the given tokens under the weights of `before`: the fixed-prefix estimand, not the
-    change of h or H.
+    """Change of mean token entropy on the given tokens under the weights of `before`: the
+    fixed-prefix estimand, not the change of h or H.
     """
     start = torch.zeros(len(batch), dtype=torch.float64, device=batch.device) if log_weights is None else log_weights
     weights = torch.softmax(start.double(), 0)

@@ -1,8 +1,10 @@
-"""Several processes that hold the same model and share the work of one question. One process is the ordinary case.
+"""Several processes that hold the same model and share the work of one question. One process is the
+ordinary case.
 
-Work is dealt out by number (block, shard, chunk or prompt k belongs to process k mod size), so that nothing depends on how many
-processes there are but who computes it. Numbers that are sums over sequences are summed over processes. A sum of inner products
-with a direction that all processes share is the inner product of the summed vector, so gradients themselves need not travel.
+Work is dealt out by number (block, shard, chunk or prompt k belongs to process k mod size), so that
+nothing depends on how many processes there are but who computes it. Numbers that are sums over
+sequences are summed over processes. A sum of inner products with a direction that all processes
+share is the inner product of the summed vector, so gradients themselves need not travel.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ class Processes:
 
     Args:
         group: the process group that tensors travel through; None: this process is alone.
-        waiting: the group in which they wait for one another; tensors on the CPU travel through it as well. Its timeout
-            bounds how long one process may work while the others wait. None: `group`.
-        explaining: a context manager entered around every exchange. It may replace an error of the communication library.
+        waiting: the group in which they wait for one another; tensors on the CPU travel through it
+            as well. Its timeout bounds how long one process may work while the others wait. None:
+            `group`.
+        explaining: a context manager entered around every exchange. It may replace an error of the
+            communication library.
     """
 
     def __init__(
@@ -88,15 +92,19 @@ class Processes:
         return bool(self.sum(torch.tensor(float(condition), device=device)) > 0)
 
     def send_around(self, values: Tensor, owner: int) -> None:
-        """Fill `values` in every process with what stands in it in process `owner`. Call `meet` first: this may not be
-        waited for long.
+        """Fill `values` in every process with what stands in it in process `owner`.
+
+        Call `meet` first: this may not be waited for long.
         """
         if self.size > 1:
             with self._explaining():
                 dist.broadcast(values, group_src=owner, group=self._carrier(values))
 
     def from_root(self, make: Callable[[], T]) -> T:
-        """What `make` returns in process 0, in every process. An error that it raises there is raised in all of them."""
+        """What `make` returns in process 0, in every process.
+
+        An error that it raises there is raised in all of them.
+        """
         if self.size == 1:
             return make()
         box: list = [None, None]

@@ -1,8 +1,9 @@
 """Streams of gradient rows: by hooks, checked on the way, or by a loop over sequences.
 
-Rows go to a sink as they are found. Where hooks fail, the sink is emptied by its owner (`restart`) and the stream begins
-anew by the loop, so that rows of two attempts never meet; without a `restart` the first bucket takes one backward pass without
-the sink, which is where nearly all models show what they are, and a failure after that is raised.
+Rows go to a sink as they are found. Where hooks fail, the sink is emptied by its owner (`restart`)
+and the stream begins anew by the loop, so that rows of two attempts never meet; without a `restart`
+the first bucket takes one backward pass without the sink, which is where nearly all models show
+what they are, and a failure after that is raised.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from entropy_core.passes.state import open_passes
 from entropy_core.scores import token_statistics
 
 RowSink = Callable[[int, str, Tensor, Tensor], None]
-"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows), both tensors on the device
-of the parameter; may be called more than once for the same name and sequences: contributions add up."""
+"""Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows),
+both tensors on the device of the parameter; may be called more than once for the same name and
+sequences: contributions add up."""
 
 _APART_TOLERANCE = 1e-3
 
@@ -194,7 +196,9 @@ class RowStream:
 
 
 class _SingleRow:
-    """The row of the sequence of a bucket that has the most padding; place: which, None where it passes alone."""
+    """The row of the sequence of a bucket that has the most padding; place: which, None where it
+    passes alone.
+    """
 
     def __init__(self, bucket: Bucket, batch: SequenceBatch) -> None:
         self.bucket, self.rows = bucket, {}

@@ -1,9 +1,11 @@
-"""The error of a sum of estimates that share some of their sampling units from one step to the next.
+"""The error of a sum of estimates that share some of their sampling units from one step to the
+next.
 
     Var sum_s x_s = sum_i ( sum_s d_si )^2        d_si = sqrt((B - 1)/B) (x_s without unit i - their mean)
 
-i runs over units (prompts, or sequences that are watched for several steps); a unit that is in no further step has said all
-that it will. For one step this is the jackknife over its B units; where no unit is shared it is the sum of the steps' variances.
+i runs over units (prompts, or sequences that are watched for several steps); a unit that is in no
+further step has said all that it will. For one step this is the jackknife over its B units; where
+no unit is shared it is the sum of the steps' variances.
 Source: docs/theory/entropy-critic.md.
 """
 
@@ -59,7 +61,8 @@ class RunningSum:
             return Estimate(self._value)
         variance = self._variance + sum(d**2 for d in self._live.values())
         fourth = self._fourth + sum(d**4 for d in self._live.values())
-        # Of equal normal deviations the mean fourth power is three squared variances: their number less one is left.
+        # Of equal normal deviations the mean fourth power is three squared variances: their number
+        # less one is left.
         freedom = max(1.0, 3 * variance**2 / fourth - 1) if fourth > 0 else math.inf
         return Estimate(self._value, math.sqrt(variance), freedom)
 

@@ -3,8 +3,8 @@
     log pi(a_k | c_k) = z_{a_k} - logsumexp(z),        H_k = -sum_a pi(a | c_k) log pi(a | c_k),        z = logits / temperature
     d log pi(a_k)/dz = e_{a_k} - pi,                   dH_k/dz = -pi (log pi + H_k)
 
-Symbols: a_k token k of a completion, c_k all that stands before it, z the logits there, e the unit vector.
-Units: nats. Source: docs/theory/index.md, "Policy, scores, entropy".
+Symbols: a_k token k of a completion, c_k all that stands before it, z the logits there, e the unit
+vector. Units: nats. Source: docs/theory/index.md, "Policy, scores, entropy".
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from entropy_core.passes.state import open_passes
 class TokenStatistics:
     """What the policy thinks of each completion token.
 
-    logprobs, entropies: (N, L) in the batch's own layout, nats, 0 outside completions; float32 (float64 from a float64
-    model). surprisal_variances: (N, L) Var[log pi] under the policy, nats^2, where it was asked for.
+    Attributes:
+        logprobs, entropies: (N, L) in the batch's own layout, nats, 0 outside completions; float32
+            (float64 from a float64 model).
+        surprisal_variances: (N, L) Var[log pi] under the policy, nats^2, where it was asked for.
     """
 
     logprobs: Tensor
@@ -56,9 +58,13 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-probabilities and entropies of every completion token, without gradients.
 
-    Runs in length buckets of at most `passes.token_batch_size` padded tokens; the numbers do not depend on it beyond rounding.
-    with_variances: fill in `surprisal_variances` as well. all_digits: entropies in float64 where they were found so, for
-    what is made of their differences.
+    Runs in length buckets of at most `passes.token_batch_size` padded tokens; the numbers do not
+    depend on it beyond rounding.
+
+    Args:
+        with_variances: fill in `surprisal_variances` as well.
+        all_digits: entropies in float64 where they were found so, for what is made of their
+            differences.
     """
     check_length(model, int(batch.scored_lengths.max()) - 1)
     places, values = [], []

@@ -7,8 +7,8 @@ rows of both sides are multiplied by sqrt(P) first: P then stands in the product
 |R| |S| sqrt((1/p + 1/q) / modules), whatever the entry's own size: large entries are good, small ones are noise. Measure it
 (`KernelEngine` holds the sketch against exact entries of the same run).
 
-Vectors, and matrices no larger than the sketch, are kept as they are. Source: Johnson and Lindenstrauss (1984); the two-sided
-form keeps A and B small. docs/guides/large-kernels.md.
+Vectors, and matrices no larger than the sketch, are kept as they are. Source: Johnson and
+Lindenstrauss (1984); the two-sided form keeps A and B small. docs/guides/large-kernels.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from torch import Tensor
 
 
 class ModuleSketch:
-    """shapes: parameter -> shape. dim: numbers a parameter becomes, at most. seed: of the projections; the same everywhere."""
+    """Random projections of per-sequence gradients, one for each parameter.
+
+    Args:
+        shapes: parameter -> shape.
+        dim: numbers a parameter becomes, at most.
+        seed: of the projections; the same everywhere.
+    """
 
     def __init__(self, shapes: Mapping[str, torch.Size], dim: int, seed: int = 0) -> None:
         if dim < 1:

@@ -1,17 +1,21 @@
-"""The change of entropy that an update made, from log-probabilities and entropies before and after it: forward passes alone.
+"""The change of entropy that an update made, from log-probabilities and entropies before and after
+it: forward passes alone.
 
     rho_k  = pi'(a_k | c_k) / pi(a_k | c_k)
     dh     = [ sum_t sum_k (H'_k - H_k) + sum_t sum_k (rho_k - 1) A_k ] / [ sum_t T_t + sum_t sum_k (rho_k - 1) B_k ]
 
-A_k are advantages of the entropy to go (entropy_core.temporal_differences) with the entropy *after* the update as the reward,
-centred by h before it; B_k those of the number of tokens to go, so that the denominator is the mean length after the update.
-The first sum is the entropy's change on given tokens, the second what comes of tokens that became likelier. Unlike weights of
-whole sequences, ratios of tokens stay near 1: there is no effective sample size to lose.
+A_k are advantages of the entropy to go (entropy_core.temporal_differences) with the entropy *after*
+the update as the reward, centred by h before it; B_k those of the number of tokens to go, so that
+the denominator is the mean length after the update. The first sum is the entropy's change on given
+tokens, the second what comes of tokens that became likelier. Unlike weights of whole sequences,
+ratios of tokens stay near 1: there is no effective sample size to lose.
 
-With decay 1 the first order in the update is exact for any V of c_k; what is left out is of second order: the prefixes c_k are
-drawn from pi and not pi'. (By the identity E_pi'[sum r'] - E_pi[sum r'] = E_pi'[sum_k A_k], Kakade & Langford 2002.)
+With decay 1 the first order in the update is exact for any V of c_k; what is left out is of second
+order: the prefixes c_k are drawn from pi and not pi'. (By the identity E_pi'[sum r'] - E_pi[sum r']
+= E_pi'[sum_k A_k], Kakade & Langford 2002.)
 
-Symbols: pi, H_k, h before, pi', H'_k after the update; t a completion of T_t drawn tokens a_k at prefixes c_k. Units: nats.
+Symbols: pi, H_k, h before, pi', H'_k after the update; t a completion of T_t drawn tokens a_k at
+prefixes c_k. Units: nats.
 Source: docs/theory/entropy-critic.md.
 """
 
@@ -28,7 +32,8 @@ from entropy_core.scores import TokenStatistics
 from entropy_core.temporal_differences import entropy_advantages, temporal_difference_advantages
 from entropy_core.uncertainty import effective_degrees_of_freedom, jackknife_standard_error, sums_over_prompts
 
-# A single token's ratio beyond this is no small step's: it is held there, and the step counts as too long.
+# A single token's ratio beyond this is no small step's: it is held there, and the step counts as
+# too long.
 _LARGEST_LOG_RATIO = 20.0
 
 
@@ -38,7 +43,8 @@ class TokenRatioChange:
 
     Attributes:
         change: nats per token.
-        standard_error: over prompts, by a jackknife of the whole statistic (centre and lengths included).
+        standard_error: over prompts, by a jackknife of the whole statistic (centre and lengths
+            included).
         degrees_of_freedom: behind it.
         fixed_prefix: the change on given tokens alone, nats per token: another estimand.
         left_out: (B,) `change` with each prompt left out, prompts in ascending order of index.
@@ -66,7 +72,8 @@ def token_ratio_change(
         batch: sequences drawn by the policy before, or weighted to it.
         values: (N, L, 2) of `EntropyCritic.values`, fitted without these sequences; None for V = 0.
         decay: lambda in [0, 1] of the advantages.
-        log_weights: (N,) log-ratio of the policy before to the one that drew the batch; None where it drew it.
+        log_weights: (N,) log-ratio of the policy before to the one that drew the batch; None where
+            it drew it.
 
     Returns:
         The change with its error.
@@ -126,7 +133,8 @@ def sequence_sums(
         before, after, batch, values, decay: as there.
 
     Returns:
-        (N, 5) float64: sum_k H_k, T, sum_k (H'_k - H_k), sum_k (rho_k - 1) A_k with uncentred rewards, sum_k (rho_k - 1) B_k.
+        (N, 5) float64: sum_k H_k, T, sum_k (H'_k - H_k), sum_k (rho_k - 1) A_k with uncentred
+        rewards, sum_k (rho_k - 1) B_k.
 
     Raises:
         ValueError: log-probabilities that are not finite.
@@ -154,7 +162,9 @@ def _advantages(entropies: Tensor, mask: Tensor, values: Tensor | None, decay: f
 
 
 def _change(sums: Tensor) -> Tensor:
-    """(...,) dh of (..., 5) sums over sequences: advantages are linear in their centre, so h is put in at the end."""
+    """(...,) dh of (..., 5) sums over sequences: advantages are linear in their centre, so h is put
+    in at the end.
+    """
     entropy, tokens, fixed, ratio, length = sums.unbind(-1)
     h = entropy / tokens
     return (fixed + ratio - h * length) / (tokens + length)

@@ -1,12 +1,14 @@
-"""Standard errors with prompts as the independent units, and an unbiased product of two means from one batch.
+"""Standard errors with prompts as the independent units, and an unbiased product of two means from
+one batch.
 
     ratio statistic      r = sum_p a_p / sum_p b_p                         (b_p = 1: a mean over prompts)
     jackknife            se^2 = (B - 1)/B  sum_p (r_{-p} - mean_p r_{-p})^2,        r_{-p} with prompt p left out
     U-statistic          U = B/(B-1) Xbar.Ybar - 1/(B(B-1)) sum_p X_p.Y_p           E[U] = E[X].E[Y]
     sum of two           se^2 = se_1^2 + se_2^2,      df = se^4 / (se_1^4/df_1 + se_2^4/df_2)
 
-Symbols: B prompts, a_p and b_p sums over prompt p's sequences, X_p and Y_p vectors of the two sides, df degrees of freedom. All
-standard errors here are of the *mean*, not the spread of its summands; intervals are made of them in rl_training.intervals.
+Symbols: B prompts, a_p and b_p sums over prompt p's sequences, X_p and Y_p vectors of the two
+sides, df degrees of freedom. All standard errors here are of the *mean*, not the spread of its
+summands; intervals are made of them in rl_training.intervals.
 Source: Efron & Stein 1981; Welch 1947; docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -22,11 +24,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, the standard error of it (NaN where nothing is known of its spread) in the same unit, and the degrees of freedom
-    behind that error: one less than there are prompts or folds; infinite where the error is known.
+    """A value, the standard error of it (NaN where nothing is known of its spread) in the same
+    unit, and the degrees of freedom behind that error: one less than there are prompts or folds;
+    infinite where the error is known.
 
-    deviations: (F,) whose Euclidean norm is the standard error, one for each fold of prompts. Those of estimates on the same
-    folds add up, and so give the error of their sum whatever noise they share. Empty where that is not known.
+    Attributes:
+        deviations: (F,) whose Euclidean norm is the standard error, one for each fold of prompts.
+            Those of estimates on the same folds add up, and so give the error of their sum whatever
+            noise they share. Empty where that is not known.
     """
 
     value: float
@@ -47,7 +52,9 @@ class Estimate:
 
 
 def sums_over_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
-    """(N, ...) values -> (B, ...) float64 sums over each prompt's sequences, prompts in ascending order."""
+    """(N, ...) values -> (B, ...) float64 sums over each prompt's sequences, prompts in ascending
+    order.
+    """
     _, group = prompt_index.unique(return_inverse=True)
     out = torch.zeros((int(group.max()) + 1, *values.shape[1:]), dtype=torch.float64, device=values.device)
     return out.index_add_(0, group, values.double())
@@ -56,8 +63,9 @@ def sums_over_prompts(values: Tensor, prompt_index: Tensor) -> Tensor:
 def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominators: Tensor | None = None) -> float:
     """Standard error of sum(numerators) / sum(denominators), leaving out one prompt at a time.
 
-    numerators, denominators: (N,) per sequence; denominators default to 1 (a mean over sequences). NaN with one prompt:
-    a single unit carries no information about its spread.
+    Args:
+        numerators, denominators: (N,) per sequence; denominators default to 1 (a mean over
+            sequences). NaN with one prompt: a single unit carries no information about its spread.
     """
     if denominators is None:
         denominators = torch.ones_like(numerators)
@@ -65,21 +73,27 @@ def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominator
 
 
 def leave_one_prompt_out(numerators: Tensor, prompt_index: Tensor, denominators: Tensor) -> Tensor:
-    """(B,) values of sum(numerators) / sum(denominators) with each prompt left out, prompts in ascending order of index.
+    """(B,) values of sum(numerators) / sum(denominators) with each prompt left out, prompts in
+    ascending order of index.
 
-    The difference of two such statistics over the same prompts has the difference of these as its own leave-one-out values,
-    which is what a paired standard error rests on. 0/0, NaN, where one prompt is all there is.
+    The difference of two such statistics over the same prompts has the difference of these as its
+    own leave-one-out values, which is what a paired standard error rests on. 0/0, NaN, where one
+    prompt is all there is.
     """
     a, b = sums_over_prompts(numerators, prompt_index), sums_over_prompts(denominators, prompt_index)
     return (a.sum() - a) / (b.sum() - b)
 
 
 def contributions_without_each_prompt(prompt_index: Tensor, contributions: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B, ...) means of `contributions` with each prompt left out, prompts in ascending order of index; float64.
+    """(B, ...) means of `contributions` with each prompt left out, prompts in ascending order of
+    index; float64.
 
-    contributions: from the (m,) rows of some sequences to their (m, ...) contributions *as a batch of their own*: means that they
-    are centred or divided by, and baselines they feed, are those of these rows. What a jackknife of an estimate needs whose
-    summands depend on the whole batch. NaN where fewer than two sequences are left, which say nothing of a spread.
+    Args:
+        contributions: from the (m,) rows of some sequences to their (m, ...) contributions *as a
+            batch of their own*: means that they are centred or divided by, and baselines they feed,
+            are those of these rows. What a jackknife of an estimate needs whose summands depend on
+            the whole batch. NaN where fewer than two sequences are left, which say nothing of a
+            spread.
     """
     rows = torch.arange(len(prompt_index), device=prompt_index.device)
     found = []
@@ -91,10 +105,13 @@ def contributions_without_each_prompt(prompt_index: Tensor, contributions: Calla
 
 
 def effective_degrees_of_freedom(deviations: Tensor) -> float:
-    """Of a standard error that is the norm of (F,) deviations which add up to 0: F - 1, and fewer, at least 1, where one or two
-    make most of it. 1/df = 1/(F - 1) + max(0, k)/2F with k their excess kurtosis, unbiased for normal values.
+    """Of a standard error that is the norm of (F,) deviations which add up to 0: F - 1, and fewer,
+    at least 1, where one or two make most of it.
 
-    Source: Satterthwaite 1946, as Var(s^2)/s^4 = 2/(F - 1) + k/F; entropy_experiments.statistics.jackknife_interval.
+    1/df = 1/(F - 1) + max(0, k)/2F with k their excess kurtosis, unbiased for normal values.
+
+    Source: Satterthwaite 1946, as Var(s^2)/s^4 = 2/(F - 1) + k/F;
+    entropy_experiments.statistics.jackknife_interval.
     """
     n = len(deviations)
     squares = deviations.double().square()
@@ -106,7 +123,10 @@ def effective_degrees_of_freedom(deviations: Tensor) -> float:
 
 
 def jackknife_standard_error(leave_one_out: Tensor) -> float:
-    """Standard error of a statistic from its (B,) values with each unit left out. NaN for fewer than two units."""
+    """Standard error of a statistic from its (B,) values with each unit left out.
+
+    NaN for fewer than two units.
+    """
     count = len(leave_one_out)
     if count < 2:
         return float("nan")
@@ -115,9 +135,11 @@ def jackknife_standard_error(leave_one_out: Tensor) -> float:
 
 
 def u_statistic(left: Tensor, right: Tensor) -> float:
-    """Unbiased estimate of E[X].E[Y] from B paired vectors, (B, D) each: the product of means without its t = t' terms.
+    """Unbiased estimate of E[X].E[Y] from B paired vectors, (B, D) each: the product of means
+    without its t = t' terms.
 
-    Raises ValueError for fewer than two prompts, or shapes that differ.
+    Raises:
+        ValueError: fewer than two prompts, or shapes that differ.
     """
     if left.shape != right.shape or left.dim() != 2:
         raise ValueError(f"both sides must be (B, D), not {tuple(left.shape)} and {tuple(right.shape)}")

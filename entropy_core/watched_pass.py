@@ -1,7 +1,9 @@
-"""One forward pass over a batch: log-probabilities, entropies and, for the critic, projected hidden states.
+"""One forward pass over a batch: log-probabilities, entropies and, for the critic, projected hidden
+states.
 
-Nothing of the vocabulary's size is kept, and no gradient. Several processes share the sequences; where the model's own
-weights are spread over processes (FSDP, ZeRO-3) every forward is a collective operation, and all make equally many (`lockstep`).
+Nothing of the vocabulary's size is kept, and no gradient. Several processes share the sequences;
+where the model's own weights are spread over processes (FSDP, ZeRO-3) every forward is a collective
+operation, and all make equally many (`lockstep`).
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from entropy_core.scores import TokenStatistics
 
 @dataclass(frozen=True)
 class WatchedPass:
-    """Attributes:
+    """
+    Attributes:
     statistics: of every drawn token, as `entropy_core.scores.token_statistics` gives them.
-    hidden: (N, L, PROJECTED) float32 projected hidden states, 0 off drawn tokens; None where the model shows none.
+    hidden: (N, L, PROJECTED) float32 projected hidden states, 0 off drawn tokens; None where the
+        model shows none.
     """
 
     statistics: TokenStatistics
@@ -86,8 +90,8 @@ def watched_pass(
 def _rounds(
     batch: SequenceBatch, buckets: Callable[[SequenceBatch], list[Bucket]], processes: Processes, lockstep: bool
 ) -> list[tuple[Bucket, bool]]:
-    """This process's buckets, with places of the whole batch, and whether each counts: under lockstep a process with fewer than
-    another passes one of them again for nothing.
+    """This process's buckets, with places of the whole batch, and whether each counts: under
+    lockstep a process with fewer than another passes one of them again for nothing.
     """
     mine = processes.my_sequences(batch.prompt_index)
     chosen = mine if len(mine) else torch.zeros(1, dtype=torch.long, device=batch.device)

@@ -1,4 +1,5 @@
-"""Sequence weights w_i: what each training sequence contributes to the loss gradient, g = -sum_i w_i dS_i.
+"""Sequence weights w_i: what each training sequence contributes to the loss gradient, g = -sum_i
+w_i dS_i.
 
 On policy (ratio 1, no KL) every scheme is linear in the score gradients:
 
@@ -9,9 +10,9 @@ On policy (ratio 1, no KL) every scheme is linear in the score gradients:
     rloo          r - mean of the others of its group    A / N
     reinforce     r - mean of the batch                  A / N
 
-Symbols: r reward, T_i completion length, N sequences in the step; a group is the completions of one prompt; std with
-Bessel's correction. Sources: Liu et al. 2025 (Dr. GRPO), Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Ahmadian et al.
-2024 (RLOO); docs/theory/fisher-kernel.md.
+Symbols: r reward, T_i completion length, N sequences in the step; a group is the completions of one
+prompt; std with Bessel's correction. Sources: Liu et al. 2025 (Dr. GRPO), Shao et al. 2024 (GRPO),
+Yu et al. 2025 (DAPO), Ahmadian et al. 2024 (RLOO); docs/theory/fisher-kernel.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ STD_EPSILON = 1e-4
 def advantages(rewards: Tensor, prompt_index: Tensor, scheme: WeightingScheme) -> Tensor:
     """(N,) float64 advantages of (N,) rewards.
 
-    Raises ValueError for an unknown scheme, rewards that are not finite, or a group of one where others are needed.
+    Raises:
+        ValueError: an unknown scheme, rewards that are not finite, or a group of one where others
+            are needed.
     """
     rewards = rewards.double()
     if not bool(torch.isfinite(rewards).all()):
@@ -74,9 +77,11 @@ def sequence_weights(
 ) -> Tensor:
     """(N,) float64 weights w_i from (N,) rewards, prompt indices and completion lengths (tokens).
 
-    max_completion_length: needed by dr_grpo with the constant normaliser.
+    Args:
+        max_completion_length: needed by dr_grpo with the constant normaliser.
 
-    Raises ValueError as `advantages` does, or where dr_grpo has no length to divide by.
+    Raises:
+        ValueError: as `advantages` does, or where dr_grpo has no length to divide by.
     """
     advantage = advantages(rewards, prompt_index, scheme)
     count, lengths = len(rewards), lengths.double()

@@ -1,1 +1,3 @@
-"""The trainer, its probe, and the parts of them that an analysis needs too: models, tasks, sampling."""
+"""The trainer, its probe, and the parts of them that an analysis needs too: models, tasks,
+sampling.
+"""

@@ -1,9 +1,10 @@
 """Strict configuration: YAML files, `key=value` overrides, and errors that fit on one line.
 
-Every configuration of this project is a tree of frozen pydantic models. A value of the wrong type is refused
-rather than coerced (`"8"` is not 8), an unknown key is refused with the nearest known key named, and what
-`dump_config` writes is read back by `load_config` as the same configuration. YAML is read with version 1.2's
-notion of a float, so that `3e-4` is a number and not a string, and a key that stands twice is refused.
+Every configuration of this project is a tree of frozen pydantic models. A value of the wrong type
+is refused rather than coerced (`"8"` is not 8), an unknown key is refused with the nearest known
+key named, and what `dump_config` writes is read back by `load_config` as the same configuration.
+YAML is read with version 1.2's notion of a float, so that `3e-4` is a number and not a string, and
+a key that stands twice is refused.
 """
 
 import re
@@ -19,7 +20,9 @@ from rl_training.errors import UserError, first_line
 
 
 class StrictModel(BaseModel):
-    """A section of a configuration: frozen, keyword-only, no coercion, no unknown keys, no infinities."""
+    """A section of a configuration: frozen, keyword-only, no coercion, no unknown keys, no
+    infinities.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -73,11 +76,12 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
             The configuration's class.
         path
             A YAML file; `None` starts from the defaults. An empty file means the defaults too.
-        overrides
-            Strings such as `optimizer.learning_rate=1e-4`; the value is YAML, a later override wins.
+        overrides Strings such as `optimizer.learning_rate=1e-4`; the value is YAML, a later
+            override wins.
 
     Raises:
-        UserError: for a missing or unreadable file, invalid YAML, an unknown key, a wrong value, a malformed override.
+        UserError: for a missing or unreadable file, invalid YAML, an unknown key, a wrong value, a
+            malformed override.
     """
     data = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -87,7 +91,9 @@ def load_config(cls: type[Config], path: str | Path | None = None, overrides: Se
 
 
 def validate_config(cls: type[Config], data: Mapping[str, Any], where: str = "the configuration") -> Config:
-    """Build `cls` from plain data; every mistake becomes part of one line, which starts with `where`."""
+    """Build `cls` from plain data; every mistake becomes part of one line, which starts with
+    `where`.
+    """
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
@@ -96,7 +102,9 @@ def validate_config(cls: type[Config], data: Mapping[str, Any], where: str = "th
 
 
 def dump_config(config: StrictModel) -> str:
-    """Return the whole configuration, defaults included, as YAML that `load_config` reads back unchanged."""
+    """Return the whole configuration, defaults included, as YAML that `load_config` reads back
+    unchanged.
+    """
     data = config.model_dump(mode="json")
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=110)
 

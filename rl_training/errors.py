@@ -1,4 +1,6 @@
-"""The exception that is meant for users, whose message is printed as a single line; and what others say, as one line."""
+"""The exception that is meant for users, whose message is printed as a single line; and what others
+say, as one line.
+"""
 
 
 class UserError(ValueError):
@@ -6,11 +8,15 @@ class UserError(ValueError):
 
 
 class ResumableError(UserError):
-    """Something outside stopped the work (a full disk, another process that died): what is finished is kept."""
+    """Something outside stopped the work (a full disk, another process that died): what is finished
+    is kept.
+    """
 
 
 class ShareDone(Exception):
-    """Raised in a helping process when its share of the work is done: the first process goes on and writes the results."""
+    """Raised in a helping process when its share of the work is done: the first process goes on and
+    writes the results.
+    """
 
 
 def first_line(error: BaseException) -> str:

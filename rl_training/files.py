@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and are never written through a link.
 
-The one writer of the project. Content goes to a new file of a random name in the same folder, created so that nothing that
-lies there is opened (O_EXCL), is flushed to the disk, and then takes the name it is meant for. A symbolic link of that name is
-replaced, not followed. Folders that a user names may be links; what lies inside them may not.
+The one writer of the project. Content goes to a new file of a random name in the same folder,
+created so that nothing that lies there is opened (O_EXCL), is flushed to the disk, and then takes
+the name it is meant for. A symbolic link of that name is replaced, not followed. Folders that a
+user names may be links; what lies inside them may not.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any, BinaryIO
 from rl_training.errors import UserError
 
 PART = ".part"
-"""Ends the name of a file that is being written: whatever is called so is nobody's result."""
+"""Ends the name of a file that is being written: such a file is unfinished."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new, empty file beside `path`, to be filled; on leaving it is flushed and becomes `path`, on an error it is removed."""
+    """A new, empty file beside `path`, to be filled; on leaving it is flushed and becomes `path`,
+    on an error it is removed.
+    """
     part = path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}{PART}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     os.close(os.open(part, flags, 0o666))
@@ -44,7 +47,9 @@ _LEFT = re.compile(r"\..*\.[0-9a-f]{16}" + re.escape(PART))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were writing in a folder and below, once nobody writes there any more."""
+    """Remove what killed processes were writing in a folder and below, once nobody writes there any
+    more.
+    """
     for path in folder.rglob(f".*{PART}"):
         if _LEFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -124,9 +129,11 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def rename_whole(part: Path, path: Path) -> None:
-    """Give a finished file or folder its name, replacing a file of that name, and flush the name to the disk.
+    """Give a finished file or folder its name, replacing a file of that name, and flush the name to
+    the disk.
 
-    After a power cut it has one name or the other. Both lie on one file system. A link called `path` is replaced, not followed.
+    After a power cut it has one name or the other. Both lie on one file system. A link called
+    `path` is replaced, not followed.
     """
     os.replace(part, path)
     flush(path.parent)
@@ -151,7 +158,11 @@ def append_line(path: Path, line: str) -> None:
 
 
 def own_folder(path: Path) -> Path:
-    """Make a folder inside a folder of ours. Raises UserError where a link of that name leads elsewhere."""
+    """Make a folder inside a folder of ours.
+
+    Raises:
+        UserError: a link of that name leads elsewhere.
+    """
     refuse_link(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -192,7 +203,9 @@ def refuse_link(path: Path) -> None:
 
 
 def refuse_links_inside(folder: Path) -> None:
-    """Raises UserError where anything directly inside a folder that is about to be written to is a symbolic link."""
+    """Raises UserError where anything directly inside a folder that is about to be written to is a
+    symbolic link.
+    """
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         refuse_link(path)
 

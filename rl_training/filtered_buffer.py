@@ -1,4 +1,5 @@
-"""A filtered training buffer: prompts by difficulty, groups without reward differences rejected and refilled.
+"""A filtered training buffer: prompts by difficulty, groups without reward differences rejected and
+refilled.
 
 Such groups give no gradient: their advantages are all zero. See docs/theory/double-sampling.md.
 """
@@ -20,7 +21,9 @@ from rl_training.tasks.difficulty import PassRates
 
 @dataclass
 class CollectionCounts:
-    """Everything a filtered collection generated, and what became of it (numbers of sequences; rounds are rounds)."""
+    """Everything a filtered collection generated, and what became of it (numbers of sequences;
+    rounds are rounds).
+    """
 
     rounds: int = 0
     generated: int = 0
@@ -31,7 +34,9 @@ class CollectionCounts:
 
 @dataclass(frozen=True)
 class FilterRules:
-    """How groups are chosen: prompts by difficulty or evenly, groups without gradient rejected or kept, rounds of refilling."""
+    """How groups are chosen: prompts by difficulty or evenly, groups without gradient rejected or
+    kept, rounds of refilling.
+    """
 
     difficulty_weighting: bool = True
     reject_zero_advantage: bool = True
@@ -39,9 +44,10 @@ class FilterRules:
 
 
 def has_reward_differences(rewards: Sequence[float]) -> bool:
-    """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are all equal.
+    """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are
+    all equal.
 
-    NaN marks completions that could not be scored; their advantage is zero and they have no say.
+    NaN marks completions that could not be scored; their advantage is zero, and they are left out.
     """
     known = [r for r in rewards if not math.isnan(r)]
     return bool(known) and max(known) - min(known) > 1e-9
@@ -60,7 +66,8 @@ def collect_filtered(
     rules: FilterRules = FilterRules(),
     trainer_state: Any = None,
 ) -> tuple[Rollouts, CollectionCounts]:
-    """A training buffer of up to `prompts` groups that give gradient, in up to 1 + max_refill_rounds rounds.
+    """A training buffer of up to `prompts` groups that give gradient, in up to 1 +
+    max_refill_rounds rounds.
 
     Unlike the trainer's buffer it holds no filler: where refilling ran out it is smaller.
 

@@ -1,4 +1,5 @@
-"""The 95% interval of an estimate: one rule for every figure, sentence and log line. No torch: reports are made anywhere.
+"""The 95% interval of an estimate: one rule for every figure, sentence and log line. No torch:
+reports are made anywhere.
 
     value -+ t(df) se               t: the 97.5% quantile of Student's t on df degrees of freedom
     df = B - 1                      of a jackknife over B prompts, of a sum over B equal folds
@@ -6,7 +7,8 @@
     tanh(z -+ t(n - 1) se_z)        of a correlation r of n pairs, z = artanh(r), its error by a jackknife over pairs;
                                     of few pairs at least tanh(z -+ 1.96/sqrt(n - 3))
 
-An error from four prompts is itself uncertain: 95% of intervals hold the truth at 3.2 of them, not at 2.
+An error from four prompts is itself uncertain: 95% of intervals hold the truth at 3.2 of them, not
+at 2.
 Source: Student 1908; Fisher 1921; Welch 1947; docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -25,7 +27,11 @@ MANY_PAIRS = 8
 
 @lru_cache(maxsize=4096)
 def t_quantile(degrees_of_freedom: float, level: float = LEVEL) -> float:
-    """How many standard errors a two-sided interval of this level reaches: 12.7, 4.3, 3.2, ... 1.96. At least one degree."""
+    """How many standard errors a two-sided interval of this level reaches: 12.7, 4.3, 3.2, ...
+    1.96.
+
+    At least one degree.
+    """
     return float(stdtrit(min(max(degrees_of_freedom, 1.0), 1e9), 0.5 + level / 2))
 
 
@@ -36,7 +42,9 @@ def interval(value: float, standard_error: float, degrees_of_freedom: float) -> 
 
 
 def welch_freedom(terms: Iterable[tuple[float, float]]) -> float:
-    """Degrees of freedom of a sum of independent terms, (standard error, degrees of freedom) each; infinite for exact ones."""
+    """Degrees of freedom of a sum of independent terms, (standard error, degrees of freedom) each;
+    infinite for exact ones.
+    """
     known = [(error, freedom) for error, freedom in terms if error > 0]
     total = math.hypot(*(error for error, _ in known))
     shares = sum((error / total) ** 4 / max(freedom, 1.0) for error, freedom in known)
@@ -44,10 +52,11 @@ def welch_freedom(terms: Iterable[tuple[float, float]]) -> float:
 
 
 def correlation_interval(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """(low, high) of the correlation of (n,) pairs, taken as independent; -1 to 1 below four, the correlation itself at +-1.
+    """(low, high) of the correlation of (n,) pairs, taken as independent; -1 to 1 below four, the
+    correlation itself at +-1.
 
-    A jackknife over pairs holds for heavy tails too, where Fisher's interval covers 89% (t with 5 degrees of freedom, 100 pairs);
-    of fewer than MANY_PAIRS it is the wider of both.
+    A jackknife over pairs holds for heavy tails too, where Fisher's interval covers 89% (t with 5
+    degrees of freedom, 100 pairs); of fewer than MANY_PAIRS it is the wider of both.
     """
     count = len(left)
     if count < 4:

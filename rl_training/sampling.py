@@ -1,10 +1,11 @@
-"""One collector of rollouts, two policies: an unfiltered evaluation buffer and a filtered training buffer.
+"""One collector of rollouts, two policies: an unfiltered evaluation buffer and a filtered training
+buffer.
 
     unfiltered   prompts uniform, every completion kept, no reward looked at: the data distribution
     filtered     prompts by difficulty, groups without reward differences refilled: what gives gradient (filtered_buffer.py)
 
-Completions are drawn from the whole softmax at the stated temperature, the very distribution that is differentiated afterwards.
-See docs/theory/double-sampling.md.
+Completions are drawn from the whole softmax at the stated temperature, the very distribution that
+is differentiated afterwards. See docs/theory/double-sampling.md.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from rl_training.tasks.reward_calls import total_rewards
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The distribution completions come from: softmax(logits / temperature), cut after EOS or `max_completion_length`.
+    """The distribution completions come from: softmax(logits / temperature), cut after EOS or
+    `max_completion_length`.
 
     Prompts are rendered as `rendering` says.
     """
@@ -60,7 +62,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Rollouts(Sequence[RolloutSequence]):
-    """Sequences in the order of their batch. A column (`prompt_ids`, `reward`, ...) is a list with one entry a sequence."""
+    """Sequences in the order of their batch.
+
+    A column (`prompt_ids`, `reward`, ...) is a list with one entry a sequence.
+    """
 
     sequences: tuple[RolloutSequence, ...] = ()
 
@@ -81,7 +86,11 @@ class Rollouts(Sequence[RolloutSequence]):
         return Rollouts(tuple(self.sequences[i] for i in keep))
 
     def with_values(self, **columns: Iterable[Any]) -> Rollouts:
-        """The same sequences with other values of the fields named, one for each sequence. Raises ValueError for other counts."""
+        """The same sequences with other values of the fields named, one for each sequence.
+
+        Raises:
+            ValueError: other counts.
+        """
         rows = zip(*columns.values(), strict=True)
         pairs = zip(self.sequences, rows, strict=True)
         return Rollouts(tuple(replace(s, **dict(zip(columns, row, strict=True))) for s, row in pairs))
@@ -152,9 +161,11 @@ class Rollouts(Sequence[RolloutSequence]):
 def make_sampling_config(
     model: nn.Module, tokenizer: Any, temperature: float, max_completion_length: int, top_k: int = 0, top_p: float = 1.0
 ) -> SamplingConfig:
-    """The sampling configuration with the model's own end-of-sequence tokens (all of them, as generation stops at any).
+    """The sampling configuration with the model's own end-of-sequence tokens (all of them, as
+    generation stops at any).
 
-    tokenizer: or a processor that holds one.
+    Args:
+        tokenizer: or a processor that holds one.
     """
     tokenizer = text_tokenizer(tokenizer)
     config_ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -173,10 +184,12 @@ def generate_completions(
     seed: int,
     batch_size: int = 64,
 ) -> list[list[int]]:
-    """One completion a prompt, drawn from the distribution of `sampling_config`; the global random streams are left as they were.
+    """One completion a prompt, drawn from the distribution of `sampling_config`; the global random
+    streams are left as they were.
 
-    The model's own generation settings have no say. Prompts run in batches of similar length, and of equal length where
-    padding changes what the model draws. Deterministic for the same model, prompts, batch size and seed.
+    The model's own generation settings are not used. Prompts run in batches of similar length, and
+    of equal length where padding changes what the model draws. Deterministic for the same model,
+    prompts, batch size and seed.
     """
     from transformers import GenerationConfig
 
@@ -226,7 +239,10 @@ def generate_completions(
 def _parts(
     model: nn.Module, prompt_ids: Sequence[Sequence[int]], order: list[int], batch_size: int, pad_token_id: int
 ) -> list[list[int]]:
-    """`order`, by length, in batches. `generate` passes positions, so that only a padding that is seen all the same matters."""
+    """`order`, by length, in batches.
+
+    `generate` passes positions, so that only a padding that is seen all the same matters.
+    """
     lengths = [len(prompt_ids[i]) for i in order]
     padded = lengths[0] != lengths[-1]
     if padded and positions_matter(model, prompt_ids[order[-1]], pad_token_id).kind == "always":
@@ -238,7 +254,8 @@ def _parts(
 
 @contextmanager
 def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
-    # `generate` takes whatever is left open (a repetition penalty, min_p, stop strings) from the model's generation_config.
+    # `generate` takes whatever is left open (a repetition penalty, min_p, stop strings) from the
+    # model's generation_config.
     from transformers import GenerationConfig
 
     base: Any = innermost_model(model)
@@ -254,7 +271,8 @@ def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
 
 
 def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:
-    # Sampling from NaN ends in an error deep inside torch, on a GPU in one that takes the whole process along.
+    # Sampling from NaN ends in an error deep inside torch, on a GPU in one that takes the whole
+    # process along.
     ids = torch.tensor([list(prompt)], device=input_device(model))
     if bool(model(input_ids=ids).logits[:, -1].isnan().any()):
         raise UserError(
@@ -286,7 +304,9 @@ def draw(
     status: str,
     batch_size: int = 64,
 ) -> Rollouts:
-    """`completions_per_prompt` completions of each task row, in order, without looking at any reward."""
+    """`completions_per_prompt` completions of each task row, in order, without looking at any
+    reward.
+    """
     repeated = [row for row in rows for _ in range(completions_per_prompt)]
     ids = [
         tokens
@@ -312,10 +332,11 @@ def draw(
 
 
 def score(rollouts: Rollouts, reward_functions: Sequence[Callable[..., Any]], trainer_state: Any = None) -> Rollouts:
-    """The sequences with `reward`: the sum of the reward functions that judge a completion, called by TRL's contract; None where
-    none does.
+    """The sequences with `reward`: the sum of the reward functions that judge a completion, called
+    by TRL's contract; None where none does.
 
-    trainer_state: as the functions are to see it; see rl_training/tasks/reward_calls.py.
+    Args:
+        trainer_state: as the functions are to see it; see rl_training/tasks/reward_calls.py.
     """
     if not len(rollouts):
         return rollouts

@@ -1,4 +1,5 @@
-"""One training run from a configuration: model, task, trainer, probe, console; the run folder is what it leaves.
+"""One training run from a configuration: model, task, trainer, probe, console; the run folder is
+what it leaves.
 
 <output_dir>/config.yaml              resolved, replayable
 <output_dir>/checkpoint-<step>/       the Hugging Face Trainer's own, plus the sidecar entropy_experiments.json
@@ -67,7 +68,11 @@ def _dataset(task: Task) -> Dataset:
 
 
 def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
-    """TRL's arguments for a configuration. Raises UserError where the buffer does not divide into micro-batches."""
+    """TRL's arguments for a configuration.
+
+    Raises:
+        UserError: the buffer does not divide into micro-batches.
+    """
     processes = world_size()
     rollouts, optimizer, buffer, run = config.rollouts, config.optimizer, config.training_buffer, config.training
     sequences = rollouts.prompts_per_step * rollouts.completions_per_prompt
@@ -122,8 +127,9 @@ def run_training(config: TrainConfig, quiet: bool = False, resume: bool = False)
         resume: go on from the folder's newest checkpoint, or begin anew where it has none.
 
     Raises:
-        UserError: where the folder holds a run already (unless resuming) or something else, another process is training into it,
-            or the checkpoint to go on from is damaged, of another run or of other settings.
+        UserError: where the folder holds a run already (unless resuming) or something else, another
+            process is training into it, or the checkpoint to go on from is damaged, of another run
+            or of other settings.
     """
     folder = Path(config.training.output_dir)
     with run_folder_locked(folder), limited_templates():

@@ -1,4 +1,6 @@
-"""Hold a run's log against what its recorded sequences and checkpoints give, metric by metric and step by step."""
+"""Hold a run's log against what its recorded sequences and checkpoints give, metric by metric and
+step by step.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,16 @@ from rl_training.errors import UserError
 
 
 def audit_run(path: str | Path, device: str = "auto", steps: Sequence[int] | None = None, trust: bool = False) -> Audit:
-    """Audit the log of a run folder. steps: optimizer steps to look at, all by default. trust: whether the task that the record
-    names may open files and import, to score completions anew.
+    """Audit the log of a run folder.
 
-    Raises UserError where the folder holds no run, no log or no recorded sequences, or none of the wanted steps.
+    Args:
+        steps: optimizer steps to look at, all by default.
+        trust: whether the task that the record names may open files and import, to score
+            completions anew.
+
+    Raises:
+        UserError: the folder holds no run, no log or no recorded sequences, or none of the wanted
+            steps.
     """
     run = read_run(path)
     return audit_recorded(run, Policies(run, device), steps, trust)

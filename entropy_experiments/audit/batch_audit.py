@@ -47,7 +47,12 @@ def _batch_metrics(run: RecordedRun, names: Sequence[str]) -> dict[str, BatchDef
 def audit_batches(
     audit: Audit, run: RecordedRun, rows: Sequence[LoggedRow], wanted: Sequence[LoggedRow], trust: bool
 ) -> None:
-    """Adds findings, and notes on how rewards compare with their function. rows: all of the log; wanted: to be looked at."""
+    """Adds findings, and notes on how rewards compare with their function.
+
+    Args:
+        rows: all of the log.
+        wanted: to be looked at.
+    """
     names = sorted({name for row in rows for name in row.values})
     metrics, means = _batch_metrics(run, names), BatchMeans(run)
     written = rounding(rows, [*metrics, *(n for n in ("entropy", "kl") if n in names)])

@@ -1,7 +1,9 @@
-"""What a logged length or reward may be the mean of: a definition with one field for each choice, and its value at a step.
+"""What a logged length or reward may be the mean of: a definition with one field for each choice,
+and its value at a step.
 
-The definition with every field at its default is TRL's: one value for each call of the generator, over all sequences it returned
-before any selection, and the mean of these values since the last log.
+The definition with every field at its default is TRL's: one value for each call of the generator,
+over all sequences it returned before any selection, and the mean of these values since the last
+log.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class BatchDefinition(Definition):
     """Each field's values, and what each means in words, stand in `alternatives`."""
 
     of: str
-    """length, reward, reward:<n> (of function n), truncated, no_difference (1 for a group whose rewards are equal)."""
+    """length, reward, reward:<n> (of function n), truncated, no_difference (1 for a group whose
+    rewards are equal).
+    """
     statistic: str = "mean"
     sequences: str = "all"
     average: str = "rounds"
@@ -122,7 +126,9 @@ class BatchMeans:
         return float(np.mean(entries)) if entries else math.nan
 
     def grain(self, d: BatchDefinition, steps: range) -> float:
-        """Distance between neighbouring values that the metric could take; 0 where rewards are many-valued, or for a spread."""
+        """Distance between neighbouring values that the metric could take; 0 where rewards are
+        many-valued, or for a spread.
+        """
         rows = [s for step in steps for generated in self._run.record(step).rounds for s in generated]
         if d.statistic not in ("mean", "min", "max") or not rows:
             return 0.0
@@ -217,7 +223,9 @@ class BatchMeans:
 
 
 def _spread(rewards: Many[float]) -> float:
-    """0.0 where TRL finds no standard deviation in a group's rewards; of fewer than two it finds none that is zero."""
+    """0.0 where TRL finds no standard deviation in a group's rewards; of fewer than two it finds
+    none that is zero.
+    """
     known = np.array([r for r in rewards if not math.isnan(r)])
     if len(known) < 2:
         return 1.0
@@ -225,7 +233,11 @@ def _spread(rewards: Many[float]) -> float:
 
 
 def _statistic(name: str, groups: Many[Many[float]], zero_if_none: bool) -> float:
-    """Of values by group; groups are not empty. zero_if_none: TRL's length of terminated sequences where there are none."""
+    """Of values by group; groups are not empty.
+
+    Args:
+        zero_if_none: TRL's length of terminated sequences where there are none.
+    """
     values = np.array([v for group in groups for v in group])
     if not len(values):
         return 0.0 if zero_if_none else math.nan

@@ -1,9 +1,12 @@
-"""Which other definition gives the numbers that were logged: single changes first, then pairs, and nothing beyond what they show.
+"""Which other definition gives the numbers that were logged: single changes first, then pairs, and
+nothing beyond what they show.
 
-A change is a cause where it gives the logged value, within the number's own precision, at every window where log and
-recomputation differ, and gives another value there than the right definition does. Pairs are tried where no single change does.
-With many alternatives, or coarsely written numbers, some will agree by accident: how many to expect is estimated from how
-densely the alternatives lie around the logged value, and a cause that is no better than an accident is not named.
+A change is a cause where it gives the logged value, within the number's own precision, at every
+window where log and recomputation differ, and gives another value there than the right definition
+does. Pairs are tried where no single change does. With many alternatives, or coarsely written
+numbers, some will agree by accident: how many to expect is estimated from how densely the
+alternatives lie around the logged value, and a cause that is no better than an accident is not
+named.
 """
 
 from __future__ import annotations
@@ -25,8 +28,13 @@ _NEIGHBOURHOOD = 20  # tolerances, over which the density of alternatives is tak
 
 @dataclass(frozen=True)
 class Window:
-    """A logged number. right: recomputed by the definition that the trainer documents. tolerance: what precision explains.
-    grain: distance between neighbouring values that the number could take at all; 0 where it could take any.
+    """A logged number.
+
+    Attributes:
+        right: recomputed by the definition that the trainer documents.
+        tolerance: what precision explains.
+        grain: distance between neighbouring values that the number could take at all; 0 where it
+            could take any.
     """
 
     steps: range
@@ -42,7 +50,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Cause:
-    """changes: (field, value) against the right definition. values: what it gives at each window."""
+    """A definition that gives the logged values.
+
+    Attributes:
+        changes: (field, value) against the right definition.
+        values: what it gives at each window.
+    """
 
     changes: tuple[tuple[str, Any], ...]
     values: tuple[float, ...]
@@ -89,11 +102,15 @@ def find_causes(
     slack: Slack = exactly,
     pairs_too: bool = True,
 ) -> list[Cause]:
-    """Definitions that give all `windows` (each differs): none, one, or several that these numbers cannot tell apart. Whether
-    they are causes, `Cause.convincing` says.
+    """Definitions that give all `windows` (each differs): none, one, or several that these numbers
+    cannot tell apart.
 
-    alternatives: field -> values other than the right definition's. slack: further tolerance of a definition at some steps, for
-    what cannot be recomputed exactly.
+    Whether they are causes, `Cause.convincing` says.
+
+    Args:
+        alternatives: field -> values other than the right definition's.
+        slack: further tolerance of a definition at some steps, for what cannot be recomputed
+            exactly.
     """
     singles = [((name, v),) for name, choices in alternatives.items() for v in choices if getattr(right, name) != v]
     found = {changes: _values(right, changes, value, windows) for changes in singles}
@@ -145,7 +162,8 @@ def _explains(value: float, window: Window, slack: float) -> bool:
 def _accidents(values: Sequence[float], alternatives: Sequence[Sequence[float]], windows: Sequence[Window]) -> float:
     """Expected number of alternatives that come as close as `values` at every window by accident.
 
-    By how densely alternatives lie close to the logged value, and within the size of the difference to be explained.
+    By how densely alternatives lie close to the logged value, and within the size of the difference
+    to be explained.
     """
     chance = 1.0
     for place, window in enumerate(windows):
@@ -157,7 +175,8 @@ def _accidents(values: Sequence[float], alternatives: Sequence[Sequence[float]],
         others = [d for d in others if abs(d) > max(off, window.tolerance)]
         near = {round(d / (2 * unit)) for d in others if abs(d) <= _NEIGHBOURHOOD * unit}
         within = {round(d / (2 * unit)) for d in others if abs(d) <= size}
-        # Of a number with few possible values a single one is no evidence, however few alternatives happen to lie near it.
+        # Of a number with few possible values a single one is no evidence, however few alternatives
+        # happen to lie near it.
         least = 2.5 if window.grain > window.tolerance else 0.5
         chance *= min(1.0, max(len(near), least, len(within) * _NEIGHBOURHOOD * unit / size) / _NEIGHBOURHOOD)
     return chance

@@ -1,4 +1,6 @@
-"""An audit in lines for a person: a table of logged and recomputed values, then what could not be audited, then the verdict."""
+"""An audit in lines for a person: a table of logged and recomputed values, then what could not be
+audited, then the verdict.
+"""
 
 from __future__ import annotations
 

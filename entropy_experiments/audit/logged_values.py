@@ -1,4 +1,6 @@
-"""The trainer's log as an audit reads it: rows of averages over steps, and how finely each number was written."""
+"""The trainer's log as an audit reads it: rows of averages over steps, and how finely each number
+was written.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from entropy_experiments.text.numbers import as_number
 
 # A row of training metrics has one of these; rows of evaluation and the row at the end have none.
 _MARKS = ("entropy", "reward", "completions/mean_length")
-# A float32's or float64's own digits go further than this; fewer decimals in a whole column were rounded by somebody.
+# A float32's or float64's own digits go further than this; fewer decimals in a whole column were
+# rounded by somebody.
 _MOST_DECIMALS_OF_A_ROUNDED_LOG = 6
 
 
@@ -44,7 +47,9 @@ def logged_rows(log_history: Sequence[Mapping[str, Any]]) -> list[LoggedRow]:
 
 
 def rounding(rows: Sequence[LoggedRow], names: Sequence[str]) -> float:
-    """Half a unit of the last decimal that the columns `names` were written with; 0 where they have all of a float's digits."""
+    """Half a unit of the last decimal that the columns `names` were written with; 0 where they have
+    all of a float's digits.
+    """
     values = [row.values[name] for row in rows for name in names if name in row.values]
     decimals = max((_decimals(value) for value in values), default=_MOST_DECIMALS_OF_A_ROUNDED_LOG + 1)
     return 0.5 * 10.0**-decimals if decimals <= _MOST_DECIMALS_OF_A_ROUNDED_LOG else 0.0

@@ -1,8 +1,9 @@
-"""The policy after any number of steps of a run, and what it thinks of every token of recorded sequences.
+"""The policy after any number of steps of a run, and what it thinks of every token of recorded
+sequences.
 
-The forward passes here are the plain ones of a trainer (model(input_ids, attention_mask)), not those of entropy_core: an audit
-that shared code with what it checks would share its mistakes. Positions of padding and of foreign tokens get values as well,
-because a log may have counted them.
+The forward passes here are the plain ones of a trainer (model(input_ids, attention_mask)), not
+those of entropy_core: an audit that shared code with what it checks would share its mistakes.
+Positions of padding and of foreign tokens get values as well, because a log may have counted them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Of one sequence, by place in [prompt, completion, padding, one more]: place j holds what is predicted of token j from those
-    before it; place 0, which nothing predicts, is 0. Nats, float64.
+    """Of one sequence, by place in [prompt, completion, padding, one more]: place j holds what is
+    predicted of token j from those before it; place 0, which nothing predicts, is 0.
+
+    Nats, float64.
     """
 
     entropy: np.ndarray
@@ -51,7 +54,8 @@ Key = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 class Policies:
-    """Loads policies by the number of steps they have taken, one at a time, and remembers what they said.
+    """Loads policies by the number of steps they have taken, one at a time, and remembers what they
+    said.
 
     precision: "run" as the trainer computed, "float32", or "bf16" (autocast).
     """
@@ -84,7 +88,11 @@ class Policies:
         )
 
     def values(self, steps: int, precision: str, temperature: float, rows: Rows[Sequence]) -> list[TokenValues]:
-        """Of `rows` under the policy after `steps` steps. Raises UserError where that policy cannot be had."""
+        """Of `rows` under the policy after `steps` steps.
+
+        Raises:
+            UserError: that policy cannot be had.
+        """
         known = self._values.setdefault((steps, precision, temperature), {})
         missing = {k: r for r in rows if (k := _key(r)) not in known}
         if missing:
@@ -114,7 +122,9 @@ class Policies:
         return self._loaded[steps]
 
     def _make_room(self) -> None:
-        """Before another model needs the memory: of small models several are kept, of large ones none."""
+        """Before another model needs the memory: of small models several are kept, of large ones
+        none.
+        """
         sizes = {steps: sum(p.numel() * p.element_size() for p in m.parameters()) for steps, m in self._loaded.items()}
         while self._loaded and sum(sizes[steps] for steps in self._loaded) + max(sizes.values()) > _MODEL_BYTES:
             self._loaded.popitem(last=False)
@@ -184,7 +194,9 @@ def _has_adapter(folder: Path) -> bool:
 
 
 def _why_not_begun_at_base(folder: Path) -> str | None:
-    """LoRA begins at the base model, with its second factor at zero; other beginnings are not known from a checkpoint."""
+    """LoRA begins at the base model, with its second factor at zero; other beginnings are not known
+    from a checkpoint.
+    """
     adapter = examine_checkpoint(folder, with_optimizer=False).adapter
     assert adapter is not None
     config = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -234,7 +246,12 @@ def _places(row: Sequence) -> int:
 
 
 def _of_logits(logits: torch.Tensor, ids: torch.Tensor, temperature: float, places: int) -> TokenValues:
-    """logits: (l, V) of one row; ids: (l,)."""
+    """Token values of one row's logits.
+
+    Args:
+        logits: (l, V) of one row.
+        ids: (l,).
+    """
     full = logits if logits.dtype == torch.float64 else logits.float()
     logprobs = torch.log_softmax(full[: places - 1] / temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)  # a token that is ruled out adds nothing

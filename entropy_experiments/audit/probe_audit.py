@@ -15,14 +15,17 @@ from entropy_experiments.audit.verdicts import judge
 from rl_training.errors import UserError
 
 _FLOAT32 = 2e-5
-# Of a change of entropy, a small difference of large numbers whose weights are exponentials of sums over tokens.
+# Of a change of entropy, a small difference of large numbers whose weights are exponentials of sums
+# over tokens.
 _RELATIVE, _LEAST = 2e-3, 1e-5
 
 
 def audit_probe(
     audit: Audit, run: RecordedRun, rows: Sequence[LoggedRow], auditable: Sequence[LoggedRow], policies: Policies
 ) -> None:
-    """Adds findings on `entropy_probe/entropy`, `measured` and `measured_fixed_prefix`; says why there are none."""
+    """Adds findings on `entropy_probe/entropy`, `measured` and `measured_fixed_prefix`; says why
+    there are none.
+    """
     logged = [name for name in METRICS if any(f"entropy_probe/{name}" in row.values for row in auditable)]
     if not logged:
         return

@@ -1,8 +1,9 @@
-"""What the entropy probe logged of a step, recomputed: `entropy_probe/entropy`, `measured` and `measured_fixed_prefix`.
+"""What the entropy probe logged of a step, recomputed: `entropy_probe/entropy`, `measured` and
+`measured_fixed_prefix`.
 
-The probe watches some of the step's sequences before any was rejected, chosen by the run's seed, and weights them against the way
-prompts were drawn. Which ones is found again from the run's config.yaml; the logged `entropy_probe/weights_ess` says whether they
-are the right ones.
+The probe watches some of the step's sequences before any was rejected, chosen by the run's seed,
+and weights them against the way prompts were drawn. Which ones is found again from the run's
+config.yaml; the logged `entropy_probe/weights_ess` says whether they are the right ones.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ PROBE_ALTERNATIVES: dict[str, dict[Any, str]] = {
 
 
 class ProbeMeans:
-    """Values at steps. Raises UserError at once where a run does not say which sequences its probe watched."""
+    """Values at steps.
+
+    Raises UserError at once where a run does not say which sequences its probe watched.
+    """
 
     def __init__(self, run: RecordedRun, policies: Policies) -> None:
         path = run.folder / "config.yaml"
@@ -73,7 +77,9 @@ class ProbeMeans:
         self._run, self._policies, self._config = run, policies, config
 
     def weights_ess(self, step: int) -> float:
-        """Effective number of the watched sequences, to be compared with the logged one; NaN where nothing is recorded."""
+        """Effective number of the watched sequences, to be compared with the logged one; NaN where
+        nothing is recorded.
+        """
         rows = self._rows(step, "watched")
         return math.nan if not rows else float(1.0 / (_weights(rows, "drawn") ** 2).sum())
 

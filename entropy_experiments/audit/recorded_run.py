@@ -1,7 +1,9 @@
-"""What a run left behind that its log can be compared with: settings, sequences of every step, checkpoints, the log itself.
+"""What a run left behind that its log can be compared with: settings, sequences of every step,
+checkpoints, the log itself.
 
-Sequences come from `recorded_steps/` (rl_training.run.step_record), which any GRPOTrainer can write, or else from `rollouts/`,
-which the trainer of this project always writes and which does not say in which micro-batch a sequence was.
+Sequences come from `recorded_steps/` (rl_training.run.step_record), which any GRPOTrainer can
+write, or else from `rollouts/`, which the trainer of this project always writes and which does not
+say in which micro-batch a sequence was.
 """
 
 from __future__ import annotations
@@ -28,7 +30,12 @@ _HOW_TO_RECORD = (
 
 @dataclass(frozen=True)
 class Sequence:
-    """One recorded sequence. mask: which tokens of the completion count. width: columns of its padded micro-batch or round."""
+    """One recorded sequence.
+
+    Attributes:
+        mask: which tokens of the completion count.
+        width: columns of its padded micro-batch or round.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -48,8 +55,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. rounds: what each call of the generator returned. micro_batches: what was in the loss.
-    order_known: whether the micro-batches are those of the run (else all sequences of the loss are one).
+    """One optimizer step.
+
+    Attributes:
+        rounds: what each call of the generator returned.
+        micro_batches: what was in the loss.
+        order_known: whether the micro-batches are those of the run (else all sequences of the loss
+            are one).
     """
 
     step: int
@@ -61,7 +73,12 @@ class StepRecord:
 
 @dataclass
 class RecordedRun:
-    """A run folder. checkpoints: step -> folder. log: the longest log_history of its checkpoints."""
+    """A run folder.
+
+    Attributes:
+        checkpoints: step -> folder.
+        log: the longest log_history of its checkpoints.
+    """
 
     folder: Path
     settings: RunSettings
@@ -76,7 +93,9 @@ class RecordedRun:
 
 
 def read_run(path: str | Path) -> RecordedRun:
-    """Raises UserError for a folder that is no run, has no checkpoint with a log, or recorded no sequences."""
+    """Raises UserError for a folder that is no run, has no checkpoint with a log, or recorded no
+    sequences.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UserError(f"{folder} does not exist: name a run folder")

@@ -13,7 +13,12 @@ from entropy_experiments.audit.verdicts import AGREES, RECOMPUTED, Finding
 
 @dataclass
 class Audit:
-    """What was found. unaudited: what could not be compared with anything, and how to make it auditable, a line each."""
+    """What was found.
+
+    Attributes:
+        unaudited: what could not be compared with anything, and how to make it auditable, a line
+            each.
+    """
 
     run: Path
     findings: list[Finding] = field(default_factory=list)

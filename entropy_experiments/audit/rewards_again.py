@@ -1,4 +1,6 @@
-"""Score recorded completions anew: by the run's own reward function, and by the built-in ones that it might be mistaken for."""
+"""Score recorded completions anew: by the run's own reward function, and by the built-in ones that
+it might be mistaken for.
+"""
 
 from __future__ import annotations
 

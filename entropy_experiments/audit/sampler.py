@@ -1,4 +1,6 @@
-"""Whether completions come from the softmax they are scored by: their own account, and what the generator said of them."""
+"""Whether completions come from the softmax they are scored by: their own account, and what the
+generator said of them.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,16 @@ from rl_training.premises.surprisal_check import SurprisalCheck
 
 SAMPLER_DEFINITION = TokenDefinition("surprisal", sequences="generated", average="tokens")
 SAMPLER_METRIC = "surprisal by the sampler's own log-probabilities"
-# An engine of its own (vLLM) computes in half precision by other kernels: nats per token that this explains.
+# An engine of its own (vLLM) computes in half precision by other kernels: nats per token that this
+# explains.
 _OTHER_ENGINE = 5e-3
 
 
 def check_sampler(run: RecordedRun, policies: Policies, rows: list[LoggedRow]) -> tuple[list[Finding], list[str]]:
     """(a finding where the tokens do not follow the softmax, notes).
 
-    Surprisal and entropy of drawn tokens have the same mean where they do (rl_training.premises.surprisal_check).
+    Surprisal and entropy of drawn tokens have the same mean where they do
+    (rl_training.premises.surprisal_check).
     """
     check, surprisal, entropy = SurprisalCheck(), 0.0, 0.0
     for step in sorted({step for row in rows for step in row.steps}):
@@ -58,7 +62,9 @@ def check_sampler(run: RecordedRun, policies: Policies, rows: list[LoggedRow]) -
 
 
 def sampler_windows(run: RecordedRun, means: TokenMeans, rows: list[LoggedRow]) -> list[Window]:
-    """Mean surprisal by recorded log-probabilities of the generator, beside the policy's; none where it recorded none."""
+    """Mean surprisal by recorded log-probabilities of the generator, beside the policy's; none
+    where it recorded none.
+    """
     windows = []
     for row in rows:
         drawn = [s for step in row.steps for generated in run.record(step).rounds for s in generated]

@@ -1,4 +1,6 @@
-"""The temperature at which entropy would be what was logged, kept where it is a round number or the same at several steps."""
+"""The temperature at which entropy would be what was logged, kept where it is a round number or the
+same at several steps.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ _CLEAR = 10.0  # tolerances
 def solve_temperature(
     right: TokenDefinition, value: Callable[[TokenDefinition, range], float], windows: Sequence[Window]
 ) -> float | None:
-    """A temperature that gives the logged value at every window: of two decimals, or else solved for where two windows or more
-    agree on it and no smaller story fits them. None where there is none.
+    """A temperature that gives the logged value at every window: of two decimals, or else solved
+    for where two windows or more agree on it and no smaller story fits them.
+
+    None where there is none.
     """
     if not windows or right.quantity != "entropy":
         return None
@@ -41,7 +45,9 @@ def solve_temperature(
 
 
 def _tells(windows: Sequence[Window]) -> bool:
-    """Whether the numbers say more than one free parameter: a temperature fits any one of them, and any small constant error."""
+    """Whether the numbers say more than one free parameter: a temperature fits any one of them, and
+    any small constant error.
+    """
     off = [w.logged - w.right for w in windows]
     coarse = max(w.tolerance for w in windows)
     return len(windows) > 1 and max(off) - min(off) > _CLEAR * coarse and min(map(abs, off)) > _CLEAR * coarse

@@ -1,4 +1,6 @@
-"""Entropy, KL and the sampler of a log checked against the recorded tokens under the run's own policies."""
+"""Entropy, KL and the sampler of a log checked against the recorded tokens under the run's own
+policies.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,11 @@ _SHOWN = {
 def audit_tokens(
     audit: Audit, run: RecordedRun, rows: Sequence[LoggedRow], wanted: Sequence[LoggedRow], policies: Policies
 ) -> list[LoggedRow]:
-    """Adds findings, notes, and what could not be audited. rows: all of the log; wanted: to be looked at. Returns the rows whose
-    policies can be had.
+    """Adds findings, notes, and what could not be audited.
+
+    Args:
+        rows: all of the log.
+        wanted: to be looked at. Returns the rows whose policies can be had.
     """
     means = TokenMeans(run, policies)
     precision = TokenPrecision(run, policies, means)
@@ -87,7 +92,9 @@ def audit_tokens(
 
 
 def _say_what_the_loss_leaves_out(audit: Audit) -> None:
-    """TRL's entropy is of the loss; where filtering or masking makes that another number than the policy's, say so."""
+    """TRL's entropy is of the loss; where filtering or masking makes that another number than the
+    policy's, say so.
+    """
     whole = {f.step: f.recomputed for f in audit.findings if f.metric == ENTROPY_OF_ALL}
     gaps = {f.step: whole[f.step] - f.recomputed for f in audit.findings if f.metric == "entropy" and f.step in whole}
     if not gaps:

@@ -1,7 +1,9 @@
-"""What a logged mean over tokens may be the mean of: a definition with one field for each choice, and its value at a step.
+"""What a logged mean over tokens may be the mean of: a definition with one field for each choice,
+and its value at a step.
 
-The definition with every field at its default is TRL's: entropy at the sampling temperature, of the tokens in the loss, under the
-policy that the step began with, averaged over the tokens of a micro-batch and then over micro-batches.
+The definition with every field at its default is TRL's: entropy at the sampling temperature, of the
+tokens in the loss, under the policy that the step began with, averaged over the tokens of a
+micro-batch and then over micro-batches.
 """
 
 from __future__ import annotations
@@ -125,7 +127,11 @@ class TokenMeans:
                     self._informative |= {(s.prompt_ids, s.completion_ids) for s in group}
 
     def value(self, definition: TokenDefinition, steps: range) -> float:
-        """NaN where the definition has no value there. Raises UserError where a policy cannot be had."""
+        """NaN where the definition has no value there.
+
+        Raises:
+            UserError: a policy cannot be had.
+        """
         parts: list[list[tuple[float, float]]] = []
         for step in steps:
             record = self._run.record(step + definition.lag) if step + definition.lag >= 1 else None

@@ -1,4 +1,6 @@
-"""How far a mean over tokens can be recomputed: rounding of half-precision passes, and an unknown order of micro-batches."""
+"""How far a mean over tokens can be recomputed: rounding of half-precision passes, and an unknown
+order of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,18 @@ class TokenPrecision:
         return noise + self._order(steps, right)
 
     def slack(self, definition: TokenDefinition, steps: range) -> float:
-        """Of an alternative: two bfloat16 computations of one number differ by so much, and two orders of its sequences."""
+        """Of an alternative: two bfloat16 computations of one number differ by so much, and two
+        orders of its sequences.
+        """
         order = self._order(steps, definition) if definition.sequences == "loss" else 0.0
         if definition.precision in ("run", "float32"):
             return order
         return order + self.noise(steps, replace(definition, precision="run"), definition)
 
     def noise(self, steps: range, fine: TokenDefinition, coarse: TokenDefinition) -> float:
-        """From how much single tokens change between two precisions: the spread of their mean, without its shift."""
+        """From how much single tokens change between two precisions: the spread of their mean,
+        without its shift.
+        """
         changes = []
         for step in steps:
             for row in (s for batch in self._run.record(step).micro_batches for s in batch):
@@ -48,7 +54,9 @@ class TokenPrecision:
         return _REACH * float(found.std()) * math.sqrt(2 / len(found)) if len(found) else 0.0
 
     def _order(self, steps: range, definition: TokenDefinition) -> float:
-        """Spread of the mean of micro-batches' means over orders of the sequences, where the order is not known."""
+        """Spread of the mean of micro-batches' means over orders of the sequences, where the order
+        is not known.
+        """
         if definition.lag or definition.average not in ("micro_batches", "sequences", "completions"):
             return 0.0
         variance = 0.0

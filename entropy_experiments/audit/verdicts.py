@@ -1,4 +1,6 @@
-"""What is said of each logged number: that it agrees, differs for a named cause, or differs unexplained."""
+"""What is said of each logged number: that it agrees, differs for a named cause, or differs
+unexplained.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ _MOST_HINTS = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One logged number. why: the cause where it differs, or what to know where it agrees. status: see the constants above."""
+    """One logged number.
+
+    Attributes:
+        why: the cause where it differs, or what to know where it agrees.
+        status: see the constants above.
+    """
 
     metric: str
     first_step: int
@@ -44,8 +51,11 @@ def judge(
 ) -> list[Finding]:
     """What to say of each window.
 
-    right, choices: the documented definition and, by field, the values of others. value: (definition, steps) -> number.
-    slack: see `find_causes`. say: changes in words.
+    Args:
+        right, choices: the documented definition and, by field, the values of others.
+        value: (definition, steps) -> number.
+        slack: see `find_causes`.
+        say: changes in words.
     """
     listed = {key: list(values) for key, values in choices.items()}
     differing = [w for w in windows if w.differs]
@@ -69,8 +79,8 @@ def _explain(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """(causes, what would explain single numbers), by the last step of the window.
 
-    A cause is one for all numbers that differ; else for most of them, each of which it explains alone. What fits a few is no
-    cause: with so many alternatives something always fits somewhere.
+    A cause is one for all numbers that differ; else for most of them, each of which it explains
+    alone. What fits a few is no cause: with so many alternatives something always fits somewhere.
     """
     if (swapped := _permuted(differing)) is not None:
         return swapped, {}

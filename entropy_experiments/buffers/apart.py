@@ -1,4 +1,6 @@
-"""Whether the two sides of an analysis are apart: no prompt in both unasked, and no sequence that stands for the policy."""
+"""Whether the two sides of an analysis are apart: no prompt in both unasked, and no sequence that
+stands for the policy.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def require_other_prompts(rows: Sequence[dict[str, Any]], training: Rollouts, sa
 
 
 def require_other_sequences(evaluation: Rollouts, training: Rollouts, sampling: BuffersConfig) -> None:
-    """Raises UserError where given rows have the columns' prompts unasked, or are the columns and stand for the policy."""
+    """Raises UserError where given rows have the columns' prompts unasked, or are the columns and
+    stand for the policy.
+    """
     if sampling.eval_sequences_path is None:
         return
     if not sampling.same_prompts and (

@@ -1,16 +1,18 @@
-"""Sequences that the user gives as rows or columns of the kernel: a JSONL file, or each prompt's reference completion.
+"""Sequences that the user gives as rows or columns of the kernel: a JSONL file, or each prompt's
+reference completion.
 
     {"prompt": text or messages, "completion": text, "prompt_index": number, "reward": number, "weight": number}
 
-The last three are optional. A completion in which the policy did not write everything is a list of segments, such as
+The last three are optional. A completion in which the policy did not write everything is a list of
+segments, such as
 
     [{"text": "I call the tool."}, {"text": "Its result.", "drawn": false}, {"text": "So it is 4."}]
 
-Segments that were not drawn are conditioned on, never scored. They are taken as they are: each becomes tokens by itself, an
-end-of-sequence token may stand between them, and nothing is cut. Prompts become what the task's prompts become (a text is the
-user's message, the task's system prompt goes before it), completions are closed by an end-of-sequence token and cut where the
-sampler would have cut them.
-See docs/guides/analysis.md.
+Segments that were not drawn are conditioned on, never scored. They are taken as they are: each
+becomes tokens by itself, an end-of-sequence token may stand between them, and nothing is cut.
+Prompts become what the task's prompts become (a text is the user's message, the task's system
+prompt goes before it), completions are closed by an end-of-sequence token and cut where the sampler
+would have cut them. See docs/guides/analysis.md.
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ _REASONS_SHOWN, _NUMBERS_SHOWN = 5, 40
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSequence:
-    """One line: chat messages (the last one the user's), the completion's text, and what else the line says. segments: (text,
-    whether the policy drew it) of a completion that was given in several.
+    """One line: chat messages (the last one the user's), the completion's text, and what else the
+    line says.
+
+    Attributes:
+        segments: (text, whether the policy drew it) of a completion that was given in several.
     """
 
     line: int
@@ -51,9 +56,11 @@ class CustomSequence:
 
 @dataclass
 class PromptNumbers:
-    """Which number a prompt goes by: the task's own where it is one of the task's prompts, else the file's or a new one.
+    """The number of a prompt: the task's own where it is one of the task's prompts, else the
+    file's or a new one.
 
-    One object numbers the prompts of both buffers, so that the same prompt has the same number on both sides.
+    One object numbers the prompts of both buffers, so that the same prompt has the same number on
+    both sides.
     """
 
     task_rows: list[dict[str, Any]]
@@ -69,7 +76,8 @@ class PromptNumbers:
     def rows(self, path: Path, sequences: Sequence[CustomSequence]) -> list[dict[str, Any]]:
         """A task row for each sequence. Sequences that a file gives one number count as one prompt.
 
-        Raises UserError, naming the lines, where a number is another prompt's of the task, or one prompt has two numbers.
+        Raises UserError, naming the lines, where a number is another prompt's of the task, or one
+        prompt has two numbers.
         """
         mistakes: dict[int, str] = {}
         for s in sequences:
@@ -90,7 +98,7 @@ class PromptNumbers:
         ]
 
     def number(self, key: str) -> int:
-        """The number of a prompt that is none of the task's, by whatever tells it from others."""
+        """The number of a prompt that the task does not have; `key` identifies it."""
         if key not in self._number_of:
             self._highest += 1
             self._number_of[key], self._owner_of[self._highest] = self._highest, key
@@ -104,8 +112,9 @@ def _key(messages: Any) -> str:
 def read_custom_sequences(path: str | Path, system_prompt: str | None = None) -> list[CustomSequence]:
     """The sequences of a JSONL file, blank lines left out.
 
-    Raises UserError for a file that cannot be read or is empty, and for bad lines: all of them by number, the first few with
-    what is wrong; also where only some lines have a reward or a weight.
+    Raises:
+        UserError: a file that cannot be read or is empty, and for bad lines: all of them by number,
+            the first few with what is wrong; also where only some lines have a reward or a weight.
     """
     file = regular_file(path, str(path))
     try:
@@ -136,7 +145,9 @@ def read_custom_sequences(path: str | Path, system_prompt: str | None = None) ->
 
 
 def refuse_lines(path: Path, mistakes: dict[int, str]) -> None:
-    """Raises UserError where there are mistakes: every line by its number, the first few with their reasons."""
+    """Raises UserError where there are mistakes: every line by its number, the first few with their
+    reasons.
+    """
     if not mistakes:
         return
     numbers = sorted(mistakes)
@@ -221,8 +232,8 @@ def _messages(prompt: Any, system_prompt: str | None) -> list[dict[str, str]]:
 
 
 def as_sampled(tokenizer: Any, completion: str, sampling_config: SamplingConfig) -> list[int]:
-    """The text as tokens of a completion: up to its first end-of-sequence token, one added where it has none, and cut at the
-    sampling configuration's maximum length.
+    """The text as tokens of a completion: up to its first end-of-sequence token, one added where it
+    has none, and cut at the sampling configuration's maximum length.
     """
     tokens = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     ends = [k for k, token in enumerate(tokens) if token in sampling_config.eos_token_ids]
@@ -235,7 +246,9 @@ def as_sampled(tokenizer: Any, completion: str, sampling_config: SamplingConfig)
 def segments_as_tokens(
     tokenizer: Any, segments: Sequence[tuple[str, bool]], sampling_config: SamplingConfig
 ) -> tuple[list[int], list[bool]]:
-    """(tokens, which of them were drawn): each segment's own, closed by an end-of-sequence token where the last one was drawn."""
+    """(tokens, which of them were drawn): each segment's own, closed by an end-of-sequence token
+    where the last one was drawn.
+    """
     ids: list[int] = []
     drawn: list[bool] = []
     for text, own in segments:
@@ -261,7 +274,9 @@ def given_rollouts(
 ) -> Rollouts:
     """Completions that were given, not drawn, in the form of rollouts: one for each task row.
 
-    segments: of completions that the policy did not write alone; None (of one, or of all) where it did.
+    Args:
+        segments: of completions that the policy did not write alone; None (of one, or of all) where
+            it did.
     """
     ids, drawn = [], []
     for text, parts in zip(completions, segments or [None] * len(completions), strict=True):
@@ -276,7 +291,8 @@ def given_rollouts(
     whole = tokenizer.batch_decode(
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions], skip_special_tokens=True
     )
-    # decoding need not give back a text to the letter; where nothing was cut off, the text itself is shown
+    # decoding need not give back a text to the letter; where nothing was cut off, the text itself
+    # is shown
     shown = [t if d == w else d for t, d, w in zip(completions, decoded, whole, strict=True)]
     prompts = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], plan.sampling_config.rendering)
     rollouts = Rollouts(tuple(RolloutSequence(tuple(p), tuple(c)) for p, c in zip(prompts, ids, strict=True)))
@@ -294,7 +310,8 @@ def given_rollouts(
 def reference_rollouts(tokenizer: Any, rows: Sequence[dict[str, Any]], plan: SamplingPlan, status: str) -> Rollouts:
     """Each row's own answer as its completion.
 
-    Raises UserError where the task names no single answer.
+    Raises:
+        UserError: the task names no single answer.
     """
     without = [row["prompt_index"] for row in rows if not str(row.get("answer", "")).strip()]
     if without:

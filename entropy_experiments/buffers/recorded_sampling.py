@@ -1,7 +1,9 @@
-"""What a checkpoint's record says of how completions came about, checked against what an analysis would do.
+"""What a checkpoint's record says of how completions came about, checked against what an analysis
+would do.
 
-An analysis draws from softmax(logits / T), behind prompts that the checkpoint's tokenizer renders. A run whose generator did
-anything else, or whose prompts were rendered otherwise, is another policy on other data: refused by name, with what to do.
+An analysis draws from softmax(logits / T), behind prompts that the checkpoint's tokenizer renders.
+A run whose generator did anything else, or whose prompts were rendered otherwise, is another policy
+on other data: refused by name, with what to do.
 """
 
 from __future__ import annotations
@@ -62,9 +64,10 @@ def recorded_sampling(sampling: SidecarSampling) -> list[str]:
 
 
 def refuse_another_distribution(checkpoint: Checkpoint) -> None:
-    """Raises UserError where the run drew from another distribution, or with another chat template than the checkpoint's.
+    """Raises UserError where the run drew from another distribution, or with another chat template
+    than the checkpoint's.
 
-    An image token that TRL never drew is let pass: here it is drawn as often as the policy would.
+    An image token that TRL never drew is allowed: here it is drawn as often as the policy would.
     """
     sidecar, folder = checkpoint.record.sidecar, checkpoint.record.path
     if sidecar is None:
@@ -88,9 +91,11 @@ def refuse_another_distribution(checkpoint: Checkpoint) -> None:
 
 
 def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig, task: Task) -> None:
-    """Hold the task's prompts, rendered here, against those recorded with the run's step, where they are recorded.
+    """Hold the task's prompts, rendered here, against those recorded with the run's step, where
+    they are recorded.
 
-    Raises UserError where tokens differ.
+    Raises:
+        UserError: tokens differ.
     """
     record = checkpoint.record
     if record.sidecar is None or not rollouts_path(record.run_dir, record.step).exists():
@@ -111,7 +116,9 @@ def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig
 
 
 def sampling_in_words(folder: Path, sampling: SidecarSampling) -> list[str]:
-    """Like `recorded_sampling`, with a line on whether the folder's own tokenizer files still hold the run's template."""
+    """Like `recorded_sampling`, with a line on whether the folder's own tokenizer files still hold
+    the run's template.
+    """
     lines = recorded_sampling(sampling)
     template = folder / "chat_template.jinja"
     if (

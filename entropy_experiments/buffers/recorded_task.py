@@ -1,4 +1,6 @@
-"""The task of an analysis: the user's own, or the one that the checkpoint's record names as far as a stranger may name it."""
+"""The task of an analysis: the user's own, or the one that the checkpoint's record names as far as
+a stranger may name it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ from rl_training.tasks.trust import REMEDY, why_trust_is_needed
 def task_of_analysis(sidecar: Sidecar | None, config: FisherAnalysisConfig, trust: bool) -> TaskConfig | None:
     """The configured task, else the record's; None where there is none and both buffers are files.
 
-    trust: what the user said of whoever made the checkpoint (`--trust`); nothing in a checkpoint can set it. Opens and imports
-    nothing. Raises UserError where the record names what it may not, or where there is no task and one is needed.
+    Args:
+        trust: what the user said of whoever made the checkpoint (`--trust`); nothing in a
+            checkpoint can set it. Opens and imports nothing.
+
+    Raises:
+        UserError: the record names what it may not, or where there is no task and one is needed.
     """
     if config.checkpoint.task is not None:
         return config.checkpoint.task
@@ -37,7 +43,9 @@ def task_of_analysis(sidecar: Sidecar | None, config: FisherAnalysisConfig, trus
 
 
 def refuse_distrusted(sidecar: Sidecar | None, config: FisherAnalysisConfig, trust: bool) -> None:
-    """Raises UserError where the analysis would take the record's task, and that names what a stranger may not name."""
+    """Raises UserError where the analysis would take the record's task, and that names what a
+    stranger may not name.
+    """
     if trust or sidecar is None or sidecar.task is None or config.checkpoint.task is not None:
         return
     reason = why_trust_is_needed(sidecar.task)
@@ -46,7 +54,10 @@ def refuse_distrusted(sidecar: Sidecar | None, config: FisherAnalysisConfig, tru
 
 
 def check_trust(checkpoint_path: str | Path, config: FisherAnalysisConfig, trust: bool) -> None:
-    """`refuse_distrusted` before anything is loaded. What else is wrong with the checkpoint is for whoever loads it to say."""
+    """`refuse_distrusted` before anything is loaded.
+
+    Other faults of the checkpoint are found when it is loaded.
+    """
     try:
         sidecar = read_sidecar(resolve_checkpoint(checkpoint_path))
     except UserError:
@@ -60,7 +71,9 @@ def _is_needed(config: FisherAnalysisConfig) -> bool:
 
 
 def trainer_state_of(record: CheckpointRecord, task: TaskConfig | None) -> Any:
-    """What TRL would hand a user's reward function as `trainer_state` in the step after the checkpoint; None without."""
+    """What TRL would hand a user's reward function as `trainer_state` in the step after the
+    checkpoint; None without.
+    """
     if task is None or task.reward in BUILT_IN_REWARDS or not (record.path / "trainer_state.json").exists():
         return None
     from transformers import TrainerState

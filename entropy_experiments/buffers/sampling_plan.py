@@ -1,4 +1,6 @@
-"""The task, the sampling configuration and the group size that both buffers of an analysis are drawn with."""
+"""The task, the sampling configuration and the group size that both buffers of an analysis are
+drawn with.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ _NO_TASK = Task(name="none", train=[], heldout=[], reward_functions=[], origin="
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What the run's record and the configuration say together. system_prompt: the task's, before every prompt."""
+    """What the run's record and the configuration say together.
+
+    Attributes:
+        system_prompt: the task's, before every prompt.
+    """
 
     task: Task
     sampling_config: SamplingConfig
@@ -34,10 +40,16 @@ class SamplingPlan:
 
 
 def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: bool = False) -> SamplingPlan:
-    """Put together the run's record and the configuration's overrides. trust: see `task_of_analysis`.
+    """Put together the run's record and the configuration's overrides.
 
-    Raises UserError where neither says what is needed, or where a temperature is given that the run did not train at. No
-    task is needed where both buffers are files that the user gives.
+    No task is needed where both buffers are files that the user gives.
+
+    Args:
+        trust: see `task_of_analysis`.
+
+    Raises:
+        UserError: neither says what is needed, or where a temperature is given that the run did not
+            train at.
     """
     sidecar, sampling = checkpoint.record.sidecar, config.entropy_analysis.sampling
     task_config = task_of_analysis(sidecar, config, trust)

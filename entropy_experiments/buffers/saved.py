@@ -1,10 +1,12 @@
-"""Buffers out of what a run recorded of its own steps, nothing drawn anew: `train_prompts=from_run`, `eval_prompts=from_run`.
+"""Buffers out of what a run recorded of its own steps, nothing drawn anew:
+`train_prompts=from_run`, `eval_prompts=from_run`.
 
     training      what the checkpoint's step s trained on, with the run's own weights
     evaluation    what step s + 1 drew before any group was rejected: those sequences come from the checkpoint's own policy
 
-The only buffers there are for a run whose completions were written by more than the policy (tools, an environment): an analysis
-cannot run these. Evaluation prompts are those of the run, which draws them by difficulty; see docs/guides/analysis.md.
+The only buffers there are for a run whose completions were written by more than the policy (tools,
+an environment): an analysis cannot run these. Evaluation prompts are those of the run, which draws
+them by difficulty; see docs/guides/analysis.md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _REMEDY = (
 
 
 def refuse_drawing(checkpoint: Checkpoint, sampling: BuffersConfig) -> None:
-    """Raises UserError where a buffer is to be drawn and the run's completions were not the policy's alone."""
+    """Raises UserError where a buffer is to be drawn and the run's completions were not the
+    policy's alone.
+    """
     sidecar = checkpoint.record.sidecar
     if sidecar is None or sidecar.sampling.environment is None:
         return
@@ -59,9 +63,11 @@ def refuse_foreign(training: Rollouts, sampling: BuffersConfig) -> None:
 
 
 def recorded_training(run_dir: Path, step: int, plan: SamplingPlan) -> tuple[Rollouts, list[RolloutSequence]]:
-    """(the sequences that step trained on, fillers included, with their weights; all that it recorded).
+    """(the sequences that step trained on, fillers included, with their weights; all that it
+    recorded).
 
-    Raises UserError where it recorded none.
+    Raises:
+        UserError: it recorded none.
     """
     recorded = read_rollouts(run_dir, step)
     kept = [s for s in recorded if s.status != "rejected" and s.length]
@@ -71,9 +77,11 @@ def recorded_training(run_dir: Path, step: int, plan: SamplingPlan) -> tuple[Rol
 def recorded_evaluation(
     checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, keep_out: Collection[int]
 ) -> Rollouts:
-    """Up to eval_batch_size sequences of the next step's first round: of prompts at random, none of `keep_out`.
+    """Up to eval_batch_size sequences of the next step's first round: of prompts at random, none of
+    `keep_out`.
 
-    Raises UserError where the next step was not recorded, or has other prompts' sequences alone.
+    Raises:
+        UserError: the next step was not recorded, or has other prompts' sequences alone.
     """
     record, settings = checkpoint.record, config.entropy_analysis
     step = record.step + 1
@@ -118,7 +126,8 @@ def refuse_other_vocabulary(checkpoint: Checkpoint, rollouts: Rollouts) -> None:
 def with_prompts(recorded: Sequence[RolloutSequence], task: Task) -> Rollouts:
     """Recorded sequences with the task's rows, which a run does not record.
 
-    Raises UserError for a prompt that is none of them.
+    Raises:
+        UserError: a prompt that the task does not have.
     """
     known = {row["prompt_index"]: row for row in [*task.train, *task.heldout]}
     unknown = next((s for s in recorded if s.prompt_index not in known), None)

@@ -1,8 +1,10 @@
-"""`analyze --dry-run`: bytes, passes and seconds of every stage of an analysis, before any of them runs.
+"""`analyze --dry-run`: bytes, passes and seconds of every stage of an analysis, before any of them
+runs.
 
-A pilot of a few sequences is drawn from the checkpoint and timed (entropy_experiments.forecast.pilot). Seconds of a stage are
-the pilot's rates times the sequences of the stage; how many these are, the configuration says, the run's record of rejected
-groups, and the plan of the kernel.
+A pilot of a few sequences is drawn from the checkpoint and timed
+(entropy_experiments.forecast.pilot). Seconds of a stage are the pilot's rates times the sequences
+of the stage; how many these are, the configuration says, the run's record of rejected groups, and
+the plan of the kernel.
 """
 
 from __future__ import annotations
@@ -26,13 +28,18 @@ from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
 
 _GIB = 2**30
-# Memory that glibc's allocator takes for a graph, over what the graph keeps: 1.4 to 1.9 were seen (holes between tensors).
+# Memory that glibc's allocator takes for a graph, over what the graph keeps: 1.4 to 1.9 were seen
+# (holes between tensors).
 _ALLOCATOR = 1.6
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """passes: sequences through the model (forward, with or without backward)."""
+    """What one stage will take.
+
+    Attributes:
+        passes: sequences through the model (forward, with or without backward).
+    """
 
     name: str
     passes: int
@@ -41,8 +48,12 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """memory: the process's peak, bytes; disk: the gradient store and the results' kernels, bytes. rows: "hooks" or "loop", and
-    why the latter.
+    """What an analysis will take.
+
+    Attributes:
+        memory: the process's peak, bytes.
+        disk: the gradient store and the results' kernels, bytes.
+        rows: "hooks" or "loop", and why the latter.
     """
 
     plan: KernelPlan
@@ -82,9 +93,13 @@ class Forecast:
 
 
 def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig, trust: bool = False) -> Forecast:
-    """Load the checkpoint, time a pilot, and say what the analysis will take. Nothing is written. trust: as in the analysis.
+    """Load the checkpoint, time a pilot, and say what the analysis will take. Nothing is written.
 
-    Raises UserError for bad input, as the analysis would.
+    Args:
+        trust: as in the analysis.
+
+    Raises:
+        UserError: bad input, as the analysis would.
     """
     check_trust(checkpoint_path, config, trust)
     begun = time.perf_counter()
@@ -150,7 +165,8 @@ def _stages(
 
     tiles = -(-n_train // plan.tile) if plan.strategy == "tiles" else 1
     out = []
-    # rows (formed once more for every tile), the gradient by autograd as a check, and the training side's statistics
+    # rows (formed once more for every tile), the gradient by autograd as a check, and the training
+    # side's statistics
     formed = n_train if plan.strategy != "tiles" else 32
     checked = n_train if plan.strategy == "memory" else 32
     seconds = training.seconds(formed + checked, 1) + training.seconds(n_train, 0)
@@ -162,7 +178,8 @@ def _stages(
     if kernel.save_gradients:
         out.append(passes("storing the evaluation gradients", n_eval, 2))
     if kernel.compute_full:
-        # and the gradients of entropy that shares rest on, from one more pass over the evaluation side
+        # and the gradients of entropy that shares rest on, from one more pass over the evaluation
+        # side
         seconds = training.seconds(n_train * tiles, 2) + training.seconds(anew, 1) + evaluation.seconds(n_eval, 2)
         out.append(StageForecast("the training buffer's own kernel", n_train * tiles + anew + n_eval, seconds))
         out.append(passes("checking the kernel against finite differences", 2 * min(16, n_eval), 0))

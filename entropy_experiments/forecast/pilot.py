@@ -1,10 +1,12 @@
-"""What a forecast of an analysis is measured on: a few sequences drawn from the checkpoint, passed, and timed.
+"""What a forecast of an analysis is measured on: a few sequences drawn from the checkpoint, passed,
+and timed.
 
     drawing n completions       prompts * (seconds of a forward pass) + steps * (a + b n),    steps = the longest of them
     passing n sequences         n * (forward + backward passes * backward)
 
-a, b come from two drawings of different size; the longest of n completions from the lengths that the run recorded. The
-training side is passed as groups that share their prompts, the evaluation side as it will be drawn.
+a, b come from two drawings of different size; the longest of n completions from the lengths that
+the run recorded. The training side is passed as groups that share their prompts, the evaluation
+side as it will be drawn.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ _DRAWN_AT_A_TIME = 64  # as in rl_training.sampling
 
 @dataclass(frozen=True)
 class PassRates:
-    """Seconds a sequence of one side takes: forward without and with a graph, each backward pass, and a pass in forward mode
-    (values and derivatives at once); tokens: its length.
+    """Seconds a sequence of one side takes: forward without and with a graph, each backward pass,
+    and a pass in forward mode (values and derivatives at once); tokens: its length.
     """
 
     forward: float
@@ -77,7 +79,13 @@ class PassRates:
 
 @dataclass(frozen=True)
 class DrawingRates:
-    """prefill: seconds of a prompt; fixed, each: of a step, and of a sequence in a step; lengths: of completions, recorded."""
+    """What drawing completions takes, from a few drawings.
+
+    Attributes:
+        prefill: seconds of a prompt.
+        fixed, each: of a step, and of a sequence in a step.
+        lengths: of completions, recorded.
+    """
 
     prefill: float
     fixed: float
@@ -103,8 +111,12 @@ class DrawingRates:
 
 @dataclass(frozen=True)
 class Pilot:
-    """kept: share of the completions generated whose groups were kept. pass_bytes: of a token in a pass with its graph.
-    rows: how gradient rows were formed.
+    """What a few timed passes and drawings tell of an analysis.
+
+    Attributes:
+        kept: share of the completions generated whose groups were kept.
+        pass_bytes: of a token in a pass with its graph.
+        rows: how gradient rows were formed.
     """
 
     training: PassRates
@@ -117,7 +129,11 @@ class Pilot:
 
 @dataclass(frozen=True)
 class GivenBuffers:
-    """Sides that are not drawn: sequences that the user gives, reference completions, the run's own buffer. None: drawn."""
+    """Sides that are not drawn: sequences that the user gives, reference completions, the run's own
+    buffer.
+
+    None: drawn.
+    """
 
     evaluation: Rollouts | None
     training: Rollouts | None
@@ -229,8 +245,9 @@ def _drawing_rates(
 
 
 def more_of_the_kind(batch: SequenceBatch, count: int) -> SequenceBatch:
-    """At least as many sequences as `count`, right-padded: the batch's, then copies of their lengths, groups and common beginning
-    with other tokens, so that they share in a pass what so many sequences would.
+    """At least as many sequences as `count`, right-padded: the batch's, then copies of their
+    lengths, groups and common beginning with other tokens, so that they share in a pass what so
+    many sequences would.
     """
     n, copies = len(batch), max(1, -(-count // len(batch)))
     first, prompts = batch.prompt_index.unique(return_inverse=True)
@@ -294,7 +311,9 @@ def _time_passes(
 
 @contextmanager
 def _kept_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Yields what graphs made inside keep beside the model's own tensors: address -> bytes of each storage."""
+    """Yields what graphs made inside keep beside the model's own tensors: address -> bytes of each
+    storage.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
 

@@ -1,8 +1,9 @@
-"""Text that a model wrote, made safe and legible to look at: nothing in it acts, nothing in it is invisible.
+"""Text that a model wrote, made safe and legible to look at: nothing in it acts, nothing in it is
+invisible.
 
-Completions hold anything: markup, terminal escapes, null bytes, characters that reverse the reading order,
-lines of ten thousand characters. Escaping for HTML is the template's work; here control characters become
-visible signs and long text is cut with a marker that says how much is missing.
+Completions hold anything: markup, terminal escapes, null bytes, characters that reverse the reading
+order, lines of ten thousand characters. Escaping for HTML is the template's work; here control
+characters become visible signs and long text is cut with a marker that says how much is missing.
 """
 
 import os
@@ -17,16 +18,16 @@ def _visible_character(character: str) -> str:
     code = ord(character)
     if character in "\n\t" or character in _JOINERS:
         return character
-    # Cc, Cf, Cs: controls, format characters (reading order among them), halves of surrogate pairs; Zl, Zp:
-    # separators.
+    # Cc, Cf, Cs: controls, format characters (reading order among them), halves of surrogate pairs;
+    # Zl, Zp: separators.
     if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"} or code & 0xFFFE == 0xFFFE:
         return f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{code:04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}"
     return character
 
 
 def visible(text: str) -> str:
-    """``text`` with every control, format and surrogate character replaced by a sign for it; line ends are
-    kept.
+    """``text`` with every control, format and surrogate character replaced by a sign for it; line
+    ends are kept.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -34,7 +35,8 @@ def visible(text: str) -> str:
 
 
 def clip(text: str, limit: int, keep: str = "start") -> str:
-    """``visible(text)``, cut to about ``limit`` characters with a marker that counts what was left out.
+    """``visible(text)``, cut to about ``limit`` characters with a marker that counts what was left
+    out.
 
     ``keep`` says which part stays: "start", "end", or "both" (half of the limit each).
     """
@@ -55,8 +57,8 @@ def one_line(text: str, limit: int, keep: str = "start") -> str:
 
 
 def quoted(text: str, limit: int = 60, keep: str = "start") -> str:
-    """``text`` on one line in quotation marks; right-to-left text is isolated so that it cannot reorder the
-    sentence.
+    """``text`` on one line in quotation marks; right-to-left text is isolated so that it cannot
+    reorder the sentence.
     """
     line = clip(" ".join(text.split()), limit, keep)
     if any(unicodedata.bidirectional(character) in {"R", "AL"} for character in line):
@@ -66,8 +68,8 @@ def quoted(text: str, limit: int = 60, keep: str = "start") -> str:
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """What all prompts have in common at their beginning and end: a system prompt, the chat template's
-    marks.
+    """What all prompts have in common at their beginning and end: a system prompt, the chat
+    template's marks.
     """
 
     prefix: str
@@ -79,8 +81,8 @@ class PromptFrame:
 
 
 def prompt_frame(prompts: Sequence[str], minimum: int = 12) -> PromptFrame:
-    """The common frame of ``prompts``: cut at a word boundary, and empty where shorter than ``minimum``
-    characters.
+    """The common frame of ``prompts``: cut at a word boundary, and empty where shorter than
+    ``minimum`` characters.
     """
     distinct = sorted(set(prompts))
     if len(distinct) < 2:

@@ -1,7 +1,9 @@
-"""Numbers as people read them: signs kept, as many digits as the standard error supports, gaps named.
+"""Numbers as people read them: signs kept, as many digits as the standard error supports, gaps
+named.
 
-Everything here accepts what a JSON file may hold where a number was expected (``None``, text, a nested
-object) and answers with "not known" instead of failing, so that one missing value never hides the rest.
+Everything here accepts what a JSON file may hold where a number was expected (``None``, text, a
+nested object) and answers with "not known" instead of failing, so that one missing value never
+hides the rest.
 """
 
 import math
@@ -15,7 +17,9 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def as_number(value: object) -> float | None:
-    """The finite number in ``value``, or None: booleans, text, NaN and infinities are not measurements."""
+    """The finite number in ``value``, or None: booleans, text, NaN and infinities are not
+    measurements.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return None
     try:
@@ -26,7 +30,9 @@ def as_number(value: object) -> float | None:
 
 
 def lookup(tree: object, *path: str) -> Any:
-    """``tree[path[0]][path[1]]…``, or None as soon as a step is missing or leads into something else."""
+    """``tree[path[0]][path[1]]…``, or None as soon as a step is missing or leads into something
+    else.
+    """
     for key in path:
         if not isinstance(tree, Mapping):
             return None
@@ -78,8 +84,8 @@ def signed(value: object, significant: int = 3) -> str:
 
 
 def plain(value: object, significant: int = 3) -> str:
-    """``value`` without a plus sign and without trailing zeros; whole numbers are written whole: ``0.21``,
-    ``1e−5``.
+    """``value`` without a plus sign and without trailing zeros; whole numbers are written whole:
+    ``0.21``, ``1e−5``.
     """
     number = as_number(value)
     if number is None:
@@ -108,7 +114,9 @@ def plus_minus(value: object, error: object, plus: bool = True) -> str:
 
 
 def with_interval(value: object, low: object, high: object, plus: bool = True) -> str:
-    """``value [low, high]``, all cut after the second significant digit of half the interval's width."""
+    """``value [low, high]``, all cut after the second significant digit of half the interval's
+    width.
+    """
     number, start, end = as_number(value), as_number(low), as_number(high)
     if number is None:
         return NOT_KNOWN

@@ -1,8 +1,10 @@
-"""The text of each token of a completion, such that the pieces in a row give the text that the tokens spell.
+"""The text of each token of a completion, such that the pieces in a row give the text that the
+tokens spell.
 
-A tokenizer decodes tokens one by one only roughly: a character may be spread over several tokens (most emoji are), and some
-tokenizers drop the space before the first token. So each piece is what decoding grows by when its token is added, over the
-few tokens since the last whole character; the tokens of an unfinished character have the empty piece and the last one has it all.
+A tokenizer decodes tokens one by one only roughly: a character may be spread over several tokens
+(most emoji are), and some tokenizers drop the space before the first token. So each piece is what
+decoding grows by when its token is added, over the few tokens since the last whole character; the
+tokens of an unfinished character have the empty piece and the last one has it all.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Mean reward of all prompts, from a step's first round of generation, before any group was left out, with its error.
+"""Mean reward of all prompts, from a step's first round of generation, before any group was left
+out, with its error.
 
     R = sum_g r_g / p_g  /  sum_g 1 / p_g          r_g: mean reward of group g, p_g: how likely its prompt was to be in the draw
     se: jackknife over groups
 
-Under difficulty weighting prompts are drawn that are solved half the time, whatever the policy can do: their plain mean stays
-near one half, and says nothing of training. The weights undo that.
+Under difficulty weighting prompts are drawn that are solved half the time, whatever the policy can
+do: their plain mean stays near one half, and says nothing of training. The weights undo that.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ NAME = "reward_all_prompts"
 
 
 def reward_of_all_prompts(rewards: Sequence[float], draw_probabilities: Sequence[float]) -> dict[str, float]:
-    """ "reward_all_prompts" with "_se" and "_df" (degrees of freedom); empty without a reward, no error for a single group.
+    """ "reward_all_prompts" with "_se" and "_df" (degrees of freedom); empty without a reward, no
+    error for a single group.
 
-    rewards: mean of each group, NaN where none of its completions could be scored; such groups count nowhere.
+    Args:
+        rewards: mean of each group, NaN where none of its completions could be scored; such groups
+            count nowhere.
     """
     known = [(r, p) for r, p in zip(rewards, draw_probabilities, strict=True) if not math.isnan(r)]
     if not known:

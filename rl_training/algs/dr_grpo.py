@@ -1,12 +1,14 @@
-"""Dr. GRPO on TRL's GRPOTrainer, with a filtered training buffer and checkpoints that can be analysed.
+"""Dr. GRPO on TRL's GRPOTrainer, with a filtered training buffer and checkpoints that can be
+analysed.
 
     L = -(1/N) sum_i (1/L_i) sum_k A_i log pi(a_ik | c_ik) ,       A_i = r_i - mean of its group,
     L_i = max_completion_length ("constant") or the longest completion of i's prompt ("prompt_longest")
 
-Departures from TRL's default GRPO: advantages are not divided by their standard deviation; no KL term, no off-policy reuse,
-no truncation of the sampled distribution, no dropout, so that the ratio is 1 and the gradient is exactly -sum_i w_i dS_i
-with w_i = A_i / (N L_i) (entropy_core.weighting). Departures from TRL's sampling: prompts are drawn by difficulty, groups
-whose rewards are all equal are rejected and refilled for a stated number of rounds, and each step's sequences are recorded.
+Departures from TRL's default GRPO: advantages are not divided by their standard deviation; no KL
+term, no off-policy reuse, no truncation of the sampled distribution, no dropout, so that the ratio
+is 1 and the gradient is exactly -sum_i w_i dS_i with w_i = A_i / (N L_i) (entropy_core.weighting).
+Departures from TRL's sampling: prompts are drawn by difficulty, groups whose rewards are all equal
+are rejected and refilled for a stated number of rounds, and each step's sequences are recorded.
 
 Source: Liu et al. 2025, "Understanding R1-Zero-Like Training".
 """
@@ -115,11 +117,14 @@ class DrGRPOConfig(GRPOConfig):
 
 
 class DrGRPOTrainer(GRPOTrainer):
-    """Trains by Dr. GRPO on a filtered buffer; see the module's docstring. `args` is a DrGRPOConfig.
+    """Trains by Dr.
 
-    train_dataset: columns `prompt` (text or chat messages), `prompt_index` (int, unique) and what the rewards need.
-    task: the task's configuration, written into checkpoints so that an analysis can draw from the same task.
-    model_name: the name the base model is loaded by again, where that is not its path.
+    GRPO on a filtered buffer; see the module's docstring. `args` is a DrGRPOConfig.
+
+    train_dataset: columns `prompt` (text or chat messages), `prompt_index` (int, unique) and what
+    the rewards need. task: the task's configuration, written into checkpoints so that an analysis
+    can draw from the same task. model_name: the name the base model is loaded by again, where that
+    is not its path.
     """
 
     args: DrGRPOConfig
@@ -129,7 +134,9 @@ class DrGRPOTrainer(GRPOTrainer):
     ) -> None:
         self._rewards_of_round: torch.Tensor | None = None
         self.unfiltered_rollouts: list[RolloutSequence] = []
-        """This process's newest sequences before any was rejected: those of the first round of the last generation."""
+        """This process's newest sequences before any was rejected: those of the first round of the
+        last generation.
+        """
         self._task, self._model_name = task, model_name
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, DrGRPOConfig):
@@ -182,7 +189,8 @@ class DrGRPOTrainer(GRPOTrainer):
             most_missing = int(self.accelerator.gather(torch.tensor([missing], device=self.accelerator.device)).max())
             if most_missing == 0:
                 break
-            # Every process draws as many groups as the neediest, for generation and rewards are collective calls.
+            # Every process draws as many groups as the neediest, for generation and rewards are
+            # collective calls.
             rng = np.random.default_rng(
                 (self.args.seed, self.state.global_step, number, self.accelerator.process_index)
             )
@@ -249,7 +257,9 @@ class DrGRPOTrainer(GRPOTrainer):
         kept: list[GeneratedGroup],
         groups: list[GeneratedGroup],
     ) -> None:
-        """Put prompt ids beside every sequence, apply the length normaliser, log and record the buffer."""
+        """Put prompt ids beside every sequence, apply the length normaliser, log and record the
+        buffer.
+        """
         dataset = self.train_dataset
         device = output["advantages"].device
         index = [int(dataset[group.prompt]["prompt_index"]) for group in kept for _ in group.rows]
@@ -265,7 +275,8 @@ class DrGRPOTrainer(GRPOTrainer):
         weights = plain / (count * divisor)
         for group, empty in zip(kept, without_weight(weights, len(kept)), strict=True):
             group.status = "filler" if empty else group.status  # what has no weight was not trained
-        # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage, so this makes it L_i.
+        # TRL divides by N * max_completion_length; at ratio 1 the loss is linear in the advantage,
+        # so this makes it L_i.
         output["advantages"] = plain * (constant / divisor)
         output["sequence_weight"] = weights  # beside the loss, to be checked against it
         self._log_buffer(kept, groups)

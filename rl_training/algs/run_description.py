@@ -31,7 +31,8 @@ _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
 
 class LearningRateRecorder(TrainerCallback):
-    """Remembers each group's learning rate just before the optimizer steps: afterwards the scheduler has moved on.
+    """Remembers each group's learning rate just before the optimizer steps: afterwards the
+    scheduler has moved on.
 
     Stops a run whose gradient is no longer finite, before it reaches the weights.
     """
@@ -49,7 +50,11 @@ class LearningRateRecorder(TrainerCallback):
 
 
 def optimizer_parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
-    """Names in the order of the optimizer's integer ids, by identity. Raises UserError for a parameter not in the model."""
+    """Names in the order of the optimizer's integer ids, by identity.
+
+    Raises:
+        UserError: a parameter not in the model.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = getattr(optimizer, "optimizer", optimizer)
     out = []
@@ -77,7 +82,9 @@ def describe_run(
     task: dict[str, Any] | None,
     pass_rates: PassRates,
 ) -> Sidecar:
-    """The sidecar of the trainer's present state, whose files lie in `folder`; `trainer.args` is a DrGRPOConfig."""
+    """The sidecar of the trainer's present state, whose files lie in `folder`; `trainer.args` is a
+    DrGRPOConfig.
+    """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     sampling = describe_sampling(trainer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -153,7 +160,9 @@ def _rollouts(trainer: Any) -> Path:
 
 
 def _witness(trainer: Any, model: torch.nn.Module, sampling_config: SamplingConfig) -> SidecarWitness | None:
-    """Log-probabilities of a few of this process's newest sequences; None where no process holds the whole model."""
+    """Log-probabilities of a few of this process's newest sequences; None where no process holds
+    the whole model.
+    """
     if is_sharded(trainer):
         return None
     return witness_of(model, trainer.unfiltered_rollouts, sampling_config.temperature, sampling_config.pad_token_id)

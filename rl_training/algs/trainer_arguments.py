@@ -1,8 +1,10 @@
-"""Arguments of TRL's GRPOConfig under which completions, or the loss, are not those that are analysed.
+"""Arguments of TRL's GRPOConfig under which completions, or the loss, are not those that are
+analysed.
 
-What a setting of the sampler does is known from the generator's final configuration, once there is a trainer
-(rl_training.generation.description); this is the part that can be seen before. An argument that is in no list here came with a
-release of TRL that was never looked at: at its default it does nothing new, otherwise it is refused.
+What a setting of the sampler does is known from the generator's final configuration, once there is
+a trainer (rl_training.generation.description); this is the part that can be seen before. An
+argument that is in no list here came with a release of TRL that was never looked at: at its default
+it does nothing new, otherwise it is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any
 from rl_training.errors import UserError
 from rl_training.generation.settings import departures, plain
 
-# What TRL 1.12 to 1.16 know, whatever it does: what matters of it is checked by name here, in DrGRPOConfig, or on the trainer.
+# What TRL 1.12 to 1.16 know, whatever it does: what matters of it is checked by name here, in
+# DrGRPOConfig, or on the trainer.
 _KNOWN = frozenset(
     "beta cache_implementation cast_lm_head_to_fp32 chat_template_kwargs delta disable_dropout entropy_coef entropy_coef_delta "
     "entropy_coef_max entropy_coef_min entropy_target epsilon epsilon_high generation_batch_size generation_kwargs "
@@ -41,7 +44,9 @@ _OFF = {
 
 
 def refuse_arguments(args: Any) -> None:
-    """Raises UserError, by its name, for an argument of `args` that takes completions away from the softmax, or is unknown."""
+    """Raises UserError, by its name, for an argument of `args` that takes completions away from the
+    softmax, or is unknown.
+    """
     for name, effect in _OFF.items():
         if value := getattr(args, name, None):
             raise UserError(f"{name}={value!r}: {effect}; leave it out")

@@ -1,7 +1,9 @@
-"""The filtered training buffer: groups, what became of them, and the merging of several rounds of generation.
+"""The filtered training buffer: groups, what became of them, and the merging of several rounds of
+generation.
 
-A buffer always holds the same number N of sequences, because N stands in every weight: groups that refilling could not
-replace stay in as *filler*, with zero advantage and so without gradient. See docs/decisions.
+A buffer always holds the same number N of sequences, because N stands in every weight: groups that
+refilling could not replace stay in as *filler*, with zero advantage and so without gradient. See
+docs/decisions.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tensors of TRL's output that are padded on the left; all other matrices are aligned with completions, padded right.
+# Tensors of TRL's output that are padded on the left; all other matrices are aligned with
+# completions, padded right.
 _LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
 
 @dataclass
 class GeneratedGroup:
-    """One prompt's completions of one round: rows `rows` of that round's tensors, with what was decided about them."""
+    """One prompt's completions of one round: rows `rows` of that round's tensors, with what was
+    decided about them.
+    """
 
     round: int
     rows: range
@@ -38,7 +43,9 @@ def pad_columns(tensor: Tensor, width: int, value: float, left: bool) -> Tensor:
 def merge_rounds(
     outputs: Sequence[dict[str, Any]], chosen: Sequence[tuple[int, int]], pad_token_id: int
 ) -> dict[str, Any]:
-    """Rows `chosen` (round, row) out of several rounds' outputs of TRL's generation, as one output of the same form."""
+    """Rows `chosen` (round, row) out of several rounds' outputs of TRL's generation, as one output
+    of the same form.
+    """
     merged: dict[str, Any] = {}
     for key, first in outputs[0].items():
         parts = [output[key] for output in outputs]

@@ -1,8 +1,10 @@
-"""How the completions of a run come about, read off the trainer itself: the one account that everything else goes by.
+"""How the completions of a run come about, read off the trainer itself: the one description that
+everything else uses.
 
-The prompt's template and its arguments, every setting that the generator will go by, the stop rule and the length, adapters,
-precision, and what makes training mode another function: `describe_sampling` gathers it, the sidecar records it, and the
-probe, the analysis and `doctor` read it. `departures` names what takes completions away from the distribution that is
+The prompt's template and its arguments, every setting that the generator will use, the stop rule
+and the length, adapters, precision, and what makes training mode another function:
+`describe_sampling` gathers it, the sidecar records it, and the probe, the analysis and `doctor`
+read it. `departures` names what takes completions away from the distribution that is
 differentiated. Knows trainers of TRL's kind by their attributes; imports none.
 """
 
@@ -41,10 +43,13 @@ _SOURCES = {
 class SamplingDescription:
     """One run's way of drawing completions.
 
-    temperature, max_completion_length, eos_token_ids: as the generator has them in the end. generation: all of its settings
-    that have a value; empty for an engine whose settings cannot be read. rendering: how prompts become tokens.
-    training_noise: what is known to make training mode another function. departures: what takes completions away from
-    softmax(logits / temperature), by name.
+    Attributes:
+        temperature, max_completion_length, eos_token_ids: as the generator has them in the end.
+        generation: all of its settings that have a value; empty for an engine whose settings cannot
+            be read.
+        rendering: how prompts become tokens.
+        training_noise: what is known to make training mode another function.
+        departures: what takes completions away from softmax(logits / temperature), by name.
     """
 
     temperature: float
@@ -62,7 +67,9 @@ class SamplingDescription:
 
     @property
     def environment(self) -> str | None:
-        """The argument of the trainer by which something beside the policy writes into completions, or None."""
+        """The argument of the trainer by which something beside the policy writes into completions,
+        or None.
+        """
         return next((d.name for d in self.departures if d.effect == _ENVIRONMENT), None)
 
     def sampling_config(self) -> SamplingConfig:
@@ -89,9 +96,11 @@ class SamplingDescription:
 
 
 def describe_sampling(trainer: Any) -> SamplingDescription:
-    """Of a trainer as it stands: call it when it is constructed, and again where something may have changed since.
+    """Of a trainer as it stands: call it when it is constructed, and again where something may have
+    changed since.
 
-    Raises UserError where no end-of-sequence token is known, or the temperature is not positive.
+    Raises:
+        UserError: no end-of-sequence token is known, or the temperature is not positive.
     """
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -218,7 +227,9 @@ def _readable(args: Any) -> dict[str, Any]:
 def _of_parameters(
     args: Any, temperature: float, longest: int, stops: tuple[int, ...], cut_at: tuple[int, ...]
 ) -> list[Departure]:
-    """The distribution's own parameters, where the generator's differ from those that the loss goes by."""
+    """The distribution's own parameters, where the generator's differ from those that the loss goes
+    by.
+    """
     found = []
     if temperature != float(args.temperature):
         effect = (

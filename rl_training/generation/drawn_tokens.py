@@ -1,11 +1,13 @@
-"""Which tokens of a GRPOTrainer's completions the policy drew, and which came from tools or an environment.
+"""Which tokens of a GRPOTrainer's completions the policy drew, and which came from tools or an
+environment.
 
     completion_mask     1 on the whole completion, foreign tokens included; all 0 where mask_truncated_completions left it out
     tool_mask           1 on drawn tokens, 0 on results of tools; absent where there are none. A rollout function returns the
                         same under the name env_mask, which TRL renames
 
-Both are masked out of completions that were cut, although the policy drew those as well: leaving them out would leave out its
-long completions. Their tokens are what stands before the padding, and which of these were drawn is remembered from generation.
+Both are masked out of completions that were cut, although the policy drew those as well: leaving
+them out would leave out its long completions. Their tokens are what stands before the padding, and
+which of these were drawn is remembered from generation.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# Attributes of a GRPOTrainer by which something else than the policy writes into completions, and the arguments they come from.
+# Attributes of a GRPOTrainer by which something else than the policy writes into completions, and
+# the arguments they come from.
 _ENVIRONMENTS = {"tools": "tools", "environment_factories": "environment_factory", "rollout_func": "rollout_func"}
 
 
@@ -33,7 +36,9 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
 
 
 class GeneratedMasks:
-    """Remembers which tokens of the newest generation were drawn, where the trainer is going to mask that out."""
+    """Remembers which tokens of the newest generation were drawn, where the trainer is going to
+    mask that out.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._drawn: dict[tuple[int, ...], tuple[bool, ...] | None] = {}
@@ -49,7 +54,11 @@ class GeneratedMasks:
         trainer._generate = remembering
 
     def _remember(self, generated: Any) -> None:
-        """generated: (prompts, completions, masks or None, ...), lists with one entry a sequence."""
+        """Keep the masks of one generation.
+
+        Args:
+            generated: (prompts, completions, masks or None, ...), lists with one entry a sequence.
+        """
         if not isinstance(generated, tuple) or len(generated) < 3 or generated[2] is None:
             return
         self._drawn = {}
@@ -82,7 +91,9 @@ def drawn_completions(
 ) -> list[DrawnCompletion]:
     """Every completion of a micro-batch, those that were masked out included.
 
-    longest: tokens at which a masked completion is cut where there is no padding token to know its end by.
+    Args:
+        longest: tokens at which a masked completion is cut where there is no padding token to know
+            its end by.
     """
     out = []
     tools = inputs.get("tool_mask")
@@ -97,11 +108,15 @@ def drawn_completions(
 
 
 def _before_padding(ids: Tensor, pad_token_id: int) -> list[int]:
-    """A completion that was cut never ends with the padding token: the trainer takes that for an end."""
+    """A completion that was cut never ends with the padding token: the trainer takes that for an
+    end.
+    """
     kept = (ids != pad_token_id).nonzero()
     return ids[: int(kept.max()) + 1].tolist() if len(kept) else []
 
 
 def environment_of(trainer: Any) -> str | None:
-    """The argument by which the trainer lets tools or an environment write into completions, or None."""
+    """The argument by which the trainer lets tools or an environment write into completions, or
+    None.
+    """
     return next((argument for name, argument in _ENVIRONMENTS.items() if getattr(trainer, name, None)), None)

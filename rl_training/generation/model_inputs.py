@@ -1,9 +1,11 @@
-"""What a trainer's model gets beside tokens: images, sounds, segments, and whatever else log-probabilities depend on.
+"""What a trainer's model gets beside tokens: images, sounds, segments, and whatever else
+log-probabilities depend on.
 
-The probe's and the analysis' own passes give a model tokens alone. A model that is trained with more would have other
-log-probabilities there (of placeholder tokens, for images), so that more is refused by its name. Names are not enough to know it:
-a model's call is watched, and only arguments known to be harmless pass. Where the call cannot be seen (a fused loss calls the
-model's inside) every tensor of the batch must be one of those that GRPOTrainer is known to make from text.
+The probe's and the analysis' own passes give a model tokens alone. A model that is trained with
+more would have other log-probabilities there (of placeholder tokens, for images), so that more is
+refused by its name. Names are not enough to know it: a model's call is watched, and only arguments
+known to be harmless pass. Where the call cannot be seen (a fused loss calls the model's inside)
+every tensor of the batch must be one of those that GRPOTrainer is known to make from text.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ TEXT_INPUTS = frozenset(
         "sequence_weight",
     }
 )
-# Arguments of a causal language model's call that change no log-probability, or are the tokens themselves.
+# Arguments of a causal language model's call that change no log-probability, or are the tokens
+# themselves.
 _TEXT_ARGUMENTS = frozenset(
     {
         "input_ids",
@@ -75,7 +78,9 @@ class ModelInputs:
             self._found |= beyond_text(kwargs, _TEXT_ARGUMENTS)
 
     def beyond_text(self, inputs: dict[str, Any]) -> list[str]:
-        """After a micro-batch with these inputs: names of what the model got beside its tokens, sorted."""
+        """After a micro-batch with these inputs: names of what the model got beside its tokens,
+        sorted.
+        """
         self._watching = False
         return sorted(self._found if self._calls else beyond_text(inputs, TEXT_INPUTS))
 
@@ -113,7 +118,9 @@ def refusal(names: Iterable[str], who: str) -> str:
 
 
 def row_beyond_text(row: dict[str, Any]) -> str | None:
-    """The column, or the kind of content, by which a task row holds more than text; None for text alone."""
+    """The column, or the kind of content, by which a task row holds more than text; None for text
+    alone.
+    """
     for name in _MEDIA:
         if row.get(name):
             return name

@@ -1,4 +1,6 @@
-"""Generated sequences on their way to the probe: as lists of tokens, so that processes can exchange them, and as batches."""
+"""Generated sequences on their way to the probe: as lists of tokens, so that processes can exchange
+them, and as batches.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ from rl_training.sequences import RolloutSequence
 def choose(
     sequences: Sequence[RolloutSequence], count: int, per_prompt: int, rng: np.random.Generator
 ) -> list[RolloutSequence]:
-    """About `count` sequences: prompts at random, at most `per_prompt` completions of each, whole prompts until it is reached.
+    """About `count` sequences: prompts at random, at most `per_prompt` completions of each, whole
+    prompts until it is reached.
 
-    More prompts are taken, not more completions of one, where prompts are many enough. Nothing of rewards is looked at.
+    More prompts are taken, not more completions of one, where prompts are many enough. Nothing of
+    rewards is looked at.
 
-    Raises ValueError where there are no sequences.
+    Raises:
+        ValueError: there are no sequences.
     """
     if not sequences:
         raise ValueError(
@@ -55,7 +60,11 @@ def to_batch(sequences: Sequence[RolloutSequence], sampling_config: SamplingConf
 
 
 def drawn_scores(sequences: Sequence[RolloutSequence]) -> Tensor | None:
-    """(N,) float64, or None where today's policy drew them. Raises ValueError where only some have a score."""
+    """(N,) float64, or None where today's policy drew them.
+
+    Raises:
+        ValueError: only some have a score.
+    """
     values = [s.drawn_score for s in sequences if s.drawn_score is not None]
     if 0 < len(values) < len(sequences):
         raise ValueError(
@@ -66,7 +75,9 @@ def drawn_scores(sequences: Sequence[RolloutSequence]) -> Tensor | None:
 
 
 def prior_log_weights(sequences: Sequence[RolloutSequence]) -> Tensor | None:
-    """(N,) float64 log-weights against the way prompts were drawn, or None where they were drawn evenly."""
+    """(N,) float64 log-weights against the way prompts were drawn, or None where they were drawn
+    evenly.
+    """
     values = torch.tensor([s.log_prior for s in sequences], dtype=torch.float64)
     return None if bool((values == values[0]).all()) else values
 
@@ -74,7 +85,9 @@ def prior_log_weights(sequences: Sequence[RolloutSequence]) -> Tensor | None:
 def to_training_sequences(
     sequences: Sequence[RolloutSequence], sampling_config: SamplingConfig, device: torch.device
 ) -> TrainingSequences:
-    """All sequences of a step, with weights where every one is known: of every token where they were read off the loss."""
+    """All sequences of a step, with weights where every one is known: of every token where they
+    were read off the loss.
+    """
     batch = to_batch(sequences, sampling_config)
     return TrainingSequences(
         batch.to(device),

@@ -1,11 +1,13 @@
-"""Which settings of transformers' `generate` leave completions to the plain sampling distribution, and which do not.
+"""Which settings of transformers' `generate` leave completions to the plain sampling distribution,
+and which do not.
 
     a_k ~ softmax(z_k / T),   k = 1, 2, ...,   until an end-of-sequence token is drawn or max_new_tokens are there
 
-is what entropies, log-probabilities and gradients are computed for. Every setting of a `GenerationConfig` has a place in the
-tables below: it has no say in what is drawn, or it has none at certain values, or it is a parameter of the distribution
-itself. Whatever is in no table counts as changing the distribution wherever it has a value: releases of transformers to
-come, and a model's own entries, are not taken on trust.
+is what entropies, log-probabilities and gradients are computed for. Every setting of a
+`GenerationConfig` has a place in the tables below: it does not change what is drawn, or does not
+at certain values, or it is a parameter of the distribution itself. Whatever is in no table counts
+as changing the distribution wherever it has a value: releases of transformers to come, and a
+model's own entries, are not assumed to be harmless.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ _UNKNOWN = (
 # Parameters of the distribution: compared with what is recorded, not with a neutral value.
 PARAMETERS = frozenset({"temperature", "eos_token_id", "max_new_tokens"})
 
-# No say in which tokens are drawn, whatever the value: caches and compilation, what is returned, special tokens that only fill
-# or start a sequence, bookkeeping, and refinements of beam search and of assisted decoding, each of which is off by its own
-# switch (num_beams, prompt_lookup_num_tokens, ...) below. `max_length` yields to `max_new_tokens`, which is always given.
+# Without effect on which tokens are drawn, whatever the value: caches and compilation, what is returned,
+# special tokens that only fill or start a sequence, bookkeeping, and refinements of beam search and
+# of assisted decoding, each of which is off by its own switch (num_beams, prompt_lookup_num_tokens,
+# ...) below. `max_length` yields to `max_new_tokens`, which is always given.
 _IDLE = frozenset(
     "use_cache cache_config max_cache_len prefill_chunk_size compile_config disable_compile continuous_batching_config "
     "low_memory return_dict_in_generate output_attentions output_hidden_states output_scores output_logits pad_token_id "
@@ -76,7 +79,8 @@ _PLAIN_CACHES = _is(
     *("hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
 )
 
-# Setting -> (what it does elsewhere, at which values it does nothing, how to take it away). None does nothing in all of them.
+# Setting -> (what it does elsewhere, at which values it does nothing, how to take it away). None
+# does nothing in all of them.
 _NEUTRAL: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "do_sample": (_CHOSEN, _is(True), "do_sample=True"),
     "num_beams": (_CHOSEN, _is(1), "num_beams=1"),
@@ -128,8 +132,10 @@ _NEUTRAL: dict[str, tuple[str, Callable[[Any], bool], str]] = {
 class Departure:
     """A setting under which completions do not follow the distribution that is differentiated.
 
-    effect: what that does to the numbers. remedy: what to set instead, and where. tolerable: a trainer of ours goes on with
-    it, with a warning.
+    Attributes:
+        effect: what that does to the numbers.
+        remedy: what to set instead, and where.
+        tolerable: DrGRPOTrainer goes on with it, with a warning.
     """
 
     name: str
@@ -146,10 +152,13 @@ class Departure:
 
 
 def departures(settings: Mapping[str, Any], vocabulary_size: int | None = None, where: str = "") -> list[Departure]:
-    """Settings that take completions away from softmax(logits / T) cut at EOS or the maximum length, by name.
+    """Settings that take completions away from softmax(logits / T) cut at EOS or the maximum
+    length, by name.
 
-    settings: of a GenerationConfig; keys that are missing or None have no effect. vocabulary_size: top_k from there on keeps
-    every token. where: named in the remedies, e.g. "in generation_kwargs".
+    Args:
+        settings: of a GenerationConfig; keys that are missing or None have no effect.
+        vocabulary_size: top_k from there on keeps every token.
+        where: named in the remedies, e.g. "in generation_kwargs".
     """
     found = []
     for name, value in settings.items():
@@ -165,10 +174,14 @@ def departures(settings: Mapping[str, Any], vocabulary_size: int | None = None, 
 
 
 def final_settings(model: Any, own: Any) -> dict[str, Any]:
-    """Every setting that `model.generate(generation_config=own)` will go by, those without a value left out.
+    """Every setting that `model.generate(generation_config=own)` will use, those without a value
+    left out.
 
-    Where `own` leaves a setting open, transformers takes it from the model's own `generation_config`, and after that from its
-    defaults (top_k=50 among them). model: without data-parallel wrappers; adapters may be around it.
+    Where `own` leaves a setting open, transformers takes it from the model's own
+    `generation_config`, and after that from its defaults (top_k=50 among them).
+
+    Args:
+        model: without data-parallel wrappers; adapters may be around it.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     prepare: Any = getattr(base, "_prepare_generation_config", None)

@@ -1,9 +1,11 @@
-"""Whether a model in training mode is the function that it is in evaluation mode, and what makes it another.
+"""Whether a model in training mode is the function that it is in evaluation mode, and what makes it
+another.
 
-Completions are drawn, and entropies differentiated, in evaluation mode; the loss is a forward pass in training mode. Dropout,
-jitter of a router's inputs, layers left out at random, statistics of the batch: each makes the loss that of another policy.
-What is known is named by its module or setting; that nothing else is there is seen on two forward passes in training mode
-and one in evaluation mode.
+Completions are drawn, and entropies differentiated, in evaluation mode; the loss is a forward pass
+in training mode. Dropout, jitter of a router's inputs, layers left out at random, statistics of the
+batch: each makes the loss that of another policy. What is known is named by its module or setting;
+that nothing else is there is seen on two forward passes in training mode and one in evaluation
+mode.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ _COPIES = 4  # layers that are left out at random are left out of a sequence eac
 def training_noise(model: nn.Module) -> list[str]:
     """What is known to make `model` another function in training mode than in evaluation mode.
 
-    One entry for each kind, in words, e.g. `dropout=0.1 (28 modules, e.g. model.layers.0.mlp.down_proj.lora_dropout.default)`;
-    empty where nothing known is there (see `train_mode_change` for the rest).
+    One entry for each kind, in words, e.g. `dropout=0.1 (28 modules, e.g.
+    model.layers.0.mlp.down_proj.lora_dropout.default)`; empty where nothing known is there (see
+    `train_mode_change` for the rest).
     """
     places: dict[str, list[str]] = {}
     for name, module in model.named_modules():
@@ -61,11 +64,15 @@ def silence_training_noise(model: nn.Module) -> list[str]:
 
 
 def train_mode_change(model: nn.Module, token_ids: Sequence[int]) -> float:
-    """How far logits in training mode lie from those in evaluation mode and from one another, at most; 0 within rounding.
+    """How far logits in training mode lie from those in evaluation mode and from one another, at
+    most; 0 within rounding.
 
-    Mean absolute change of a logit in standard deviations of the logits. token_ids: one sequence, which passes once in
-    evaluation mode and in a batch of `_COPIES` equal ones, twice, in training mode. Random streams, buffers (running
-    statistics) and every module's mode are left as they were.
+    Mean absolute change of a logit in standard deviations of the logits.
+
+    Args:
+        token_ids: one sequence, which passes once in evaluation mode and in a batch of `_COPIES`
+            equal ones, twice, in training mode. Random streams, buffers (running statistics) and
+            every module's mode are left as they were.
     """
     alone = torch.tensor([list(token_ids)], device=input_device(model))
     buffers = [(b, b.clone()) for b in model.buffers() if b.device.type != "meta"]

@@ -8,10 +8,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StopBeforeFloor(TrainerCallback):
-    """Ends training once `entropy_probe/steps_to_floor` (the middle of its band) is at most `within` steps.
+    """Ends training once `entropy_probe/steps_to_floor` (the middle of its band) is at most
+    `within` steps.
 
-    Needs a probe with `entropy_floor`; a checkpoint is saved if the trainer saves at its end. Where the forecast sees no floor
-    within its horizon nothing is logged, and nothing stops.
+    Needs a probe with `entropy_floor`; a checkpoint is saved if the trainer saves at its end. Where
+    the forecast sees no floor within its horizon nothing is logged, and nothing stops.
 
     Args:
         within: optimizer steps.

@@ -1,4 +1,6 @@
-"""Fresh completions of held-out prompts, and the prompts that the probe cannot draw them of as the trainer would."""
+"""Fresh completions of held-out prompts, and the prompts that the probe cannot draw them of as the
+trainer would.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from rl_training.sequences import RolloutSequence
 
 
 def refuse_prompts(trainer: Any, rows: Sequence[dict[str, Any]], source: str = "fresh") -> None:
-    """Raises UserError where fresh completions of these rows would not be those that the trainer draws."""
+    """Raises UserError where fresh completions of these rows would not be those that the trainer
+    draws.
+    """
     if (argument := environment_of(trainer)) is not None:
         raise UserError(
             f"rollouts={source}: the trainer has {argument}, and the probe cannot run an environment for completions of its own; "

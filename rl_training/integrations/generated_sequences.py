@@ -1,7 +1,9 @@
-"""Every sequence that a GRPOTrainer generates for training, whether it is trained on in the same step, later, or never.
+"""Every sequence that a GRPOTrainer generates for training, whether it is trained on in the same
+step, later, or never.
 
-A trainer may put what it generates into a buffer and train on something older (asynchronous training, replay). The older
-sequences are then new to `compute_loss`, and nothing in a batch tells when they were drawn: only the generation does.
+A trainer may put what it generates into a buffer and train on something older (asynchronous
+training, replay). The older sequences are then new to `compute_loss`, and nothing in a batch tells
+when they were drawn: only the generation does.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from rl_training.sequences import RolloutSequence
 
 
 class GeneratedSequences:
-    """Listens to `trainer._generate` while the model is in training mode; a trainer without it generates unseen."""
+    """Listens to `trainer._generate` while the model is in training mode; a trainer without it
+    generates unseen.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._sequences: list[RolloutSequence] = []
@@ -31,7 +35,12 @@ class GeneratedSequences:
         trainer._generate = listening
 
     def _take_in(self, generated: Any) -> None:
-        """generated: (prompts, completions, masks of drawn tokens or None, ...), lists with one entry a sequence."""
+        """Keep the sequences of one generation.
+
+        Args:
+            generated: (prompts, completions, masks of drawn tokens or None, ...), lists with one
+                entry a sequence.
+        """
         if not isinstance(generated, tuple) or len(generated) < 3:
             return
         prompts, completions, masks = generated[:3]

@@ -1,7 +1,9 @@
-"""Record what each step of a GRPOTrainer generated and trained on, so that its log can be audited afterwards.
+"""Record what each step of a GRPOTrainer generated and trained on, so that its log can be audited
+afterwards.
 
-Three methods of the trainer are wrapped and called as they were: `_generate` (tokens before any selection), `_calculate_rewards`
-and `compute_loss` (what is in the loss, by micro-batch). No random number is drawn and no tensor changed.
+Three methods of the trainer are wrapped and called as they were: `_generate` (tokens before any
+selection), `_calculate_rewards` and `compute_loss` (what is in the loss, by micro-batch). No random
+number is drawn and no tensor changed.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from rl_training.run.step_record import GENERATED, LOSS, RunSettings, write_sett
 
 
 def record_steps(trainer: Any) -> StepRecorder:
-    """Write `<output_dir>/recorded_steps/` while `trainer`, any GRPOTrainer of TRL, trains: `entropy-experiments audit` reads it.
+    """Write `<output_dir>/recorded_steps/` while `trainer`, any GRPOTrainer of TRL, trains:
+    `entropy-experiments audit` reads it.
 
-    Call it before `trainer.train()`, once. Of a run that is to be audited checkpoints are needed as well (`save_steps`).
+    Call it before `trainer.train()`, once. Of a run that is to be audited checkpoints are needed as
+    well (`save_steps`).
     """
     recorder = StepRecorder(trainer)
     trainer.add_callback(recorder)
@@ -30,7 +34,9 @@ def record_steps(trainer: Any) -> StepRecorder:
 
 
 class StepRecorder(TrainerCallback):
-    """One file a step (rl_training/run/step_record.py), written by the main process when the optimizer has stepped."""
+    """One file a step (rl_training/run/step_record.py), written by the main process when the
+    optimizer has stepped.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -56,7 +62,12 @@ class StepRecorder(TrainerCallback):
 
     # ------------------------------------------------------------------ what passes by
     def _after_generation(self, generated: Any) -> None:
-        """generated: (prompt ids, completion ids, masks of drawn tokens or None, ..., the sampler's log-probabilities, ...)."""
+        """Keep what one generation returned.
+
+        Args:
+            generated: (prompt ids, completion ids, masks of drawn tokens or None, ..., the
+                sampler's log-probabilities, ...).
+        """
         prompts, completions, masks = generated[:3]
         scores = generated[4] if len(generated) > 4 else None
         rows = []
@@ -76,7 +87,11 @@ class StepRecorder(TrainerCallback):
         self._rounds.append(rows)
 
     def _after_rewards(self, rewards: Any) -> None:
-        """rewards: (n of all processes, reward functions)."""
+        """Keep the rewards of one generation.
+
+        Args:
+            rewards: (n of all processes, reward functions).
+        """
         if not self._rounds:
             return
         rows, rank = self._rounds[-1], self._trainer.accelerator.process_index
@@ -109,7 +124,9 @@ class StepRecorder(TrainerCallback):
 
 
 def _loss_rows(number: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Padding is left out; of a completion that is masked out as a whole, which cannot be told from its tokens, it stays in."""
+    """Padding is left out; of a completion that is masked out as a whole, which cannot be told from
+    its tokens, it stays in.
+    """
     in_loss, attended = loss_mask(inputs).cpu(), inputs["completion_mask"].bool().cpu()
     prompts, prompt_masks = inputs["prompt_ids"].cpu(), inputs["prompt_mask"].bool().cpu()
     rows = []

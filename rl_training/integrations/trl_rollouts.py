@@ -1,8 +1,9 @@
 """The sequences of a GRPOTrainer's step, as the entropy probe watches them.
 
-`compute_loss` is where every micro-batch of every step passes with its tokens and advantages, whatever the loss, in every
-process; it is wrapped, and nothing else of the trainer is touched. A trainer that rejects groups (DrGRPOTrainer) says in
-`unfiltered_rollouts` what it generated before that.
+`compute_loss` is where every micro-batch of every step passes with its tokens and advantages,
+whatever the loss, in every process; it is wrapped, and nothing else of the trainer is touched. A
+trainer that rejects groups (DrGRPOTrainer) says in `unfiltered_rollouts` what it generated before
+that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _LINEAR_LOSSES = ("dr_grpo", "grpo", "bnpo", "dapo")
 
 
 class StepRollouts:
-    """Collects what `trainer`, a GRPOTrainer, trains on; `take` hands over the step's sequences and begins anew.
+    """Collects what `trainer`, a GRPOTrainer, trains on; `take` hands over the step's sequences and
+    begins anew.
 
     on_micro_batch is called with the inputs of each micro-batch before its forward pass.
     """
@@ -44,7 +46,8 @@ class StepRollouts:
 
         def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if model.training:
-                # Read before the forward pass and turned into sequences after the step, so that training goes on undisturbed.
+                # Read before the forward pass and turned into sequences after the step, so that
+                # training goes on undisturbed.
                 self._micro_batches.append(dict(inputs))
                 if on_micro_batch is not None:
                     on_micro_batch(inputs)
@@ -60,10 +63,14 @@ class StepRollouts:
         self._micro_batches, self._beyond_text = [], set()
 
     def take(self) -> tuple[list[RolloutSequence], list[RolloutSequence]]:
-        """(generated, trained): the step's sequences before rejection and those in its loss, of all processes.
+        """(generated, trained): the step's sequences before rejection and those in its loss, of all
+        processes.
 
-        Sequences in which the policy drew nothing are left out. Raises ValueError where the model got more than tokens, or
-        where it is not known which tokens were drawn, in all processes alike.
+        Sequences in which the policy drew nothing are left out.
+
+        Raises:
+            ValueError: the model got more than tokens, or where it is not known which tokens were
+                drawn, in all processes alike.
         """
         trouble, trained = None, []
         try:
@@ -82,8 +89,9 @@ class StepRollouts:
         return generated, trained
 
     def new_generation(self, read: bool) -> list[list[RolloutSequence]] | None:
-        """All sequences of the trainer's generation, by micro-batch of this process (gathered over processes), where it was
-        made since the last call (none of them if not `read`); None otherwise, and where the trainer keeps none in TRL's place.
+        """All sequences of the trainer's generation, by micro-batch of this process (gathered over
+        processes), where it was made since the last call (none of them if not `read`); None
+        otherwise, and where the trainer keeps none in TRL's place.
         """
         kept = getattr(self._trainer, "_buffered_inputs", None)
         if not isinstance(kept, list) or not kept or not isinstance(kept[0], dict):
@@ -136,7 +144,9 @@ class StepRollouts:
         return out
 
     def _token_weights(self, micro_batches: int) -> list[Tensor | None]:
-        """(n, L) of each of the step's micro-batches, None where they could not be read off the loss."""
+        """(n, L) of each of the step's micro-batches, None where they could not be read off the
+        loss.
+        """
         found = [] if self._reader is None else self._reader.token_weights()
         return found if len(found) == micro_batches else [None] * micro_batches
 

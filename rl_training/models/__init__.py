@@ -1,7 +1,7 @@
 """Models and tokenizers: where they come from, how they are read, and on which devices they lie.
 
-Imports rl_training.config and what lies below it. `load_model_and_tokenizer`, `add_lora` and `disable_dropout` can be
-imported from here.
+Imports rl_training.config and what lies below it. `load_model_and_tokenizer`, `add_lora` and
+`disable_dropout` can be imported from here.
 """
 
 from typing import TYPE_CHECKING, Any

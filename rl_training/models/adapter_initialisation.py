@@ -1,8 +1,9 @@
 """Initialisations of LoRA after which a saved adapter, loaded again, is the policy that was saved.
 
-PiSSA, OLoRA and their like take something out of the *base* weights when an adapter is created, also when it is created to load
-a saved one into. The policy comes back only if that takes out the same thing again: an exact singular value or QR decomposition
-does, a randomised one does not, and others need data that the checkpoint does not hold.
+PiSSA, OLoRA and their like take something out of the *base* weights when an adapter is created,
+also when it is created to load a saved one into. The policy comes back only if that takes out the
+same thing again: an exact singular value or QR decomposition does, a randomised one does not, and
+others need data that the checkpoint does not hold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ REPEATABLE = (True, False, "gaussian", "eva", "orthogonal", "pissa", "olora")
 
 
 def unrepeatable_initialisation(config: Any) -> str | None:
-    """The initialisation that makes another policy at each load, or None. config: an adapter's, as a dict or an object."""
+    """The initialisation that makes another policy at each load, or None.
+
+    Args:
+        config: an adapter's, as a dict or an object.
+    """
     held = config if isinstance(config, dict) else vars(config)
     name = held.get("init_lora_weights", True)
     known = name in REPEATABLE or (isinstance(name, str) and name.lower() in REPEATABLE)

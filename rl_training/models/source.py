@@ -9,7 +9,8 @@ BUNDLED_MODEL = "smollm2-135m"
 
 
 def resolve_source(name: str, cache_dir: Path | None = None) -> str:
-    """Return a local folder with a whole model, converted from GGUF where need be, or a hub id as it stands.
+    """Return a local folder with a whole model, converted from GGUF where need be, or a hub id as
+    it stands.
 
     Raises:
         UserError: if `name` is neither, or a folder or file of another kind, which is then named.

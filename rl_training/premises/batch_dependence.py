@@ -1,9 +1,10 @@
 """Whether what a model makes of one sequence depends on how long the longest one of its batch is.
 
-Rotary positions that are rescaled for long contexts (dynamic NTK, LongRoPE) take their frequencies from the largest position in
-the batch: beyond a length, every sequence has other logits beside a long one than alone, and other ones when it is scored than
-token by token when it was drawn. It shows without a long sequence: one sequence, alone and beside another whose last token stands
-at a large position.
+Rotary positions that are rescaled for long contexts (dynamic NTK, LongRoPE) take their frequencies
+from the largest position in the batch: beyond a length, every sequence has other logits beside a
+long one than alone, and other ones when it is scored than token by token when it was drawn. It
+shows without a long sequence: one sequence, alone and beside another whose last token stands at a
+large position.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _SHORT = 8  # tokens: fewer than any context that is extended
 
 
 class LongestSequence:
-    """Watches a run's lengths for one model: a few tokens' passes whenever a batch is longer than all that was tried.
+    """Watches a run's lengths for one model: a few tokens' passes whenever a batch is longer than
+    all that was tried.
 
-    Asked when training begins about the model's own context, which nearly every run stays within; see `finding`.
+    Asked when training begins about the model's own context, which nearly every run stays within;
+    see `finding`.
     """
 
     def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
@@ -37,7 +40,9 @@ class LongestSequence:
             self._tried = context
 
     def finding(self, length: int) -> str | None:
-        """What is wrong in a batch whose sequences are `length` tokens long with their padding; None where nothing is."""
+        """What is wrong in a batch whose sequences are `length` tokens long with their padding;
+        None where nothing is.
+        """
         if length <= self._tried:
             return None
         change = longest_dependence(self._model, self._tokens, length)
@@ -46,14 +51,16 @@ class LongestSequence:
             return None
         return (
             f"logits of a sequence depend on the longest one of its batch: beside one of {length} tokens they change by "
-            f"{change:.2g} of their standard deviation (position scaling of a long context, which goes by the batch). A "
+            f"{change:.2g} of their standard deviation (position scaling of a long context, which depends on the batch). A "
             "completion is scored by another distribution than it was drawn from"
         )
 
 
 def longest_dependence(model: nn.Module, token_ids: Sequence[int], length: int) -> float:
-    """Mean change of a logit of one sequence, in standard deviations of the logits, beside one with a token at position
-    `length` - 1; 0 within rounding, and for models that take no positions. The model is left as it was.
+    """Mean change of a logit of one sequence, in standard deviations of the logits, beside one with
+    a token at position `length` - 1; 0 within rounding, and for models that take no positions.
+
+    The model is left as it was.
     """
     ids = list(token_ids)
     if "position_ids" not in inspect.signature(inspect.unwrap(innermost_model(model).forward)).parameters:
@@ -64,8 +71,8 @@ def longest_dependence(model: nn.Module, token_ids: Sequence[int], length: int) 
     if len(ids) < 2 or reach < len(ids):
         return 0.0
     device = input_device(model)
-    # Close together, inside any context that is extended; and as far apart as the model's own context lets them, where small
-    # changes of the frequencies show.
+    # Close together, inside any context that is extended; and as far apart as the model's own
+    # context lets them, where small changes of the frequencies show.
     near = torch.arange(len(ids), device=device)
     apart = torch.linspace(0, reach - 1, len(ids), device=device).long()
     far = near.clone()

@@ -1,16 +1,20 @@
-"""Which policy drew the sequences that a trainer passes in a step: today's, or one of an earlier step.
+"""Which policy drew the sequences that a trainer passes in a step: today's, or one of an earlier
+step.
 
-Trainers train on sequences more than once (several iterations, more micro-batches in a generation than in a step, a buffer of
-old ones). What is estimated of today's policy on them needs the log-probability S that each had when it was drawn,
+Trainers train on sequences more than once (several iterations, more micro-batches in a generation
+than in a step, a buffer of old ones). What is estimated of today's policy on them needs the
+log-probability S that each had when it was drawn,
 
     log weight = S_today - S_drawn ,
 
-and both must come from the same arithmetic: a trainer's own record, in bfloat16 over hundreds of tokens, is off by nats. So
-scores are taken by the probe's pass while the policy is still the one that drew, and remembered by the sequence.
+and both must come from the same arithmetic: a trainer's own record, in bfloat16 over hundreds of
+tokens, is off by nats. So scores are taken by the probe's pass while the policy is still the one
+that drew, and remembered by the sequence.
 
-A sequence that was seen before is a replay where drawing it once more would be a coincidence: with n draws of its prompt
-remembered, n exp(S) is how often that is expected. Likely completions (of a collapsed policy, say) are drawn again and again, and
-are taken for replays only if most of the unlikely ones beside them are.
+A sequence that was seen before is a replay where drawing it once more would be a coincidence: with
+n draws of its prompt remembered, n exp(S) is how often that is expected. Likely completions (of a
+collapsed policy, say) are drawn again and again, and are taken for replays only if most of the
+unlikely ones beside them are.
 Source: docs/theory/measurement-and-uncertainty.md.
 """
 
@@ -27,14 +31,20 @@ from torch import Tensor
 from rl_training.sequences import RolloutSequence
 
 _COINCIDENCE = 1e-3
-# Log-probabilities of whole sequences, root mean square: recorded ones that are as near to the probe's own are as good.
+# Log-probabilities of whole sequences, root mean square: recorded ones that are as near to the
+# probe's own are as good.
 _AGREES = 0.05
 _MOST_REMEMBERED = 200_000
 
 
 @dataclass
 class _Seen:
-    """step: when it was first seen. score: S then, NaN where no pass was made over it."""
+    """One sequence as it was first seen.
+
+    Attributes:
+        step: when it was first seen.
+        score: S then, NaN where no pass was made over it.
+    """
 
     step: int
     score: float = math.nan
@@ -42,9 +52,14 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Drawn:
-    """places: of the sequences whose policy is known. scores: theirs when they were drawn, None where today's policy drew all.
-    replayed, unknown: how many were drawn earlier, and how many of those cannot be weighted. doubtful: recorded
-    log-probabilities say that another policy drew them, and are too coarse to say which.
+    """What is known of the policies that drew some sequences.
+
+    Attributes:
+        places: of the sequences whose policy is known.
+        scores: theirs when they were drawn, None where today's policy drew all.
+        replayed, unknown: how many were drawn earlier, and how many of those cannot be weighted.
+        doubtful: recorded log-probabilities say that another policy drew them, and are too coarse
+            to say which.
     """
 
     places: list[int]
@@ -72,7 +87,12 @@ class DrawnPolicies:
             del self._seen[next(iter(self._seen))]
 
     def remember(self, sequences: Sequence[RolloutSequence], scores: Tensor, step: int) -> None:
-        """scores: (N,) of these under the policy of `step`, kept for those that were first seen in it."""
+        """Take in the scores of sequences.
+
+        Args:
+            scores: (N,) of these under the policy of `step`, kept for those that were first seen in
+                it.
+        """
         self.note(sequences, step)
         for s, score in zip(sequences, scores.tolist(), strict=True):
             seen = self._seen[_key(s)]
@@ -97,7 +117,12 @@ class DrawnPolicies:
         return seen if seen is not None and seen.step < step else None
 
     def drawn(self, sequences: Sequence[RolloutSequence], today: Tensor, step: int, replayed: bool = False) -> Drawn:
-        """today: (N,) scores under today's policy. replayed: it is known that those seen before are replays."""
+        """Find the policies that drew sequences.
+
+        Args:
+            today: (N,) scores under today's policy.
+            replayed: it is known that those seen before are replays.
+        """
         scores, before = today.double().tolist(), [self._before(s, step) for s in sequences]
         unlikely = [self._is_unlikely(*found) for found in zip(sequences, scores, before, strict=True)]
         told = [seen is not None for seen, sure in zip(before, unlikely, strict=True) if sure]
@@ -127,15 +152,16 @@ class DrawnPolicies:
     def _use_records(
         self, sequences: Sequence[RolloutSequence], places: list[int], out: list[float], new: list[int]
     ) -> bool:
-        """Of sequences that were never seen before, take the trainer's recorded scores where these are known to agree with the
-        probe's own; whether they say that another policy drew them, and do not agree well enough to be taken.
+        """Of sequences that were never seen before, take the trainer's recorded scores where these
+        are known to agree with the probe's own; whether they say that another policy drew them,
+        and do not agree well enough to be taken.
         """
         records = {j: sequences[places[j]].drawn_score for j in new}
         off = {j: record - out[j] for j, record in records.items() if record is not None}
         if not off:
             return False
         size = math.sqrt(sum(value**2 for value in off.values()) / len(off))
-        if self._recorded_off is None:  # the first there are: nobody has trained since they were drawn
+        if self._recorded_off is None:  # the first there are: the policy is still the one that drew them
             self._recorded_off = size
             return False
         if size <= max(_AGREES, 3 * self._recorded_off):

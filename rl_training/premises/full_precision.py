@@ -1,4 +1,6 @@
-"""A trainer's model without its mixed precision, and how closely numbers of a run can agree with those computed in float32."""
+"""A trainer's model without its mixed precision, and how closely numbers of a run can agree with
+those computed in float32.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import nn
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """The model's own forward inside: mixed precision would quantise log-ratios until small changes go flat."""
+    """The model's own forward inside: mixed precision would quantise log-ratios until small changes
+    go flat.
+    """
     wrapped = model.__dict__.get("forward")
     original = model.__dict__.get("_original_forward")
     if wrapped is None or original is None:  # accelerate wraps the forward only under mixed precision
@@ -29,7 +33,9 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 class Agreement:
     """What the rounding of a run's precision explains.
 
-    gradient: of the relative error of a gradient. logprob: of the mean difference of a token's log-probability, nats.
+    Attributes:
+        gradient: of the relative error of a gradient.
+        logprob: of the mean difference of a token's log-probability, nats.
     """
 
     precision: str
@@ -38,15 +44,17 @@ class Agreement:
 
 
 _FULL = Agreement("float32", 1e-3, 1e-3)
-# A GPU's TF32 matrix products keep 10 bits, as float16 does; bfloat16 keeps 7. Errors of a whole network are some ten times
-# the rounding of one product.
+# A GPU's TF32 matrix products keep 10 bits, as float16 does; bfloat16 keeps 7. Errors of a whole
+# network are some ten times the rounding of one product.
 _TF32 = Agreement("TF32", 1e-2, 5e-3)
 _FLOAT16 = Agreement("float16", 2e-2, 2e-2)
 _BFLOAT16 = Agreement("bfloat16", 5e-2, 5e-2)
 
 
 def agreement(dtype: torch.dtype, mixed_precision: str = "no") -> Agreement:
-    """The agreement to ask of weights of `dtype`, computed under accelerate's `mixed_precision` ("no", "bf16", "fp16", ...)."""
+    """The agreement to ask of weights of `dtype`, computed under accelerate's `mixed_precision`
+    ("no", "bf16", "fp16", ...).
+    """
     if dtype == torch.bfloat16 or mixed_precision not in ("no", "fp16"):
         return _BFLOAT16
     if dtype == torch.float16 or mixed_precision == "fp16":

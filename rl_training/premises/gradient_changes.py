@@ -1,8 +1,9 @@
-"""Whether the gradient that the optimizer steps with is the one that the backward pass left, but for a factor (clipping).
+"""Whether the gradient that the optimizer steps with is the one that the backward pass left, but
+for a factor (clipping).
 
-A callback or a hook of the optimizer may add noise, project, or clip value by value; the recorded weights of sequences then say
-nothing of the step. A few elements of every parameter's gradient are kept from the last backward pass of a step and
-checked against those at the optimizer's call.
+A callback or a hook of the optimizer may add noise, project, or clip value by value; the recorded
+weights of sequences then say nothing of the step. A few elements of every parameter's gradient are
+kept from the last backward pass of a step and checked against those at the optimizer's call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ _SAME = 1e-3  # of the gradient's norm, over these elements: the rounding of a f
 
 
 class GradientChanges:
-    """Watches the steps 1, 2, 4, 8, ... of a run. tell: gets a sentence before the optimizer steps with another gradient."""
+    """Watches the steps 1, 2, 4, 8, ... of a run.
+
+    Args:
+        tell: gets a sentence before the optimizer steps with another gradient.
+    """
 
     def __init__(self, trainer: Any, reader: LossReader, tell: Callable[[str], None]) -> None:
         self._trainer, self._tell = trainer, tell
@@ -31,7 +36,11 @@ class GradientChanges:
         reader.after_micro_batch.append(self._keep)
 
     def watch(self, optimizer: Any) -> None:
-        """optimizer: of the run that begins, accelerate's wrapper or not."""
+        """Begin to watch an optimizer.
+
+        Args:
+            optimizer: of the run that begins, accelerate's wrapper or not.
+        """
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is not self._hooked and hasattr(inner, "register_step_pre_hook"):
             self._hooked = inner

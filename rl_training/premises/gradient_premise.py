@@ -1,13 +1,17 @@
-"""Whether a trainer's gradient is the one that its sequences' weights say, checked once a run on one micro-batch.
+"""Whether a trainer's gradient is the one that its sequences' weights say, checked once a run on
+one micro-batch.
 
     g = -sum_ik [ w_ik grad log pi_ik + u_ik grad H_ik ]
 
-g is what the trainer's backward pass left in `p.grad`; w and u are what its loss sent to the log-probabilities and entropies of
-its own forward pass (rl_training.premises.loss_reading); the right side is computed anew, in evaluation mode and without padding.
-Where the two sides differ, the loss holds something that is no function of the policy's log-probabilities and entropies, or the
-trainer's forward pass is another function than the policy that is analysed. The log-probabilities of both passes tell which.
+g is what the trainer's backward pass left in `p.grad`; w and u are what its loss sent to the
+log-probabilities and entropies of its own forward pass (rl_training.premises.loss_reading); the
+right side is computed anew, in evaluation mode and without padding. Where the two sides differ, the
+loss holds something that is no function of the policy's log-probabilities and entropies, or the
+trainer's forward pass is another function than the policy that is analysed. The log-probabilities
+of both passes tell which.
 
-Cost: one forward and one backward pass over one micro-batch, once. Nothing that training uses is written or drawn.
+Cost: one forward and one backward pass over one micro-batch, once. Nothing that training uses is
+written or drawn.
 Source: docs/theory/fisher-kernel.md; docs/guides/self-checks.md.
 """
 
@@ -43,11 +47,14 @@ NOISE, PADDING = "noise", "padding"
 class GradientCheck:
     """The finding. NaN numbers where the check could not be made; `trouble` then says why.
 
-    step: the optimizer step, counted from 1. relative_error: |g - rebuilt| / |g| over all trainable parameters.
-    logprob_difference: |difference| of a token's log-probability between the trainer's forward pass and ours, nats, the mean
-    over a sequence's tokens, the largest of all sequences.
-    trouble: what is wrong, None where the premise holds. made: whether the check could be made. cause: NOISE or PADDING where
-    that is it.
+    Attributes:
+        step: the optimizer step, counted from 1.
+        relative_error: |g - rebuilt| / |g| over all trainable parameters.
+        logprob_difference: |difference| of a token's log-probability between the trainer's forward
+            pass and ours, nats, the mean over a sequence's tokens, the largest of all sequences.
+        trouble: what is wrong, None where the premise holds.
+        made: whether the check could be made.
+        cause: NOISE or PADDING where that is it.
     """
 
     step: int
@@ -65,7 +72,9 @@ class GradientCheck:
 
 
 class GradientPremise:
-    """The check of one trainer's run. Call `settle` in every process between the backward passes and the optimizer's step.
+    """The check of one trainer's run.
+
+    Call `settle` in every process between the backward passes and the optimizer's step.
 
     One for each trainer: `GradientPremise.of(trainer)`.
     """
@@ -110,14 +119,17 @@ class GradientPremise:
         return self.check
 
     def fail(self, trouble: str) -> None:
-        """Take in what was found elsewhere of this step's gradient, so that the finding says so from here on."""
+        """Take in what was found elsewhere of this step's gradient, so that the finding says so
+        from here on.
+        """
         known = self.check or self._not_made("")
         if known.trouble is None or not known.made:
             self.check = replace(known, step=self._trainer.state.global_step + 1, trouble=trouble, made=True)
 
     def further_terms(self) -> list[str]:
-        """What else than weighted log-probabilities this step's loss holds, by name and with its remedy; a KL term by the
-        trainer's settings (it is a function of log-probabilities itself), the others as measured in this process.
+        """What else than weighted log-probabilities this step's loss holds, by name and with its
+        remedy; a KL term by the trainer's settings (it is a function of log-probabilities
+        itself), the others as measured in this process.
         """
         named = further_terms(self._trainer)
         readings = [] if self.reader is None else [r for micro in self.reader.micro_batches for r in micro]
@@ -221,7 +233,8 @@ class GradientPremise:
             term = next((t for t in further_terms(self._trainer) if t.startswith(ROUTER)), ROUTER)
             return f"the loss holds {term}, which makes {error:.1%} of its gradient; {remedy(ROUTER)}", None
         if any(r.drew_random for r in readings):
-            # An adapter that starts at zero leaves log-probabilities alone whatever is dropped of its input.
+            # An adapter that starts at zero leaves log-probabilities alone whatever is dropped of
+            # its input.
             noise = ", ".join(train_mode_noise(self._model)) or "noise"
             return (
                 f"{error:.1%} of the gradient is not the policy's: the trainer's forward pass draws random numbers in training "
@@ -244,8 +257,8 @@ def is_sharded(trainer: Any) -> bool:
 def _rebuild(
     model: nn.Module, readings: Sequence[LossReading], temperature: float
 ) -> tuple[dict[str, Tensor], float, tuple[float, float]]:
-    """The gradient that the readings stand for; the largest difference of log-probabilities; the same of the sequences with
-    the most padding before their prompts and of those with the least.
+    """The gradient that the readings stand for; the largest difference of log-probabilities; the
+    same of the sequences with the most padding before their prompts and of those with the least.
     """
     total: dict[str, Tensor] = {}
     gaps, paddings = [], []
@@ -309,7 +322,9 @@ def _norm(tensors: Any) -> float:
 
 @contextmanager
 def _without_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Tensor hooks would change the gradients inside as they change the trainer's; they are put back afterwards."""
+    """Tensor hooks would change the gradients inside as they change the trainer's; they are put
+    back afterwards.
+    """
     taken = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
     for p, _ in taken:
         p._backward_hooks = None

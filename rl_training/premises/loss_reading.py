@@ -1,4 +1,5 @@
-"""What a trainer's loss does with the policy's log-probabilities and entropies, read off its own backward pass.
+"""What a trainer's loss does with the policy's log-probabilities and entropies, read off its own
+backward pass.
 
     w_ik = -dL/d log pi(a_ik | c_ik) ,    u_ik = -dL/d H_ik
 
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# GRPOTrainer's one forward pass for a loss: (log-probabilities, entropies, auxiliary loss) of (n, L) completions, in every
-# release that pyproject.toml allows.
+# GRPOTrainer's one forward pass for a loss: (log-probabilities, entropies, auxiliary loss) of (n,
+# L) completions, in every release that pyproject.toml allows.
 _FORWARD = "_get_per_token_logps_and_entropies"
 _TOKENS = ("input_ids", "attention_mask", "logits_to_keep")
 # Arguments of that pass that say how to run it, and nothing about the sequences.
@@ -28,10 +29,14 @@ _NO_INPUTS = {"batch_size", "compute_entropy", "compute_aux_loss", "num_images",
 class LossReading:
     """One forward pass with gradients and what the loss sends back to it.
 
-    input_ids, attention_mask: (n, P + L) prompts, padded on the left, and completions, padded on the right. logprobs: (n, L).
-    to_logprobs, to_entropies: dL/dlog pi and dL/dH, (n, L); None where nothing came back. to_auxiliary: dL/d(the model's
-    auxiliary loss). inputs: names of what the model was given beside tokens. drew_random: whether random numbers were drawn
-    (None where nobody asked).
+    Attributes:
+        input_ids, attention_mask: (n, P + L) prompts, padded on the left, and completions, padded
+            on the right.
+        logprobs: (n, L).
+        to_logprobs, to_entropies: dL/dlog pi and dL/dH, (n, L); None where nothing came back.
+        to_auxiliary: dL/d(the model's auxiliary loss).
+        inputs: names of what the model was given beside tokens.
+        drew_random: whether random numbers were drawn (None where that was not watched).
     """
 
     input_ids: Tensor
@@ -50,11 +55,13 @@ class LossReading:
 
 
 class LossReader:
-    """Reads the loss of every micro-batch of a GRPOTrainer. One for each trainer: `LossReader.of(trainer)`.
+    """Reads the loss of every micro-batch of a GRPOTrainer.
 
-    micro_batches: readings of the step so far, a list for each micro-batch (of one entry, unless a trainer of one's own runs
-    the policy several times, or not at all where it computes its loss in another way).
-    watch_random: whether to notice that forward passes draw random numbers.
+    One for each trainer: `LossReader.of(trainer)`.
+
+    micro_batches: readings of the step so far, a list for each micro-batch (of one entry, unless a
+    trainer of one's own runs the policy several times, or not at all where it computes its loss in
+    another way). watch_random: whether to notice that forward passes draw random numbers.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -85,8 +92,8 @@ class LossReader:
         return found
 
     def token_weights(self) -> list[Tensor | None]:
-        """For each micro-batch of the step its (n, L) w_ik, as they stand in the step's gradient over all processes; None
-        where the loss ran the policy otherwise than once.
+        """For each micro-batch of the step its (n, L) w_ik, as they stand in the step's gradient
+        over all processes; None where the loss ran the policy otherwise than once.
         """
         out: list[Tensor | None] = []
         for readings in self.micro_batches:
@@ -99,7 +106,9 @@ class LossReader:
         return out
 
     def pads_prompts(self) -> bool:
-        """Whether a prompt of the step so far has padding before it; True for a step whose loss was not read."""
+        """Whether a prompt of the step so far has padding before it; True for a step whose loss was
+        not read.
+        """
         readings = [reading for micro in self.micro_batches for reading in micro]
         return not readings or any(bool((r.attention_mask[:, 0] == 0).any()) for r in readings)
 
@@ -108,7 +117,9 @@ class LossReader:
         return max((r.input_ids.shape[1] for micro in self.micro_batches for r in micro), default=0)
 
     def _scale(self) -> float:
-        """What the gradients of this process are multiplied by, against the mean over processes that the optimizer takes."""
+        """What the gradients of this process are multiplied by, against the mean over processes
+        that the optimizer takes.
+        """
         accelerator = self._trainer.accelerator
         scaler = getattr(accelerator, "scaler", None)
         return accelerator.num_processes * (1.0 if scaler is None else float(scaler.get_scale()))

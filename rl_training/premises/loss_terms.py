@@ -1,4 +1,6 @@
-"""The names of what a GRPOTrainer's loss may hold beside  -sum_i w_i S_i , in the words of its settings."""
+"""The names of what a GRPOTrainer's loss may hold beside  -sum_i w_i S_i , in the words of its
+settings.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def remedy(term: str) -> str:
 
 
 def further_terms(trainer: Any) -> list[str]:
-    """Terms beside the policy gradient that the trainer's settings, as they are now, add to the loss; each with its setting."""
+    """Terms beside the policy gradient that the trainer's settings, as they are now, add to the
+    loss; each with its setting.
+    """
     found = []
     if getattr(trainer, "use_adaptive_entropy", False):
         found.append(f"{ENTROPY} (use_adaptive_entropy=True)")
@@ -36,7 +40,9 @@ def further_terms(trainer: Any) -> list[str]:
 
 
 def unequal_weights(trainer: Any) -> list[str]:
-    """Settings of the trainer, as they are now, that give the tokens of a sequence other weights than A_i times a constant."""
+    """Settings of the trainer, as they are now, that give the tokens of a sequence other weights
+    than A_i times a constant.
+    """
     args = trainer.args
 
     def setting(name: str, default: Any) -> Any:

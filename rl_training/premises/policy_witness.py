@@ -1,9 +1,11 @@
-"""A few sequences with their log-probabilities under the policy that is saved: who loads the checkpoint must find the same ones.
+"""A few sequences with their log-probabilities under the policy that is saved: who loads the
+checkpoint must find the same ones.
 
     S_i = sum_k log pi(a_ik | c_ik)        over all of a completion's tokens, whether the policy drew them or not
 
-Weights, base model, adapter, its initialisation, precision, vocabulary: whatever makes the loaded policy another one than the
-saved one shows in S. Computed in evaluation mode and without mixed precision.
+Weights, base model, adapter, its initialisation, precision, vocabulary: whatever makes the loaded
+policy another one than the saved one shows in S. Computed in evaluation mode and without mixed
+precision.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ SEQUENCES, COMPLETION_TOKENS, TOKENS = 4, 64, 4096
 
 
 def choose_witness(sequences: Sequence[RolloutSequence]) -> list[RolloutSequence]:
-    """Up to 4 sequences of different prompts, the shortest of them, each the prompt's longest completion; few enough tokens that
-    saving a checkpoint does not notice.
+    """Up to 4 sequences of different prompts, the shortest of them, each the prompt's longest
+    completion; few enough tokens that saving a checkpoint does not notice.
     """
     longest: dict[tuple[int, ...], RolloutSequence] = {}
     for sequence in sequences:
@@ -59,7 +61,9 @@ def witness_of(
 def witness_differences(
     model: nn.Module, witness: SidecarWitness, temperature: float, pad_token_id: int
 ) -> list[tuple[float, float]]:
-    """For each sequence |S found - S recorded|, nats (NaN where one is not finite), and what rounding explains of it."""
+    """For each sequence |S found - S recorded|, nats (NaN where one is not finite), and what
+    rounding explains of it.
+    """
     found = _scores(model, witness.prompt_ids, witness.completion_ids, temperature, pad_token_id)
     allowed = agreement(coarsest_dtype(model)).logprob
     return [

@@ -1,4 +1,6 @@
-"""Stops a run of Dr. GRPO whose gradient is not the one that its recorded weights say, before the optimizer steps."""
+"""Stops a run of Dr. GRPO whose gradient is not the one that its recorded weights say, before the
+optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,18 @@ from rl_training.premises.gradient_changes import GradientChanges
 from rl_training.premises.gradient_premise import GradientPremise, is_sharded
 from rl_training.premises.loss_terms import unequal_weights
 
-# Difference of the loss's own weights from the recorded ones, relative to the largest, that rounding explains.
+# Difference of the loss's own weights from the recorded ones, relative to the largest, that
+# rounding explains.
 _SAME_WEIGHT = 1e-3
 
 
 class PremiseGuard(TrainerCallback):
-    """Once a run the gradient premise (rl_training.premises.gradient_premise), in every step, for nothing, that the loss gave
-    every token the weight that is recorded of its sequence, and that the optimizer steps with that gradient.
+    """Once a run the gradient premise (rl_training.premises.gradient_premise), in every step, for
+    nothing, that the loss gave every token the weight that is recorded of its sequence, and that
+    the optimizer steps with that gradient.
 
-    on_failure: "raise" stops the run with a UserError in every process, "warn" says so once.
+    Args:
+        on_failure: "raise" stops the run with a UserError in every process, "warn" says so once.
     """
 
     def __init__(self, trainer: Any, on_failure: str) -> None:
@@ -40,7 +45,9 @@ class PremiseGuard(TrainerCallback):
             self._changes.watch(optimizer)
 
     def expect(self, weights: Tensor) -> None:
-        """(n, L) the recorded weight of each token of the micro-batch whose loss is about to be computed."""
+        """(n, L) the recorded weight of each token of the micro-batch whose loss is about to be
+        computed.
+        """
         self._recorded.append(weights.double())
 
     def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:

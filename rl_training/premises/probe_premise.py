@@ -1,8 +1,9 @@
 """What the entropy probe makes of a loss that holds more than weighted log-probabilities.
 
-The predicted change needs only the step that was taken, so it stays right whatever the loss; it is said once what the loss holds.
-The shares of single sequences (`mode: attribution`) and the score term out of the training backward (`fused`) rest on the weights
-of the log-probabilities, and are refused by the term's name.
+The predicted change needs only the step that was taken, so it stays right whatever the loss; it is
+said once what the loss holds. The shares of single sequences (`mode: attribution`) and the score
+term out of the training backward (`fused`) rest on the weights of the log-probabilities, and are
+refused by the term's name.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from rl_training.premises.loss_terms import further_terms, remedy, unequal_weigh
 
 
 class ProbePremise:
-    """Call `hold` in every process and step, when gradients are final and the optimizer has not stepped.
+    """Call `hold` in every process and step, when gradients are final and the optimizer has not
+    stepped.
 
-    Raises UserError where the trainer's settings rule out what the configuration asks for.
+    Raises:
+        UserError: the trainer's settings rule out what the configuration asks for.
     """
 
     def __init__(self, trainer: Any, config: EntropyProbeConfig) -> None:

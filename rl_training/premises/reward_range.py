@@ -1,8 +1,8 @@
 """Rewards that float32 can compute with, and runs in which none of them ever made a gradient.
 
-TRL keeps rewards, advantages and losses in float32. A reward of 1e308 is infinite there, its group's advantages are 0 or NaN, and
-training stands still without a word; from 1e19 on already the squares in a gradient's norm overflow, and clipping sets the
-gradient to 0.
+TRL keeps rewards, advantages and losses in float32. A reward of 1e308 is infinite there, its
+group's advantages are 0 or NaN, and training stands still without a word; from 1e19 on already the
+squares in a gradient's norm overflow, and clipping sets the gradient to 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ _LARGEST_SQUARED = 1e18
 
 
 def check_rewards(rewards: Tensor, names: Sequence[str], weights: Tensor, largest: float = LARGEST_REWARD) -> None:
-    """rewards: (n, functions) float32 as the trainer has them, NaN where a function gave none; weights: (functions,).
+    """Refuse rewards that float32 cannot hold.
 
-    Raises UserError for a reward, or a weighted sum of rewards, that is infinite or beyond `largest`.
+    Args:
+        rewards: (n, functions) float32 as the trainer has them, NaN where a function gave none.
+        weights: (functions,).
+
+    Raises:
+        UserError: a reward, or a weighted sum of rewards, that is infinite or beyond `largest`.
     """
     weighted = rewards * weights.to(rewards)
     for values, what in (
@@ -46,7 +51,11 @@ def check_rewards(rewards: Tensor, names: Sequence[str], weights: Tensor, larges
 
 
 def without_weight(weights: Tensor, groups: int) -> list[bool]:
-    """For each of the groups in a row whether all its (n,) weights are 0. Raises UserError where one is not finite."""
+    """For each of the groups in a row whether all its (n,) weights are 0.
+
+    Raises:
+        UserError: one is not finite.
+    """
     if not bool(torch.isfinite(weights).all()):
         raise UserError(
             "a sequence's weight in the loss is not finite: its group's rewards lie too far apart; scale them"
@@ -55,7 +64,9 @@ def without_weight(weights: Tensor, groups: int) -> list[bool]:
 
 
 def watch_rewards(trainer: Any, tell: Callable[[str], None]) -> None:
-    """Hand `tell` a sentence for rewards of a trainer of TRL's that float32 cannot compute with; training goes on."""
+    """Hand `tell` a sentence for rewards of a trainer of TRL's that float32 cannot compute with;
+    training goes on.
+    """
     calculate = getattr(trainer, "_calculate_rewards", None)
     if calculate is None:
         return
@@ -78,7 +89,11 @@ class TrainedAtAll(TrainerCallback):
         self._trained = self._steps = 0
 
     def note(self, trained: int) -> None:
-        """trained: sequences with weight in the step that begins, of all processes."""
+        """Take in one step's count.
+
+        Args:
+            trained: sequences with weight in the step that begins, of all processes.
+        """
         self._steps, self._trained = self._steps + 1, self._trained + trained
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,7 +1,9 @@
-"""Whether a trainer draws completions from the distribution that is differentiated: its settings are checked by name when it is
-made, its model by a few forward passes when training begins, and its prompts when the first ones are rendered.
+"""Whether a trainer draws completions from the distribution that is differentiated: its settings
+are checked by name when it is made, its model by a few forward passes when training begins, and its
+prompts when the first ones are rendered.
 
-`DrGRPOTrainer` refuses what is found (SamplingGuard); in another trainer the entropy probe warns of it once (SamplingWatcher).
+`DrGRPOTrainer` refuses what is found (SamplingGuard); in another trainer the entropy probe warns of
+it once (SamplingWatcher).
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def padding_effect(trainer: Any) -> PaddingEffect:
 
 
 def longest_sequence(trainer: Any) -> LongestSequence:
-    """Begins to watch whether the longest sequence of a batch changes the others; see rl_training.premises.batch_dependence."""
+    """Begins to watch whether the longest sequence of a batch changes the others; see
+    rl_training.premises.batch_dependence.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     with without_autocast(model):
         return LongestSequence(model, _some_tokens(trainer))
@@ -63,7 +67,9 @@ def longest_finding(trainer: Any, watch: LongestSequence | None, length: int) ->
 
 
 def train_mode_finding(trainer: Any) -> str | None:
-    """What training mode changes, by name where it is known, or None: two passes in training mode against one without."""
+    """What training mode changes, by name where it is known, or None: two passes in training mode
+    against one without.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
     with without_autocast(model):
         change = train_mode_change(model, _some_tokens(trainer))
@@ -79,7 +85,9 @@ def train_mode_finding(trainer: Any) -> str | None:
 def prompt_finding(
     trainer: Any, description: SamplingDescription, prompts: Sequence[Any], token_ids: Sequence[Sequence[int]]
 ) -> str | None:
-    """Where the trainer's prompts, as tokens, are not what its template and arguments make of the same prompts."""
+    """Where the trainer's prompts, as tokens, are not what its template and arguments make of the
+    same prompts.
+    """
     compared: list[Any] = []
     tokenizer = text_tokenizer(trainer.processing_class)
     for prompt, theirs in zip(prompts, token_ids, strict=False):
@@ -99,9 +107,12 @@ def prompt_finding(
 
 
 class SamplingGuard(TrainerCallback):
-    """The checks of a DrGRPOTrainer, made at the end of its construction: settings are refused by name, noise is switched off.
+    """The checks of a DrGRPOTrainer, made at the end of its construction: settings are refused by
+    name, noise is switched off.
 
-    Raises UserError for whatever takes completions or the loss away from the distribution that is recorded.
+    Raises:
+        UserError: whatever takes completions or the loss away from the distribution that is
+            recorded.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -130,7 +141,9 @@ class SamplingGuard(TrainerCallback):
         self._longest = longest_sequence(self._trainer)
 
     def check_round(self, rows: Sequence[dict[str, Any]], output: dict[str, Any]) -> None:
-        """Of a round of generation: its prompts' tokens (the first time), and whether padding can be borne."""
+        """Of a round of generation: its prompts' tokens (the first time), and whether padding can
+        be borne.
+        """
         if self._unpaddable is not None and not bool(output["prompt_mask"].bool().all()):
             raise UserError(
                 f"{self._unpaddable}; passing positions does not help: train on prompts of one length in tokens, or another model"
@@ -166,9 +179,11 @@ class SamplingGuard(TrainerCallback):
 
 
 class SamplingWatcher(TrainerCallback):
-    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's. Stops nothing.
+    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's.
 
-    In a trainer of ours, whose SamplingGuard warns and refuses by itself, it is silent.
+    Stops nothing.
+
+    Silent in a DrGRPOTrainer, whose SamplingGuard warns and refuses.
     """
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
@@ -217,7 +232,9 @@ class SamplingWatcher(TrainerCallback):
         return found
 
     def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
-        """What only a step's own sequences show: padding is said once there is some, prompts of one length have none."""
+        """What only a step's own sequences show: padding is said once there is some, prompts of one
+        length have none.
+        """
         if self._of_padding is not None and (self._reader is None or self._reader.pads_prompts()):
             GradientPremise.of(self._trainer).told.add(PADDING)
             self._tell([self._of_padding])
@@ -233,7 +250,11 @@ class SamplingWatcher(TrainerCallback):
                 self._tell([_UNMARKED])
 
     def _tell(self, found: Sequence[str], of: str | None = None) -> None:
-        """of: a subject that is spoken of once, whatever the words."""
+        """Warn of findings, of each once.
+
+        Args:
+            of: a subject that is spoken of once, whatever the words.
+        """
         for sentence in found:
             if (of or sentence) not in self._told and not self._kept:
                 self._told.add(of or sentence)
@@ -241,9 +262,11 @@ class SamplingWatcher(TrainerCallback):
 
 
 class FirstPrompts:
-    """Listens to the first prompts that the trainer renders, and to no others: `finding` is what `prompt_finding` found.
+    """Listens to the first prompts that the trainer renders, and to no others: `finding` is what
+    `prompt_finding` found.
 
-    TRL renders prompts in `_tokenize_prompts`; of a trainer that has none, nothing is known and nothing found.
+    TRL renders prompts in `_tokenize_prompts`; of a trainer that has none, nothing is known and
+    nothing found.
     """
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:

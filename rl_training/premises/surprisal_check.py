@@ -1,15 +1,18 @@
-"""Whether completions come from the distribution that they are scored by, told from the completions alone.
+"""Whether completions come from the distribution that they are scored by, told from the completions
+alone.
 
     x_k = -log pi(a_k | c_k) - H(c_k) ,        E[x_k | c_k] = 0  where a_k ~ pi(. | c_k) ,
     M = sum of x over all tokens so far ,      V = (1/3) sum x^2 + (2/3) sum Var[log pi | c_k] ,
     P( |M| >= sqrt((V + r) (log((V + r) / r) + 2 log(1 / alpha)))  at any time )  <=  alpha .
 
-Surprisal and entropy have the same mean where a_k is drawn from pi: a truncated, penalised, colder or otherwise altered
-sampler shifts one against the other, whatever its name. M is a martingale over the tokens of all steps. As exp(x - x^2/6) is
-at most 1 + x + x^2/3 for every real x, exp(l M - l^2 V / 2) is a supermartingale for every l, whatever the size and the
-symmetry of x (Delyon 2009, "Exponential inequalities for sums of weakly dependent variables"). Mixed over l ~ N(0, 1/r) it
-bounds M at all times at once (Ville's inequality), so that looking at every step costs nothing: the chance that a run of any
-length is alarmed without reason is at most alpha. r is where the bound is tightest, in nats^2.
+Surprisal and entropy have the same mean where a_k is drawn from pi: a truncated, penalised, colder
+or otherwise altered sampler shifts one against the other, whatever its name. M is a martingale over
+the tokens of all steps. As exp(x - x^2/6) is at most 1 + x + x^2/3 for every real x, exp(l M - l^2
+V / 2) is a supermartingale for every l, whatever the size and the symmetry of x (Delyon 2009,
+"Exponential inequalities for sums of weakly dependent variables"). Mixed over l ~ N(0, 1/r) it
+bounds M at all times at once (Ville's inequality), so that looking at every step costs nothing: the
+chance that a run of any length is alarmed without reason is at most alpha. r is where the bound is
+tightest, in nats^2.
 
 Source: docs/theory/double-sampling.md.
 """
@@ -79,9 +82,11 @@ class SurprisalCheck:
 
 
 def surprisal_sums(statistics: TokenStatistics, batch: SequenceBatch) -> torch.Tensor:
-    """(3,) float64 of sequences drawn by the policy of `statistics`: sums of x, of x^2/3 + 2 Var/3, and tokens.
+    """(3,) float64 of sequences drawn by the policy of `statistics`: sums of x, of x^2/3 + 2 Var/3,
+    and tokens.
 
-    statistics: with `surprisal_variances`. Add such sums up over steps and processes.
+    Args:
+        statistics: with `surprisal_variances`. Add such sums up over steps and processes.
     """
     assert statistics.surprisal_variances is not None
     mask = batch.completion_mask.double()
@@ -93,10 +98,10 @@ def surprisal_sums(statistics: TokenStatistics, batch: SequenceBatch) -> torch.T
 class SamplerWatch:
     """Runs the check on a trainer's own rollouts, and warns once.
 
-    Where the probe computes statistics of sequences that today's policy has just drawn, `take` uses these: every such step is
-    looked at, for one more sum over the vocabulary. Where it watches other sequences (held-out ones, those of the step
-    before), `look` makes a forward pass of its own at the first, second, fourth ... step: what a sampler does it does from
-    the start.
+    Where the probe computes statistics of sequences that today's policy has just drawn, `take` uses
+    these: every such step is looked at, for one more sum over the vocabulary. Where it watches
+    other sequences (held-out ones, those of the step before), `look` makes a forward pass of its
+    own at the first, second, fourth ... step: what a sampler does it does from the start.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -106,7 +111,9 @@ class SamplerWatch:
         self._drawn_now = self._warned = False
 
     def step_begins(self) -> None:
-        """Call it before the step's first micro-batch: only then is it known whether the trainer will generate."""
+        """Call it before the step's first micro-batch: only then is it known whether the trainer
+        will generate.
+        """
         args = self._trainer.args
         every = int(getattr(args, "steps_per_generation", 1) or 1) * int(getattr(args, "num_iterations", 1) or 1)
         self._drawn_now = getattr(self._trainer, "_step", 0) % every == 0
@@ -117,8 +124,11 @@ class SamplerWatch:
         return self._drawn_now and not self._warned
 
     def take(self, statistics: TokenStatistics, batch: SequenceBatch) -> None:
-        """statistics: of sequences that today's policy drew in this step, chosen without a look at them; the same in every
-        process.
+        """Take in the statistics of sequences drawn in this step.
+
+        Args:
+            statistics: of sequences that today's policy drew in this step, chosen without a look at
+                them; the same in every process.
         """
         if not self.wanted:
             return
@@ -134,8 +144,12 @@ class SamplerWatch:
         sampling_config: SamplingConfig,
         statistics: Callable[..., TokenStatistics],
     ) -> None:
-        """generated: the step's sequences before any was rejected, of all processes, the same list in each.
-        statistics: `SimpleEntropyProbe.statistics`.
+        """Look at some of a step's sequences, where they are needed.
+
+        Args:
+            generated: the step's sequences before any was rejected, of all processes, the same list
+                in each.
+            statistics: `SimpleEntropyProbe.statistics`.
         """
         if not (self.wanted and generated):
             return
@@ -148,8 +162,10 @@ class SamplerWatch:
 
 
 def _some(generated: Sequence[RolloutSequence]) -> list[RolloutSequence]:
-    """At most `_SEQUENCES`, up to `_PER_PROMPT` of a prompt, whose tokens pass through the model once. Which ones has nothing
-    to do with what was drawn.
+    """At most `_SEQUENCES`, up to `_PER_PROMPT` of a prompt, whose tokens pass through the model
+    once.
+
+    Which ones has nothing to do with what was drawn.
     """
     by_prompt: dict[tuple[int, ...], list[RolloutSequence]] = {}
     for sequence in generated:

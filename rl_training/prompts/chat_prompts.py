@@ -1,7 +1,9 @@
-"""Prompts as tokens: chat messages through the chat template with the run's arguments, texts as they are.
+"""Prompts as tokens: chat messages through the chat template with the run's arguments, texts as
+they are.
 
-TRL's trainer renders prompts with `chat_template_kwargs`, with the schemas of its tools, and under tools with a template of
-its own. Prompts that are to be those of the run must be rendered with all of that, and by the same template.
+TRL's trainer renders prompts with `chat_template_kwargs`, with the schemas of its tools, and under
+tools with a template of its own. Prompts that are to be those of the run must be rendered with all
+of that, and by the same template.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ _DECIDED = frozenset(
 
 @dataclass(frozen=True)
 class PromptRendering:
-    """How chat messages become text. arguments: of the template beside the messages. contents_in_parts: a message's text is
-    handed over as [{"type": "text", "text": ...}], as TRL does for processors.
+    """How chat messages become text.
+
+    Attributes:
+        arguments: of the template beside the messages.
+        contents_in_parts: a message's text is handed over as [{"type": "text", "text": ...}], as
+            TRL does for processors.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -36,9 +42,14 @@ class PromptRendering:
 def tokenize_prompts(
     tokenizer: Any, prompts: Sequence[Any], rendering: PromptRendering | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts: chat messages go through the chat template with its generation prompt, texts as they are.
+    """Token ids of prompts: chat messages go through the chat template with its generation prompt,
+    texts as they are.
 
-    rendering: as `rendering_of` finds it. Raises UserError for arguments that the template does not take.
+    Args:
+        rendering: as `rendering_of` finds it.
+
+    Raises:
+        UserError: arguments that the template does not take.
     """
     rendering = rendering or PromptRendering()
     arguments = dict(rendering.arguments)
@@ -70,7 +81,8 @@ def _render(tokenizer: Any, chats: list[Any], arguments: dict[str, Any]) -> list
 
 
 def rendering_of(trainer: Any) -> PromptRendering:
-    """What a GRPOTrainer gives the chat template beside the messages: its kwargs, its tools as schemas, a template of its own.
+    """What a GRPOTrainer gives the chat template beside the messages: its kwargs, its tools as
+    schemas, a template of its own.
 
     All of it plain data, so that it can be recorded.
     """
@@ -85,7 +97,9 @@ def rendering_of(trainer: Any) -> PromptRendering:
 
 
 def template_digest(tokenizer: Any, rendering: PromptRendering) -> str | None:
-    """SHA-256 of the chat template that prompts are rendered with, as hexadecimal digits; None where there is none."""
+    """SHA-256 of the chat template that prompts are rendered with, as hexadecimal digits; None
+    where there is none.
+    """
     template = rendering.arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
     if template is None:
         return None

@@ -1,9 +1,10 @@
 """What padding on the left does to a model's logits, and how to undo it.
 
-Trainers that pad prompts on the left pass an attention mask and no positions. A model with rotary positions, or with positions
-counted from the mask, gives the same logits all the same; one that counts positions from the left edge (GPT-2) scores another
-sequence than the one that was drawn, since `generate` counts them from the mask; and a model that hardly heeds the mask
-(recurrent ones) sees the padding whatever it is told. All of it shows on one sequence, alone against padded.
+Trainers that pad prompts on the left pass an attention mask and no positions. A model with rotary
+positions, or with positions counted from the mask, gives the same logits all the same; one that
+counts positions from the left edge (GPT-2) scores another sequence than the one that was drawn,
+since `generate` counts them from the mask; and a model that hardly heeds the mask (recurrent ones)
+sees the padding whatever it is told. All of it shows on one sequence, alone against padded.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from entropy_core.passes.forward import evaluation_mode, innermost_model, input_
 
 _LONGEST, _PADDING = 12, 8
 
-# Mean change of a logit, in standard deviations of the logits, that is taken for rounding. Wrong positions make 0.05 to 1.
+# Mean change of a logit, in standard deviations of the logits, that is taken for rounding. Wrong
+# positions make 0.05 to 1.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_PRECISION = 3e-2
 
 
 @dataclass(frozen=True)
 class PaddingEffect:
-    """kind: padding changes nothing; or it does until positions are passed; or it does whatever is passed.
+    """What left padding does to a model's output.
 
-    change: mean change of a logit behind padding without positions, in standard deviations of the logits.
+    Attributes:
+        kind: padding changes nothing; or it does until positions are passed; or it does whatever is
+            passed.
+        change: mean change of a logit behind padding without positions, in standard deviations of
+            the logits.
     """
 
     kind: Literal["none", "positions", "always"]
@@ -47,9 +53,11 @@ class PaddingEffect:
 
 
 def positions_matter(model: nn.Module, token_ids: Sequence[int], pad_token_id: int) -> PaddingEffect:
-    """Two or three small forward passes in evaluation mode; random streams and the model are left as they were.
+    """Two or three small forward passes in evaluation mode; random streams and the model are left
+    as they were.
 
-    token_ids: any text of a few tokens, of which at most 12 are used.
+    Args:
+        token_ids: any text of a few tokens, of which at most 12 are used.
     """
     table = getattr(getattr(innermost_model(model), "config", None), "max_position_embeddings", None)
     room = table if isinstance(table, int) and table > 2 else _LONGEST + _PADDING
@@ -60,7 +68,8 @@ def positions_matter(model: nn.Module, token_ids: Sequence[int], pad_token_id: i
     padded = torch.tensor([[pad_token_id] * padding + ids], device=device)
     mask = (torch.arange(padded.shape[1], device=device) >= padding).long()[None]
     limit = _ROUNDING.get(dtype, _HALF_PRECISION)
-    # Other lengths of padding may fall together with a period of the positions; one of 8 or less does not.
+    # Other lengths of padding may fall together with a period of the positions; one of 8 or less
+    # does not.
     with torch.no_grad(), evaluation_mode(model):
         expected = _logits(model, alone, torch.ones_like(alone))[0]
         scale = expected.std().clamp(min=torch.finfo(expected.dtype).tiny)
@@ -83,9 +92,11 @@ def positions_from_mask(mask: Tensor) -> Tensor:
 
 
 def pass_positions(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
-    """From now on `model`, called with a two-dimensional attention mask and no positions, gets those of the mask.
+    """From now on `model`, called with a two-dimensional attention mask and no positions, gets
+    those of the mask.
 
-    model: what the trainer calls, adapters included, data-parallel wrappers not.
+    Args:
+        model: what the trainer calls, adapters included, data-parallel wrappers not.
     """
 
     def add(

@@ -1,8 +1,10 @@
-"""Chat templates under limits of time, memory and length: they come with a tokenizer, and whoever made that may be a stranger.
+"""Chat templates under limits of time, memory and length: they come with a tokenizer, and whoever
+made that may be a stranger.
 
-Inside `limited_templates` everything that transformers renders by a chat template, for us and for TRL, is rendered in the sandbox
-(rl_training.tasks.sandbox.template_renderer), by the same function and with the same result. Where there is no sandbox (Windows),
-and for arguments that are no plain data, templates are rendered in this process, without limits.
+Inside `limited_templates` everything that transformers renders by a chat template, for us and for
+TRL, is rendered in the sandbox (rl_training.tasks.sandbox.template_renderer), by the same function
+and with the same result. Where there is no sandbox (Windows), and for arguments that are no plain
+data, templates are rendered in this process, without limits.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ def _server_of(process: int) -> ScoringServer | None:
 
 @contextmanager
 def limited_templates() -> Iterator[None]:
-    """Within it transformers' chat templates are rendered under limits, in this whole process. May be nested.
+    """Within it transformers' chat templates are rendered under limits, in this whole process.
+
+    May be nested.
 
     A template that fails or exceeds a limit raises TemplateError where it is rendered.
     """
@@ -122,7 +126,9 @@ def _ask(server: ScoringServer, request: dict[str, Any], seconds: float) -> dict
 
 
 def _clock() -> str:
-    """This process's time zone of today, as the C library reads it from TZ: a template may print the date."""
+    """This process's time zone of today, as the C library reads it from TZ: a template may print
+    the date.
+    """
     now = time.localtime()
     west = -(now.tm_gmtoff or 0)
     hours, minutes = divmod(abs(west) // 60, 60)

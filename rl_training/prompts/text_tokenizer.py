@@ -1,7 +1,8 @@
 """The tokenizer that text goes through, where a trainer was given a processor.
 
-A processor of a multimodal model (transformers' ProcessorMixin) holds its tokenizer as an attribute, and often the chat template
-that the tokenizer lacks. Padding and end-of-sequence tokens, decoding and text prompts are the tokenizer's.
+A processor of a multimodal model (transformers' ProcessorMixin) holds its tokenizer as an
+attribute, and often the chat template that the tokenizer lacks. Padding and end-of-sequence tokens,
+decoding and text prompts are the tokenizer's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 
 def text_tokenizer(processing_class: Any) -> Any:
-    """A tokenizer as it is; of a processor its tokenizer, with the processor's chat template where it has none of its own.
+    """A tokenizer as it is; of a processor its tokenizer, with the processor's chat template where
+    it has none of its own.
 
     The processor's own tokenizer is left as it was.
     """

@@ -1,12 +1,15 @@
-"""Which prompts to draw next: running pass rates, and a weight that prefers prompts solved about half of the time.
+"""Which prompts to draw next: running pass rates, and a weight that prefers prompts solved about
+half of the time.
 
-A prompt whose completions all succeed or all fail gives zero advantage and no gradient. With a Beta(1, 1) prior and
-(decayed) counts of passes and failures, the expected within-group variance of a 0/1 reward is
+A prompt whose completions all succeed or all fail gives zero advantage and no gradient. With a
+Beta(1, 1) prior and (decayed) counts of passes and failures, the expected within-group variance of
+a 0/1 reward is
 
     w(p) = E[q (1 - q)] = a b / ((a + b)(a + b + 1)),        a = 1 + passes, b = 1 + failures,
 
-and prompts are drawn without replacement with probability proportional to max(w(p), floor * max w). With each drawn prompt is
-kept how likely it was to be in the draw (rl_training.tasks.inclusion), so that a mean over all prompts can be estimated.
+and prompts are drawn without replacement with probability proportional to max(w(p), floor * max w).
+With each drawn prompt is kept how likely it was to be in the draw (rl_training.tasks.inclusion), so
+that a mean over all prompts can be estimated.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ _FLOOR = 0.1
 
 
 def mean_reward(rewards: Sequence[float]) -> float:
-    """Their mean, NaN rewards (completions that no function judges) left out; NaN where there is no other."""
+    """Their mean, NaN rewards (completions that no function judges) left out; NaN where there is no
+    other.
+    """
     known = [reward for reward in rewards if not math.isnan(reward)]
     return float(np.mean(known)) if known else math.nan
 
@@ -65,11 +70,14 @@ class PassRates:
     def draw(
         self, count: int, rng: np.random.Generator, exclude: Sequence[int] = (), weighted: bool = True
     ) -> tuple[list[int], list[float]]:
-        """`count` distinct prompts outside `exclude`, and the probability with which each is in such a draw.
+        """`count` distinct prompts outside `exclude`, and the probability with which each is in
+        such a draw.
 
-        weighted: by difficulty if true, uniformly if false. Where fewer prompts than `count` are left, excluded ones
-        are drawn again rather than none; where there are fewer than `count` in all, prompts are drawn with replacement, and the
-        number is how often each is expected to be drawn.
+        Args:
+            weighted: by difficulty if true, uniformly if false. Where fewer prompts than `count`
+                are left, excluded ones are drawn again rather than none; where there are fewer than
+                `count` in all, prompts are drawn with replacement, and the number is how often each
+                is expected to be drawn.
         """
         weights = self.weights() if weighted else np.ones(self.size)
         available = np.setdiff1d(np.arange(self.size), np.asarray(list(exclude), dtype=int))

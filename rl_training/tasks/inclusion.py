@@ -1,13 +1,15 @@
-"""How likely each prompt is to be in a draw without replacement, which is what undoes its weight in a mean over all prompts.
+"""How likely each prompt is to be in a draw without replacement, which is what undoes its weight in
+a mean over all prompts.
 
     pi_i = integral of f_i(x) P( fewer than k of the others lie below x ) dx,      f_i the density of an exponential of rate w_i
 
-The k smallest of independent exponentials of rates w are a draw of k, one after the other, each in proportion to the weights of
-those that are left (Efraimidis & Spirakis 2006). k times the chance to be drawn first, k w_i / sum w, is larger for heavy
-prompts, for none is drawn twice; of 8 of 12 prompts it is off by a fifth and more.
+The k smallest of independent exponentials of rates w are a draw of k, one after the other, each in
+proportion to the weights of those that are left (Efraimidis & Spirakis 2006). k times the chance to
+be drawn first, k w_i / sum w, is larger for heavy prompts, for none is drawn twice; of 8 of 12
+prompts it is off by a fifth and more.
 
-For up to EXACT prompts the integral is taken as it stands; beyond, the number that lies below x is taken for its mean
-(Rosen 1972), pi_i = 1 - exp(-w_i x) with sum pi = k, good to 1% there.
+For up to EXACT prompts the integral is taken as it stands; beyond, the number that lies below x is
+taken for its mean (Rosen 1972), pi_i = 1 - exp(-w_i x) with sum pi = k, good to 1% there.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ _NODES = 64
 
 
 def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
-    """(n,) chance of each of n prompts of positive `weights` to be among `count` of them, drawn without replacement.
+    """(n,) chance of each of n prompts of positive `weights` to be among `count` of them, drawn
+    without replacement.
 
-    They add up to `count`. Raises ValueError for a count beyond n, or weights that are not positive.
+    They add up to `count`.
+
+    Raises:
+        ValueError: a count beyond n, or weights that are not positive.
     """
     rates = np.asarray(weights, dtype=np.float64)
     if not (np.isfinite(rates).all() and (rates > 0).all()) or not 0 <= count <= len(rates):
@@ -33,7 +39,8 @@ def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
     if len(rates) > EXACT:
         return -np.expm1(-rates * near)
     nodes, node_weights = np.polynomial.legendre.leggauss(_NODES)
-    # x = near * t^2/(1 - t)^2, dense where few lie below and where most do: rates may be a thousandfold apart
+    # x = near * t^2/(1 - t)^2, dense where few lie below and where most do: rates may be a
+    # thousandfold apart
     t, dt = (nodes + 1) / 2, node_weights / 2
     x, dx = near * (t / (1 - t)) ** 2, near * 2 * t / (1 - t) ** 3 * dt
     below = -np.expm1(-x[:, None] * rates)  # (nodes, n)

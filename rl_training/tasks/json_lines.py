@@ -1,4 +1,6 @@
-"""JSON, one object a line, of files that a person made: bad lines are named by number, and no file can hang or overwhelm us."""
+"""JSON, one object a line, of files that a person made: bad lines are named by number, and no file
+can hang or overwhelm us.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ _LARGEST_INTEGER = 1 << 63
 
 
 def regular_file(path: str | Path, shown: str) -> Path:
-    """The file of a path. Raises UserError, beginning with `shown`, where it has no end, is too large or is not there."""
+    """The file of a path.
+
+    Raises UserError, beginning with `shown`, where it has no end, is too large or is not there.
+    """
     file = Path(path).expanduser()
     try:
         mode = file.stat()
@@ -41,7 +46,11 @@ def regular_file(path: str | Path, shown: str) -> Path:
 def json_lines(path: str, setting: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, object or what is wrong with the line) of every line that is not blank.
 
-    setting: the key that named the file, for errors. Raises UserError where it is no regular file, too large, or cannot be read.
+    Args:
+        setting: the key that named the file, for errors.
+
+    Raises:
+        UserError: it is no regular file, too large, or cannot be read.
     """
     shown = f"{setting}: {path}"
     file = regular_file(path, shown)
@@ -67,7 +76,10 @@ def _refuse_other_encodings(line: bytes, shown: str) -> None:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | str:
-    """The object of a line, or what is wrong with it. Numbers are finite, integers fit 64 bits, texts are whole characters."""
+    """The object of a line, or what is wrong with it.
+
+    Numbers are finite, integers fit 64 bits, texts are whole characters.
+    """
     try:
         data = json.loads(
             line.decode("utf-8"),

@@ -1,8 +1,10 @@
-"""A reward function of one's own: `path/to/file.py:name`, or `pkg.module:name` of an installed module.
+"""A reward function of one's own: `path/to/file.py:name`, or `pkg.module:name` of an installed
+module.
 
-TRL's contract: called with keywords alone, sync or async, one number or None for each completion. It runs in this process, where
-it may hold models and state, or under limits in a child process (rl_training.tasks.reward_process). The working
-directory is never put on Python's path: a file is named by its path.
+TRL's contract: called with keywords alone, sync or async, one number or None for each completion.
+It runs in this process, where it may hold models and state, or under limits in a child process
+(rl_training.tasks.reward_process). The working directory is never put on Python's path: a file is
+named by its path.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extr
 def import_reward(
     path: str, columns: Iterable[str] = ("answer", "prompt_index"), limits: RewardLimits | None = None
 ) -> RewardFunction:
-    """The function under its own name, sync or async as it is, its results checked and its failures named.
+    """The function under its own name, sync or async as it is, its results checked and its failures
+    named.
 
-    columns: the task's, beside what TRL gives.
+    Args:
+        columns: the task's, beside what TRL gives.
 
     Raises:
-        UserError: if it cannot be imported, is no function, or cannot be called with these keywords. Later, if it raises, calls
-            exit(), or returns anything but one finite number or None a completion (a failure gives 0 under
-            task.on_reward_error=zero).
+        UserError: if it cannot be imported, is no function, or cannot be called with these
+            keywords. Later, if it raises, calls exit(), or returns anything but one finite number
+            or None a completion (a failure gives 0 under task.on_reward_error=zero).
     """
     function = find_reward(path)
     if not callable(function):

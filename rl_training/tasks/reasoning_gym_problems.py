@@ -1,4 +1,6 @@
-"""The problems of a reasoning-gym data set. Runs in the sandbox's server, where arguments and texts can do no harm."""
+"""The problems of a reasoning-gym data set. Runs in the sandbox's server, where arguments and texts
+can do no harm.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Any
 
 from rl_training.errors import UserError, first_line
 
-# A finite data set is taken to be exhausted after this many draws in a row that were all seen before.
+# A finite data set is taken to be exhausted after this many draws in a row that were all seen
+# before.
 DRAWS_WITHOUT_A_NEW_PROMPT = 2000
 # Some data sets allocate, or refuse, in proportion to the size that they are told.
 LARGEST_DECLARED_SIZE = 20_000
@@ -20,7 +23,8 @@ def create_dataset(name: str, arguments: Mapping[str, Any], seed: int, count: in
     """Instantiate a reasoning-gym data set from which `count` distinct prompts will be drawn.
 
     Raises:
-        UserError: if the data set or an argument is unknown (valid names are given), or the data set refuses a value.
+        UserError: if the data set or an argument is unknown (valid names are given), or the data
+            set refuses a value.
     """
     from reasoning_gym.factory import DATASETS
 
@@ -36,7 +40,8 @@ def create_dataset(name: str, arguments: Mapping[str, Any], seed: int, count: in
             hint = f"did you mean {near[0]!r}? " if near else ""
             known = ", ".join(valid)
             raise UserError(f"task.arguments: {name} has no argument {argument!r}: {hint}valid are {known}")
-    # Neighbouring seeds of reasoning-gym share all but one of their problems, since problem i has seed + i.
+    # Neighbouring seeds of reasoning-gym share all but one of their problems, since problem i has
+    # seed + i.
     seed = Random(seed).getrandbits(31)
     size = max(LARGEST_DECLARED_SIZE, count)
     try:

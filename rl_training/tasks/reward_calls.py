@@ -1,4 +1,6 @@
-"""Calling reward functions outside a trainer as TRL's trainer calls them: with keywords, sync or async, None for "not judged"."""
+"""Calling reward functions outside a trainer as TRL's trainer calls them: with keywords, sync or
+async, None for "not judged".
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from rl_training.errors import UserError
 
 
 class NoTrainerState:
-    """Stands in for `trainer_state` where no run is known; whoever asks it for something is told so. False in a condition."""
+    """Stands in for `trainer_state` where no run is known: false, and without attributes.
+
+    Raises:
+        UserError: an attribute is read.
+    """
 
     def __bool__(self) -> bool:
         return False
@@ -35,12 +41,16 @@ def total_rewards(
     columns: dict[str, list[Any]],
     trainer_state: Any = None,
 ) -> list[float | None]:
-    """The sum over the functions that judge a completion; None for a completion that no function judges, as in TRL.
+    """The sum over the functions that judge a completion; None for a completion that no function
+    judges, as in TRL.
 
-    trainer_state: transformers' TrainerState as the functions are to see it. What they log is dropped.
+    Args:
+        trainer_state: transformers' TrainerState as the functions are to see it. What they log is
+            dropped.
 
-    Raises UserError where a function returns another number of rewards than there are completions, a reward that is not
-    finite, or calls exit().
+    Raises:
+        UserError: a function returns another number of rewards than there are completions, a reward
+            that is not finite, or calls exit().
     """
     totals: list[float | None] = [None] * len(completions)
     for function in reward_functions:
@@ -74,7 +84,9 @@ def total_rewards(
 
 
 def _finished(result: Any) -> Any:
-    """What an async function returns, run on an event loop of its own in another thread: this one may have a loop already."""
+    """What an async function returns, run on an event loop of its own in another thread: this one
+    may have a loop already.
+    """
     if not inspect.isawaitable(result):
         return result
     outcome: list[Any] = []

@@ -1,7 +1,9 @@
-"""A reward function of one's own in a child process, so that a call can be stopped at a limit (`task.reward_process: true`).
+"""A reward function of one's own in a child process, so that a call can be stopped at a limit
+(`task.reward_process: true`).
 
-The child imports the function once and answers call after call; where one takes too long or too much memory the child is killed,
-and the next call starts another. It is a limit and no sandbox: the function is the user's, and may do what it likes.
+The child imports the function once and answers call after call; where one takes too long or too
+much memory the child is killed, and the next call starts another. It is a limit and no sandbox: the
+function is the user's, and may do what it likes.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any
 
 from rl_training.tasks.sandbox.scoring import RewardLimits
 
-# Importing a module may load a model library, and reading the first call's arguments another (the trainer's state is of
-# transformers): no limit of a call should count that.
+# Importing a module may load a model library, and reading the first call's arguments another (the
+# trainer's state is of transformers): no limit of a call should count that.
 SECONDS_TO_START = 300.0
 # Beyond the limit, until a call is ended whose caller is no longer there to do it.
 _GRACE_SECONDS = 5.0
@@ -29,10 +31,13 @@ _CHILD = "import sys; sys.path[:] = eval(sys.argv[2]); from rl_training.tasks.re
 
 
 class RewardProcess:
-    """Calls `path` as TRL does, from any thread, one call at a time. limits: seconds and memory of one call.
+    """Calls `path` as TRL does, from any thread, one call at a time.
 
-    Raises TimeoutError and MemoryError at the limits, RuntimeError with the child's own words for what the function raised or
-    where it ended its process.
+    Raises TimeoutError and MemoryError at the limits, RuntimeError with the child's own words for
+    what the function raised or where it ended its process.
+
+    Args:
+        limits: seconds and memory of one call.
     """
 
     def __init__(self, path: str, limits: RewardLimits) -> None:

@@ -8,8 +8,8 @@
                 part of the reward to a text that merely contains the answer.
 `f.py:name`, `pkg.module:name`  one's own function (rl_training/tasks/own_rewards.py).
 
-A completion is a string, or a list of chat messages of which the last one counts. The last two built-in ones evaluate what
-the policy wrote, and do so in a sandbox (rl_training/tasks/sandbox).
+A completion is a string, or a list of chat messages of which the last one counts. The last two
+built-in ones evaluate what the policy wrote, and do so in a sandbox (rl_training/tasks/sandbox).
 """
 
 import functools
@@ -21,7 +21,9 @@ from typing import Any
 from rl_training.tasks.sandbox.scoring import RewardLimits, SandboxedScorer, mathematics_server
 
 RewardFunction = Callable[..., Any]
-"""Sync or async, and a None among its rewards means that it does not judge that completion, as in TRL."""
+"""Sync or async, and a None among its rewards means that it does not judge that completion, as in
+TRL.
+"""
 
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?")
 _OPENING, _CLOSING = "<answer>", "</answer>"
@@ -50,13 +52,17 @@ def last_number(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequ
 
 
 def find_last_number(text: str) -> Decimal | None:
-    """Return the last number in digits; a minus sign belongs to it unless a digit or letter precedes."""
+    """Return the last number in digits; a minus sign belongs to it unless a digit or letter
+    precedes.
+    """
     found = _NUMBER.findall(text.replace("\u2212", "-"))
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def tagged_answer(text: str) -> str:
-    """The content of the last <answer>...</answer>, or the whole text; in one walk through it, however often a tag is opened."""
+    """The content of the last <answer>...</answer>, or the whole text; in one walk through it,
+    however often a tag is opened.
+    """
     found, start = text, text.find(_OPENING)
     while start >= 0 and (end := text.find(_CLOSING, start + len(_OPENING))) >= 0:
         found = text[start + len(_OPENING) : end]
@@ -72,7 +78,10 @@ def math_verify(
     limits: RewardLimits = RewardLimits(),  # noqa: B008 (it is frozen)
     **_: Any,
 ) -> list[float]:
-    """1 where math-verify finds the completion's expression equal to the answer's, else 0. Works in any thread."""
+    """1 where math-verify finds the completion's expression equal to the answer's, else 0.
+
+    Works in any thread.
+    """
     scorer = SandboxedScorer("math_verify", mathematics_server(), limits, apart=True)
     texts = [completion_text(completion) for completion in completions]
     return scorer.score([[gold, text] for gold, text in zip(answer, texts, strict=True)])
@@ -84,7 +93,10 @@ def math_verify_within(limits: RewardLimits) -> RewardFunction:
 
 
 def are_mathematics(answers: Sequence[str]) -> list[bool]:
-    """Whether math-verify can read each reference answer; bare LaTeX is understood. False for one that takes too long."""
+    """Whether math-verify can read each reference answer; bare LaTeX is understood.
+
+    False for one that takes too long.
+    """
     scorer = SandboxedScorer("math_verify", mathematics_server(), RewardLimits(), apart=False)
     return scorer.readable(list(answers))
 
@@ -92,7 +104,11 @@ def are_mathematics(answers: Sequence[str]) -> list[bool]:
 def score_answer(scorer: SandboxedScorer, problems: Collection[int]) -> RewardFunction:
     """Return the reward function that asks the reasoning-gym data set's own scorer, in the sandbox.
 
-    problems: the prompt indices that may be asked for. Raises KeyError for another one.
+    Args:
+        problems: the prompt indices that may be asked for.
+
+    Raises:
+        KeyError: another one.
     """
 
     def reward(

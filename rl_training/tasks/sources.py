@@ -28,9 +28,12 @@ class Problem:
 
 
 def make_reasoning_gym_problems(config: TaskConfig, count: int) -> tuple[ScoringServer, list[Problem]]:
-    """Up to `count` problems of a data set, made in the sandbox, and the server that scores answers to them by number.
+    """Up to `count` problems of a data set, made in the sandbox, and the server that scores answers
+    to them by number.
 
-    Raises UserError for an unknown data set or argument (valid names are given), or a value that the data set refuses.
+    Raises:
+        UserError: an unknown data set or argument (valid names are given), or a value that the data
+            set refuses.
     """
     server, pairs = problems_server(config.name, config.arguments, config.seed, count)
     return server, [
@@ -39,7 +42,8 @@ def make_reasoning_gym_problems(config: TaskConfig, count: int) -> tuple[Scoring
 
 
 def read_jsonl_problems(path: str) -> list[Problem]:
-    """Read {"prompt": text or messages, "answer": text or number} from each line; blank lines are skipped.
+    """Read {"prompt": text or messages, "answer": text or number} from each line; blank lines are
+    skipped.
 
     Raises:
         UserError: if the file cannot be read or has bad lines, each of them named by its number.

@@ -1,4 +1,6 @@
-"""Verifiable tasks: prompts to train on, further ones to measure on, and the reward of a completion."""
+"""Verifiable tasks: prompts to train on, further ones to measure on, and the reward of a
+completion.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -28,9 +30,10 @@ _REWARD_IN_WORDS = {
 class Task:
     """Prompts and rewards. No prompt occurs twice, in `train` and `heldout` together.
 
-    Each row is a JSON-serialisable dict: `prompt` (a list of chat messages), `prompt_index` (an int that
-    stays with its prompt whatever the sizes of the splits), `answer` (text), and the further keys of a JSONL
-    line where a reward function of one's own may want them. All rows have the same keys.
+    Each row is a JSON-serialisable dict: `prompt` (a list of chat messages), `prompt_index` (an int
+    that stays with its prompt whatever the sizes of the splits), `answer` (text), and the further
+    keys of a JSONL line where a reward function of one's own may want them. All rows have the same
+    keys.
     """
 
     name: str
@@ -53,7 +56,8 @@ def load_task(config: TaskConfig) -> Task:
     """Build the task that a configuration describes. Equal configurations give equal tasks.
 
     Raises:
-        UserError: if the data set, the file or the reward function cannot be used, or has too few distinct prompts.
+        UserError: if the data set, the file or the reward function cannot be used, or has too few
+            distinct prompts.
     """
     reward_name = config.reward
     if reward_name == "default":
@@ -71,7 +75,8 @@ def load_task(config: TaskConfig) -> Task:
     _check_count(config, len(problems))
     chosen = list(range(len(problems)))
     if config.source == "jsonl":
-        # Files are often sorted, by topic or by difficulty: shuffle, so that both splits are of one kind.
+        # Files are often sorted, by topic or by difficulty: shuffle, so that both splits are of one
+        # kind.
         Random(config.seed).shuffle(chosen)
     chosen = chosen[:wanted]
     _check_answers(problems, chosen, reward_name, name)

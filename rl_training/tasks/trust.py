@@ -1,8 +1,10 @@
-"""What a task's description may name when a stranger wrote it: a checkpoint carries one, and whoever opens it did not.
+"""What a task's description may name when a stranger wrote it: a checkpoint carries one, and
+whoever opens it did not.
 
-Allowed is a reasoning-gym data set by name, with small arguments, whose scorer does no more than compare. A path is not opened, a
-function is not imported, and what evaluates the completions (which the stranger's weights write) is not run, unless the user says
-so: with --trust, or with a task of their own.
+Allowed is a reasoning-gym data set by name, with small arguments, whose scorer does no more than
+compare. A path is not opened, a function is not imported, and what evaluates the completions (which
+the stranger's weights write) is not run, unless the user says so: with --trust, or with a task of
+their own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ COMPARING_SCORERS = frozenset(
     "shortest_path simple_geometry spell_backward string_manipulation string_splitting string_synthesis sudoku survo syllogism "
     "tower_of_hanoi tsumego word_ladder word_sequence_reversal word_sorting zebra_puzzles".split()
 )
-"""Data sets whose scorer compares texts and numbers and evaluates neither; a test reads the installed sources again."""
+"""Data sets whose scorer compares texts and numbers and evaluates neither; a test reads the
+installed sources again.
+"""
 
 _COMPARING_REWARDS = ("exact", "last_number")
 _MOST_PROMPTS, _LARGEST_NUMBER, _LONGEST_TEXT, _MOST_VALUES, _DEEPEST = 100_000, 10**6, 200, 200, 3
@@ -32,9 +36,11 @@ _LONGEST_SECONDS, _MOST_MEMORY = 60.0, 4 << 30
 
 
 def why_trust_is_needed(task: Mapping[str, Any]) -> str | None:
-    """What a recorded task asks for that a stranger may not have, in words that follow "its record names"; None for nothing.
+    """What a recorded task asks for that a stranger may not have, in words that follow "its record
+    names"; None for nothing.
 
-    task: a task's configuration as a checkpoint carries it. Opens and imports nothing.
+    Args:
+        task: a task's configuration as a checkpoint carries it. Opens and imports nothing.
     """
     reward = str(task.get("reward", "default"))
     if ":" in reward:

@@ -1,10 +1,12 @@
-"""The parent's side of the sandbox: one first process for this process's lifetime, and a server for each task.
+"""The parent's side of the sandbox: one first process for this process's lifetime, and a server for
+each task.
 
     server = ScoringServer(("reasoning_gym",), {"problems": {...}})
     server.ask({"score": [...], ...}, seconds)
 
-Works from any thread. A server that hangs or dies is ended with everything it forked, and the next question starts another. What
-arrives is data whose shape is checked here; nothing that a completion writes is trusted further than as a number.
+Works from any thread. A server that hangs or dies is ended with everything it forked, and the next
+question starts another. What arrives is data whose shape is checked here; nothing that a completion
+writes is trusted further than as a number.
 """
 
 from __future__ import annotations
@@ -35,13 +37,16 @@ _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from rl_training.tasks.sandbox.zygote import main; main(int(sys.argv[1]))"
 )
-# Equal problems in every process: Python's order of sets of texts is otherwise another one each time.
+# Equal problems in every process: Python's order of sets of texts is otherwise another one each
+# time.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
 _PACKAGES = {"reasoning_gym": "reasoning-gym", "math_verify": "math-verify"}
 
 
 class ServerGone(Exception):
-    """The server ended or did not answer in time; it has been ended for good, and the next question starts another."""
+    """The server ended or did not answer in time; it has been ended for good, and the next question
+    starts another.
+    """
 
 
 class ServerEnded(ServerGone):
@@ -57,10 +62,15 @@ class _Zygote:
         self._control: socket.socket | None = None
         self._owner, self._folder = os.getpid(), ""
         self.ended: list[int] = []
-        """Servers that were ended and wait to be reaped: until then nobody else gets their number."""
+        """Servers that were ended and wait to be reaped: until then nobody else gets their number.
+        """
 
     def serve(self, modules: Sequence[str]) -> tuple[int, socket.socket]:
-        """(process number, socket) of a new server with these modules imported. Raises UserError where it cannot be had."""
+        """(process number, socket) of a new server with these modules imported.
+
+        Raises:
+            UserError: it cannot be had.
+        """
         with self._lock:
             try:
                 answer, ours = self._new_server(modules)
@@ -154,7 +164,9 @@ class _Zygote:
 
 
 def _search_path() -> list[str]:
-    """Where this process finds modules, without the working directory (unless this very package lies in it)."""
+    """Where this process finds modules, without the working directory (unless this very package
+    lies in it).
+    """
     here, own = os.getcwd(), str(Path(__file__).resolve().parents[3])
     return [
         own,
@@ -176,7 +188,8 @@ def _zygote() -> _Zygote:
 class ScoringServer:
     """One task's server, started with the first question and again after it was ended.
 
-    setup: the first order of every server, answered by what `setup_answer` returns.
+    Args:
+        setup: the first order of every server, answered by what `setup_answer` returns.
     """
 
     def __init__(self, modules: Sequence[str], setup: dict[str, Any], setup_seconds: float) -> None:
@@ -185,10 +198,15 @@ class ScoringServer:
         self._pid, self._socket = 0, None
         self._finalizer: weakref.finalize | None = None
         self.layers: list[str] = []
-        """Which layers of the operating system hold, of landlock and seccomp; known after the first question."""
+        """Which layers of the operating system hold, of landlock and seccomp; known after the first
+        question.
+        """
 
     def start(self) -> dict[str, Any]:
-        """The answer to the setup. Raises UserError, as the server says it, or where it takes too long or dies."""
+        """The answer to the setup.
+
+        Raises UserError, as the server says it, or where it takes too long or dies.
+        """
         with self._lock:
             self.stop()
             self._pid, self._socket = _zygote().serve(self._modules)
@@ -211,7 +229,9 @@ class ScoringServer:
                 raise
 
     def ask(self, order: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises ServerGone where the answer does not come in `seconds` or not at all, UserError where the server says one."""
+        """Raises ServerGone where the answer does not come in `seconds` or not at all, UserError
+        where the server says one.
+        """
         with self._lock:
             if self._socket is None:
                 self.start()

@@ -1,8 +1,10 @@
-"""What a completion may say where a scorer evaluates it: numbers, names, operators and functions of mathematics.
+"""What a completion may say where a scorer evaluates it: numbers, names, operators and functions of
+mathematics.
 
-The process is sealed off whatever the text does (lockdown.py). This guard keeps a text from choosing its own reward, by reaching
-into the scorer through attributes, built-in functions or code in a string: for those expressions that sympy's parse_expr and the
-scorers below evaluate, it is refused as malformed before it runs.
+The process is sealed off whatever the text does (lockdown.py). This guard keeps a text from
+choosing its own reward, by reaching into the scorer through attributes, built-in functions or code
+in a string: for those expressions that sympy's parse_expr and the scorers below evaluate, it is
+refused as malformed before it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import ast
 import sys
 from typing import Any
 
-# Scorers of reasoning-gym that call eval on a list that the completion writes; a literal is all they can use.
+# Scorers of reasoning-gym that call eval on a list that the completion writes; a literal is all
+# they can use.
 _EVAL_OF_A_LITERAL = (
     "reasoning_gym.algorithmic.binary_matrix",
     "reasoning_gym.algorithmic.spiral_matrix",
@@ -67,7 +70,9 @@ def _literal(text: str) -> Any:
 
 
 def refuse_more_than_mathematics(code: str, local_names: dict[str, Any], global_names: dict[str, Any]) -> None:
-    """Raises ValueError unless `code`, as sympy's parser is about to evaluate it, is an expression of mathematics alone."""
+    """Raises ValueError unless `code`, as sympy's parser is about to evaluate it, is an expression
+    of mathematics alone.
+    """
     tree = ast.parse(code.strip(), mode="eval")
     texts = 0
     for node in ast.walk(tree):

@@ -1,4 +1,6 @@
-"""Landlock for Linux 5.13 and later: this process and its children may read beneath some folders, and touch no other file."""
+"""Landlock for Linux 5.13 and later: this process and its children may read beneath some folders,
+and touch no other file.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ from collections.abc import Iterable
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every machine
 _VERSION, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
-# What each version of the interface can forbid about files: bits 0 to 12, then one more with versions 2, 3 and 5.
+# What each version of the interface can forbid about files: bits 0 to 12, then one more with
+# versions 2, 3 and 5.
 _FILE_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 
 
 def restrict_to_reading(folders: Iterable[str]) -> bool:
-    """From now on nothing but reading, and that only beneath `folders`. False, and nothing changed, where there is no Landlock.
+    """From now on nothing but reading, and that only beneath `folders`.
 
-    Needs no_new_privs to be set. From version 4 on no TCP either; from version 6 on no signal to a process outside.
+    False, and nothing changed, where there is no Landlock.
+
+    Needs no_new_privs to be set. From version 4 on no TCP either; from version 6 on no signal to a
+    process outside.
     """
     if sys.platform != "linux":
         return False

@@ -1,4 +1,5 @@
-"""What a process gives up before it meets a text that a policy wrote. There is no way back from any of it.
+"""What a process gives up before it meets a text that a policy wrote. There is no way back from any
+of it.
 
     layer                  server (makes problems, forks)     completion (scores one text)          where
     no new privileges      yes                                inherited                             Linux
@@ -9,7 +10,8 @@
     alarm                  -                                  ends at the time limit                everywhere
     audit hook             -                                  refuses what Python can name          everywhere
 
-Without seccomp the audit hook and the resource limits remain, which a text that sets its mind to it gets round.
+Without seccomp the audit hook and the resource limits remain, which a text that sets its mind to it
+gets round.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from contextlib import suppress
 
 from rl_training.tasks.sandbox import landlock, seccomp
 
-# Audit events that are refused by their first words; see the table of audit events in Python's own documentation.
+# Audit events that are refused by their first words; see the table of audit events in Python's own
+# documentation.
 _REFUSED = (
     "ctypes.",
     "fcntl.",
@@ -56,7 +59,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def readable_folders() -> list[str]:
-    """Standard library, installed packages, and what is imported already: beneath these lazy imports may still read."""
+    """Standard library, installed packages, and what is imported already: beneath these lazy
+    imports may still read.
+    """
     paths = sysconfig.get_paths()
     folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for name, module in list(sys.modules.items()):
@@ -69,9 +74,12 @@ def readable_folders() -> list[str]:
 
 
 def enter_server(taken: int) -> list[str]:
-    """Lock this process down before it makes problems. Returns the layers that hold, of landlock and seccomp.
+    """Lock this process down before it makes problems.
 
-    taken: bytes that it has mapped; it may take SERVER_MEMORY beside them.
+    Returns the layers that hold, of landlock and seccomp.
+
+    Args:
+        taken: bytes that it has mapped; it may take SERVER_MEMORY beside them.
     """
     limits = [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, taken + SERVER_MEMORY)]
     for what, value in limits:
@@ -92,8 +100,10 @@ def enter_server(taken: int) -> list[str]:
 def enter_completion(layers: list[str], keep: int, seconds: float, memory: int, taken: int) -> None:
     """Lock this freshly forked process down before it looks at a completion.
 
-    keep: the one descriptor it may write its result to, 3. seconds: after which the alarm ends it. memory: bytes that it may
-    take beside `taken`, those its parent had mapped.
+    Args:
+        keep: the one descriptor it may write its result to, 3.
+        seconds: after which the alarm ends it.
+        memory: bytes that it may take beside `taken`, those its parent had mapped.
     """
     os.closerange(keep + 1, 1 << 16)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -116,7 +126,9 @@ def enter_completion(layers: list[str], keep: int, seconds: float, memory: int, 
 
 
 def _refuse(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook: no boundary by itself, but it stands where the operating system offers nothing better."""
+    """An audit hook: no boundary by itself, but it stands where the operating system offers nothing
+    better.
+    """
     if event == "open":
         mode, flags = arguments[1], arguments[2]
         writing = isinstance(flags, int) and flags & _WRITING

@@ -1,4 +1,6 @@
-"""Is the expression in a completion equal to the answer? By math-verify, which evaluates both: in the sandbox alone."""
+"""Is the expression in a completion equal to the answer? By math-verify, which evaluates both: in
+the sandbox alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def _parse_answer(answer: str) -> list[Any]:
 
 
 def score(answer: str, text: str) -> float:
-    """1 where the expression that `text` ends in equals `answer`, else 0. Time is limited from outside."""
+    """1 where the expression that `text` ends in equals `answer`, else 0.
+
+    Time is limited from outside.
+    """
     from math_verify import parse, verify
 
     gold, found = _parse_answer(answer), parse(text, parsing_timeout=None)

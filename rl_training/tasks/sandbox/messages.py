@@ -1,6 +1,8 @@
-"""Messages between the parent, the sandbox's first process and its servers: JSON behind four bytes of length.
+"""Messages between the parent, the sandbox's first process and its servers: JSON behind four bytes
+of length.
 
-Nothing is ever unpickled: what arrives is numbers, texts, lists and dicts, and whoever reads checks their shape.
+Nothing is ever unpickled: what arrives is numbers, texts, lists and dicts, and whoever reads checks
+their shape.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ def send(descriptor: int, message: dict[str, Any]) -> None:
 
 
 def receive(descriptor: int, seconds: float | None = None, first: bytes = b"") -> dict[str, Any]:
-    """The next message. first: bytes of it that have been read. Raises Closed, or TooLate after `seconds`."""
+    """The next message.
+
+    Args:
+        first: bytes of it that have been read. Raises Closed, or TooLate after `seconds`.
+    """
     end = None if seconds is None else time.monotonic() + seconds
     data = bytearray(first)
     _fill(descriptor, data, 4, end)

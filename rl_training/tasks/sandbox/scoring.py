@@ -1,7 +1,8 @@
 """Rewards of completions out of the sandbox: a number each, whatever the text does.
 
-A text that takes too long, needs too much memory or ends its process earns 0 (or stops the run, as configured), with one warning
-that names the scorer and the text. A scorer that raises on a malformed text has not accepted it: that is 0 as well.
+A text that takes too long, needs too much memory or ends its process earns 0 (or stops the run, as
+configured), with one warning that names the scorer and the text. A scorer that raises on a
+malformed text has not accepted it: that is 0 as well.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from rl_training.tasks.sandbox.client import ScoringServer, ServerEnded, ServerG
 _logger = logging.getLogger(__name__)
 _MOST_CHILDREN = 4
 _SHOWN = 80
-# A child has so many seconds beyond its limit before the server gives it up, and the parent gives up the server.
+# A child has so many seconds beyond its limit before the server gives it up, and the parent gives
+# up the server.
 _GRACE_SECONDS, _SLACK_SECONDS = 6.0, 30.0
 _SETUP_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLimits:
-    """What scoring one completion may take. on_error: what a failure does; None: 0 for built-in rewards, stop for one's own.
-    own_process: one's own function runs in a child process, and the limits are those of a call.
+    """What scoring one completion may take.
+
+    Attributes:
+        on_error: what a failure does; None: 0 for built-in rewards, stop for one's own.
+        own_process: one's own function runs in a child process, and the limits are those of a call.
     """
 
     seconds: float = 10.0
@@ -39,7 +44,9 @@ class RewardLimits:
 class SandboxedScorer:
     """Scores texts in a server's children.
 
-    apart: a fresh process for every text, which scorers need that evaluate it; else one for many texts.
+    Args:
+        apart: a fresh process for every text, which scorers need that evaluate it; else one for
+            many texts.
     """
 
     def __init__(self, name: str, server: ScoringServer, limits: RewardLimits, apart: bool) -> None:
@@ -48,7 +55,11 @@ class SandboxedScorer:
         self._warned: set[str] = set()
 
     def score(self, items: list[list[Any]]) -> list[float]:
-        """Rewards in [0, 1] of [key, text] items. Raises UserError where one fails and failures are to stop the run."""
+        """Rewards in [0, 1] of [key, text] items.
+
+        Raises:
+            UserError: one fails and failures are to stop the run.
+        """
         rewards = []
         for (_, text), (value, reason) in zip(items, self._ask("score", items), strict=True):
             if value is not None and not 0.0 <= value <= 1.0:
@@ -103,7 +114,7 @@ class SandboxedScorer:
 
 
 def _checked(result: Any) -> tuple[float | None, str]:
-    """(value, reason) of what came through the socket; anything but a finite number is none."""
+    """(value, reason) of what came through the socket; None for anything but a finite number."""
     if not isinstance(result, list) or len(result) != 2:
         return None, "gave no result"
     value, reason = result
@@ -130,9 +141,11 @@ def mathematics_server() -> ScoringServer:
 def problems_server(
     name: str, arguments: dict[str, Any], seed: int, count: int
 ) -> tuple[ScoringServer, list[tuple[str, str | None]]]:
-    """A server with up to `count` problems of a reasoning-gym data set, and their (question, answer).
+    """A server with up to `count` problems of a reasoning-gym data set, and their (question,
+    answer).
 
-    Raises UserError for an unknown data set or argument, or where making them takes too long or too much.
+    Raises:
+        UserError: an unknown data set or argument, or where making them takes too long or too much.
     """
     order = {"problems": {"name": name, "arguments": arguments, "seed": seed, "count": count}}
     server = ScoringServer(("reasoning_gym",), order, _SETUP_SECONDS)

@@ -1,8 +1,10 @@
-"""Seccomp filters for Linux: a list of system calls that go on, everything else answers EPERM. Standard library alone.
+"""Seccomp filters for Linux: a list of system calls that go on, everything else answers EPERM.
+Standard library alone.
 
-Two filters, one inside the other. `server_filter` is for the process that makes a task's problems and forks a child for each
-completion; `completion_filter` is for that child. Neither can open a file for writing, make a socket, run a program, signal or
-inspect another process; the child cannot fork either, nor hold up the alarm that ends it.
+Two filters, one inside the other. `server_filter` is for the process that makes a task's problems
+and forks a child for each completion; `completion_filter` is for that child. Neither can open a
+file for writing, make a socket, run a program, signal or inspect another process; the child cannot
+fork either, nor hold up the alarm that ends it.
 """
 
 from __future__ import annotations
@@ -116,8 +118,11 @@ _SERVER_TOO: dict[str, tuple[int | None, int | None]] = {
 
 @dataclass(frozen=True)
 class _Condition:
-    """A call that goes on only where an argument is right. kind: "equals" (one of `values`), "not" (none of them), "without"
-    (none of the bits of `values`).
+    """A call that goes on only where an argument is right.
+
+    Attributes:
+        kind: "equals" (one of `values`), "not" (none of them), "without" (none of the bits of
+            `values`).
     """
 
     numbers: tuple[int | None, int | None]
@@ -147,7 +152,9 @@ _CLONE3 = 435  # must answer ENOSYS, so that the C library falls back to clone
 
 
 def supported() -> bool:
-    """Whether filters are known for this machine; whether its kernel takes them, `install` finds out."""
+    """Whether filters are known for this machine; whether its kernel takes them, `install` finds
+    out.
+    """
     return sys.platform == "linux" and platform.machine() in _MACHINES and struct.calcsize("P") == 8
 
 
@@ -157,7 +164,11 @@ def server_filter() -> bytes:
 
 
 def completion_filter(reading: bool) -> bytes:
-    """The program for the process that scores one completion. reading: whether files may be opened for reading."""
+    """The program for the process that scores one completion.
+
+    Args:
+        reading: whether files may be opened for reading.
+    """
     return _program(list(_BOTH.values()), [*(_OPEN if reading else ()), *_QUESTIONS, *_LEAVE_THE_ALARM])
 
 
@@ -186,7 +197,9 @@ def _program(calls: list[tuple[int | None, int | None]], conditions: list[_Condi
 
 
 def _judge(condition: _Condition) -> list[tuple[int, int, int, int]]:
-    """Instructions that end in a verdict on the argument (its lower and upper 32 bits, little endian)."""
+    """Instructions that end in a verdict on the argument (its lower and upper 32 bits, little
+    endian).
+    """
     low = _ARGUMENTS + 8 * condition.argument
     refuse, allow = (_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ALLOW)
     if condition.kind == "without":
@@ -209,7 +222,10 @@ class _Program(ctypes.Structure):
 
 
 def install(program: bytes) -> bool:
-    """Put the filter on this process and all it will fork, for good. False where the kernel does not take it."""
+    """Put the filter on this process and all it will fork, for good.
+
+    False where the kernel does not take it.
+    """
     if not no_new_privileges():
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -219,7 +235,9 @@ def install(program: bytes) -> bool:
 
 
 def no_new_privileges() -> bool:
-    """What both Landlock and a filter ask for first: no program that this process runs gains rights."""
+    """What both Landlock and a filter ask for first: no program that this process runs gains
+    rights.
+    """
     return ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
 
 

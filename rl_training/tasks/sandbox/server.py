@@ -1,4 +1,5 @@
-"""One task's process: locked down, it makes the problems and forks a child for each completion that is to be scored.
+"""One task's process: locked down, it makes the problems and forks a child for each completion that
+is to be scored.
 
     {"warm_up": true}                                                   -> {}, with math-verify's tables built
     {"problems": {"name", "arguments", "seed", "count"}}                -> {"problems": [[question, answer or null], ...]}
@@ -6,9 +7,10 @@
     {"templates": true}, {"render": ...}                                -> as template_renderer.py says
     {"score": [items], "seconds", "memory", "apart"}                    -> {"results": [[value or null, why or null], ...]}
 
-An item is [number of a problem, text] for a reasoning-gym task and [answer, text] for math-verify. apart: a fresh child for
-every item, so that whatever a text does ends with it; else one child for many (scorers that do no more than compare), and a fresh
-one for each of those that it left unfinished. value: what the scorer gave; None with the reason where it did not come to that.
+An item is [number of a problem, text] for a reasoning-gym task and [answer, text] for math-verify.
+apart: a fresh child for every item, so that whatever a text does ends with it; else one child for
+many (scorers that do no more than compare), and a fresh one for each of those that it left
+unfinished. value: what the scorer gave; None with the reason where it did not come to that.
 """
 
 from __future__ import annotations
@@ -156,7 +158,9 @@ class _Server:
         return reader, _Child(pid, places, time.monotonic() + seconds + _GRACE_SECONDS)
 
     def _finish(self, child: _Child, results: list[list[Any] | None], seconds: float) -> list[list[int]]:
-        """Take a child's results; what it left undone goes to a child of its own, the last of a single item has failed."""
+        """Take a child's results; what it left undone goes to a child of its own, the last of a
+        single item has failed.
+        """
         with suppress(OSError):  # where there is a filter it may not, and need not
             os.kill(child.pid, signal.SIGKILL)
         _, status = os.waitpid(child.pid, 0)
@@ -189,7 +193,9 @@ def cause_of_death(status: int, seconds: float) -> str:
 
 
 def _parse(line: bytes) -> list[Any]:
-    """[value, None] or [None, reason] of what a child wrote: a finite number, or a reason in ASCII; never code."""
+    """[value, None] or [None, reason] of what a child wrote: a finite number, or a reason in ASCII;
+    never code.
+    """
     try:
         found = json.loads(line.decode("ascii"))
         value, reason = found
@@ -211,7 +217,9 @@ def _score_and_end(
     memory: int,
     taken: int,
 ) -> None:
-    """In the child, which this ends: one line of JSON for each item to its descriptor 3, and nothing else anywhere."""
+    """In the child, which this ends: one line of JSON for each item to its descriptor 3, and
+    nothing else anywhere.
+    """
     try:
         os.dup2(writer, _RESULT_DESCRIPTOR, inheritable=False)
         guard_evaluation()

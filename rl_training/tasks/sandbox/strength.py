@@ -1,6 +1,8 @@
-"""What of the sandbox does not hold on this machine: said once, or refused where `ENTROPY_EXPERIMENTS_SANDBOX=require`.
+"""What of the sandbox does not hold on this machine: said once, or refused where
+`ENTROPY_EXPERIMENTS_SANDBOX=require`.
 
-The setting is an environment variable, for a machine has it or has not, and nothing that comes with a task or a checkpoint may.
+The setting is an environment variable, for a machine has it or has not, and nothing that comes with
+a task or a checkpoint may.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ def weakness(layers: Sequence[str]) -> str | None:
 
 
 def check_layers(layers: Sequence[str]) -> None:
-    """Say once what is not contained. Raises SandboxRefused where every layer is required and one is missing."""
+    """Say once what is not contained.
+
+    Raises SandboxRefused where every layer is required and one is missing.
+    """
     found = weakness(layers)
     if found is None:
         is_required()  # a misspelt setting is told on every machine

@@ -1,7 +1,9 @@
-"""Chat templates of strangers, rendered in a child that is ended at limits of time, memory and length.
+"""Chat templates of strangers, rendered in a child that is ended at limits of time, memory and
+length.
 
-A template is a program: it can loop for ever, or multiply a text until the memory is full. It is rendered by the very function
-that transformers renders with, in a process that holds nothing and can do nothing else (lockdown.py).
+A template is a program: it can loop for ever, or multiply a text until the memory is full. It is
+rendered by the very function that transformers renders with, in a process that holds nothing and
+can do nothing else (lockdown.py).
 
     {"render": arguments of render_jinja_template, "seconds", "memory", "longest", "clock"}
         -> {"rendered": [texts], "generation": [...]} or {"failed": words}
@@ -23,7 +25,11 @@ _LONGEST_WORDS = 300
 
 
 def render_in_child(order: dict[str, Any], layers: list[str], taken: int) -> dict[str, Any]:
-    """The answer to an order, in the server. layers, taken: what `lockdown.enter_completion` needs."""
+    """The answer to an order, in the server.
+
+    Args:
+        layers, taken: what `lockdown.enter_completion` needs.
+    """
     seconds = float(order["seconds"])
     reader, writer = os.pipe()
     pid = os.fork()

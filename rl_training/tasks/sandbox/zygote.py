@@ -1,7 +1,9 @@
-"""The sandbox's first process: clean, single-threaded, with the scorers imported. It meets no text; it forks servers.
+"""The sandbox's first process: clean, single-threaded, with the scorers imported. It meets no text;
+it forks servers.
 
-Started once by the parent as `python -c` with an empty environment, in an empty folder which it removes when the parent is gone.
-Orders: {"serve": modules} with the server's socket attached -> {"pid": ...} or {"missing": module}; {"reap": pid} -> {}.
+Started once by the parent as `python -c` with an empty environment, in an empty folder which it
+removes when the parent is gone. Orders: {"serve": modules} with the server's socket attached ->
+{"pid": ...} or {"missing": module}; {"reap": pid} -> {}.
 """
 
 from __future__ import annotations
