@@ -18,11 +18,16 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.durations import recorded_seconds  # noqa: E402
 from tests.shared_artefacts import changed_artefacts  # noqa: E402
 
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+# The same examples in every run, and no verdict on how fast the machine is.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 # Other libraries' news about themselves, at every toy model that is built; ours stay visible.
 _NOISE = (
