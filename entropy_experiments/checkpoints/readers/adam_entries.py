@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_experiments.checkpoints.readers.bitsandbytes_state import from_bitsandbytes, is_bitsandbytes
+from entropy_experiments.checkpoints.readers.group_settings import checked_settings
 from entropy_experiments.checkpoints.readers.stored_tensor import StoredTensor
 from entropy_experiments.checkpoints.readers.trained_state import (
     AdamEntry,
@@ -80,7 +81,7 @@ def optimizer_groups(where: Path, groups: list[Mapping[str, Any]], **given: Any)
     found = []
     for group in groups:
         settings = {name: plain(group[name]) for name in _KEPT & group.keys()} | given
-        found.append(OptimizerGroup(tuple(group["params"]), settings))
+        found.append(OptimizerGroup(tuple(group["params"]), checked_settings(where, settings)))
     keys = [key for group in found for key in group.keys]
     if len(set(keys)) < len(keys):
         raise UserError(f"{where}: a parameter is in two groups: it is damaged; copy it again")

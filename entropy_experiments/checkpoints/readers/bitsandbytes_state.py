@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_experiments.checkpoints.readers.group_settings import checked_settings
 from entropy_experiments.checkpoints.readers.trained_state import (
     AdamEntry,
     AdamState,
@@ -81,7 +82,7 @@ def _group(where: Path, group: Mapping[str, Any]) -> OptimizerGroup:
         )
     settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "initial_lr") if name in group}
     always = {"betas": list(betas[:2]), "amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
-    return OptimizerGroup(tuple(group["params"]), {**settings, **always})
+    return OptimizerGroup(tuple(group["params"]), checked_settings(where, {**settings, **always}))
 
 
 def _moment(at: str, fields: Mapping[str, Any], number: str, in_eight: bool) -> LazyTensor:

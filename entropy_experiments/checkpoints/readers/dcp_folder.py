@@ -112,7 +112,14 @@ def _pieces(stored: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], 
         file, start, length = (info.get(field) for field in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or type(start) is not int or type(length) is not int or start < 0 or length < 0:
             raise Damaged("it does not say where its tensors lie")
-        if not isinstance(file, str) or not file or "/" in file or "\\" in file or file.startswith("."):
+        if (
+            not isinstance(file, str)
+            or not 0 < len(file) < 256
+            or "\0" in file
+            or "/" in file
+            or "\\" in file
+            or file.startswith(".")
+        ):
             raise Damaged("it names a file outside its folder")
         if info.get("transform_descriptors"):
             raise Damaged("its tensors are compressed or encrypted, which is not read")

@@ -36,6 +36,9 @@ def unflatten(
     Raises UserError where the lengths of the vectors do not allow exactly one reading.
     """
     folder, world = paths[0].parent, len(paths)
+    whole = all(isinstance(entry, dict) for state in states for entry in state.values())
+    if not whole or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise UserError(f"{folder}: the optimizer's flat vectors are not those of Adam: {_REMEDY}")
     numbers = [key for group in groups for key in group.get("params", [])] if isinstance(groups, list) else []
     if any(list(state) != list(states[0]) for state in states) or sorted(map(str, states[0])) != sorted(
         map(str, numbers)

@@ -100,12 +100,13 @@ def stage_of(folder: Path, states: list[dict[str, Any]]) -> int:
     stages = {_number(state.get("zero_stage", 1)) for state in states}  # BF16_Optimizer does as stage 1 and names none
     if len(stages) > 1 or not stages <= {1, 2, 3}:
         raise UserError(f"{folder}: its files are of no one stage of ZeRO: two checkpoints are mixed; copy it again")
-    return int(stages.pop())
+    return int(stages.pop() or 0)
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any) -> int | None:
     """ZeroStageEnum is an integer with a name."""
-    return value.arguments[0] if isinstance(value, Record) and value.arguments else value
+    value = value.arguments[0] if isinstance(value, Record) and value.arguments else value
+    return value if type(value) is int else None
 
 
 def model_states(folder: Path, stage: int, world: int) -> tuple[Path, dict[str, Any]]:

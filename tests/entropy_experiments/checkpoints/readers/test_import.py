@@ -166,6 +166,21 @@ def test_an_imported_adapter_is_what_it_was(tiny_run, adapter_run):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [written.VERL_LORA, written.LORA])
+def test_an_adapter_under_fsdp_is_imported(formats, tmp_path, name):
+    """verl hands frozen parameters to the optimizer too, and numbers them; accelerate saves the adapter's shards alone."""
+    made = import_run(formats / name, tmp_path / "run", str(formats / "policy"))[0]
+    assert made.moments == 8 and sum(len(group.names) for group in made.record.groups) == 8
+    loaded = load_checkpoint(made.folder, device="cpu", learning_rate=1e-3)
+    expected, trained = torch.load(formats / "reference_lora.pt"), trainable_parameters(loaded.model)
+    assert len(trained) == 8 and all("lora_" in key for key in trained)
+    for key, (m, v) in zip(trained, zip(*[iter(moments_of(loaded))] * 2, strict=True), strict=True):
+        assert torch.equal(trained[key], expected["weights"][key]), key
+        assert torch.equal(m, expected["moments"][key]["exp_avg"]), key
+        assert torch.equal(v, expected["moments"][key]["exp_avg_sq"]), key
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_names_that_changed_places_are_refused_by_gradients(adapter_run, tmp_path):
     """Moments of all matrices of one shape, each under another's name: shapes fit, gradients do not."""
     with safe_open(adapter_run / MOMENTS_FILE, framework="pt") as file:

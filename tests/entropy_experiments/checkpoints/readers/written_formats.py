@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_model, save_fsdp_optimizer
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, get_state_dict
 from torch.distributed.fsdp import (
@@ -40,6 +41,7 @@ VERL, PRIME, TITAN, OPENRLHF = (
 )
 FULL, SHARDED, RANKED, FSDP1 = "full/checkpoint-4", "sharded/checkpoint-4", "ranked/checkpoint-4", "verl1/global_step_4"
 TRAINER = "trainer/checkpoint-4"
+VERL_LORA, LORA = "verl_lora/global_step_4", "lora/checkpoint-4"
 
 
 def groups_of(model: nn.Module, one: bool) -> list[dict[str, Any]]:
@@ -99,7 +101,38 @@ def write_formats() -> None:
         if rank == 0:
             torch.save(schedule.state_dict(), root / name / "scheduler.pt")
             _trainer_state(root / name)
+    _adapter(root, mesh)
     _fsdp1(root, mesh)
+
+
+def _adapter(root: Path, mesh: Any) -> None:
+    """LoRA under FSDP2: as verl saves it, every parameter given to the optimizer, and as accelerate does, the adapter alone."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(root / "policy", dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+    model: Any = get_peft_model(base, lora)
+    model.base_model.model.config.name_or_path = model.peft_config["default"].base_model_name_or_path = str(
+        root / "policy"
+    )
+    whole = copy.deepcopy(model)
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer, schedule = train(model, one=True)
+    _rank_files(root / VERL_LORA / "actor", model, optimizer, schedule, 2)
+    plugin: Any = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    me = SimpleNamespace(num_processes=dist.get_world_size(), process_index=dist.get_rank(), is_fsdp2=True)
+    me.is_main_process = me.process_index == 0
+    save_fsdp_model(plugin, me, model, str(root / LORA), adapter_only=True)
+    save_fsdp_optimizer(plugin, me, optimizer, model, str(root / LORA))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        torch.save({"weights": weights, "moments": moments["state"]}, root / "reference_lora.pt")
+        whole.load_state_dict(weights)
+        whole.save_pretrained(root / VERL_LORA / "actor" / "lora_adapter")
+        for place in (root / LORA, root / "adapter"):
+            whole.peft_config["default"].save_pretrained(str(place))
 
 
 def _fsdp1(root: Path, mesh: Any) -> None:
