@@ -162,11 +162,11 @@ def missing_parts(folder: Path) -> list[str]:
         if not any((a / ADAPTER_WEIGHTS).exists() for a in adapters):
             missing.append(f"{ADAPTER_WEIGHTS} (adapter weights): {_without_adapter_weights(adapters)}")
     elif not any((folder / name).exists() for name in _WEIGHT_FILES):
-        advice = (
-            "the checkpoint is partial"
-            if foreign is None
-            else f"{foreign.what}. {foreign.weights or import_it(folder)}"
-        )
+        advice = "the checkpoint is partial"
+        if foreign is not None:
+            advice = (
+                f"{foreign.what}: {import_it(folder)}" if foreign.imported else f"{foreign.what}. {foreign.weights}"
+            )
         missing.append(f"model weights (adapter_config.json or model.safetensors): {advice}")
     trained = not sidecar_missing or any((folder / name).exists() for name in _LEFT_BY_THE_TRAINER)
     if not (folder / "trainer_state.json").exists() and trained:

@@ -1,5 +1,7 @@
 """Every layout is read back equal to the moments and weights that were gathered when it was written."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
 from tests.entropy_experiments.checkpoints.readers.stored.write_zero import HERE, STAGES
+from tests.tiny_policy import save_tiny_policy
+from tests.two_processes import in_two_processes
 
 LAYOUTS = {
     written.VERL: "verl or SkyRL, FSDP2, 2 processes",
@@ -123,3 +127,20 @@ def test_a_run_is_all_of_its_steps(formats, tmp_path):
     assert [source.folder.name for source in find_sources(formats / "prime")] == ["step_4"]
     with pytest.raises(UserError, match="no checkpoint of a layout that is read"):
         find_sources(tmp_path)
+
+
+@pytest.mark.long
+def test_three_processes_cut_unevenly(tmp_path):
+    """Rows that three do not divide: 99, 32 and 16 of them."""
+    save_tiny_policy(tmp_path / "policy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, written.FOLDER, str(tmp_path))
+        in_two_processes(written.write_formats, size=3)
+    reference = torch.load(tmp_path / "reference.pt")
+    names = [group["params"] for group in reference["groups"]]
+    for name in (written.VERL, written.PRIME, written.TITAN, written.SHARDED, written.RANKED):
+        state = find_source(tmp_path / name).read()
+        adam = state.adam if state.adam.named else state.adam.with_names(names)
+        for key, moments in reference["moments"].items():
+            assert torch.equal(state.weight(key), reference["weights"][key]), (name, key)
+            assert torch.equal(adam.second(key), moments["exp_avg_sq"]), (name, key)
