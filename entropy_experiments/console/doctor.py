@@ -158,7 +158,10 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
         lines.append(f"  step {found.step} of {found.trainer_state.get('max_steps', '?')}")
     if found.adapter is not None and found.model_name:
         lines.append(f"  base model: {found.model_name}")
-    if found.sidecar is None:
+    if found.imported is not None:
+        how = "named in its files" if found.imported.named_by == "files" else "named by the model's order"
+        lines.append(f"  imported from {found.imported.source}; optimizer entries {how}, and verified; give {_TO_GIVE}")
+    elif found.sidecar is None:
         lines.append(
             "  no sidecar: not written by this project's trainer. Optimizer names are rebuilt and verified; give "
             f"{_TO_GIVE} in the analysis configuration"
