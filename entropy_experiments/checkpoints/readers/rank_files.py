@@ -46,7 +46,7 @@ def read_rank_files(folder: Path) -> TrainedState:
     model, ranks = _files(folder, "model")
     weights = joined_weights(model)
     optim, _ = _files(folder, "optim", ranks)
-    extra = _extra(folder, ranks)
+    extra, notes = _extra(folder, ranks)
     adam = joined_adam(optim, weights) if optim else None
     if adam is not None and not adam.entries:
         adam = None
@@ -68,6 +68,7 @@ def read_rank_files(folder: Path) -> TrainedState:
         scheduler=scheduler if isinstance(scheduler, dict) else None,
         ranks=ranks,
         origins=origins,
+        notes=notes,
     )
 
 
@@ -185,13 +186,16 @@ def _version(folder: Path) -> str:
     return str(version) if type(version) is int else ""
 
 
-def _extra(folder: Path, ranks: int) -> dict[str, Any]:
-    """The first process's schedule and step; {} where they were not saved, or hold what is not read as data."""
+def _extra(folder: Path, ranks: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The first process's schedule and step, and what is to be said of them: the weights and moments do without."""
     path = folder / f"extra_state_world_size_{ranks}_rank_0.pt"
     if not path.exists():
-        return {}
-    content = read_torch_file(path)
-    return content if isinstance(content, dict) else {}
+        return {}, ()
+    try:
+        content = read_torch_file(path)
+    except UserError as error:  # users' own state lies in it, of any class
+        return {}, (f"without its schedule: {error}",)
+    return (content if isinstance(content, dict) else {}), ()
 
 
 def _step_of(folder: Path) -> int | None:

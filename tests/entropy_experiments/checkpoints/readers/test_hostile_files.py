@@ -50,7 +50,6 @@ HOSTILE = (Bomb, Attribute, Evaluated, Imported)
 KINDS = {
     "verl weights": (written.VERL, "model_*_rank_1.pt"),
     "verl optimizer": (written.VERL, "optim_*_rank_0.pt"),
-    "verl extra": (written.VERL, "extra_state_*_rank_0.pt"),
     "FSDP1 optimizer": (written.FSDP1, "optim_*_rank_1.pt"),
     "accelerate weights": (written.FULL, "pytorch_model_fsdp.bin"),
     "accelerate optimizer": (written.FULL, "optimizer.bin"),
@@ -81,6 +80,16 @@ def test_a_hostile_file_of_each_kind_runs_nothing(copied, tmp_path, kind):
             find_source(folder).read()
         assert path.name in str(refused.value) and "\n" not in str(refused.value)
         assert not mark.exists()
+
+
+def test_a_hostile_state_beside_the_shards_runs_nothing_and_is_said(copied, tmp_path):
+    """Users' own state of any class may lie in extra_state: the checkpoint is read without it."""
+    folder = copied(written.VERL)
+    path = folder / "actor" / "extra_state_world_size_2_rank_0.pt"
+    torch.save({"lr_scheduler": Bomb(tmp_path / "ran")}, path)
+    state = find_source(folder).read()
+    assert "would have to be executed" in state.notes[0] and state.scheduler is None and state.step == written.STEPS
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_mark_would_have_been_made(tmp_path):
