@@ -21,6 +21,7 @@ from entropy_experiments.checkpoints.validation import examine_checkpoint
 from rl_training.errors import UserError
 from rl_training.files import PART, own_folder, refuse_link, rename_whole
 from rl_training.run.folder_lock import locked
+from rl_training.run.sidecar import SIDECAR_NAME
 
 ROLLOUTS_FILE = "rollouts.parquet"
 
@@ -42,6 +43,8 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
             imported, or where the output holds that step already.
     """
     sources = find_sources(existing_folder(source))
+    for found in sources:
+        _refuse_our_own(found.folder)
     states = [found.read() for found in sources]
     steps = [state.step for state in states]
     if len({step or 0 for step in steps}) < len(steps):
@@ -54,6 +57,13 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
         if made_here:
             with contextlib.suppress(OSError):  # not empty: something was imported
                 output.rmdir()
+
+
+def _refuse_our_own(folder: Path) -> None:
+    """Raises UserError for a checkpoint that is analysed as it is, with more of its run than an import would keep."""
+    ours = (folder / SIDECAR_NAME).exists() and (folder / "optimizer.pt").exists()
+    if ours or (folder / IMPORT_RECORD).exists():
+        raise UserError(f"{folder} is a checkpoint of this project: analyse it as it is")
 
 
 def _import_all(

@@ -205,6 +205,12 @@ def test_a_saved_model_has_no_adam(formats, tmp_path):
         load_checkpoint(checkpoint, device="cpu")
 
 
+def test_a_run_of_ours_is_not_imported(tiny_run, runs, tmp_path):
+    for ours in (tiny_run, runs[written.PRIME]):
+        with pytest.raises(UserError, match="is a checkpoint of this project: analyse it as it is"):
+            import_run(ours, tmp_path / "run")
+
+
 def test_an_import_is_whole_or_absent_and_overwrites_nothing(formats, runs, tmp_path):
     with pytest.raises(UserError, match="exists already: nothing is overwritten"):
         import_run(formats / written.VERL, runs[written.VERL])
