@@ -24,6 +24,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from entropy_core.formed import Formed, elementwise
+
 
 @dataclass(frozen=True)
 class AdamWParameterState:
@@ -51,19 +53,24 @@ class AdamWParameterState:
 class AdamWUpdate:
     """dtheta in three parts, each name -> tensor of the parameter's shape; they add up to the step."""
 
-    batch: dict[str, Tensor]
-    momentum: dict[str, Tensor]
-    weight_decay: dict[str, Tensor]
+    batch: Mapping[str, Tensor]
+    momentum: Mapping[str, Tensor]
+    weight_decay: Mapping[str, Tensor]
 
-    def total(self) -> dict[str, Tensor]:
-        return {name: self.batch[name] + self.momentum[name] + self.weight_decay[name] for name in self.batch}
+    def total(self) -> Mapping[str, Tensor]:
+        """Their sum, formed when it is read."""
+        return Formed(self.batch, lambda name: self.batch[name] + self.momentum[name] + self.weight_decay[name])
+
+
+Moments = torch.optim.Optimizer | Mapping[str, AdamWParameterState]
+"""AdamW's state of a model's parameters: an optimizer that trains them, or their states by name."""
 
 
 def read_adamw_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Moments,
     named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
     others: bool = False,
-) -> dict[str, AdamWParameterState]:
+) -> Mapping[str, AdamWParameterState]:
     """Name -> state, mapped by identity of the parameters; tensors are shared with the optimizer,
     not copied.
 
@@ -71,6 +78,7 @@ def read_adamw_state(
     with an `.optimizer` (accelerate's) are opened.
 
     Args:
+        optimizer: states by name are given back as they are.
         others: the optimizer may hold further parameters, and may lack some of the names, which
             then are in no entry.
 
@@ -79,12 +87,14 @@ def read_adamw_state(
         ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and
             parameters that do not cover each other.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
     pairs = _pairs(named_parameters)
+    if isinstance(optimizer, Mapping):
+        return _covering(optimizer, pairs, others)
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     names = {id(p): name for name, p in pairs}
     states: dict[str, AdamWParameterState] = {}
-    for group in optimizer.param_groups:
-        _check_group(optimizer, group)
+    for group in inner.param_groups:
+        _check_group(inner, group)
         for p in group["params"]:
             name = names.get(id(p))
             if name is None and others:
@@ -94,12 +104,21 @@ def read_adamw_state(
                     f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not among the given names: pass "
                     "the named parameters of the model that it trains"
                 )
-            states[name] = _parameter_state(name, p, optimizer.state.get(p, {}), group)
+            states[name] = _parameter_state(name, p, inner.state.get(p, {}), group)
     missing = [name for name, p in pairs if p.requires_grad and name not in states]
     if missing and not others:
         raise ValueError(
             f"the optimizer does not train {missing[0]!r} ({len(missing)} such): it would not be predicted"
         )
+    return states
+
+
+def _covering(
+    states: Mapping[str, AdamWParameterState], pairs: list[tuple[str, Tensor]], others: bool
+) -> Mapping[str, AdamWParameterState]:
+    wanted = {name: p for name, p in pairs if p.requires_grad}
+    if not others and (odd := sorted(states.keys() ^ wanted.keys())):
+        raise ValueError(f"states and trainable parameters name different things ({len(odd)}, e.g. {odd[0]!r})")
     return states
 
 
@@ -155,11 +174,11 @@ def preconditioner(state: AdamWParameterState) -> Tensor:
     if state.step < 1:
         raise ValueError("Adam's state has seen no step yet, so its preconditioner is not defined: take a step first")
     v = state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
-    return 1.0 / ((v / (1.0 - state.beta2**state.step)).sqrt() + state.eps)
+    return elementwise(lambda v: 1.0 / ((v / (1.0 - state.beta2**state.step)).sqrt() + state.eps), v)
 
 
 def adam_preconditioner(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Moments,
     named_parameters: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Name -> P at the optimizer's current state.
@@ -168,6 +187,8 @@ def adam_preconditioner(
         named_parameters: the model's; may be left out where the optimizer was built from named
             parameters.
     """
+    if isinstance(optimizer, Mapping):
+        return {name: preconditioner(state) for name, state in optimizer.items()}
     if named_parameters is None:
         groups = getattr(optimizer, "optimizer", optimizer).param_groups
         if not all("param_names" in group for group in groups):
@@ -215,16 +236,40 @@ def split_adamw_update(
     if not state_before.keys() == gradients.keys() == parameters.keys():
         odd = sorted((state_before.keys() ^ gradients.keys()) | (state_before.keys() ^ parameters.keys()))
         raise ValueError(f"state, gradients and parameters name different things ({len(odd)}, e.g. {odd[0]!r})")
-    parts = AdamWUpdate({}, {}, {})
+    parts: tuple[dict[str, Tensor], ...] = ({}, {}, {})
     for name, before in state_before.items():
-        gradient, theta = gradients[name], parameters[name].detach()
-        if gradient is None:
-            parts.batch[name] = parts.momentum[name] = parts.weight_decay[name] = torch.zeros_like(theta)
-            continue
-        gradient = gradient.detach()
-        p = preconditioner(after_gradient(before, gradient))
-        bias_correction = 1 - before.beta1 ** (before.step + 1)
-        parts.batch[name] = -batch_step_factor(before) * p * gradient
-        parts.momentum[name] = -before.lr * before.beta1 / bias_correction * p * before.exp_avg
-        parts.weight_decay[name] = -before.lr * before.weight_decay * theta
-    return parts
+        found = split_parameter_step(before, gradients[name], parameters[name])
+        for part, tensor in zip(parts, found, strict=True):
+            part[name] = tensor
+    return AdamWUpdate(*parts)
+
+
+def split_parameter_step(
+    before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, momentum, weight decay) of one parameter's next step; arguments as in `split_adamw_update`."""
+    theta = parameter.detach()
+    if gradient is None:
+        return torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros_like(theta)
+    gradient = gradient.detach()
+    p = preconditioner_after(before, gradient)
+    bias_correction = 1 - before.beta1 ** (before.step + 1)
+    batch = elementwise(lambda p, g: -batch_step_factor(before) * p * g, p, gradient)
+    momentum = elementwise(lambda p, m: -before.lr * before.beta1 / bias_correction * p * m, p, before.exp_avg)
+    return batch, momentum, -before.lr * before.weight_decay * theta
+
+
+def preconditioner_after(before: AdamWParameterState, gradient: Tensor) -> Tensor:
+    """P_t of the step that takes `gradient`, the parameter's shape: `preconditioner` of `after_gradient`."""
+
+    def form(gradient: Tensor, v: Tensor, largest: Tensor | None = None) -> Tensor:
+        state = replace(before, exp_avg=gradient, exp_avg_sq=v, max_exp_avg_sq=largest)
+        return preconditioner(after_gradient(state, gradient))
+
+    return elementwise(form, gradient.detach(), *second_moments(before))
+
+
+def second_moments(state: AdamWParameterState) -> tuple[Tensor, ...]:
+    """v, and with amsgrad the largest v so far."""
+    largest = state.max_exp_avg_sq
+    return (state.exp_avg_sq,) if largest is None else (state.exp_avg_sq, largest)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
 from entropy_core.entropy import Estimator, entropy_coefficients
 from entropy_core.gradients import trainable_parameters
-from entropy_core.passes.forward import completion_logits
+from entropy_core.passes.forward import completion_logits, output_layer
 from entropy_core.passes.logits import bounded_logprobs, logit_chunks
 from entropy_core.passes.position_table import check_length
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
@@ -85,20 +85,26 @@ def token_derivatives(
             method, and with method="forward" where an operation has no forward-mode rule (naming
             the module).
     """
+    if method not in get_args(Method):
+        raise ValueError(f"unknown method {method!r}: choose 'auto', 'forward' or 'central'")
     parameters = trainable_parameters(model)
-    _check_covers("the direction", direction, parameters)
+    direction = _whole(direction, parameters)
     check_length(model, int(batch.scored_lengths.max()) - 1)
+    if not any(bool(part.any()) for part in direction.values()):  # no weight decay, say
+        some = next(iter(direction.values()))
+        nothing = torch.zeros(
+            batch.input_ids.shape, dtype=torch.promote_types(some.dtype, torch.float32), device=batch.device
+        )
+        return TokenStatistics(nothing, nothing.clone())
     with ExitStack() as held:
         held.enter_context(_padding_embeddings_held(model) if hold_padding else PassState.of(model).attached_norms())
-        if method in ("auto", "forward"):
+        if method != "central":
             try:
                 return _forward_mode(model, batch, direction, parameters, passes)
             except _NoForwardModeError:
                 if method == "forward":
                     raise
-        if method in ("auto", "central"):
-            return _central_difference(model, batch, direction, passes)
-    raise ValueError(f"unknown method {method!r}: choose 'auto', 'forward' or 'central'")
+        return _central_difference(model, batch, direction, passes)
 
 
 def sequence_derivatives(
@@ -185,11 +191,13 @@ def _forward_mode(
         # Building the wrapper inside: it must not leave a mark on the model's training flags.
         wrapper = _CompletionLogits(model).eval()
         places, values = [], []
-        for bucket in length_buckets(batch, passes.token_batch_size):
+        # Logits of a trained output layer are whole tensors, twice: smaller buckets then, as for gradients.
+        layer = output_layer(model)
+        fewest = layer is not None and not any(p.requires_grad for p in layer.parameters())
+        for bucket in length_buckets(batch, passes.token_batch_size, fewest):
             with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
                 duals = {
-                    f"model.{name}": forward_ad.make_dual(p.detach(), direction[name].detach().to(p))
-                    for name, p in parameters.items()
+                    f"model.{name}": forward_ad.make_dual(p.detach(), direction[name]) for name, p in parameters.items()
                 }
                 try:
                     logits = torch.func.functional_call(wrapper, duals, (bucket, batch.temperature))
@@ -320,17 +328,22 @@ def _padding_embeddings_held(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _check_covers(what: str, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    missing = [name for name in parameters if name not in tensors]
+def _whole(direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The direction in the parameters' own order, devices and precision. Raises ValueError where it does not fit."""
+    missing = [name for name in parameters if name not in direction]
     if missing:
         raise ValueError(
-            f"{what} lacks {len(missing)} of {len(parameters)} trainable parameters, e.g. {missing[0]!r}: it belongs to "
+            f"the direction lacks {len(missing)} of {len(parameters)} trainable parameters, e.g. {missing[0]!r}: it belongs to "
             "another model"
         )
+    found = {}
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
+        part = direction[name].detach()
+        if part.shape != parameter.shape:
             raise ValueError(
-                f"{what} of {name!r} is {tuple(tensors[name].shape)}, the parameter {tuple(parameter.shape)}"
+                f"the direction of {name!r} is {tuple(part.shape)}, the parameter {tuple(parameter.shape)}"
             )
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise ValueError(f"{what} of {name!r} holds values that are not finite")
+        if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+            raise ValueError(f"the direction of {name!r} holds values that are not finite")
+        found[name] = part.to(parameter)
+    return found

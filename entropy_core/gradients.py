@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
+from entropy_core.formed import dot as dot
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
 from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
@@ -45,18 +46,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "the model has no trainable parameter: load the adapter with is_trainable=True, or unfreeze some"
         )
     return found
-
-
-def dot(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """<left, right> over all parameters, summed in float64.
-
-    Raises:
-        ValueError: the names differ.
-    """
-    if left.keys() != right.keys():
-        odd = sorted(left.keys() ^ right.keys())
-        raise ValueError(f"the two gradients cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
-    return sum(float(torch.dot(left[name].double().flatten(), right[name].double().flatten())) for name in left)
 
 
 @contextmanager
@@ -93,14 +82,30 @@ def batch_gradients(
             for number, objective in enumerate(objectives):
                 if number == len(totals):
                     totals.append({name: torch.zeros_like(p) for name, p in parameters.items()})
-                gradients = torch.autograd.grad(
-                    objective, list(parameters.values()), retain_graph=number + 1 < len(objectives), allow_unused=True
-                )
-                for name, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        totals[number][name] += gradient
+                _add_gradient(objective, parameters, totals[number], number + 1 < len(objectives))
             del objectives, objective
     return totals
+
+
+def _add_gradient(
+    objective: Tensor, parameters: Mapping[str, nn.Parameter], total: Mapping[str, Tensor], retain_graph: bool
+) -> None:
+    """Add an objective's gradient to `total` parameter by parameter, as the backward pass reaches them."""
+
+    def adding(name: str) -> Callable[[Tensor], Tensor]:
+        def add(gradient: Tensor) -> Tensor:
+            total[name].add_(gradient.to_dense() if gradient.is_sparse else gradient)
+            # What a hook returns takes the gradient's place: autograd would hold all of them until the pass is over.
+            return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+        return add
+
+    hooks = [p.register_hook(adding(name)) for name, p in parameters.items()]
+    try:
+        torch.autograd.grad(objective, list(parameters.values()), retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def entropy_gradient(

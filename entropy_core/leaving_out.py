@@ -23,11 +23,13 @@ Source: docs/theory/fisher-kernel.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner
+from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner, second_moments
+from entropy_core.formed import Formed, dot, elementwise
 
 _CLIP_EPSILON = 1e-6  # what torch's clip_grad_norm_ adds to the norm that it divides by
 
@@ -47,16 +49,20 @@ def leaving_out_metric(state_before: AdamWParameterState, clipped: Tensor) -> Te
         state_before: moments before the step, with the lr that it uses.
         clipped: the gradient that the optimizer sees.
     """
-    after = after_gradient(state_before, clipped)
-    p = preconditioner(after)
-    v = after.exp_avg_sq if after.max_exp_avg_sq is None else after.max_exp_avg_sq
-    root = (v / (1 - after.beta2**after.step)).sqrt()
-    # Where v is 0 so is the gradient, and P does not move to first order; nor does it where amsgrad
-    # holds an older v.
-    moves = (root > 0) & (v == after.exp_avg_sq)
-    bend = torch.where(moves, clipped * after.exp_avg / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
-    bend = gradient_weight(state_before) * p * bend
-    return after.lr / (1 - after.beta1**after.step) * p * ((1 - after.beta1) - bend)
+
+    def form(clipped: Tensor, m: Tensor, v: Tensor, largest: Tensor | None = None) -> Tensor:
+        before = replace(state_before, exp_avg=m, exp_avg_sq=v, max_exp_avg_sq=largest)
+        after = after_gradient(before, clipped)
+        p = preconditioner(after)
+        v = after.exp_avg_sq if after.max_exp_avg_sq is None else after.max_exp_avg_sq
+        root = (v / (1 - after.beta2**after.step)).sqrt()
+        # Where v is 0 so is the gradient, and P does not move to first order; nor does it where amsgrad holds an older v.
+        moves = (root > 0) & (v == after.exp_avg_sq)
+        bend = torch.where(moves, clipped * after.exp_avg / root.clamp(min=torch.finfo(root.dtype).tiny), 0.0)
+        bend = gradient_weight(state_before) * p * bend
+        return after.lr / (1 - after.beta1**after.step) * p * ((1 - after.beta1) - bend)
+
+    return elementwise(form, clipped, state_before.exp_avg, *second_moments(state_before))
 
 
 def clip_response(clipped_norm: float, clip: float) -> float:
@@ -83,18 +89,14 @@ def leaving_out_direction(
     """
     if not state_before.keys() == gradient.keys() == entropy_gradient.keys():
         raise ValueError("state, gradient and gradient of entropy name different parameters")
-    clipped = {name: clip * g for name, g in gradient.items()}
-    found = {
-        name: leaving_out_metric(before, clipped[name]) * entropy_gradient[name]
-        for name, before in state_before.items()
-    }
-    return answering_clip(found, clipped, clip)
+    clipped = Formed(gradient, lambda name: clip * gradient[name])
+    q = Formed(gradient, lambda name: leaving_out_metric(state_before[name], clipped[name]) * entropy_gradient[name])
+    return dict(answering_clip(q, clipped, clip))
 
 
-def answering_clip(q: Mapping[str, Tensor], clipped: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
-    """Name -> d of q, with the clip coefficient's answer where c < 1."""
+def answering_clip(q: Mapping[str, Tensor], clipped: Mapping[str, Tensor], clip: float) -> Mapping[str, Tensor]:
+    """Name -> d of q, with the clip coefficient's answer where c < 1; formed when it is read."""
     if clip >= 1.0:
-        return dict(q)
-    size = sum(float(g.double().square().sum()) for g in clipped.values())
-    along = clip_response(size**0.5, clip) * sum(float((q[name] * g).double().sum()) for name, g in clipped.items())
-    return {name: d - along * clipped[name] for name, d in q.items()}
+        return q
+    along = clip_response(dot(clipped, clipped) ** 0.5, clip) * dot(q, clipped)
+    return Formed(q, lambda name: q[name] - along * clipped[name])

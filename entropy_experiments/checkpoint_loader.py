@@ -22,6 +22,7 @@ from entropy_experiments.checkpoints.folder import Adapter, CheckpointRecord, re
 from entropy_experiments.checkpoints.loaded_policy import check_loaded_policy
 from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import resize_vocabulary
+from entropy_experiments.checkpoints.stored_moments import StoredMoments
 from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint
 from entropy_experiments.config import CheckpointOverrides
 from rl_training.errors import UserError, first_line
@@ -29,19 +30,16 @@ from rl_training.errors import UserError, first_line
 if TYPE_CHECKING:
     from rl_training.models.device_map import DeviceMap
 
-# How torch computes the step, not which one: what suits the training machine need not suit this one.
-_HOW = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: `model` in evaluation mode with its trainable parameters requiring gradients, `optimizer` a
-    torch AdamW over them with the stored moments (None where the checkpoint holds none, or they are not wanted), its groups
-    with the rates of the analysed step; `scheduler` its state dict.
+    """A loaded checkpoint: `model` in evaluation mode with its trainable parameters requiring gradients, `optimizer`
+    AdamW's stored states of them by name (None where the checkpoint holds none, or they are not wanted), with the rates of the
+    analysed step; `scheduler` its state dict.
     """
 
     model: nn.Module
-    optimizer: torch.optim.AdamW | None
+    optimizer: StoredMoments | None
     scheduler: dict[str, Any] | None
     tokenizer: Any
     record: CheckpointRecord
@@ -82,7 +80,7 @@ def load_checkpoint(
         learning_rates=found.learning_rates,
         imported=found.imported,
     )
-    optimizer = _load_optimizer(found, model) if require_optimizer else None
+    optimizer = _stored_moments(found, model) if require_optimizer else None
     return Checkpoint(model, optimizer, found.scheduler, tokenizer, record)
 
 
@@ -179,23 +177,8 @@ def _refuse_offloaded_training(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _load_optimizer(found: Examined, model: nn.Module) -> torch.optim.AdamW:
+def _stored_moments(found: Examined, model: nn.Module) -> StoredMoments:
     state = found.optimizer_state
     assert state is not None, "examine_checkpoint reads it wherever it is required"
     names = match_names(model, state, found.recorded_names)
-    parameters = trainable_parameters(model)
-    for group in state["param_groups"]:
-        group.update({key: value for key, value in _HOW.items() if key in group})
-        group.update(lr=float(group["lr"]), betas=tuple(map(float, group["betas"])), decoupled_weight_decay=True)
-    groups = [
-        {
-            **{k: v for k, v in stored.items() if k not in ("params", "param_names")},
-            "params": [parameters[n] for n in group],
-        }
-        for stored, group in zip(state["param_groups"], names, strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, found.learning_rates, strict=True):
-        group["lr"] = rate
-    return optimizer
+    return StoredMoments(found.optimizer_path, state, names, found.learning_rates, trainable_parameters(model))

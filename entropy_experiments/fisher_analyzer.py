@@ -12,13 +12,16 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from entropy_core.adamw import Moments
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import entropy_coefficients, score_coefficients
+from entropy_core.formed import Formed
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.contraction import STEP_VECTORS, OtherMetric, Products
@@ -47,7 +50,7 @@ from entropy_experiments.step.numbers import (
     StepShares,
 )
 from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep
-from entropy_experiments.step.predictions import predictions_by_derivatives, predictions_from_products
+from entropy_experiments.step.predictions import predictions_by_derivatives, predictions_from_products, total_along
 from entropy_experiments.step.settings import AnalysisSettings
 from entropy_experiments.step.shares import attribute, horizon_factor
 from entropy_experiments.step.training_side import TrainingSide, prepare_training_side
@@ -70,7 +73,7 @@ class FisherComputation:
 
 def analyze_batches(
     model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
+    optimizer: Moments | None,
     eval_batch: SequenceBatch,
     train_batch: SequenceBatch,
     weights: Tensor | None,
@@ -94,14 +97,17 @@ def analyze_batches(
         raise UserError(
             "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
-    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes)
+    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes, settings.compute_full)
     engine.settle(eval_batch)
-    reporter.stage("training gradients, one row per sequence")
+    matrix = engine.setup.plan.strategy != "directions"
+    reporter.stage("training gradients, one row per sequence" if matrix else "gradient of the training loss")
     training = prepare_training_side(model, optimizer, train_batch, weights, settings, engine)
     reporter.stage("token statistics")
     side = EvaluationSide(eval_batch, engine.statistics(eval_batch, with_variances=True), settings.estimand)
-    reporter.stage("evaluation gradients and kernels")
-    products = _evaluation_products(side, training, settings.compute_full)
+    products = None
+    if training.kernel.rows.forms_rows:
+        reporter.stage("evaluation gradients and kernels")
+        products = _evaluation_products(side, training, settings.compute_full)
     train_products = None
     if settings.compute_full:
         reporter.stage("the training buffer's own kernel")
@@ -109,22 +115,18 @@ def analyze_batches(
     if settings.kernel.save_gradients:
         reporter.stage("storing the evaluation gradients")
         _store_evaluation(side, training, settings)
-    if products is None:
+    if not settings.kernel.processes.is_root:
         raise ShareDone
-    kernels = None if train_products is None else _kernels(side, products, *train_products)
+    kernels = None
+    if products is not None and train_products is not None:
+        kernels = _kernels(side, products, *train_products)
     checks, passes = list(training.checks), engine.setup.passes
     if engine.setup.plan.strategy == "sketch" and kernels is not None:
         exact = training.kernel.exact_tile(eval_batch)
         checks.append(check_sketch(kernels.fisher[: exact.shape[0], : exact.shape[1]], exact))
     if training.kernel.rows.store is not None:
         checks.append(check_storage(training.kernel.rows.store.storage_error()))
-    predictions = None
-    if training.step is not None:
-        predictions = predictions_from_products(side, products.steps)
-        if passes.restricted:
-            reporter.stage("predictions over all modules")
-            vectors = training.step_vectors()
-            predictions = predictions_by_derivatives(model, side, vectors, predictions, settings.passes)
+    predictions = None if training.step is None else _predictions(model, side, training, products, settings, reporter)
     gradients = _entropy_gradients(model, side, settings.passes)
     if kernels is not None:
         towards = training.under_p(passes.restrict(gradients[settings.estimand.gradient]))
@@ -146,7 +148,8 @@ def analyze_batches(
             measured, check = _measured(model, side, training.step, predictions, settings, reporter)
             checks.append(check)
         norm, clip = training.step.gradient_norm, training.step.clip
-        step = StepNumbers(predictions, attribution, _headline(training, products), measured, norm, clip)
+        headline = None if products is None else _headline(training, products)
+        step = StepNumbers(predictions, attribution, headline, measured, norm, clip)
     numbers = AnalysisNumbers(settings.estimand, side.statistics, training.statistics, kernels, step, tuple(checks))
     return FisherComputation(numbers, training, gradients)
 
@@ -154,14 +157,38 @@ def analyze_batches(
 def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_full: bool) -> Products | None:
     """Of the evaluation rows with training rows and step, in the first process; None in the others."""
     other = _headline_metric(side, training) if compute_full else None
-    steps = None
+    steps: Mapping[str, Tensor] | None = None
     if training.step is not None:
         vectors = training.step_vectors()
-        steps = {
-            name: torch.stack([vectors[v][name] for v in STEP_VECTORS]) for name in training.kernel.setup.passes.names
-        }
+        steps = Formed(
+            training.kernel.setup.passes.names,
+            lambda name: torch.stack([vectors[v][name] for v in STEP_VECTORS]),
+        )
     kinds = side.kernel_kinds if compute_full else ()
     return training.kernel.contract("evaluation", side.batch, side.coefficients(), kinds, steps, other)
+
+
+def _predictions(
+    model: nn.Module,
+    side: EvaluationSide,
+    training: TrainingSide,
+    products: Products | None,
+    settings: AnalysisSettings,
+    reporter: Reporter,
+) -> Predictions:
+    """From products of rows of all trainable parameters, where there are such, else from derivatives along the step's vectors."""
+    restricted, kernel_part = training.kernel.setup.passes.restricted, None
+    if products is not None:
+        found = predictions_from_products(side, products.steps)
+        if not restricted:
+            return found
+        kernel_part = found.per_token[side.estimand.gradient]["total"].value
+    reporter.stage("predictions over all modules" if restricted else "predictions, along the step and its parts")
+    vectors = training.step_vectors()
+    if restricted and kernel_part is None:
+        own = training.kernel.setup.passes.restrict(vectors["total"])
+        kernel_part = total_along(model, side, own, settings.passes)
+    return predictions_by_derivatives(model, side, vectors, settings.passes, kernel_part)
 
 
 def _headline_metric(side: EvaluationSide, training: TrainingSide) -> OtherMetric | None:

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from entropy_core.adamw import Moments
 from entropy_core.batch import SequenceBatch
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
@@ -34,7 +34,7 @@ class AnalysisInputs:
     """One analysed checkpoint, while its model and rows are at hand. gradients: as in FisherComputation."""
 
     model: nn.Module
-    optimizer: torch.optim.AdamW | None
+    optimizer: Moments | None
     tokenizer: Any
     config: FisherAnalysisConfig
     plan: SamplingPlan

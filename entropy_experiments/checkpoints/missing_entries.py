@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState, preconditioner
+from entropy_core.formed import Formed
 from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
 from rl_training.errors import UserError
 
@@ -54,20 +55,23 @@ def refuse_missing_entries(
 
 def checkpoint_preconditioner(
     state: Mapping[str, AdamWParameterState], gradient: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Name -> P at the checkpoint; next to nothing for what has neither entry nor gradient, which no step moves.
+) -> Mapping[str, Tensor]:
+    """Name -> P at the checkpoint, formed when it is read; next to nothing for what has neither entry nor gradient, which no step
+    moves.
 
     Raises UserError for a parameter with a gradient and no entry: Adam has no P for it before this step.
     """
-    found = {}
     for name, entry in state.items():
-        if entry.step:
-            found[name] = preconditioner(entry)
-        elif bool(gradient[name].any()):
+        if not entry.step and bool(gradient[name].any()):
             raise UserError(
                 f"{name!r} had no gradient in the run and has one now, so that Adam's P at the checkpoint is not defined for it: "
                 "take entropy_analysis.fisher_kernel.preconditioning=step"
             )
-        else:
-            found[name] = torch.full_like(entry.exp_avg, torch.finfo(entry.exp_avg.dtype).tiny)  # P is positive
-    return found
+
+    def form(name: str) -> Tensor:
+        entry = state[name]
+        if entry.step:
+            return preconditioner(entry)
+        return torch.full_like(entry.exp_avg, torch.finfo(entry.exp_avg.dtype).tiny)  # P is positive
+
+    return Formed(state, form)

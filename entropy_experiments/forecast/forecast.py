@@ -121,7 +121,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     n_eval = settings.eval_batch_size if given.evaluation is None else len(given.evaluation)
     n_train = settings.train_batch_size if given.training is None else len(given.training)
     held = held_memory(model)
-    plan = options.plan(model, n_eval, n_train, passes)
+    plan = options.plan(model, n_eval, n_train, passes, settings.fisher_kernel.compute_full)
     size = options.size(model, n_eval, n_train)
     pilot = run_pilot(checkpoint, sampling_plan, config, given)
     drawn = pilot.drawing.seconds(n_eval) if given.evaluation is None else 0.0
@@ -140,7 +140,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     if on_cpu:  # as entropy_core.batch.length_buckets cuts passes with gradients: a group is not torn apart
         tokens = min(tokens, ENOUGH_TOKENS + sampling_plan.completions_per_prompt * pilot.training.tokens)
     one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES
-    memory = held + fixed_bytes(size) + plan.memory + int(one_pass)
+    memory = held + fixed_bytes(size, plan.strategy) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train, pilot.rows.to_json())
 

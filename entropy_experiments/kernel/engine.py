@@ -21,6 +21,7 @@ from torch import Tensor
 
 from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.formed import Formed
 from entropy_core.kernel import Columns
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.kernel.contraction import OtherMetric, Products, RowKind, Wanted
@@ -31,12 +32,14 @@ from entropy_experiments.kernel.shared_statistics import shared_statistics
 from entropy_experiments.kernel.sketched import Sketched
 from entropy_experiments.kernel.strategy import KernelSetup, Piece, Preconditioner, TrainingRows
 from entropy_experiments.kernel.tiled import Tiled
+from entropy_experiments.kernel.without_rows import WithoutRows
 
 STRATEGIES: dict[Strategy, type[TrainingRows]] = {
     "memory": InMemory,
     "disk": OnDisk,
     "tiles": Tiled,
     "sketch": Sketched,
+    "directions": WithoutRows,
 }
 """entropy_experiments.kernel.plan chooses."""
 
@@ -49,7 +52,8 @@ class KernelEngine:
 
     def settle(self, other: SequenceBatch) -> None:
         """RowPasses.settle of both sides; other: the evaluation side."""
-        self.setup.passes.settle(self.setup.batch, other)
+        if STRATEGIES[self.setup.plan.strategy].forms_rows:
+            self.setup.passes.settle(self.setup.batch, other)
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """`shared_statistics` of this model and these processes."""
@@ -95,8 +99,10 @@ class Kernel:
         """
         setup = self.setup
         if steps is not None:
-            steps = {name: steps[name] for name in setup.passes.names}
+            steps = self.rows.held(Formed(setup.passes.names, lambda name, steps=steps: steps[name]))
         other = other if kernel and self.rows.columns is not None else None
+        if other is not None:
+            other = OtherMetric(self.rows.held(other.metric), other.kinds)
         wanted = Wanted(tuple(rows), tuple(kernel), steps, other)
         found = self._blocks(matrix, batch, list(rows.values()), self._cut(wanted))
         if found is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from entropy_core.entropy import score_coefficients
 from entropy_core.kernel import Columns
@@ -25,6 +27,10 @@ class InMemory(TrainingRows):
             assert setup.store_folder is not None
             scores = StoredRows(setup.store_folder, "score", score_coefficients(setup.batch))
             self.store = setup.store(setup.batch, [scores], formed=self.columns)[0]
+
+    def held(self, vectors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """At hand: beside the rows they are small."""
+        return dict(vectors)
 
     def _cut(self, p: Preconditioner) -> Callable[[Wanted], list[Piece]]:
         def pieces(wanted: Wanted) -> list[Piece]:

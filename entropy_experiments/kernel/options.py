@@ -20,7 +20,14 @@ from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel.contraction import ROW_KINDS
 from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.modules import chosen_parameters
-from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, plan_kernel, plan_sketch
+from entropy_experiments.kernel.plan import (
+    KernelPlan,
+    KernelSize,
+    Strategy,
+    plan_directions,
+    plan_kernel,
+    plan_sketch,
+)
 from entropy_experiments.kernel.row_passes import RowPasses
 from entropy_experiments.kernel.strategy import KernelSetup
 from entropy_experiments.kernel.unfinished_work import UnfinishedWork
@@ -52,8 +59,10 @@ class KernelOptions:
     processes: Processes = ALONE
     reporter: Reporter = SILENT
 
-    def plan(self, model: nn.Module, n_eval: int, n_train: int, passes: PassSettings) -> KernelPlan:
-        """The same in every process. Raises UserError where nothing fits."""
+    def plan(
+        self, model: nn.Module, n_eval: int, n_train: int, passes: PassSettings, matrix: bool = True
+    ) -> KernelPlan:
+        """The same in every process. matrix: whether kernels are wanted. Raises UserError where nothing fits."""
         size = self.size(model, n_eval, n_train)
         left = self._room(model, pass_bytes(model, passes.token_batch_size))
 
@@ -62,7 +71,9 @@ class KernelOptions:
             if kept is not None:  # finished blocks were cut by it
                 return KernelPlan(**kept)
             sketch = self._sketch(model)
-            if sketch is not None:
+            if not matrix and not self.save_gradients:
+                plan = plan_directions(size, left)
+            elif sketch is not None:
                 plan = plan_sketch(size, left, sketch.size)
             else:
                 budgets = (left, self.disk_budget)
@@ -103,10 +114,12 @@ class KernelOptions:
         counts = [p.numel() for name, p in model.named_parameters() if name in names]
         return KernelSize(n_eval, n_train, sum(counts), len(ROW_KINDS), self.storage, max(counts))
 
-    def engine(self, model: nn.Module, batch: SequenceBatch, n_eval: int, passes: PassSettings) -> KernelEngine:
+    def engine(
+        self, model: nn.Module, batch: SequenceBatch, n_eval: int, passes: PassSettings, matrix: bool = True
+    ) -> KernelEngine:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
         names = chosen_parameters(model, self.modules)
-        plan = self.plan(model, n_eval, len(batch), passes)
+        plan = self.plan(model, n_eval, len(batch), passes, matrix)
         self.reporter.note(describe_plan(plan, len(batch)))
         return KernelEngine(
             KernelSetup(
@@ -158,6 +171,8 @@ def kernel_options(
 
 def describe_plan(plan: KernelPlan, n_train: int) -> str:
     """One line."""
+    if plan.strategy == "directions":
+        return "no kernel: derivatives along the step and its parts, and no gradient rows"
     size = f"{plan.memory / _GIBIBYTE:.2f} GiB of gradients in memory"
     if plan.strategy == "memory":
         stored = f", stored as well ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else ""

@@ -8,7 +8,8 @@
 
 A row is D numbers (D the parameters that rows are formed of). A pass is one forward with its backward passes over one
 sequence. The first that fits is taken: memory, then disk (where disk_budget allows it), then tiles. A fourth, "sketch",
-keeps random projections of the training rows (entropy_core.sketch) and is taken only where it is asked for.
+keeps random projections of the training rows (entropy_core.sketch) and is taken only where it is asked for. Where no matrix is
+wanted the plan is "directions": no row is formed.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from entropy_experiments.kernel.contraction import PARTS, ROW_KINDS, STEP_VECTORS
+from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
 from entropy_experiments.kernel.store.layout import TORCH_DTYPES
 from rl_training.errors import UserError
 
-Strategy = Literal["memory", "disk", "tiles", "sketch"]
+Strategy = Literal["memory", "disk", "tiles", "sketch", "directions"]
 BLOCK_ROWS = 32  # rows of the evaluation side that are one finished block
 HELD_VECTORS = {
-    "P, and the step's own": 2,
-    "gradient of the loss, and clipped": 2,
-    "moments in the optimizer, and saved before the step": 4,
-    "weights before the step": 1,
-    "the step and its parts": len(PARTS),
+    "gradient of the loss": 1,
     "gradients of entropy": 2,
+    "gradient of another step, or part of one": 1,
+    "weights before a step, or a direction": 1,
+}
+"""Tensors of D numbers that are held beside the model, at most. Moments stay in the checkpoint's file; the step, its parts and P
+are formed when they are read."""
+VECTORS_BESIDE_ROWS = {
+    "P": 1,
+    "the step, its parts": len(STEP_VECTORS),
     "metric of the number that decides who is first": 1,
 }
-"""Tensors of D numbers that are held beside the rows, at most."""
+"""More of them where all rows are kept: formed once, since every pass is multiplied with them."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,25 @@ class KernelPlan:
         return asdict(self)
 
 
-def fixed_bytes(size: KernelSize) -> int:
-    """Bytes that are held whatever the strategy: vectors over all parameters, and one parameter's rows of a block."""
-    return (len(STEP_VECTORS) + sum(HELD_VECTORS.values())) * size.row_bytes + BLOCK_ROWS * 4 * size.largest
+def fixed_bytes(size: KernelSize, strategy: Strategy | None = None) -> int:
+    """Bytes that are held beside what the plan keeps: vectors over all parameters, and one parameter's rows of a block."""
+    vectors = sum(HELD_VECTORS.values())
+    if strategy == "directions":
+        return vectors * size.row_bytes
+    if strategy == "memory":
+        vectors += sum(VECTORS_BESIDE_ROWS.values())
+    return vectors * size.row_bytes + BLOCK_ROWS * 4 * size.largest
+
+
+def plan_directions(size: KernelSize, memory: int) -> KernelPlan:
+    """The plan without a matrix. Raises UserError where the vectors that it holds do not fit into `memory` bytes."""
+    held = fixed_bytes(size, "directions")
+    if held > memory:
+        raise UserError(
+            f"{sum(HELD_VECTORS.values())} vectors over {size.parameters:,} parameters take {_gib(held)}, and "
+            f"{_gib(max(memory, 0))} are left for them: raise entropy_analysis.fisher_kernel.memory_budget"
+        )
+    return KernelPlan("directions", size.n_train, size.n_eval, 0, 0, size.n_eval + size.n_train, 0)
 
 
 def plan_kernel(
@@ -112,7 +133,7 @@ def plan_kernel(
             raise UserError("strategy=tiles keeps no rows: leave it at auto, or leave save_gradients out")
         store += 2 * size.n_eval * size.stored_row_bytes
         in_memory += 2 * min(size.n_train, size.n_eval, BLOCK_ROWS) * size.row_bytes
-    fits = in_memory + _streaming(size) <= left
+    fits = in_memory + fixed_bytes(size, "memory") - fixed_bytes(size) + _streaming(size) <= left
     if save_gradients and strategy is None:
         strategy = "memory" if fits else "disk"
     if strategy is None:

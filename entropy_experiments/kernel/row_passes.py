@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.formed import Formed
 from entropy_core.gradients import emptied, keeping, stream_rows
 from entropy_core.kernel import Columns, inner_products
 from entropy_core.passes.row_formation import RowFormation
@@ -43,10 +44,10 @@ class RowPasses:
         """Whether rows leave out some of the trainable parameters."""
         return any(p.requires_grad and name not in set(self.names) for name, p in self.model.named_parameters())
 
-    def restrict(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`vector` with zeros for parameters that rows leave out."""
+    def restrict(self, vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`vector` with zeros for parameters that rows leave out, formed when it is read."""
         own = set(self.names)
-        return {name: part if name in own else torch.zeros_like(part) for name, part in vector.items()}
+        return Formed(vector, lambda name: vector[name] if name in own else torch.zeros_like(vector[name]))
 
     def zeros(self, count: int) -> Rows:
         """Rows of `count` sequences on their parameters' devices, float32."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -93,9 +93,11 @@ class Piece(NamedTuple):
 class TrainingRows(ABC):
     """Rows dS_i of the training side, as they are. A strategy is a subclass; making an instance forms the rows.
 
-    columns: name -> (n_train, *shape) in every process; None where they are not kept. store: on disk, or None.
+    columns: name -> (n_train, *shape) in every process; None where they are not kept. store: on disk, or None. forms_rows: False
+    where only derivatives along directions are asked for.
     """
 
+    forms_rows: ClassVar[bool] = True
     columns: Rows | None = None
     store: GradientStore | None = None
 
@@ -109,6 +111,10 @@ class TrainingRows(ABC):
             return range(n), self.columns
         some = range(min(n, self.setup.plan.tile, BLOCK_ROWS))
         return some, self.setup.passes.score_rows(self.setup.batch, some)
+
+    def held(self, vectors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Vectors that every pass is multiplied with: as they are, formed anew in each pass where they are formed when read."""
+        return vectors
 
     def cut(self, p: Preconditioner) -> Callable[[Wanted], list[Piece]]:
         """How a matrix is cut into pieces under this P; side by side, their columns are those of `Wanted`."""

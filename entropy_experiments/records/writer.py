@@ -188,7 +188,7 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
         "preconditioner": "1"
         if preconditioning == "none"
         else f"1/(sqrt(v/(1-beta2^t))+eps), v of the {preconditioning}",
-        "eps": "" if optimizer is None else str(optimizer.param_groups[0]["eps"]),
+        "eps": "" if optimizer is None else str(next(iter(optimizer.values())).eps),
         "step": str(checkpoint.record.step),
         "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
     }

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_core.formed import Formed, dot
 from entropy_core.leaving_out import answering_clip, clip_response, gradient_weight, leaving_out_metric
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import AnalysedStep, PlainStep
@@ -42,11 +43,11 @@ def own_part_of_second_moment(step: AnalysedStep) -> float:
     return max(gradient_weight(state) for state in step.state.values() if state.lr)
 
 
-def effect_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> dict[str, Tensor]:
+def effect_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> Mapping[str, Tensor]:
     """Name -> a: the effect's metric while the clip coefficient is held. loss_gradient: before clipping."""
     if isinstance(step, PlainStep):
-        return {name: torch.full_like(g, step.learning_rate) for name, g in loss_gradient.items()}
-    return {name: leaving_out_metric(step.state[name], step.clip * g) for name, g in loss_gradient.items()}
+        return Formed(loss_gradient, lambda name: torch.full_like(loss_gradient[name], step.learning_rate))
+    return Formed(loss_gradient, lambda name: leaving_out_metric(step.state[name], step.clip * loss_gradient[name]))
 
 
 def effects_of_leaving_out(
@@ -67,8 +68,8 @@ def effects_of_leaving_out(
         (n_train,) float64 r_i, nats per token.
     """
     metric, clip = effect_metric(loss_gradient, step), step.clip
-    q = {name: a * entropy_gradient[name] for name, a in metric.items()}
-    direction = answering_clip(q, {name: clip * g for name, g in loss_gradient.items()}, clip)
+    q = Formed(metric, lambda name: metric[name] * entropy_gradient[name])
+    direction = answering_clip(q, Formed(loss_gradient, lambda name: clip * loss_gradient[name]), clip)
     return clip * weights.double().cpu() * rows.products(direction)
 
 
@@ -87,11 +88,11 @@ class HeadlineProducts:
     per_token: Tensor | None
 
 
-def headline_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> dict[str, Tensor]:
+def headline_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> Mapping[str, Tensor]:
     """Name -> what stands between E_t and dS_i in the number that decides who is named first."""
     if decided_by_effect(own_part_of_second_moment(step)):
         return effect_metric(loss_gradient, step)
-    return step.share_direction({name: torch.ones_like(g) for name, g in loss_gradient.items()})
+    return step.share_direction(Formed(loss_gradient, lambda name: torch.ones_like(loss_gradient[name])))
 
 
 def headline_products(
@@ -113,8 +114,8 @@ def headline_products(
     scale = clip * weights.double().to(kernels[0].device)
     found = [scale * k.double() for k in kernels]
     if by_effect and clip < 1.0:
-        clipped = {name: clip * g for name, g in loss_gradient.items()}
-        norm = sum(float(g.double().square().sum()) for g in clipped.values()) ** 0.5
+        clipped = Formed(loss_gradient, lambda name: clip * loss_gradient[name])
+        norm = dot(clipped, clipped) ** 0.5
         along = rows.products(clipped).to(scale.device) * scale * clip_response(norm, clip)
         # <E_t, a gh>, with gh = -sum_i c w_i dS_i, is minus the sum of a row
         found = [k + k.sum(1, keepdim=True) * along for k in found]

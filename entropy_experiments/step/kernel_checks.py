@@ -11,6 +11,7 @@ from entropy_core.adamw import AdamWParameterState
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import score_coefficients
+from entropy_core.formed import Formed
 from entropy_core.gradients import batch_gradients
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
@@ -39,7 +40,7 @@ def check_gradient(
     )  # fmt: skip
 
 
-def check_optimizer(step: NextStep, gradient: dict[str, Tensor], record: OptimizerRecord) -> list[SelfCheck]:
+def check_optimizer(step: NextStep, gradient: Mapping[str, Tensor], record: OptimizerRecord) -> list[SelfCheck]:
     """The split against the optimizer's own step, and moments against gradients (`check_optimizer_entries`)."""
     entries = check_optimizer_entries(step.state, gradient, record)
     return [
@@ -60,7 +61,7 @@ def check_optimizer_entries(
     Raises UserError where the moments look like those of other parameters, or entries are missing.
     """
     refuse_missing_entries(state, gradient, record)
-    seen = {name: g for name, g in gradient.items() if state[name].step}
+    seen = Formed((name for name in gradient if state[name].step), lambda name: gradient[name])
     evidence = mapping_evidence(state, seen)
     worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
     if not evidence.convincing(record):
@@ -69,7 +70,8 @@ def check_optimizer_entries(
             f"than that of another parameter of the same shape (e.g. {evidence.worst!r}): the optimizer's entries are "
             "in another order than the model's parameters, so P would be wrong; nothing is analysed"
         )
-    exchanged, straight, pairs = exchanged_by_gradients({name: state[name].exp_avg_sq for name in seen}, seen)
+    squares = Formed(seen, lambda name: state[name].exp_avg_sq)
+    exchanged, straight, pairs = exchanged_by_gradients(squares, seen)
     if exchanged is not None:
         raise exchange_refused("optimizer.pt", exchanged)
     return SelfCheck(
@@ -83,7 +85,7 @@ def check_optimizer_entries(
 
 
 def check_unseen_parameters(
-    state: Mapping[str, AdamWParameterState], rows: dict[str, Tensor], p: dict[str, Tensor]
+    state: Mapping[str, AdamWParameterState], rows: Mapping[str, Tensor], p: Mapping[str, Tensor]
 ) -> SelfCheck:
     """How much of the kernel's scale comes from parameters that Adam has never seen a gradient of (v = 0, P = 1/eps).
 
@@ -124,7 +126,7 @@ def check_kernel(
 
     towards: P g, with g the gradient that these (n_train,) weights make of the training rows.
     """
-    direction = {name: -part for name, part in towards.items()}
+    direction = Formed(towards, lambda name: -towards[name])
     sample = torch.arange(min(16, len(eval_batch)))
     eval_batch = eval_batch.select(sample)
     product = fisher[sample].double() @ weights.double().to(fisher.device)

@@ -1,10 +1,15 @@
-"""The next AdamW step from a checkpoint, and the policy put anywhere along it and back again."""
+"""The next AdamW step from a checkpoint: what it is made of, and what torch's optimizer makes of it.
+
+Nothing of the parameters' size is held but the loss gradient and, beside it, what the checkpoint's file holds of moments. The
+step, its parts and P are formed one parameter at a time, when they are read: they are valid as long as weights, gradient and
+moments are as they were.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +17,14 @@ from torch import Tensor, nn
 from entropy_core.adamw import (
     AdamWParameterState,
     AdamWUpdate,
-    after_gradient,
+    Moments,
     batch_step_factor,
-    preconditioner,
+    preconditioner_after,
     read_adamw_state,
-    split_adamw_update,
+    second_moments,
+    split_parameter_step,
 )
+from entropy_core.formed import Formed, elementwise
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.kernel.contraction import PARTS
 from rl_training.errors import UserError
@@ -27,18 +34,49 @@ from rl_training.errors import UserError
 class NextStep:
     """The step that AdamW takes next with a given loss gradient.
 
-    update: its exact parts; parameter_delta: theta_after - theta_before of the real optimizer; clip: c in g_clipped = c g, with
-    gradient_norm before clipping; state: the moments before it; step_preconditioner: the step's own P_t.
+    parameters: the weights before it. gradient: name -> loss gradient before clipping; clip: c in g_clipped = c g, with
+    gradient_norm before clipping. state: the moments before it, with the rates of the step. idle: parameters that never had a
+    gradient and have none now: torch passes over them, without moments and weight decay.
     """
 
-    update: AdamWUpdate
-    parameter_delta: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
     clip: float
     gradient_norm: float
-    state: dict[str, AdamWParameterState]
-    step_preconditioner: dict[str, Tensor]
+    state: Mapping[str, AdamWParameterState]
+    idle: frozenset[str]
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
+    def clipped(self, name: str) -> Tensor | None:
+        """The gradient that the optimizer sees."""
+        return None if name in self.idle else (self.gradient[name] * self.clip).to(self.parameters[name].dtype)
+
+    @cached_property
+    def update(self) -> AdamWUpdate:
+        """The step's exact parts."""
+
+        def split(name: str) -> tuple[Tensor, Tensor, Tensor]:
+            return split_parameter_step(self.state[name], self.clipped(name), self.parameters[name])
+
+        return AdamWUpdate(*(Formed(self.parameters, lambda name, k=k: split(name)[k]) for k in range(3)))
+
+    @cached_property
+    def parameter_delta(self) -> Mapping[str, Tensor]:
+        """theta_after - theta_before of torch's own optimizer."""
+        return Formed(self.parameters, lambda name: _taken(self.state[name], self.clipped(name), self.parameters[name]))
+
+    @cached_property
+    def step_preconditioner(self) -> Mapping[str, Tensor]:
+        """The step's own P_t; next to nothing for what it passes over."""
+
+        def form(name: str) -> Tensor:
+            gradient = self.gradient[name]
+            if name in self.idle:
+                return torch.full_like(gradient, torch.finfo(gradient.dtype).tiny)
+            return preconditioner_after(self.state[name], self.clip * gradient)
+
+        return Formed(self.parameters, form)
+
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
         """The step and what it is made of, by the names in PARTS."""
         u = self.update
         return dict(zip(PARTS, (self.parameter_delta, u.batch, u.momentum, u.weight_decay), strict=True))
@@ -51,40 +89,45 @@ class NextStep:
         """What stands before P_t in the batch's part of each parameter's step."""
         return {name: batch_step_factor(state) for name, state in self.state.items()}
 
-    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """u with dh_i = c w_i <dS_i, u>: the step's rates and P_t times grad h."""
         factors, p = self.share_factors(), self.step_preconditioner
-        return {name: factors[name] * p[name] * g for name, g in gradient_of_h.items()}
+        return Formed(gradient_of_h, lambda name: factors[name] * p[name] * gradient_of_h[name])
 
 
 @dataclass(frozen=True)
 class PlainStep:
     """-lr c g, the step of a checkpoint without optimizer state, with the interface of NextStep.
 
-    parameter_delta: the step; clip: c, with gradient_norm before clipping.
+    gradient: g, before clipping by c, with gradient_norm.
     """
 
-    parameter_delta: dict[str, Tensor]
+    gradient: Mapping[str, Tensor]
     learning_rate: float
     clip: float
     gradient_norm: float
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
+    @cached_property
+    def parameter_delta(self) -> Mapping[str, Tensor]:
+        """The step."""
+        return Formed(self.gradient, lambda name: -self.learning_rate * self.clip * self.gradient[name])
+
+    def parts(self) -> dict[str, Mapping[str, Tensor]]:
         """As NextStep.parts; the batch makes all of the step."""
-        nothing = {name: torch.zeros_like(part) for name, part in self.parameter_delta.items()}
+        nothing = Formed(self.gradient, lambda name: torch.zeros_like(self.gradient[name]))
         return dict(zip(PARTS, (self.parameter_delta, self.parameter_delta, nothing, nothing), strict=True))
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each parameter."""
-        return dict.fromkeys(self.parameter_delta, self.learning_rate)
+        return dict.fromkeys(self.gradient, self.learning_rate)
 
     def share_factors(self) -> dict[str, float]:
         """As NextStep.share_factors, with P_t = 1."""
         return self.rates()
 
-    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def share_direction(self, gradient_of_h: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """As NextStep.share_direction."""
-        return {name: self.learning_rate * g for name, g in gradient_of_h.items()}
+        return Formed(gradient_of_h, lambda name: self.learning_rate * gradient_of_h[name])
 
 
 AnalysedStep = NextStep | PlainStep
@@ -101,14 +144,15 @@ def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> 
 
 def take_next_step(
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: Moments,
     gradient: Mapping[str, Tensor],
     max_norm: float | None,
     learning_rate: float | None = None,
 ) -> NextStep:
-    """Split the next step exactly, and let the real optimizer take it; model and optimizer are put back afterwards.
+    """The next step; model and optimizer stay as they are.
 
     Args:
+        optimizer: torch's AdamW over the model's trainable parameters, or their stored states.
         gradient: name -> loss gradient before clipping.
         max_norm: of clipping; None: not clipped.
         learning_rate: in place of every group's own.
@@ -118,46 +162,43 @@ def take_next_step(
     """
     parameters = trainable_parameters(model)
     clip, norm = clip_coefficient(gradient, max_norm)
-    saved = copy.deepcopy(optimizer.state_dict())
-    state = {
-        name: s if learning_rate is None else replace(s, lr=learning_rate)
-        for name, s in read_adamw_state(optimizer, parameters).items()
-    }
-    if not any(s.lr for s in state.values()):
+    stored = read_adamw_state(optimizer, parameters)
+    state = stored if learning_rate is None else Formed(stored, lambda name: replace(stored[name], lr=learning_rate))
+    idle, moves = set(), False
+    for name, s in state.items():
+        moves = moves or bool(s.lr)
+        if not s.step and not bool(gradient[name].any()):
+            idle.add(name)
+    if not moves:
         raise UserError(
             "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
             "give checkpoint.learning_rate=..."
         )
-    # What never had a gradient and has none now is passed over, as torch does: no moments, no weight decay.
-    idle = {name for name, s in state.items() if not s.step and not bool(gradient[name].any())}
-    clipped: dict[str, Tensor | None] = {
-        name: None if name in idle else (g * clip).to(parameters[name].dtype) for name, g in gradient.items()
-    }
-    update = split_adamw_update(state, clipped, parameters)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        p.grad = clipped[name]
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] if learning_rate is None else learning_rate
-    try:
+    return NextStep(parameters, gradient, clip, norm, state, frozenset(idle))
+
+
+def _taken(before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """theta_after - theta_before of one parameter, by torch's optimizer."""
+    if gradient is None:
+        return torch.zeros_like(parameter.detach())
+
+    def step(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, largest: Tensor | None = None) -> Tensor:
+        moved = nn.Parameter(theta.clone())
+        moved.grad = g
+        optimizer = torch.optim.AdamW(
+            [moved],
+            lr=before.lr,
+            betas=(before.beta1, before.beta2),
+            eps=before.eps,
+            weight_decay=before.weight_decay,
+            amsgrad=largest is not None,
+        )
+        state = {"step": torch.tensor(float(before.step)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+        optimizer.state[moved] = state if largest is None else {**state, "max_exp_avg_sq": largest.clone()}
         optimizer.step()
-        delta = {name: p.detach() - before[name] for name, p in parameters.items()}
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.load_state_dict(saved)
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(before[name])
-    # The step has changed the moments in place; those from before it are the ones that were put back.
-    restored = read_adamw_state(optimizer, parameters)
-    state = {name: replace(restored[name], lr=s.lr) for name, s in state.items()}
-    own_p = {
-        name: torch.full_like(gradient[name], torch.finfo(gradient[name].dtype).tiny)
-        if name in idle
-        else preconditioner(after_gradient(s, clip * gradient[name]))
-        for name, s in state.items()
-    }
-    return NextStep(update, delta, clip, norm, state, own_p)
+        return moved.detach() - theta
+
+    return elementwise(step, parameter.detach(), gradient, before.exp_avg, *second_moments(before))
 
 
 def plain_step(gradient: Mapping[str, Tensor], max_norm: float | None, learning_rate: float | None) -> PlainStep:
@@ -165,4 +206,4 @@ def plain_step(gradient: Mapping[str, Tensor], max_norm: float | None, learning_
     if not learning_rate:
         raise UserError("without optimizer state the step's size is unknown: give checkpoint.learning_rate=...")
     clip, norm = clip_coefficient(gradient, max_norm)
-    return PlainStep({name: -learning_rate * clip * g for name, g in gradient.items()}, learning_rate, clip, norm)
+    return PlainStep(gradient, learning_rate, clip, norm)

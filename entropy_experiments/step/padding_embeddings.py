@@ -15,20 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWParameterState
+from entropy_core.formed import Formed
 
 
 def hold_unmoved_padding(
     model: nn.Module, state: Mapping[str, AdamWParameterState], p: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """P with (next to) nothing for entries of padding embeddings whose second moment is 0."""
-    held = dict(p)
+) -> Mapping[str, Tensor]:
+    """P with (next to) nothing for entries of padding embeddings whose second moment is 0; formed when it is read."""
+    padding: dict[str, list[tuple[slice | int, ...]]] = {}
     for name, entries in _padding_entries(model):
-        if name in held:
-            unmoved = state[name].exp_avg_sq[entries] == 0
-            held[name] = held[name].clone()
-            # a preconditioner is positive
-            held[name][entries] = torch.where(unmoved, torch.finfo(p[name].dtype).tiny, p[name][entries])
-    return held
+        padding.setdefault(name, []).append(entries)
+
+    def form(name: str) -> Tensor:
+        own = p[name]
+        if name in padding:
+            own = own.clone()
+            for entries in padding[name]:
+                unmoved = state[name].exp_avg_sq[entries] == 0
+                # a preconditioner is positive
+                own[entries] = torch.where(unmoved, torch.finfo(own.dtype).tiny, own[entries])
+        return own
+
+    return Formed(p, form)
 
 
 def _padding_entries(model: nn.Module) -> Iterator[tuple[str, tuple[slice | int, ...]]]:

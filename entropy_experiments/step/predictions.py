@@ -41,12 +41,13 @@ def predictions_by_derivatives(
     model: nn.Module,
     side: EvaluationSide,
     vectors: Mapping[str, Mapping[str, Tensor]],
-    restricted: Predictions,
     passes: PassSettings,
+    kernel_part: float | None = None,
 ) -> Predictions:
     """Over all trainable parameters, from one pass in forward mode along each of the step's vectors.
 
-    vectors: STEP_VECTORS -> name -> tensor. restricted: those over the kernel's modules, to say what these leave out.
+    vectors: STEP_VECTORS -> name -> tensor. kernel_part: the predicted total over the kernel's modules alone, to say what these
+    leave out; None where they leave out none.
     """
     estimators, own, count = side.estimand.estimators, side.estimand.gradient, len(side.batch)
     along = {name: token_derivatives(model, side.batch, vectors[name], passes) for name in STEP_VECTORS}
@@ -58,15 +59,21 @@ def predictions_by_derivatives(
         return entropy_derivatives(side.statistics, along["total"], side.batch, estimator, per_token)
 
     per_token = predicted(True)
-    whole, part = (parts[own]["total"].value for parts in (per_token, restricted.per_token))
+    whole = per_token[own]["total"].value
     return Predictions(
         per_token,
         predicted(False),
         _estimate(side, along["without_preconditioner"], own, True),
         contributions(own, True) / count,
         contributions("fixed_prefix", False),
-        None if whole == 0.0 else 1.0 - part / whole,
+        None if whole == 0.0 or kernel_part is None else 1.0 - kernel_part / whole,
     )
+
+
+def total_along(model: nn.Module, side: EvaluationSide, part: Mapping[str, Tensor], passes: PassSettings) -> float:
+    """The predicted change along one vector by the estimand's own estimator, nats per token, from one pass in forward mode."""
+    along = token_derivatives(model, side.batch, part, passes)
+    return float(entropy_derivatives(side.statistics, along, side.batch, side.estimand.gradient, True).mean())
 
 
 def _estimate(side: EvaluationSide, along: TokenStatistics, estimator: Estimator, per_token: bool) -> Estimate:

@@ -21,15 +21,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner, read_adamw_state
+from entropy_core.adamw import Moments, after_gradient, preconditioner, second_moments
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import sequence_derivatives, weights_moved
-from entropy_core.gradients import dot, trainable_parameters
+from entropy_core.formed import dot, elementwise
+from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import EntropyMeasurement, snis_entropy_change
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import (
+    NextStep,
     clip_coefficient,
     plain_step,
     take_next_step,
@@ -60,7 +62,7 @@ class StepMeasurement:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW | None,
+        optimizer: Moments | None,
         rows: TrainingRows,
         eval_batch: SequenceBatch,
         eval_statistics: TokenStatistics,
@@ -90,8 +92,8 @@ class StepMeasurement:
         """The clip coefficient c of a step with these weights; no step is taken."""
         return clip_coefficient(self.gradient(weights), self._max_grad_norm)[0]
 
-    def step(self, weights: Tensor) -> dict[str, Tensor]:
-        """theta_after - theta_before of the step that these weights cause."""
+    def step(self, weights: Tensor) -> Mapping[str, Tensor]:
+        """theta_after - theta_before of the step that these weights cause, formed when it is read."""
         gradient = self.gradient(weights)
         if self._optimizer is not None:
             return take_next_step(
@@ -114,7 +116,7 @@ class StepMeasurement:
 
     def first_order(self, gradient_of_h: Mapping[str, Tensor], weights: Tensor) -> float:
         """<grad h, dtheta> of the step that these weights cause, with its own clip coefficient and second moments."""
-        return dot(dict(gradient_of_h), self.step(weights))
+        return dot(gradient_of_h, self.step(weights))
 
     def response_shares(self, gradient_of_h: Mapping[str, Tensor], weights: Tensor, subsets: Tensor) -> ResponseShares:
         """r_i = mean of dF/da_i over (draws, n_train) 0/1 `subsets`: the best linear prediction of F over such subsets.
@@ -128,44 +130,63 @@ class StepMeasurement:
         if self._optimizer is None:
             raise UserError("response shares follow AdamW's second moments: there are none without an optimizer")
         parameters = trainable_parameters(self._model)
-        state = read_adamw_state(self._optimizer, parameters)
-        if self._learning_rate is not None:
-            state = {name: replace(s, lr=self._learning_rate) for name, s in state.items()}
         direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
         members, predicted = subsets.double().cpu(), []
         for row in members:
             gradient = self.gradient(row * weights.double().cpu())
-            value, slope = _change_and_derivative(gradient_of_h, gradient, parameters, state, self._max_grad_norm)
-            predicted.append(value)
-            for name, part in slope.items():
-                direction[name] += part / len(members)
+            step = take_next_step(self._model, self._optimizer, gradient, self._max_grad_norm, self._learning_rate)
+            predicted.append(_add_derivative(direction, 1 / len(members), gradient_of_h, step, self._max_grad_norm))
         shares = -weights.double().cpu() * self._rows.products(direction)
         return ResponseShares(shares, float((torch.tensor(predicted, dtype=torch.float64) - members @ shares).mean()))
 
 
-def _change_and_derivative(
+def _add_derivative(
+    direction: Mapping[str, Tensor],
+    factor: float,
     gradient_of_h: Mapping[str, Tensor],
-    gradient: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    state: Mapping[str, AdamWParameterState],
+    step: NextStep,
     max_norm: float | None,
-) -> tuple[float, dict[str, Tensor]]:
-    """F = <grad h, dtheta>, and dF/dg at the unclipped loss gradient g, through clipping and both moments."""
-    with torch.enable_grad():
-        leaves = {name: g.detach().clone().requires_grad_(True) for name, g in gradient.items()}
-        clip = torch.ones(())
-        if max_norm is not None and max_norm > 0:
-            norm = torch.stack([g.norm().cpu() for g in leaves.values()]).norm()
-            clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        total = torch.zeros((), dtype=torch.float64)
-        for name, g in leaves.items():
-            s = after_gradient(state[name], clip.to(g) * g)
+) -> float:
+    """F = <grad h, dtheta>; adds factor times dF/dg at the unclipped loss gradient g, through clipping and both moments.
+
+    dF/dg = c s - (c / (|g| + 1e-6)) <s, g> g / |g| ,    s = dF/d(c g) with c held; the second term where c < 1
+    """
+    total = through_clip = 0.0
+    for name in direction:
+        value, slope = _parameter_derivative(gradient_of_h[name], step, name)
+        total += value
+        through_clip += dot({name: slope}, {name: step.gradient[name]})
+        direction[name].add_(slope, alpha=factor * step.clip)
+    if max_norm is not None and step.clip < 1.0:
+        norm = step.gradient_norm
+        along = step.clip / (norm + 1e-6) * through_clip / norm
+        for name, part in direction.items():
+            part.add_(step.gradient[name], alpha=-factor * along)
+    return total
+
+
+def _parameter_derivative(gradient_of_h: Tensor, step: NextStep, name: str) -> tuple[float, Tensor]:
+    """One parameter's part of F, and its derivative by the clipped gradient."""
+    clipped, state = step.gradient[name] * step.clip, step.state[name]
+    totals = []
+
+    def form(
+        clipped: Tensor, along: Tensor, theta: Tensor, m: Tensor, v: Tensor, largest: Tensor | None = None
+    ) -> Tensor:
+        with torch.enable_grad():
+            leaf = clipped.detach().clone().requires_grad_(True)
+            s = after_gradient(replace(state, exp_avg=m, exp_avg_sq=v, max_exp_avg_sq=largest), leaf)
             moved_by = -s.lr / (1 - s.beta1**s.step) * preconditioner(s) * s.exp_avg
-            moved_by = moved_by - s.lr * s.weight_decay * parameters[name].detach()
-            total = total + (gradient_of_h[name] * moved_by).sum().double().cpu()
-        found = torch.autograd.grad(total, list(leaves.values()))
-    # Where neither this batch nor an earlier one had a gradient, sqrt(v) has no derivative, and no row has an entry.
-    return float(total.detach()), {name: g.nan_to_num(0.0, 0.0, 0.0) for name, g in zip(leaves, found, strict=True)}
+            moved_by = moved_by - s.lr * s.weight_decay * theta
+            total = (along * moved_by).sum()
+            totals.append(float(total.detach().double()))
+            slope = torch.autograd.grad(total, [leaf])[0]
+        # Where neither this batch nor an earlier one had a gradient, sqrt(v) has no derivative, and no row has an entry.
+        return slope.nan_to_num(0.0, 0.0, 0.0)
+
+    theta = step.parameters[name].detach()
+    slope = elementwise(form, clipped, gradient_of_h, theta, state.exp_avg, *second_moments(state))
+    return sum(totals), slope
 
 
 def token_shares(

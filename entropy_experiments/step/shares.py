@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState
+from entropy_core.formed import Formed
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import AnalysedStep
 
@@ -43,7 +44,8 @@ def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tenso
     """
     # at least one factor is not 0: a step without is refused
     first = next(factor for factor in step.share_factors().values() if factor)
-    products = rows.products({name: part / first for name, part in step.share_direction(gradient).items()})
+    direction = step.share_direction(gradient)
+    products = rows.products(Formed(direction, lambda name: direction[name] / first))
     factor = first * step.clip
     return Attribution(factor * weights.double().cpu() * products, products, factor)
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_core.adamw import AdamWParameterState, split_adamw_update
-from entropy_core.gradients import dot
+from entropy_core.adamw import AdamWParameterState
+from entropy_core.formed import Formed, dot
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
-from entropy_experiments.step.optimizer_step import clip_coefficient, plain_step
+from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient, plain_step
 from rl_training.intervals import interval
 
 MOST_GROUPS = 40
@@ -79,10 +79,9 @@ def step_change(
 
     def change(gradient: Mapping[str, Tensor]) -> float:
         if state is None:
-            return dot(dict(entropy_gradient), plain_step(gradient, max_norm, learning_rate).parameter_delta)
-        clip, _ = clip_coefficient(gradient, max_norm)
-        clipped = {name: (clip * g).to(parameters[name].dtype) for name, g in gradient.items()}
-        return dot(dict(entropy_gradient), split_adamw_update(state, clipped, parameters).total())
+            return dot(entropy_gradient, plain_step(gradient, max_norm, learning_rate).parameter_delta)
+        clip, norm = clip_coefficient(gradient, max_norm)
+        return dot(entropy_gradient, NextStep(parameters, gradient, clip, norm, state, frozenset()).update.total())
 
     return change
 
@@ -107,11 +106,11 @@ def training_noise(
     for group in range(groups):
         rows = (index % groups == group).nonzero().flatten()
         part = gradient_of(rows)
-        rest = {name: g - part[name] for name, g in gradient.items()}
+        rest = Formed(gradient, lambda name, part=part: gradient[name] - part[name])
         if groups == count:
             effects.append(whole - change(rest))
         factor = sequences / (sequences - len(rows))
-        left_out.append(change({name: factor * g for name, g in rest.items()}))
+        left_out.append(change(Formed(rest, lambda name, rest=rest, factor=factor: factor * rest[name])))
     values = torch.tensor(left_out, dtype=torch.float64)
     if not math.isfinite(whole) or not bool(values.isfinite().all()):
         return None

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import read_adamw_state
+from entropy_core.adamw import Moments, read_adamw_state
 from entropy_core.batch import SequenceBatch
+from entropy_core.formed import Formed
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import masks_padding
 from entropy_core.passes.state import PassState
@@ -66,10 +67,10 @@ class TrainingSide:
         """The kernel's P, name -> tensor; None: P = 1."""
         return self.kernel.preconditioner
 
-    def under_p(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """P times a vector."""
+    def under_p(self, vector: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """P times a vector, formed when it is read."""
         p = self.kernel_preconditioner
-        return dict(vector) if p is None else {name: p[name] * part for name, part in vector.items()}
+        return vector if p is None else Formed(vector, lambda name: p[name] * vector[name])
 
     @property
     def adam_step(self) -> NextStep | None:
@@ -96,16 +97,16 @@ class TrainingSide:
             raise ValueError("columns without weights make no step")
         return self.step
 
-    def step_vectors(self) -> dict[str, dict[str, Tensor]]:
+    def step_vectors(self) -> dict[str, Mapping[str, Tensor]]:
         """The step, its parts and what it would be without P and momentum, by the names in STEP_VECTORS; there must be one."""
         rates, clip = self.known_step.rates(), self.known_step.clip
-        plain = {name: -rates[name] * clip * g for name, g in self.gradient.items()}
+        plain = Formed(self.gradient, lambda name: -rates[name] * clip * self.gradient[name])
         return {**self.known_step.parts(), "without_preconditioner": plain}
 
 
 def prepare_training_side(
     model: nn.Module,
-    optimizer: torch.optim.AdamW | None,
+    optimizer: Moments | None,
     batch: SequenceBatch,
     weights: Tensor | None,
     settings: AnalysisSettings,
@@ -145,10 +146,13 @@ def prepare_training_side(
     rows = RecomputedRows(model, batch, passes) if masked else true_rows
     shared = RecomputedRows(model, batch, passes, engine.setup.processes)
     gradient = (shared if masked or kept is None else kept).weighted_gradient(used)
-    span, sample = formed.sample()
-    some = used[span.start : span.stop]
-    part = KeptRows(sample).weighted_gradient(some)
-    checks = [check_gradient(model, batch.select(list(span)), some, part, passes)]
+    checks, sample = [], None
+    if formed.forms_rows:
+        span, sample = formed.sample()
+        some = used[span.start : span.stop]
+        part = KeptRows(sample).weighted_gradient(some)
+        checks.append(check_gradient(model, batch.select(list(span)), some, part, passes))
+        del part
     step: AnalysedStep | None = None
     if weights is not None:
         norm, rate = settings.max_grad_norm, settings.learning_rate
@@ -156,25 +160,23 @@ def prepare_training_side(
             step = plain_step(gradient, norm, rate)
         else:
             step = take_next_step(model, optimizer, gradient, norm, rate)
-    p = None
+    p: Mapping[str, Tensor] | None = None
     if optimizer is not None:
         state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
         if isinstance(step, NextStep):
             checks.extend(check_optimizer(step, gradient, settings.optimizer_record))
-        else:  # the squares of rows have the profile of second moments too
-            root_mean_square = {name: mean_squares(r).sqrt().to(r) for name, r in sample.items()}
-            checks.append(
-                check_optimizer_entries(
-                    {name: state[name] for name in sample}, root_mean_square, settings.optimizer_record
-                )
-            )
-        if preconditioning == "step" and isinstance(step, NextStep):
-            p = step.step_preconditioner
-        else:
-            p = checkpoint_preconditioner(state, gradient)
-        p = hold_unmoved_padding(model, state, p) if masked else p
-        if preconditioning == "checkpoint":
-            checks.append(check_unseen_parameters(state, sample, p))
+        elif sample is not None:  # the squares of rows have the profile of second moments too
+            root_mean_square = Formed(sample, lambda name: mean_squares(sample[name]).sqrt().to(sample[name]))
+            own = Formed(sample, lambda name: state[name])
+            checks.append(check_optimizer_entries(own, root_mean_square, settings.optimizer_record))
+        if sample is not None:  # P is the kernel's alone
+            if preconditioning == "step" and isinstance(step, NextStep):
+                p = step.step_preconditioner
+            else:
+                p = checkpoint_preconditioner(state, gradient)
+            p = formed.held(hold_unmoved_padding(model, state, p) if masked else p)
+            if preconditioning == "checkpoint":
+                checks.append(check_unseen_parameters(state, sample, p))
     return TrainingSide(
         batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step,
         settings.max_grad_norm, settings.learning_rate, checks,

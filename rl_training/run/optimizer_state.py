@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rl_training.errors import UserError
+from rl_training.run.mapped_file import MappedPages, load_tensors
 from rl_training.run.optimizer_relatives import ADAMW_CLASSES, STATE_KEYS, name_by_classes, name_by_keys
 
 WITHOUT_IT = (
@@ -31,12 +32,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def read_tensor_file(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU. No object that is not a plain tensor or number is ever built.
+    """What `torch.save` wrote, on the CPU, mapped where it can be. No object but plain tensors and numbers is ever built.
 
     Raises UserError for a file that is damaged, or holds more than plain tensors, which are then named.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         objects = _objects(path)
         if not objects:
@@ -83,8 +84,10 @@ def check_optimizer_state(
     stray = sorted(map(str, entries.keys() - group_of.keys()))
     if stray:
         raise UserError(f"{path} has an entry {stray[0]} that belongs to no group: it is damaged; copy it again")
+    pages = MappedPages(path)
     for number, entry in entries.items():
         _check_entry(path, number, entry, group_of[number], rounded)
+        pages.forget()
     _check_steps(path, {int(e["step"]) for e in entries.values()}, steps, trusted)
 
 

@@ -128,15 +128,15 @@ def test_another_learning_rate_scales_the_step_and_leaves_the_optimizer_alone(ti
     checkpoint = load_checkpoint(tiny_run)
     parameters = trainable_parameters(checkpoint.model)
     gradient = {name: torch.full_like(p, 1e-3) for name, p in parameters.items()}
-    moments = {p: checkpoint.optimizer.state[p]["exp_avg"].clone() for p in parameters.values()}
+    moments = {name: state.exp_avg.clone() for name, state in checkpoint.optimizer.items()}
     own = take_next_step(checkpoint.model, checkpoint.optimizer, gradient, 1.0)
     double = take_next_step(checkpoint.model, checkpoint.optimizer, gradient, 1.0, learning_rate=2e-3)
     for name in parameters:
         torch.testing.assert_close(double.update.batch[name], 2 * own.update.batch[name])
         torch.testing.assert_close(double.parameter_delta[name], 2 * own.parameter_delta[name], rtol=1e-3, atol=1e-7)
         assert double.state[name].lr == 2e-3 and own.state[name].lr == 1e-3
-    assert checkpoint.optimizer.param_groups[0]["lr"] == 1e-3
-    assert all(torch.equal(checkpoint.optimizer.state[p]["exp_avg"], m) for p, m in moments.items())
+    assert all(state.lr == 1e-3 for state in checkpoint.optimizer.values())
+    assert all(torch.equal(checkpoint.optimizer[name].exp_avg, m) for name, m in moments.items())
 
 
 def test_same_seed_same_numbers(analysis, tiny_run, tmp_path):

@@ -320,7 +320,7 @@ def test_budgets_that_are_too_small_say_what_is_needed() -> None:
 def test_what_is_held_beside_the_rows_counts() -> None:
     """A shard of both kinds while it is stored, and one parameter's rows of a block."""
     size, gib = KernelSize(n_eval=100, n_train=100, parameters=5_000_000), 2**30
-    row, exact = size.row_bytes, fixed_bytes(size) + 101 * size.row_bytes
+    row, exact = size.row_bytes, fixed_bytes(size, "memory") + 101 * size.row_bytes
     assert plan_kernel(size, exact, 100 * gib).strategy == "memory"
     assert plan_kernel(size, exact - 1, 100 * gib).strategy == "disk"
     assert plan_kernel(size, exact + 63 * row, 100 * gib, save_gradients=True).strategy == "disk"
