@@ -127,15 +127,20 @@ class StepMeasurement:
 
         Raises UserError without an optimizer: a plain step has no moments, and its shares are linear but for clipping.
         """
-        if self._optimizer is None:
+        moments = self._optimizer
+        if moments is None:
             raise UserError("response shares follow AdamW's second moments: there are none without an optimizer")
         parameters = trainable_parameters(self._model)
         direction = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        members, predicted = subsets.double().cpu(), []
-        for row in members:
+        members = subsets.double().cpu()
+
+        def follow(row: Tensor) -> float:
             gradient = self.gradient(row * weights.double().cpu())
-            step = take_next_step(self._model, self._optimizer, gradient, self._max_grad_norm, self._learning_rate)
-            predicted.append(_add_derivative(direction, 1 / len(members), gradient_of_h, step, self._max_grad_norm))
+            step = take_next_step(self._model, moments, gradient, self._max_grad_norm, self._learning_rate)
+            return _add_derivative(direction, 1 / len(members), gradient_of_h, step, self._max_grad_norm)
+
+        # a function, so that one step's gradient is gone before the next is formed
+        predicted = [follow(row) for row in members]
         shares = -weights.double().cpu() * self._rows.products(direction)
         return ResponseShares(shares, float((torch.tensor(predicted, dtype=torch.float64) - members @ shares).mean()))
 
