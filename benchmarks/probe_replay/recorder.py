@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -365,7 +365,7 @@ class Recorder(TrainerCallback):
             kept = self._completions(batch, value)
             self._now.arrays[prefix + name] = kept.astype(np.float16) if name == "projected" else kept
 
-    def _derivatives(self, batch: SequenceBatch, directions: Sequence[dict[str, Tensor]]) -> list[TokenStatistics]:
+    def _derivatives(self, batch: SequenceBatch, directions: Sequence[Mapping[str, Tensor]]) -> list[TokenStatistics]:
         """Along each direction; a direction that is nothing (no decay, no momentum yet) takes no pass."""
         nothing = TokenStatistics(*(torch.zeros(batch.input_ids.shape) for _ in range(2)))
         return [

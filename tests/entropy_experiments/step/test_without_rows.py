@@ -26,7 +26,9 @@ def setting(name: str) -> tuple[nn.Module, torch.optim.AdamW]:
     """A policy in float64, and an AdamW with decay that has taken one step."""
     model = next(case for case in CASES if case.name == name).make(torch.float64)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-4, weight_decay=0.1)
-    ids = torch.randint(0, 37, (8, 12), generator=torch.Generator().manual_seed(0))  # every token and position has a moment
+    ids = torch.randint(
+        0, 37, (8, 12), generator=torch.Generator().manual_seed(0)
+    )  # every token and position has a moment
     torch.nn.functional.cross_entropy(
         model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     ).backward()
