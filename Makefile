@@ -12,6 +12,7 @@
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
+# make faults   what can go wrong, tried: damaged files, wrong configurations, full disks, kills (FAULT_ARGS="--kills 0 --disks 0": files alone)
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #
@@ -26,6 +27,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FAULT_ARGS ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -33,7 +35,7 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
-  bench-replay bench-kernel calibrate clean distclean
+  bench-replay bench-kernel calibrate faults clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -108,6 +110,9 @@ bench: $(STAMP)
 	  printf '%-44s %s\n' "$$file" "$$($(BIN)/python -c 'import ast, sys; print((ast.get_docstring(ast.parse(open(sys.argv[1]).read())) or "").split("\n")[0])' $$file)"; \
 	done; \
 	if [ $$found = 1 ]; then echo; echo "run one with: $(BIN)/python benchmarks/NAME.py"; else echo "no benchmarks yet"; fi
+
+faults: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULT_ARGS)
 
 calibrate: $(STAMP)
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py

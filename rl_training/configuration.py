@@ -11,7 +11,8 @@ import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -135,6 +136,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{where}: invalid YAML{line}: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be a configuration") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: invalid YAML: {first_line(error)}") from None
 
@@ -191,9 +194,11 @@ def _section(cls: type[BaseModel], names: Sequence[str]) -> type[BaseModel] | No
     for name in names:
         field = cls.model_fields.get(name)
         inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        options = get_args(inner) if isinstance(inner, UnionType) else (inner,)  # "a section, or null" is a section
+        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if len(models) != 1:
             return None
-        cls = inner
+        cls = models[0]
     return cls
 
 

@@ -32,6 +32,7 @@ from entropy_experiments.report.interactive.page import PageFigure, render_page
 from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
 from rl_training.files import refuse_link, replace_folder, strange_files, write_whole, write_whole_by
+from rl_training.run.disk import disk_errors_explained
 
 _REPORT = "comparison.html"
 _FORMAT = 1
@@ -89,20 +90,17 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
     part = output.with_name(output.name + ".part")
     refuse_link(part)
     try:
-        if part.exists():
-            shutil.rmtree(part)
-        (part / "figures").mkdir(parents=True)
-        figures = draw_comparison(sides, points)
-        for name, figure in figures.items():
-            write_whole(part / "figures" / f"{name}.png", figure.png)
-        write_whole(part / _REPORT, _page(sides, points, verdict, figures))
-        write_tidy(part / "comparison.parquet", sides, points)
-        write_json(part / "comparison.json", record)
-        replace_folder(part, output)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {output} ({error.strerror}): free some space, or choose another --output"
-        ) from error
+        with disk_errors_explained(output, "writing the comparison"):
+            if part.exists():
+                shutil.rmtree(part)
+            (part / "figures").mkdir(parents=True)
+            figures = draw_comparison(sides, points)
+            for name, figure in figures.items():
+                write_whole(part / "figures" / f"{name}.png", figure.png)
+            write_whole(part / _REPORT, _page(sides, points, verdict, figures))
+            write_tidy(part / "comparison.parquet", sides, points)
+            write_json(part / "comparison.json", record)
+            replace_folder(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(output), "report": str(output / _REPORT), **record}

@@ -38,8 +38,8 @@ from entropy_experiments.report.sections import analysis_figure_makers, analysis
 from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import series
-from rl_training.errors import UserError
 from rl_training.files import write_all_whole
+from rl_training.run.disk import disk_errors_explained
 
 # file name -> (heading, how to read the figure)
 _FIGURES = {
@@ -205,11 +205,7 @@ def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
     images = {name: (png_bytes(figure), caption_of(figure)) for name, figure in draw_figures(results).items()}
     page = render_report(results, images)
     report = results.path / "report.html"
-    try:
-        pictures = {f"figures/{name}.png": png for name, (png, _) in images.items()}
+    pictures = {f"figures/{name}.png": png for name, (png, _) in images.items()}
+    with disk_errors_explained(results.path, "writing the report"):
         write_all_whole(results.path, {**pictures, report.name: page})
-    except OSError as error:
-        raise UserError(
-            f"cannot write the report into {results.path} ({error.strerror}): check its permissions"
-        ) from error
     return report

@@ -130,7 +130,7 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
     if isinstance(error, _ForeignExit):
         return 2, f"error: {error}, outside this project: remove that call; --debug shows the way there"
     text = (str(error).splitlines() or [""])[0]
-    if disk_is_full(error) or (isinstance(error, OSError) and error.errno == errno.EFBIG):
+    if disk_is_full(error):
         path = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return 2, f"error: the disk is full, or a file limit was reached{path}: free space; {_kept_words()}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in _TORCH_MEMORY):

@@ -26,7 +26,7 @@ from entropy_experiments.sweep.shards import Share, share_of_process, single_pro
 from entropy_experiments.sweep.targets import Target, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
-from rl_training.files import write_json_whole, write_whole
+from rl_training.files import strange_files, write_json_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 
@@ -151,9 +151,9 @@ def _prepare(
         "checkpoints": [target.name for target in targets],
         "configuration": dump_config(config),
     }
-    if place.path.exists() and not place.plan_file.exists() and any(place.path.iterdir()):
-        locks = [child.name for child in place.path.iterdir()] == ["locks"]  # another process is just beginning
-        if not locks:
+    if place.path.exists() and not place.plan_file.exists():
+        # Locks alone: another process is just beginning, or was killed before it wrote the plan.
+        if strange_files(place.path, {"locks"}):
             raise UserError(
                 f"{place.path} exists and is not the folder of a sweep: choose another with --folder or output_dir"
             )

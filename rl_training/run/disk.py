@@ -14,9 +14,9 @@ _TORCH_WRITING = ("PytorchStreamWriter failed", "unexpected pos", "iostream erro
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """True for an out-of-space error, or one that was caused by it; writers in other languages only say it in words."""
+    """True for an error of a full disk or of a file beyond a limit, or one caused by it; some writers only say it in words."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", *_TORCH_WRITING)):
             return True
@@ -40,12 +40,12 @@ def disk_errors_explained(path: Path, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{path}: {action}"
+        if error.errno == errno.EFBIG:
+            raise ResumableError(f"{where}: the file is larger than this file system or `ulimit -f` allows") from error
         if disk_is_full(error):
             raise ResumableError(
                 f"{where}: no space left on this disk; free some and resume, or choose another"
             ) from error
-        if error.errno == errno.EFBIG:
-            raise UserError(f"{where}: the file is larger than this file system or `ulimit -f` allows") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(
                 f"{where}: not permitted ({error.strerror}); check the owner and mode of the folder"

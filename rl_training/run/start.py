@@ -13,6 +13,7 @@ from rl_training.run.folder_lock import holds_something
 from rl_training.run.launched import is_first
 from rl_training.run.resume import check_resumable
 from rl_training.run.run_files import CONFIG_NAME, checkpoints_of, is_begun, not_of_a_run, remove_records, tidy
+from rl_training.run.sidecar import read_sidecar
 
 # What a checkpoint was made by. The rest may be other from there on: length, saving, reports, the probe, the device.
 _OF_THE_RUN = ("model", "lora", "task", "rollouts", "training_buffer", "algorithm", "optimizer")
@@ -54,6 +55,13 @@ def find_start(config: TrainConfig, resume: bool) -> Path | None:
         warnings.warn(f"{folder}: a run was interrupted before its first checkpoint; it begins anew", stacklevel=3)
         remove_records(folder)
     return None
+
+
+def is_done(config: TrainConfig) -> bool:
+    """Whether the folder's newest checkpoint is that of the last step: a run that is resumed once more has nothing to do."""
+    found = checkpoints_of(Path(config.training.output_dir))
+    sidecar = read_sidecar(found[-1]) if found else None
+    return sidecar is not None and sidecar.step == config.training.steps
 
 
 def _checked(checkpoint: Path, folder: Path, config: TrainConfig) -> Path:
