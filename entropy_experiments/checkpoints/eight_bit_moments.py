@@ -1,4 +1,6 @@
-"""An `optimizer.pt` of bitsandbytes, in 8 or in 32 bits, as the state of torch's AdamW; any other is left as it is."""
+"""An `optimizer.pt` of bitsandbytes, in 8 or in 32 bits, as the state of torch's AdamW; any other
+is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from entropy_experiments.checkpoints.readers.trained_state import LazyTensor
 
 @dataclass(frozen=True)
 class Converted:
-    """state: with exp_avg and exp_avg_sq. converted: whether bitsandbytes wrote it. rounded: whether 8 bits rounded it."""
+    """state: with exp_avg and exp_avg_sq. converted: whether bitsandbytes wrote it. rounded:
+    whether 8 bits rounded it.
+    """
 
     state: Any
     converted: bool = False
@@ -22,14 +26,16 @@ class Converted:
 
 
 def as_adamw(path: Path, state: Any) -> Converted:
-    """The state dict of an `optimizer.pt` as torch's AdamW has it, in float32 where it was in 8 bits.
+    """The state dict of an `optimizer.pt` as torch's AdamW has it, in float32 where it was in 8
+    bits.
 
     Args:
         path: For messages.
         state: What torch.save wrote.
 
     Raises:
-        UserError: For another optimizer of bitsandbytes than AdamW, or blocks and maps that do not fit.
+        UserError: For another optimizer of bitsandbytes than AdamW, or blocks and maps that do not
+            fit.
     """
     entries, groups = (state.get("state"), state.get("param_groups")) if isinstance(state, dict) else (None, None)
     whole = isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values())

@@ -1,6 +1,8 @@
-"""A checkpoint of another trainer, made into one of ours: weights linked or gathered, moments by name, and where each came from.
+"""A checkpoint of another trainer, made into one of ours: weights linked or gathered, moments by
+name, and where each came from.
 
-The folder is made under another name, examined by the very checks that an analysis makes, and only then takes its own.
+The folder is made under another name, examined by the very checks that an analysis makes, and only
+then takes its own.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ def _link_weights(state: TrainedState, folder: Path, origins: dict[str, str]) ->
 
 
 def _compare_weights(folder: Path, shards: Mapping[str, LazyTensor], linked: Sequence[str]) -> None:
-    """Raises UserError where the trainer's own weights, rounded, are not those of the saved files under the same names."""
+    """Raises UserError where the trainer's own weights, rounded, are not those of the saved files
+    under the same names.
+    """
     for name in linked:
         if not name.endswith(".safetensors"):
             continue
@@ -212,7 +216,9 @@ def _adapter_name(key: str) -> str:
 def _write_weights(
     state: TrainedState, folder: Path, weights: Mapping[str, LazyTensor], is_adapter: bool, origins: dict[str, str]
 ) -> None:
-    """The weights as save_pretrained would write them: of an adapter its own, of a model one file without tied copies."""
+    """The weights as save_pretrained would write them: of an adapter its own, of a model one file
+    without tied copies.
+    """
     where = f"{state.folder}: {state.origins.get('weights', 'its weights')}"
     if is_adapter:
         own = {name.replace(".default.", "."): tensor for name, tensor in weights.items() if ".default." in name}
@@ -244,7 +250,9 @@ def _write_weights(
 
 
 def _in_words_of(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Tensors under the model's own names, where all have one prefix more or less (a wrapper's attribute)."""
+    """Tensors under the model's own names, where all have one prefix more or less (a wrapper's
+    attribute).
+    """
     if found.keys() >= wanted.keys() or not wanted:
         return dict(found)
     longest = max(wanted, key=len)
@@ -266,7 +274,9 @@ def _clean(name: str) -> str:
 
 
 def _under_own_names(state: TrainedState, folder: Path, model: str | None) -> AdamState:
-    """The optimizer's state under the names of the model as it will be loaded, each group in the model's order."""
+    """The optimizer's state under the names of the model as it will be loaded, each group in the
+    model's order.
+    """
     assert state.adam is not None
     adapter = find_adapter(folder, None)
     base = str(folder) if adapter is None else (model or _base_of(folder))
@@ -290,7 +300,9 @@ def _under_own_names(state: TrainedState, folder: Path, model: str | None) -> Ad
 
 
 def _check_names(state: TrainedState, adam: AdamState, order: Mapping[str, int], shapes: Mapping[str, Any]) -> None:
-    """Raises UserError unless the optimizer's parameters are the model's trained ones, shape by shape."""
+    """Raises UserError unless the optimizer's parameters are the model's trained ones, shape by
+    shape.
+    """
     names = [str(key) for group in adam.groups for key in group.keys]
     odd = sorted(set(names) ^ order.keys())
     if odd:

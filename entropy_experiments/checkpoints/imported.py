@@ -1,7 +1,9 @@
-"""The record of a checkpoint that `import` made out of another trainer's: where each thing came from, and the optimizer's groups.
+"""The record of a checkpoint that `import` made out of another trainer's: where each thing came
+from, and the optimizer's groups.
 
-Beside it lie the weights in the files of save_pretrained and `moments.safetensors`, exp_avg and exp_avg_sq by the names of the
-parameters, so that a tensor is read from the file when it is asked for.
+Beside it lie the weights in the files of save_pretrained and `moments.safetensors`, exp_avg and
+exp_avg_sq by the names of the parameters, so that a tensor is read from the file when it is asked
+for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _FIRST, _SECOND, _LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
 
 
 class ImportedGroup(StrictModel):
-    """A parameter group: names in the model's own order, and AdamW's settings as the source holds them."""
+    """A parameter group: names in the model's own order, and AdamW's settings as the source holds
+    them.
+    """
 
     names: of.Texts
     lr: float = Field(ge=0, le=1e3, allow_inf_nan=False)
@@ -47,7 +51,9 @@ class ImportRecord(StrictModel):
     layout: of.Text
     step: of.Step
     named_by: Literal["files", "order"]
-    """Whether the source names its optimizer entries, or they were named by the model's order and verified by shapes."""
+    """Whether the source names its optimizer entries, or they were named by the model's order and
+    verified by shapes.
+    """
     quantised: bool
     """Whether the moments were stored in 8 bits, so that they are rounded."""
     groups: list[ImportedGroup]
@@ -67,7 +73,9 @@ class ImportRecord(StrictModel):
 
 
 def read_import_record(folder: Path) -> ImportRecord | None:
-    """The record of an imported checkpoint, None where there is none. Raises UserError for one that is damaged."""
+    """The record of an imported checkpoint, None where there is none. Raises UserError for one that
+    is damaged.
+    """
     path = folder / IMPORT_RECORD
     if not path.exists():
         return None
@@ -76,7 +84,9 @@ def read_import_record(folder: Path) -> ImportRecord | None:
 
 
 def check_imported_files(folder: Path, record: ImportRecord) -> None:
-    """Raises UserError, naming it, for a file that is not as it was at import: a linked one may have been written anew."""
+    """Raises UserError, naming it, for a file that is not as it was at import: a linked one may
+    have been written anew.
+    """
     for name, digest in sorted(record.sha256.items()):
         path = folder / name
         if not path.is_file() or Path(name).name != name:

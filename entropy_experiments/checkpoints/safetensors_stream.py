@@ -1,4 +1,6 @@
-"""A safetensors file written one tensor at a time: of all the others only names and shapes are held."""
+"""A safetensors file written one tensor at a time: of all the others only names and shapes are
+held.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`import`: a run of ours out of another trainer's checkpoints; and what `doctor` says of these before they are imported."""
+"""`import`: a run of ours out of another trainer's checkpoints; and what `doctor` says of these
+before they are imported.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,18 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
 
     Args:
         source: A folder of any layout that is read (entropy_experiments.checkpoints.readers).
-        output: The run folder; `checkpoint-<step>` appear in it whole or not at all, and nothing is overwritten.
+        output: The run folder; `checkpoint-<step>` appear in it whole or not at all, and nothing is
+            overwritten.
         model: Folder or name with configuration and tokenizer, where the source has none.
-        rollouts: A dump of sequences (docs/guides/rollouts.md); those of each checkpoint's next step come beside it.
+        rollouts: A dump of sequences (docs/guides/rollouts.md); those of each checkpoint's next
+            step come beside it.
 
     Returns:
         One for each checkpoint, in the order of steps.
 
     Raises:
-        UserError: Where a checkpoint is damaged, partial or of no layout that is read, where it could not be analysed once
-            imported, or where the output holds that step already.
+        UserError: Where a checkpoint is damaged, partial or of no layout that is read, where it
+            could not be analysed once imported, or where the output holds that step already.
     """
     sources = find_sources(existing_folder(source))
     for found in sources:
@@ -60,7 +64,9 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
 
 
 def _refuse_our_own(folder: Path) -> None:
-    """Raises UserError for a checkpoint that is analysed as it is, with more of its run than an import would keep."""
+    """Raises UserError for a checkpoint that is analysed as it is, with more of its run than an
+    import would keep.
+    """
     ours = (folder / SIDECAR_NAME).exists() and (folder / "optimizer.pt").exists()
     if ours or (folder / IMPORT_RECORD).exists():
         raise UserError(f"{folder} is a checkpoint of this project: analyse it as it is")
@@ -118,7 +124,8 @@ class _Dump:
 
 
 def _sequences(rollouts: Path, step: int) -> _Dump:
-    """Those that the checkpoint's policy drew, for the step that came next; without them those of its last step.
+    """Those that the checkpoint's policy drew, for the step that came next; without them those of
+    its last step.
 
     Raises UserError where the dump has neither, or is damaged.
     """
@@ -152,7 +159,9 @@ def import_lines(made: list[Imported]) -> list[str]:
 
 
 def importable(folder: Path) -> bool:
-    """Whether `doctor` should speak of importing: a layout that is read, and no checkpoint that is analysed as it is."""
+    """Whether `doctor` should speak of importing: a layout that is read, and no checkpoint that is
+    analysed as it is.
+    """
     if not folder.is_dir() or (folder / "optimizer.pt").exists() or (folder / IMPORT_RECORD).exists():
         return False
     foreign = foreign_layout(folder)
@@ -163,7 +172,8 @@ def importable(folder: Path) -> bool:
 
 
 def describe(folder: Path, outermost: Path | None = None) -> tuple[list[str], bool]:
-    """What a foreign checkpoint holds and lacks, and whether it can be imported whole. No tensor is read but for checks.
+    """What a foreign checkpoint holds and lacks, and whether it can be imported whole. No tensor is
+    read but for checks.
 
     Raises:
         UserError: Where it is no layout that is read.

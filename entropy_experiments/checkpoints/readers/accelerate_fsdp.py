@@ -2,7 +2,8 @@
 
     FULL_STATE_DICT     optimizer.bin: the optimizer's state dict by names; pytorch_model_fsdp.bin: weights
     SHARDED_STATE_DICT  optimizer_0/ and pytorch_model_fsdp_0/: DCP folders, under `optimizer.` and `model.`
-                        or, without DCP, optimizer_0_rank<r>.bin and pytorch_model_fsdp_0_rank<r>.bin
+                        or, without DCP, optimizer_0_rank<r>.bin and
+                        pytorch_model_fsdp_0_rank<r>.bin
 
 Beside them lie the Trainer's own files, and save_pretrained's where weights were gathered.
 Source: accelerate/utils/fsdp_utils.py.
@@ -38,7 +39,8 @@ def read_accelerate_fsdp(folder: Path) -> TrainedState:
     """A checkpoint of accelerate or TRL under FSDP, full or sharded.
 
     Raises:
-        UserError: For a missing process, files that are damaged, or hold anything but tensors and plain data.
+        UserError: For a missing process, files that are damaged, or hold anything but tensors and
+            plain data.
     """
     ranked = _by_rank(folder)
     origins: dict[str, str] = {}
@@ -108,7 +110,9 @@ def _dict(path: Path) -> dict[str, Any]:
 
 
 def _by_rank(folder: Path) -> dict[str, list[Path]]:
-    """optimizer, pytorch_model_fsdp -> the processes' files. Raises UserError where one is missing."""
+    """optimizer, pytorch_model_fsdp -> the processes' files. Raises UserError where one is
+    missing.
+    """
     found: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         matched = _RANK.fullmatch(path.name)

@@ -1,4 +1,6 @@
-"""The state dict of a torch optimizer, its tensors still on disk, as `AdamState`; only keys of an allow-list are taken."""
+"""The state dict of a torch optimizer, its tensors still on disk, as `AdamState`; only keys of an
+allow-list are taken.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ def lazy(path: Path, value: Any) -> Any:
 
 
 def adam_state(where: Path, content: Any) -> AdamState:
-    """The state of AdamW from {"state": key -> fields, "param_groups": [...]}, tensors being `LazyTensor`.
+    """The state of AdamW from {"state": key -> fields, "param_groups": [...]}, tensors being
+    `LazyTensor`.
 
-    Keys are numbers or names. Raises UserError for what is not the state of AdamW or of bitsandbytes' AdamW, named by its keys.
+    Keys are numbers or names. Raises UserError for what is not the state of AdamW or of
+    bitsandbytes' AdamW, named by its keys.
     """
     entries, groups = _structure(where, content)
     if is_bitsandbytes(entries, groups):
@@ -77,7 +81,9 @@ def count_of(where: Path, key: Any, step: Any) -> int:
 
 
 def optimizer_groups(where: Path, groups: list[Mapping[str, Any]], **given: Any) -> tuple[OptimizerGroup, ...]:
-    """The groups' settings as torch's AdamW has them; given: settings that the files do not hold."""
+    """The groups' settings as torch's AdamW has them; given: settings that the files do not
+    hold.
+    """
     found = []
     for group in groups:
         settings = {name: plain(group[name]) for name in _KEPT & group.keys()} | given

@@ -1,6 +1,8 @@
-"""The names that checkpoints' pickles may hold, and what stands for each: plain data, none of it executed.
+"""The names that checkpoints' pickles may hold, and what stands for each: plain data, none of it
+executed.
 
-Tensors become `StoredTensor`, which says where the values lie; everything else is a dict, a list, a number or a `Record`.
+Tensors become `StoredTensor`, which says where the values lie; everything else is a dict, a list, a
+number or a `Record`.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def _wrapper(_cls: Any, *_rest: Any) -> None:
 
 
 def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A DTensor by its state; a plain tensor with attributes, as ZeRO-3 has, without them. Others are refused."""
+    """A DTensor by its state; a plain tensor with attributes, as ZeRO-3 has, without them. Others
+    are refused.
+    """
     name = kind.text if isinstance(kind, Name) else ""
     if name in _DTENSORS:
         return Record(DTENSOR, (), state)

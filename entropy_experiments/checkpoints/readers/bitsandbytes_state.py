@@ -1,9 +1,11 @@
-"""AdamW of bitsandbytes: moments in 8 bits, dequantised block by block, or in 32 bits, paged or not.
+"""AdamW of bitsandbytes: moments in 8 bits, dequantised block by block, or in 32 bits, paged or
+not.
 
     m = qmap1[state1] * absmax1[block]    v = qmap2[state2] * absmax2[block]    blocks of 256 elements (2048 before 0.44)
 
-Small tensors and embeddings stay in 32 bits, where state1 and state2 are m and v themselves. Source: bitsandbytes,
-optim/optimizer.py and functional.py (quantize_blockwise); its step is AdamW's, with decay decoupled for Adam and AdamW alike.
+Small tensors and embeddings stay in 32 bits, where state1 and state2 are m and v themselves.
+Source: bitsandbytes, optim/optimizer.py and functional.py (quantize_blockwise); its step is
+AdamW's, with decay decoupled for Adam and AdamW alike.
 """
 
 from __future__ import annotations

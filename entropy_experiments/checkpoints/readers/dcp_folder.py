@@ -1,7 +1,9 @@
-"""A folder of torch's distributed checkpoint (DCP): `.metadata` and `*.distcp`, read in one process whatever wrote it.
+"""A folder of torch's distributed checkpoint (DCP): `.metadata` and `*.distcp`, read in one process
+whatever wrote it.
 
-`.metadata` says, by flattened name, where the chunks of each tensor lie: in which file, from which byte on, at which offsets of
-the whole tensor. Every chunk is a file of torch.save of its own inside the `.distcp`.
+`.metadata` says, by flattened name, where the chunks of each tensor lie: in which file, from which
+byte on, at which offsets of the whole tensor. Every chunk is a file of torch.save of its own inside
+the `.distcp`.
 """
 
 from __future__ import annotations
@@ -38,14 +40,18 @@ class _Piece:
 
 @dataclass(frozen=True)
 class DcpFolder:
-    """tensors: By flattened name, e.g. "app.optimizers.state.model.norm.weight.exp_avg". objects: Names of everything else."""
+    """tensors: By flattened name, e.g. "app.optimizers.state.model.norm.weight.exp_avg". objects:
+    Names of everything else.
+    """
 
     folder: Path
     tensors: Mapping[str, LazyTensor]
     objects: Mapping[str, _Piece]
 
     def value(self, name: str) -> Any:
-        """A number, text or list that was saved as an object, or a tensor of one element as a number; None where absent."""
+        """A number, text or list that was saved as an object, or a tensor of one element as a
+        number; None where absent.
+        """
         if name in self.tensors:
             tensor = self.tensors[name]
             return tensor.read().item() if math.prod(tensor.shape) == 1 else None
@@ -65,8 +71,8 @@ def open_dcp(folder: Path) -> DcpFolder:
     """Look at every tensor of the folder; none is read.
 
     Raises:
-        UserError: For a description that is damaged or holds more than a checkpoint's, chunks that do not make up their tensor,
-            and files that are absent or cut short.
+        UserError: For a description that is damaged or holds more than a checkpoint's, chunks that
+            do not make up their tensor, and files that are absent or cut short.
     """
     path = folder / ".metadata"
     try:
@@ -176,7 +182,9 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[tuple[tuple[int
 
 
 def _overlap(chunks: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether two chunks share an element. Along one axis, as nearly all are cut, neighbours suffice."""
+    """Whether two chunks share an element. Along one axis, as nearly all are cut, neighbours
+    suffice.
+    """
     if not chunks or not chunks[0][0]:
         return len(chunks) > 1
     if len(chunks) > 2000:  # a comparison of all pairs would take for ever

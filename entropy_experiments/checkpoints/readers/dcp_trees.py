@@ -1,4 +1,5 @@
-"""One DCP folder that holds model and optimizer: prime-rl, OpenRLHF's FSDP2, torchtitan, and others that save one tree.
+"""One DCP folder that holds model and optimizer: prime-rl, OpenRLHF's FSDP2, torchtitan, and others
+that save one tree.
 
     app.model.<name>                 <name>                                  weights        (torchtitan: at the top)
     app.optimizers.state.<name>.exp_avg     optimizer.state.<name>.exp_avg  moments
@@ -6,8 +7,8 @@
     app.scheduler.last_epoch         lr_scheduler.last_epoch                 schedule
     app.progress.step                train_state.step                        step
 
-Source: torch.distributed.checkpoint.state_dict (get_state_dict, flattened or not); prime_rl/trainer/ckpt.py;
-openrlhf/utils/fsdp2/checkpoint.py; torchtitan/components/checkpoint.py.
+Source: torch.distributed.checkpoint.state_dict (get_state_dict, flattened or not);
+prime_rl/trainer/ckpt.py; openrlhf/utils/fsdp2/checkpoint.py; torchtitan/components/checkpoint.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _STEP_NAMES = ("app.progress.step", "train_state.step", "progress.step", "step",
 
 
 def dcp_tree_folder(folder: Path) -> Path | None:
-    """The folder itself, or where these trainers put the tree inside it; None where there is none."""
+    """The folder itself, or where these trainers put the tree inside it; None where there is
+    none.
+    """
     return next((place for place in (folder, *(folder / name for name in _INSIDE)) if is_dcp_folder(place)), None)
 
 
@@ -39,7 +42,8 @@ def read_dcp_tree(folder: Path) -> TrainedState:
     """A tree of prime-rl, OpenRLHF, torchtitan or one like theirs.
 
     Raises:
-        UserError: For a tree that is damaged, whose parts are missing, or whose weights cannot be told from its optimizer.
+        UserError: For a tree that is damaged, whose parts are missing, or whose weights cannot be
+            told from its optimizer.
     """
     tree = open_dcp(folder)
     weights = _weights(tree)
@@ -76,7 +80,9 @@ def _writer(tree: DcpFolder) -> str:
 
 
 def _weights(tree: DcpFolder) -> dict[str, LazyTensor]:
-    """What lies under `model`, else everything at the top that is not the optimizer's or the schedule's."""
+    """What lies under `model`, else everything at the top that is not the optimizer's or the
+    schedule's.
+    """
     for prefix in ("app.model.", "model_state.", "app.model_state."):
         found = {name.removeprefix(prefix): t for name, t in tree.tensors.items() if name.startswith(prefix)}
         if found:
@@ -116,7 +122,9 @@ def dcp_adam(tree: DcpFolder) -> AdamState | None:
 
 
 def _grouped(entries: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups from settings that are flattened by parameter: parameters of equal settings are one."""
+    """Groups from settings that are flattened by parameter: parameters of equal settings are
+    one.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in [*entries, *(name for name in groups if name not in entries)]:
         settings = groups.get(name, {})

@@ -1,11 +1,13 @@
-"""Checkpoints of DeepSpeed ZeRO, stages 1 to 3: flat vectors of each process, named by the model states beside them.
+"""Checkpoints of DeepSpeed ZeRO, stages 1 to 3: flat vectors of each process, named by the model
+states beside them.
 
     global_step<N>/[bf16_|fp16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   process r's part of weights and moments
     global_step<N>/mp_rank_00_model_states.pt (stage 3: zero_pp_rank_0_...)   param_shapes: names and shapes in order, by group
 
-Stages 1 and 2: of each parameter group the processes' vectors, laid end to end, hold the parameters one after the other, each
-with its `param_alignment_paddings`, padded at the end. Stage 3: of every parameter process r holds the r-th of W equal parts,
-the last one padded; groups may be cut into several vectors. Source: deepspeed/utils/zero_to_fp32.py and runtime/zero.
+Stages 1 and 2: of each parameter group the processes' vectors, laid end to end, hold the parameters
+one after the other, each with its `param_alignment_paddings`, padded at the end. Stage 3: of every
+parameter process r holds the r-th of W equal parts, the last one padded; groups may be cut into
+several vectors. Source: deepspeed/utils/zero_to_fp32.py and runtime/zero.
 """
 
 from __future__ import annotations
@@ -51,11 +53,13 @@ def read_zero(folder: Path, beside: Path) -> TrainedState:
 
     Args:
         folder: Where the files of ZeRO lie.
-        beside: The checkpoint's folder, with the Trainer's files and saved weights, where there are any.
+        beside: The checkpoint's folder, with the Trainer's files and saved weights, where there are
+            any.
 
     Raises:
-        UserError: For a missing process, another number of processes, tensor or expert parallelism, names that do not fit the
-            vectors, and files that are damaged or hold anything but tensors and plain data.
+        UserError: For a missing process, another number of processes, tensor or expert parallelism,
+            names that do not fit the vectors, and files that are damaged or hold anything but
+            tensors and plain data.
     """
     paths = files_by_rank(folder)
     states = [optimizer_of(path) for path in paths]
@@ -91,7 +95,9 @@ def read_zero(folder: Path, beside: Path) -> TrainedState:
 
 
 def _settings(folder: Path, groups: Any) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """Groups with the settings of torch's AdamW, and what is to be said of them. Raises UserError for another optimizer."""
+    """Groups with the settings of torch's AdamW, and what is to be said of them. Raises UserError
+    for another optimizer.
+    """
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise UserError(f"{folder}: its optimizer has no parameter groups: it is damaged; copy it again")
     notes, read = set(), []
@@ -139,7 +145,9 @@ def _base(paths: Sequence[Path], states: list[dict[str, Any]], key: str) -> list
 def _moments(
     paths: Sequence[Path], bases: list[dict[str, Any]], number: int
 ) -> tuple[dict[str, list[StoredTensor]], Any]:
-    """exp_avg and exp_avg_sq of the vector `number`, of every process, and the steps it has seen."""
+    """exp_avg and exp_avg_sq of the vector `number`, of every process, and the steps it has
+    seen.
+    """
     entries = [base["state"].get(number, base["state"].get(str(number))) for base in bases]
     if not all(isinstance(entry, dict) and entry.keys() <= {*_MOMENTS, "step"} for entry in entries):
         raise Damaged(f"the state of vector {number} is not that of Adam, or of no step yet")
@@ -236,7 +244,9 @@ def _stage3(
 
 
 def _gathered(origin: str, vectors: list[StoredTensor], offset: int, each: int, shape: tuple[int, ...]) -> LazyTensor:
-    """A parameter of stage 3: the same stretch of every process's vector, the last one's padding left out."""
+    """A parameter of stage 3: the same stretch of every process's vector, the last one's padding
+    left out.
+    """
     if any(offset + each > vector.shape[0] for vector in vectors):
         raise Damaged("the flat vectors of the processes end before their last parameter")
 
@@ -248,7 +258,9 @@ def _gathered(origin: str, vectors: list[StoredTensor], offset: int, each: int, 
 
 
 def _check_names(folder: Path, states: list[dict[str, Any]], shapes: Shapes) -> None:
-    """Raises Damaged where a process's own record of what lies where in its vector says otherwise than param_shapes."""
+    """Raises Damaged where a process's own record of what lies where in its vector says otherwise
+    than param_shapes.
+    """
     for rank, state in enumerate(states):
         mappings = state.get("param_slice_mappings")
         if not isinstance(mappings, list) or len(mappings) != len(shapes):
@@ -278,7 +290,9 @@ def _number_of(address: Any) -> int:
 
 
 def _check_masters(path: Path, masters: Mapping[str, LazyTensor], module: Mapping[str, LazyTensor]) -> None:
-    """Raises UserError where a float32 weight, rounded, is not the weight that the model states hold under its name."""
+    """Raises UserError where a float32 weight, rounded, is not the weight that the model states
+    hold under its name.
+    """
     for name, master in masters.items():
         saved = module.get(name)
         if saved is None:

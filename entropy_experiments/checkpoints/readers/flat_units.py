@@ -1,8 +1,10 @@
-"""Optimizer states of FSDP1: one flat vector for each wrapped unit, cut among the processes, its parameters named nowhere.
+"""Optimizer states of FSDP1: one flat vector for each wrapped unit, cut among the processes, its
+parameters named nowhere.
 
-A unit's parameters lie one after the other in the order of the model, padded at the end to the number of processes. Which
-parameters make up a unit is told only where the lengths allow one reading: units are the decoder's layers, as trainers wrap them,
-and what is left is the root's, which comes first. Source: torch.distributed.fsdp, _flat_param.py.
+A unit's parameters lie one after the other in the order of the model, padded at the end to the
+number of processes. Which parameters make up a unit is told only where the lengths allow one
+reading: units are the decoder's layers, as trainers wrap them, and what is left is the root's,
+which comes first. Source: torch.distributed.fsdp, _flat_param.py.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def is_flat(states: Sequence[Mapping[Any, Any]]) -> bool:
 def unflatten(
     paths: Sequence[Path], states: Sequence[Mapping[Any, Any]], groups: Any, weights: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
-    """The state dict by parameter names. weights: By name, in the model's order, with the shapes that are looked for.
+    """The state dict by parameter names. weights: By name, in the model's order, with the shapes
+    that are looked for.
 
     Raises UserError where the lengths of the vectors do not allow exactly one reading.
     """

@@ -1,4 +1,6 @@
-"""Whether the settings of a parameter group are AdamW's, before anything is computed or printed of them."""
+"""Whether the settings of a parameter group are AdamW's, before anything is computed or printed of
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 
 
 def checked_settings(where: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same settings. Raises UserError unless they are numbers and flags, as AdamW's are; their ranges are looked at later."""
+    """The same settings. Raises UserError unless they are numbers and flags, as AdamW's are; their
+    ranges are looked at later.
+    """
     betas = settings.get("betas")
     pair = betas if isinstance(betas, list | tuple) and len(betas) == 2 else (None,)
     values = [*(settings[name] for name in _SETTINGS if settings.get(name) is not None), *pair]

@@ -1,8 +1,9 @@
 """Pickles read as data: no object is built and nothing is imported, whatever the file asks for.
 
-The opcodes are decoded by the standard library's `pickletools`, which executes none. What they do to a stack is carried out here,
-for those opcodes that torch writes. A class or function of the file is a name; only names of the allow-list of the caller may be
-called, and each call is carried out by the caller's own plain function, or gives a `Record`: the name with its arguments.
+The opcodes are decoded by the standard library's `pickletools`, which executes none. What they do
+to a stack is carried out here, for those opcodes that torch writes. A class or function of the file
+is a name; only names of the allow-list of the caller may be called, and each call is carried out by
+the caller's own plain function, or gives a `Record`: the name with its arguments.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Name:
 
 @dataclass(eq=False)
 class Record:
-    """An object of the file, as data: the class, what it was made from, and what was then set on it."""
+    """An object of the file, as data: the class, what it was made from, and what was then set on
+    it.
+    """
 
     kind: str
     arguments: tuple[Any, ...]
@@ -59,7 +62,8 @@ def read_pickle(
         storage: What a persistent id stands for; without it such ids are refused.
 
     Raises:
-        Damaged: For a pickle that is cut short, larger than any checkpoint's, or holds anything that is not allowed.
+        Damaged: For a pickle that is cut short, larger than any checkpoint's, or holds anything
+            that is not allowed.
     """
     if len(data) > MOST_BYTES:
         raise Damaged(f"its description is of {len(data)} bytes, more than any checkpoint's")
@@ -201,7 +205,9 @@ def _set_items(target: Any, pairs: list[Any]) -> None:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether hashing it takes no time: tuples of tuples may take for ever, numbers may be chosen to collide."""
+    """Whether hashing it takes no time: tuples of tuples may take for ever, numbers may be chosen
+    to collide.
+    """
     if isinstance(key, tuple):
         return len(key) <= 8 and all(not isinstance(part, tuple) and _is_key(part) for part in key)
     return isinstance(key, str | Record | Name | None) or (isinstance(key, int) and abs(key) < _LARGEST_KEY)

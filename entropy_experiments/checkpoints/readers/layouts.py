@@ -23,7 +23,9 @@ _RUN_FOLDERS = ("", "checkpoints", "checkpoint", "ckpts")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of a layout that is read. folder: As the user named it, or the step's. read: Opens it."""
+    """A checkpoint of a layout that is read. folder: As the user named it, or the step's. read:
+    Opens it.
+    """
 
     folder: Path
     read: Callable[[], TrainedState]
@@ -77,6 +79,8 @@ def find_sources(folder: Path) -> list[Source]:
 
 
 def _only_named_inside(folder: Path) -> bool:
-    """Whether the folder is a run with a saved model beside its steps, as trainers leave it at the end."""
+    """Whether the folder is a run with a saved model beside its steps, as trainers leave it at the
+    end.
+    """
     steps = [child for child in folder.iterdir() if child.is_dir() and re.fullmatch(r"checkpoint-\d{1,9}", child.name)]
     return bool(steps) and not (folder / "trainer_state.json").exists() and not (folder / "optimizer.pt").exists()

@@ -1,4 +1,5 @@
-"""Files of torch.save, one for each process: verl and SkyRL under FSDP2 or FSDP1, and accelerate's FSDP without DCP.
+"""Files of torch.save, one for each process: verl and SkyRL under FSDP2 or FSDP1, and accelerate's
+FSDP without DCP.
 
     model_world_size_<W>_rank_<r>.pt        the model's state dict: parameters by name, DTensors
     optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters (DTensors), FSDP1 flat vectors (flat_units)
@@ -29,7 +30,9 @@ _INSIDE = ("actor", "policy")
 
 
 def rank_files_folder(folder: Path) -> Path | None:
-    """The folder itself, or its policy's folder, where it holds such files; None where neither does."""
+    """The folder itself, or its policy's folder, where it holds such files; None where neither
+    does.
+    """
     for place in (folder, *(folder / name for name in _INSIDE)):
         if place.is_dir() and any(_PATTERN.fullmatch(path.name) for path in place.iterdir()):
             return place
@@ -40,8 +43,8 @@ def read_rank_files(folder: Path) -> TrainedState:
     """A checkpoint of verl or SkyRL.
 
     Raises:
-        UserError: For a missing process, files of two numbers of processes, parts that do not fit together, files that are
-            damaged or hold anything but tensors and plain data.
+        UserError: For a missing process, files of two numbers of processes, parts that do not fit
+            together, files that are damaged or hold anything but tensors and plain data.
     """
     model, ranks = _files(folder, "model")
     weights = joined_weights(model)
@@ -85,7 +88,9 @@ def joined_weights(paths: list[Path]) -> dict[str, LazyTensor]:
 
 
 def joined_adam(paths: list[Path], weights: Mapping[str, LazyTensor]) -> AdamState | None:
-    """The optimizer's state, out of every process's; None where no optimizer was saved (SkyRL writes an empty file)."""
+    """The optimizer's state, out of every process's; None where no optimizer was saved (SkyRL
+    writes an empty file).
+    """
     contents = [read_torch_file(path) for path in paths]
     contents = [content.get("optimizer", content) if isinstance(content, dict) else content for content in contents]
     if all(content == {} for content in contents):
@@ -128,7 +133,9 @@ def _same_keys(paths: list[Path], contents: list[Any]) -> list[Any]:
 
 
 def _files(folder: Path, kind: str, ranks: int | None = None) -> tuple[list[Path], int]:
-    """A kind's files by rank, and the number of processes. Raises UserError where one is missing, or a rank too many is there."""
+    """A kind's files by rank, and the number of processes. Raises UserError where one is missing,
+    or a rank too many is there.
+    """
     found: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         matched = _PATTERN.fullmatch(path.name)
@@ -187,7 +194,9 @@ def _version(folder: Path) -> str:
 
 
 def _extra(folder: Path, ranks: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The first process's schedule and step, and what is to be said of them: the weights and moments do without."""
+    """The first process's schedule and step, and what is to be said of them: the weights and
+    moments do without.
+    """
     path = folder / f"extra_state_world_size_{ranks}_rank_0.pt"
     if not path.exists():
         return {}, ()

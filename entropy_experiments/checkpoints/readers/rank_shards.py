@@ -1,7 +1,8 @@
-"""One tensor out of the parts that its processes saved, each a DTensor: cut along one axis, or the same everywhere.
+"""One tensor out of the parts that its processes saved, each a DTensor: cut along one axis, or the
+same everywhere.
 
-A DTensor of process r holds, for n rows over w processes, rows r c .. (r + 1) c with c = ceil(n / w), the last ones less or none.
-Source: torch.distributed.tensor, placement_types.Shard.
+A DTensor of process r holds, for n rows over w processes, rows r c .. (r + 1) c with c = ceil(n /
+w), the last ones less or none. Source: torch.distributed.tensor, placement_types.Shard.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rl_training.errors import UserError
 
 
 def join(what: str, paths: Sequence[Path], parts: Sequence[Any]) -> Any:
-    """The whole of what each process saved: a lazy tensor for tensors, else the value on which all agree.
+    """The whole of what each process saved: a lazy tensor for tensors, else the value on which all
+    agree.
 
     Args:
         what: Its name, for messages.
@@ -43,7 +45,9 @@ def join(what: str, paths: Sequence[Path], parts: Sequence[Any]) -> Any:
 
 
 class _Part:
-    """A process's part: its values, the whole's shape, and the place of the process along the axis that is cut."""
+    """A process's part: its values, the whole's shape, and the place of the process along the axis
+    that is cut.
+    """
 
     def __init__(self, record: Record) -> None:
         local, spec = record.get("_local_tensor"), record.get("_spec")

@@ -1,4 +1,6 @@
-"""Folders of the Trainer with a plain `optimizer.pt` (AdamW of torch or of bitsandbytes), and of save_pretrained without one."""
+"""Folders of the Trainer with a plain `optimizer.pt` (AdamW of torch or of bitsandbytes), and of
+save_pretrained without one.
+"""
 
 from __future__ import annotations
 

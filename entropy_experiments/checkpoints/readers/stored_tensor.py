@@ -16,8 +16,9 @@ from entropy_experiments.checkpoints.readers.inert_pickle import Damaged
 class StoredTensor:
     """Where a tensor's values lie.
 
-    shape, stride: As torch has them. offset: Of its first element among the elements of the store. read_bytes(start, stop): Bytes
-    of the store. length: Bytes of the store. Nothing is read before `read`.
+    shape, stride: As torch has them. offset: Of its first element among the elements of the store.
+    read_bytes(start, stop): Bytes of the store. length: Bytes of the store. Nothing is read before
+    `read`.
     """
 
     dtype: torch.dtype

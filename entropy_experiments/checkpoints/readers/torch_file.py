@@ -1,7 +1,8 @@
-"""A file that `torch.save` wrote, or a piece of a file that holds one, read without torch.load: nothing of it is executed.
+"""A file that `torch.save` wrote, or a piece of a file that holds one, read without torch.load:
+nothing of it is executed.
 
-It is a zip archive, uncompressed: `data.pkl` describes the objects, and the values of each storage lie in `data/<key>`. Only the
-description is read at once.
+It is a zip archive, uncompressed: `data.pkl` describes the objects, and the values of each storage
+lie in `data/<key>`. Only the description is read at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def read_torch_file(path: Path, start: int = 0, length: int | None = None) -> An
         length: Bytes of the archive; by default to the file's end.
 
     Raises:
-        UserError: For a file that is absent, damaged, cut short, or holds anything but tensors and plain data.
+        UserError: For a file that is absent, damaged, cut short, or holds anything but tensors and
+            plain data.
     """
     try:
         refuse_special_file(path)

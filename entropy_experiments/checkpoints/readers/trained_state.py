@@ -1,4 +1,6 @@
-"""What every reader gives: weights, Adam's moments and groups of a checkpoint, its tensors read when they are asked for."""
+"""What every reader gives: weights, Adam's moments and groups of a checkpoint, its tensors read
+when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from rl_training.errors import UserError
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that lies in one file or in several. origin: These files' names, for messages. read: Its values, on the CPU."""
+    """A tensor that lies in one file or in several. origin: These files' names, for messages. read:
+    Its values, on the CPU.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -25,7 +29,9 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class AdamEntry:
-    """One parameter's state: steps seen, exp_avg, exp_avg_sq, and max_exp_avg_sq where the optimizer keeps it."""
+    """One parameter's state: steps seen, exp_avg, exp_avg_sq, and max_exp_avg_sq where the
+    optimizer keeps it.
+    """
 
     step: int
     first: LazyTensor
@@ -35,10 +41,12 @@ class AdamEntry:
 
 @dataclass(frozen=True)
 class OptimizerGroup:
-    """A parameter group. keys: Names of its parameters, or numbers where the files name none, in the optimizer's order.
+    """A parameter group. keys: Names of its parameters, or numbers where the files name none, in
+    the optimizer's order.
 
-    settings: As torch's AdamW has them: lr, betas, eps, weight_decay, amsgrad, maximize and, where recorded,
-    decoupled_weight_decay and initial_lr. `lr` is what the file holds: mostly the next step's.
+    settings: As torch's AdamW has them: lr, betas, eps, weight_decay, amsgrad, maximize and, where
+    recorded, decoupled_weight_decay and initial_lr. `lr` is what the file holds: mostly the next
+    step's.
     """
 
     keys: tuple[str | int, ...]
@@ -47,9 +55,11 @@ class OptimizerGroup:
 
 @dataclass(frozen=True)
 class AdamState:
-    """State of AdamW. entries: By the keys of the groups; parameters that never had a gradient have none.
+    """State of AdamW. entries: By the keys of the groups; parameters that never had a gradient have
+    none.
 
-    quantised: Whether the moments were stored in 8 bits, so that they are rounded. notes: What should be said of them.
+    quantised: Whether the moments were stored in 8 bits, so that they are rounded. notes: What
+    should be said of them.
     """
 
     entries: Mapping[str | int, AdamEntry]
@@ -84,9 +94,11 @@ class AdamState:
         return replace(self, entries=entries, groups=tuple(groups))
 
     def without_idle(self, idle: Callable[[str | int], bool]) -> AdamState:
-        """The same state without the parameters that have no moments and of which `idle` says that no gradient was expected.
+        """The same state without the parameters that have no moments and of which `idle` says that
+        no gradient was expected.
 
-        Trainers of adapters hand frozen parameters to the optimizer as well, which makes no entry for them.
+        Trainers of adapters hand frozen parameters to the optimizer as well, which makes no entry
+        for them.
         """
         groups = [
             replace(group, keys=tuple(key for key in group.keys if key in self.entries or not idle(key)))
@@ -109,10 +121,11 @@ class AdamState:
 class TrainedState:
     """A checkpoint as its reader found it.
 
-    layout: Of which trainer, in words. folder: Where it lies. step: Steps taken, None where nothing says. weights: By name; empty
-    where `weights_folder` holds them in the files of save_pretrained. weights_folder: Where those files, or the configuration and
-    the tokenizer alone, lie; None where there are none. adam: None where no optimizer's state was saved. scheduler: The
-    schedule's state, plain data. ranks: Processes that wrote it. origins: What was read from which file.
+    layout: Of which trainer, in words. folder: Where it lies. step: Steps taken, None where nothing
+    says. weights: By name; empty where `weights_folder` holds them in the files of save_pretrained.
+    weights_folder: Where those files, or the configuration and the tokenizer alone, lie; None where
+    there are none. adam: None where no optimizer's state was saved. scheduler: The schedule's
+    state, plain data. ranks: Processes that wrote it. origins: What was read from which file.
     """
 
     layout: str
@@ -131,7 +144,9 @@ class TrainedState:
         return self.weights[name].read()
 
     def tensors(self) -> Iterator[tuple[str, LazyTensor]]:
-        """Every tensor with what it is, e.g. "exp_avg of 'model.norm.weight'": for checks of files."""
+        """Every tensor with what it is, e.g. "exp_avg of 'model.norm.weight'": for checks of
+        files.
+        """
         for name, weight in self.weights.items():
             yield f"weight {name!r}", weight
         for key, entry in (self.adam.entries if self.adam else {}).items():

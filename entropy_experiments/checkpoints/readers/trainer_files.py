@@ -1,4 +1,6 @@
-"""What the Trainer of transformers lays beside every optimizer's files: step, schedule, and the files of save_pretrained."""
+"""What the Trainer of transformers lays beside every optimizer's files: step, schedule, and the
+files of save_pretrained.
+"""
 
 from __future__ import annotations
 

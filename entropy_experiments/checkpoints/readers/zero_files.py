@@ -1,4 +1,6 @@
-"""The files of a DeepSpeed checkpoint: which there are, of how many processes, and the names and shapes that they record."""
+"""The files of a DeepSpeed checkpoint: which there are, of how many processes, and the names and
+shapes that they record.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Shapes = list[dict[str, tuple[int, ...]]]
 
 
 def zero_folder(folder: Path) -> Path | None:
-    """Where the files lie: the folder itself, that named by `latest`, or the newest global_step<N>; None where there are none."""
+    """Where the files lie: the folder itself, that named by `latest`, or the newest global_step<N>;
+    None where there are none.
+    """
     for place in (folder, *(folder / name for name in _INSIDE)):
         if place.is_dir():
             found = _files_in(place)
@@ -54,7 +58,9 @@ def _files_in(place: Path) -> Path | None:
 
 
 def files_by_rank(folder: Path) -> list[Path]:
-    """Every process's file, by rank. Raises UserError where one is missing, or the model was cut otherwise as well."""
+    """Every process's file, by rank. Raises UserError where one is missing, or the model was cut
+    otherwise as well.
+    """
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("expp_rank_"):
@@ -110,7 +116,9 @@ def _number(value: Any) -> int | None:
 
 
 def model_states(folder: Path, stage: int, world: int) -> tuple[Path, dict[str, Any]]:
-    """(the file that names the parameters, its content). Raises UserError where it is absent, or of another checkpoint."""
+    """(the file that names the parameters, its content). Raises UserError where it is absent, or of
+    another checkpoint.
+    """
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     path = folder / name
     if not path.exists():
