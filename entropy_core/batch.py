@@ -74,6 +74,7 @@ class SequenceBatch:
         attended, completion = self.attention_mask, self.completion_mask
         first_bad(~completion.any(1), "its completion is empty")
         first_bad((completion & ~attended).any(1), "a completion token is masked out by attention_mask")
+        # True where a token is attended and the one before it is not: once, if they are one run.
         starts_attended = attended & ~torch.nn.functional.pad(attended, (1, -1), value=False)
         first_bad(starts_attended.sum(1) != 1, "its attended tokens are not one contiguous run")
         first_bad((completion & starts_attended).any(1), "its completion has no token before it to be predicted from")
@@ -127,7 +128,7 @@ class SequenceBatch:
     @property
     def prompt_mask(self) -> Tensor:
         """(N, L) bool, true on the tokens before the first that the policy drew."""
-        return self.attention_mask & (self.completion_mask.long().cumsum(1) == 0)
+        return self.attention_mask & (self.completion_mask.long().cumsum(1) == 0)  # nothing drawn yet
 
     @property
     def scored_lengths(self) -> Tensor:
@@ -135,6 +136,7 @@ class SequenceBatch:
         nothing.
         """
         columns = torch.arange(1, self.input_ids.shape[1] + 1, device=self.device)
+        # Place of the last drawn token (from 1) less the left padding: argmax finds the first maximum.
         return (self.completion_mask * columns).amax(1) - self.attention_mask.long().argmax(1)
 
     @property

@@ -89,7 +89,7 @@ def normalized_weights(log_weights: Tensor) -> Tensor:
     """(N,) float64 weights of mean 1 from log-weights, e.g. log-ratios of today's policy to the one
     that drew the sequences.
     """
-    return torch.softmax(log_weights.double(), 0) * len(log_weights)
+    return torch.softmax(log_weights.double(), 0) * len(log_weights)  # no exp that could overflow
 
 
 def effective_sample_size(weights: Tensor) -> float:

@@ -73,6 +73,7 @@ def snis_entropy_change(
         bad = int((~torch.isfinite(log_ratio)).nonzero()[0, 0])
         raise ValueError(f"sequence {bad}: its log-probability is not finite before or after the update")
     start = torch.zeros_like(log_ratio) if log_weights is None else log_weights.double()
+    # softmax over sequences is self-normalisation, and cannot overflow as exp(log_ratio) could.
     return _measure(before, after, batch, torch.softmax(start, 0), torch.softmax(start + log_ratio, 0), per_token)
 
 

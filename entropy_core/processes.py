@@ -67,7 +67,7 @@ class Processes:
         """
         if self.size == 1:
             return torch.arange(len(prompt_index), device=prompt_index.device)
-        _, place = prompt_index.unique(return_inverse=True)
+        _, place = prompt_index.unique(return_inverse=True)  # dense, so that prompts are dealt evenly
         return (place % self.size == self.rank).nonzero()[:, 0]
 
     def meet(self) -> None:

@@ -57,7 +57,7 @@ class ModuleSketch:
         if sides is not None:
             a, b = (side.to(rows) for side in sides)
             matrices = rows.reshape(len(rows), a.shape[1], b.shape[1])
-            flat = (a @ matrices @ b.T).flatten(1)
+            flat = (a @ matrices @ b.T).flatten(1)  # Kronecker-structured: (b (x) a) is never formed
         out[:, self._at[name]] += flat.to(out)
 
 

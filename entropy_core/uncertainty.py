@@ -81,7 +81,7 @@ def leave_one_prompt_out(numerators: Tensor, prompt_index: Tensor, denominators:
     prompt is all there is.
     """
     a, b = sums_over_prompts(numerators, prompt_index), sums_over_prompts(denominators, prompt_index)
-    return (a.sum() - a) / (b.sum() - b)
+    return (a.sum() - a) / (b.sum() - b)  # sums without prompt p, for all p at once: no second pass
 
 
 def contributions_without_each_prompt(prompt_index: Tensor, contributions: Callable[[Tensor], Tensor]) -> Tensor:
@@ -118,6 +118,7 @@ def effective_degrees_of_freedom(deviations: Tensor) -> float:
     if n < 4 or float(squares.sum()) == 0.0:
         return float(max(n - 1, 1))
     plain = float(squares.square().mean() / squares.mean().square()) - 3
+    # Fisher's unbiased estimate of the excess kurtosis, from the biased one above.
     excess = ((n + 1) * plain + 6) * (n - 1) / ((n - 2) * (n - 3))
     return max(1.0, 1 / (1 / (n - 1) + max(0.0, excess) / (2 * n)))
 
@@ -147,5 +148,6 @@ def u_statistic(left: Tensor, right: Tensor) -> float:
     if count < 2:
         raise ValueError("a U-statistic needs at least two prompts")
     x, y = left.double(), right.double()
+    # All B^2 products less the B on the diagonal, in O(B D).
     total = torch.dot(x.sum(0), y.sum(0)) - (x * y).sum()
     return float(total / (count * (count - 1)))

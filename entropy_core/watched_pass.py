@@ -94,6 +94,7 @@ def _rounds(
     lockstep a process with fewer than another passes one of them again for nothing.
     """
     mine = processes.my_sequences(batch.prompt_index)
+    # Without a prompt of its own a process passes the first sequence, uncounted, to keep in step.
     chosen = mine if len(mine) else torch.zeros(1, dtype=torch.long, device=batch.device)
     pieces = [
         replace(piece, indices=chosen[piece.indices], sequences=chosen[piece.sequences])
@@ -102,6 +103,7 @@ def _rounds(
     rounds = [(piece, bool(len(mine))) for piece in pieces]
     if lockstep:
         place = 0
+        # A sharded model's call is collective: who has finished repeats its last piece, uncounted.
         while processes.any(place < len(pieces), batch.device):
             if place >= len(rounds):
                 rounds.append((pieces[-1], False))

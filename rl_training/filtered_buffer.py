@@ -92,7 +92,7 @@ def collect_filtered(
         seen.extend(drawn)
         part = draw(
             model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, sampling_config,
-            seed + 7919 * (counts.rounds + 1), "trained",
+            seed + 7919 * (counts.rounds + 1), "trained",  # a stream of its own for every round
         )  # fmt: skip
         part = score(part, reward_functions, trainer_state)
         counts.rounds += 1

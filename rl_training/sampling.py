@@ -220,9 +220,9 @@ def generate_completions(
         _no_settings_of_its_own(model),
     ):
         torch.manual_seed(seed)
-        _check_logits(model, prompt_ids[order[0]])
+        _check_logits(model, prompt_ids[order[0]])  # the shortest
         for part in _parts(model, prompt_ids, order, batch_size, sampling_config.pad_token_id):
-            width = max(len(prompt_ids[i]) for i in part)
+            width = max(len(prompt_ids[i]) for i in part)  # left padding: completions begin in one column
             ids = torch.full((len(part), width), sampling_config.pad_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(part):

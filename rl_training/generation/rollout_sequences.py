@@ -35,7 +35,7 @@ def choose(
     groups: dict[tuple[int, ...], list[RolloutSequence]] = {}
     for sequence in sequences:
         groups.setdefault(sequence.prompt_ids, []).append(sequence)
-    each = max(per_prompt, -(-count // len(groups)))
+    each = max(per_prompt, -(-count // len(groups)))  # ceil: more of each where prompts are few
     chosen: list[RolloutSequence] = []
     for key in (list(groups)[i] for i in rng.permutation(len(groups))):
         if len(chosen) >= count:

@@ -18,8 +18,6 @@ from entropy_core.entropy import normalized_weights
 from rl_training.probe.observation import Observation
 from rl_training.prompts.endings import ENDINGS, Ending, ending
 
-SIGNS = ("positive", "negative", "zero")
-
 
 def batch_endings(batch: SequenceBatch, eos_token_ids: Collection[int]) -> list[Ending]:
     """Of every sequence of a batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,12 +74,3 @@ class StoredTensor:
         if len(data) != (stop - start) * size:
             raise Damaged("it is shorter than its description says: it was cut short")
         return torch.frombuffer(data, dtype=self.dtype)
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a tensor whose last index runs fastest."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
