@@ -145,4 +145,5 @@ def _first(inputs: AnalysisInputs, headline: HeadlineProducts | None, values: np
     equal: DistinctSequences = distinct_sequences(training, kernels.train_fisher.double().cpu().numpy())
     draw = numbers_of_draws(bootstrap_counts(count, seed=inputs.config.seed), *arrays)
     units = {"sequences": equal.first[equal.of], "prompts": equal.prompts}
-    return who_was_first(values, draw, units, count) | {"distinct": len(equal.first)}
+    left_out = numbers_of_draws(np.ones((count, count)) - np.eye(count), *arrays)
+    return who_was_first(values, draw, units, left_out) | {"distinct": len(equal.first)}

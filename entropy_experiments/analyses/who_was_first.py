@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.statistics.jackknife_interval import ends_of
+
 BOOTSTRAPS = 1000
 SET_LEVEL = 0.9
 # Rounding of float32 products; another gradient of entropy or another metric would be far above.
@@ -59,29 +61,35 @@ def who_was_first(
     values: np.ndarray,
     draw: np.ndarray,
     units: Mapping[str, np.ndarray],
-    evaluation_prompts: int,
+    left_out: np.ndarray,
 ) -> dict[str, Any]:
     """values: (N,) numbers of the training sequences. draw: (R, N) the same by bootstrap. units: name -> (N,) unit of each.
+    left_out: (B, N) the same with each evaluation prompt left out, of which 95% intervals are made.
 
-    Returns {"bootstraps", "evaluation_prompts", name -> {"lowering", "raising"}} with, for either direction, {"rows": the
-    sequences of the unit that is first, "value": its number, "first_in": in what part of the bootstraps it is first, "set":
-    {"rows": a list of sequences for every unit of the smallest set that is first in SET_LEVEL of them, "value", "first_in"}},
-    None where no unit moves entropy that way.
+    Returns {"bootstraps", "evaluation_prompts", name -> {"lowering", "raising"}} with, for either direction, None where no unit
+    moves entropy that way, or {"rows": the sequences of the unit that is first, "value": its number, "low" and "high" of that,
+    "first_in": in what part of the bootstraps it is first, "set": {"rows": a list of sequences for every unit of the smallest set
+    that is first in SET_LEVEL of them, "value", "low", "high", "first_in"}}.
     """
-    found: dict[str, Any] = {"bootstraps": len(draw), "evaluation_prompts": evaluation_prompts}
+    found: dict[str, Any] = {"bootstraps": len(draw), "evaluation_prompts": len(left_out)}
     for name, unit in units.items():
         members, of = np.unique(unit, return_inverse=True)
         sums = np.bincount(of, values, minlength=len(members))
-        by_draw = np.stack([np.bincount(of, row, minlength=len(members)) for row in draw])
+        by_draw, without = (
+            np.stack([np.bincount(of, row, minlength=len(members)) for row in table]) for table in (draw, left_out)
+        )
         rows = [np.flatnonzero(of == u).tolist() for u in range(len(members))]
         found[name] = {
-            word: _first(sign * sums, sign * by_draw, rows, sign) for word, sign in (("lowering", 1), ("raising", -1))
+            word: _first(sign * sums, sign * by_draw, rows, sign, without)
+            for word, sign in (("lowering", 1), ("raising", -1))
         }
     return found
 
 
-def _first(sums: np.ndarray, draw: np.ndarray, rows: list[list[int]], sign: int) -> dict[str, Any] | None:
-    """Of the lowest sum, which must be below 0."""
+def _first(
+    sums: np.ndarray, draw: np.ndarray, rows: list[list[int]], sign: int, without: np.ndarray
+) -> dict[str, Any] | None:
+    """Of the lowest sum, which must be below 0. without: (B, U) sums, their sign as it is."""
     first = int(np.argmin(sums))
     if not sums[first] < 0:
         return None
@@ -90,13 +98,19 @@ def _first(sums: np.ndarray, draw: np.ndarray, rows: list[list[int]], sign: int)
     order = np.argsort(-wins, kind="stable")
     needed = int(np.searchsorted(np.cumsum(wins[order]), min(SET_LEVEL, wins.sum()) - 1e-12)) + 1
     kept = [int(u) for u in order[:needed] if wins[u] > 0]
+
+    def number(chosen: list[int]) -> dict[str, float | None]:
+        value = float(sign * sums[chosen].sum())
+        ends = ends_of(value, without[:, chosen].sum(1))
+        return {"value": value, "low": ends["low"], "high": ends["high"]}
+
     return {
         "rows": rows[first],
-        "value": float(sign * sums[first]),
+        **number([first]),
         "first_in": float(wins[first]),
         "set": {
             "rows": [rows[u] for u in kept],
-            "value": float(sign * sums[kept].sum()),
+            **number(kept),
             "first_in": float(wins[kept].sum()),
         },
     }

@@ -31,6 +31,10 @@ class FirstPlace(Record):
     """Training indices of each unit."""
     value: Finite
     """Sum over the units."""
+    low: Number = None
+    """Lower end of its 95% interval, over evaluation prompts."""
+    high: Number = None
+    """Upper end."""
     first_in: Probability
     """Part of the bootstraps in which one of them is first."""
 
@@ -42,6 +46,10 @@ class FirstUnit(Record):
     """Its training indices."""
     value: Finite
     """Its number."""
+    low: Number = None
+    """Lower end of its 95% interval, over evaluation prompts."""
+    high: Number = None
+    """Upper end."""
     first_in: Probability
     """Part of the bootstraps in which it is first."""
     set: FirstPlace

@@ -108,6 +108,7 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
             series(training, "reward"),
             prompts[1],
             advantages=series(training, "advantage"),
+            ends=(series(training, "delta_h_low"), series(training, "delta_h_high")),
         ),
         "kernel_fisher": lambda: kernel("fisher"),
         "kernel_entropy_fisher": lambda: kernel("entropy_fisher"),

@@ -20,7 +20,7 @@ from entropy_experiments.report.check_words import check_value
 from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.text.display import PromptFrame, clip, one_line
-from entropy_experiments.text.numbers import as_number, plain, plus_minus, series, signed
+from entropy_experiments.text.numbers import as_number, plain, plus_minus, series, signed, with_interval
 
 _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
@@ -141,8 +141,8 @@ def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
         "reward": plain(row.get("reward")),
         "advantage": signed(row.get("advantage")),
         "length": plain(row.get("length")),
-        "share": _thousandths(share),
-        "effect": _thousandths(row.get("effect_of_leaving_out")),
+        "share": _thousandths(share, row.get("delta_h_low"), row.get("delta_h_high")),
+        "effect": _thousandths(row.get("effect_of_leaving_out"), row.get("effect_low"), row.get("effect_high")),
         "sort_by": {key: "" if number is None else f"{number:.9g}" for key, number in numbers.items()},
         "moved": "not known" if share is None else "lowered" if share < 0 else "raised" if share > 0 else "unmoved",
     }
@@ -254,9 +254,10 @@ def _estimate(estimate: Estimate | None, plus: bool = True) -> str:
     return plain(None) if estimate is None else plus_minus(estimate.value, estimate.standard_error, plus)
 
 
-def _thousandths(share: object) -> str:
-    number = as_number(share)
-    return signed(None if number is None else number * 1e3)
+def _thousandths(share: object, low: object = None, high: object = None) -> str:
+    """In 10^-3 nats per token, with its interval where that is known."""
+    number, *ends = (None if x is None else 1e3 * x for x in map(as_number, (share, low, high)))
+    return signed(number) if None in ends else with_interval(number, *ends)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ from entropy_experiments.records.leaving_out import FirstUnit, LeavingOut, WhoWa
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.statistics.confidence import Sentence, Tone
 from entropy_experiments.text.display import PromptFrame, prompt_frame, quoted
-from entropy_experiments.text.numbers import as_number, counted, plain, signed
+from entropy_experiments.text.numbers import as_number, counted, plain, signed, with_interval
 
 _UNIT = "nats per token"
 _MOST_NAMED = 8
@@ -92,11 +92,12 @@ class _Teller:
             return self._undecided(found, "sequence")
         members = [worst] if found is None else [self._by_row[i] for i in found.rows]
         value, one = sum(row[self._key] for row in members), members[0]
+        number = _thousandths(value) if found is None else _thousandths(value, found.low, found.high)
         who = f"sequence {one['row']} of prompt {one['prompt_index']}"
         if len(members) > 1:
             who = f"sequence {one['row']} of prompt {one['prompt_index']} with its {len(members) - 1} equal ones"
         return (
-            f"the one that cost most is {who} (reward {plain(one.get('reward'))}): {_thousandths(value)} ({kind}; "
+            f"the one that cost most is {who} (reward {plain(one.get('reward'))}): {number} ({kind}; "
             f"{self._how_surely(found)}), {quoted(self._frame.own_part(one['prompt']), keep='end')} answered by "
             f"{quoted(one['completion'])}"
         )
@@ -113,13 +114,16 @@ class _Teller:
             return None
         if found is None:
             prompt = min(sums, key=lambda index: sums[index])
-            value = sums[prompt]
+            number = _thousandths(sums[prompt])
         else:
-            prompt, value = self._by_row[found.rows[0]]["prompt_index"], found.value
+            prompt, number = (
+                self._by_row[found.rows[0]]["prompt_index"],
+                _thousandths(found.value, found.low, found.high),
+            )
         example = next(row for row in self._rows if row["prompt_index"] == prompt)
         together = "effect of leaving all its sequences out" if self._by_effect else "accounting share of its sequences"
         return (
-            f"Of {counted(len(sums), 'prompt')}, prompt {prompt} cost most: {_thousandths(value)} ({together}; "
+            f"Of {counted(len(sums), 'prompt')}, prompt {prompt} cost most: {number} ({together}; "
             f"{self._how_surely(found)}): {quoted(self._frame.own_part(example['prompt']), keep='end')}"
         )
 
@@ -145,9 +149,10 @@ class _Teller:
         else:
             who = f"{len(members)} sequences of {counted(len(prompts), 'prompt')}"
         kind = "effects of leaving them out" if self._by_effect else "accounting shares"
+        together = _thousandths(found.set.value, found.set.low, found.set.high)
         return (
             f"no single {what} cost most: none is first in more than half of {self._bootstraps}, and in "
-            f"{found.set.first_in:.0%} it is one of {who}, together {_thousandths(found.set.value)} ({kind})"
+            f"{found.set.first_in:.0%} it is one of {who}, together {together} ({kind})"
         )
 
 
@@ -178,8 +183,10 @@ def _named(found: FirstUnit) -> bool:
     return (found.first_in or 0.0) > 0.5
 
 
-def _thousandths(value: float) -> str:
-    return f"{signed(value * 1e3)} ×10⁻³ {_UNIT}"
+def _thousandths(value: float, low: float | None = None, high: float | None = None) -> str:
+    if low is None or high is None:
+        return f"{signed(value * 1e3)} ×10⁻³ {_UNIT}"
+    return f"{with_interval(value * 1e3, low * 1e3, high * 1e3)} ×10⁻³ {_UNIT}"
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -102,6 +102,7 @@ def plot_attribution(
     *,
     advantages: ArrayLike | None = None,
     sequence_index: ArrayLike | None = None,
+    ends: tuple[ArrayLike, ArrayLike] | None = None,
     top: int = 6,
 ) -> Figure:
     """Shares of Δh of all training sequences, sorted, and the ``top`` largest losses and gains by name.
@@ -109,6 +110,7 @@ def plot_attribution(
     Args:
         delta_h, rewards, prompt_index, advantages: as `rank_shares` takes them.
         sequence_index: (n,) the numbers the sequences are labelled with; default: 0 … n − 1.
+        ends: (n,) lower and upper ends of the shares' 95% intervals, drawn where they are known.
 
     Raises:
         ValueError: arrays of different lengths.
@@ -150,6 +152,12 @@ def plot_attribution(
             place, scaled[i], height=0.72, color=style.COLOURS[side.colour], hatch=4 * side.hatch, edgecolor="white",
             linewidth=0,
         )  # fmt: skip
+    low_ends, high_ends = (
+        np.full(len(scaled), np.nan) if ends is None else np.asarray(ends[k], float) / UNIT for k in (0, 1)
+    )
+    whiskers = [(place, i) for place, i in enumerate(chosen) if np.isfinite([low_ends[i], high_ends[i]]).all()]
+    for place, i in whiskers:
+        right.plot([low_ends[i], high_ends[i]], [place, place], color="#222222", linewidth=1.1, solid_capstyle="butt")
     right.axvline(0.0, color="#444444", linewidth=0.9)
     right.grid(False, axis="y")
     reward, prompts = np.asarray(rewards, dtype=np.float64), np.asarray(prompt_index)
@@ -167,6 +175,8 @@ def plot_attribution(
         f"{signed(scaled[order].sum())} ×10⁻³ nats per token, the batch part of the predicted change. Colour: whether "
         "the sequence was rewarded above or below the mean of its prompt."
     )
+    if whiskers:
+        caption += " Lines across bars: 95% intervals over evaluation prompts."
     if len(order) < len(scaled):
         caption += f" {counted(len(scaled) - len(order), 'sequence')} without a finite share left out."
     return style.finish(figure, _TITLE, caption)

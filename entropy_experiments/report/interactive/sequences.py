@@ -13,7 +13,7 @@ import numpy as np
 
 from entropy_experiments.report.interactive.kernels import packed
 from entropy_experiments.text.display import PromptFrame, clip, visible
-from entropy_experiments.text.numbers import as_number, plain, signed
+from entropy_experiments.text.numbers import as_number, plain, signed, with_interval
 
 MOST_TOKENS = 300_000
 """Tokens described one by one in a page; the sequences of least share go without beyond it (about 25 bytes a token)."""
@@ -77,8 +77,11 @@ def _facts(row: Mapping[str, Any], buffer: str) -> list[list[str]]:
         facts += [
             ["advantage", signed(row.get("advantage"))],
             ["weight w", signed(row.get("weight"))],
-            ["accounting share of Δh", _with_unit(row.get("delta_h"))],
-            ["effect of leaving out", _with_unit(row.get("effect_of_leaving_out"))],
+            ["accounting share of Δh", _with_unit(row.get("delta_h"), row.get("delta_h_low"), row.get("delta_h_high"))],
+            [
+                "effect of leaving out",
+                _with_unit(row.get("effect_of_leaving_out"), row.get("effect_low"), row.get("effect_high")),
+            ],
         ]
     else:
         facts.append(["its term of the predicted change", _with_unit(row.get("delta_h_lost"))])
@@ -93,8 +96,11 @@ def _facts(row: Mapping[str, Any], buffer: str) -> list[list[str]]:
     return facts
 
 
-def _with_unit(share: object) -> str:
-    return signed(share) if as_number(share) is None else f"{signed(share)} nats per token"
+def _with_unit(share: object, low: object = None, high: object = None) -> str:
+    if as_number(share) is None:
+        return signed(share)
+    known = as_number(low) is not None and as_number(high) is not None
+    return f"{with_interval(share, low, high) if known else signed(share)} nats per token"
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 
 @dataclass(frozen=True)
 class OverRun:
-    """Of one training prompt: ends of the 95% interval of its sum (None where not known), part of bootstraps in which it is first."""
+    """Ends of the 95% interval of one training prompt's sum, None where not known; part of bootstraps in which it is first."""
 
     low: float | None
     high: float | None

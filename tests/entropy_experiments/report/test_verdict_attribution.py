@@ -69,6 +69,17 @@ def test_early_the_effect_names_and_late_the_share_does():
     assert {told.tone for told in (*early, *late)} == {"plain"}
 
 
+def test_who_is_named_has_the_interval_of_its_number():
+    content = leaving_out()
+    for unit_of in content["first"]["sequences"], content["first"]["prompts"]:
+        unit_of["lowering"] |= {"low": -0.02, "high": -0.004}
+        unit_of["lowering"]["set"] |= {"low": -0.03, "high": -0.01}
+    assert all("[\N{MINUS SIGN}20.0, \N{MINUS SIGN}4.0] ×10⁻³" in str(one) for one in costs(content))
+    for unit_of in content["first"]["sequences"], content["first"]["prompts"]:
+        unit_of["lowering"]["first_in"] = 0.3
+    assert all("[\N{MINUS SIGN}30, \N{MINUS SIGN}10] ×10⁻³" in str(one) for one in costs(content))
+
+
 def test_without_a_majority_the_group_is_named_and_nobody_alone():
     found = costs(leaving_out(sequence=0.44, prompt=0.4))
     assert "no single sequence cost most: none is first in more than half of 1000 bootstraps" in found[0].text

@@ -148,15 +148,19 @@ def test_who_was_first_counts_units_and_names_a_set_where_there_is_none() -> Non
     draw = np.array(
         [[-3, -1, -1, -2, 4], [-1, -1, -1, -4, 4], [-1, -3, -3, -2, 4], [-3, -1, -1, -9, 4], [1, 1, 1, 1, 4.0]]
     )
-    found = who_was_first(values, draw, {"sequences": np.array([0, 1, 1, 3, 4])}, 9)
+    left_out = values + 0.1 * np.random.default_rng(0).normal(size=(9, 5))
+    found = who_was_first(values, draw, {"sequences": np.array([0, 1, 1, 3, 4])}, left_out)
     lowering, raising = found["sequences"]["lowering"], found["sequences"]["raising"]
     assert (lowering["rows"], lowering["value"], lowering["first_in"]) == ([0], -3.0, 0.2)
     assert lowering["set"]["rows"] == [[3], [0], [1, 2]], "equal ones together, the most frequent first"
     assert lowering["set"]["value"] == -7.5 and lowering["set"]["first_in"] == pytest.approx(0.8)
-    assert raising == {
-        "rows": [4], "value": 4.0, "first_in": 1.0, "set": {"rows": [[4]], "value": 4.0, "first_in": 1.0}
-    }  # fmt: skip
-    assert who_was_first(values[4:], draw[:, 4:], {"prompts": np.zeros(1)}, 9)["prompts"]["lowering"] is None
+    for one, chosen in ((lowering, [0]), (lowering["set"], [3, 0, 1, 2]), (raising, [4]), (raising["set"], [4])):
+        ends = jackknife_interval(values[chosen].sum(), left_out[:, chosen].sum(1))
+        assert (one["low"], one["high"]) == pytest.approx((float(ends.low), float(ends.high))), "copies, set and sign"
+    known = {"value": 4.0, "first_in": 1.0, "low": raising["low"], "high": raising["high"]}
+    assert raising == {"rows": [4], **known, "set": {"rows": [[4]], **known}} and found["evaluation_prompts"] == 9
+    alone = who_was_first(values[4:], draw[:, 4:], {"prompts": np.zeros(1)}, left_out[:, 4:])
+    assert alone["prompts"]["lowering"] is None
 
 
 @pytest.mark.parametrize(("each", "known"), [(1, False), (2, True)])
