@@ -59,6 +59,8 @@ COVERED: dict[str, tuple[str, ...]] = {
     "estimates.known": (WEIGHTING,),
     "history.probed_sums": (PROBED, CORRELATION),
     "left_out_evaluation_prompts.interval_columns": (SHARE, "coverage of the effect of leaving a sequence out"),
+    "who_was_first._first": (SHARE, "the set named first holds the first"),
+    "first_over_run.first_over_run": (SUM, "one that is named first is the first"),
     "leave_one_out.agreements": (RULE,),
     "leave_one_out.largest_parts": (PARTS,),
     "training_course._one": (COURSE,),
