@@ -6,9 +6,6 @@ sequences with heavy tails, rewards that go with them, curves of entropy along a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
@@ -17,9 +14,9 @@ from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
 from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
-from entropy_experiments.records.record import json_of
+from entropy_experiments.records.law_results import FittedLaw, Forecast
 from entropy_experiments.records.training_course import Column, course
-from entropy_experiments.statistics.confidence import known
+from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
 from entropy_experiments.statistics.largest_part import largest_part
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
@@ -29,9 +26,8 @@ Rates = dict[str, dict[str, float]]
 Held = dict[str, list[bool]]
 
 
-def _note(held: Held, name: str, entry: Mapping[str, Any] | None, truth: float) -> None:
-    """Whether the interval of an entry holds the truth; nothing where it has none."""
-    number = None if entry is None else known(entry)
+def _note(held: Held, name: str, number: Known | None, truth: float) -> None:
+    """Whether the interval of a number holds the truth; nothing where it has none."""
     if number is not None and number.low is not None and number.high is not None:
         held.setdefault(name, []).append(number.low <= truth <= number.high)
 
@@ -76,34 +72,45 @@ def weighting_tests(repeats: int) -> Rates:
             arrays = KernelArrays(
                 evaluation, training, scores @ rows.T, kh, inner, inner, weights, reward - 0.5, weights * products, products, 1.0
             )  # fmt: skip
-            table = json_of(weighting_schemes(arrays, 8, drop_top=(1,)))
-            run = np.asarray(table["weights"]["run"])
-            for row in table["rows"]:
-                if row["name"] not in ("grpo", "reinforce", "positives_only", "drop_top_1") or "delta_h" not in row:
+            table = weighting_schemes(arrays, 8, drop_top=(1,))
+            run = np.asarray(table.weights["run"])
+            for row in table.rows:
+                if row.name not in ("grpo", "reinforce", "positives_only", "drop_top_1") or row.delta_h is None:
                     continue
-                w = np.asarray(table["weights"][row["name"]])
-                dh, gain = (slope @ rows.T @ w, 0.24 * of_reward @ rows.T @ w)
-                dh_run, gain_run = (slope @ rows.T @ run, 0.24 * of_reward @ rows.T @ run)
-                scale = row["scale"]["equal_length"]
+                w = np.asarray(table.weights[row.name])
+                dh, gain = float(slope @ rows.T @ w), float(0.24 * of_reward @ rows.T @ w)
+                dh_run, gain_run = float(slope @ rows.T @ run), float(0.24 * of_reward @ rows.T @ run)
+                assert row.scale is not None and row.scale.equal_length is not None and row.minus_run is not None
+                scale = row.scale.equal_length
                 _note(
-                    held, "coverage of a weighting's change at equal length", row["delta_h"]["equal_length"], dh * scale
+                    held,
+                    "coverage of a weighting's change at equal length",
+                    row.delta_h.equal_length.known(),
+                    dh * scale,
                 )
-                _note(held, "coverage of a weighting's gain of reward", row["reward_gain"], gain)
-                _note(held, "coverage of a weighting's cost in entropy", row["entropy_cost_per_reward"], -dh / gain)
+                _note(
+                    held, "coverage of a weighting's gain of reward", row.reward_gain and row.reward_gain.known(), gain
+                )
+                _note(
+                    held,
+                    "coverage of a weighting's cost in entropy",
+                    row.entropy_cost_per_reward and row.entropy_cost_per_reward.known(),
+                    -dh / gain,
+                )
                 _note(
                     held,
                     "coverage of a weighting's change at equal gain",
-                    row["delta_h"]["equal_gain"],
+                    row.delta_h.equal_gain.known(),
                     dh * gain_run / gain,
                 )
                 difference = dh * gain_run / gain - dh_run
                 _note(
                     held,
                     "coverage of a weighting minus the run's, equal gain",
-                    row["minus_run"]["equal_gain"],
+                    row.minus_run.equal_gain.known(),
                     difference,
                 )
-                if "spared" in row:
+                if row.spared is not None:
                     place = own % prompts
                     true = [
                         -(weights[c] * (slope @ rows[c].T)).sum()
@@ -111,7 +118,10 @@ def weighting_tests(repeats: int) -> Rates:
                         for c in [costliest((kh * weights)[place % 2 == half].mean(0), 1)]
                     ]
                     _note(
-                        held, "coverage of what leaving out the costliest spares", row["spared"], float(np.mean(true))
+                        held,
+                        "coverage of what leaving out the costliest spares",
+                        row.spared.known(),
+                        float(np.mean(true)),
                     )
         _collect(found, f"{prompts} prompts x {each}", held)
     return found
@@ -130,9 +140,10 @@ def law_tests(repeats: int) -> Rates:
                 for t in range(1, steps):
                     noise[t] = alike * noise[t - 1] + np.sqrt(1 - alike**2) * noise[t]
                 law = law_over_training(range(steps), entropy, 0.9 - 0.2 * np.exp(entropy) + 0.05 * noise)
-                _note(held, f"coverage of the law's slope{label}", law["fit"]["a"], 0.2)
-                _note(held, f"coverage of reward at zero entropy{label}", law["fit"]["at_zero_entropy"], 0.7)
-                inside = law["forecast"]["held_out"]["mean_error_inside"]
+                assert isinstance(law.fit, FittedLaw) and isinstance(law.forecast, Forecast)
+                _note(held, f"coverage of the law's slope{label}", law.fit.a.known(), 0.2)
+                _note(held, f"coverage of reward at zero entropy{label}", law.fit.at_zero_entropy.known(), 0.7)
+                inside = law.forecast.held_out.mean_error_inside
                 held.setdefault(f"level of a forecast called outside{label}", []).append(not inside)
             _collect(found, f"{steps} steps", held)
     return found
@@ -152,12 +163,14 @@ def order_tests(repeats: int) -> Rates:
             draws = mean + np.array([0.8, 0.5, 0.2, 0.1]) * (rng.gamma(1.0, size=(prompts, 4)) - 1)
             curves = draws @ powers
             left_out = (curves.sum(0) - curves) / (prompts - 1)
-            result = json_of(measure_orders(scales, curves.mean(0), left_out))
-            _note(held, "coverage of the second order", result["second_order"], mean[1])
-            _note(held, "coverage of the first order of the curve", result["first_order"], mean[0])
-            at, truth = result["equal_at"], abs(mean[0] / mean[1])
-            high = np.inf if at["high"] is None else at["high"]
-            held.setdefault("coverage of where both orders are equal", []).append(at["low"] <= truth <= high)
+            result = measure_orders(scales, curves.mean(0), left_out)
+            second = result.second_order
+            told = None if second.value is None else Known(second.value, second.low, second.high)
+            _note(held, "coverage of the second order", told, mean[1])
+            _note(held, "coverage of the first order of the curve", result.first_order.known(), mean[0])
+            at, truth = result.equal_at, abs(mean[0] / mean[1])
+            low, high = at.low or 0.0, np.inf if at.high is None else at.high
+            held.setdefault("coverage of where both orders are equal", []).append(low <= truth <= high)
         _collect(found, f"{prompts} prompts", held)
     return found
 
@@ -176,8 +189,8 @@ def price_tests(repeats: int) -> Rates:
                 right = (rng.random((prompts, each)) < rate).sum(1)
                 sums.append([spent, tokens.sum(1), right, np.full(prompts, float(each))])
             price = price_between(np.array(sums, np.float64), 0, 1)
-            _note(held, "coverage of a change of mean reward between checkpoints", price["reward_change"], 0.5)
-            _note(held, "coverage of the price of reward in entropy", price["price"], 0.4 / 0.5)
+            _note(held, "coverage of a change of mean reward between checkpoints", price.reward_change.known(), 0.5)
+            _note(held, "coverage of the price of reward in entropy", price.price.known(), 0.4 / 0.5)
         _collect(found, f"{prompts} prompts x {each}", held)
     return found
 
@@ -254,8 +267,7 @@ def course_tests(repeats: int) -> Rates:
                 column = Column(np.arange(steps, dtype=float), values, se, np.full(steps, 15.0), True)
                 change = course(column)
                 assert change is not None and third >= 2
-                number = {"value": change.change.value, "low": change.change.low, "high": change.change.high}
-                _note(held, f"coverage of a change over training, by the {label}", number, truth)
+                _note(held, f"coverage of a change over training, by the {label}", change.change, truth)
         _collect(found, f"{steps} steps", held)
     return found
 

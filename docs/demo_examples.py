@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from entropy_experiments.records.outcome_record import Outcome
     from entropy_experiments.records.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def shown_on_page(name: str) -> str:
     return text[text.index(begin) + len(begin) : text.index(end)].strip("\n")
 
 
-def examples(outcome: Mapping[str, Any], summary: Summary) -> dict[str, str]:
+def examples(outcome: Outcome, summary: Summary) -> dict[str, str]:
     """Name -> the text of its example. Raises KeyError for an analysis that the demo lacks."""
     from entropy_experiments.console.tables import outcome_facts
     from entropy_experiments.records.analysis_results import finished

@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from docs.demo_examples import examples, show  # noqa: E402 (the folder of the project comes first)
@@ -76,17 +75,16 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Show a demo's results in README.")
     parser.add_argument("results", type=Path, help="results folder of the demo's analysis, e.g. runs/demo-1/analysis")
     results = parser.parse_args(arguments).results
-    outcome: dict[str, Any] = read_outcome(results)
+    outcome, folder = read_outcome(results), read_results_folder(results)
     for name in COPIED:
         shutil.copyfile(results / "figures" / name, FIGURES / name)
     photograph(results / "report.html", FIGURES / PHOTOGRAPH)
-    run = json.loads((results / "run.json").read_text(encoding="utf-8"))
-    texts = examples(outcome, read_results_folder(results).summary)
+    texts = examples(outcome, folder.summary)
     show(results, texts)
     record = {
-        "created": run["created"],
-        "commit": run.get("git_sha"),
-        "verdict": [sentence["text"] for sentence in outcome["verdict"]],
+        "created": folder.run.created,
+        "commit": folder.run.git_sha,
+        "verdict": [sentence.text for sentence in outcome.verdict],
         "examples": texts,
         "figures": {name: digest(FIGURES / name) for name in (*COPIED, PHOTOGRAPH)},
     }

@@ -12,28 +12,33 @@ from typing import Any
 from entropy_experiments.records.schema import schemas
 
 PAGE = Path(__file__).parent / "guides" / "results-format.md"
-INTRODUCTION = """# The format of a results folder
+INTRODUCTION = """# The format of results
 
 <!-- written by docs/write_results_format.py from the records; `make results-format` writes it anew -->
 
-`entropy-experiments analyze` writes these files; `read_results_folder` reads them back, checked. \
-`entropy-experiments schema` prints the JSON schema of the JSON files, `entropy-experiments schema summary.json` that of one.
+`entropy-experiments schema` prints the JSON schema of the JSON files and the columns of the parquet files below, \
+`entropy-experiments schema summary.json` that of one.
 
-| File | Holds |
-| --- | --- |
-| `summary.json` | the numbers of the analysis, and of each question that was asked |
-| `run.json` | versions, machine, stages with their times, self-checks |
-| `SHA256SUMS` | digests of the other files, compared whenever the folder is read; `sha256sum -c SHA256SUMS` does too |
-| `training_history.json` | the run's log up to the checkpoint, one entry a training step |
-| `sequences.parquet` | both buffers, one row a sequence: texts, tokens, rewards, weights, shares |
-| `kernel.safetensors` | the kernels; rows and columns in the order of `sequences.parquet` |
-| `leave_one_out.parquet` | the numbers with each evaluation prompt left out, for paired comparisons |
-| `evaluation_set.json` | what draws the evaluation buffer again |
-| `config.yaml` | the configuration, which makes the analysis anew |
+| File | Written by | Holds |
+| --- | --- | --- |
+| `summary.json` | `analyze` | the numbers of the analysis, and of each question that was asked |
+| `run.json` | `analyze` | versions, machine, stages with their times, self-checks |
+| `SHA256SUMS` | `analyze`, `sweep` | digests of the other files, compared on every reading (or by `sha256sum -c SHA256SUMS`) |
+| `training_history.json` | `analyze` | the run's log up to the checkpoint, one entry a training step |
+| `sequences.parquet` | `analyze` | both buffers, one row a sequence: texts, tokens, rewards, weights, shares |
+| `kernel.safetensors` | `analyze` | the kernels; rows and columns in the order of `sequences.parquet` |
+| `leave_one_out.parquet` | `analyze` | the numbers with each evaluation prompt left out, for paired comparisons |
+| `evaluation_set.json` | `analyze` | what draws the evaluation buffer again |
+| `config.yaml` | `analyze`, `sweep` | the configuration, which makes the results anew |
+| `sweep.json` | `sweep` | what became of every checkpoint |
+| `evolution.json` | `sweep` | what the checkpoints say together, an entry a run |
+| `results.parquet` | `sweep` | every number of every checkpoint, one a row |
+| `comparison.json` | `compare` | verdict, folders, and the differences at the last shared step |
+| `comparison.parquet` | `compare` | every number and difference, one a row |
 
 Numbers are finite; one that could not be computed is `null`. A field that is not of this format, or a value of the wrong kind, \
-is refused when the folder is read, in one line that names it; so is another `format_version`. Changes of entropy are in nats \
-per token unless a field says otherwise. "?" marks a field that some analyses leave out.
+is refused when a file is read, in one line that names it; so is another `format_version`. Changes of entropy are in nats \
+per token unless a field says otherwise. "?" marks a field that some files leave out.
 
 ```python
 from entropy_experiments.records.reader import read_results_folder
@@ -49,21 +54,35 @@ def page() -> str:
     parts = [INTRODUCTION]
     done: set[str] = set()
     for file, schema in schemas().items():
+        if "columns" in schema:
+            parts.append(f"## {file}\n\n{_columns(schema['columns'])}")
+            continue
         definitions = schema.get("$defs", {})
-        below = [name for name in definitions if name not in done]
-        entry = schema if "properties" in schema else definitions[_target(schema["items"])]
-        parts.append(f"## {file}\n\n{_table(entry, definitions)}")
-        order = _in_order(entry, definitions)
+        parts.append(f"## {file}\n\n{_held(schema, definitions)}")
         parts += [
             f"### {name}\n\n{definitions[name].get('description', '')}\n\n{_table(definitions[name], definitions)}"
-            for name in order
-            if name in below and definitions[name] is not entry
+            for name in _in_order(schema, definitions)
+            if name not in done
         ]
         done |= set(definitions)
     return "\n".join(parts)
 
 
-def _in_order(entry: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+def _held(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a file holds: its fields, or of which record it is a list or a mapping."""
+    if "properties" in schema:
+        return _table(schema, definitions)
+    if "items" in schema:
+        return f"A list of {_type(schema['items'])}.\n"
+    return f"An object that holds, under each run's name, its {_type(schema['additionalProperties'])}.\n"
+
+
+def _columns(columns: list[dict[str, str]]) -> str:
+    rows = [f"| `{column['name']}` | {column['type']} | {column['description']} |" for column in columns]
+    return "\n".join(["| Column | Type | Meaning |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def _in_order(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     """Names of definitions in the order in which fields lead to them, depth first."""
     found: dict[str, None] = {}
 
@@ -79,7 +98,7 @@ def _in_order(entry: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
             for value in node:
                 visit(value)
 
-    visit(entry["properties"])
+    visit({key: value for key, value in schema.items() if key != "$defs"})
     return list(found)
 
 
@@ -119,7 +138,8 @@ def _type(field: dict[str, Any]) -> str:
     if kind == "object":
         keys = field.get("propertyNames", {}).get("enum")
         by = f" by {', '.join(f'`{key}`' for key in keys)}" if keys else ""
-        return f"object{by} of {_type(field.get('additionalProperties', {}))}"
+        values = field.get("additionalProperties", True)
+        return f"object{by}" if values is True else f"object{by} of {_type(values)}"
     return {"integer": "whole number", "string": "text", "boolean": "true or false"}.get(str(kind), str(kind))
 
 

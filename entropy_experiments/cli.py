@@ -102,9 +102,10 @@ def analyze(
         options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "trust": trust, "quiet": quiet}
         analysis = analyze_with_progress(checkpoint, settings, table=not as_json, **options)
     if as_json:
+        from entropy_experiments.records.record import json_of
         from entropy_experiments.report.outcome import read_outcome
 
-        _print_json({"command": "analyze", **read_outcome(analysis.folder)})
+        _print_json({"command": "analyze", **json_of(read_outcome(analysis.folder))})
     else:
         print(analysis.report)
 
@@ -173,18 +174,20 @@ def compare(
 ) -> None:
     """Compare analyses, or sweeps, with the first of them: differences and their standard errors. Prints the page's path last."""
     with _stdout_kept_for_results():
-        from entropy_experiments.compare.page import write_comparison
+        from entropy_experiments.compare.page import REPORT, write_comparison
+        from entropy_experiments.records.record import json_of
 
         found = write_comparison(folders, output, overwrite)
+    report = str(output / REPORT)
     if as_json:
-        _print_json({"command": "compare", **found})
+        _print_json({"command": "compare", "folder": str(output), "report": report, **json_of(found)})
         return
     if not quiet:
         from entropy_experiments.console.progress import progress_console
         from entropy_experiments.console.tables import print_comparison
 
         print_comparison(progress_console(quiet), found)
-    print(found["report"])
+    print(report)
 
 
 @app.command()
@@ -277,11 +280,9 @@ def audit(
 
 @app.command()
 def schema(
-    file: Annotated[
-        str | None, typer.Argument(help="summary.json, run.json or training_history.json; default: all")
-    ] = None,
+    file: Annotated[str | None, typer.Argument(help="One of them: summary.json, sweep.json, ...; default: all")] = None,
 ) -> None:
-    """Print the JSON schema of a results folder's files (docs/guides/results-format.md)."""
+    """Print the JSON schema of the files that analyze, sweep and compare write (docs/guides/results-format.md)."""
     from entropy_experiments.records.schema import schema, schemas
 
     _print_json(schemas() if file is None else schema(file))

@@ -17,7 +17,12 @@ HOMES = {
     "entropy_experiments.statistics.jackknife_interval": {"jackknife_interval", "ends_of"},
     "entropy_experiments.statistics.largest_part": {"largest_part"},
     "entropy_experiments.statistics.series_regression": {"fit_series"},
-    "entropy_experiments.records.estimate_entries": {"ratio_estimate", "stored_estimate", "stored_measurement"},
+    "entropy_experiments.records.estimate_entries": {
+        "interval_estimate",
+        "ratio_estimate",
+        "stored_estimate",
+        "stored_measurement",
+    },
     "entropy_core.uncertainty": {"jackknife_standard_error", "jackknife_over_prompts"},
     "entropy_core.fold_gradients": {"fold_estimate"},
     "rl_training.probe.history": {"error_of_sum"},

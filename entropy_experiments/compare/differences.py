@@ -20,14 +20,16 @@ from torch import Tensor
 
 from entropy_core.uncertainty import leave_one_prompt_out
 from entropy_experiments.compare.sides import Side, step_of
+from entropy_experiments.records.estimate_entries import interval_estimate
 from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.agreement import unpaired_agreement
-from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
-from entropy_experiments.text.numbers import NOT_KNOWN, as_number
+from entropy_experiments.statistics.confidence import Known, shown
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
+from entropy_experiments.text.numbers import as_number
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Difference:
         return self.value == 0.0 and not self.number.standard_error
 
     @property
-    def told_from_zero(self) -> bool | None:
+    def differs_from_zero(self) -> bool | None:
         """Whether 0 lies outside its 95% interval; None without an error."""
         low, high = self.number.low, self.number.high
         return None if low is None or high is None else not low <= 0.0 <= high
@@ -78,10 +80,19 @@ class Compared:
     numbers: tuple[Estimate | None, ...]
     differences: tuple[Difference | None, ...]
 
-    def text(self, place: int, plus: bool = True) -> str:
+    def known(self, place: int) -> Known | None:
         """A side's value with its 95% interval."""
         number = self.numbers[place]
-        return NOT_KNOWN if number is None else number.shown(plus)
+        return None if number is None else number.known()
+
+    def gap(self, place: int) -> Known | None:
+        """Its difference from side A with its 95% interval."""
+        difference = self.differences[place]
+        return None if difference is None else difference.number.known()
+
+    def text(self, place: int, plus: bool = True) -> str:
+        """A side's value with its 95% interval in words."""
+        return shown(self.known(place), plus)
 
 
 @dataclass(frozen=True)
@@ -161,15 +172,8 @@ def _number(results: ResultsFolder, key: str) -> Estimate | None:
         found = None if parts is None else getattr(parts, rest[1])
     elif (ratio := _ratio_of_rows(results, key)) is not None:
         above, below, index, _ = ratio
-        found = _with_interval(float(above.sum() / below.sum()), leave_one_prompt_out(above, index, below))
+        found = interval_estimate(float(above.sum() / below.sum()), leave_one_prompt_out(above, index, below).numpy())
     return None if found is None or found.value is None else found
-
-
-def _with_interval(value: float, left_out: Tensor) -> Estimate:
-    """A value with the interval of its values with each prompt left out, (B,)."""
-    ends = jackknife_interval(value, left_out.numpy())
-    error = float(ends.standard_error)
-    return Estimate(value=value, standard_error=error if math.isfinite(error) else None, **ends.as_dict())
 
 
 # Numbers that are a ratio of sums over the evaluation sequences: key -> (numerator, denominator; None: their number).
@@ -222,7 +226,7 @@ def _difference(
         if sorted(one) == sorted(other):
             if len(one) > 1:  # the prompts of both brought into one order
                 first, second = (sorted(range(len(texts)), key=texts.__getitem__) for texts in (one, other))
-                return Difference(_with_interval(change, b[second] - a[first]), len(one))
+                return Difference(interval_estimate(change, (b[second] - a[first]).numpy()), len(one))
             reason = "a single prompt"
         else:
             shared = len(set(one) & set(other))

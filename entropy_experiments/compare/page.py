@@ -1,7 +1,7 @@
 """The folder that `compare` writes: the page, its pictures, and the numbers for other programs.
 
 comparison.html      verdict, figures, tables; needs no network     figures/*.png
-comparison.parquet   a row a number: run, step, quantity, part, estimator, value, standard_error, unit, minus, paired_prompts
+comparison.parquet   a row a number (records.columns)
 comparison.json      verdict, folders and the numbers of the last shared step
 """
 
@@ -19,7 +19,10 @@ from entropy_experiments.compare import tables
 from entropy_experiments.compare.differences import Point, compare_sides
 from entropy_experiments.compare.sides import Side, caveats, open_sides, step_of
 from entropy_experiments.compare.verdict import comparison_verdict
-from entropy_experiments.records.estimates import entry_of
+from entropy_experiments.records.columns import COMPARED_NUMBERS, schema_of
+from entropy_experiments.records.comparison_record import COMPARISON_FORMAT, ComparisonRecord, SideRecord
+from entropy_experiments.records.outcome_record import SentenceRecord
+from entropy_experiments.records.record import json_of
 from entropy_experiments.records.writer import write_json
 from entropy_experiments.report.figures.comparison import (
     plot_compared_changes,
@@ -34,16 +37,8 @@ from rl_training.errors import UserError
 from rl_training.files import refuse_link, replace_folder, strange_files, write_whole, write_whole_by
 from rl_training.run.disk import disk_errors_explained
 
-_REPORT = "comparison.html"
-_FORMAT = 1
-_WRITTEN = (_REPORT, "comparison.json", "comparison.parquet", "figures")
-_CHANGES = {
-    "measured": "measured",
-    "predicted": "predicted",
-    "batch": "this batch",
-    "momentum": "momentum",
-    "weight_decay": "weight decay",
-}
+REPORT = "comparison.html"
+_WRITTEN = (REPORT, "comparison.json", "comparison.parquet", "figures")
 _READING = {
     "changes": (
         "Changes of entropy in the analysed step",
@@ -61,11 +56,15 @@ _READING = {
 }
 
 
-def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite: bool = False) -> dict[str, Any]:
-    """Compare the folders and write `output`; return what comparison.json holds, and "folder" and "report".
+def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite: bool = False) -> ComparisonRecord:
+    """Compare the folders and write `output`.
 
-    Raises UserError where the folders cannot be compared (see comparison_sides), where `output` exists and is not to be
-    overwritten, or cannot be written to.
+    Returns:
+        What comparison.json holds.
+
+    Raises:
+        UserError: The folders cannot be compared (see .sides), or `output` exists and is not to be overwritten, or cannot be
+            written to.
     """
     output = Path(output)
     if output.exists() and not overwrite:
@@ -97,29 +96,28 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
             figures = draw_comparison(sides, points)
             for name, figure in figures.items():
                 write_whole(part / "figures" / f"{name}.png", figure.png)
-            write_whole(part / _REPORT, _page(sides, points, verdict, figures))
+            write_whole(part / REPORT, _page(sides, points, verdict, figures))
             write_tidy(part / "comparison.parquet", sides, points)
-            write_json(part / "comparison.json", record)
+            write_json(part / "comparison.json", json_of(record))
             replace_folder(part, output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return {"folder": str(output), "report": str(output / _REPORT), **record}
+    return record
 
 
-def _record(sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence]) -> dict[str, Any]:
-    return {
-        "format_version": _FORMAT,
-        "kind": sides[0].kind,
-        "sides": [{"letter": side.letter, "name": side.name, "folder": str(side.path)} for side in sides],
-        "shared_steps": [point.step for point in points] if sides[0].kind == "sweep" else None,
-        "verdict": [{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
-        "quantities": tables.quantity_records(sides, points[-1]) if points else [],
-    }
+def _record(sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence]) -> ComparisonRecord:
+    return ComparisonRecord(
+        format_version=COMPARISON_FORMAT,
+        kind=sides[0].kind,
+        sides=[SideRecord(letter=side.letter, name=side.name, folder=str(side.path)) for side in sides],
+        shared_steps=[point.step for point in points] if sides[0].kind == "sweep" else None,
+        verdict=[SentenceRecord.of(sentence) for sentence in verdict],
+        quantities=tables.quantity_records(sides, points[-1]) if points else [],
+    )
 
 
 def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str, PageFigure]:
     """The figures by name, those without anything to show left out."""
-    labels = [side.label for side in sides]
     found: dict[str, PageFigure] = {}
 
     def add(name: str, picture: Any, plot: Any) -> None:
@@ -129,23 +127,11 @@ def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str,
         )
 
     if sides[0].kind == "sweep":
-        arguments = tables.checkpoint_panels(sides, points)
-        add("checkpoints", plot_compared_checkpoints(*arguments, labels), compared_checkpoints(*arguments, labels))
-    if points:
-        rows = [(name, row) for key, name in _CHANGES.items() if (row := points[-1].row(key)) is not None]
-        if rows:
-            values = [[entry_of(row.numbers[k]) for _, row in rows] for k in range(len(sides))]
-            gaps = [
-                [None if (d := row.differences[k]) is None else entry_of(d.number) for _, row in rows]
-                for k in range(1, len(sides))
-            ]
-            names = [name for name, _ in rows]
-            add(
-                "changes",
-                plot_compared_changes(names, values, gaps, labels),
-                compared_changes(names, values, gaps, labels),
-            )
-    histories = [side.points[-1].raw_history for side in sides]
+        checkpoints = tables.compared_checkpoints(sides, points)
+        add("checkpoints", plot_compared_checkpoints(checkpoints), compared_checkpoints(checkpoints))
+    if points and (changes := tables.compared_changes(sides, points[-1])) is not None:
+        add("changes", plot_compared_changes(changes), compared_changes(changes))
+    histories, labels = [side.points[-1].history for side in sides], [side.label for side in sides]
     courses = compared_histories(histories, labels)
     if courses is not None:
         add("courses", plot_compared_histories(histories, labels), courses)
@@ -193,9 +179,5 @@ def write_tidy(path: Path, sides: Sequence[Side], points: Sequence[Point]) -> No
                 if gap is not None:
                     values = {"value": gap.value, "standard_error": gap.number.standard_error}
                     rows.append(common | values | {"minus": "A", "paired_prompts": gap.prompts})
-    text, number, whole = pa.string(), pa.float64(), pa.int64()
-    schema = pa.schema(
-        [("run", text), ("step", whole), ("quantity", text), ("part", text), ("estimator", text), ("value", number)]
-        + [("standard_error", number), ("unit", text), ("minus", text), ("paired_prompts", whole)]
-    )
-    write_whole_by(path, lambda file: pq.write_table(pa.Table.from_pylist(rows, schema=schema), file))
+    table = pa.Table.from_pylist(rows, schema=schema_of(COMPARED_NUMBERS))
+    write_whole_by(path, lambda file: pq.write_table(table, file))

@@ -8,17 +8,16 @@ evaluation set, another results format.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
+from entropy_experiments.records.sweep_record import read_sweep
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import as_number, plain
 from rl_training.errors import UserError
-from rl_training.run.sums import check_sums
 
 LETTERS = "ABCDEFGH"
 SWEEP_RECORD = "sweep.json"
@@ -115,34 +114,22 @@ def _open_analysis(path: Path) -> Side:
 
 def _open_sweep(path: Path) -> list[Side]:
     """The sweep's runs, each with its finished analyses by step."""
-    record = path / SWEEP_RECORD
-    if not record.is_file():
+    if not (path / SWEEP_RECORD).is_file():
         raise UserError(f"{path} is an unfinished sweep: finish it with `entropy-experiments sweep --resume`")
-    check_sums(path, "run the sweep again with --resume")
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        entries = [
-            (str(entry["run"]), str(entry["name"]), str(entry["folder"]), entry["status"])
-            for entry in content["checkpoints"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{record} is not the record of a sweep ({type(error).__name__}: {error}): run the sweep again"
-        ) from error
+    entries = read_sweep(path).checkpoints
     sides = []
-    for run in dict.fromkeys(run for run, *_ in entries):
-        own = [(name, folder, status) for other, name, folder, status in entries if other == run]
-        points = [read_results_folder(_inside(path, folder)) for _, folder, status in own if status == "done"]
+    for run in dict.fromkeys(entry.run for entry in entries):
+        of_run = [entry for entry in entries if entry.run == run]
+        points = [read_results_folder(_inside(path, entry.folder)) for entry in of_run if entry.status == "done"]
         if not points:
             raise UserError(
-                f"{path} has no finished analysis of {one_line(run, 80)}: mend what failed, see {record}, and resume it"
+                f"{path} has no finished analysis of {one_line(run, 80)}: mend what failed, see {path / SWEEP_RECORD}, and "
+                "resume it"
             )
-        failed = [one_line(name, 80) for name, _, status in own if status != "done"]
-        told = (
-            (f"Not in the comparison, because the sweep has no results of it: {', '.join(failed)}.",) if failed else ()
-        )
+        missing = [one_line(entry.name, 80) for entry in of_run if entry.status != "done"]
+        said = f"Not in the comparison, because the sweep has no results of it: {', '.join(missing)}."
         points.sort(key=step_of)
-        sides.append(Side("", one_line(run, 60), path, "sweep", tuple(points), told))
+        sides.append(Side("", one_line(run, 60), path, "sweep", tuple(points), (said,) if missing else ()))
     if len(sides) == 1:
         sides = [replace(sides[0], name="")]
     return sides

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from entropy_experiments.compare.differences import Compared, Difference, Point, compare_analyses, settings_that_differ
 from entropy_experiments.compare.sides import Side, step_of
 from entropy_experiments.records.analysis_results import finished
-from entropy_experiments.records.estimates import Estimate, StudentEstimate, entry_of
+from entropy_experiments.records.comparison_record import DifferenceRecord, QuantityRecord
+from entropy_experiments.records.estimates import Estimate, Mean, StudentEstimate
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.analysis_tables import Table
+from entropy_experiments.report.figures.comparison import ComparedChanges, ComparedCheckpoints
 from entropy_experiments.report.outcome import same_prompt_effect
+from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.text.display import clip, one_line
 from entropy_experiments.text.numbers import NOT_KNOWN, as_number, plain, plus_minus, signed
 
 _UNIT = "nats per token"
+_CHANGES = {
+    "measured": "measured",
+    "predicted": "predicted",
+    "batch": "this batch",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+}
 _PANELS = {"entropy": "entropy h", "measured": "measured Δh", "predicted": "predicted Δh"}
-Entry = dict[str, float | None] | None
 
 
 def headline(sides: Sequence[Side], point: Point | None) -> list[dict[str, str]]:
@@ -120,9 +128,10 @@ def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
         if any(value is not None for value in values):
             rows.append([label, *(plain(value) for value in values)])
     same = [same_prompt_effect(results.summary) for results in point.analyses]
-    for label, key in (("one prompt", "cosine"), ("two prompts", "cosine_other_prompts")):
-        if any(effect[key] is not None for effect in same):
-            rows.append([f"Mean cosine of gradients, {label}", *(signed(effect[key]) for effect in same)])
+    one, two = [effect.cosine for effect in same], [effect.cosine_other_prompts for effect in same]
+    for label, cosines in (("one prompt", one), ("two prompts", two)):
+        if any(cosine is not None for cosine in cosines):
+            rows.append([f"Mean cosine of gradients, {label}", *(signed(cosine) for cosine in cosines)])
     columns = (("Quantity", False), *((side.letter, True) for side in sides))
     return Table("Numbers without a standard error, side by side", columns, rows)
 
@@ -170,41 +179,36 @@ def _setting(value: object) -> str:
     return plain(value) if as_number(value) is not None else one_line(str(value), 120)
 
 
-def quantity_records(sides: Sequence[Side], point: Point) -> list[dict[str, Any]]:
-    """Every quantity as JSON: its values by letter, and each difference from A."""
-    return [_quantity_record(sides, row) for row in point.rows]
+def quantity_records(sides: Sequence[Side], point: Point) -> list[QuantityRecord]:
+    """Every quantity for comparison.json."""
+    return [_quantity_record([side.letter for side in sides], row) for row in point.rows]
 
 
-def _quantity_record(sides: Sequence[Side], row: Compared) -> dict[str, Any]:
+def _quantity_record(letters: Sequence[str], row: Compared) -> QuantityRecord:
     name, part, estimator = tidy_names(row.quantity.key)
-    return {
-        "quantity": name,
-        "part": part,
-        "estimator": estimator,
-        "label": row.quantity.label,
-        "unit": row.quantity.unit,
-        "values": {
-            side.letter: {
-                "value": None if number is None else number.value,
-                "standard_error": None if number is None else number.standard_error,
-            }
-            for side, number in zip(sides, row.numbers, strict=True)
+    pairs = zip(letters, row.numbers, strict=True)
+    gaps = zip(letters, row.differences, strict=True)
+    return QuantityRecord(
+        quantity=name,
+        part=part,
+        estimator=estimator,
+        label=row.quantity.label,
+        unit=row.quantity.unit,
+        values={
+            letter: Mean(value=number and number.value, standard_error=number and number.standard_error)
+            for letter, number in pairs
         },
-        "minus_a": {
-            side.letter: {
-                "value": gap.value,
-                "standard_error": gap.number.standard_error,
-                "low": gap.number.low,
-                "high": gap.number.high,
-                "paired_prompts": gap.prompts,
-                "why_unpaired": gap.reason or None,
-                "degrees_of_freedom": gap.number.degrees_of_freedom,
-                "told_from_zero": gap.told_from_zero,
-            }
-            for side, gap in zip(sides, row.differences, strict=True)
+        minus_a={
+            letter: DifferenceRecord(
+                **gap.number.model_dump(),
+                paired_prompts=gap.prompts,
+                why_unpaired=gap.reason or None,
+                differs_from_zero=gap.differs_from_zero,
+            )
+            for letter, gap in gaps
             if gap is not None
         },
-    }
+    )
 
 
 def tidy_names(key: str) -> tuple[str, str | None, str | None]:
@@ -221,27 +225,39 @@ def tidy_names(key: str) -> tuple[str, str | None, str | None]:
     )
 
 
-def checkpoint_panels(
-    sides: Sequence[Side], points: Sequence[Point]
-) -> tuple[list[list[float]], dict[str, list[list[Entry]]], dict[str, tuple[list[float], list[list[Entry]]]]]:
-    """The arguments of plot_compared_checkpoints: steps, values of every side, differences at the shared steps."""
+def compared_checkpoints(sides: Sequence[Side], points: Sequence[Point]) -> ComparedCheckpoints:
+    """Entropy, measured and predicted change over every side's checkpoints, with differences at the shared steps."""
     alone = [[compare_analyses([results]) for results in side.points] for side in sides]
-    steps = [[float(point.step) for point in own] for own in alone]
-    panels: dict[str, list[list[Entry]]] = {}
-    differences: dict[str, tuple[list[float], list[list[Entry]]]] = {}
-    for name, title in _PANELS.items():
-        panels[title] = [[_value(point, name) for point in own] for own in alone]
-        gaps = [[_difference(point, name, k) for point in points] for k in range(1, len(sides))]
-        differences[title] = ([float(point.step) for point in points], gaps)
-    return steps, panels, differences
+    return ComparedCheckpoints(
+        steps=[[float(point.step) for point in each] for each in alone],
+        values={title: [[_value(point, name) for point in each] for each in alone] for name, title in _PANELS.items()},
+        shared_steps=[float(point.step) for point in points],
+        differences={
+            title: [[_gap_of(point, name, k) for point in points] for k in range(1, len(sides))]
+            for name, title in _PANELS.items()
+        },
+        labels=[side.label for side in sides],
+    )
 
 
-def _value(point: Point, name: str) -> Entry:
+def compared_changes(sides: Sequence[Side], point: Point) -> ComparedChanges | None:
+    """Changes of entropy by the analysed step; None where none is known."""
+    rows = {title: row for name, title in _CHANGES.items() if (row := point.row(name)) is not None}
+    if not rows:
+        return None
+    return ComparedChanges(
+        names=list(rows),
+        values=[[row.known(k) for row in rows.values()] for k in range(len(sides))],
+        differences=[[row.gap(k) for row in rows.values()] for k in range(1, len(sides))],
+        labels=[side.label for side in sides],
+    )
+
+
+def _value(point: Point, name: str) -> Known | None:
     row = point.row(name)
-    return None if row is None else entry_of(row.numbers[0])
+    return None if row is None else row.known(0)
 
 
-def _difference(point: Point, name: str, place: int) -> Entry:
+def _gap_of(point: Point, name: str, place: int) -> Known | None:
     row = point.row(name)
-    gap = None if row is None else row.differences[place]
-    return None if gap is None else entry_of(gap.number)
+    return None if row is None else row.gap(place)

@@ -56,10 +56,10 @@ def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:
         size = _size(difference)
         if difference.is_nothing:
             return Sentence(f"{at}In the analysed step {letter} and A change entropy by the same amount {beside}.")
-        if difference.told_from_zero is None:
+        if difference.differs_from_zero is None:
             text = f"In the analysed step {letter}'s change of entropy differs from A's by {size} {_UNIT}"
             return Sentence(f"{at}{text}; whether that is more than chance {UNTOLD} {beside}.", "warning")
-        if not difference.told_from_zero:
+        if not difference.differs_from_zero:
             gap = difference.number.shown()
             text = (
                 f"In the analysed step {letter}'s change of entropy minus A's is {gap} {_UNIT}, which {NOT_FROM_ZERO}"
@@ -93,7 +93,7 @@ def _level_sentence(point: Point, place: int, letter: str, at: str) -> Sentence 
     levels = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
     if difference.is_nothing:
         return Sentence(f"{at}Before the step the policies of {letter} and A have the same entropy {levels}.")
-    if difference.told_from_zero is not True:
+    if difference.differs_from_zero is not True:
         gap = difference.number.shown()
         text = f"Before the step the entropies of {letter}'s and A's policies {ALIKE}, {letter} minus A is {gap}"
         return Sentence(f"{at}{text} {_UNIT} {levels}.")
@@ -112,7 +112,7 @@ def _part_sentence(point: Point, place: int, letter: str, at: str) -> Sentence |
     text = f"The first-order prediction puts the difference {letter} minus A at {gap} {_UNIT}"
     parts = [(name, _difference(point.row(part), place)) for part, name in PARTS.items()]
     listed = [f"{name} {d.number.shown()}" for name, d in parts if d is not None and d.value]
-    doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
+    doubt = "" if difference.differs_from_zero else f", which {NOT_FROM_ZERO}"
     return Sentence(f"{at}{text}{doubt}{': ' if listed else ''}{', '.join(listed)} ({BRACKETS}).")
 
 
@@ -127,7 +127,7 @@ def _reward_sentence(point: Point, place: int, letter: str, at: str) -> Sentence
         return None
     if difference.is_nothing:
         return Sentence(f"{at}Mean reward on the evaluation prompts is the same for {letter} and A.")
-    doubt = "" if difference.told_from_zero else f", which {NOT_FROM_ZERO}"
+    doubt = "" if difference.differs_from_zero else f", which {NOT_FROM_ZERO}"
     rewards = f"({letter} {row.text(place, plus=False)}, A {row.text(0, plus=False)}; {BRACKETS})"
     gap = difference.number.shown()
     return Sentence(f"{at}Mean reward on the evaluation prompts, {letter} minus A: {gap}{doubt} {rewards}.")
@@ -141,8 +141,8 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
     ]
     if len(points) < 2 or not known:
         return None
-    more = sum(bool(d.told_from_zero) and d.value > 0 for d in known)
-    less = sum(bool(d.told_from_zero) and d.value < 0 for d in known)
+    more = sum(bool(d.differs_from_zero) and d.value > 0 for d in known)
+    less = sum(bool(d.differs_from_zero) and d.value < 0 for d in known)
     return Sentence(
         f"Of {counted(len(known), 'shared checkpoint')}, {letter} has more entropy than A at {more} and less at {less}, "
         f"each with 0 outside its 95% interval; at {len(known) - more - less} they {ALIKE}. One in twenty such intervals would "
@@ -153,9 +153,9 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
 def _training_sentence(sides: Sequence[Side], point: Point) -> Sentence | None:
     """What entropy did in training on each side, up to the analysed checkpoint."""
     told = [
-        f"of {side.letter} {entropy_course_words(analysis.raw_history)[0]}"
+        f"of {side.letter} {entropy_course_words(analysis.history)[0]}"
         for side, analysis in zip(sides, point.analyses, strict=True)
-        if len(entropy_column(analysis.raw_history).steps)
+        if len(entropy_column(analysis.history).steps)
     ]
     if not told:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,9 @@ from rich.console import Console
 from entropy_experiments.console.analyze import expected_shares
 from entropy_experiments.console.progress import StageProgress, progress_console
 from entropy_experiments.console.tables import print_outcomes
+from entropy_experiments.records.outcome_record import NoOutcome, Outcome, SentenceRecord, TriedCheckpoint
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.sweep_record import read_sweep
 from entropy_experiments.report.outcome import read_outcome
 from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.sweep.config import SweepConfig
@@ -72,7 +74,7 @@ class _SweepProgress(Reporter):
 def sweep_outcome(sweep: Sweep) -> dict[str, Any]:
     """What `--json` prints: folder, report, share, failed, open, and where the sweep is put together its verdict and checkpoints.
 
-    A checkpoint is `outcome.analysis_outcome`, or {"checkpoint", "error"}.
+    A checkpoint is an `Outcome` or `NoOutcome` with its "run".
     """
     found: dict[str, Any] = {
         "folder": str(sweep.folder),
@@ -83,17 +85,21 @@ def sweep_outcome(sweep: Sweep) -> dict[str, Any]:
         "verdict": [],
         "checkpoints": [],
     }
-    if sweep.report is None:
-        return found
-    found["verdict"] = [{"tone": s.tone, "text": s.text} for s in read_sweep_verdict(sweep.folder)]
-    entries = json.loads((sweep.folder / "sweep.json").read_text(encoding="utf-8"))["checkpoints"]
-    for entry in entries:
-        if entry["status"] == "done":
-            found["checkpoints"].append({"run": entry["run"], **read_outcome(sweep.folder / entry["folder"])})
+    if sweep.report is not None:
+        found["verdict"] = [json_of(SentenceRecord.of(sentence)) for sentence in read_sweep_verdict(sweep.folder)]
+        found["checkpoints"] = [{"run": run, **json_of(outcome)} for run, outcome in _outcomes(sweep.folder)]
+    return found
+
+
+def _outcomes(folder: Path) -> list[tuple[str, Outcome | NoOutcome]]:
+    """(run, outcome) of every checkpoint of a sweep that was put together."""
+    found: list[tuple[str, Outcome | NoOutcome]] = []
+    for entry in read_sweep(folder).checkpoints:
+        if entry.missing is None:
+            found.append((entry.run, read_outcome(folder / entry.folder)))
         else:
-            checkpoint = {"path": entry["checkpoint"], "step": entry["step"], "model": None}
-            error = entry["error"] or "not analysed yet"
-            found["checkpoints"].append({"run": entry["run"], "checkpoint": checkpoint, "error": error})
+            checkpoint = TriedCheckpoint(path=entry.checkpoint, step=entry.step)
+            found.append((entry.run, NoOutcome(checkpoint=checkpoint, error=entry.missing)))
     return found
 
 
@@ -108,14 +114,13 @@ def _close(console: Console, sweep: Sweep) -> None:
                 f"{text}{'' if sweep.share.kind == 'rank' else ', or --assemble does'}.", markup=False, soft_wrap=True
             )
         return
-    outcome = sweep_outcome(sweep)
-    for run in dict.fromkeys(checkpoint["run"] for checkpoint in outcome["checkpoints"]):
-        rows = [checkpoint for checkpoint in outcome["checkpoints"] if checkpoint["run"] == run]
+    outcomes = _outcomes(sweep.folder)
+    for run in dict.fromkeys(run for run, _ in outcomes):
         console.print(f"\n{run}", markup=False, style="bold")
-        print_outcomes(console, rows)
+        print_outcomes(console, [outcome for name, outcome in outcomes if name == run])
     console.print()
-    for sentence in outcome["verdict"]:
-        console.print(f"- {sentence['text']}", markup=False, soft_wrap=True)
+    for sentence in read_sweep_verdict(sweep.folder):
+        console.print(f"- {sentence.text}", markup=False, soft_wrap=True)
 
 
 def refuse_failures(sweep: Sweep) -> None:

@@ -5,17 +5,18 @@ a log can be searched for.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from entropy_experiments.statistics.agreement import Agreement
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, agreement_tone, agreement_word, shown
+from entropy_experiments.records.comparison_record import ComparisonRecord, DifferenceRecord
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.outcome_record import NoOutcome, Outcome
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, agreement_tone, agreement_word
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import as_number, plain, plus_minus, signed, value_and_error
+from entropy_experiments.text.numbers import plain, plus_minus, signed
 
 _PARTS = {"batch": "this step's batch", "momentum": "momentum", "weight_decay": "weight decay"}
 _STYLES = {"good": "green", "bad": "bold red", "warning": "yellow", "plain": ""}
@@ -23,7 +24,7 @@ _COLUMNS = ("entropy", "predicted", "measured", "apart", "batch", "momentum")
 _TEXT_CHARACTERS = 200
 
 
-def print_verdict(console: Console, outcome: Mapping[str, Any]) -> None:
+def print_verdict(console: Console, outcome: Outcome) -> None:
     """Print what one analysis found: a table on a terminal, lines elsewhere."""
     facts = outcome_facts(outcome)
     console.print()
@@ -39,11 +40,8 @@ def print_verdict(console: Console, outcome: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def print_outcomes(console: Console, outcomes: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row an analysis: the checkpoints of a sweep, in the order given.
-
-    An analysis that failed has {"checkpoint": …, "error": what went wrong} in place of an outcome.
-    """
+def print_outcomes(console: Console, outcomes: Sequence[Outcome | NoOutcome]) -> None:
+    """Print one row an analysis: the checkpoints of a sweep, in the order given."""
     rows = [(outcome, _row(outcome)) for outcome in outcomes]
     columns = _columns_that_fit([row for _, row in rows], console.width if console.is_terminal else 0)
     console.print()
@@ -52,15 +50,15 @@ def print_outcomes(console: Console, outcomes: Sequence[Mapping[str, Any]]) -> N
             named = [f"{name} {value}" for name, value in row.items() if name not in ("step", "error")]
             named = [f"failed: {row['error']}"] if "error" in row else named
             console.print(f"step {row['step']}: {'; '.join(named)}", markup=False, soft_wrap=True)
-            if "error" not in row:
-                console.print(f"  {one_line(str(outcome['folder']), 1000)}", markup=False, soft_wrap=True)
+            if isinstance(outcome, Outcome):
+                console.print(f"  {one_line(outcome.folder, 1000)}", markup=False, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, title="Changes of entropy in nats per token, ± standard error", pad_edge=False)
     table.title_justify, table.title_style = "left", "bold"
     for name in columns:
         table.add_column(name, justify="left" if name == "checks" else "right", no_wrap=True)
     for outcome, row in rows:
-        failed = "error" in row or outcome["checks"]["failed"]
+        failed = isinstance(outcome, NoOutcome) or outcome.checks.failed
         cells = row | ({"checks": "failed"} if "error" in row else {})
         table.add_row(*(cells.get(name, "") for name in columns), style=_STYLES["bad"] if failed else "")
     console.print(table)
@@ -80,55 +78,52 @@ def _columns_that_fit(rows: Sequence[Mapping[str, str]], width: int) -> list[str
     return columns if sum(needed[name] for name in columns) <= width else []
 
 
-def outcome_facts(outcome: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def outcome_facts(outcome: Outcome) -> list[tuple[str, str, str]]:
     """(name, value, tone) of every line of the closing table; units are in the values, brackets hold 95% intervals."""
-    unit = outcome["unit"]
-    facts = [("Entropy before the step", f"{shown(outcome['entropy'], plus=False)} {unit}", "plain")]
-    if outcome["predicted"]["value"] is not None:
-        facts.append(("Predicted change", f"{shown(outcome['predicted'])} {unit}", "plain"))
-        for part, name in _PARTS.items():
-            if outcome["parts"][part]["value"] is not None:
-                facts.append((f"  from {name}", shown(outcome["parts"][part]), "plain"))
-    if outcome["measured"]["value"] is not None:
-        facts.append(_measured(outcome))
-    noise = outcome.get("training_noise")
+    unit, noise = outcome.unit, outcome.training_noise
+    facts = [("Entropy before the step", f"{outcome.entropy.shown(plus=False)} {unit}", "plain")]
+    if outcome.predicted.value is not None:
+        facts.append(("Predicted change", f"{outcome.predicted.shown()} {unit}", "plain"))
+        parts = ((name, getattr(outcome.parts, part)) for part, name in _PARTS.items())
+        facts += [(f"  from {name}", number.shown(), "plain") for name, number in parts if number.value is not None]
+    if outcome.measured.value is not None:
+        facts.append(_measured(outcome, outcome.measured.value))
     if noise is not None:
-        ends = f"95%: {signed(noise['low'], 2)} to {signed(noise['high'], 2)}"
-        text = f"±{plain(noise['standard_error'], 2)} {unit} ({ends}), on top of the errors above"
+        ends = f"95%: {signed(noise.low, 2)} to {signed(noise.high, 2)}"
+        text = f"±{plain(noise.standard_error, 2)} {unit} ({ends}), on top of the errors above"
         facts.append(("Another training buffer", text, "plain"))
     same = _same_prompt(outcome)
     if same:
         facts.append(("Same-prompt effect", same, "plain"))
     facts.append(_checks(outcome))
-    for name, what in (outcome.get("failed_analyses") or {}).items():
+    for name, what in outcome.failed_analyses.items():
         facts.append((f"FAILED: {one_line(name, 60).replace('_', ' ')}", one_line(what, _TEXT_CHARACTERS), "bad"))
-    facts.append(("Folder", one_line(outcome["folder"], 1000), "plain"))
+    facts.append(("Folder", one_line(outcome.folder, 1000), "plain"))
     return facts
 
 
-def _measured(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
-    value, compared = f"{shown(outcome['measured'])} {outcome['unit']}", outcome.get("agreement")
+def _measured(outcome: Outcome, measured: float) -> tuple[str, str, str]:
+    value = f"{outcome.measured.shown()} {outcome.unit}"
+    compared = None if outcome.agreement is None else outcome.agreement.known()
     if compared is None:
         return "Measured change", value, "plain"
-    found = Agreement(**{key: number for key, number in compared.items() if key != "agrees"})
-    measured = float(outcome["measured"]["value"])
-    gap = Known(found.difference, found.low, found.high).text()
-    text = f"{value}; it and the prediction {agreement_word(found, measured)}, the difference is {gap}"
-    return "Measured change", text, agreement_tone(found, measured)
+    gap = Known(compared.difference, compared.low, compared.high).text()
+    text = f"{value}; it and the prediction {agreement_word(compared, measured)}, the difference is {gap}"
+    return "Measured change", text, agreement_tone(compared, measured)
 
 
-def _same_prompt(outcome: Mapping[str, Any]) -> str:
-    same = outcome["same_prompt"]
-    if as_number(same["cosine"]) is None or as_number(same["cosine_other_prompts"]) is None:
+def _same_prompt(outcome: Outcome) -> str:
+    same = outcome.same_prompt
+    if same.cosine is None or same.cosine_other_prompts is None:
         return ""
-    text = f"mean cosine of gradients {signed(same['cosine'], 2)} with one prompt, "
-    text += f"{signed(same['cosine_other_prompts'], 2)} with two"
-    text = text if same["p_value"] is None else f"{text} (p = {plain(same['p_value'], 2)})"
-    return f"{text}; raw K₁ differs the other way, so nothing follows" if same.get("signs_agree") is False else text
+    text = f"mean cosine of gradients {signed(same.cosine, 2)} with one prompt, "
+    text += f"{signed(same.cosine_other_prompts, 2)} with two"
+    text = text if same.p_value is None else f"{text} (p = {plain(same.p_value, 2)})"
+    return f"{text}; raw K₁ differs the other way, so nothing follows" if same.signs_agree is False else text
 
 
-def _checks(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
-    passed, failed = outcome["checks"]["passed"], outcome["checks"]["failed"]
+def _checks(outcome: Outcome) -> tuple[str, str, str]:
+    passed, failed = outcome.checks.passed, outcome.checks.failed
     text = f"{passed} of {passed + len(failed)} passed"
     if not passed + len(failed):
         return "Self-checks", "none recorded", "warning"
@@ -137,47 +132,44 @@ def _checks(outcome: Mapping[str, Any]) -> tuple[str, str, str]:
     return "Self-checks", text, "bad" if failed else "good"
 
 
-def _title(outcome: Mapping[str, Any]) -> Text:
-    checkpoint = outcome["checkpoint"]
-    return Text(f"Verdict on checkpoint {checkpoint['step']} of {one_line(checkpoint['model'], 60)}", style="bold")
+def _title(outcome: Outcome) -> Text:
+    checkpoint = outcome.checkpoint
+    return Text(f"Verdict on checkpoint {checkpoint.step} of {one_line(checkpoint.model, 60)}", style="bold")
 
 
-def _row(outcome: Mapping[str, Any]) -> dict[str, str]:
-    row = {"step": str(outcome["checkpoint"]["step"])}
-    if outcome.get("error") is not None:
-        return row | {"error": one_line(str(outcome["error"]), _TEXT_CHARACTERS)}
-    failed = len(outcome["checks"]["failed"]) + len(outcome.get("failed_analyses") or {})
-    compared = outcome.get("agreement")
+def _row(outcome: Outcome | NoOutcome) -> dict[str, str]:
+    row = {"step": str(outcome.checkpoint.step)}
+    if isinstance(outcome, NoOutcome):
+        return row | {"error": one_line(outcome.error, _TEXT_CHARACTERS)}
+    failed = len(outcome.checks.failed) + len(outcome.failed_analyses)
+    compared = outcome.agreement
     return row | {
-        "entropy": _amount(outcome["entropy"], plus=False),
-        "predicted": _amount(outcome["predicted"]),
-        "measured": _amount(outcome["measured"]),
-        "apart": "–" if compared is None else f"{compared['z']:.1f} SE",
-        "batch": _amount(outcome["parts"]["batch"]),
-        "momentum": _amount(outcome["parts"]["momentum"]),
-        "checks": f"{outcome['checks']['passed']} passed" + (f", {failed} FAILED" if failed else ""),
+        "entropy": _amount(outcome.entropy, plus=False),
+        "predicted": _amount(outcome.predicted),
+        "measured": _amount(outcome.measured),
+        "apart": "–" if compared is None else f"{compared.z:.1f} SE",
+        "batch": _amount(outcome.parts.batch),
+        "momentum": _amount(outcome.parts.momentum),
+        "checks": f"{outcome.checks.passed} passed" + (f", {failed} FAILED" if failed else ""),
     }
 
 
-def _amount(entry: object, plus: bool = True) -> str:
-    return plus_minus(*value_and_error(entry), plus=plus)
+def _amount(number: Estimate, plus: bool = True) -> str:
+    return plus_minus(number.value, number.standard_error, plus=plus)
 
 
-def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
-    """Print what `compare` found (comparison.json): its first sentence, warnings, then each difference from A."""
+def print_comparison(console: Console, comparison: ComparisonRecord) -> None:
+    """Print what `compare` found: its first sentence, warnings, then each difference from A."""
     console.print()
-    for side in comparison["sides"]:
-        console.print(f"{side['letter']}: {one_line(side['folder'], 1000)}", markup=False, soft_wrap=True)
-    told = [sentence for sentence in comparison["verdict"] if sentence["tone"] in ("bad", "warning")]
-    for sentence in [
-        *comparison["verdict"][:1],
-        *(sentence for sentence in told if sentence is not comparison["verdict"][0]),
-    ]:
-        console.print(Text(f"- {sentence['text']}", style=_STYLES[sentence["tone"]]), soft_wrap=not console.is_terminal)
+    for side in comparison.sides:
+        console.print(f"{side.letter}: {one_line(side.folder, 1000)}", markup=False, soft_wrap=True)
+    first, *others = comparison.verdict
+    for sentence in [first, *(sentence for sentence in others if sentence.tone in ("bad", "warning"))]:
+        console.print(Text(f"- {sentence.text}", style=_STYLES[sentence.tone]), soft_wrap=not console.is_terminal)
     rows = [
-        (row["label"], letter, shown(gap), row["unit"], _certainty(gap))
-        for row in comparison["quantities"]
-        for letter, gap in row["minus_a"].items()
+        (row.label, letter, gap.shown(), row.unit, _certainty(gap))
+        for row in comparison.quantities
+        for letter, gap in row.minus_a.items()
     ]
     if not console.is_terminal:
         for label, letter, gap, unit, how in rows:
@@ -191,7 +183,7 @@ def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _certainty(gap: Mapping[str, Any]) -> str:
-    how = f"paired over {gap['paired_prompts']} prompts" if gap["paired_prompts"] else "unpaired"
-    told = {True: "0 outside its interval", False: NOT_FROM_ZERO, None: "no interval"}[gap["told_from_zero"]]
-    return f"{told}, {how}"
+def _certainty(gap: DifferenceRecord) -> str:
+    how = f"paired over {gap.paired_prompts} prompts" if gap.paired_prompts else "unpaired"
+    words = {True: "0 outside its interval", False: NOT_FROM_ZERO, None: "no interval"}[gap.differs_from_zero]
+    return f"{words}, {how}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,13 @@ def ratio_estimate(above: Tensor, prompt_index: Tensor, below: Tensor | None = N
     left_out = leave_one_prompt_out(above, prompt_index, below)
     value = float(above.sum() / below.sum())
     return stored_estimate(ComputedEstimate(value, jackknife_standard_error(left_out), left_out))
+
+
+def interval_estimate(value: float, left_out: np.ndarray) -> Estimate:
+    """A value with the interval of its (B,) values with each prompt left out; null where it is not known."""
+    found = jackknife_interval(value, left_out)
+    error = finite_number(float(found.standard_error))
+    return Estimate(value=finite_number(value), standard_error=error, **found.as_dict())
 
 
 def stored_estimate(e: ComputedEstimate) -> Estimate:

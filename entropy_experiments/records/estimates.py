@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 
 from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Record
-from entropy_experiments.statistics.confidence import Known
-from entropy_experiments.text.numbers import NOT_KNOWN
+from entropy_experiments.statistics.confidence import Known, shown
 from rl_training.intervals import interval
 
 
@@ -44,8 +43,7 @@ class StudentEstimate(Record):
 
     def shown(self, plus: bool = True) -> str:
         """``-0.27 [-0.39, -0.14]``, or "not known"."""
-        found = self.known()
-        return NOT_KNOWN if found is None else found.text(plus)
+        return shown(self.known(), plus)
 
 
 class Estimate(Record):
@@ -68,15 +66,11 @@ class Estimate(Record):
 
     def shown(self, plus: bool = True) -> str:
         """``-0.27 [-0.39, -0.14]``, or "not known"."""
-        found = self.known()
-        return NOT_KNOWN if found is None else found.text(plus)
+        return shown(self.known(), plus)
 
 
-def entry_of(estimate: Estimate | None) -> dict[str, float | None] | None:
-    """Value, standard error, interval and degrees of freedom as plain data; None where there is no value."""
-    if estimate is None or estimate.value is None:
-        return None
-    return {name: getattr(estimate, name) for name in Estimate.model_fields}
+NO_ESTIMATE = Estimate(value=None, standard_error=None, low=None, high=None, degrees_of_freedom=None)
+"""Of what is not known."""
 
 
 class Mean(Record):

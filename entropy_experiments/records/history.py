@@ -14,9 +14,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from entropy_experiments.records.history_rows import HistoryRow, values_of
 from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.correlation import Correlation, correlation
-from entropy_experiments.text.numbers import as_number, series
+from entropy_experiments.text.numbers import as_number
 from rl_training.intervals import interval, welch_freedom
 from rl_training.probe.history import DEVIATIONS, KEPT, MEASURED_DEVIATIONS, STATE_KEY, error_of_sum
 
@@ -26,18 +27,19 @@ _LOGGED = {
     "reward": ("buffer/reward_all_prompts", "buffer/reward_first_round", "reward"),
 }
 _PROBE = {f"probe/{name}": f"entropy_probe/{name}" for name in KEPT}
-MEAN_OF = "probe/mean_of"
-"""Key of a row whose probe values are the means of so many steps, where each step's own are not known."""
 
 
 def training_history(
     log_history: Sequence[Mapping[str, Any]], trainer_state: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """One entry a logged or probed step, ascending, with the keys that reports know; plain TRL logs have fewer.
+) -> list[HistoryRow]:
+    """One row a logged or probed step, ascending; logs of plain TRL fill fewer fields.
 
-    trainer_state: the checkpoint's, for each step's own probe values; without them rows of several steps say so (`MEAN_OF`).
+    Args:
+        log_history: What the trainer logged, an entry a logging step.
+        trainer_state: The checkpoint's, for each step's own probe values; without them rows of several steps say of how many
+            theirs are the means (`HistoryRow.probe_mean_of`).
     """
-    own = _probed_steps(trainer_state or {})
+    by_step = _probed_steps(trainer_state or {})
     rows: dict[int, dict[str, Any]] = {}
     before = steps_before = 0
     for entry in log_history:
@@ -47,16 +49,16 @@ def training_history(
         row = rows[step] = {"step": step}
         row |= _logged(entry)
         probe = {new: entry[old] for new, old in _PROBE.items() if as_number(entry.get(old)) is not None}
-        if probe and not own:
+        if probe and not by_step:
             # The probe counts its steps; logs of before it did are only known to be of single steps if none was left out.
             count = as_number(entry.get("entropy_probe/steps"))
             between = step - before if count is None else count - steps_before
             steps_before = steps_before if count is None else int(count)
-            row |= probe | ({MEAN_OF: int(between)} if between > 1 else {})
+            row |= probe | ({"probe/mean_of": int(between)} if between > 1 else {})
         before = step
-    for step, values in own.items():
+    for step, values in by_step.items():
         rows.setdefault(step, {"step": step}).update(values)
-    return [rows[step] for step in sorted(rows)]
+    return [HistoryRow.model_validate(rows[step]) for step in sorted(rows)]
 
 
 def _is_step(step: object) -> TypeGuard[int]:
@@ -121,43 +123,34 @@ class ProbedSums:
     left_out: int
 
 
-def probed_sums(rows: Sequence[Mapping[str, Any]]) -> ProbedSums | None:
+def probed_sums(rows: Sequence[HistoryRow]) -> ProbedSums | None:
     """None where no step has both and can be trusted.
 
     Predictions share a running average, measurements on held-out sequences some of these: their errors add fold by fold
     (rl_training.probe.history.error_of_sum). Of measurements on each step's own sequences they add in quadrature.
     """
-    predicted, measured = series(rows, "probe/predicted"), series(rows, "probe/measured")
-    both, low = np.isfinite(predicted) & np.isfinite(measured), series(rows, "probe/low_ess") == 1.0
+    predicted, measured = (values_of(rows, f"probe_{name}") for name in ("predicted", "measured"))
+    both, low = np.isfinite(predicted) & np.isfinite(measured), values_of(rows, "probe_low_ess") == 1.0
     used = np.flatnonzero(both & ~low)
     if not len(used):
         return None
     chosen = [rows[k] for k in used]
     errors, freedoms = (
-        [series(chosen, f"probe/{name}_{end}") for name in ("predicted", "measured")] for end in ("se", "df")
+        [values_of(chosen, f"probe_{name}_{end}") for name in ("predicted", "measured")] for end in ("se", "df")
     )
-    error = error_of_sum(errors[0], [row.get(f"probe/{DEVIATIONS}") for row in chosen])
+    error = error_of_sum(errors[0], [row.probe_predicted_deviations for row in chosen])
     sums = [Known(float(predicted[used].sum())), Known(float(measured[used].sum()))]
     if error is not None and np.isfinite(freedoms[0]).all():
         sums[0] = Known(sums[0].value, *interval(sums[0].value, error, float(freedoms[0].min())))
     if np.isfinite(errors[1]).all() and np.isfinite(freedoms[1]).all():
         freedom = welch_freedom(zip(errors[1].tolist(), freedoms[1].tolist(), strict=True))
-        shared = [row.get(f"probe/{MEASURED_DEVIATIONS}") for row in chosen]
+        shared = [row.probe_measured_deviations for row in chosen]
         error = error_of_sum(errors[1], shared) if any(shared) else float(np.linalg.norm(errors[1]))
         sums[1] = Known(sums[1].value, *interval(sums[1].value, error or 0.0, freedom))
     found = correlation(predicted[used], measured[used])
     return ProbedSums(len(used), sums[0], sums[1], found, int((both & low).sum()))
 
 
-def trusted_changes(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, int]:
-    """(predicted, measured) of the steps that have both, nats per token, and how many more were measured on an effective
-    sample of less than half the sequences, which are left out.
-    """
-    predicted, measured = series(rows, "probe/predicted"), series(rows, "probe/measured")
-    both, low = np.isfinite(predicted) & np.isfinite(measured), series(rows, "probe/low_ess") == 1.0
-    return predicted[both & ~low], measured[both & ~low], int((both & low).sum())
-
-
-def holds_means(rows: Sequence[Mapping[str, Any]]) -> bool:
+def holds_means(rows: Sequence[HistoryRow]) -> bool:
     """Whether some probe values are means over several steps, so that they have no sums."""
-    return any(MEAN_OF in row for row in rows)
+    return any(row.probe_mean_of is not None for row in rows)

@@ -5,6 +5,10 @@ Logs and trainer states are strangers' files, so that a standard error here may 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 from pydantic import Field
 
 from entropy_experiments.records.record import Count, Finite, Number, Record, Rows
@@ -61,3 +65,9 @@ class HistoryRow(Record):
     """1 where that is below half of the sequences, which is in no sum; else 0."""
     probe_mean_of: Count | None = Field(None, alias="probe/mean_of")
     """The row's probe values are means over so many steps; absent where they are this step's own."""
+
+
+def values_of(rows: Sequence[HistoryRow], field: str) -> np.ndarray:
+    """One field of the rows as (len(rows),) float64, NaN where nothing was logged."""
+    values = [getattr(row, field) for row in rows]
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)

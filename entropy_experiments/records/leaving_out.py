@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Tag
 
-from entropy_experiments.records.record import Count, Finite, Index, Number, Probability, Record, Rows
+from entropy_experiments.records.record import (
+    Count,
+    Finite,
+    Index,
+    NotKnown,
+    Number,
+    Probability,
+    Record,
+    Rows,
+    kind_of_known,
+)
 from entropy_experiments.records.step_results import Unit
 
 
@@ -80,17 +89,6 @@ class WhoWasFirst(Record):
     """Distinct training sequences."""
 
 
-class NotKnown(Record):
-    """Why there is no such number."""
-
-    reason: str
-    """Why."""
-
-
-def _first_kind(entry: Any) -> str:
-    return "unknown" if isinstance(entry, NotKnown) or (isinstance(entry, Mapping) and "reason" in entry) else "known"
-
-
 class LeavingOut(Record):
     """What leaving sequences out of the step does; null without a step."""
 
@@ -109,6 +107,6 @@ class LeavingOut(Record):
     slope_of_real: Number
     """Least squares of real on effect, through 0."""
     first: Annotated[
-        Annotated[WhoWasFirst, Tag("known")] | Annotated[NotKnown, Tag("unknown")], Discriminator(_first_kind)
+        Annotated[WhoWasFirst, Tag("known")] | Annotated[NotKnown, Tag("unknown")], Discriminator(kind_of_known)
     ]
     """Who was first, or why that is not known."""

@@ -6,10 +6,8 @@
 to compute it). Nothing here loads torch: a report can be written on any machine.
 """
 
-import json
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +17,19 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from entropy_experiments.records.columns import SEQUENCES
 from entropy_experiments.records.contradictions import contradiction
+from entropy_experiments.records.files import read_record
 from entropy_experiments.records.history_rows import HistoryRow
-from entropy_experiments.records.record import REMEDY, json_of, validated
+from entropy_experiments.records.record import REMEDY
 from entropy_experiments.records.run_record import RunRecord
 from entropy_experiments.records.summary import RESULTS_FORMAT, Summary
 from rl_training.errors import UserError, first_line
 from rl_training.run.sums import SUMS_NAME, check_sums
 
-_COLUMNS = (
-    "buffer",
-    "row",
-    "prompt_index",
-    "prompt",
-    "completion",
-    "length",
-    "truncated",
-    "reward",
-    "advantage",
-    "weight",
-    "score",
-    "entropy_sum",
-    "delta_h",
-    "delta_h_horizon",
-    "delta_h_lost",
-    "effect_of_leaving_out",
-    "token_texts",
-    "token_shares",
-    "logprobs",
-    "entropies",
-)
-"""Of sequences.parquet, those that readers use. The last four have one entry a completion token."""
+_TOKENS, _ENDS = {"prompt_ids", "completion_ids", "completion_mask", "ending"}, ("_low", "_high")
+_COLUMNS = [c.name for c in SEQUENCES if c.name not in _TOKENS and not c.name.endswith(_ENDS)]
+"""Of sequences.parquet, those that readers use."""
 _KERNELS = ("fisher", "entropy_fisher")
 _TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 
@@ -72,42 +52,6 @@ class ResultsFolder:
     training: list[dict[str, Any]]
     kernels: dict[str, np.ndarray]
 
-    @cached_property
-    def raw(self) -> dict[str, Any]:
-        """`summary` as plain data, for readers that do not take the record yet."""
-        return json_of(self.summary)
-
-    @cached_property
-    def raw_run(self) -> dict[str, Any]:
-        """`run` as plain data, for readers that do not take the record yet."""
-        return json_of(self.run)
-
-    @cached_property
-    def raw_history(self) -> list[dict[str, Any]]:
-        """`history` as plain data, for readers that do not take the record yet."""
-        return json_of(self.history)
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}): {REMEDY}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): {REMEDY}") from error
-    except ValueError as error:  # a whole number of thousands of digits
-        raise UserError(f"{path} is not valid JSON ({first_line(error)[:200]}): {REMEDY}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply to be a results file: {REMEDY}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    if not isinstance(content, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise UserError(f"{path} holds {type(content).__name__} where {wanted} was expected: {REMEDY}")
-    return content
-
 
 def _read_sequences(path: Path) -> list[dict[str, Any]]:
     try:
@@ -115,7 +59,7 @@ def _read_sequences(path: Path) -> list[dict[str, Any]]:
         missing = [name for name in _COLUMNS if name not in names]
         if missing:
             raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {REMEDY}")
-        return pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
+        return pq.read_table(path, columns=_COLUMNS).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file ({first_line(error)[:200]}): {REMEDY}") from error
 
@@ -153,19 +97,6 @@ def _read_kernels(path: Path, n_eval: int, n_train: int) -> dict[str, np.ndarray
     return kernels
 
 
-def _refuse_other_formats(path: Path, summary: dict[str, Any]) -> None:
-    version = summary.get("format_version", 1)
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise UserError(f"{path}: format_version is {str(version)[:40]!r}, not a whole number from 1: {REMEDY}")
-    if version > RESULTS_FORMAT:
-        raise UserError(
-            f"{path} has results format {version}, and this version of entropy-experiments reads {RESULTS_FORMAT}: upgrade "
-            "entropy-experiments, or analyse the checkpoint again with this version"
-        )
-    if version < RESULTS_FORMAT:
-        raise UserError(f"{path} is of an older version of entropy-experiments (results format {version}): {REMEDY}")
-
-
 def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFolder:
     """Read and check a results folder.
 
@@ -191,12 +122,9 @@ def read_results_folder(path: Path | str, unfinished: bool = False) -> ResultsFo
         raise UserError(f"{path} is not the results folder of an analysis: it has none of {', '.join(needed)}")
     if missing:
         raise UserError(f"{path} is incomplete, {', '.join(missing)} is missing: {REMEDY}")
-    content = _read_json(path / "summary.json", dict)
-    _refuse_other_formats(path / "summary.json", content)
-    summary = validated(Summary, content, path / "summary.json")
-    run = validated(RunRecord, _read_json(path / "run.json", dict), path / "run.json")
-    history_path = path / "training_history.json"
-    history = validated(list[HistoryRow], _read_json(history_path, list), history_path)
+    summary = read_record(path / "summary.json", Summary, version=RESULTS_FORMAT)
+    run = read_record(path / "run.json", RunRecord)
+    history = read_record(path / "training_history.json", list[HistoryRow])
     sequences = path / "sequences.parquet"
     rows = _read_sequences(sequences)
     evaluation, training = _buffer(sequences, rows, "evaluation"), _buffer(sequences, rows, "training")

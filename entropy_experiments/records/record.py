@@ -42,6 +42,19 @@ class Record(StrictModel):
     """One object of a results file."""
 
 
+class NotKnown(Record):
+    """Why there is no such number."""
+
+    reason: str
+    """Why."""
+
+
+def kind_of_known(entry: Any) -> str:
+    """Which member of a union of a record and `NotKnown` an entry is, for pydantic's Discriminator."""
+    unknown = isinstance(entry, NotKnown) or (isinstance(entry, Mapping) and "reason" in entry)
+    return "unknown" if unknown else "known"
+
+
 class Result(Record):
     """What one analysis found."""
 
@@ -62,13 +75,14 @@ def json_of(record: Record | Sequence[Record]) -> Any:
     return [json_of(one) for one in record]
 
 
-def validated(kind: type[T], content: object, path: Path | str) -> T:
+def validated(kind: type[T], content: object, path: Path | str, remedy: str = REMEDY) -> T:
     """`content`, as JSON gives it, as a record (or a list of records) of `kind`.
 
     Args:
         kind: A `Record`, or `list[...]` of one.
         content: What `json.loads` returned.
         path: The file it was read from, for the message.
+        remedy: What to do about it.
 
     Returns:
         The record, every number of it finite and in its range.
@@ -79,7 +93,7 @@ def validated(kind: type[T], content: object, path: Path | str) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {explained(error)}: {REMEDY}") from None
+        raise UserError(f"{path}: {explained(error)}: {remedy}") from None
 
 
 def explained(error: ValidationError) -> str:

@@ -66,11 +66,11 @@ class CheckRecord(Record):
     """Whether value <= tolerance."""
 
 
-class RunRecord(Record):
-    """run.json."""
+class Provenance(Record):
+    """When and by what results were made."""
 
     created: str
-    """When the results were written, ISO 8601, UTC."""
+    """When they were written, ISO 8601, UTC."""
     command: str
     """The command line."""
     versions: Annotated[dict[str, str], Field(max_length=1000)]
@@ -79,6 +79,11 @@ class RunRecord(Record):
     """Commit of this project's checkout; null where there is none."""
     hardware: Hardware
     """The machine."""
+
+
+class RunRecord(Provenance):
+    """run.json."""
+
     processes: Count
     """Processes that shared the work."""
     checkpoint: RunCheckpoint

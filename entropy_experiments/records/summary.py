@@ -41,6 +41,17 @@ class StepParts(Record):
     """By weight decay."""
 
 
+class Parts(Record):
+    """A change of entropy by the parts of steps."""
+
+    batch: Estimate
+    """By this step's batch."""
+    momentum: Estimate
+    """By the momentum of earlier batches."""
+    weight_decay: Estimate
+    """By weight decay."""
+
+
 class ActualRecord(Record):
     """The measured change at the whole step; empty where none was measured."""
 

@@ -12,14 +12,15 @@ DrGRPOTrainer logs of a buffer that prompts rewarded alike were left out of; rew
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from entropy_experiments.records.history_rows import HistoryRow, values_of
 from entropy_experiments.statistics.confidence import BRACKETS, Known, change_word
-from entropy_experiments.text.numbers import as_number, counted, plain, series
+from entropy_experiments.text.numbers import counted, plain
 from rl_training.intervals import interval, welch_freedom
 
 FEWEST_STEPS = 6
@@ -53,19 +54,19 @@ class Column:
     """Of sequences before any was left out."""
 
 
-def entropy_column(history: Sequence[Mapping[str, Any]]) -> Column:
+def entropy_column(history: Sequence[HistoryRow]) -> Column:
     """Entropy, nats per token: of the sequences that the probe watched, or what the trainer logged."""
-    probed = _column(history, "probe/entropy", "probe/entropy_se", "probe/measured_df", True)
+    probed = _column(history, "probe_entropy", "probe_entropy_se", "probe_measured_df", True)
     logged = _column(history, "entropy", "entropy_se", "entropy_df", False)
     return probed if len(probed.steps) >= min(FEWEST_STEPS, len(logged.steps)) and len(probed.steps) else logged
 
 
-def reward_column(history: Sequence[Mapping[str, Any]]) -> Column:
+def reward_column(history: Sequence[HistoryRow]) -> Column:
     """Mean reward, of all prompts where that was logged."""
     return _column(history, "reward", "reward_se", "reward_df", True)
 
 
-def unfiltered_points(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+def unfiltered_points(history: Sequence[HistoryRow]) -> tuple[list[float], list[float], list[float]]:
     """(steps, entropies, rewards) of the steps that have both, from the columns that courses are made of."""
     entropy, reward = entropy_column(history), reward_column(history)
     rewards = dict(zip(reward.steps.tolist(), reward.values.tolist(), strict=True))
@@ -73,10 +74,9 @@ def unfiltered_points(history: Sequence[Mapping[str, Any]]) -> tuple[list[float]
     return [s for s, _ in both], [h for _, h in both], [rewards[s] for s, _ in both]
 
 
-def _column(history: Sequence[Mapping[str, Any]], value: str, error: str, freedom: str, watched: bool) -> Column:
-    rows = sorted((row for row in history if as_number(row.get("step")) is not None), key=lambda row: row["step"])
-    rows = [row for row in rows if as_number(row.get(value)) is not None]
-    return Column(*(series(rows, name) for name in ("step", value, error, freedom)), watched)
+def _column(history: Sequence[HistoryRow], value: str, error: str, freedom: str, watched: bool) -> Column:
+    rows = sorted((row for row in history if getattr(row, value) is not None), key=lambda row: row.step)
+    return Column(*(values_of(rows, name) for name in ("step", value, error, freedom)), watched)
 
 
 def course(column: Column) -> Course | None:
@@ -101,27 +101,27 @@ def course(column: Column) -> Course | None:
     return Course(start, end, Known(end - start, low, high), first, last, source)
 
 
-def entropy_course_words(history: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+def entropy_course_words(history: Sequence[HistoryRow]) -> tuple[str, bool]:
     """What entropy did, as the end of a sentence "In training entropy ...", and whether anything is claimed."""
-    column = entropy_column(history)
-    found = course(column)
+    entropy = entropy_column(history)
+    found = course(entropy)
     if found is None:
-        return _too_few(column, _UNIT), False
+        return _too_few(entropy, _UNIT), False
     where = (
         "on sequences drawn before any was left out"
-        if column.watched
+        if entropy.watched
         else "as the trainer logged it, which is of the sequences it trained on"
     )
     return f"{_moved(found, _UNIT)}, {where}", found.change.holds_zero is False
 
 
-def reward_course_words(history: Sequence[Mapping[str, Any]]) -> str | None:
+def reward_course_words(history: Sequence[HistoryRow]) -> str | None:
     """What mean reward did, as the end of a sentence "Mean reward ..."; None where none was recorded."""
-    column = reward_column(history)
-    if not len(column.steps):
+    reward = reward_column(history)
+    if not len(reward.steps):
         return None
-    found = course(column)
-    return _too_few(column, "") if found is None else _moved(found, "")
+    found = course(reward)
+    return _too_few(reward, "") if found is None else _moved(found, "")
 
 
 def _moved(found: Course, unit: str) -> str:

@@ -24,6 +24,7 @@ from entropy_core.scores import TokenStatistics
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.records.columns import SEQUENCES, schema_of
 from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.run_record import RunRecord
@@ -33,7 +34,6 @@ from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_json_whole, write_whole_by
 from rl_training.sampling import Rollouts
 
-INTERVAL_COLUMNS = ("delta_h_low", "delta_h_high", "effect_low", "effect_high")
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -47,9 +47,9 @@ def write_run(path: Path, content: Mapping[str, Any]) -> None:
     write_json(path, json_of(RunRecord.model_validate(finite(content))))
 
 
-def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """training_history.json, as `write_run`."""
-    write_json(path, json_of([HistoryRow.model_validate(finite(row)) for row in rows]))
+def write_history(path: Path, rows: Sequence[HistoryRow]) -> None:
+    """training_history.json."""
+    write_json(path, json_of(rows))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -78,8 +78,8 @@ def write_sequences(
 ) -> None:
     """Both buffers; row is the index on that kernel axis.
 
-    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed. intervals: INTERVAL_COLUMNS ->
-    (n_train,), where known.
+    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed. intervals: column ->
+    (n_train,) ends of intervals of shares and effects, where known.
     """
     step = numbers.step
     rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
@@ -102,7 +102,7 @@ def write_sequences(
         row.update(advantage=advantage, weight=weight, delta_h=share, effect_of_leaving_out=effect)
         row.update({name: float(ends[row["row"]]) for name, ends in (intervals or {}).items()})
         row["delta_h_horizon"] = None if share is None or step is None else share * step.attribution.horizon_factor
-    table = pa.Table.from_pylist(rows + trained, schema=_sequence_schema())
+    table = pa.Table.from_pylist(rows + trained, schema=schema_of(SEQUENCES))
     write_whole_by(path, lambda part: pq.write_table(table, part))
 
 
@@ -145,26 +145,6 @@ def _rows(
 def _of_drawn(values: list[float], drawn: Sequence[bool] | None) -> list[float | None]:
     """Null where the policy did not draw the token: it is not scored."""
     return [value if own else None for value, own in zip(values, drawn or [True] * len(values), strict=True)]
-
-
-def _sequence_schema() -> pa.Schema:
-    number, text, whole = pa.float64(), pa.string(), pa.int64()
-    return pa.schema(
-        [("buffer", text), ("row", whole), ("prompt_index", whole), ("prompt", text), ("completion", text)]
-        + [("prompt_ids", pa.list_(whole)), ("completion_ids", pa.list_(whole)), ("token_texts", pa.list_(text))]
-        + [
-            ("completion_mask", pa.list_(pa.bool_())),
-            ("logprobs", pa.list_(number)),
-            ("entropies", pa.list_(number)),
-            ("token_shares", pa.list_(number)),
-            ("length", whole),
-            ("truncated", pa.bool_()),
-            ("ending", text),
-        ]
-        + [(name, number) for name in ("score", "entropy_sum", "reward", "advantage", "weight")]
-        + [(name, number) for name in ("delta_h", "delta_h_horizon", "delta_h_lost", "effect_of_leaving_out")]
-        + [(name, number) for name in INTERVAL_COLUMNS]
-    )
 
 
 def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, preconditioning: str) -> None:

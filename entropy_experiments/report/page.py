@@ -100,7 +100,7 @@ def figure_makers(results: ResultsFolder) -> dict[str, Callable[[], Figure]]:
         return plot_kernel_heatmap(values, *prompts, quantity=quantity)
 
     return {
-        "training_history": lambda: plot_training_history(results.raw_history, analysed_step=step),
+        "training_history": lambda: plot_training_history(results.history, analysed_step=step),
         "predicted_vs_actual": lambda: plot_predicted_vs_actual(**scaling),
         "entropy_split": lambda: plot_entropy_split(**split),
         "attribution": lambda: plot_attribution(
@@ -121,7 +121,7 @@ def interactive_figures(results: ResultsFolder) -> dict[str, dict[str, Any]]:
     summary = results.summary
     weightings = finished(summary.analyses.weighting_schemes)
     plots = {
-        "training_history": training_history(results.raw_history, summary.checkpoint.step),
+        "training_history": training_history(results.history, summary.checkpoint.step),
         "predicted_vs_actual": predicted_vs_actual(**_scaling(summary)),
         "entropy_split": entropy_split(**_split(summary)),
         "attribution": sequence_shares(results.training),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from entropy_experiments.records.history import holds_means, probed_sums
+from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.training_course import entropy_column, entropy_course_words, reward_course_words
 from entropy_experiments.statistics.confidence import BRACKETS, Sentence, correlation_words
 from entropy_experiments.text.numbers import counted
@@ -13,7 +13,7 @@ from entropy_experiments.text.numbers import counted
 _UNIT = "nats per token"
 
 
-def training_sentences(history: Sequence[Mapping[str, Any]]) -> list[Sentence]:
+def training_sentences(history: Sequence[HistoryRow]) -> list[Sentence]:
     """What entropy and mean reward did over the recorded training steps; a movement only where its interval shows one."""
     if not len(entropy_column(history).steps):
         return [Sentence("What entropy did in training is not known: the folder holds no training history.", "warning")]
@@ -25,7 +25,7 @@ def training_sentences(history: Sequence[Mapping[str, Any]]) -> list[Sentence]:
     return found
 
 
-def probe_sentence(history: Sequence[Mapping[str, Any]]) -> Sentence | None:
+def probe_sentence(history: Sequence[HistoryRow]) -> Sentence | None:
     """How the probe's predictions held while training, over the steps that have both; None with fewer than two."""
     if holds_means(history):
         return Sentence(

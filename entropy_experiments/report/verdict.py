@@ -93,8 +93,9 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
                 "warning",
             )
         )
-    shown_entries = {"predicted": summary.prediction and summary.prediction.total, "measured": measured}
-    if warning := few_prompts_sentence(summary.sampling.evaluation.prompts, shown_entries):
+    numbers = {"predicted": summary.prediction and summary.prediction.total, "measured": measured}
+    freedoms = {name: number and number.degrees_of_freedom for name, number in numbers.items()}
+    if warning := few_prompts_sentence(summary.sampling.evaluation.prompts, freedoms):
         found.append(Sentence(warning, "warning"))
     return found
 
@@ -156,12 +157,12 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
     """The verdict on an analysis, most important first; what failed comes before everything else."""
     summary = results.summary
     checks = check_sentences(results.run.self_checks)
-    found = [*training_sentences(results.raw_history), *prediction_sentences(summary), part_sentence(summary)]
+    found = [*training_sentences(results.history), *prediction_sentences(summary), part_sentence(summary)]
     if summary.step_analysed:
         prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
         found.append(training_noise_sentence(summary))
         found += cost_sentences(results.training, prompts, summary.leaving_out)
-    found.append(probe_sentence(results.raw_history))
+    found.append(probe_sentence(results.history))
     sentences = [sentence for sentence in found if sentence is not None]
     failure = failure_sentence(summary.analyses.failed())
     first = [] if failure is None else [failure]

@@ -22,21 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.statistics.jackknife_interval import FEWEST_FOR_LEVEL, carried_by_few
-from entropy_experiments.text.numbers import (
-    NOT_KNOWN,
-    as_number,
-    counted,
-    lookup,
-    plain,
-    value_and_error,
-    with_interval,
-)
-from rl_training.intervals import interval
+from entropy_experiments.text.numbers import NOT_KNOWN, counted, plain, with_interval
 
 FELL, ROSE, NO_CHANGE = "fell", "rose", "showed no clear change"
 AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be distinguished"
@@ -97,55 +88,17 @@ class Known:
         return with_interval(self.value, self.low, self.high, plus)
 
 
-def known(entry: object, degrees_of_freedom: float | None = None) -> Known | None:
-    """Of {"value", "standard_error", "low", "high", "degrees_of_freedom"} or a bare number; None where there is no value.
-
-    An entry with "low" and "high" has its interval there (entropy_experiments.statistics.jackknife_interval), or none where they
-    are null: a measurement not to be trusted. degrees_of_freedom: where the entry does not say, as those of older folders;
-    None: as many as it takes.
-    """
-    value, error = value_and_error(entry)
-    if value is None:
-        return None
-    if isinstance(entry, Mapping) and "low" in entry:
-        return Known(value, as_number(entry["low"]), as_number(entry.get("high")))
-    if error is None:
-        return Known(value)
-    return Known(value, *interval(value, error, freedom_of(entry, degrees_of_freedom)))
+def shown(number: Known | None, plus: bool = True) -> str:
+    """The number in words, "not known" where there is none."""
+    return NOT_KNOWN if number is None else number.text(plus)
 
 
-def number_entry(entry: object, degrees_of_freedom: float | None = None) -> dict[str, float | None]:
-    """{"value", "standard_error", "low", "high", "degrees_of_freedom"} of an entry that may lack the last three, for JSON."""
-    found, error = known(entry, degrees_of_freedom), value_and_error(entry)[1]
-    freedom = freedom_of(entry, degrees_of_freedom)
-    ends = (None, None, None) if found is None else (found.value, found.low, found.high)
-    numbers = dict(zip(("value", "low", "high"), ends, strict=True))
-    return {**numbers, "standard_error": error, "degrees_of_freedom": freedom if math.isfinite(freedom) else None}
-
-
-def shown(entry: object, plus: bool = True, degrees_of_freedom: float | None = None) -> str:
-    """`known` as text, "not known" where there is no value."""
-    found = known(entry, degrees_of_freedom)
-    return NOT_KNOWN if found is None else found.text(plus)
-
-
-def freedom_of(entry: object, otherwise: float | None = None) -> float:
-    """The degrees of freedom that the entry names, else those given, else infinitely many."""
-    own = as_number(entry.get("degrees_of_freedom")) if isinstance(entry, Mapping) else None
-    return own if own is not None else math.inf if otherwise is None else otherwise
-
-
-def freedom_of_analysis(summary: Mapping[str, Any]) -> float | None:
-    """Of every error in summary.json that is a jackknife over its evaluation prompts; None where their number is not stored."""
-    prompts = as_number(lookup(summary, "sampling", "evaluation", "prompts"))
-    return None if prompts is None else max(1.0, prompts - 1)
-
-
-def few_prompts_sentence(prompts: int, shown_entries: Mapping[str, Any] | None = None) -> str | None:
+def few_prompts_sentence(prompts: int, freedoms: Mapping[str, float | None] | None = None) -> str | None:
     """What intervals are worth where few evaluation prompts are behind them; None where enough are.
 
-    shown_entries: what a number is called -> its estimate, or None. Below FEWEST_FOR_LEVEL prompts all intervals are named (in
-    the world of the tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few prompts carry (`carried_by_few`).
+    freedoms: what a number is called -> the degrees of freedom behind its error, None where unknown. Below FEWEST_FOR_LEVEL
+    prompts all intervals are named (in the world of the tests 89 to 92% cover of 8 prompts, 86 to 98% of 4), else those that few
+    prompts carry (`carried_by_few`).
     """
     if prompts <= 1:
         return None
@@ -154,8 +107,7 @@ def few_prompts_sentence(prompts: int, shown_entries: Mapping[str, Any] | None =
             f"Intervals rest on {counted(prompts, 'evaluation prompt')}: of so few, what is called 95% covers about 90%, "
             f"and less where rare completions carry the change; take at least {FEWEST_FOR_LEVEL}."
         )
-    freedoms = {name: getattr(entry, "degrees_of_freedom", None) for name, entry in (shown_entries or {}).items()}
-    few = {name: f for name, f in freedoms.items() if f is not None and carried_by_few(f, prompts)}
+    few = {name: f for name, f in (freedoms or {}).items() if f is not None and carried_by_few(f, prompts)}
     if not few:
         return None
     return (

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.records.evolution import Evolution
 from entropy_experiments.records.history import training_history
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
-from entropy_experiments.records.writer import describe_environment
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.sweep_record import SWEEP_FORMAT, SweepEntry, SweepRecord
+from entropy_experiments.records.writer import describe_environment, write_json
 from entropy_experiments.report.figures.plots import png_bytes
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
@@ -24,7 +27,7 @@ from entropy_experiments.sweep.page import write_sweep_report
 from entropy_experiments.sweep.targets import Target
 from entropy_experiments.sweep.tidy_table import write_table
 from rl_training.errors import UserError
-from rl_training.files import own_folder, write_json_whole, write_whole
+from rl_training.files import own_folder, write_whole
 from rl_training.run.sums import SUMS_NAME, write_sums
 
 _BAND_SEED = 0
@@ -34,29 +37,36 @@ _DATA = ("evolution.json", "results.parquet", "sweep.json")
 def assemble_sweep(
     place: SweepFolder, runs: dict[str, Path], targets: Sequence[Target], config: SweepConfig
 ) -> Path | None:
-    """Write evolution.json, results.parquet, figures/, report.html and sweep.json; the report's path, None without any result.
+    """Write evolution.json, results.parquet, figures/, report.html and sweep.json.
 
-    Raises UserError for a log of a run that cannot be read.
+    Returns:
+        The report's path, None without any result.
+
+    Raises:
+        UserError: A run's log cannot be read.
     """
     entries, by_run = _read_all(place, targets)
-    evolutions: dict[str, tuple[dict[str, Any], list[ResultsFolder]]] = {}
+    evolutions: dict[str, tuple[Evolution, list[ResultsFolder]]] = {}
     for run, folders in by_run.items():
-        log = read_metrics(runs[run] / "metrics.jsonl")
-        history = max([training_history(log), *(results.raw_history for results in folders)], key=len)
+        log = training_history(read_metrics(runs[run] / "metrics.jsonl"))
+        history = max([log, *(results.history for results in folders)], key=len)
         evolutions[run] = (describe_evolution(folders, history, seed=_BAND_SEED), folders)
-    sweep = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+    sweep = SweepRecord(
+        format_version=SWEEP_FORMAT,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=" ".join(sys.argv),
         **describe_environment(),
-        "runs": {name: str(path) for name, path in runs.items()},
-        "complete": all(entry["status"] == "done" for entry in entries),
-        "checkpoints": entries,
-        "config": config.model_dump(mode="json"),
-    }
+        runs={name: str(path) for name, path in runs.items()},
+        complete=all(entry.status == "done" for entry in entries),
+        checkpoints=entries,
+        config=config.model_dump(mode="json"),
+    )
     report = None
     (place.path / SUMS_NAME).unlink(missing_ok=True)  # of an earlier assembly, whose files are about to be replaced
     if evolutions:
-        write_json_whole(place.path / "evolution.json", {run: evolution for run, (evolution, _) in evolutions.items()})
+        write_json(
+            place.path / "evolution.json", {run: json_of(evolution) for run, (evolution, _) in evolutions.items()}
+        )
         write_table(place.path / "results.parquet", evolutions)
         figures = draw_sweep_figures(evolutions)
         pictures = {name: png_bytes(figure) for name, figure in figures.items()}
@@ -64,14 +74,12 @@ def assemble_sweep(
         for name, png in pictures.items():
             write_whole(folder / f"{name}.png", png)
         report = write_sweep_report(place.path, sweep, evolutions, figures, pictures)
-    write_json_whole(place.sweep_file, sweep)
+    write_json(place.sweep_file, json_of(sweep))
     write_sums(place.path, [name for name in _DATA if (place.path / name).is_file()])
     return report
 
 
-def _read_all(
-    place: SweepFolder, targets: Sequence[Target]
-) -> tuple[list[dict[str, Any]], dict[str, list[ResultsFolder]]]:
+def _read_all(place: SweepFolder, targets: Sequence[Target]) -> tuple[list[SweepEntry], dict[str, list[ResultsFolder]]]:
     """An entry of sweep.json for every target, and what could be read, by run and step."""
     entries, by_run = [], {}
     for target in sorted(targets, key=lambda t: (t.run, t.step)):
@@ -86,16 +94,16 @@ def _read_all(
         else:
             error = (place.error_of(target) or {}).get("error")
         entries.append(
-            {
-                "name": target.name,
-                "run": target.run,
-                "step": target.step,
-                "checkpoint": str(target.path),
-                "folder": f"checkpoints/{target.name}",
-                "status": status,
-                "error": error,
-                "seconds": seconds,
-            }
+            SweepEntry(
+                name=target.name,
+                run=target.run,
+                step=target.step,
+                checkpoint=str(target.path),
+                folder=f"checkpoints/{target.name}",
+                status=status,
+                error=error,
+                seconds=seconds,
+            )
         )
     return entries, by_run
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.evolution import Evolution
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.plots import (
     plot_checkpoint_kernels,
@@ -17,21 +17,24 @@ from entropy_experiments.report.figures.plots import (
     plot_fisher_evolution,
     plot_kernel_evolution,
 )
+from entropy_experiments.sweep.evolution.evolution_rows import prompts_of
 
 CHARTS = ("evolution", "changes", "law", "kernel", "kernels", "clusters")
 """Of every run, in the order of the report."""
 
 
-def draw_sweep_figures(
-    evolutions: Mapping[str, tuple[Mapping[str, Any], Sequence[ResultsFolder]]],
-) -> dict[str, Figure]:
-    """`<run>_<chart>` -> figure, of run name -> (`describe_evolution`, its checkpoints by step)."""
+Runs = Mapping[str, tuple[Evolution, Sequence[ResultsFolder]]]
+"""Run's name -> its evolution, and its checkpoints by step."""
+
+
+def draw_sweep_figures(evolutions: Runs) -> dict[str, Figure]:
+    """`<run>_<chart>` -> figure."""
     figures: dict[str, Figure] = {}
     for run, (evolution, folders) in evolutions.items():
         drawn = (
-            plot_fisher_evolution(evolution_rows(evolution)),
+            plot_fisher_evolution(evolution),
             plot_entropy_changes(evolution),
-            plot_entropy_law(evolution["law"]["training"]),
+            plot_entropy_law(evolution.law.training),
             plot_kernel_evolution(evolution),
             plot_checkpoint_kernels(_kernels(folders)),
             plot_cluster_flow(evolution),
@@ -41,26 +44,13 @@ def draw_sweep_figures(
 
 
 def _kernels(folders: Sequence[ResultsFolder]) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    found = []
-    for results in folders:
-        if "fisher" in results.kernels:
-            rows, columns = (
-                np.array([row["prompt_index"] for row in side]) for side in (results.evaluation, results.training)
-            )
-            found.append((results.summary.checkpoint.step, results.kernels["fisher"], rows, columns))
-    return found
-
-
-def evolution_rows(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `plot_fisher_evolution` draws: a row a checkpoint."""
     return [
-        {
-            "step": row["step"],
-            "entropy": row["entropy"],
-            "reward": row["reward"] and row["reward"]["value"],
-            "predicted": row["predicted"]["total"],
-            "actual": row["actual"],
-            "kernel_norm": row["kernel_norm"] and row["kernel_norm"]["value"],
-        }
-        for row in evolution["checkpoints"]
+        (
+            results.summary.checkpoint.step,
+            results.kernels["fisher"],
+            prompts_of(results.evaluation),
+            prompts_of(results.training),
+        )
+        for results in folders
+        if "fisher" in results.kernels
     ]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.records.reader import read_results_folder
@@ -80,8 +80,8 @@ class SweepFolder:
         """Forget it: the target is tried again, or done."""
         self._beside(target, "error.json").unlink(missing_ok=True)
 
-    def outcome(self, target: Target) -> str:
-        """ "done", "failed" or "open"."""
+    def outcome(self, target: Target) -> Literal["done", "failed", "open"]:
+        """What became of the target."""
         if self.results(target).is_dir():
             return "done"
         return "open" if self.error_of(target) is None else "failed"

@@ -13,16 +13,22 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.evolution import Evolution
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.sweep_record import SweepEntry, SweepRecord
+from entropy_experiments.report.evolution_words import comparable_sentence
 from entropy_experiments.report.figures.plots import caption_of
 from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
+from entropy_experiments.report.interactive.drawing import Plot
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
 from entropy_experiments.report.interactive.page import PageFigure, render_page
-from entropy_experiments.statistics.confidence import ALIKE, shown
-from entropy_experiments.sweep.figures import CHARTS
+from entropy_experiments.statistics.confidence import ALIKE
+from entropy_experiments.sweep.config import SweepConfig
+from entropy_experiments.sweep.figures import CHARTS, Runs
 from entropy_experiments.sweep.verdict import write_sweep_verdict
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import plus_minus, value_and_error
+from entropy_experiments.text.numbers import plus_minus
 from rl_training.files import write_whole
 
 _TEXTS = {
@@ -61,29 +67,25 @@ _TEXTS = {
 
 
 def write_sweep_report(
-    folder: Path,
-    sweep: Mapping[str, Any],
-    evolutions: Mapping[str, tuple[Mapping[str, Any], Sequence[ResultsFolder]]],
-    figures: Mapping[str, Figure],
-    pictures: Mapping[str, bytes],
+    folder: Path, sweep: SweepRecord, evolutions: Runs, figures: Mapping[str, Figure], pictures: Mapping[str, bytes]
 ) -> Path:
-    """Write report.html into `folder` and return its path.
-
-    sweep: the content of sweep.json. evolutions: run -> (`describe_evolution`, its checkpoints by step). figures, pictures:
-    `<run>_<chart>` -> figure and its PNG.
-    """
+    """Write report.html into `folder` and return its path. figures, pictures: `<run>_<chart>` -> figure and its PNG."""
     found = {run: evolution for run, (evolution, _) in evolutions.items()}
     page_figures: dict[str, PageFigure] = {}
     runs = []
     for number, (run, (evolution, folders)) in enumerate(evolutions.items(), start=1):
-        own = [_figure(number, run, chart, evolution, folders, figures, pictures) for chart in CHARTS]
-        page_figures |= {figure.name: figure for figure in own}
+        plots = _plots(evolution, folders)
+        drawn = [
+            _figure(f"{chart}-{number}", f"{run}_{chart}", chart, plots.get(chart), figures, pictures)
+            for chart in CHARTS
+        ]
+        page_figures |= {figure.name: figure for figure in drawn}
         runs.append(
             {
                 "id": f"run-{number}",
                 "heading": "Figures" if len(evolutions) == 1 else one_line(run, 80),
-                "comparable": evolution["comparable"]["sentence"],
-                "figures": own,
+                "comparable": comparable_sentence(evolution),
+                "figures": drawn,
             }
         )
     page = render_page(
@@ -93,9 +95,9 @@ def write_sweep_report(
         figures=page_figures,
         verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in write_sweep_verdict(sweep, found)],
         headline=[tile for evolution in found.values() for tile in _headline(evolution)] if len(found) == 1 else [],
-        done=sum(entry["status"] == "done" for entry in sweep["checkpoints"]),
+        done=sum(entry.status == "done" for entry in sweep.checkpoints),
         runs=runs,
-        checkpoints=[_checkpoint(entry, found) for entry in sweep["checkpoints"]],
+        checkpoints=[_checkpoint(entry, found.get(entry.run)) for entry in sweep.checkpoints],
         provenance=_provenance(sweep),
     )
     report = folder / "report.html"
@@ -103,95 +105,80 @@ def write_sweep_report(
     return report
 
 
-def _figure(
-    number: int,
-    run: str,
-    chart: str,
-    evolution: Mapping[str, Any],
-    folders: Sequence[ResultsFolder],
-    figures: Mapping[str, Figure],
-    pictures: Mapping[str, bytes],
-) -> PageFigure:
-    name = f"{run}_{chart}"
-    plots = {
-        "evolution": lambda: evolution_plot(evolution),
-        "law": lambda: law_plot(evolution["law"]["training"]),
-        "kernel": lambda: kernel_plot(evolution),
-        "kernels": lambda: checkpoint_slider(folders, evolution["checkpoints"]),
+def _plots(evolution: Evolution, folders: Sequence[ResultsFolder]) -> dict[str, Plot | None]:
+    return {
+        "evolution": evolution_plot(evolution),
+        "law": law_plot(evolution.law.training),
+        "kernel": kernel_plot(evolution),
+        "kernels": checkpoint_slider(folders, evolution.checkpoints),
     }
-    plot = plots[chart]() if chart in plots else None
-    reading = f"{_TEXTS[chart][1]} {caption_of(figures[name])}" if plot is None else _TEXTS[chart][1]
-    alt = caption_of(figures[name])
-    return PageFigure(
-        f"{chart}-{number}", _TEXTS[chart][0], reading, alt, pictures[name], plot, f"figures/{one_line(name, 80)}.png"
-    )
 
 
-def _headline(evolution: Mapping[str, Any]) -> list[dict[str, Any]]:
-    whole, rows = evolution["whole"], evolution["checkpoints"]
-    prediction = whole["prediction"]
-    checks = sum(bool(row["failed_checks"]) for row in rows)
-    agree = f"{prediction['agreeing']} of {prediction['compared']}" if prediction["compared"] else "not measured"
-    moved = shown(whole["observed"]) if len(rows) > 1 else "one checkpoint"
+def _figure(
+    name: str, file: str, chart: str, plot: Plot | None, figures: Mapping[str, Figure], pictures: Mapping[str, bytes]
+) -> PageFigure:
+    heading, reading = _TEXTS[chart]
+    alt = caption_of(figures[file])
+    reading = f"{reading} {alt}" if plot is None else reading
+    return PageFigure(name, heading, reading, alt, pictures[file], plot, f"figures/{one_line(file, 80)}.png")
+
+
+def _headline(evolution: Evolution) -> list[dict[str, Any]]:
+    whole, rows, prediction = evolution.whole, evolution.checkpoints, evolution.whole.prediction
+    checks = sum(bool(row.failed_checks) for row in rows)
+    agree = f"{prediction.agreeing} of {prediction.compared}" if prediction.compared else "not measured"
+    moved = whole.observed.shown() if len(rows) > 1 else "one checkpoint"
+    compared = f"checkpoints where it and the measurement {ALIKE}"
+    passed = "all passed" if not checks else f"FAILED at {checks}"
     return [
         {"label": "Entropy over the run", "value": moved, "unit": "nats per token", "tone": ""},
-        {
-            "label": "Predicted steps added up",
-            "value": shown(whole["expected"]),
-            "unit": "nats per token",
-            "tone": "",
-        },
-        {
-            "label": "Next step predicted",
-            "value": agree,
-            "unit": f"checkpoints where it and the measurement {ALIKE}",
-            "tone": "",
-        },
+        {"label": "Predicted steps added up", "value": whole.expected.shown(), "unit": "nats per token", "tone": ""},
+        {"label": "Next step predicted", "value": agree, "unit": compared, "tone": ""},
         {
             "label": "Self-checks",
-            "value": "all passed" if not checks else f"FAILED at {checks}",
+            "value": passed,
             "unit": f"{len(rows)} checkpoints",
             "tone": "bad" if checks else "good",
         },
     ]
 
 
-def _checkpoint(entry: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    rows = found.get(entry["run"], {}).get("checkpoints", [])
-    row = next((row for row in rows if row["step"] == entry["step"]), None)
-    numbers = [None] * 4
+def _checkpoint(entry: SweepEntry, evolution: Evolution | None) -> dict[str, Any]:
+    rows = () if evolution is None else evolution.checkpoints
+    row = next((row for row in rows if row.step == entry.step), None)
+    numbers: list[Estimate | None] = [None] * 4
     if row is not None:
-        numbers = [row["entropy"], row["reward"], row["predicted"]["total"], row["actual"]]
+        total = None if row.predicted is None else row.predicted.total
+        numbers = [row.entropy, row.reward, total, row.actual]
     cells = []
     for place, number in enumerate(numbers):
-        value, error = value_and_error(number)
+        value, error = (None, None) if number is None else (number.value, number.standard_error)
         text = "" if row is None else plus_minus(value, error, plus=place > 1)
         cells.append({"text": text, "sort_by": "" if value is None else f"{value:.9g}"})
-    failed = [*row["failed_checks"], *row["failed_analyses"]] if row else []
-    done = entry["status"] == "done"
+    failed = [] if row is None else row.failed
     return {
-        "run": one_line(entry["run"], 60),
-        "step": entry["step"],
+        "run": one_line(entry.run, 60),
+        "step": entry.step,
         "cells": cells,
-        "failed": bool(failed) or not done,
-        "checks": "" if not row else f"FAILED: {', '.join(failed)}" if failed else "all passed",
-        "link": quote(f"{entry['folder']}/report.html") if done else "",
-        "why": one_line(entry["error"] or "not analysed yet", 300),
+        "failed": bool(failed) or entry.missing is not None,
+        "checks": "" if row is None else f"FAILED: {', '.join(failed)}" if failed else "all passed",
+        "link": "" if entry.missing is not None else quote(f"{entry.folder}/report.html"),
+        "why": one_line(entry.missing or "", 300),
     }
 
 
-def _provenance(sweep: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = sweep["versions"]
-    settings = sweep["config"]["entropy_analysis"]
-    seconds = sum(entry["seconds"] or 0 for entry in sweep["checkpoints"])
+def _provenance(sweep: SweepRecord) -> list[tuple[str, str]]:
+    config = SweepConfig.model_validate(sweep.config)
+    analysis = config.entropy_analysis
+    seconds = sum(entry.seconds or 0 for entry in sweep.checkpoints)
     return [
-        ("Made", str(sweep.get("created"))),
-        ("Command", one_line(str(sweep.get("command")), 400)),
-        *((f"Run {one_line(name, 60)}", one_line(path, 300)) for name, path in sweep["runs"].items()),
-        ("Buffers", f"{settings['eval_batch_size']} evaluation and {settings['train_batch_size']} training sequences"),
-        ("Seed", str(sweep["config"]["seed"])),
-        ("Evaluation prompts", f"{settings['sampling']['eval_prompts']}, {settings['sampling']['eval_split']}"),
+        ("Made", sweep.created),
+        ("Command", one_line(sweep.command, 400)),
+        *((f"Run {one_line(name, 60)}", one_line(path, 300)) for name, path in sweep.runs.items()),
+        ("Buffers", f"{analysis.eval_batch_size} evaluation and {analysis.train_batch_size} training sequences"),
+        ("Seed", str(config.seed)),
+        ("Evaluation prompts", f"{analysis.sampling.eval_prompts}, {analysis.sampling.eval_split}"),
         ("Time of all analyses", f"{seconds / 60:.1f} minutes"),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-        ("Git commit", str(sweep.get("git_sha") or "none")),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in sweep.versions.items())),
+        ("Git commit", sweep.git_sha or "none"),
     ]  # fmt: skip

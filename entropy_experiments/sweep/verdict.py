@@ -6,12 +6,14 @@ statement.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from entropy_experiments.report.verdict import parts_sentence
+from entropy_experiments.records.evolution import Evolution
+from entropy_experiments.records.files import read_record
+from entropy_experiments.records.sweep_record import SWEEP_REMEDY, SweepRecord, read_sweep
+from entropy_experiments.report.evolution_words import law_sentence
+from entropy_experiments.report.verdict import PARTS, parts_sentence
 from entropy_experiments.statistics.confidence import (
     AGREE,
     ALIKE,
@@ -23,27 +25,25 @@ from entropy_experiments.statistics.confidence import (
     Sentence,
     change_word,
     correlation_words,
-    known,
     shown,
 )
-from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.text.display import quoted
 from entropy_experiments.text.numbers import counted, plain, signed
-from rl_training.run.sums import check_sums
 
 _UNIT = "nats per token"
 
 
 def read_sweep_verdict(folder: Path) -> list[Sentence]:
-    """The verdict on the sweep in `folder`, which must be put together."""
-    check_sums(folder, "run the sweep again with --resume")
-    sweep, evolutions = (
-        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("sweep.json", "evolution.json")
-    )
-    return write_sweep_verdict(sweep, evolutions)
+    """The verdict on the sweep in `folder`, which must be put together.
+
+    Raises:
+        UserError: A file of the sweep cannot be read.
+    """
+    sweep = read_sweep(folder)
+    return write_sweep_verdict(sweep, read_record(folder / "evolution.json", dict[str, Evolution], remedy=SWEEP_REMEDY))
 
 
-def write_sweep_verdict(sweep: Mapping[str, Any], evolutions: Mapping[str, Mapping[str, Any]]) -> list[Sentence]:
+def write_sweep_verdict(sweep: SweepRecord, evolutions: Mapping[str, Evolution]) -> list[Sentence]:
     """Most important first: what is missing, then run by run; with several runs each sentence says whose it is."""
     found = _missing(sweep)
     for run, evolution in evolutions.items():
@@ -52,163 +52,158 @@ def write_sweep_verdict(sweep: Mapping[str, Any], evolutions: Mapping[str, Mappi
     return found
 
 
-def run_sentences(evolution: Mapping[str, Any]) -> list[Sentence]:
+def run_sentences(evolution: Evolution) -> list[Sentence]:
     """What entropy did, how well it was predicted, what caused it, what it bought, the law, the kernel, the checks."""
-    found = [
+    sentences = [
         *_entropy(evolution),
         *_predicted(evolution),
+        *_added_up(evolution),
         _caused(evolution),
         _sequences(evolution),
         _price(evolution),
-        Sentence(evolution["law"]["training"]["sentence"]),
+        Sentence(law_sentence(evolution.law.training)),
         _kernel(evolution),
-        _checks(evolution),
     ]
-    *sentences, checks = [sentence for sentence in found if sentence is not None]
-    return [checks, *sentences] if checks.tone == "bad" else [*sentences, checks]
+    known, checks = [sentence for sentence in sentences if sentence is not None], _checks(evolution)
+    return [checks, *known] if checks.tone == "bad" else [*known, checks]
 
 
-def _missing(sweep: Mapping[str, Any]) -> list[Sentence]:
-    broken = [entry for entry in sweep["checkpoints"] if entry["status"] != "done"]
-    if not broken:
+def _missing(sweep: SweepRecord) -> list[Sentence]:
+    missing = [(entry.name, why) for entry in sweep.checkpoints if (why := entry.missing) is not None]
+    if not missing:
         return []
-    first = broken[0]
-    why = first["error"] or "it was not analysed yet"
-    more = "" if len(broken) == 1 else f"; and {len(broken) - 1} more"
-    text = f"{len(broken)} of {counted(len(sweep['checkpoints']), 'checkpoint')} MISSING below: {first['name']} ({why}){more}."
-    return [Sentence(quoted(text, 600)[1:-1], "bad")]
+    name, why = missing[0]
+    more = "" if len(missing) == 1 else f"; and {len(missing) - 1} more"
+    of = counted(len(sweep.checkpoints), "checkpoint")
+    return [Sentence(quoted(f"{len(missing)} of {of} MISSING below: {name} ({why}){more}.", 600)[1:-1], "bad")]
 
 
-def _entropy(evolution: Mapping[str, Any]) -> list[Sentence]:
-    rows = evolution["checkpoints"]
+def _entropy(evolution: Evolution) -> list[Sentence]:
+    rows, whole = evolution.checkpoints, evolution.whole
     first, last = rows[0], rows[-1]
-    ends = [known(row["entropy"]) for row in (first, last)]
-    if len(rows) == 1 or None in ends:
-        text = f"Entropy at step {last['step']} was {shown(last['entropy'], plus=False)} {_UNIT}"
+    if len(rows) == 1 or first.entropy.value is None or last.entropy.value is None:
+        text = f"Entropy at step {last.step} was {last.entropy.shown(plus=False)} {_UNIT}"
         return [Sentence(f"{text}; how it moved needs two checkpoints.", "warning")]
-    prompts = counted(evolution["comparable"]["prompts"], "evaluation prompt")
-    observed = known(evolution["whole"]["observed"])
+    prompts = counted(evolution.comparable.prompts, "evaluation prompt")
+    observed = whole.observed.known()
     word = UNTOLD if observed is None else change_word(observed)
-    went = f"{shown(first['entropy'], plus=False)} to {shown(last['entropy'], plus=False)} {_UNIT}"
-    text = f"Between steps {first['step']} and {last['step']} entropy {word}: {went}, a change of "
-    found = [Sentence(f"{text}{shown(evolution['whole']['observed'])} on the same {prompts} ({BRACKETS}).")]
-    price = evolution["whole"]["price"]
-    reward = None if price is None else known(price["reward_change"])
+    went = f"{first.entropy.shown(plus=False)} to {last.entropy.shown(plus=False)} {_UNIT}"
+    text = f"Between steps {first.step} and {last.step} entropy {word}: {went}, a change of "
+    found = [Sentence(f"{text}{shown(observed)} on the same {prompts} ({BRACKETS}).")]
+    reward = None if whole.price is None else whole.price.reward_change.known()
     if reward is not None:
-        ends_of_reward = " to ".join(shown(row["reward"], plus=False) for row in (first, last))
-        text = f"Their mean reward {change_word(reward)}: {ends_of_reward}, a change of {reward.text()}"
-        found.append(Sentence(f"{text} ({BRACKETS})."))
+        ends = " to ".join("not known" if row.reward is None else row.reward.shown(plus=False) for row in (first, last))
+        found.append(
+            Sentence(f"Their mean reward {change_word(reward)}: {ends}, a change of {reward.text()} ({BRACKETS}).")
+        )
     return found
 
 
-def _predicted(evolution: Mapping[str, Any]) -> list[Sentence]:
-    prediction, whole = evolution["whole"]["prediction"], evolution["whole"]
-    found = []
-    if prediction["compared"]:
-        alike, count = prediction["agreeing"], prediction["compared"]
+def _predicted(evolution: Evolution) -> list[Sentence]:
+    """The next step from each checkpoint, and measurements that are not to be trusted."""
+    prediction = evolution.whole.prediction
+    found = [Sentence("No checkpoint has both a predicted and a measured change of entropy.", "warning")]
+    if prediction.compared:
+        alike, count = prediction.agreeing, prediction.compared
         text = (
             f"The next step from each checkpoint: predicted and measured {ALIKE} at {alike} of {count}, to the error of their "
-            f"difference (sums: predicted {shown(prediction['predicted'])}, measured {shown(prediction['actual'])} {_UNIT}"
+            f"difference (sums: predicted {prediction.predicted.shown()}, measured {prediction.actual.shown()} {_UNIT}"
         )
-        pairs = prediction["steps"]
-        correlation = None
-        if prediction["correlation"] is not None:
-            correlation = Correlation(prediction["correlation"], *prediction["correlation_interval"], pairs)
-        if pairs > 1:
-            text += f"; {correlation_words(correlation, pairs)}"
+        if prediction.steps > 1:
+            text += f"; {correlation_words(prediction.correlation_found, prediction.steps)}"
         tone = "plain" if alike >= 0.8 * count else "bad" if alike < 0.5 * count else "warning"
-        found.append(Sentence(f"{text}; {BRACKETS}).", tone))
-    else:
-        found.append(Sentence("No checkpoint has both a predicted and a measured change of entropy.", "warning"))
-    doubtful = [row["step"] for row in evolution["checkpoints"] if row["trustworthy"] is False]
+        found = [Sentence(f"{text}; {BRACKETS}).", tone)]
+    doubtful = [row.step for row in evolution.checkpoints if row.trustworthy is False]
     if doubtful:
         text = (
             f"Measurements at {_steps(doubtful)} are not to be trusted, and are in no sum or correlation: reweighting left less "
             "than half of the sequences."
         )
         found.append(Sentence(text, "warning"))
-    difference, observed = known(whole["difference"]), known(whole["observed"])
-    if len(evolution["checkpoints"]) > 1 and known(whole["expected"]) and difference and observed:
-        text = f"Added up over the run, the predicted steps make {shown(whole['expected'])}, "
-        text += f"entropy did {observed.text()} {_UNIT}"
-        if difference.low is not None and difference.high is not None:
-            close = max(abs(difference.low), abs(difference.high)) <= CLOSE * abs(observed.value)
-            word = DISAGREE if difference.holds_zero is False else AGREE if close else ALIKE
-            text += (
-                f": they {word}, differing by {difference.text()}, where predictions are of one fresh batch a checkpoint, first "
-                "order, and the run took its own batches"
-            )
-        found.append(Sentence(f"{text} ({BRACKETS})."))
     return found
 
 
-def _caused(evolution: Mapping[str, Any]) -> Sentence | None:
-    parts = {name: known(value) for name, value in evolution["whole"]["parts"].items()}
-    largest = evolution["whole"]["largest_part"]
-    return parts_sentence(
-        {name: value for name, value in parts.items() if value is not None},
-        "change predicted over the run",
-        None if largest is None else largest["certain"],
-    )
+def _added_up(evolution: Evolution) -> list[Sentence]:
+    """The predicted steps added up over the run, beside what entropy did."""
+    whole = evolution.whole
+    difference, observed, expected = whole.difference.known(), whole.observed.known(), whole.expected.known()
+    if len(evolution.checkpoints) < 2 or difference is None or observed is None or expected is None:
+        return []
+    text = f"Added up over the run, the predicted steps make {expected.text()}, entropy did {observed.text()} {_UNIT}"
+    if difference.holds_zero is not None:
+        close = difference.largest <= CLOSE * abs(observed.value)
+        word = DISAGREE if difference.holds_zero is False else AGREE if close else ALIKE
+        text += (
+            f": they {word}, differing by {difference.text()}, where predictions are of one fresh batch a checkpoint, first "
+            "order, and the run took its own batches"
+        )
+    return [Sentence(f"{text} ({BRACKETS}).")]
 
 
-def _sequences(evolution: Mapping[str, Any]) -> Sentence | None:
-    shares = [row["by_advantage"] for row in evolution["checkpoints"] if row["by_advantage"]]
+def _caused(evolution: Evolution) -> Sentence | None:
+    sums, largest = evolution.whole.parts, evolution.whole.largest_part
+    parts = {part: number for part in PARTS if (number := getattr(sums, part).known()) is not None}
+    return parts_sentence(parts, "change predicted over the run", None if largest is None else largest.certain)
+
+
+def _sequences(evolution: Evolution) -> Sentence | None:
+    shares = [row.by_advantage for row in evolution.checkpoints if row.by_advantage is not None]
     if not shares:
         return None
-    above, below = (sum(share[key] for share in shares) for key in ("above", "below"))
+    above, below = sum(share.above for share in shares), sum(share.below for share in shares)
     text = (
         f"Within the batches, sequences rewarded above their prompt's mean moved entropy by {signed(above)}, those below it by "
         f"{signed(below)} {_UNIT} (accounting shares of the analysed steps, added up)"
     )
-    costly = evolution["whole"]["costliest_prompts"]
-    if costly:
-        first, its_sum = costly[0]["prompt_index"], signed(costly[0]["share"])
+    prompts = evolution.whole.most_lowering_prompts
+    if prompts:
+        first, its_sum = prompts[0].prompt_index, signed(prompts[0].share)
         text += f"; by these sums prompt {first} comes first ({its_sum}), how surely is not known"
     return Sentence(text + ".")
 
 
-def _price(evolution: Mapping[str, Any]) -> Sentence | None:
-    price = evolution["whole"]["price"]
+def _price(evolution: Evolution) -> Sentence | None:
+    price = evolution.whole.price
     if price is None:
         return None
-    if price["price"]["value"] is None:
-        return Sentence(f"Entropy has no price in reward over this run: {price['reason']}.")
-    value = known(price["price"])
-    if value is None or value.holds_zero is not False:
-        text = f"The price of one unit of mean reward in entropy {NOT_FROM_ZERO}: {shown(price['price'], plus=False)}"
+    value = price.price.known()
+    if value is None:
+        return Sentence(f"Entropy has no price in reward over this run: {price.reason}.")
+    if value.holds_zero is not False:
+        text = f"The price of one unit of mean reward in entropy {NOT_FROM_ZERO}: {value.text(plus=False)}"
         return Sentence(f"{text} {_UNIT} ({BRACKETS}).")
     paid = "was paid in entropy" if value.value > 0 else "came with a gain of entropy,"
     return Sentence(f"Reward {paid} at {value.text(plus=False)} {_UNIT} for one unit of mean reward ({BRACKETS}).")
 
 
-def _kernel(evolution: Mapping[str, Any]) -> Sentence | None:
-    known = [change["alignment"] for change in evolution["changes"] if change["alignment"]["value"] is not None]
-    if not known:
+def _kernel(evolution: Evolution) -> Sentence | None:
+    aligned = [change.alignment for change in evolution.changes]
+    values = [alignment.value for alignment in aligned if alignment.value is not None]
+    if not values:
         return None
-    values = [alignment["value"] for alignment in known]
-    clear = sum(alignment["p_value"] <= 0.05 for alignment in known)
+    clear = sum(alignment.p_value is not None and alignment.p_value <= 0.05 for alignment in aligned)
     text = (
-        f"Successive kernels couple the evaluation prompts alike beyond chance at {clear} of {counted(len(known), 'pair')} "
+        f"Successive kernels couple the evaluation prompts alike beyond chance at {clear} of {counted(len(values), 'pair')} "
         f"(p ≤ 0.05; debiased alignment {plain(min(values), 2)} to {plain(max(values), 2)})"
     )
-    first, last = (evolution["checkpoints"][k]["effective_rank"] for k in (0, -1))
-    if first and last and None not in (first["value"], last["value"]):
-        text += f"; their effective rank went from {plain(first['value'], 2)} to {plain(last['value'], 2)}"
+    ranks = [
+        None if rank is None else rank.value for rank in (evolution.checkpoints[k].effective_rank for k in (0, -1))
+    ]
+    if None not in ranks:
+        text += f"; their effective rank went from {plain(ranks[0], 2)} to {plain(ranks[1], 2)}"
     return Sentence(text + ".")
 
 
-def _checks(evolution: Mapping[str, Any]) -> Sentence:
-    failed = [row for row in evolution["checkpoints"] if row["failed_checks"] or row["failed_analyses"]]
-    count = len(evolution["checkpoints"])
+def _checks(evolution: Evolution) -> Sentence:
+    failed = [row for row in evolution.checkpoints if row.failed]
+    count = len(evolution.checkpoints)
     if not failed:
-        return Sentence(
-            f"All self-checks passed at {'the one checkpoint' if count == 1 else f'all {count} checkpoints'}.", "good"
-        )
-    names = sorted({name for row in failed for name in (*row["failed_checks"], *row["failed_analyses"])})
+        where = "the one checkpoint" if count == 1 else f"all {count} checkpoints"
+        return Sentence(f"All self-checks passed at {where}.", "good")
+    names = ", ".join(sorted({name for row in failed for name in row.failed}))
     return Sentence(
-        f"At {_steps([row['step'] for row in failed])} self-checks or analyses FAILED: {', '.join(names)}. Do not rely on these "
-        "checkpoints until this is explained.",
+        f"At {_steps([row.step for row in failed])} self-checks or analyses FAILED: {names}. Do not rely on these checkpoints "
+        "until this is explained.",
         "bad",
     )
 

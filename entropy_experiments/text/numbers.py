@@ -29,17 +29,6 @@ def as_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def lookup(tree: object, *path: str) -> Any:
-    """``tree[path[0]][path[1]]…``, or None as soon as a step is missing or leads into something
-    else.
-    """
-    for key in path:
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)
-    return tree
-
-
 def value_and_error(entry: object) -> tuple[float | None, float | None]:
     """(value, standard error) of ``{"value": …, "standard_error": …}`` or of a bare number.
 

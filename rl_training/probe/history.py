@@ -115,12 +115,12 @@ class ProbeHistory:
 def error_of_sum(errors: np.ndarray, deviations: Sequence[Any]) -> float | None:
     """Standard error of a sum of predictions that share a running average of gradients; None where one has no error.
 
-    errors: (T,) of each; deviations: (T,) lists by fold, which add up fold by fold and so hold what the predictions share.
+    errors: (T,) of each; deviations: (T,) of them by fold, which add up fold by fold and so hold what the predictions share.
     Where they are not known, or differ in number, the sum of the errors: the most that it can be.
     """
     if not len(errors) or not np.isfinite(errors).all():
         return None
-    known = [d for d in deviations if isinstance(d, list) and d and all(isinstance(x, int | float) for x in d)]
+    known = [d for d in deviations if isinstance(d, list | tuple) and d and all(isinstance(x, int | float) for x in d)]
     if len(known) == len(errors) and len({len(d) for d in known}) == 1:
         return float(np.linalg.norm(np.sum(np.asarray(known, dtype=np.float64), axis=0)))
     return float(errors.sum())

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.sweep_record import SweepEntry
 from tests.entropy_experiments.results_fixture import build_results
-from tests.entropy_experiments.whole_summary import estimate
+from tests.entropy_experiments.whole_summary import estimate, sweep_record
 
 PARTS = ("total", "batch", "momentum", "weight_decay")
 
@@ -83,13 +85,12 @@ def build_sweep(
 ) -> Path:
     """A sweep's folder as `sweep` leaves it: an analysis a step, and sweep.json."""
     entries = []
-    for step, shift in shifts.items():
+    for step in (*shifts, *failed):
         name = f"{run}_checkpoint-{step}"
-        entries.append({"name": name, "run": run, "step": step, "folder": f"checkpoints/{name}", "status": "done"})
-        build_side(folder / "checkpoints" / name, seed + step, shift, step)
-    for step in failed:
-        name = f"{run}_checkpoint-{step}"
-        entries.append({"name": name, "run": run, "step": step, "folder": f"checkpoints/{name}", "status": "failed"})
-    content = {"runs": {run: f"runs/{run}"}, "complete": not failed, "checkpoints": entries}
-    (folder / "sweep.json").write_text(json.dumps(content))
+        known = {"checkpoint": f"runs/{run}/checkpoint-{step}", "folder": f"checkpoints/{name}", "seconds": None}
+        status, error = ("done", None) if step in shifts else ("failed", "no optimizer.pt")
+        entries.append(SweepEntry(name=name, run=run, step=step, status=status, error=error, **known))
+        if step in shifts:
+            build_side(folder / "checkpoints" / name, seed + step, shifts[step], step)
+    (folder / "sweep.json").write_text(json.dumps(json_of(sweep_record(entries, {run: f"runs/{run}"}, {}))))
     return folder

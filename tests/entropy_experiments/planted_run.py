@@ -19,6 +19,7 @@ from tests.entropy_experiments.whole_summary import (
     buffer_record,
     clustering,
     estimate,
+    history_of,
     measurement,
     parts,
     whole_run,
@@ -117,4 +118,4 @@ def planted_run(steps=12, *, every=1, bias=1.0, drift=0.15, seed=0, noise=0.02):
         if step % every == 0:
             folders.append(checkpoint(step, h[step], h[step + 1] - h[step], reward, features, rng, bias=bias))
         features = math.sqrt(1 - drift**2) * features + drift * rng.normal(size=features.shape)
-    return folders, history
+    return folders, history_of(history)

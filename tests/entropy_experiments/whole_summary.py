@@ -7,8 +7,9 @@ from typing import Any
 from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.record import validated
-from entropy_experiments.records.run_record import RunRecord
+from entropy_experiments.records.run_record import Hardware, RunRecord
 from entropy_experiments.records.summary import Summary
+from entropy_experiments.records.sweep_record import SweepEntry, SweepRecord
 from rl_training.intervals import interval
 
 
@@ -178,6 +179,26 @@ def clustering(labels: list[int | None]) -> dict[str, Any]:
     }
 
 
+def sweep_record(entries: Sequence[SweepEntry], runs: dict[str, str], config: dict[str, Any]) -> SweepRecord:
+    """A sweep.json of these checkpoints."""
+    run = whole_run()
+    made = {name: run[name] for name in ("created", "command", "versions", "git_sha")}
+    return SweepRecord(
+        format_version=2,
+        **made,
+        hardware=Hardware(**run["hardware"]),
+        runs=runs,
+        complete=all(entry.missing is None for entry in entries),
+        checkpoints=entries,
+        config=config,
+    )
+
+
+def history_of(rows: Sequence[dict[str, Any]]) -> list[HistoryRow]:
+    """A run's log, as it is read."""
+    return validated(list[HistoryRow], list(rows), "training_history.json")
+
+
 def results_of(
     summary: dict[str, Any],
     history: Sequence[dict[str, Any]] = (),
@@ -186,7 +207,6 @@ def results_of(
 ) -> ResultsFolder:
     """A results folder of this content, as it is read, without evaluation sequences and kernels."""
     run = validated(RunRecord, whole_run(self_checks=list(checks)), "run.json")
-    rows = validated(list[HistoryRow], list(history), "training_history.json")
     return ResultsFolder(
-        Path("planted"), run, validated(Summary, summary, "summary.json"), rows, [], list(training), {}
+        Path("planted"), run, validated(Summary, summary, "summary.json"), history_of(history), [], list(training), {}
     )

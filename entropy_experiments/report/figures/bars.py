@@ -1,4 +1,4 @@
-"""Bars of figures are 95% intervals, those of the sentences: `statistics.confidence.known`, upwards and downwards apart.
+"""Bars of figures are 95% intervals, those of the sentences (`statistics.confidence.Known`), upwards and downwards apart.
 
 Where few prompts are skewed an interval is not symmetric about its value; of a number without an error there is no bar.
 """
@@ -10,26 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.statistics.confidence import Known, known
+from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.text.numbers import series
-from rl_training.intervals import t_quantile
 
 BARS = "95% intervals"
 
 
-def values_and_bars(entries: Sequence[Any], degrees_of_freedom: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) values and (2, n) lengths of their bars, below and above; NaN for what is not known.
-
-    entries: as `known` takes them; degrees_of_freedom: of those that do not say.
-    """
-    values, bars = np.full(len(entries), np.nan), np.full((2, len(entries)), np.nan)
-    for k, entry in enumerate(entries):
-        found = known(entry, degrees_of_freedom)
-        if found is None:
-            continue
-        values[k] = found.value
-        if found.low is not None:
-            bars[:, k] = reaches(found)
+def values_and_bars(numbers: Sequence[Known | None]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) values and (2, n) lengths of their bars, below and above; NaN for what is not known."""
+    values, bars = np.full(len(numbers), np.nan), np.full((2, len(numbers)), np.nan)
+    for k, number in enumerate(numbers):
+        if number is not None:
+            values[k] = number.value
+            if number.low is not None:
+                bars[:, k] = reaches(number)
     return values, bars
 
 
@@ -38,15 +32,6 @@ def reaches(found: Known) -> tuple[float, float]:
     if found.low is None or found.high is None:
         return 0.0, 0.0
     return max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
-
-
-def bars_of_columns(rows: Sequence[Any], errors: str, freedoms: str) -> np.ndarray:
-    """(2, n) lengths of the bars of (n,) rows that hold a standard error and its degrees of freedom under these keys."""
-    reach = [
-        t_quantile(freedom) * error if error >= 0 and np.isfinite(freedom) else np.nan
-        for error, freedom in zip(series(rows, errors), series(rows, freedoms), strict=True)
-    ]
-    return np.array([reach, reach]).reshape(2, len(rows))
 
 
 def bars_of_rows(rows: Sequence[Any], key: str, reach: np.ndarray) -> np.ndarray:

@@ -6,17 +6,19 @@ The first side, A, is what the others are compared with. Each side keeps its col
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS
 from entropy_experiments.report.figures.drawing import draw_panel
-from entropy_experiments.report.figures.history import ENTROPY_LABEL, with_steps
-from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, line_of, line_of_columns
-from entropy_experiments.statistics.confidence import ALIKE, shown
+from entropy_experiments.report.figures.history import ENTROPY_LABEL
+from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, history_line, line_of
+from entropy_experiments.statistics.confidence import ALIKE, Known, shown
 
 _CHANGES_TITLE = "Changes of entropy in the analysed step, side by side"
 _COURSES_TITLE = "Entropy and reward in training, side by side"
@@ -27,52 +29,83 @@ _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cros
 # Above the axes, where it hides nothing.
 _ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.08), "ncols": 2, "fontsize": 8.5}
 _SPREAD = 0.22
-Entries = Sequence[Mapping[str, Any] | None]
-"""Numbers as `statistics.confidence.known` takes them, None where there is none."""
+Numbers = Sequence[Known | None]
 
 
-def _look(side: int, dash: str = "none") -> Look:
-    return Look(_COLOURS[side], _MARKERS[side] + ("-open" if side else ""), dash)
+@dataclass(frozen=True)
+class ComparedChanges:
+    """Changes of entropy of S sides, nats per token.
+
+    names: (Q,) what they are called, in words short enough for an axis. values: for each side (Q,) numbers. differences: for
+    sides 1 … S − 1 (Q,) numbers minus side 0's. labels: (S,) for the legend, shown as text.
+    """
+
+    names: Sequence[str]
+    values: Sequence[Numbers]
+    differences: Sequence[Numbers]
+    labels: Sequence[str]
+
+    def panels(self) -> tuple[Panel, Panel]:
+        """Every quantity of every side, and each side minus the first; the sides stand beside each other at each quantity."""
+
+        def beside(count: int) -> list[np.ndarray]:
+            shifts = np.linspace(-_SPREAD, _SPREAD, count) if count > 1 else np.zeros(count)
+            return [np.arange(len(self.names)) + shift for shift in shifts]
+
+        each = _lines(beside(len(self.values)), self.values, self.labels, 0, "none")
+        minus = _lines(beside(len(self.differences)), self.differences, self.labels, 1, "none")
+        return (
+            Panel(DELTA_H_LABEL, each, heading="each side", zero=True),
+            Panel("difference from A\n(nats per token)", minus, "minus A", zero=True, empty="no difference is known"),
+        )
 
 
-def _lines(places: Sequence[Any], sets: Sequence[Entries], labels: Sequence[str], first: int, dash: str) -> list[Line]:
+@dataclass(frozen=True)
+class ComparedCheckpoints:
+    """Quantities over the analysed checkpoints of S sides, nats per token.
+
+    steps: for each side its steps. values: name -> for each side the numbers at these. shared_steps: of all sides. differences:
+    name -> for sides 1 … S − 1 the numbers at the shared steps, minus side 0's. labels: (S,) for the legend.
+    """
+
+    steps: Sequence[Sequence[float]]
+    values: Mapping[str, Sequence[Numbers]]
+    shared_steps: Sequence[float]
+    differences: Mapping[str, Sequence[Numbers]]
+    labels: Sequence[str]
+
+    def panels(self) -> list[tuple[Panel, Panel]]:
+        """Each quantity over the checkpoints of every side, and beside it the differences where steps are shared."""
+        found = []
+        for name, sets in self.values.items():
+            gaps = self.differences[name]
+            each = _lines(self.steps, sets, self.labels, 0, "solid")
+            minus = _lines([self.shared_steps] * len(gaps), gaps, self.labels, 1, "solid")
+            found.append(
+                (
+                    Panel(f"{name}\n(nats per token)", each, zero=not name.startswith("entropy")),
+                    Panel("minus A\n(nats per token)", minus, zero=True, empty="no shared step"),
+                )
+            )
+        return found
+
+
+def _look(place: int, dash: str = "none") -> Look:
+    return Look(_COLOURS[place], _MARKERS[place] + ("-open" if place else ""), dash)
+
+
+def _lines(places: Sequence[Any], sets: Sequence[Numbers], labels: Sequence[str], first: int, dash: str) -> list[Line]:
     """One line a side from side `first` on. places: for each its places on the axis."""
     return [
-        line_of(labels[k], _look(k, dash), at, entries)
-        for k, (at, entries) in enumerate(zip(places, sets, strict=True), start=first)
+        line_of(labels[k], _look(k, dash), at, numbers)
+        for k, (at, numbers) in enumerate(zip(places, sets, strict=True), start=first)
     ]
 
 
-def change_panels(
-    names: Sequence[str], values: Sequence[Entries], differences: Sequence[Entries], labels: Sequence[str]
-) -> tuple[Panel, Panel]:
-    """Every quantity of every side, and each side minus the first; the sides stand beside each other at each quantity.
-
-    Args:
-        names: (Q,) what the quantities are called, in words short enough for an axis.
-        values: for each of S sides, (Q,) numbers, nats per token.
-        differences: the same for sides 1 … S − 1, minus side 0.
-        labels: (S,) for the legend, shown as text.
-    """
-
-    def beside(count: int) -> list[np.ndarray]:
-        shifts = np.linspace(-_SPREAD, _SPREAD, count) if count > 1 else np.zeros(count)
-        return [np.arange(len(names)) + shift for shift in shifts]
-
-    each = _lines(beside(len(values)), values, labels, 0, "none")
-    minus = _lines(beside(len(differences)), differences, labels, 1, "none")
-    return (
-        Panel(DELTA_H_LABEL, each, heading="each side", zero=True),
-        Panel("difference from A\n(nats per token)", minus, "minus A", zero=True, empty="no difference is known"),
-    )
-
-
 @style.in_house_style
-def plot_compared_changes(
-    names: Sequence[str], values: Sequence[Entries], differences: Sequence[Entries], labels: Sequence[str]
-) -> Figure:
-    """`change_panels` as a picture, with its arguments."""
-    panels = change_panels(names, values, differences, labels)
+def plot_compared_changes(compared: ComparedChanges) -> Figure:
+    """Its panels as a picture."""
+    names, panels = compared.names, compared.panels()
     if not panels[0].shown:
         return style.no_data_figure(_CHANGES_TITLE, "no change of entropy was stored on any side.")
     figure = style.new_figure(9.4, 4.4)
@@ -84,8 +117,8 @@ def plot_compared_changes(
             if legend is None and axes.get_legend() is not None:
                 axes.get_legend().remove()
     told = [
-        f"{labels[side + 1].split(':')[0]} minus A, {names[0]}: {shown(pairs[0])}"
-        for side, pairs in enumerate(differences)
+        f"{label.split(':')[0]} minus A, {names[0]}: {shown(numbers[0])}"
+        for label, numbers in zip(compared.labels[1:], compared.differences, strict=True)
     ]
     caption = (
         f"{'; '.join(told)} nats per token. Bars and brackets: {BARS}; where the bar of a difference crosses 0 the sides "
@@ -94,17 +127,11 @@ def plot_compared_changes(
     return style.finish(figure, _CHANGES_TITLE, caption)
 
 
-def course_panels(histories: Sequence[Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> tuple[Panel, Panel]:
-    """Entropy and reward over training steps, a line a side.
-
-    Args:
-        histories: for each side, mappings with "step" and any of "entropy" (nats per token) and "reward".
-        labels: (S,) for the legend.
-    """
-    sides = [with_steps(rows) for rows in histories]
+def course_panels(histories: Sequence[Sequence[HistoryRow]], labels: Sequence[str]) -> tuple[Panel, Panel]:
+    """Entropy and reward over training steps, a line a side. labels: (S,) for the legend."""
     entropy, reward = (
-        [line_of_columns(labels[k], _look(k, "solid"), rows, key) for k, rows in enumerate(sides)]
-        for key in ("entropy", "reward")
+        [history_line(labels[k], _look(k, "solid"), rows, field) for k, rows in enumerate(histories)]
+        for field in ("entropy", "reward")
     )
     return (
         Panel(ENTROPY_LABEL, entropy, empty="no data: no entropy"),
@@ -113,7 +140,7 @@ def course_panels(histories: Sequence[Sequence[Mapping[str, Any]]], labels: Sequ
 
 
 @style.in_house_style
-def plot_compared_histories(histories: Sequence[Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> Figure:
+def plot_compared_histories(histories: Sequence[Sequence[HistoryRow]], labels: Sequence[str]) -> Figure:
     """`course_panels` as a picture, with its arguments."""
     panels = course_panels(histories, labels)
     lines = [line for panel in panels for line in panel.shown]
@@ -135,48 +162,15 @@ def plot_compared_histories(histories: Sequence[Sequence[Mapping[str, Any]]], la
     return style.finish(figure, _COURSES_TITLE, caption)
 
 
-def compared_checkpoint_panels(
-    steps: Sequence[Sequence[float]],
-    panels: Mapping[str, Sequence[Entries]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[Entries]]],
-    labels: Sequence[str],
-) -> list[tuple[Panel, Panel]]:
-    """Each quantity over the analysed checkpoints of every side, and beside it the differences where steps are shared.
-
-    Args:
-        steps: for each of S sides its steps.
-        panels: name -> for each side its numbers at these steps.
-        differences: name -> (shared steps, for sides 1 … S − 1 the numbers at these), minus side 0.
-        labels: (S,) for the legend.
-    """
-    found = []
-    for name, sides in panels.items():
-        shared, sets = differences.get(name, ((), ()))
-        each = _lines(steps, sides, labels, 0, "solid")
-        minus = _lines([shared] * len(sets), sets, labels, 1, "solid")
-        found.append(
-            (
-                Panel(f"{name}\n(nats per token)", each, zero=not name.startswith("entropy")),
-                Panel("minus A\n(nats per token)", minus, zero=True, empty="no shared step"),
-            )
-        )
-    return found
-
-
 @style.in_house_style
-def plot_compared_checkpoints(
-    steps: Sequence[Sequence[float]],
-    panels: Mapping[str, Sequence[Entries]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[Entries]]],
-    labels: Sequence[str],
-) -> Figure:
-    """`compared_checkpoint_panels` as a picture, with its arguments."""
-    rows = compared_checkpoint_panels(steps, panels, differences, labels)
+def plot_compared_checkpoints(compared: ComparedCheckpoints) -> Figure:
+    """Its panels as a picture."""
+    rows = compared.panels()
     if not any(each.shown for each, _ in rows):
         return style.no_data_figure(_CHECKPOINTS_TITLE, "no checkpoint has numbers to show.")
     figure = style.new_figure(9.4, 2.5 * len(rows))
     grid = figure.subplots(len(rows), 2, sharex=True, squeeze=False)
-    low, high = (f(step for side in steps for step in side) for f in (min, max))
+    low, high = (end(step for steps in compared.steps for step in steps) for end in (min, max))
     width = 0.012 * (high - low) if high > low else 0.02
     for place, pair in enumerate(rows):
         for column, (axes, panel) in enumerate(zip(grid[place], pair, strict=True)):

@@ -1,11 +1,11 @@
 """Reward against entropy over training, the curve R = −a·e^H + b with its band, and what its first third foretold.
 
-Numbers of `sweep.evolution.entropy_law.law_over_training`; docs/analyses/evolution.md.
+Numbers of evolution.json (records.law_results); docs/analyses/evolution.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.law_results import FittedLaw, HeldOut, LawResult
+from entropy_experiments.records.record import NotKnown
+from entropy_experiments.report.evolution_words import law_sentence
 from entropy_experiments.report.figures import style
-from entropy_experiments.text.numbers import lookup, plain
+from entropy_experiments.text.numbers import plain
 
 _TITLE = "Does reward follow entropy by R = −a·e^H + b?"
 H_LABEL, R_LABEL = "entropy H (nats per token)", "mean reward R"
@@ -36,17 +39,17 @@ class Curve:
 class LawPoints:
     """(n,) steps with their entropy (nats per token) and mean reward; the first `first` of them were fitted for the forecast.
 
-    fit, forecast: the curve of all steps, and that of the first ones, None where there is none. held: what `law_over_training`
-    says of the steps after them, None without a forecast.
+    fit, forecast: the curve of all steps, and that of the first ones, None where there is none. later: the steps after them
+    against the forecast, None without one.
     """
 
-    step: list[int]
+    step: Sequence[float]
     entropy: np.ndarray
     reward: np.ndarray
     first: int
     fit: Curve | None
     forecast: Curve | None
-    held: Mapping[str, Any] | None
+    later: HeldOut | None
 
     @property
     def reward_range(self) -> tuple[float, float]:
@@ -55,29 +58,31 @@ class LawPoints:
         return float(self.reward.min()) - 0.6 * span, float(self.reward.max()) + 0.6 * span
 
 
-def law_points(law: Mapping[str, Any]) -> LawPoints | None:
-    """What both drawings show of `law_over_training`; None where no step has both entropy and reward."""
-    points = lookup(law, "points")
-    if not points or not points["step"]:
+def law_points(law: LawResult) -> LawPoints | None:
+    """What both drawings show of the law; None where no step has both entropy and reward."""
+    points, forecast = law.points, law.forecast
+    if not points.step:
         return None
-    held = lookup(law, "forecast", "held_out") or None
+    early = None if isinstance(forecast, NotKnown) else forecast
     return LawPoints(
-        points["step"],
-        *(np.asarray(points[key], dtype=float) for key in ("entropy", "reward")),
-        law["forecast"]["n"] if held else len(points["step"]),
-        _curve(law["fit"], "fit to all steps", "predicted"),
-        _curve(law["forecast"], "forecast of the first third", "measured") if held else None,
-        held,
+        points.step,
+        np.array(points.entropy),
+        np.array(points.reward),
+        len(points.step) if early is None else early.n,
+        _curve(law.fit, "fit to all steps", "predicted"),
+        _curve(forecast, "forecast of the first third", "measured"),
+        None if early is None else early.held_out,
     )
 
 
-def _curve(fit: Mapping[str, Any], name: str, colour: str) -> Curve | None:
-    curve = lookup(fit, "curve")
-    return Curve(name, colour, *(curve[key] for key in ("entropy", "reward", "low", "high"))) if curve else None
+def _curve(fit: FittedLaw | NotKnown, name: str, colour: str) -> Curve | None:
+    if isinstance(fit, NotKnown):
+        return None
+    return Curve(name, colour, fit.curve.entropy, fit.curve.reward, fit.curve.low, fit.curve.high)
 
 
 @style.in_house_style
-def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
+def plot_entropy_law(law: LawResult) -> Figure:
     """Left: all steps and the curve fitted to them. Right: the first third's curve, and the later steps against it."""
     points = law_points(law)
     if points is None:
@@ -91,9 +96,9 @@ def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
     _draw_curve(left, points.fit)
     left.plot(entropy, reward, "o", label="steps", **hollow)
     left.set_title("all steps")
-    if points.held is not None:
+    if points.later is not None:
         order = np.argsort(entropy[first:])
-        low, high = (np.asarray(points.held[key], dtype=float)[order] for key in ("low", "high"))
+        low, high = (np.array(ends)[order] for ends in (points.later.low, points.later.high))
         right.fill_between(
             entropy[first:][order], low, high, color=style.MEASURED, alpha=0.16, linewidth=0, label="95% band of a step"
         )
@@ -101,8 +106,8 @@ def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
         right.plot(
             entropy[:first], reward[:first], "s", color=style.NEUTRAL, markersize=5, label=f"first {first} steps"
         )
-        right.plot(entropy[first:], reward[first:], "o", label=f"the {points.held['n']} steps that came", **hollow)
-        right.set_title(f"{points.held['inside']:.0%} of what came lies in the band")
+        right.plot(entropy[first:], reward[first:], "o", label=f"the {points.later.n} steps that came", **hollow)
+        right.set_title(f"{points.later.inside:.0%} of what came lies in the band")
         right.set_xlabel(H_LABEL)
         right.legend(loc="best", fontsize=7.5)
     else:
@@ -111,8 +116,8 @@ def plot_entropy_law(law: Mapping[str, Any]) -> Figure:
     left.set_ylabel(R_LABEL)
     left.legend(loc="best", fontsize=7.5)
     left.set_ylim(*points.reward_range)
-    bands = f"Bands: {law['band']}. Range of H: {plain(entropy.min())} to {plain(entropy.max())}."
-    return style.finish(figure, _TITLE, f"{law['sentence']} {bands}")
+    bands = f"Bands: {law.band}. Range of H: {plain(entropy.min())} to {plain(entropy.max())}."
+    return style.finish(figure, _TITLE, f"{law_sentence(law)} {bands}")
 
 
 def _draw_curve(axes: Axes, curve: Curve | None) -> None:

@@ -1,22 +1,27 @@
 """Over the checkpoints of a run: what moved entropy and whether it was predicted, and what its kernel did meanwhile.
 
-All numbers are those of `sweep.evolution.describe_evolution`; docs/analyses/evolution.md says how to read them.
+All numbers are those of evolution.json (records.evolution); docs/analyses/evolution.md says how to read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from entropy_experiments.records.evolution import Evolution, ReasonedMean
+from entropy_experiments.report.evolution_words import comparable_sentence
 from entropy_experiments.report.figures import style
-from entropy_experiments.report.figures.drawing import draw_panel, log_where_wide
-from entropy_experiments.report.figures.history import ENTROPY_LABEL
-from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, line_of
-from entropy_experiments.statistics.confidence import shown
-from entropy_experiments.text.numbers import as_number, lookup, plain
+from entropy_experiments.report.figures.drawing import dodge_of, draw_panel, log_where_wide
+from entropy_experiments.report.figures.history import ENTROPY_LABEL, MEASURED_LOOK, PREDICTED_LOOK, from_zero
+from entropy_experiments.report.figures.lines import DELTA_H_LABEL, Line, Look, Panel, bars_described, line_of
+from entropy_experiments.statistics.confidence import Known, correlation_words
+from entropy_experiments.statistics.correlation import correlation
+from entropy_experiments.text.numbers import counted, plain
 
+_OVERVIEW_TITLE = "The Fisher analysis over the checkpoints of a run"
 _CHANGES_TITLE = "What moved entropy over the run, and was it predicted?"
 _KERNEL_TITLE = "The kernel over the run"
 _PARTS = {
@@ -26,85 +31,129 @@ _PARTS = {
 }
 
 
-def _line(name: str, look: Look, rows: Sequence[Mapping[str, Any]], *path: str, at: str = "step") -> Line:
-    """The numbers that lie at `path` in each row, over the rows' `at`."""
-    return line_of(name, look, [row[at] for row in rows], [lookup(row, *path) for row in rows], plus=False)
-
-
-def course_panels(evolution: Mapping[str, Any]) -> list[Panel]:
+def course_panels(evolution: Evolution) -> list[Panel]:
     """Entropy, and mean reward."""
-    rows = evolution["checkpoints"]
+    rows, steps = evolution.checkpoints, _steps(evolution)
+    entropies = [row.entropy.known() for row in rows]
+    rewards = [None if row.reward is None else row.reward.known() for row in rows]
     return [
-        Panel(ENTROPY_LABEL, [_line("entropy", Look("entropy"), rows, "entropy")]),
-        Panel("mean reward", [_line("mean reward", Look("reward", "diamond"), rows, "reward")]),
+        Panel(ENTROPY_LABEL, [line_of("entropy", Look("entropy"), steps, entropies, plus=False)]),
+        Panel("mean reward", [line_of("mean reward", Look("reward", "diamond"), steps, rewards, plus=False)]),
     ]
 
 
-def change_panels(evolution: Mapping[str, Any]) -> list[Panel]:
+def change_panels(evolution: Evolution) -> list[Panel]:
     """The parts of every checkpoint's next step, predicted, beside what was measured; and both added up over the run."""
-    rows, path = evolution["checkpoints"], evolution["path"]
-    steps = [row["step"] for row in rows]
-    parts = [_line(name, look, rows, "predicted", part) for part, (name, look) in _PARTS.items()]
-    total = _line("predicted, all parts", Look("predicted"), rows, "predicted", "total")
-    measured = _line("measured", Look("measured", "square-open", "none"), rows, "actual")
+    rows, path, steps = evolution.checkpoints, evolution.path, _steps(evolution)
+
+    def predicted(name: str, look: Look, part: str) -> Line:
+        numbers = [None if row.predicted is None else getattr(row.predicted, part).known() for row in rows]
+        return line_of(name, look, steps, numbers, plus=False)
+
+    measured = [row.measured for row in rows]
+    each = [
+        *(predicted(name, look, part) for part, (name, look) in _PARTS.items()),
+        predicted("predicted, all parts", PREDICTED_LOOK, "total"),
+        line_of("measured", Look("measured", "square-open", "none"), steps, measured, plus=False),
+    ]
+    expected, observed = ([one.known() for one in sums] for sums in (path.expected, path.observed))
     summed = [
-        line_of("predicted steps added up", Look("predicted", "circle", "dash"), steps, path["expected"], plus=False),
-        line_of("what entropy did", Look("measured", "square-open"), steps, path["observed"], plus=False),
+        line_of("predicted steps added up", Look("predicted", "circle", "dash"), steps, expected, plus=False),
+        line_of("what entropy did", MEASURED_LOOK, steps, observed, plus=False),
     ]
+    since, missing = f"since step {plain(steps[0])}", "no data: a path needs two checkpoints"
     return [
         Panel(
-            DELTA_H_LABEL,
-            [*parts, total, measured],
-            "the next step from each checkpoint",
-            zero=True,
-            empty="no data: no step was analysed",
+            DELTA_H_LABEL, each, "the next step from each checkpoint", zero=True, empty="no data: no step was analysed"
         ),
-        Panel(
-            DELTA_H_LABEL,
-            summed if len(rows) > 1 else [],
-            f"since step {plain(steps[0])}",
-            zero=True,
-            empty="no data: a path needs two checkpoints",
-        ),
+        Panel(DELTA_H_LABEL, summed if len(rows) > 1 else [], since, zero=True, empty=missing),
     ]
 
 
-def kernel_panels(evolution: Mapping[str, Any]) -> list[Panel]:
+def kernel_panels(evolution: Evolution) -> list[Panel]:
     """Size of an entry, effective ranks, share within prompts, and the alignment of successive kernels."""
-    rows, changes = evolution["checkpoints"], evolution["changes"]
-    dashed = Look("measured", "square-open", "dash")
+    rows, changes, steps = evolution.checkpoints, evolution.changes, _steps(evolution)
+    later, dashed = [change.to_step for change in changes], Look("measured", "square-open", "dash")
+
+    def line(name: str, look: Look, numbers: Sequence[ReasonedMean | None]) -> Line:
+        return line_of(name, look, steps, [None if one is None else one.known() for one in numbers], plus=False)
+
+    norms = line("size of an entry of K₁", Look("ink"), [row.kernel_norm for row in rows])
+    ranks = [
+        line("rank of evaluation rows", Look("predicted"), [row.effective_rank for row in rows]),
+        line("rank of training gradients", dashed, [row.training_rank for row in rows]),
+    ]
+    pairs = [_without_interval(row.same_prompt_pairs) for row in rows]
+    within = [
+        line("of squared cosines", Look("predicted", "diamond"), [row.same_prompt_share for row in rows]),
+        line_of("of pairs", Look("neutral", "none", "dot"), steps, pairs, plus=False),
+    ]
+    aligned, cosines = (
+        [change.alignment.known() for change in changes],
+        [_without_interval(change.cosine.value) for change in changes],
+    )
+    alignment = [
+        line_of("of evaluation prompts (debiased CKA)", Look("predicted", "triangle-up"), later, aligned, plus=False),
+        line_of("cosine, shared training prompts", dashed, later, cosines, plus=False),
+    ]
     return [
-        Panel("size of an entry of K₁\n(nats² × P)", [_line("size of an entry of K₁", Look("ink"), rows, "kernel_norm")]),
-        Panel(
-            "effective rank\n(directions)",
-            [
-                _line("rank of evaluation rows", Look("predicted"), rows, "effective_rank"),
-                _line("rank of training gradients", dashed, rows, "training_rank"),
-            ],
-        ),
-        Panel(
-            "share within prompts\n(training gradients)",
-            [
-                _line("of squared cosines", Look("predicted", "diamond"), rows, "same_prompt_share"),
-                _line("of pairs", Look("neutral", "none", "dot"), rows, "same_prompt_pairs"),
-            ],
-        ),
-        Panel(
-            "alignment with the\ncheckpoint before",
-            [
-                _line("of evaluation prompts (debiased CKA)", Look("predicted", "triangle-up"), changes, "alignment", at="to"),
-                _line("cosine, shared training prompts", dashed, changes, "cosine", at="to"),
-            ],
-            zero=True,
-        ),
-    ]  # fmt: skip
+        Panel("size of an entry of K₁\n(nats² × P)", [norms]),
+        Panel("effective rank\n(directions)", ranks),
+        Panel("share within prompts\n(training gradients)", within),
+        Panel("alignment with the\ncheckpoint before", alignment, zero=True),
+    ]
+
+
+def _steps(evolution: Evolution) -> list[int]:
+    return [row.step for row in evolution.checkpoints]
+
+
+def _without_interval(value: float | None) -> Known | None:
+    return None if value is None else Known(value)
 
 
 @style.in_house_style
-def plot_entropy_changes(evolution: Mapping[str, Any]) -> Figure:
+def plot_fisher_evolution(evolution: Evolution) -> Figure:
+    """Entropy, reward, predicted beside measured Δh, and the kernel's size over the analysed checkpoints, two by two."""
+    rows, steps = evolution.checkpoints, _steps(evolution)
+    predicted, measured = [row.change for row in rows], [row.measured for row in rows]
+    changes = [
+        line_of("predicted", PREDICTED_LOOK, steps, predicted),
+        line_of("measured", MEASURED_LOOK, steps, measured),
+    ]
+    empty = "no data: no predicted or measured change of entropy"
+    panels = [
+        *course_panels(evolution),
+        Panel(DELTA_H_LABEL, changes, zero=True, empty=empty),
+        kernel_panels(evolution)[0],
+    ]
+    figure = style.new_figure(8.6, 6.4)
+    grid = figure.subplots(2, 2, sharex=True).ravel()
+    for axes, panel in zip(grid, panels, strict=True):
+        draw_panel(axes, panel, dodge=dodge_of(np.array(steps), 2) if panel.zero else 0.0)
+    from_zero(grid[0], panels[0])
+    log_where_wide(grid[3], panels[3].shown)
+    _step_axes(grid[2:], steps)
+    shared = _shared([pair for row in rows if (pair := row.predicted_and_measured) is not None])
+    caption = f"{counted(len(rows), 'analysed checkpoint')}. {shared} {bars_described(panels)}"
+    return style.finish(figure, _OVERVIEW_TITLE, caption)
+
+
+def _shared(pairs: Sequence[tuple[float, float]]) -> str:
+    """How predicted and measured changes go together over the checkpoints that have both."""
+    if len(pairs) < 2:
+        return (
+            "At the one step with both: see the bars."
+            if pairs
+            else "No step has both a predicted and a measured change."
+        )
+    words = correlation_words(correlation(*np.array(pairs).T), len(pairs))
+    return f"Over the {len(pairs)} steps with both, predicted and measured: {words}."
+
+
+@style.in_house_style
+def plot_entropy_changes(evolution: Evolution) -> Figure:
     """`change_panels` as a picture."""
-    if not (lookup(evolution, "checkpoints") or []):
-        return style.no_data_figure(_CHANGES_TITLE, "no checkpoint was analysed.")
     figure = style.new_figure(9.2, 4.6)
     left, right = figure.subplots(1, 2)
     for axes, panel in zip((left, right), change_panels(evolution), strict=True):
@@ -113,30 +162,25 @@ def plot_entropy_changes(evolution: Mapping[str, Any]) -> Figure:
         low, high = left.get_ylim()
         left.set_ylim(low - 0.55 * (high - low), high)  # room for five lines of legend
         left.legend(loc="lower left", ncols=1)
-    _step_axes((left, right), evolution)
+    _step_axes((left, right), _steps(evolution))
     return style.finish(figure, _CHANGES_TITLE, _changes_caption(evolution))
 
 
-def _step_axes(grid: Sequence[Any], evolution: Mapping[str, Any]) -> None:
-    steps = [row["step"] for row in evolution["checkpoints"]]
+def _step_axes(grid: Sequence[Any], steps: Sequence[int]) -> None:
     for axes in grid:
         style.step_axis(axes, min(steps), max(steps))
         axes.set_xlabel("training step")
 
 
-def _changes_caption(evolution: Mapping[str, Any]) -> str:
-    whole, rows = evolution["whole"], evolution["checkpoints"]
-    parts = [
-        f"{_PARTS[name][0]} {shown(value)}"
-        for name, value in whole["parts"].items()
-        if as_number(lookup(value, "value")) is not None
-    ]
+def _changes_caption(evolution: Evolution) -> str:
+    whole = evolution.whole
+    sums = {part: getattr(whole.parts, part) for part in _PARTS}
+    parts = [f"{_PARTS[part][0]} {number.shown()}" for part, number in sums.items() if number.value is not None]
     text = "Left: to first order, on the evaluation buffer; measured by reweighting its completions. "
-    if len(rows) > 1:
+    if len(evolution.checkpoints) > 1:
         text += (
-            f"Right: from step {whole['from']} to {whole['to']} entropy changed by "
-            f"{shown(whole['observed'])}, "
-            f"the predicted steps add up to {shown(whole['expected'])} nats per token"
+            f"Right: from step {whole.from_step} to {whole.to_step} entropy changed by {whole.observed.shown()}, the "
+            f"predicted steps add up to {whole.expected.shown()} nats per token"
         )
         text += f" ({', '.join(parts)}). " if parts else ". "
     return text + (
@@ -146,10 +190,8 @@ def _changes_caption(evolution: Mapping[str, Any]) -> str:
 
 
 @style.in_house_style
-def plot_kernel_evolution(evolution: Mapping[str, Any]) -> Figure:
+def plot_kernel_evolution(evolution: Evolution) -> Figure:
     """`kernel_panels` as a picture."""
-    if not (lookup(evolution, "checkpoints") or []):
-        return style.no_data_figure(_KERNEL_TITLE, "no checkpoint was analysed.")
     panels = kernel_panels(evolution)
     figure = style.new_figure(9.2, 6.2)
     grid = figure.subplots(2, 2, sharex=True).ravel()
@@ -157,9 +199,9 @@ def plot_kernel_evolution(evolution: Mapping[str, Any]) -> Figure:
         if draw_panel(axes, panel):
             axes.margins(y=0.3)
     log_where_wide(grid[0], panels[0].shown)
-    _step_axes(grid[2:], evolution)
+    _step_axes(grid[2:], _steps(evolution))
     caption = (
-        f"{evolution['comparable']['sentence']} Alignment 0: the kernels couple evaluation prompts no more alike than chance; 1: "
+        f"{comparable_sentence(evolution)} Alignment 0: the kernels couple evaluation prompts no more alike than chance; 1: "
         "in the same way. Share within prompts above the dotted line: gradients of one prompt are alike, or opposed, more than "
         "others. P is each checkpoint's own. Bars: 95% intervals over prompts."
     )

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.report.figures.bars import BARS, bars_of_columns, values_and_bars
-from entropy_experiments.statistics.confidence import shown
-from entropy_experiments.text.numbers import series
+from entropy_experiments.records.history_rows import HistoryRow, values_of
+from entropy_experiments.report.figures.bars import BARS, values_and_bars
+from entropy_experiments.statistics.confidence import Known, shown
+from entropy_experiments.text.numbers import with_interval
+from rl_training.intervals import t_quantile
 
 DELTA_H_LABEL = "change of entropy Δh\n(nats per token)"
 
@@ -72,37 +74,50 @@ class Panel:
         return [line for line in self.lines if line.known]
 
 
-def line_of(
-    name: str, look: Look, x: Any, entries: Sequence[Any], *, plus: bool = True, freedom: float | None = None
-) -> Line:
-    """A line of entries as `statistics.confidence.known` takes them.
-
-    Args:
-        plus: whether positive numbers carry a sign in words.
-        freedom: degrees of freedom of entries that do not say.
-    """
-    values, bars = values_and_bars(entries, freedom)
-    texts = [shown(entry, plus, freedom) for entry in entries]
+def line_of(name: str, look: Look, x: Any, numbers: Sequence[Known | None], *, plus: bool = True) -> Line:
+    """A line of (n,) numbers over (n,) places x; plus: whether positive numbers carry a sign in words."""
+    values, bars = values_and_bars(numbers)
+    texts = [shown(number, plus) for number in numbers]
     return Line(name, look, np.asarray(x, dtype=float), values, _finite(bars), texts)
 
 
-def line_of_columns(
-    name: str, look: Look, rows: Sequence[Any], key: str, errors: tuple[str, str] | None = None, *, plus: bool = True
+def history_line(
+    name: str,
+    look: Look,
+    rows: Sequence[HistoryRow],
+    field: str,
+    errors: tuple[str, str] | None = None,
+    *,
+    plus: bool = True,
 ) -> Line:
-    """A line of column `key` over "step". errors: the columns of its standard error and the degrees of freedom behind it."""
-    values = series(rows, key)
-    bars = None if errors is None else _finite(bars_of_columns(rows, *errors))
-    return Line(name, look, series(rows, "step"), values, bars, None if bars is None else in_words(values, bars, plus))
+    """A line of one field of the log over training steps.
+
+    Args:
+        name: Of the line.
+        look: Of the line.
+        rows: The log.
+        field: What is drawn.
+        errors: Fields of its standard error and of the degrees of freedom behind it; None for a line without intervals.
+        plus: Whether positive numbers carry a sign in words.
+    """
+    steps, values = (values_of(rows, one) for one in ("step", field))
+    if errors is None:
+        return Line(name, look, steps, values)
+    reach = np.array(
+        [
+            t_quantile(freedom) * error if error >= 0 and np.isfinite(freedom) else np.nan
+            for error, freedom in zip(*(values_of(rows, one) for one in errors), strict=True)
+        ]
+    )
+    bars = _finite(np.stack([reach, reach]))
+    return Line(name, look, steps, values, bars, None if bars is None else in_words(values, bars, plus))
 
 
 def in_words(values: np.ndarray, bars: np.ndarray | None, plus: bool = True) -> list[str]:
     """(n,) numbers as text, with the interval that (2, n) `bars` reach to where it is known."""
-    if bars is None:
-        return [shown({"value": value}, plus) for value in values.tolist()]
-    ends = np.stack([values - bars[0], values + bars[1]], axis=1).tolist()
+    ends = np.full((len(values), 2), np.nan) if bars is None else np.stack([values - bars[0], values + bars[1]], axis=1)
     return [
-        shown({"value": value, "low": low, "high": high}, plus)
-        for value, (low, high) in zip(values.tolist(), ends, strict=True)
+        with_interval(value, low, high, plus) for value, (low, high) in zip(values.tolist(), ends.tolist(), strict=True)
     ]
 
 

@@ -5,11 +5,10 @@
     plot_entropy_split        batch, momentum, weight decay: which part of the update moved entropy
     plot_attribution          which training sequences moved it
     plot_kernel_heatmap       which evaluation sequences a training sequence moves
-    plot_fisher_evolution     all of this over the checkpoints of a run
 
-of a sweep, from what `analyses.evolution.describe_evolution` returns (``evolution.json``, a run each):
+of a sweep, from a run of ``evolution.json``:
 
-    plot_entropy_changes  plot_entropy_law (its "law")  plot_kernel_evolution  plot_cluster_flow
+    plot_fisher_evolution  plot_entropy_changes  plot_entropy_law (its "law")  plot_kernel_evolution  plot_cluster_flow
     plot_checkpoint_kernels (of the kernels themselves)
 
 and of the questions, each from the record that its analysis returns (``summary.json``, "analyses"):
@@ -36,9 +35,13 @@ from entropy_experiments.report.figures.comparison import (
     plot_compared_histories,
 )
 from entropy_experiments.report.figures.entropy_law import plot_entropy_law
-from entropy_experiments.report.figures.evolution import plot_entropy_changes, plot_kernel_evolution
+from entropy_experiments.report.figures.evolution import (
+    plot_entropy_changes,
+    plot_fisher_evolution,
+    plot_kernel_evolution,
+)
 from entropy_experiments.report.figures.higher_order import plot_higher_order
-from entropy_experiments.report.figures.history import plot_fisher_evolution, plot_training_history
+from entropy_experiments.report.figures.history import plot_training_history
 from entropy_experiments.report.figures.intervention import plot_intervention
 from entropy_experiments.report.figures.kernel import plot_kernel_heatmap
 from entropy_experiments.report.figures.step import plot_entropy_split, plot_predicted_vs_actual

@@ -235,7 +235,7 @@ def plot_entropy_split(predicted: StepParts | None, actual: Estimate | None = No
     axes.set_xlim(-0.6, len(bars) - 0.4)
     axes.margins(y=0.18)
     axes.set_ylabel(DELTA_H_LABEL)
-    total, measured = (shown(None) if bar.number is None else bar.number.text() for bar in bars[3:])
+    total, measured = (shown(bar.number) for bar in bars[3:])
     caption = (
         "The optimizer's step is exactly the sum of three parts, so the three predicted changes on the left add up to "
         f"the total. Below zero: entropy falls. Bars and brackets: {BARS}. "

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.evolution import CheckpointRow
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.kernel import color_limit
 from entropy_experiments.report.interactive.page import numbers, plot_text
@@ -25,10 +26,10 @@ MOST_CELLS = 1_200_000
 _TEXT = 60
 
 
-def checkpoint_slider(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def checkpoint_slider(folders: Sequence[ResultsFolder], rows: Sequence[CheckpointRow]) -> dict[str, Any] | None:
     """Plotly's data and layout of every step, as interactive/page.py wants them; None where no checkpoint has a kernel.
 
-    folders, rows: finished analyses by step, and each one's `checkpoint_row`.
+    folders, rows: finished analyses by step, and each one's row of evolution.json.
     """
     with_kernel = [(f, row) for f, row in zip(folders, rows, strict=True) if "fisher" in f.kernels]
     if not with_kernel:
@@ -66,7 +67,7 @@ def _few_enough(pairs: list[Any]) -> list[Any]:
     return [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, most).round().astype(int))]
 
 
-def _step(results: ResultsFolder, row: Mapping[str, Any]) -> dict[str, Any]:
+def _step(results: ResultsFolder, row: CheckpointRow) -> dict[str, Any]:
     kernel = results.kernels["fisher"]
     down, across = (_order(side) for side in (results.evaluation, results.training))
     limit = color_limit(kernel)
@@ -99,11 +100,11 @@ def _step(results: ResultsFolder, row: Mapping[str, Any]) -> dict[str, Any]:
         "hovertemplate": "%{x}<br>share %{y:.3g} ×10⁻³ nats per token<extra></extra>",
     }
     facts = (
-        f"entropy {shown(row['entropy'], plus=False)}, predicted Δh {shown(row['predicted']['total'])}, "
-        f"measured {shown(row['actual'])} nats per token"
+        f"entropy {row.entropy.shown(plus=False)}, predicted Δh {shown(row.change)}, "
+        f"measured {shown(row.measured)} nats per token"
     )
-    title = {"text": f"Step {row['step']}: {facts}<br>colours end at ±{plain(limit)}", "font": {"size": 13}, "x": 0}
-    return {"label": f"step {row['step']}", "data": [heat, bars], "layout": {"title": title}}
+    title = {"text": f"Step {row.step}: {facts}<br>colours end at ±{plain(limit)}", "font": {"size": 13}, "x": 0}
+    return {"label": f"step {row.step}", "data": [heat, bars], "layout": {"title": title}}
 
 
 def _order(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

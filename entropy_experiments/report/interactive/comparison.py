@@ -5,25 +5,19 @@ Every side keeps its colour and symbol; a click on its name in the legend hides 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from entropy_experiments.report.figures.comparison import (
-    Entries,
-    change_panels,
-    compared_checkpoint_panels,
-    course_panels,
-)
+from entropy_experiments.records.history_rows import HistoryRow
+from entropy_experiments.report.figures.comparison import ComparedChanges, ComparedCheckpoints, course_panels
 from entropy_experiments.report.interactive.drawing import Plot, breaks, stacked, suffix, traces_of
 
 _GAP = 0.07
 
 
-def compared_changes(
-    names: Sequence[str], values: Sequence[Entries], differences: Sequence[Entries], labels: Sequence[str]
-) -> Plot | None:
-    """Plotly's data and layout of `change_panels`, with its arguments; None where nothing is known."""
-    panels = change_panels(names, values, differences, labels)
+def compared_changes(compared: ComparedChanges) -> Plot | None:
+    """Plotly's data and layout of its panels; None where nothing is known."""
+    names, panels = compared.names, compared.panels()
     if not panels[0].shown:
         return None
     data = [
@@ -55,20 +49,15 @@ def compared_changes(
     return {"data": _grouped(data), "layout": layout, "narrow": narrow}
 
 
-def compared_histories(histories: Sequence[Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> Plot | None:
+def compared_histories(histories: Sequence[Sequence[HistoryRow]], labels: Sequence[str]) -> Plot | None:
     """Plotly's data and layout of `course_panels`, with its arguments; None where no side has a history."""
     plot = stacked(course_panels(histories, labels))
     return None if plot is None else plot | {"data": _grouped(plot["data"])}
 
 
-def compared_checkpoints(
-    steps: Sequence[Sequence[float]],
-    panels: Mapping[str, Sequence[Entries]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[Entries]]],
-    labels: Sequence[str],
-) -> Plot | None:
-    """Plotly's data and layout of `compared_checkpoint_panels`, with its arguments; None where nothing is known."""
-    rows = compared_checkpoint_panels(steps, panels, differences, labels)
+def compared_checkpoints(compared: ComparedCheckpoints) -> Plot | None:
+    """Plotly's data and layout of its panels; None where nothing is known."""
+    rows = compared.panels()
     if not any(each.shown for each, _ in rows):
         return None
     data: list[dict[str, Any]] = []

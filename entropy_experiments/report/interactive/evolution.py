@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from entropy_experiments.records.evolution import Evolution
+from entropy_experiments.records.law_results import LawResult
 from entropy_experiments.report.figures.entropy_law import H_LABEL, R_LABEL, Curve, law_points
 from entropy_experiments.report.figures.evolution import change_panels, course_panels, kernel_panels
 from entropy_experiments.report.interactive.drawing import Plot, colour_of, stacked
 from entropy_experiments.report.interactive.page import numbers
 
 
-def evolution_plot(evolution: Mapping[str, Any]) -> Plot | None:
-    """Entropy, reward, the next step's change, and what adds up since the first checkpoint; None without checkpoints."""
-    if not evolution["checkpoints"]:
-        return None
+def evolution_plot(evolution: Evolution) -> Plot | None:
+    """Entropy, reward, the next step's change, and what adds up since the first checkpoint; None without numbers."""
     step, path = change_panels(evolution)
     unit = "Δh\n(nats per token)"
     named = [replace(step, label=f"next step's\n{unit}"), replace(path, label=f"{path.heading}:\n{unit}")]
     return stacked([*course_panels(evolution), *named])
 
 
-def kernel_plot(evolution: Mapping[str, Any]) -> Plot | None:
+def kernel_plot(evolution: Evolution) -> Plot | None:
     """Norm, ranks, share within prompts, and alignment with the checkpoint before; None without any."""
     return stacked(kernel_panels(evolution))
 
 
-def law_plot(law: Mapping[str, Any]) -> Plot | None:
+def law_plot(law: LawResult) -> Plot | None:
     """Reward over entropy: all steps with the fitted curve, the first third's curve and band; None without a fit."""
     points = law_points(law)
     if points is None or points.fit is None:

@@ -83,7 +83,7 @@ def entropy_split(predicted: StepParts | None, actual: Estimate | None) -> Plot 
             "opacity": [bar.opacity for bar in bars],
             "pattern": {"shape": ["/" if bar.hatched else "" for bar in bars]},
         },
-        "customdata": [shown(None) if bar.number is None else bar.number.text() for bar in bars],
+        "customdata": [shown(bar.number) for bar in bars],
         "hovertemplate": "%{x}<br>%{customdata} nats per token<extra></extra>",
     }
     layout = {"height": 400, "yaxis": {"title": {"text": _UNIT}, "zeroline": True}, "xaxis": {"showgrid": False}}

@@ -67,7 +67,7 @@ def weighting_schemes(result: WeightingResult) -> Plot | None:
 def _trace(name: str, labels: Sequence[str], known: Sequence[Known | None], below: float) -> dict[str, Any]:
     nan = (np.nan, np.nan)
     ends = [nan if number is None or number.low is None else reaches(number) for number in known]
-    texts = [shown(None) if number is None else number.text() for number in known]
+    texts = [shown(number) for number in known]
     return {
         "type": "scatter",
         "mode": "markers",

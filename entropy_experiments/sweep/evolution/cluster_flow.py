@@ -15,33 +15,35 @@ Numbers of clusters are each checkpoint's own. docs/analyses/evolution.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.evolution import ClusterFlow
 
-def cluster_flow(
-    left: Sequence[int | None],
-    left_prompts: np.ndarray,
-    right: Sequence[int | None],
-    right_prompts: np.ndarray,
-) -> dict[str, Any]:
-    """{"prompts": |Q|, "from", "to": cluster numbers, "flow": (len(from), len(to)) adding up to 1, or None, "reason"}.
+Clusters = Sequence[int | None]
+"""(n,) cluster of each training sequence, None without one."""
 
-    left, right: (n,) cluster of each training sequence, None without one; *_prompts: (n,) their prompts.
+
+def cluster_flow(left: Clusters, left_prompts: np.ndarray, right: Clusters, right_prompts: np.ndarray) -> ClusterFlow:
+    """The flow from the clusters of one checkpoint to those of the next.
+
+    Args:
+        left: Clusters at the earlier checkpoint.
+        left_prompts: (n,) prompts of its training sequences.
+        right: Clusters at the later one.
+        right_prompts: (n',) prompts of its training sequences.
     """
-    names = [sorted({c for c in side if c is not None}) for side in (left, right)]
-    shares = [_shares(side, prompts, own) for side, prompts, own in
-              ((left, left_prompts, names[0]), (right, right_prompts, names[1]))]  # fmt: skip
+    names = [sorted({c for c in clusters if c is not None}) for clusters in (left, right)]
+    shares = [_shares(left, left_prompts, names[0]), _shares(right, right_prompts, names[1])]
     common = sorted(shares[0].keys() & shares[1].keys())
-    result = {"prompts": len(common), "from": names[0], "to": names[1], "flow": None}
-    if not common:
-        return result | {"reason": "the two training buffers share no prompt"}
-    flow = np.mean([np.outer(shares[0][p], shares[1][p]) for p in common], axis=0)
-    return result | {"flow": flow.tolist(), "reason": None}
+    flow, reason = None, "the two training buffers share no prompt"
+    if common:
+        flow = np.mean([np.outer(shares[0][p], shares[1][p]) for p in common], axis=0).tolist()
+        reason = None
+    return ClusterFlow(prompts=len(common), earlier=names[0], later=names[1], flow=flow, reason=reason)
 
 
-def _shares(clusters: Sequence[int | None], prompts: np.ndarray, names: list[int]) -> dict[int, np.ndarray]:
+def _shares(clusters: Clusters, prompts: np.ndarray, names: list[int]) -> dict[int, np.ndarray]:
     counts: dict[int, np.ndarray] = {}
     for cluster, prompt in zip(clusters, np.asarray(prompts).tolist(), strict=True):
         if cluster is not None:
@@ -50,7 +52,7 @@ def _shares(clusters: Sequence[int | None], prompts: np.ndarray, names: list[int
 
 
 def cluster_likeness(
-    left: np.ndarray, left_clusters: Sequence[int | None], right: np.ndarray, right_clusters: Sequence[int | None]
+    left: np.ndarray, left_clusters: Clusters, right: np.ndarray, right_clusters: Clusters
 ) -> list[list[float | None]]:
     """(clusters, clusters') correlations of the clusters' mean columns; None where a mean column is constant.
 

@@ -13,18 +13,21 @@ docs/analyses/evolution.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known, shown
+from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.law_results import FittedLaw, Forecast, HeldOut, LawCurve, LawPoints, LawResult
+from entropy_experiments.records.record import NotKnown
 from entropy_experiments.statistics.series_regression import LEVEL, SeriesFit, Told, fit_series
-from entropy_experiments.text.numbers import counted, plain
+from entropy_experiments.text.numbers import counted
+
+T = TypeVar("T")
 
 _FEWEST = 4
 _GRID = 60
-_ALIKE = 0.3
 
 
 def _design(entropy: np.ndarray) -> np.ndarray:
@@ -46,114 +49,89 @@ def fit_law(entropy: np.ndarray, reward: np.ndarray) -> SeriesFit | str:
 
 
 def law_over_training(
-    steps: Sequence[float], entropy: Sequence[float], reward: Sequence[float], *, fraction: float = 1 / 3
-) -> dict[str, Any]:
+    steps: Sequence[float] | np.ndarray,
+    entropy: Sequence[float] | np.ndarray,
+    reward: Sequence[float] | np.ndarray,
+    *,
+    fraction: float = 1 / 3,
+) -> LawResult:
     """Fit the law to all steps, and hold the forecast of the first `fraction` of them against the rest.
 
-    steps, entropy (nats per token), reward: (n,) each, finite, in the order of training.
+    Args:
+        steps: (n,) training steps.
+        entropy: (n,) nats per token, finite.
+        reward: (n,) mean rewards, finite.
+        fraction: Part of the steps that the forecast is fitted to; at least four of them.
 
-    Returns "level", "band" (how the bands were made), "points" {"step", "entropy", "reward"}, "sentence" and
-        fit        {"n", "a", "b", "at_zero_entropy" (each {"value", "standard_error", "low", "high"}),
-                   "residual_deviation", "r_squared", "autocorrelation" (of neighbouring steps' noise, its mean),
-                   "curve" {"entropy", "reward", "low", "high"}, "reason"}
-        forecast   the same of the first part, with "held_out" {"n", "predicted", "low", "high" (bands of single points),
-                   "inside" (share of points), "mean_error_inside",
-                   "mean_error" {"value" (came - forecast), "standard_error", "low", "high"},
-                   "root_mean_square_error", "constant_root_mean_square_error" (of the first part's mean reward)}
-    Nothing is NaN; where there is no fit its numbers are absent and "reason" says why.
+    Returns:
+        Fit and forecast, each a reason where there is none.
     """
     order = np.argsort(np.asarray(steps, np.float64), kind="stable")
     columns = [np.asarray(column, np.float64)[order] for column in (steps, entropy, reward)]
     _, h, r = columns
-    first = max(_FEWEST, int(np.ceil(fraction * len(h))))
-    result: dict[str, Any] = {
-        "level": LEVEL,
-        "band": "pointwise, allowing for noise that goes on from step to step",
-        "points": dict(zip(("step", "entropy", "reward"), (c.tolist() for c in columns), strict=True)),
-        "fit": _described(fit_law(h, r), h, r, h),
-    }
+    return LawResult(
+        level=LEVEL,
+        band="pointwise, allowing for noise that goes on from step to step",
+        points=LawPoints(**dict(zip(LawPoints.model_fields, (c.tolist() for c in columns), strict=True))),
+        fit=_or_reason(fit_law(h, r), lambda fit: FittedLaw(**_described(fit, h, r, h))),
+        forecast=_forecast(h, r, max(_FEWEST, int(np.ceil(fraction * len(h))))),
+    )
+
+
+def _forecast(h: np.ndarray, r: np.ndarray, first: int) -> Forecast | NotKnown:
+    """Fitted to the first so many of (n,) entropies and rewards, held against the others."""
     if len(h) - first < 2:
-        result["forecast"] = {
-            "reason": f"{counted(len(h), 'step')} leave nothing to hold the first third's forecast against"
-        }
-        return result | {"sentence": _sentence(result)}
-    early = fit_law(h[:first], r[:first])
-    forecast = _described(early, h[:first], r[:first], h)
-    if isinstance(early, SeriesFit):
-        forecast["held_out"] = _held_out(early, h[first:], r[first:], float(r[:first].mean()))
-    return result | {"forecast": forecast, "sentence": _sentence(result | {"forecast": forecast})}
+        return NotKnown(reason=f"{counted(len(h), 'step')} leave nothing to hold the first third's forecast against")
+    return _or_reason(
+        fit_law(h[:first], r[:first]),
+        lambda early: Forecast(
+            **_described(early, h[:first], r[:first], h),
+            held_out=_held_out(early, h[first:], r[first:], float(r[:first].mean())),
+        ),
+    )
 
 
-def _described(fit: SeriesFit | str, entropy: np.ndarray, reward: np.ndarray, span: np.ndarray) -> dict[str, Any]:
-    if isinstance(fit, str):
-        return {"reason": fit}
+def _or_reason(fit: SeriesFit | str, described: Callable[[SeriesFit], T]) -> T | NotKnown:
+    return NotKnown(reason=fit) if isinstance(fit, str) else described(fit)
+
+
+def _described(fit: SeriesFit, entropy: np.ndarray, reward: np.ndarray, span: np.ndarray) -> dict[str, Any]:
+    """The fields of `FittedLaw`; the curve reaches over `span`."""
     residuals = reward - fit.curve(_design(entropy)).value
-    total = float(np.square(reward - reward.mean()).sum())
+    squares, total = float(residuals @ residuals), float(np.square(reward - reward.mean()).sum())
     grid = np.linspace(min(0.0, float(span.min())), float(span.max()), _GRID)
     curve, constants = fit.curve(_design(grid)), fit.curve(np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]))
     return {
         "n": fit.n,
         **{name: _number(constants, k) for k, name in enumerate(("a", "b", "at_zero_entropy"))},
-        "residual_deviation": float(np.sqrt(residuals @ residuals / (fit.n - 2))),
-        "r_squared": 1 - float(residuals @ residuals) / total if total > 0 else None,
+        "residual_deviation": float(np.sqrt(squares / (fit.n - 2))),
+        "r_squared": 1 - squares / total if total > 0 else None,
         "autocorrelation": fit.correlation,
-        "curve": {
-            "entropy": grid.tolist(),
-            "reward": curve.value.tolist(),
-            "low": curve.low.tolist(),
-            "high": curve.high.tolist(),
-        },
-        "reason": None,
+        "curve": LawCurve(
+            entropy=grid.tolist(), reward=curve.value.tolist(), low=curve.low.tolist(), high=curve.high.tolist()
+        ),
     }
 
 
-def _number(told: Told, place: int = 0) -> dict[str, float]:
+def _number(told: Told, place: int = 0) -> Estimate:
     names = ("value", "standard_error", "low", "high")
-    return {name: float(getattr(told, name)[place]) for name in names}
+    return Estimate(**{name: float(getattr(told, name)[place]) for name in names})
 
 
-def _held_out(fit: SeriesFit, entropy: np.ndarray, reward: np.ndarray, constant: float) -> dict[str, Any]:
+def _held_out(fit: SeriesFit, entropy: np.ndarray, reward: np.ndarray, constant: float) -> HeldOut:
+    """The later steps' (m,) entropies and rewards against their forecast; constant: the first part's mean reward."""
     rows = _design(entropy)
     single, mean = fit.coming(rows), fit.mean_coming(rows)
     misses, came = reward - single.value, float(reward.mean())
     off = Told(came - mean.value, mean.standard_error, came - mean.high, came - mean.low)
-    return {
-        "n": len(reward),
-        "predicted": single.value.tolist(),
-        "low": single.low.tolist(),
-        "high": single.high.tolist(),
-        "inside": float(((single.low <= reward) & (reward <= single.high)).mean()),
-        "mean_error": _number(off),
-        "mean_error_inside": bool(off.low[0] <= 0 <= off.high[0]),
-        "root_mean_square_error": float(np.sqrt(np.square(misses).mean())),
-        "constant_root_mean_square_error": float(np.sqrt(np.square(reward - constant).mean())),
-    }
-
-
-def _sentence(result: dict[str, Any]) -> str:
-    fit, forecast = result["fit"], result["forecast"]
-    if fit["reason"] is not None:
-        return f"The law R = −a·e^H + b was not fitted: {fit['reason']}."
-    a, b, zero = (shown(fit[key], plus=False) for key in ("a", "b", "at_zero_entropy"))
-    steps = counted(fit["n"], "step")
-    text = (
-        f"Over {steps} R = −a·e^H + b fits with a = {a}, b = {b} (R² {plain(fit['r_squared'], 2)}), "
-        f"so that spending all entropy would end at a reward of {zero}"
-    )
-    slope = known(fit["a"])
-    if slope is None or slope.holds_zero is not False:
-        text = f"Over {steps} R = −a·e^H + b has a = {a}, which {NOT_FROM_ZERO}: no trade of entropy for reward is seen"
-    if fit["autocorrelation"] > _ALIKE:
-        alike = plain(fit["autocorrelation"], 2)
-        text += f"; noise goes on from step to step (correlation {alike}), which the intervals allow for"
-    held = forecast.get("held_out")
-    if held is None:
-        return f"{text}. No forecast: {forecast['reason']}."
-    better = held["root_mean_square_error"] < held["constant_root_mean_square_error"]
-    verdict = "inside" if held["mean_error_inside"] else "OUTSIDE"
-    return (
-        f"{text}. Its forecast from the first {forecast['n']} steps: {held['inside']:.0%} of the {held['n']} later steps lie in "
-        f"the {result['level']:.0%} band, and their mean reward came {shown(held['mean_error'])} from it, "
-        f"{verdict} the band of the mean; by root mean square it is {plain(held['root_mean_square_error'], 2)} off, "
-        f"{'better' if better else 'no better'} than expecting no change ({plain(held['constant_root_mean_square_error'], 2)})."
+    return HeldOut(
+        n=len(reward),
+        predicted=single.value.tolist(),
+        low=single.low.tolist(),
+        high=single.high.tolist(),
+        inside=float(((single.low <= reward) & (reward <= single.high)).mean()),
+        mean_error=_number(off),
+        mean_error_inside=bool(off.low[0] <= 0 <= off.high[0]),
+        root_mean_square_error=float(np.sqrt(np.square(misses).mean())),
+        constant_root_mean_square_error=float(np.sqrt(np.square(reward - constant).mean())),
     )

@@ -14,23 +14,39 @@ docs/analyses/evolution.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.evolution import (
+    CheckpointChange,
+    ClusterFlow,
+    Comparable,
+    EntropyPath,
+    Evolution,
+    KernelAlignment,
+    KernelCosine,
+    Laws,
+    LosingPrompts,
+    NextSteps,
+    PromptSum,
+    WholeRun,
+)
+from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.summary import Parts
 from entropy_experiments.records.training_course import unfiltered_points
-from entropy_experiments.statistics.confidence import BRACKETS, NOT_FROM_ZERO, shown
 from entropy_experiments.statistics.correlation import correlation
-from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
+from entropy_experiments.sweep.evolution.cluster_flow import Clusters, cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
-from entropy_experiments.sweep.evolution.evolution_rows import PARTS, checkpoint_row
+from entropy_experiments.sweep.evolution.evolution_rows import checkpoint_row, prompts_of
 from entropy_experiments.sweep.evolution.kernel_alignment import (
     align_kernels,
     block_cosine,
+    not_aligned,
     prompt_gram,
     rows_of_prompts,
 )
@@ -43,189 +59,165 @@ from entropy_experiments.sweep.evolution.left_out_prompts import (
     prompt_sums,
 )
 from entropy_experiments.sweep.evolution.reward_price import price_between
-from entropy_experiments.sweep.evolution.summed_changes import largest_of_sums, sums_with_errors, weighted_sum
-from entropy_experiments.text.numbers import as_number, counted
+from entropy_experiments.sweep.evolution.summed_changes import Points, largest_of_sums, weighted_sum
 
-_COSTLIEST = 5
+_MOST_LOWERING = 5
+_PARTS = tuple(Parts.model_fields)
 
 
 def describe_evolution(
-    checkpoints: Sequence[ResultsFolder],
-    history: Sequence[Mapping[str, Any]],
-    *,
-    permutations: int = 999,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The whole analysis of one run. No value is NaN: what cannot be computed is None, with a "reason" beside it.
+    checkpoints: Sequence[ResultsFolder], history: Sequence[HistoryRow], *, permutations: int = 999, seed: int = 0
+) -> Evolution:
+    """The whole analysis of one run; what cannot be computed is None, with a reason beside it.
 
-    checkpoints: finished analyses of one run. history: its log, one mapping a training step with "step", and any of
-    "entropy" and "reward" (results_writer.training_history).
+    Args:
+        checkpoints: Finished analyses of one run, in any order.
+        history: Its log.
+        permutations: Of the tests of kernel alignment.
+        seed: Of these.
 
-    Returns "unit" and
-        checkpoints   a row each, see `checkpoint_row`, by step
-        comparable    {"prompts" (evaluation prompts in all checkpoints), "same_everywhere", "sentence"}
-        changes       a row for each pair of successive checkpoints: from, to, observed, expected, difference (each {"value",
-                      "standard_error"}), alignment (`align_kernels`), cosine (`block_cosine`), losers {"spearman", "prompts",
-                      "reason"} (do the same prompts lose entropy?), flow (`cluster_flow`), likeness, price (`price_between`)
-        path          {"step", "observed", "expected"} since the first checkpoint
-        whole         observed, expected, difference, parts {batch, momentum, weight_decay}, prediction (see `_prediction`),
-                      price, costliest_prompts
-        law           {"training", "evaluation"}: `law_over_training` of the run's log, and of the evaluation buffers
-        history       the log as given, sentence
-
-    Raises ValueError without checkpoints, or for two of one step.
+    Raises:
+        ValueError: There is no checkpoint, or two are of one step.
     """
     folders = sorted(checkpoints, key=lambda results: results.summary.checkpoint.step)
     rows = [checkpoint_row(results) for results in folders]
-    steps = [row["step"] for row in rows]
+    steps = [row.step for row in rows]
     if not rows or len(set(steps)) < len(steps):
         raise ValueError("an evolution needs at least one checkpoint, and each step once")
     buffers = [results.evaluation for results in folders]
     prompts = common_prompts(buffers)
     sums = prompt_sums(buffers, prompts)
-    changes = [
-        _change(folders, rows, sums, prompts, k, permutations=permutations, seed=seed) for k in range(len(rows) - 1)
-    ]
-    result: dict[str, Any] = {
-        "unit": "nats per token",
-        "checkpoints": rows,
-        "comparable": _comparable(buffers, prompts),
-        "changes": changes,
-        "path": _path(sums, steps),
-        "whole": _whole(folders, rows, sums, steps),
-        "law": {
-            "training": law_over_training(*unfiltered_points(history)),
-            "evaluation": law_over_training(*_points(_flat(rows), "entropy", "reward")),
-        },
-        "history": [dict(entry) for entry in history],
-    }
-    return result | {"sentence": _sentence(result)}
+    pairs = [_Pair(folders[k], folders[k + 1], prompts) for k in range(len(rows) - 1)]
+    rewarded = [(row.step, row.entropy.value, row.reward.value) for row in rows if row.reward is not None]
+    known = [point for point in rewarded if None not in point]
+    return Evolution(
+        unit="nats per token",
+        checkpoints=rows,
+        comparable=Comparable(prompts=len(prompts), of=len({row["prompt_index"] for b in buffers for row in b})),
+        changes=[
+            CheckpointChange(
+                **_comparison(sums, steps, k, k + 1),
+                losers=_losers(sums[k], sums[k + 1]),
+                price=price_between(sums, k, k + 1),
+                alignment=pair.alignment(permutations, seed),
+                cosine=pair.cosine(),
+                flow=pair.flow(),
+                likeness=pair.likeness(),
+            )
+            for k, pair in enumerate(pairs)
+        ],
+        path=EntropyPath(
+            step=steps,
+            observed=[jackknifed(_observed(0, k), sums) for k in range(len(steps))],
+            expected=[jackknifed(_summed(steps, 0, k), sums) for k in range(len(steps))],
+        ),
+        whole=_whole(list(zip(folders, rows, strict=True)), sums, steps),
+        law=Laws(
+            training=law_over_training(*unfiltered_points(history)),
+            evaluation=law_over_training(*zip(*known, strict=True)) if known else law_over_training([], [], []),
+        ),
+        history=history,
+    )
 
 
-def _comparable(buffers: Sequence[Sequence[Mapping[str, Any]]], prompts: list[int]) -> dict[str, Any]:
-    every = {row["prompt_index"] for rows in buffers for row in rows}
-    same = len(every) == len(prompts)
-    text = f"All {counted(len(buffers), 'checkpoint')} have the same {counted(len(prompts), 'evaluation prompt')}"
-    if not same:
-        text = f"{len(prompts)} of {counted(len(every), 'evaluation prompt')} are in every checkpoint; comparisons rest on these"
-    note = "completions and training sequences are drawn anew at each, so that kernels are compared prompt by prompt"
-    return {"prompts": len(prompts), "same_everywhere": same, "sentence": f"{text}; {note}."}
+def _expected(a: int, b: int, gap: int) -> Statistic:
+    rates = predicted_at(a), predicted_at(b)
+    return lambda totals: (
+        gap * rates[0](totals) + (rates[1](totals) - rates[0](totals)) * (gap - 1) / 2 if gap > 1 else rates[0](totals)
+    )
 
 
-def _expected(rows_from: int, rows_to: int, gap: int) -> Statistic:
-    a, b = predicted_at(rows_from), predicted_at(rows_to)
-    return lambda totals: gap * a(totals) + (b(totals) - a(totals)) * (gap - 1) / 2 if gap > 1 else a(totals)
+def _summed(steps: Sequence[int], a: int, b: int) -> Statistic:
+    """expected(a, b), over the checkpoints between."""
+    pieces = [_expected(k, k + 1, steps[k + 1] - steps[k]) for k in range(a, b)]
+    return lambda totals: sum(piece(totals) for piece in pieces)
 
 
 def _observed(a: int, b: int) -> Statistic:
     return lambda totals: entropy_at(b)(totals) - entropy_at(a)(totals)
 
 
-def _path(sums: np.ndarray, steps: list[int]) -> dict[str, Any]:
-    path: dict[str, Any] = {"step": steps, "observed": [], "expected": []}
-    for k in range(len(steps)):
-        path["observed"].append(jackknifed(_observed(0, k), sums))
-        path["expected"].append(jackknifed(_summed(steps[: k + 1]), sums))
-    return path
-
-
-def _summed(steps: list[int]) -> Statistic:
-    pieces = [_expected(k, k + 1, steps[k + 1] - steps[k]) for k in range(len(steps) - 1)]
-    return lambda totals: sum(piece(totals) for piece in pieces)
-
-
-def _comparison(sums: np.ndarray, observed: Statistic, expected: Statistic) -> dict[str, Any]:
+def _comparison(sums: np.ndarray, steps: Sequence[int], a: int, b: int) -> dict[str, Any]:
+    """The fields of `Comparison` between checkpoints a and b."""
+    observed, expected = _observed(a, b), _summed(steps, a, b)
     return {
+        "from_step": steps[a],
+        "to_step": steps[b],
         "observed": jackknifed(observed, sums),
         "expected": jackknifed(expected, sums),
         "difference": jackknifed(lambda totals: observed(totals) - expected(totals), sums),
     }
 
 
-def _change(
-    folders: Sequence[ResultsFolder],
-    rows: Sequence[Mapping[str, Any]],
-    sums: np.ndarray,
-    prompts: list[int],
-    k: int,
-    *,
-    permutations: int,
-    seed: int,
-) -> dict[str, Any]:
-    left, right = folders[k], folders[k + 1]
-    gap = rows[k + 1]["step"] - rows[k]["step"]
-    columns = [np.array([row["prompt_index"] for row in side.training]) for side in (left, right)]
-    found = [finished(side.summary.analyses.sequence_clustering) for side in (left, right)]
-    clusters = [list(result.labels) for result in found if result is not None]
-    change = {"from": rows[k]["step"], "to": rows[k + 1]["step"]}
-    change |= _comparison(sums, _observed(k, k + 1), _expected(k, k + 1, gap))
-    change |= {"losers": _losers(sums[k], sums[k + 1]), "price": price_between(sums, k, k + 1)}
-    if len(clusters) == 2:
-        flow = cluster_flow(clusters[0], columns[0], clusters[1], columns[1])
-    else:
+class _Pair:
+    """Kernels and clusters of two successive checkpoints; prompts: evaluation prompts of both."""
+
+    def __init__(self, left: ResultsFolder, right: ResultsFolder, prompts: list[int]) -> None:
+        folders = (left, right)
+        self._columns = [prompts_of(folder.training) for folder in folders]
+        found = [finished(folder.summary.analyses.sequence_clustering) for folder in folders]
+        self._clusters: list[Clusters] = [result.labels for result in found if result is not None]
+        self._missing = None
+        if not all("fisher" in folder.kernels for folder in folders):
+            self._missing = "a checkpoint has no kernel"
+        if not prompts:
+            self._missing = "the two checkpoints share no evaluation prompt"
+        if self._missing is None:
+            wanted = np.array(prompts)
+            self._kernels = [rows_of_prompts(f.kernels["fisher"], prompts_of(f.evaluation), wanted) for f in folders]
+            self._lengths = [_squared_lengths(folder) for folder in folders]
+
+    def alignment(self, permutations: int, seed: int) -> KernelAlignment:
+        if self._missing is not None:
+            return not_aligned(self._missing)
+        grams = [prompt_gram(kernel, own) for kernel, own in zip(self._kernels, self._lengths, strict=True)]
+        return align_kernels(grams[0], grams[1], permutations=permutations, seed=seed)
+
+    def cosine(self) -> KernelCosine:
+        if self._missing is not None:
+            return KernelCosine(value=None, prompts=0, reason=self._missing)
+        return block_cosine(self._kernels[0], self._columns[0], self._kernels[1], self._columns[1])
+
+    def flow(self) -> ClusterFlow:
+        if len(self._clusters) == 2:
+            return cluster_flow(self._clusters[0], self._columns[0], self._clusters[1], self._columns[1])
         reason = "clusters were not looked for at both checkpoints (analysis.sequence_clustering)"
-        flow = {"prompts": None, "from": [], "to": [], "flow": None, "reason": reason}
-    if "fisher" not in left.kernels or "fisher" not in right.kernels or not prompts:
-        why = "the two checkpoints share no evaluation prompt" if not prompts else "a checkpoint has no kernel"
-        nothing = {"value": None, "prompts": 0, "reason": why}
-        alignment = nothing | {"standard_error": None, "p_value": None}
-        return change | {"alignment": alignment, "cosine": nothing, "flow": flow, "likeness": None}
-    kernels = [_by_prompt(side, prompts) for side in (left, right)]
-    grams = [prompt_gram(kernel, _lengths(side)) for kernel, side in zip(kernels, (left, right), strict=True)]
-    likeness = None
-    if flow["from"]:
-        likeness = cluster_likeness(kernels[0], clusters[0], kernels[1], clusters[1])
-    return change | {
-        "alignment": align_kernels(*grams, permutations=permutations, seed=seed),
-        "cosine": block_cosine(kernels[0], columns[0], kernels[1], columns[1]),
-        "flow": flow,
-        "likeness": likeness,
-    }
+        return ClusterFlow(prompts=None, earlier=(), later=(), flow=None, reason=reason)
+
+    def likeness(self) -> list[list[float | None]] | None:
+        if self._missing is not None or len(self._clusters) < 2 or not any(self._clusters[0]):
+            return None
+        return cluster_likeness(self._kernels[0], self._clusters[0], self._kernels[1], self._clusters[1])
 
 
-def _by_prompt(results: ResultsFolder, prompts: list[int]) -> np.ndarray:
-    rows = np.array([row["prompt_index"] for row in results.evaluation])
-    return rows_of_prompts(results.kernels["fisher"], rows, np.array(prompts))
+def _squared_lengths(results: ResultsFolder) -> np.ndarray | None:
+    """(n_train,) K1(i, i); None where that kernel was not stored."""
+    kernel = results.kernels.get("train_fisher")
+    return None if kernel is None else np.diag(kernel).astype(np.float64)
 
 
-def _lengths(results: ResultsFolder) -> np.ndarray | None:
-    own = results.kernels.get("train_fisher")
-    return None if own is None else np.diag(own).astype(np.float64)
+def _losers(left: np.ndarray, right: np.ndarray) -> LosingPrompts:
+    """Rank correlation of the prompts' parts of the predicted changes; left, right: (len(SUMS), B) sums."""
+    lost, reason, rank = [sums[4] / sums[5] for sums in (left, right)], None, None
+    if len(lost[0]) < 4 or not all(np.isfinite(parts).all() for parts in lost):
+        reason = "fewer than 4 prompts have a part of the predicted change at both checkpoints"
+    elif min(np.ptp(parts) for parts in lost) == 0:
+        reason = "all prompts have the same part"
+    else:
+        rank = float(stats.spearmanr(*lost).statistic)
+    return LosingPrompts(spearman=rank, prompts=len(lost[0]), reason=reason)
 
 
-def _losers(left: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Rank correlation of the prompts' parts of the predicted changes."""
-    lost = [side[4] / side[5] for side in (left, right)]
-    nothing = {"spearman": None, "prompts": len(lost[0])}
-    if len(lost[0]) < 4 or not all(np.isfinite(side).all() for side in lost):
-        return nothing | {"reason": "fewer than 4 prompts have a part of the predicted change at both checkpoints"}
-    if min(np.ptp(side) for side in lost) == 0:
-        return nothing | {"reason": "all prompts have the same part"}
-    return nothing | {"spearman": float(stats.spearmanr(*lost).statistic), "reason": None}
-
-
-def _whole(
-    folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]], sums: np.ndarray, steps: list[int]
-) -> dict[str, Any]:
-    last = len(steps) - 1
-    return {
-        "from": steps[0],
-        "to": steps[last],
-        **_comparison(sums, _observed(0, last), _summed(steps)),
-        "parts": _parts(folders, rows, steps),
-        "largest_part": largest_of_sums(list(zip(folders, rows, strict=True)), PARTS[1:], _weights(steps)),
-        "prediction": _prediction(folders, rows),
-        "price": price_between(sums, 0, last) if last else None,
-        "costliest_prompts": _costliest_prompts(folders),
-    }
-
-
-def _parts(
-    folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]], steps: Sequence[int]
-) -> dict[str, dict[str, float | None]]:
-    """What each part of the steps was predicted to do over the run, added up as `expected` is; of one step, what it does."""
-    points = list(zip(folders, rows, strict=True))
-    return {part: weighted_sum(points, part, _weights(steps)) for part in PARTS[1:]}
+def _whole(points: Points, sums: np.ndarray, steps: list[int]) -> WholeRun:
+    last, weights = len(steps) - 1, _weights(steps)
+    return WholeRun(
+        **_comparison(sums, steps, 0, last),
+        parts=Parts(**{part: weighted_sum(points, part, weights) for part in _PARTS}),
+        largest_part=largest_of_sums(points, _PARTS, weights),
+        prediction=_prediction(points),
+        price=price_between(sums, 0, last) if last else None,
+        most_lowering_prompts=_most_lowering_prompts([folder for folder, _ in points]),
+    )
 
 
 def _weights(steps: Sequence[int]) -> list[float]:
@@ -239,69 +231,34 @@ def _weights(steps: Sequence[int]) -> list[float]:
     return weights.tolist()
 
 
-def _prediction(folders: Sequence[ResultsFolder], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Predicted and measured changes of the step after each checkpoint, over the checkpoints that have both and whose measurement
-    can be trusted; `untrusted` counts the others.
-    """
-    both = [k for k, row in enumerate(rows) if row["predicted"]["total"] and row["actual"]]
-    used = [k for k in both if rows[k]["trustworthy"] is not False]
-    values = np.array([[rows[k]["predicted"]["total"]["value"], rows[k]["actual"]["value"]] for k in used])
-    values = values.reshape(-1, 2)
-    compared = [rows[k]["agreement"] for k in used if rows[k]["agreement"] is not None]
-    found = correlation(*values.T)
-    sums = sums_with_errors([(folders[k], rows[k]) for k in used])
-    return {
-        "steps": len(values),
-        "untrusted": len(both) - len(used),
-        **sums,
-        "compared": len(compared),
-        "agreeing": sum(entry["agrees"] for entry in compared),
-        "correlation": None if found is None else found.value,
-        "correlation_interval": None if found is None else [found.low, found.high],
-        "reason": None if found else "fewer than four checkpoints have both, or they do not differ",
-    }
-
-
-def _costliest_prompts(folders: Sequence[ResultsFolder]) -> list[dict[str, Any]]:
-    """The training prompts whose sequences took most entropy, added up over the analysed steps."""
-    sums: dict[int, dict[str, Any]] = {}
-    for results in folders:
-        for row in results.training:
-            if row.get("delta_h") is not None:
-                entry = {"prompt_index": row["prompt_index"], "prompt": row["prompt"], "share": 0.0, "sequences": 0}
-                entry = sums.setdefault(row["prompt_index"], entry)
-                entry["share"] += row["delta_h"]
-                entry["sequences"] += 1
-    costly = sorted(sums.values(), key=lambda entry: entry["share"])[:_COSTLIEST]
-    return [entry for entry in costly if entry["share"] < 0]
-
-
-def _flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"step": r["step"], **{key: r[key] and r[key]["value"] for key in ("entropy", "reward")}} for r in rows]
-
-
-def _points(entries: Sequence[Mapping[str, Any]], *keys: str) -> list[list[float]]:
-    """Columns step, *keys of the entries that have them all."""
-    rows = [[as_number(entry.get(key)) for key in ("step", *keys)] for entry in entries]
-    known = [[x for x in row if x is not None] for row in rows if None not in row]
-    return [[row[c] for row in known] for c in range(1 + len(keys))]
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    rows, whole = result["checkpoints"], result["whole"]
-    first, last = rows[0], rows[-1]
-    if len(rows) == 1:
-        return f"One checkpoint, step {first['step']}: entropy {shown(first['entropy'], plus=False)} nats per token."
-    text = (
-        f"From step {first['step']} to {last['step']} entropy on {counted(result['comparable']['prompts'], 'fixed prompt')} went "
-        f"from {shown(first['entropy'], plus=False)} to {shown(last['entropy'], plus=False)} nats per token, a change of "
-        f"{shown(whole['observed'])}; the predicted steps add up to {shown(whole['expected'])}"
+def _prediction(points: Points) -> NextSteps:
+    both = [(point, pair) for point in points if (pair := point[1].predicted_and_measured) is not None]
+    used = [point for point, _ in both if point[1].trustworthy is not False]
+    values = np.array([pair for point, pair in both if point[1].trustworthy is not False]).reshape(-1, 2)
+    compared = [row.agreement for _, row in used if row.agreement is not None]
+    found, weights = correlation(*values.T), [1.0] * len(used)
+    return NextSteps(
+        steps=len(used),
+        untrusted=len(both) - len(used),
+        predicted=weighted_sum(used, "total", weights),
+        actual=weighted_sum(used, "actual", weights),
+        compared=len(compared),
+        agreeing=sum(agreement.agrees for agreement in compared),
+        correlation=None if found is None else found.value,
+        correlation_interval=None if found is None else (found.low, found.high),
+        reason=None if found else "fewer than four checkpoints have both, or they do not differ",
     )
-    prediction = whole["prediction"]
-    if prediction["compared"]:
-        text += (
-            f"; at {prediction['agreeing']} of {prediction['compared']} checkpoints the difference of the next step's measured "
-            f"change and its prediction {NOT_FROM_ZERO} (sums {shown(prediction['predicted'])} and "
-            f"{shown(prediction['actual'])})"
-        )
-    return f"{text} ({BRACKETS})."
+
+
+def _most_lowering_prompts(folders: Sequence[ResultsFolder]) -> list[PromptSum]:
+    """The training prompts whose sequences lowered entropy most, added up over the analysed steps."""
+    shares: dict[int, list[float]] = {}
+    texts: dict[int, str] = {}
+    for row in (row for results in folders for row in results.training if row["delta_h"] is not None):
+        shares.setdefault(row["prompt_index"], []).append(row["delta_h"])
+        texts.setdefault(row["prompt_index"], row["prompt"])
+    sums = [
+        PromptSum(prompt_index=prompt, prompt=texts[prompt], share=sum(values), sequences=len(values))
+        for prompt, values in shares.items()
+    ]
+    return [one for one in sorted(sums, key=lambda one: one.share)[:_MOST_LOWERING] if one.share < 0]

@@ -18,12 +18,11 @@ Source: Kornblith et al. 2019; Song et al., JMLR 13 (2012); Nguyen, Raghu & Korn
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_standard_error
+from entropy_experiments.records.evolution import KernelAlignment, KernelCosine
 
 _FEWEST_PROMPTS = 6  # five are left when one is left out, and HSIC1 needs four
 
@@ -59,26 +58,25 @@ def unbiased_hsic(left: np.ndarray, right: np.ndarray) -> float:
 
 def debiased_alignment(left: np.ndarray, right: np.ndarray) -> float | None:
     """A of two symmetric (B, B) matrices, B >= 4; None where one of them has no structure left after debiasing."""
-    own = unbiased_hsic(left, left), unbiased_hsic(right, right)
-    if min(own) <= 0:
+    alone = unbiased_hsic(left, left), unbiased_hsic(right, right)
+    if min(alone) <= 0:
         return None
-    return unbiased_hsic(left, right) / float(np.sqrt(own[0] * own[1]))
+    return unbiased_hsic(left, right) / float(np.sqrt(alone[0] * alone[1]))
 
 
-def align_kernels(left: np.ndarray, right: np.ndarray, *, permutations: int = 999, seed: int = 0) -> dict[str, Any]:
-    """{"value", "standard_error", "p_value", "prompts", "reason"} of two (B, B) grams over the same prompts.
+def not_aligned(reason: str, prompts: int = 0) -> KernelAlignment:
+    """Why there is no alignment."""
+    return KernelAlignment(value=None, standard_error=None, p_value=None, prompts=prompts, reason=reason)
 
-    Nothing is NaN: what cannot be computed is None, with a reason.
-    """
+
+def align_kernels(left: np.ndarray, right: np.ndarray, *, permutations: int = 999, seed: int = 0) -> KernelAlignment:
+    """The alignment of two (B, B) grams over the same prompts, or why there is none."""
     count = len(left)
-    nothing = {"value": None, "standard_error": None, "p_value": None, "prompts": count}
     if count < _FEWEST_PROMPTS:
-        return nothing | {
-            "reason": f"alignment needs {_FEWEST_PROMPTS} evaluation prompts in common, there are {count}"
-        }
+        return not_aligned(f"alignment needs {_FEWEST_PROMPTS} evaluation prompts in common, there are {count}", count)
     value = debiased_alignment(left, right)
     if value is None:
-        return nothing | {"reason": "one of the kernels couples its prompts no more than chance"}
+        return not_aligned("one of the kernels couples its prompts no more than chance", count)
     rng = np.random.default_rng(seed)
     observed, at_least = unbiased_hsic(left, right), 1
     for _ in range(permutations):
@@ -90,25 +88,29 @@ def align_kernels(left: np.ndarray, right: np.ndarray, *, permutations: int = 99
     error = jackknife_standard_error(torch.tensor(known)) if len(known) == count else None
     reason = None if error is not None else "without one of its prompts a kernel has no structure"
     p_value = at_least / (1 + permutations)
-    return {"value": value, "standard_error": error, "p_value": p_value, "prompts": count, "reason": reason}
+    return KernelAlignment(value=value, standard_error=error, p_value=p_value, prompts=count, reason=reason)
 
 
 def block_cosine(
     left: np.ndarray, left_columns: np.ndarray, right: np.ndarray, right_columns: np.ndarray
-) -> dict[str, Any]:
-    """{"value", "prompts", "reason"}: cosine of two kernels as means over (evaluation prompt, training prompt).
+) -> KernelCosine:
+    """The cosine of two kernels as means over (evaluation prompt, training prompt), or why there is none.
 
-    left, right: (B, n) rows of the same evaluation prompts; *_columns: (n,) the training prompt of each column.
+    Args:
+        left: (B, n) rows of the evaluation prompts.
+        left_columns: (n,) the training prompt of each column.
+        right: (B, n') rows of the same evaluation prompts.
+        right_columns: (n',) the training prompt of each column.
     """
     shared = np.intersect1d(left_columns, right_columns)
     if not len(shared):
-        return {"value": None, "prompts": 0, "reason": "the two training buffers share no prompt"}
+        return KernelCosine(value=None, prompts=0, reason="the two training buffers share no prompt")
     blocks = [
         np.stack([kernel[:, columns == prompt].mean(1) for prompt in shared], 1)
         for kernel, columns in ((left, np.asarray(left_columns)), (right, np.asarray(right_columns)))
     ]
     lengths = [float(np.linalg.norm(block)) for block in blocks]
     if min(lengths) == 0:
-        return {"value": None, "prompts": len(shared), "reason": "a kernel is zero on the shared prompts"}
+        return KernelCosine(value=None, prompts=len(shared), reason="a kernel is zero on the shared prompts")
     value = float((blocks[0] * blocks[1]).sum()) / (lengths[0] * lengths[1])
-    return {"value": value, "prompts": len(shared), "reason": None}
+    return KernelCosine(value=value, prompts=len(shared), reason=None)

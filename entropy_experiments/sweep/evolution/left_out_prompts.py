@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.statistics.jackknife_interval import jackknife_interval
+from entropy_experiments.records.estimate_entries import interval_estimate
+from entropy_experiments.records.estimates import Estimate
 
 SUMS = ("entropy", "length", "reward", "scored", "lost", "sequences")
 Statistic = Callable[[np.ndarray], float]
@@ -49,21 +50,13 @@ def prompt_sums(buffers: Sequence[Sequence[Mapping[str, Any]]], prompts: Sequenc
     return out
 
 
-def jackknifed(statistic: Statistic, sums: np.ndarray) -> dict[str, float | None]:
-    """{"value", "standard_error", "low", "high", "degrees_of_freedom"} of f on (K, len(SUMS)) totals, low to high its 95%
-    interval; None where it is not finite, or with a single prompt.
-    """
+def jackknifed(statistic: Statistic, sums: np.ndarray) -> Estimate:
+    """f on (K, len(SUMS)) totals with its 95% interval; null where it is not finite, or with a single prompt."""
     totals = sums.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(totals))
         left_out = [float(statistic(totals - sums[..., p])) for p in range(sums.shape[-1])]
-    found = jackknife_interval(value, np.array(left_out))
-    error = float(found.standard_error)
-    return {
-        "value": value if math.isfinite(value) else None,
-        "standard_error": error if math.isfinite(error) else None,
-        **found.as_dict(),
-    }
+    return interval_estimate(value, np.array(left_out))
 
 
 def entropy_at(k: int) -> Statistic:

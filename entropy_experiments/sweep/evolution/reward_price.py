@@ -9,32 +9,30 @@ R_b - R_a holds 0 the price is None. docs/analyses/evolution.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, known
+from entropy_experiments.records.estimates import NO_ESTIMATE
+from entropy_experiments.records.evolution import RewardPrice
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, reward_at
 
 
-def price_between(sums: np.ndarray, a: int, b: int) -> dict[str, Any]:
-    """{"entropy_change", "reward_change", "price": each {"value", "standard_error", "degrees_of_freedom"}, "reason"}.
-
-    sums: (K, len(SUMS), B).
-    """
+def price_between(sums: np.ndarray, a: int, b: int) -> RewardPrice:
+    """The price between checkpoints a and b of (K, len(SUMS), B) `prompt_sums`, or why there is none."""
     entropy = jackknifed(lambda totals: entropy_at(b)(totals) - entropy_at(a)(totals), sums)
     reward = jackknifed(lambda totals: reward_at(b)(totals) - reward_at(a)(totals), sums)
-    result: dict[str, Any] = {"entropy_change": entropy, "reward_change": reward}
-    nothing = {"value": None, "standard_error": None, "degrees_of_freedom": None}
-    if reward["value"] is None or entropy["value"] is None:
-        return result | {"price": nothing, "reason": "entropy or reward is not known at both checkpoints"}
-    changed = known(reward)
-    if changed is None or changed.holds_zero is not False:
-        reason = f"the change of mean reward, {changed.text()}, {NOT_FROM_ZERO}"
-        return result | {"price": nothing, "reason": reason}
+
+    def no_price(reason: str) -> RewardPrice:
+        return RewardPrice(entropy_change=entropy, reward_change=reward, price=NO_ESTIMATE, reason=reason)
+
+    changed = reward.known()
+    if changed is None or entropy.value is None:
+        return no_price("entropy or reward is not known at both checkpoints")
+    if changed.holds_zero is not False:
+        return no_price(f"the change of mean reward, {changed.text()}, {NOT_FROM_ZERO}")
 
     def price(totals: np.ndarray) -> float:
         change = reward_at(b)(totals) - reward_at(a)(totals)
         return -(entropy_at(b)(totals) - entropy_at(a)(totals)) / change
 
-    return result | {"price": jackknifed(price, sums), "reason": None}
+    return RewardPrice(entropy_change=entropy, reward_change=reward, price=jackknifed(price, sums), reason=None)

@@ -10,76 +10,82 @@ entropy_experiments.records.leave_one_out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from entropy_experiments.records.estimate_entries import finite_number, interval_estimate
+from entropy_experiments.records.estimates import NO_ESTIMATE, Estimate, LargestPartRecord
+from entropy_experiments.records.evolution import CheckpointRow
 from entropy_experiments.records.leave_one_out import read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
-from entropy_experiments.statistics.confidence import freedom_of
-from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom, jackknife_interval
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from entropy_experiments.statistics.largest_part import largest_part
 from rl_training.intervals import interval, welch_freedom
 
+Points = Sequence[tuple[ResultsFolder, CheckpointRow]]
+"""Analyses of one run, each with its row."""
 
-def sums_with_errors(points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]]) -> dict[str, dict[str, float | None]]:
-    """ "predicted" and "actual" -> {"value", "standard_error", "low", "high", "degrees_of_freedom"} of the sums over (folder,
-    `checkpoint_row`) pairs that have both, low to high their 95% interval.
 
-    None where there is no point, or no error.
+def weighted_sum(points: Points, kind: str, weights: Sequence[float]) -> Estimate:
+    """Sum of w_k x_k over checkpoints.
+
+    Args:
+        points: The checkpoints.
+        kind: x: a part of the prediction, or "actual" for the measured change.
+        weights: w, one a checkpoint.
+
+    Returns:
+        The sum with its 95% interval; null where there is no point, or an x or its error is not known.
     """
-    weights = [1.0] * len(points)
-    return {
-        "predicted": weighted_sum(points, "total", weights),
-        "actual": weighted_sum(points, "actual", weights),
-    }
-
-
-def weighted_sum(
-    points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], kind: str, weights: Sequence[float]
-) -> dict[str, float | None]:
-    """Sum of w_k x_k over (folder, `checkpoint_row`) pairs, x a part of the prediction or the "actual" change, as in
-    `sums_with_errors`.
-    """
-    nothing: dict[str, float | None] = dict.fromkeys(("value", "standard_error", "low", "high", "degrees_of_freedom"))
-    entries = [row["actual"] if kind == "actual" else row["predicted"][kind] for _, row in points]
-    if not points or any(entry is None for entry in entries):
-        return nothing
+    numbers = [_number(row, kind) for _, row in points]
+    values = [number.value for number in numbers if number.value is not None]
+    if not points or len(values) < len(points):
+        return NO_ESTIMATE
     series, shared = _series(points, kind)
-    value = float(sum(w * entry["value"] for w, entry in zip(weights, entries, strict=True)))
-    found = nothing | {"value": value}
+    value = float(sum(w * x for w, x in zip(weights, values, strict=True)))
     if shared:
-        total = np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True) if s is not None], axis=0)
-        known = jackknife_interval(value, total)
-        error = float(known.standard_error)
-        found |= {"standard_error": error if math.isfinite(error) else None, **known.as_dict()}
-    elif all(entry["standard_error"] is not None for entry in entries):
-        errors = [abs(w) * entry["standard_error"] for w, entry in zip(weights, entries, strict=True)]
-        found |= _of_independent(errors, [_freedom(*pair) for pair in zip(entries, series, strict=True)], value)
-    return found
+        return interval_estimate(value, _weighted(series, weights))
+    errors = [number.standard_error for number in numbers if number.standard_error is not None]
+    if len(errors) < len(points):
+        return NO_ESTIMATE.model_copy(update={"value": value})
+    # Checkpoints with prompts of their own: in quadrature, on Welch's degrees of freedom.
+    scaled = [abs(w) * error for w, error in zip(weights, errors, strict=True)]
+    freedoms = [_freedom(*pair) for pair in zip(numbers, series, strict=True)]
+    error, freedom = math.hypot(*scaled), welch_freedom(zip(scaled, freedoms, strict=True))
+    low, high = interval(value, error, freedom)
+    return Estimate(value=value, standard_error=error, low=low, high=high, degrees_of_freedom=finite_number(freedom))
 
 
-def largest_of_sums(
-    points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], parts: Sequence[str], weights: Sequence[float]
-) -> dict[str, Any] | None:
-    """Which part's sum is the largest, by the paired difference (statistics.largest_part); None where checkpoints do not share
-    their evaluation prompts, or a part is not known at all of them.
+def largest_of_sums(points: Points, parts: Sequence[str], weights: Sequence[float]) -> LargestPartRecord | None:
+    """Which part's sum is the largest, by the paired difference (statistics.largest_part).
+
+    Returns:
+        None where checkpoints do not share their evaluation prompts, or a part is not known at all of them.
     """
-    found = {}
+    sums = {}
     for part in parts:
-        entries = [row["predicted"][part] for _, row in points]
+        values = [number.value for _, row in points if (number := _number(row, part)).value is not None]
         series, shared = _series(points, part)
-        if not shared or any(entry is None for entry in entries):
+        if not shared or len(values) < len(points):
             return None
-        value = float(sum(w * entry["value"] for w, entry in zip(weights, entries, strict=True)))
-        total = np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True)], axis=0)
-        found[part] = value, total
-    largest = largest_part(found)
-    return None if largest is None else largest.as_dict()
+        sums[part] = float(sum(w * x for w, x in zip(weights, values, strict=True))), _weighted(series, weights)
+    largest = largest_part(sums)
+    return None if largest is None else LargestPartRecord(**largest.as_dict())
 
 
-def _series(points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], kind: str) -> tuple[list[Any], bool]:
+def _number(row: CheckpointRow, kind: str) -> Estimate:
+    if kind == "actual":
+        return row.actual or NO_ESTIMATE
+    return NO_ESTIMATE if row.predicted is None else getattr(row.predicted, kind)
+
+
+def _weighted(series: Sequence[Any], weights: Sequence[float]) -> np.ndarray:
+    return np.sum([w * s.numpy() for w, s in zip(weights, series, strict=True)], axis=0)
+
+
+def _series(points: Points, kind: str) -> tuple[list[Any], bool]:
     """(values with each prompt left out of every checkpoint, None where not known; whether all have them on the same prompts)."""
     tables = [read_leave_one_out(folder.path) for folder, _ in points]
     keys = [_column(row, kind) for _, row in points]
@@ -89,20 +95,14 @@ def _series(points: Sequence[tuple[ResultsFolder, Mapping[str, Any]]], kind: str
     return series, shared
 
 
-def _freedom(entry: Mapping[str, Any], series: Any) -> float:
-    """Of one summand: of its values with each prompt left out, else as its entry says."""
-    return freedom_of(entry) if series is None else float(effective_degrees_of_freedom(series.numpy()))
+def _freedom(number: Estimate, series: Any) -> float:
+    """Of one summand: of its values with each prompt left out, else as the number says."""
+    if series is not None:
+        return float(effective_degrees_of_freedom(series.numpy()))
+    return math.inf if number.degrees_of_freedom is None else number.degrees_of_freedom
 
 
-def _of_independent(errors: Sequence[float], freedoms: Sequence[float], value: float) -> dict[str, float | None]:
-    """Of a sum over checkpoints with prompts of their own: in quadrature, on Welch's degrees of freedom."""
-    error, freedom = math.hypot(*errors), welch_freedom(zip(errors, freedoms, strict=True))
-    low, high = interval(value, error, freedom)
-    known = freedom if math.isfinite(freedom) else None
-    return {"standard_error": error, "low": low, "high": high, "degrees_of_freedom": known}
-
-
-def _column(row: Mapping[str, Any], kind: str) -> str:
+def _column(row: CheckpointRow, kind: str) -> str:
     if kind == "actual":
-        return "actual.fixed_prefix" if row["estimator"] == "fixed_prefix" else "actual.snis"
-    return f"predicted.{row['estimator']}.{kind}"
+        return f"actual.{'fixed_prefix' if row.estimator == 'fixed_prefix' else 'snis'}"
+    return f"predicted.{row.estimator}.{kind}"

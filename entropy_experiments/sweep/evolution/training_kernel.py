@@ -14,17 +14,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
+from entropy_experiments.records.evolution import ReasonedMean
 
 
-def kernel_size(kernel: np.ndarray, eval_prompts: np.ndarray) -> dict[str, Any]:
-    """ "norm" and "effective_rank" of an (n_eval, n_train) kernel, each {"value", "standard_error", "reason"}."""
+@dataclass(frozen=True)
+class TrainingStructure:
+    """Of the training gradients: their effective rank, the share of squared cosines that is of pairs of one prompt, and the
+    share of pairs that are of one prompt.
+    """
+
+    effective_rank: ReasonedMean
+    same_prompt_share: ReasonedMean
+    same_prompt_pairs: float | None
+
+
+def kernel_size(kernel: np.ndarray, eval_prompts: np.ndarray) -> tuple[ReasonedMean, ReasonedMean]:
+    """Norm and effective rank of an (n_eval, n_train) kernel; eval_prompts: (n_eval,)."""
     values = np.asarray(kernel, np.float64)
     gram = values @ values.T
 
@@ -35,14 +47,14 @@ def kernel_size(kernel: np.ndarray, eval_prompts: np.ndarray) -> dict[str, Any]:
         return spectrum(gram[np.ix_(kept, kept)]).effective_rank
 
     prompts = np.asarray(eval_prompts)
-    return {"norm": _without_each(norm, prompts), "effective_rank": _without_each(rank, prompts)}
+    return _without_each(norm, prompts), _without_each(rank, prompts)
 
 
-def training_structure(train_fisher: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Of a symmetric (n_train, n_train) kernel: "effective_rank", "same_prompt_share", each {"value", "standard_error",
-    "reason"}, and "same_prompt_pairs", the share of pairs that are of one prompt.
+def training_structure(train_fisher: np.ndarray, prompts: np.ndarray) -> TrainingStructure:
+    """Of a symmetric (n_train, n_train) kernel; sequences without a gradient are left out.
 
-    Sequences without a gradient are left out. Raises ValueError for a kernel that is not symmetric or not finite.
+    Raises:
+        ValueError: The kernel is not symmetric, or not finite.
     """
     cosine, kept = cosine_kernel(checked_gram(train_fisher))
     prompts = np.asarray(prompts)[kept]
@@ -58,22 +70,19 @@ def training_structure(train_fisher: np.ndarray, prompts: np.ndarray) -> dict[st
         total = float(block[pairs].sum())
         return float(block[pairs & same[np.ix_(members, members)]].sum()) / total if total > 0 else None
 
-    return {
-        "effective_rank": _without_each(rank, prompts),
-        "same_prompt_share": _without_each(share, prompts),
-        "same_prompt_pairs": float(same[apart].mean()) if apart.any() else None,
-    }
+    pairs_of_one = float(same[apart].mean()) if apart.any() else None
+    return TrainingStructure(_without_each(rank, prompts), _without_each(share, prompts), pairs_of_one)
 
 
-def _without_each(statistic: Callable[[np.ndarray], float | None], prompts: np.ndarray) -> dict[str, Any]:
+def _without_each(statistic: Callable[[np.ndarray], float | None], prompts: np.ndarray) -> ReasonedMean:
     everyone = np.arange(len(prompts))
     value = statistic(everyone) if len(everyone) else None
     if value is None:
-        return {"value": None, "standard_error": None, "reason": "no pair of sequences has a gradient"}
+        return ReasonedMean(value=None, standard_error=None, reason="no pair of sequences has a gradient")
     groups = np.unique(prompts)
     left_out = [statistic(everyone[prompts != p]) for p in groups] if len(groups) > 1 else []
     known = [v for v in left_out if v is not None]
     if len(known) < 2 or len(known) < len(groups):
-        return {"value": value, "standard_error": None, "reason": "too few prompts for a standard error"}
+        return ReasonedMean(value=value, standard_error=None, reason="too few prompts for a standard error")
     error = jackknife_standard_error(torch.tensor(known, dtype=torch.float64))
-    return {"value": value, "standard_error": error, "reason": None}
+    return ReasonedMean(value=value, standard_error=error, reason=None)

@@ -14,6 +14,8 @@ from entropy_experiments.compare.differences import compare_sides
 from entropy_experiments.compare.page import write_comparison
 from entropy_experiments.compare.sides import caveats, open_sides
 from entropy_experiments.compare.verdict import comparison_verdict
+from entropy_experiments.records.comparison_record import ComparisonRecord
+from entropy_experiments.records.record import json_of, validated
 from rl_training.errors import UserError
 from tests.entropy_experiments.comparison_fixture import (
     build_side,
@@ -154,16 +156,14 @@ def test_the_stored_values_are_those_of_analyses_without_the_prompt(real_pair):
 
 def test_two_real_analyses(real_pair, tmp_path):
     found = write_comparison([analysis.folder for analysis in real_pair], tmp_path / "out")
-    assert {row["quantity"] for row in found["quantities"]} >= {
+    assert {row.quantity for row in found.quantities} >= {
         "entropy",
         "measured_change",
         "predicted_change",
         "reward",
     }
-    assert all(gap["B"]["paired_prompts"] for gap in (row["minus_a"] for row in found["quantities"]) if gap)
-    assert any(
-        "Checkpoints of different training steps: A 2, B 4." == sentence["text"] for sentence in found["verdict"]
-    )
+    assert all(gap["B"].paired_prompts for gap in (row.minus_a for row in found.quantities) if gap)
+    assert any("Checkpoints of different training steps: A 2, B 4." == sentence.text for sentence in found.verdict)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_sweeps_are_compared_at_the_steps_they_share(sweeps, tmp_path):
     assert "At step 12, the last that all have: B loses" in text and "Of 2 shared checkpoints" in text
     assert "run_checkpoint-20" in text
     found = write_comparison(sweeps, tmp_path / "out")
-    assert found["kind"] == "sweep" and found["shared_steps"] == [8, 12]
+    assert found.kind == "sweep" and found.shared_steps == (8, 12)
     assert (tmp_path / "out" / "figures" / "checkpoints.png").is_file()
     tidy = pq.read_table(tmp_path / "out" / "comparison.parquet").to_pandas()
     chosen = tidy[(tidy.step == 12) & (tidy.quantity == "measured_change") & tidy.minus.notna()]
@@ -306,7 +306,7 @@ def test_sweeps_are_compared_at_the_steps_they_share(sweeps, tmp_path):
 def test_sweeps_that_share_no_step_show_their_courses(tmp_path):
     sweeps = build_sweep(tmp_path / "a", {4: 0.0}), build_sweep(tmp_path / "b", {8: 0.0})
     found = write_comparison(sweeps, tmp_path / "out")
-    assert "share no training step" in found["verdict"][0]["text"] and found["quantities"] == []
+    assert "share no training step" in found.verdict[0].text and found.quantities == ()
 
 
 def test_a_sweep_of_two_runs_is_two_sides(tmp_path):
@@ -314,7 +314,7 @@ def test_a_sweep_of_two_runs_is_two_sides(tmp_path):
     build_sweep(tmp_path / "other", {8: 0.05}, run="bonus", seed=50)
     records = [json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("both", "other")]
     shutil.copytree(tmp_path / "other" / "checkpoints", folder / "checkpoints", dirs_exist_ok=True)
-    both = {"checkpoints": records[0]["checkpoints"] + records[1]["checkpoints"]}
+    both = records[0] | {"checkpoints": records[0]["checkpoints"] + records[1]["checkpoints"]}
     (folder / "sweep.json").write_text(json.dumps(both))
     assert [side.name for side in open_sides([folder])] == ["both: plain", "both: bonus"]
 
@@ -328,7 +328,7 @@ def test_bad_sweeps_are_refused_in_one_line(pair, sweeps, tmp_path):
     record.write_text(json.dumps(content))
     refused(*sweeps, match="not inside the sweep")
     record.write_text("[]")
-    refused(*sweeps, match="not the record of a sweep")
+    refused(*sweeps, match=r"sweep.json: the file should be an object")
     record.unlink()
     (sweeps[1] / "sweep_plan.json").write_text("{}")
     refused(*sweeps, match="unfinished sweep")
@@ -347,9 +347,7 @@ def test_the_folder_appears_whole_and_is_replaced_only_when_asked(pair, tmp_path
     }
     assert not list(out.parent.glob("*.part"))
     written = json.loads((out / "comparison.json").read_text(), parse_constant=lambda text: pytest.fail(text))
-    assert written == {
-        key: value for key, value in json.loads(json.dumps(found)).items() if key not in ("folder", "report")
-    }
+    assert validated(ComparisonRecord, written, "comparison.json") == found
     with pytest.raises(UserError, match="exists already"):
         write_comparison(pair, out)
     write_comparison(pair, out, overwrite=True)
@@ -393,6 +391,6 @@ def test_a_single_prompt_has_no_paired_error(tmp_path):
         edit_summary(folder, lambda s: s["actual"]["snis"].update(standard_error=None))
         folders.append(folder)
     gap = point_of(*folders).row("measured").differences[1]
-    assert gap.number.standard_error is None and gap.told_from_zero is None
+    assert gap.number.standard_error is None and gap.differs_from_zero is None
     found = write_comparison(folders, tmp_path / "out")
-    assert "NaN" not in json.dumps(found)
+    assert "NaN" not in json.dumps(json_of(found))

@@ -19,6 +19,9 @@ from entropy_experiments.console import progress as stage_progress
 from entropy_experiments.console.analyze import expected_shares
 from entropy_experiments.console.progress import StageProgress, duration
 from entropy_experiments.console.tables import outcome_facts, print_comparison, print_outcomes, print_verdict
+from entropy_experiments.records.estimates import NO_ESTIMATE
+from entropy_experiments.records.outcome_record import ChecksOutcome, NoOutcome, SamePrompt, TriedCheckpoint
+from entropy_experiments.records.record import json_of
 from entropy_experiments.report.outcome import read_outcome
 from entropy_experiments.run.reporter import Reporter
 from tests.entropy_experiments.comparison_fixture import build_side
@@ -56,7 +59,7 @@ def outcome(folder):
 
 
 def test_the_outcome_is_json_and_holds_the_numbers(outcome, folder):
-    again = json.loads(json.dumps(outcome, allow_nan=False))
+    again = json.loads(json.dumps(json_of(outcome), allow_nan=False))
     assert again["folder"] == str(folder) and again["report"] == str(folder / "report.html")
     ends = {"low": pytest.approx(-0.1107, abs=1e-4), "high": pytest.approx(-0.0373, abs=1e-4), "degrees_of_freedom": 31}
     assert (
@@ -92,7 +95,7 @@ def test_plain_lines_where_there_is_no_terminal(outcome):
     assert "Predicted change: −0.074 [−0.111, −0.037] nats per token" in raw.splitlines(), (
         "plain lines are not to be wrapped"
     )
-    assert f"Folder: {outcome['folder']}" in raw.splitlines()
+    assert f"Folder: {outcome.folder}" in raw.splitlines()
 
 
 def test_no_color_is_obeyed(outcome, monkeypatch):
@@ -104,12 +107,14 @@ def test_no_color_is_obeyed(outcome, monkeypatch):
 
 
 def test_what_failed_is_named_and_hostile_names_are_text(outcome):
-    broken = outcome | {
-        "checks": {"passed": 6, "failed": ["[red]rows[/red]\x1b[2J"]},
-        "failed_analyses": {"buffers": "ValueError: [bold]"},
-        "folder": "/tmp/[link=x]\x07",
-        "agreement": outcome["agreement"] | {"agrees": False, "low": 0.001, "high": 0.011},
-    }
+    broken = outcome.model_copy(
+        update={
+            "checks": ChecksOutcome(passed=6, failed=["[red]rows[/red]\x1b[2J"]),
+            "failed_analyses": {"buffers": "ValueError: [bold]"},
+            "folder": "/tmp/[link=x]\x07",
+            "agreement": outcome.agreement.model_copy(update={"agrees": False, "low": 0.001, "high": 0.011}),
+        }
+    )
     for terminal in (True, False):
         print_verdict(shown := console(120, terminal), broken)
         text = text_of(shown)
@@ -118,19 +123,16 @@ def test_what_failed_is_named_and_hostile_names_are_text(outcome):
 
 
 def test_numbers_that_are_not_there_leave_their_lines_out(outcome):
-    empty = outcome | {
-        "predicted": {"value": None, "standard_error": None},
-        "measured": {"value": None, "standard_error": None},
-        "agreement": None,
-        "checks": {"passed": 0, "failed": []},
-        "same_prompt": {"cosine": None, "cosine_other_prompts": None, "p_value": None},
-    }
+    unmeasured = outcome.measured.model_copy(update={"value": None, "standard_error": None})
+    unlike = SamePrompt(cosine=None, cosine_other_prompts=None, p_value=None, signs_agree=None)
+    missing = {"predicted": NO_ESTIMATE, "measured": unmeasured, "agreement": None, "same_prompt": unlike}
+    empty = outcome.model_copy(update={**missing, "checks": ChecksOutcome(passed=0, failed=())})
     assert [name for name, *_ in outcome_facts(empty)] == ["Entropy before the step", "Self-checks", "Folder"]
 
 
 @pytest.mark.parametrize("width", [30, 60, 90, 160])
 def test_a_row_a_checkpoint(outcome, width):
-    failed = {"checkpoint": {"step": 20}, "error": "no optimizer.pt"}
+    failed = NoOutcome(checkpoint=TriedCheckpoint(path="x", step=20), error="no optimizer.pt")
     print_outcomes(shown := console(width), [outcome, failed])
     text = text_of(shown)
     assert "step" in text and "no optimizer.pt" in text.replace("\n", " ") and "7 passed" in text

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from entropy_experiments.cli import app
 from entropy_experiments.records.history_rows import HistoryRow
-from entropy_experiments.records.schema import FILES, schema, schemas
+from entropy_experiments.records.schema import schema, schemas
 from rl_training.errors import UserError
 from rl_training.probe.history import DEVIATIONS, KEPT
 
@@ -27,7 +27,9 @@ def test_every_field_is_in_the_schema_and_on_the_page_with_its_meaning():
     page = (ROOT / "docs" / "guides" / "results-format.md").read_text(encoding="utf-8")
     counted = 0
     for content in schemas().values():
-        for definition in [content, *content["$defs"].values()]:
+        for column in content.get("columns", ()):
+            assert column["description"] and f"| `{column['name']}`" in page, column
+        for definition in [content, *content.get("$defs", {}).values()]:
             for name, field in definition.get("properties", {}).items():
                 said = field.get("description") or "$ref" in field
                 assert said and f"| `{name}`" in page, (definition.get("title"), name)
@@ -43,7 +45,8 @@ def test_the_command_prints_the_schema():
     assert json.loads(one.output)["properties"]["created"]["type"] == "string"
     with pytest.raises(UserError, match=r"choose from summary\.json"):
         schema("kernel.safetensors")
-    assert set(FILES) == {"summary.json", "run.json", "training_history.json"}
+    columns = json.loads(CliRunner().invoke(app, ["schema", "results.parquet"]).output)["columns"]
+    assert [column["name"] for column in columns][:2] == ["run", "step"]
 
 
 def test_the_history_has_a_field_for_everything_that_the_probe_keeps():

@@ -29,6 +29,7 @@ from entropy_experiments.text.display import PromptFrame, prompt_frame
 from entropy_experiments.text.tokens import token_texts
 from tests.entropy_experiments.results_fixture import make_history, make_sequences, make_summary
 from tests.entropy_experiments.whole_summary import clustering as planted_clustering
+from tests.entropy_experiments.whole_summary import history_of
 
 ROWS, FISHER, ENTROPY_FISHER = make_sequences(np.random.default_rng(0))
 TRAINING = [row for row in ROWS if row["buffer"] == "training"]
@@ -141,15 +142,15 @@ def test_weightings_show_what_is_known(whole_report):
 
 def test_history_has_a_panel_for_each_quantity():
     history = make_history()
-    plot = training_history(history, 8)
+    plot = training_history(history_of(history), 8)
     assert named(plot, "entropy in training")["y"] == pytest.approx([row["entropy"] for row in history], rel=1e-5)
     assert named(plot, "predicted")["error_y"]["array"] == [pytest.approx(float(stats.t.ppf(0.975, 3)) * 0.02)] * 13
     assert "error_y" not in named(plot, "measured"), "no standard error was stored"
     assert [trace["yaxis"] for trace in plot["data"]] == ["y", "y", "y2", "y3", "y3", "y3"]
     assert plot["layout"]["shapes"][0]["x0"] == 8
-    short = training_history([{"step": 1, "reward": 0.5}])
+    short = training_history(history_of([{"step": 1, "reward": 0.5}]))
     assert [trace["name"] for trace in short["data"]] == ["reward"] and short["layout"]["yaxis"]["domain"] == [0.0, 1]
-    assert training_history([{"loss": 1.0}]) is None
+    assert training_history(history_of([{"step": 1}])) is None and training_history([]) is None
 
 
 def test_kernels_and_their_orders():

@@ -13,7 +13,6 @@ from entropy_experiments.report.figures.plots import (
     caption_of,
     plot_attribution,
     plot_entropy_split,
-    plot_fisher_evolution,
     plot_kernel_heatmap,
     plot_predicted_vs_actual,
     plot_training_history,
@@ -21,6 +20,7 @@ from entropy_experiments.report.figures.plots import (
 )
 from entropy_experiments.report.interactive.predicted import predicted_vs_actual
 from tests.entropy_experiments.results_fixture import make_history, make_sequences, make_summary
+from tests.entropy_experiments.whole_summary import history_of
 
 T31, T3 = (float(stats.t.ppf(0.975, freedom)) for freedom in (31, 3))
 
@@ -193,12 +193,12 @@ def change(summary):
     return parts, validated(Measurement, summary["actual"]["snis"], "summary.json")
 
 
-# ---- history and evolution
+# ---- history
 
 
 def test_history_draws_every_series():
     history = make_history()
-    top, middle, bottom = plot_training_history(history, analysed_step=8).axes
+    top, middle, bottom = plot_training_history(history_of(history), analysed_step=8).axes
     np.testing.assert_allclose(line(top, "entropy in training")[1], [row["entropy"] for row in history])
     np.testing.assert_allclose(line(middle, "reward")[1], [row["reward"] for row in history])
     np.testing.assert_allclose(line(bottom, "predicted change")[1], [row["probe/predicted"] for row in history])
@@ -210,27 +210,26 @@ def test_history_draws_every_series():
 
 def test_history_with_gaps_keeps_the_other_points():
     history = make_history()
-    history[3]["probe/predicted"], history[4]["entropy"], history[5] = None, float("nan"), {"step": 5}
-    top, _, bottom = plot_training_history(history).axes
+    history[3]["probe/predicted"], history[4]["entropy"], history[5] = None, None, {"step": 5}
+    top, _, bottom = plot_training_history(history_of(history)).axes
     assert np.isnan(line(top, "entropy in training")[1][[4, 5]]).all()
     assert np.isfinite(line(bottom, "predicted change")[1]).sum() == len(history) - 2
 
 
-@pytest.mark.parametrize("history", [[], [{}], [{"entropy": 1.0}]])
-def test_empty_history_says_no_data(history):
-    figure = plot_training_history(history)
+def test_empty_history_says_no_data():
+    figure = plot_training_history([])
     assert "no data" in texts(figure) and "empty" in caption_of(figure)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_short_histories_can_be_saved(steps):
-    figure = plot_training_history(make_history(steps))
+    figure = plot_training_history(history_of(make_history(steps)))
     assert png_bytes(figure)
 
 
 def test_long_history_is_drawn_as_lines_with_a_band():
     history = make_history(61)
-    top, _, bottom = plot_training_history(history).axes
+    top, _, bottom = plot_training_history(history_of(history)).axes
     np.testing.assert_allclose(line(bottom, "measured change")[1], [row["probe/measured"] for row in history])
     band = bottom.collections[0].get_paths()[0].vertices[:, 1]
     wanted = max(row["probe/predicted"] + T3 * 0.02 for row in history)
@@ -238,30 +237,11 @@ def test_long_history_is_drawn_as_lines_with_a_band():
 
 
 def test_history_without_probe_keeps_its_step_axis():
-    figure = plot_training_history([{"step": 1, "entropy": 2.0}, {"step": 2, "entropy": 1.5}])
+    figure = plot_training_history(history_of([{"step": 1, "entropy": 2.0}, {"step": 2, "entropy": 1.5}]))
     assert "no predicted or measured" in texts(figure)
     png_bytes(figure)
     bottom = figure.axes[2]
     assert bottom.xaxis.get_visible() and bottom.axison, "the only labelled step axis vanished with the empty panel"
-
-
-def test_evolution_takes_numbers_and_values_with_errors():
-    rows = [
-        {
-            "step": s,
-            "entropy": 2.0 - 0.1 * s,
-            "predicted": -0.01 * s,
-            "predicted_se": 0.003,
-            "actual": {"value": -0.02 * s, "standard_error": 0.004},
-            "kernel_norm": 10.0 * s,
-        }
-        for s in (4, 2, 8)
-    ]
-    entropy, reward, change, kernel = plot_fisher_evolution(rows).axes
-    np.testing.assert_allclose(line(entropy, "evaluation buffer"), ([2, 4, 8], [1.8, 1.6, 1.2]))
-    np.testing.assert_allclose(line(change, "measured")[1], [-0.04, -0.08, -0.16])
-    np.testing.assert_allclose(line(kernel, "norm of the kernel")[1], [20, 40, 80])
-    assert "no reward" in reward.texts[0].get_text()
 
 
 # ---- attribution
@@ -310,7 +290,7 @@ def test_no_text_of_a_figure_leaves_it(summary):
         plot_kernel_heatmap(1e5 * np.random.default_rng(0).normal(size=(32, 64)), range(32), np.repeat(range(8), 8)),
         plot_predicted_vs_actual(summary["scaling"]),
         plot_entropy_split(*change(summary)),
-        plot_training_history(make_history()),
+        plot_training_history(history_of(make_history())),
         plot_attribution(np.linspace(-1e-3, 1e-3, 64), np.arange(64) % 2, np.arange(64) // 8),
     ]
     for figure in figures:

@@ -136,7 +136,7 @@ def test_the_selected_cell_moves_by_keyboard(visit, sequences):
 def test_other_kernel_other_order_same_sequences(visit, kernels, sequences):
     visit.draw_kernel()
     page, rows = visit.page, by_prompt(sequences.evaluation)
-    labels = sequences.raw["analyses"]["sequence_clustering"]["labels"]
+    labels = sequences.summary.analyses.sequence_clustering.labels
     visit.pick(5, 9, by_prompt(sequences.training)[5])
     before = page.locator(".status").inner_text().split(";")[:2]
     page.get_by_label("Kernel shown").select_option(label="Fisher kernel K₁")

@@ -62,7 +62,7 @@ def drop_training_rows(folder):
         (lambda f: (f / "kernel.safetensors").unlink(), "kernel.safetensors is missing"),
         (lambda f: (f / "training_history.json").unlink(), "training_history.json is missing"),
         (lambda f: (f / "summary.json").write_text('{"a": 1,\n oops'), r"not valid JSON \(line 2, column 2"),
-        (lambda f: (f / "run.json").write_text("[]"), "holds list where an object"),
+        (lambda f: (f / "run.json").write_text("[]"), "the file should be an object"),
         (lambda f: (f / "run.json").write_bytes(b"\xff\xfe"), "not UTF-8"),
         (lambda f: (f / "summary.json").write_text("[" * 100_000), "nested too deeply|not valid JSON"),
         (lambda f: (f / "training_history.json").write_text("[1]"), r"\[0\] should be an object"),

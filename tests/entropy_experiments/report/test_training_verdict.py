@@ -9,6 +9,7 @@ from scipy import stats
 from entropy_experiments.records.history import probed_sums, training_history
 from entropy_experiments.records.training_course import course, entropy_column, reward_column
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
+from tests.entropy_experiments.whole_summary import history_of
 
 FREEDOM = 7.0
 
@@ -25,7 +26,7 @@ def probed(entropies, error=0.05, **columns):
         }
         for k, h in enumerate(entropies)
     ]
-    return [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)]
+    return history_of([row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)])
 
 
 def words(history):
@@ -64,7 +65,8 @@ def test_nothing_is_said_of_fewer_than_six_steps(count):
 
 
 def test_logs_without_errors_take_the_scatter_of_the_steps():
-    history = [{"step": k, "entropy": h} for k, h in enumerate([2.0, 1.0, 1.5, 1.4, 1.6, 1.2, 1.0, 1.9, 1.1])]
+    entropies = [2.0, 1.0, 1.5, 1.4, 1.6, 1.2, 1.0, 1.9, 1.1]
+    history = history_of([{"step": k, "entropy": h} for k, h in enumerate(entropies)])
     (text,) = words(history)
     assert (
         "showed no clear change" in text
@@ -86,7 +88,7 @@ def test_reward_has_an_error_and_the_name_of_all_prompts_before_that_of_the_firs
     history = training_history(log)
     column = reward_column(history)
     assert column.values.tolist() == [0.2, 0.2, 0.3, 0.2, 0.3, 0.33] and column.errors.tolist() == [0.13] * 6
-    history = [row | {"entropy": 1.0} for row in history]
+    history = [row.model_copy(update={"entropy": 1.0}) for row in history]
     text = words(history)[1]
     assert "mean reward" in text and "showed no clear change" in text and "a change of +0.11 [−0.1" in text
 
@@ -102,7 +104,7 @@ def changes(predicted, measured, deviations=None, low_ess=(), error=0.1):
             "probe/low_ess": float(k in low_ess),
         }
         rows.append(row | ({} if deviations is None else {"probe/predicted_deviations": deviations[k]}))
-    return rows
+    return history_of(rows)
 
 
 def test_a_correlation_of_six_steps_is_undetermined():
@@ -140,8 +142,8 @@ def test_predictions_that_share_a_running_average_err_together():
 
 
 def test_rows_of_an_older_version_have_no_interval():
-    history = [{"step": s, "probe/predicted": -0.1, "probe/measured": -0.2} for s in range(3)]
-    text = probe_sentence([*history, {"step": 9, "probe/predicted": 5.0}]).text
+    history = history_of([{"step": s, "probe/predicted": -0.1, "probe/measured": -0.2} for s in range(3)])
+    text = probe_sentence([*history, *history_of([{"step": 9, "probe/predicted": 5.0}])]).text
     assert (
         "predicted 3 steps" in text and "sum to −0.300 (no interval), the measured ones to −0.600 (no interval)" in text
     )
@@ -149,4 +151,7 @@ def test_rows_of_an_older_version_have_no_interval():
 
 
 def test_no_history_is_a_warning():
-    assert training_sentences([])[0].tone == "warning" and "not known" in training_sentences([{"step": 1}])[0].text
+    assert (
+        training_sentences([])[0].tone == "warning"
+        and "not known" in training_sentences(history_of([{"step": 1}]))[0].text
+    )

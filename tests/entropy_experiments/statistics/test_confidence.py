@@ -1,14 +1,14 @@
 """One module keeps the words of claims: the guide has the same list, and no other module uses them by itself."""
 
 import ast
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.estimates import NO_ESTIMATE, Estimate, StudentEstimate
+from entropy_experiments.records.evolution import ReasonedMean
 from entropy_experiments.statistics import confidence
 from entropy_experiments.statistics.agreement import paired_agreement
 from entropy_experiments.statistics.confidence import (
@@ -26,7 +26,7 @@ from entropy_experiments.statistics.confidence import (
     change_word,
     correlation_words,
     few_prompts_sentence,
-    known,
+    shown,
 )
 from entropy_experiments.statistics.correlation import correlation
 
@@ -42,25 +42,23 @@ def test_the_guide_has_every_word():
 
 
 @pytest.mark.parametrize(
-    ("entry", "word"),
+    ("value", "error", "freedom", "word"),
     [
-        ({"value": -0.5, "standard_error": 0.2, "degrees_of_freedom": 60}, FELL),
-        ({"value": 0.5, "standard_error": 0.2, "degrees_of_freedom": 60}, ROSE),
-        (
-            {"value": -0.5, "standard_error": 0.2, "degrees_of_freedom": 3},
-            NO_CHANGE,
-        ),  # 3.18 errors reach further than 2
-        ({"value": -0.5, "standard_error": 0.4, "degrees_of_freedom": 60}, NO_CHANGE),
-        ({"value": -0.5}, NO_CHANGE),
+        (-0.5, 0.2, 60.0, FELL),
+        (0.5, 0.2, 60.0, ROSE),
+        (-0.5, 0.2, 3.0, NO_CHANGE),  # 3.18 errors reach further than 2
+        (-0.5, 0.4, 60.0, NO_CHANGE),
+        (-0.5, None, None, NO_CHANGE),
     ],
 )
-def test_a_change_is_one_where_its_interval_says_so(entry, word):
-    assert change_word(known(entry)) == word
+def test_a_change_is_one_where_its_interval_says_so(value, error, freedom, word):
+    number = StudentEstimate(value=value, standard_error=error, degrees_of_freedom=freedom)
+    assert change_word(number.known()) == word
 
 
-def test_a_prompt_count_stands_in_where_a_number_has_no_degrees_of_freedom():
-    entry = {"value": 1.0, "standard_error": 0.4}
-    assert known(entry, 3).holds_zero and not known(entry, math.inf).holds_zero
+def test_what_is_not_known_is_said():
+    assert shown(None) == "not known" and NO_ESTIMATE.shown() == "not known"
+    assert ReasonedMean(value=0.5, standard_error=None, reason="few").known() == Known(0.5)
 
 
 @pytest.mark.parametrize(("gap", "error", "word"), [(0.01, 0.03, AGREE), (0.01, 0.3, ALIKE), (0.2, 0.03, DISAGREE)])
@@ -127,7 +125,7 @@ def test_what_few_prompts_are_worth_is_said() -> None:
 
 
 def test_few_prompts_that_carry_an_interval_are_said() -> None:
-    carried, ordinary = (Estimate(value=1.0, standard_error=0.1, degrees_of_freedom=df) for df in (6.3, 31.0))
+    carried, ordinary = 6.3, 31.0
     of = few_prompts_sentence(48, {"predicted": carried, "measured": ordinary})
     assert of is not None and "Few of the 48 evaluation prompts carry the error of the predicted change" in of
     assert "worth 6 degrees of freedom of 47" in of
@@ -137,7 +135,7 @@ def test_few_prompts_that_carry_an_interval_are_said() -> None:
 
 
 def test_ends_that_are_stored_are_taken_before_students() -> None:
-    entry = {"value": 1.0, "standard_error": 0.1, "low": 0.7, "high": 1.9, "degrees_of_freedom": 5.0}
-    assert known(entry) == Known(1.0, 0.7, 1.9)
-    untrusted = known(entry | {"low": None, "high": None})
+    stored = {"value": 1.0, "standard_error": 0.1, "degrees_of_freedom": 5.0}
+    assert StudentEstimate(**stored, low=0.7, high=1.9).known() == Known(1.0, 0.7, 1.9)
+    untrusted = Estimate(**stored, low=None, high=None).known()
     assert untrusted == Known(1.0) and untrusted.holds_zero is None

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from entropy_experiments.records.analysis_results import AnalysesRecord
+from entropy_experiments.records.evolution import Evolution
+from entropy_experiments.records.record import json_of, validated
 from entropy_experiments.records.summary import ActualRecord
 from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
@@ -25,39 +27,45 @@ def whole():
 
 def test_entropy_and_its_predicted_path(whole):
     folders, evolution = whole
-    assert [row["step"] for row in evolution["checkpoints"]] == list(range(12))
+    assert [row.step for row in evolution.checkpoints] == list(range(12))
     by_hand = [sum(r["entropy_sum"] for r in f.evaluation) / sum(r["length"] for r in f.evaluation) for f in folders]
-    path = evolution["path"]
-    assert [x["value"] for x in path["observed"]] == pytest.approx([h - by_hand[0] for h in by_hand])
-    totals = [f.raw["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
-    assert [x["value"] for x in path["expected"]] == pytest.approx(np.cumsum([0, *totals[:-1]]).tolist())
-    z = evolution["whole"]["difference"]
-    assert abs(z["value"]) < 3 * z["standard_error"], "planted predictions are what happens"
-    assert evolution["whole"]["parts"]["momentum"]["value"] == pytest.approx(0.75 * sum(totals[:-1]))
-    json.dumps(evolution, allow_nan=False)
+    path = evolution.path
+    assert [x.value for x in path.observed] == pytest.approx([h - by_hand[0] for h in by_hand])
+    totals = [f.summary.predicted["rao_blackwell"].total.value for f in folders]
+    assert [x.value for x in path.expected] == pytest.approx(np.cumsum([0, *totals[:-1]]).tolist())
+    z = evolution.whole.difference
+    assert abs(z.value) < 3 * z.standard_error, "planted predictions are what happens"
+    assert evolution.whole.parts.momentum.value == pytest.approx(0.75 * sum(totals[:-1]))
+    assert_json(evolution)
 
 
 def test_a_biased_prediction_is_seen():
     folders, history = planted_run(12, bias=0.5)
-    whole = describe_evolution(folders, history, permutations=19)["whole"]
-    assert abs(whole["difference"]["value"]) > 3 * whole["difference"]["standard_error"]
-    assert whole["expected"]["value"] == pytest.approx(0.5 * describe(planted_run(12))["expected"]["value"], rel=1e-6)
+    whole = describe_evolution(folders, history, permutations=19).whole
+    assert abs(whole.difference.value) > 3 * whole.difference.standard_error
+    assert whole.expected.value == pytest.approx(0.5 * describe(planted_run(12)).expected.value, rel=1e-6)
+
+
+def assert_json(evolution):
+    """It is JSON without NaN, and is read back as it was."""
+    text = json.dumps(json_of(evolution), allow_nan=False)
+    assert validated(Evolution, json.loads(text), "evolution.json") == evolution
 
 
 def describe(run):
-    return describe_evolution(*run, permutations=19)["whole"]
+    return describe_evolution(*run, permutations=19).whole
 
 
 def test_gaps_between_checkpoints_are_bridged_evenly():
     """Every third checkpoint: rates r(a), r(b) three steps apart add up to 3 r(a) + (r(b) - r(a))."""
     folders, history = planted_run(12, every=3)
     evolution = describe_evolution(folders, history, permutations=19)
-    rates = [f.raw["predicted"]["rao_blackwell"]["total"]["value"] for f in folders]
+    rates = [f.summary.predicted["rao_blackwell"].total.value for f in folders]
     expected = [2 * rates[k] + rates[k + 1] for k in range(len(rates) - 1)]
-    assert [c["expected"]["value"] for c in evolution["changes"]] == pytest.approx(expected)
-    assert evolution["whole"]["expected"]["value"] == pytest.approx(sum(expected))
+    assert [c.expected.value for c in evolution.changes] == pytest.approx(expected)
+    assert evolution.whole.expected.value == pytest.approx(sum(expected))
     parts = {"batch": 0.2, "momentum": 0.75, "weight_decay": 0.05}
-    found = {name: number["value"] for name, number in evolution["whole"]["parts"].items()}
+    found = {name: getattr(evolution.whole.parts, name).value for name in parts}
     assert found == pytest.approx({k: share * sum(expected) for k, share in parts.items()})
 
 
@@ -72,15 +80,15 @@ def test_order_of_folders_does_not_matter():
 def test_slowly_turning_kernels_are_aligned_and_fast_ones_less():
     found = []
     for drift in (0.05, 0.4, 1.0):
-        changes = describe_evolution(*planted_run(6, drift=drift), permutations=99)["changes"]
-        found.append(np.mean([c["alignment"]["value"] for c in changes]))
+        changes = describe_evolution(*planted_run(6, drift=drift), permutations=99).changes
+        found.append(np.mean([c.alignment.value for c in changes]))
     assert found[0] > found[1] > found[2] and found[0] > 0.8 and abs(found[2]) < 0.15, found
 
 
 def test_the_law_of_the_log(whole):
-    law = whole[1]["law"]["training"]["fit"]
-    assert abs(law["a"]["value"] - A) < 4 * law["a"]["standard_error"]
-    assert abs(law["b"]["value"] - B) < 4 * law["b"]["standard_error"]
+    law = whole[1].law.training.fit
+    assert abs(law.a.value - A) < 4 * law.a.standard_error
+    assert abs(law.b.value - B) < 4 * law.b.standard_error
 
 
 def test_joint_jackknife_by_hand():
@@ -104,26 +112,26 @@ def test_joint_jackknife_by_hand():
     found = jackknifed(lambda t: entropy_at(1)(t) - entropy_at(0)(t), sums)
     pairs = np.array([[b["entropy_sum"] / 5 for b in buffer] for buffer in buffers])
     difference = pairs[1] - pairs[0]
-    assert found["value"] == pytest.approx(difference.mean())
-    assert found["standard_error"] == pytest.approx(difference.std(ddof=1) / math.sqrt(8))
+    assert found.value == pytest.approx(difference.mean())
+    assert found.standard_error == pytest.approx(difference.std(ddof=1) / math.sqrt(8))
 
 
 def test_price_has_the_sign_of_what_was_paid():
     folders, _ = planted_run(12)
     sums = prompt_sums([folders[0].evaluation, folders[-1].evaluation], range(100, 100 + PROMPTS))
     price = price_between(sums, 0, 1)
-    ratio = -price["entropy_change"]["value"] / price["reward_change"]["value"]
-    assert price["price"]["value"] == pytest.approx(ratio) and ratio > 0
+    ratio = -price.entropy_change.value / price.reward_change.value
+    assert price.price.value == pytest.approx(ratio) and ratio > 0
     same = price_between(sums[[0, 0]], 0, 1)
-    assert same["price"]["value"] is None and "is not significantly different from 0" in same["reason"]
+    assert same.price.value is None and "is not significantly different from 0" in same.reason
 
 
 def test_clusters_flow_by_prompt():
     prompts = np.array([1, 1, 2, 2, 3, 3])
     flow = cluster_flow([1, 1, 2, 1, 1, 2], prompts, [2, 2, 1, 1, 1, None], np.array([1, 1, 2, 2, 9, 9]))
-    assert flow["prompts"] == 2 and flow["from"] == [1, 2] and flow["to"] == [1, 2]
-    np.testing.assert_allclose(flow["flow"], [[0.25, 0.5], [0.25, 0]])
-    assert "share no prompt" in cluster_flow([1], np.array([1]), [1], np.array([2]))["reason"]
+    assert flow.prompts == 2 and flow.earlier == (1, 2) and flow.later == (1, 2)
+    np.testing.assert_allclose(flow.flow, [[0.25, 0.5], [0.25, 0]])
+    assert "share no prompt" in cluster_flow([1], np.array([1]), [1], np.array([2])).reason
 
 
 def test_clusters_that_do_the_same_are_alike_whatever_their_numbers():
@@ -140,18 +148,15 @@ def test_share_within_prompts_and_rank():
     features = np.repeat(np.eye(4), 3, axis=0)
     prompts = np.repeat(np.arange(4), 3)
     found = training_structure(features @ features.T, prompts)
-    assert found["same_prompt_share"]["value"] == pytest.approx(1.0)
-    assert found["effective_rank"]["value"] == pytest.approx(4.0)
-    assert found["same_prompt_pairs"] == pytest.approx(4 * 6 / (12 * 11))
+    assert found.same_prompt_share.value == pytest.approx(1.0)
+    assert found.effective_rank.value == pytest.approx(4.0)
+    assert found.same_prompt_pairs == pytest.approx(4 * 6 / (12 * 11))
     mixed = training_structure(np.ones((12, 12)), prompts)
-    assert mixed["same_prompt_share"]["value"] == pytest.approx(found["same_prompt_pairs"])
-    size = kernel_size(np.full((5, 3), 2.0), np.arange(5))
-    assert size["norm"]["value"] == pytest.approx(2.0) and size["effective_rank"]["value"] == pytest.approx(1.0)
+    assert mixed.same_prompt_share.value == pytest.approx(found.same_prompt_pairs)
+    norm, rank = kernel_size(np.full((5, 3), 2.0), np.arange(5))
+    assert norm.value == pytest.approx(2.0) and rank.value == pytest.approx(1.0)
     alone = training_structure(np.ones((3, 3)), np.zeros(3))
-    assert (
-        alone["same_prompt_share"]["standard_error"] is None
-        and "too few prompts" in alone["same_prompt_share"]["reason"]
-    )
+    assert alone.same_prompt_share.standard_error is None and "too few prompts" in alone.same_prompt_share.reason
 
 
 def test_poor_folders_leave_gaps_with_reasons():
@@ -163,27 +168,27 @@ def test_poor_folders_leave_gaps_with_reasons():
         evaluation = [row | {"reward": None, "delta_h_lost": None} for row in folder.evaluation]
         poor.append(replace(folder, summary=summary, evaluation=evaluation, kernels={}))
     evolution = describe_evolution(poor, [])
-    json.dumps(evolution, allow_nan=False)
-    change = evolution["changes"][0]
-    assert change["alignment"]["value"] is None and change["alignment"]["reason"]
-    assert change["flow"]["flow"] is None and "sequence_clustering" in change["flow"]["reason"]
-    assert change["expected"]["value"] is None and change["observed"]["value"] is not None
-    assert change["price"]["price"]["value"] is None and change["price"]["reason"]
-    assert evolution["law"]["training"]["fit"]["reason"]
+    assert_json(evolution)
+    change = evolution.changes[0]
+    assert change.alignment.value is None and change.alignment.reason
+    assert change.flow.flow is None and "sequence_clustering" in change.flow.reason
+    assert change.expected.value is None and change.observed.value is not None
+    assert change.price.price.value is None and change.price.reason
+    assert evolution.law.training.fit.reason
 
 
 def test_prompts_that_differ_are_left_out():
     folders, history = planted_run(3)
     other = [row | {"prompt_index": row["prompt_index"] + 1} for row in folders[2].evaluation]
     evolution = describe_evolution([*folders[:2], replace(folders[2], evaluation=other)], history, permutations=19)
-    assert not evolution["comparable"]["same_everywhere"]
+    assert not evolution.comparable.same_everywhere
     # the same number with another text is another prompt
-    assert evolution["comparable"]["prompts"] == 0
-    assert "share no evaluation prompt" in evolution["changes"][0]["alignment"]["reason"]
+    assert evolution.comparable.prompts == 0
+    assert "share no evaluation prompt" in evolution.changes[0].alignment.reason
 
 
 def test_one_checkpoint_is_a_short_story():
     folders, history = planted_run(1)
     evolution = describe_evolution(folders, history)
-    assert evolution["changes"] == [] and evolution["whole"]["price"] is None
-    json.dumps(evolution, allow_nan=False)
+    assert evolution.changes == () and evolution.whole.price is None
+    assert_json(evolution)

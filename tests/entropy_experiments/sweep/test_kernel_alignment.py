@@ -50,10 +50,10 @@ def test_planted_likeness_grows_with_what_is_shared():
         other = shared * features + np.sqrt(1 - shared**2) * rng.normal(size=features.shape)
         grams = [prompt_gram(f @ rng.normal(size=(8, 60))) for f in (features, other)]
         found.append(align_kernels(*grams, permutations=199))
-    values = [f["value"] for f in found]
+    values = [f.value for f in found]
     assert values == sorted(values, reverse=True) and values[0] > 0.8 and abs(values[-1]) < 0.2
-    assert found[0]["p_value"] == 1 / 200 and found[-1]["p_value"] > 0.05
-    assert all(f["standard_error"] > 0 for f in found)
+    assert found[0].p_value == 1 / 200 and found[-1].p_value > 0.05
+    assert all(f.standard_error > 0 for f in found)
 
 
 def test_other_columns_of_the_same_features_change_nothing_but_noise():
@@ -76,13 +76,13 @@ def test_block_cosine_on_shared_training_prompts():
     rng = np.random.default_rng(4)
     kernel, columns = rng.normal(size=(8, 6)), np.array([1, 1, 2, 2, 3, 3])
     order = rng.permutation(6)
-    assert block_cosine(kernel, columns, 3 * kernel[:, order], columns[order])["value"] == pytest.approx(1.0)
-    assert block_cosine(kernel, columns, -kernel, columns)["value"] == pytest.approx(-1.0)
+    assert block_cosine(kernel, columns, 3 * kernel[:, order], columns[order]).value == pytest.approx(1.0)
+    assert block_cosine(kernel, columns, -kernel, columns).value == pytest.approx(-1.0)
     apart = block_cosine(kernel, columns, kernel, columns + 10)
-    assert apart["value"] is None and "share no prompt" in apart["reason"]
+    assert apart.value is None and "share no prompt" in apart.reason
 
 
 def test_too_few_prompts_and_empty_kernels_say_why():
-    assert "6 evaluation prompts" in align_kernels(np.eye(4), np.eye(4))["reason"]
+    assert "6 evaluation prompts" in align_kernels(np.eye(4), np.eye(4)).reason
     zero = align_kernels(prompt_gram(np.zeros((8, 5))), prompt_gram(np.random.default_rng(5).normal(size=(8, 5))))
-    assert zero["value"] is None and "no more than chance" in zero["reason"]
+    assert zero.value is None and "no more than chance" in zero.reason

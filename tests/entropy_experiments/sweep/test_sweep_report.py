@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from entropy_experiments.records.record import json_of
+from entropy_experiments.records.sweep_record import SweepEntry
 from entropy_experiments.report.figures.plots import (
     caption_of,
     plot_checkpoint_kernels,
@@ -23,11 +25,13 @@ from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
-from entropy_experiments.sweep.figures import CHARTS, draw_sweep_figures, evolution_rows
+from entropy_experiments.sweep.figures import CHARTS, draw_sweep_figures
 from entropy_experiments.sweep.page import write_sweep_report
-from entropy_experiments.sweep.verdict import write_sweep_verdict
+from entropy_experiments.sweep.verdict import read_sweep_verdict, write_sweep_verdict
+from rl_training.errors import UserError
 from tests.entropy_experiments.browser_visit import Visit
 from tests.entropy_experiments.planted_run import planted_run
+from tests.entropy_experiments.whole_summary import sweep_record
 
 HOSTILE = (
     "<script>window.pwned=1</script>",
@@ -47,31 +51,27 @@ def run():
 
 
 def entry(results, **changes):
-    step = results.raw["checkpoint"]["step"]
     known = {
         "name": results.path.name,
         "run": "planted",
-        "step": step,
+        "step": results.summary.checkpoint.step,
         "checkpoint": "x",
         "status": "done",
         "error": None,
+        "folder": f"checkpoints/{results.path.name}",
+        "seconds": 60.0,
     }
-    return known | {"folder": f"checkpoints/{results.path.name}", "seconds": 60.0} | changes
+    return SweepEntry(**(known | changes))
+
+
+def sweep_of(entries, runs=("planted",)):
+    return sweep_record(entries, {run: f"/runs/{run}" for run in runs}, SweepConfig().model_dump(mode="json"))
 
 
 def write_page(target, evolutions, entries):
-    sweep = {
-        "created": "2026-01-31T12:00:00+00:00",
-        "command": "entropy-experiments sweep",
-        "versions": {"torch": "2"},
-        "git_sha": None,
-        "runs": {run: f"/runs/{run}" for run in evolutions},
-        "checkpoints": entries,
-        "config": SweepConfig().model_dump(mode="json"),
-    }
     figures = draw_sweep_figures(evolutions)
     pictures = {name: png_bytes(figure) for name, figure in figures.items()}
-    return write_sweep_report(target, sweep, evolutions, figures, pictures)
+    return write_sweep_report(target, sweep_of(entries, evolutions), evolutions, figures, pictures)
 
 
 @pytest.fixture(scope="module")
@@ -96,38 +96,36 @@ def values(axes, label):
 
 def test_figures_hold_the_numbers(run):
     _, evolution = run
-    rows = evolution["checkpoints"]
+    rows = evolution.checkpoints
     left, right = plot_entropy_changes(evolution).axes
-    expected = [row["predicted"]["momentum"]["value"] for row in rows]
+    expected = [row.predicted.momentum.value for row in rows]
     assert values(left, "momentum (earlier batches)") == pytest.approx(expected)
-    assert values(left, "measured") == pytest.approx([row["actual"]["value"] for row in rows])
-    observed = [number["value"] for number in evolution["path"]["observed"]]
+    assert values(left, "measured") == pytest.approx([row.actual.value for row in rows])
+    observed = [number.value for number in evolution.path.observed]
     assert values(right, "what entropy did") == pytest.approx(observed)
     assert "nats per token" in left.get_ylabel() and right.get_xlabel() == "training step"
     kernel = plot_kernel_evolution(evolution)
-    aligned = [change["alignment"]["value"] for change in evolution["changes"]]
+    aligned = [change.alignment.value for change in evolution.changes]
     assert values(kernel.axes[3], "of evaluation prompts (debiased CKA)") == pytest.approx(aligned)
-    assert values(kernel.axes[1], "rank of training gradients") == pytest.approx(
-        [r["training_rank"]["value"] for r in rows]
-    )
-    overview = plot_fisher_evolution(evolution_rows(evolution))
-    assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row["entropy"]["value"] for row in rows])
+    assert values(kernel.axes[1], "rank of training gradients") == pytest.approx([r.training_rank.value for r in rows])
+    overview = plot_fisher_evolution(evolution)
+    assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row.entropy.value for row in rows])
 
 
 def test_law_figure_separates_what_was_known_from_what_came(run):
-    law = run[1]["law"]["training"]
+    law = run[1].law.training
     left, right = plot_entropy_law(law).axes
-    first = law["forecast"]["n"]
+    first = law.forecast.n
     lines = {line.get_label(): line for line in right.lines}
     assert len(lines[f"first {first} steps"].get_xdata()) == first
-    assert lines[f"the {8 - first} steps that came"].get_ydata() == pytest.approx(law["points"]["reward"][first:])
+    assert lines[f"the {8 - first} steps that came"].get_ydata() == pytest.approx(law.points.reward[first:])
     assert left.get_ylabel() == "mean reward R" and "nats per token" in left.get_xlabel()
 
 
 def test_cluster_and_kernel_figures(run):
     folders, evolution = run
     panel = plot_cluster_flow(evolution).axes[0]
-    np.testing.assert_allclose(panel.images[0].get_array(), np.array(evolution["changes"][0]["likeness"], float))
+    np.testing.assert_allclose(panel.images[0].get_array(), np.array(evolution.changes[0].likeness, float))
     kernel = folders[0].kernels["fisher"]
     columns = np.array([row["prompt_index"] for row in folders[0].training])
     figure = plot_checkpoint_kernels([(0, kernel, np.arange(len(kernel))[::-1], columns)])
@@ -136,36 +134,32 @@ def test_cluster_and_kernel_figures(run):
 
 
 def test_nothing_to_draw_is_said():
-    empty = {"checkpoints": [], "changes": [], "path": {"expected": [], "observed": []}}
-    for figure in (
-        plot_entropy_changes(empty), plot_kernel_evolution(empty), plot_cluster_flow(empty), plot_checkpoint_kernels([]),
-        plot_entropy_law({"points": {"step": []}}),
-    ):  # fmt: skip
-        assert caption_of(figure).startswith("No data")
     folders, history = planted_run(1)
     one = describe_evolution(folders, history)
+    for figure in (
+        plot_cluster_flow(one), plot_checkpoint_kernels([]), plot_entropy_law(describe_evolution(folders, []).law.training)
+    ):  # fmt: skip
+        assert caption_of(figure).startswith("No data")
     assert "one checkpoint" not in caption_of(plot_entropy_changes(one)) and kernel_plot(one) and evolution_plot(one)
-    assert law_plot(one["law"]["training"]) is None
+    assert law_plot(one.law.training) is None
 
 
 def test_plots_hold_the_numbers(run):
     _, evolution = run
     traces = {trace["name"]: trace for trace in evolution_plot(evolution)["data"]}
-    rows = evolution["checkpoints"]
-    assert traces["predicted, all parts"]["y"] == pytest.approx(
-        [row["predicted"]["total"]["value"] for row in rows], rel=1e-5
-    )
+    rows = evolution.checkpoints
+    assert traces["predicted, all parts"]["y"] == pytest.approx([row.predicted.total.value for row in rows], rel=1e-5)
     t23 = float(stats.t.ppf(0.975, 23))
     assert traces["measured"]["error_y"]["array"] == pytest.approx([t23 * 0.02] * 8), "bars are not 95% intervals"
     aligned = {trace["name"]: trace for trace in kernel_plot(evolution)["data"]}["of evaluation prompts (debiased CKA)"]
-    assert aligned["x"] == [change["to"] for change in evolution["changes"]]
-    points = {trace["name"]: trace for trace in law_plot(evolution["law"]["training"])["data"] if "name" in trace}
-    assert points["steps after them"]["customdata"] == [4, 5, 6, 7]
+    assert aligned["x"] == [change.to_step for change in evolution.changes]
+    points = {trace["name"]: trace for trace in law_plot(evolution.law.training)["data"] if "name" in trace}
+    assert points["steps after them"]["customdata"] == (4, 5, 6, 7)
 
 
 def test_slider_has_a_step_a_checkpoint(run, monkeypatch):
     folders, evolution = run
-    plot = checkpoint_slider(folders, evolution["checkpoints"])
+    plot = checkpoint_slider(folders, evolution.checkpoints)
     assert [step["label"] for step in plot["steps"]] == [f"step {k}" for k in range(8)]
     heat, bars = plot["steps"][3]["data"]
     rows, columns = map(int, heat["z"]["shape"].split(","))
@@ -174,16 +168,16 @@ def test_slider_has_a_step_a_checkpoint(run, monkeypatch):
     np.testing.assert_allclose(shown, folders[3].kernels["fisher"][:, order], rtol=1e-6)
     assert bars["y"] == pytest.approx([1e3 * folders[3].training[i]["delta_h"] for i in order], rel=1e-5)
     monkeypatch.setattr(slider_module, "MOST_CELLS", 3 * shown.size)
-    fewer = checkpoint_slider(folders, evolution["checkpoints"])
+    fewer = checkpoint_slider(folders, evolution.checkpoints)
     assert [step["label"] for step in fewer["steps"]] == ["step 0", "step 4", "step 7"]
     without = [replace(folder, kernels={}) for folder in folders]
-    assert checkpoint_slider(without, evolution["checkpoints"]) is None
+    assert checkpoint_slider(without, evolution.checkpoints) is None
 
 
 def test_verdict_tells_the_planted_story(run):
     folders, evolution = run
     entries = [entry(folder) for folder in folders]
-    sentences = write_sweep_verdict({"checkpoints": entries}, {"planted": evolution})
+    sentences = write_sweep_verdict(sweep_of(entries), {"planted": evolution})
     text = " ".join(sentence.text for sentence in sentences)
     for words in (
         "entropy fell", "at 8 of 8", "they agree", "came from momentum", "R = −a·e^H + b", "8 checkpoints",
@@ -191,13 +185,45 @@ def test_verdict_tells_the_planted_story(run):
         assert words in text, words
     folders, history = planted_run(12, bias=3.0)
     biased = describe_evolution(folders, history, permutations=19)
-    assert "do NOT agree" in " ".join(s.text for s in write_sweep_verdict({"checkpoints": []}, {"x": biased}))
-    failing = json.loads(json.dumps(evolution))
-    failing["checkpoints"][2]["failed_checks"] = ["rows = autograd"]
+    assert "do NOT agree" in " ".join(s.text for s in write_sweep_verdict(sweep_of([]), {"x": biased}))
+    rows = list(evolution.checkpoints)
+    rows[2] = rows[2].model_copy(update={"failed_checks": ("rows = autograd",)})
+    failing = evolution.model_copy(update={"checkpoints": tuple(rows)})
     broken = entry(folders[0], status="failed", error="no optimizer.pt")
-    worst = write_sweep_verdict({"checkpoints": [*entries, broken]}, {"planted": failing})
+    worst = write_sweep_verdict(sweep_of([*entries, broken]), {"planted": failing})
     assert "1 of 9 checkpoints MISSING" in worst[0].text and "no optimizer.pt" in worst[0].text
     assert worst[1].tone == "bad" and "step 2" in worst[1].text, "what failed comes first"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("sweep.json", lambda c: c.pop("format_version"), "older version"),
+        ("sweep.json", lambda c: c.update(format_version=99), "upgrade entropy-experiments"),
+        ("sweep.json", lambda c: c["checkpoints"][0].update(status="fine"), r"checkpoints\[0\]\.status"),
+        ("sweep.json", lambda c: c["checkpoints"][0].pop("folder"), r"checkpoints\[0\]\.folder is missing"),
+        ("evolution.json", lambda c: c["planted"]["whole"].update(observed="-1"), r"planted\.whole\.observed"),
+        ("evolution.json", lambda c: c["planted"]["path"]["step"].pop(), "one each is needed"),
+        ("evolution.json", lambda c: c["planted"].update(sentence="x"), r"planted\.sentence is no field"),
+        ("evolution.json", lambda c: c["planted"]["law"]["training"]["fit"].update(a=None), "law.training.fit.a"),
+    ],
+)
+def test_a_malformed_sweep_is_refused_in_one_line(run, tmp_path, file, change, words):
+    folders, evolution = run
+    contents = {
+        "sweep.json": json_of(sweep_of([entry(folder) for folder in folders])),
+        "evolution.json": {"planted": json_of(evolution)},
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_sweep_verdict(tmp_path) == write_sweep_verdict(
+        sweep_of([entry(folder) for folder in folders]), {"planted": evolution}
+    )
+    change(contents[file])
+    (tmp_path / file).write_text(json.dumps(contents[file]))
+    with pytest.raises(UserError, match=words) as refused:
+        read_sweep_verdict(tmp_path)
+    assert "\n" not in str(refused.value) and file in str(refused.value) and "--assemble" in str(refused.value)
 
 
 @pytest.mark.slow

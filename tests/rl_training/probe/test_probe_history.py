@@ -12,7 +12,7 @@ from rich.console import Console
 
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.uncertainty import Estimate
-from entropy_experiments.records.history import stored_state, training_history, trusted_changes
+from entropy_experiments.records.history import probed_sums, stored_state, training_history
 from entropy_experiments.report.figures.history import plot_training_history
 from entropy_experiments.report.training_verdict import probe_sentence
 from rl_training.config import EntropyProbeConfig
@@ -75,11 +75,13 @@ def test_sums_and_steps_are_those_of_every_step(tiny_policy, tmp_path, every_ste
         for name in RUNNING:
             assert entries[-1][name] == pytest.approx(last[name], rel=1e-9), f"{name} was averaged over the window"
     rows, alone = reported(tmp_path / "run"), reported(whole_folder)
-    probed = [row for row in rows if "probe/predicted" in row]
-    assert [row["step"] for row in probed] == list(range(1, STEPS + 1))
-    for name in ("probe/predicted", "probe/measured", "probe/momentum", "probe/ess", "probe/predicted_se"):
-        assert [row[name] for row in probed] == pytest.approx([row[name] for row in alone], rel=1e-9), name
-    assert sum(row["probe/predicted"] for row in probed) == pytest.approx(predicted)
+    probed = [row for row in rows if row.probe_predicted is not None]
+    assert [row.step for row in probed] == list(range(1, STEPS + 1))
+    for name in ("probe_predicted", "probe_measured", "probe_momentum", "probe_ess", "probe_predicted_se"):
+        assert [getattr(row, name) for row in probed] == pytest.approx(
+            [getattr(row, name) for row in alone], rel=1e-9
+        ), name
+    assert sum(row.probe_predicted for row in probed) == pytest.approx(predicted)
     sentence = probe_sentence(rows).text
     assert f"predicted {STEPS} steps" in sentence and sentence == probe_sentence(alone).text
     assert f"{predicted:+.2g}"[:4] in sentence and f"{measured:+.2g}"[:4] in sentence
@@ -95,9 +97,9 @@ def test_between_probed_and_refreshed_steps(tiny_policy, tmp_path):
     probe = {"log_every": 2, "refresh_every": 2}
     trainer, callback = train(tiny_policy, tmp_path, probe, logging_steps=5, max_steps=10, save_steps=10)
     assert [c.measured is not None for c in callback.history] == [True, False, True, False, True]
-    rows = [row for row in reported(tmp_path, 10) if "probe/predicted" in row]
-    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
-    assert ["probe/measured" in row for row in rows] == [True, False, True, False, True]
+    rows = [row for row in reported(tmp_path, 10) if row.probe_predicted is not None]
+    assert [row.step for row in rows] == [2, 4, 6, 8, 10]
+    assert [row.probe_measured is not None for row in rows] == [True, False, True, False, True]
     first, last = logged(trainer)
     assert (first["steps"], first["measured_steps"]) == (2, 1) and (last["steps"], last["measured_steps"]) == (5, 3)
     values = [c.total.value for c in callback.history]
@@ -115,10 +117,10 @@ def test_a_resumed_run_goes_on_with_the_steps_of_its_checkpoint(tiny_policy, tmp
     )
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     rows, before = reported(tmp_path), reported(folder)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and len(callback.history) == 3
+    assert [row.step for row in rows] == list(range(1, STEPS + 1)) and len(callback.history) == 3
     assert rows[:3] == before[:3]
     assert logged(again)[-1]["steps"] == STEPS
-    assert logged(again)[-1]["cumulative_predicted"] == pytest.approx(sum(row["probe/predicted"] for row in rows))
+    assert logged(again)[-1]["cumulative_predicted"] == pytest.approx(sum(row.probe_predicted for row in rows))
 
 
 def test_logs_without_each_steps_values_are_not_summed():
@@ -146,7 +148,7 @@ def test_logs_without_each_steps_values_are_not_summed():
 )
 def test_a_state_of_another_shape_is_no_history(found):
     rows = training_history([], {"stateful_callbacks": {STATE_KEY: found}})
-    assert all(set(row) == {"step"} for row in rows)
+    assert all(row.model_fields_set == {"step"} for row in rows)
     history = ProbeHistory()
     callbacks = {STATE_KEY: found} if not isinstance(found, dict) or found.get("step") != [1, "x"] else {}
     history.begin(callbacks, 10)
@@ -184,7 +186,7 @@ def test_measurements_on_a_small_effective_sample_are_in_no_sum_and_no_correlati
     )
     assert "correlation" not in totals, "three pairs determine none"
     rows = training_history([], {"stateful_callbacks": json.loads(json.dumps(callbacks))})
-    assert trusted_changes(rows)[2] == 1
+    assert probed_sums(rows).left_out == 1
     sentence = probe_sentence(rows).text
     assert "predicted 3 steps" in sentence and "1 further step measured on too small an effective sample" in sentence
     logs = training_history(
