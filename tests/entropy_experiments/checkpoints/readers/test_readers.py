@@ -12,6 +12,7 @@ from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
 from tests.entropy_experiments.checkpoints.readers.stored.write_zero import HERE, STAGES
+from tests.entropy_experiments.checkpoints.readers.zero_layout import deepspeed_names
 from tests.tiny_policy import save_tiny_policy
 from tests.two_processes import in_two_processes
 
@@ -144,3 +145,27 @@ def test_three_processes_cut_unevenly(tmp_path):
         for key, moments in reference["moments"].items():
             assert torch.equal(state.weight(key), reference["weights"][key]), (name, key)
             assert torch.equal(adam.second(key), moments["exp_avg_sq"]), (name, key)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_adams_of_deepspeed_count_in_the_group(copied, corrected):
+    """FusedAdam and DeepSpeedCPUAdam, to their documented layout; without bias correction it is another step."""
+    folder = copied("zero2/checkpoint-4")
+    for path in folder.rglob("*_optim_states.pt"):
+        with deepspeed_names():
+            content = torch.load(path, weights_only=False)
+            base = content["optimizer_state_dict"]["base_optimizer_state"]
+            for entry in base["state"].values():
+                del entry["step"]
+            kept = ("lr", "betas", "eps", "weight_decay", "params")
+            own = {"step": 4, "bias_correction": corrected}
+            base["param_groups"] = [{k: group[k] for k in kept} | own for group in base["param_groups"]]
+            torch.save(content, path)
+    if not corrected:
+        with pytest.raises(UserError, match="bias_correction off"):
+            find_source(folder).read()
+        return
+    state = find_source(folder).read()
+    assert {entry.step for entry in state.adam.entries.values()} == {4}
+    assert state.adam.groups[0].settings["decoupled_weight_decay"] is True
+    assert "does not record whether weight decay is decoupled" in state.notes[0]
