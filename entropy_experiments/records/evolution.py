@@ -283,6 +283,12 @@ class PromptSum(Record):
     """Its text."""
     share: Finite
     """Sum of its sequences' shares, nats per token."""
+    low: Number = None
+    """Lower end of its 95% interval, over evaluation prompts; null where checkpoints do not share these."""
+    high: Number = None
+    """Upper end."""
+    first_in: Probability = None
+    """Part of the bootstraps over evaluation prompts in which it lowered entropy most; null where not known."""
     sequences: Count
     """Its sequences."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from entropy_experiments.records.evolution import Evolution
+from entropy_experiments.analyses.who_was_first import BOOTSTRAPS
+from entropy_experiments.records.evolution import Evolution, PromptSum
 from entropy_experiments.records.files import read_record
 from entropy_experiments.records.sweep_record import SWEEP_REMEDY, SweepRecord, read_sweep
 from entropy_experiments.report.evolution_words import law_sentence
@@ -22,6 +23,7 @@ from entropy_experiments.statistics.confidence import (
     DISAGREE,
     NOT_FROM_ZERO,
     UNTOLD,
+    Known,
     Sentence,
     change_word,
     correlation_words,
@@ -155,11 +157,21 @@ def _sequences(evolution: Evolution) -> Sentence | None:
         f"Within the batches, sequences rewarded above their prompt's mean moved entropy by {signed(above)}, those below it by "
         f"{signed(below)} {_UNIT} (accounting shares of the analysed steps, added up)"
     )
-    prompts = evolution.whole.most_lowering_prompts
-    if prompts:
-        first, its_sum = prompts[0].prompt_index, signed(prompts[0].share)
-        text += f"; by these sums prompt {first} comes first ({its_sum}), how surely is not known"
+    if prompts := evolution.whole.most_lowering_prompts:
+        text += f"; {_first_prompt(prompts[0])}"
     return Sentence(text + ".")
+
+
+def _first_prompt(first: PromptSum) -> str:
+    """Which training prompt comes first by its shares over the run, and how surely."""
+    number = Known(first.share, first.low, first.high)
+    own = signed(first.share) if first.low is None else f"{number.text()} {_UNIT}"
+    if first.first_in is None:
+        return f"by these sums prompt {first.prompt_index} comes first ({own}), how surely is not known"
+    often = f"first in {first.first_in:.0%} of {BOOTSTRAPS} bootstraps over evaluation prompts"
+    if first.first_in > 0.5:
+        return f"by these sums prompt {first.prompt_index} comes first ({own}; {often})"
+    return f"by these sums no single prompt comes first: prompt {first.prompt_index} has the lowest ({own}), but is {often}"
 
 
 def _price(evolution: Evolution) -> Sentence | None:

@@ -15,6 +15,7 @@ docs/analyses/evolution.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from entropy_experiments.records.evolution import (
     WholeRun,
 )
 from entropy_experiments.records.history_rows import HistoryRow
+from entropy_experiments.records.leave_one_out import read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Parts
 from entropy_experiments.records.training_course import unfiltered_points
@@ -43,6 +45,7 @@ from entropy_experiments.statistics.correlation import correlation
 from entropy_experiments.sweep.evolution.cluster_flow import Clusters, cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
 from entropy_experiments.sweep.evolution.evolution_rows import checkpoint_row, prompts_of
+from entropy_experiments.sweep.evolution.first_over_run import first_over_run
 from entropy_experiments.sweep.evolution.kernel_alignment import (
     align_kernels,
     block_cosine,
@@ -257,8 +260,17 @@ def _most_lowering_prompts(folders: Sequence[ResultsFolder]) -> list[PromptSum]:
     for row in (row for results in folders for row in results.training if row["delta_h"] is not None):
         shares.setdefault(row["prompt_index"], []).append(row["delta_h"])
         texts.setdefault(row["prompt_index"], row["prompt"])
+    with_shares = [folder for folder in folders if any(row["delta_h"] is not None for row in folder.training)]
+    tables = [read_leave_one_out(folder.path) for folder in with_shares]
+    known = first_over_run({prompt: sum(values) for prompt, values in shares.items()}, tables)
     sums = [
-        PromptSum(prompt_index=prompt, prompt=texts[prompt], share=sum(values), sequences=len(values))
+        PromptSum(
+            prompt_index=prompt,
+            prompt=texts[prompt],
+            share=sum(values),
+            sequences=len(values),
+            **({} if prompt not in known else asdict(known[prompt])),
+        )
         for prompt, values in shares.items()
     ]
     return [one for one in sorted(sums, key=lambda one: one.share)[:_MOST_LOWERING] if one.share < 0]

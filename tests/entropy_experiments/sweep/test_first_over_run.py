@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from entropy_experiments.analyses.who_was_first import bootstrap_counts
-from entropy_experiments.records.leave_one_out import SHARE_OF_PROMPT, LeftOut
+from entropy_experiments.records.leave_one_out import FILE_NAME, SHARE_OF_PROMPT, LeftOut, read_leave_one_out
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
+from entropy_experiments.sweep.evolution.evolution import describe_evolution
 from entropy_experiments.sweep.evolution.first_over_run import first_over_run
+from entropy_experiments.sweep.verdict import run_sentences
+from tests.entropy_experiments.planted_run import planted_run
 
 B, U, STEPS = 12, 4, 3
 
@@ -59,3 +66,28 @@ def test_a_prompt_that_is_not_in_every_step_has_no_share_there_and_unknown_share
     assert set(first_over_run(sums, [*some, tables[-1]])) == set(range(U))
     assert first_over_run(sums, [*tables[:-1], None]) == {} == first_over_run(sums, [])
     assert first_over_run(sums, [*tables[:-1], LeftOut(tables[0].prompts, {})]) == {}
+
+
+@pytest.mark.parametrize(("spread", "words"), [(1e-4, "comes first ("), (1.0, "no single prompt comes first")])
+def test_the_evolution_and_its_verdict_say_how_surely(tmp_path, spread: float, words: str) -> None:
+    """Planted shares, and files of values with each evaluation prompt left out that scatter little or much."""
+    rng, folders, sums = np.random.default_rng(3), [], {}
+    checkpoints, history = planted_run(5)
+    for number, folder in enumerate(checkpoints):
+        path = tmp_path / str(number)
+        path.mkdir()
+        prompts = {row["prompt_index"] for row in folder.training}
+        for row in folder.training:
+            sums[row["prompt_index"]] = sums.get(row["prompt_index"], 0.0) + row["delta_h"]
+        table = {"prompt_index": list(range(B)), "prompt": [f"prompt {p}" for p in range(B)]}
+        pq.write_table(
+            pa.table(table | {f"{SHARE_OF_PROMPT}{u}": spread * rng.normal(size=B) for u in prompts}), path / FILE_NAME
+        )
+        folders.append(replace(folder, path=path))
+    evolution = describe_evolution(folders, history, permutations=19)
+    first = evolution.whole.most_lowering_prompts[0]
+    known = first_over_run(sums, [read_leave_one_out(folder.path) for folder in folders])[first.prompt_index]
+    assert (first.low, first.high, first.first_in) == (known.low, known.high, known.first_in)
+    assert (first.first_in > 0.5) == (spread < 1), "the planted scatter decides"
+    said = " ".join(str(sentence) for sentence in run_sentences(evolution))
+    assert words in said and f"first in {first.first_in:.0%} of 1000 bootstraps over evaluation prompts" in said
