@@ -79,7 +79,7 @@ def attribute_step(
             within CLOSURE_TOLERANCE.
     """
     values = _checked("shares", shares, len(training))
-    costing, giving = extreme_sequences(values, top)
+    lowering, raising = extreme_sequences(values, top)
     total, factor = float(values.sum()), float(horizon_factor)
     known = {} if effects is None else {"effect": _checked("effects", effects, len(training)).tolist()}
     groups: list[GroupShares] = []
@@ -94,7 +94,7 @@ def attribute_step(
         if endings is not None:
             groups += group_rows("evaluation", "ending", endings[1], np.asarray(contributions), evaluation)
     if token_shares is not None:
-        tokens = _tokens(training, values, token_shares, completion_mask, token_texts, drawn, costing + giving)
+        tokens = _tokens(training, values, token_shares, completion_mask, token_texts, drawn, lowering + raising)
     return AttributionResult(
         unit="nats per token",
         total=total,
@@ -116,7 +116,7 @@ def attribute_step(
             lowering=concentration(values[values < 0], top),
             raising=concentration(values[values > 0], top),
         ),
-        top_sequences=costing + giving,
+        top_sequences=lowering + raising,
         tokens=tokens,
         evaluation=side,
         groups=groups,
@@ -124,12 +124,12 @@ def attribute_step(
 
 
 def extreme_sequences(shares: np.ndarray, top: int = 10) -> tuple[list[int], list[int]]:
-    """(costing, giving): up to `top` sequences of the most negative, and of the most positive shares, largest first."""
+    """(lowering, raising): up to `top` sequences of the most negative, and of the most positive shares, largest first."""
     values = np.asarray(shares, dtype=np.float64)
     order = np.argsort(values, kind="stable")
-    costing = [int(i) for i in order[:top] if values[i] < 0]
-    giving = [int(i) for i in np.argsort(-values, kind="stable")[:top] if values[i] > 0]
-    return costing, giving
+    lowering = [int(i) for i in order[:top] if values[i] < 0]
+    raising = [int(i) for i in np.argsort(-values, kind="stable")[:top] if values[i] > 0]
+    return lowering, raising
 
 
 def group_rows(

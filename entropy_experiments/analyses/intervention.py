@@ -236,7 +236,7 @@ def prove_by_intervention(
 
     taken = [take(members) for members in subsets]
     measured, ratios = [change for change, _ in taken], [c / full_clip for _, c in taken]
-    costing, giving = _extreme_removals(without, predictions, full_change, top)
+    lowering, raising = _extreme_removals(without, predictions, full_change, top)
     return InterventionResult(
         unit="nats per token",
         by="sequence" if prompt_index is None else "prompt",
@@ -256,8 +256,8 @@ def prove_by_intervention(
             measured=full_change, predicted={name: p.change(everyone, 1.0) for name, p in predictions.items()}
         ),
         removals=Removals(
-            costing=costing,
-            giving=giving,
+            lowering=lowering,
+            raising=raising,
             random=_random_removals(without, active, full_change, top, seed),
         ),
     )

@@ -88,7 +88,7 @@ def prompt_choices(results: ResultsFolder, buffer: str) -> dict[str, int | None]
 
 
 def sequence_records(results: ResultsFolder, buffer: str, prompt: int | None = None) -> list[dict[str, Any]]:
-    """One record a sequence for a table that sorts, costliest first: numbers as numbers, texts on one line and visible."""
+    """One record a sequence for a table that sorts, the most lowering first: texts on one line and visible."""
     frame = prompt_frame([row["prompt"] for row in [*results.training, *results.evaluation]])
     share = "delta_h" if buffer == "training" else "delta_h_lost"
     records = []

@@ -57,7 +57,7 @@ def _training_indices(summary: Summary) -> Iterator[tuple[str, Iterable[int]]]:
         yield "analyses.sequence_clustering.clusters", [cluster.medoid for cluster in clusters.clusters]
     if (proof := finished(analyses.intervention)) is not None:
         yield "analyses.intervention.subsets", chain.from_iterable(proof.subsets)
-        for kind, removal in (("costing", proof.removals.costing), ("giving", proof.removals.giving)):
+        for kind, removal in (("lowering", proof.removals.lowering), ("raising", proof.removals.raising)):
             yield f"analyses.intervention.removals.{kind}", () if removal is None else removal.sequences
     if summary.leaving_out is not None and isinstance(first := summary.leaving_out.first, WhoWasFirst):
         units = (first.sequences.lowering, first.sequences.raising, first.prompts.lowering, first.prompts.raising)

@@ -294,9 +294,9 @@ class RandomRemoval(Record):
 class Removals(Record):
     """Steps without some sequences."""
 
-    costing: Removal | None
+    lowering: Removal | None
     """Without those that lower entropy most; null where none does."""
-    giving: Removal | None
+    raising: Removal | None
     """Without those that raise it most."""
     random: RandomRemoval | None
     """Without random ones."""

@@ -200,8 +200,8 @@ def _intervention(result: InterventionResult) -> list[Table]:
             _thousandths(removal.difference),
         ]
         for removal, label in (
-            (result.removals.costing, "said to cost most"),
-            (result.removals.giving, "said to give most"),
+            (result.removals.lowering, "said to lower entropy most"),
+            (result.removals.raising, "said to raise entropy most"),
         )
         if removal is not None
     ]

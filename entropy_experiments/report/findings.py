@@ -141,10 +141,10 @@ def intervention_finding(result: InterventionResult) -> str:
             f"{with_ends(score.intercept, score.intercept_interval, signed)} {_UNIT}"
         )
     text += f"; the whole step makes {signed(result.full_step.measured)} {_UNIT}"
-    for removal, word in ((result.removals.costing, "cost"), (result.removals.giving, "give")):
+    for removal, word in ((result.removals.lowering, "lower"), (result.removals.raising, "raise")):
         if removal is not None:
             removed = counted(len(removal.sequences), "sequence")
-            text += f", {signed(removal.measured)} without the {removed} said to {word} most"
+            text += f", {signed(removal.measured)} without the {removed} said to {word} entropy most"
     return text + "."
 
 

@@ -117,7 +117,7 @@ def entropy_rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def training_rows(rows: Sequence[Mapping[str, Any]], frame: PromptFrame) -> list[dict[str, Any]]:
-    """All training sequences by their share, the most costing first, unknown shares last.
+    """All training sequences by their share, the most lowering first, unknown shares last.
 
     Finished text, and in "sort_by" the numbers that a page sorts by, "" for what is not known. "moved": in words, what the
     sequence did. "middle": not among the ENDS_SHOWN at either end.
@@ -149,7 +149,7 @@ def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
 
 
 def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tuple[list[dict[str, str]], int]:
-    """Prompts with the sums of their sequences' shares, costliest first, and how many in the middle were
+    """Prompts with the sums of their sequences' shares, the most lowering first, and how many in the middle were
     left out.
     """
     groups: dict[int, list[Mapping[str, Any]]] = {}

@@ -83,7 +83,7 @@ def _removals(axes: Axes, result: InterventionResult, unit: float, label: str) -
     removals, headline, step = result.removals, result.headline, result.full_step
     full = step.measured / unit
     rows: list[tuple[str, float, float | None, str]] = [("all sequences", full, step.predicted[headline] / unit, "")]
-    for removal, words in ((removals.costing, "said to cost most"), (removals.giving, "said to give most")):
+    for removal, words in ((removals.lowering, "said to lower it most"), (removals.raising, "said to raise it most")):
         if removal is not None:
             predicted = (step.predicted[headline] + removal.predicted_difference[headline]) / unit
             rows.append((f"without the {len(removal.sequences)}\n{words}", removal.measured / unit, predicted, "////"))
@@ -140,8 +140,8 @@ def _caption(result: InterventionResult, score: ShareScore) -> str:
         ]
         text += f"; {', '.join(others)}. " if others else ". "
     removed = [
-        f"{signed(removal.measured)} without the {counted(len(removal.sequences), 'sequence')} said to {word} most"
-        for removal, word in ((result.removals.costing, "cost"), (result.removals.giving, "give"))
+        f"{signed(removal.measured)} without the {counted(len(removal.sequences), 'sequence')} said to {word} entropy most"
+        for removal, word in ((result.removals.lowering, "lower"), (result.removals.raising, "raise"))
         if removal is not None
     ]
     full = signed(result.full_step.measured)

@@ -93,13 +93,15 @@ def test_a_linear_world_is_proven_exactly():
     assert found.scores["wrong"].spearman == pytest.approx(-1.0)
     assert found.full_step.measured == pytest.approx(found.full_step.predicted["right"])
     assert not any(4 in members for members in found.subsets), "a sequence of weight 0 takes part in no step"
-    for kind, sign in (("costing", -1), ("giving", 1)):
+    for kind, sign in (("lowering", -1), ("raising", 1)):
         removal = getattr(found.removals, kind)
         assert removal.difference == pytest.approx(-prediction.shares[list(removal.sequences)].sum())
         assert removal.difference == pytest.approx(removal.predicted_difference["right"])
         assert removal.difference * sign < 0 and len(removal.sequences) == 3
     assert len(found.removals.random.differences) == 5
-    assert "1.00 [1.00, 1.00]" in intervention_finding(found) and "said to cost most" in intervention_finding(found)
+    assert "1.00 [1.00, 1.00]" in intervention_finding(found) and "said to lower entropy most" in intervention_finding(
+        found
+    )
     json.dumps(json_of(found), allow_nan=False)
 
 
@@ -114,7 +116,7 @@ def test_degenerate_worlds_are_stated():
     """No effect at all, and one-sided shares: nothing is NaN, and the sentence says what is missing."""
     weights = np.ones(8)
     found = prove_by_intervention(lambda kept: 0.0, weights, {"shares": SharePrediction(np.zeros(8))}, count=20)
-    assert found.removals.costing is None and found.removals.giving is None
+    assert found.removals.lowering is None and found.removals.raising is None
     assert "no rank correlation can be given: all predicted changes are equal" in intervention_finding(found)
     json.dumps(json_of(found), allow_nan=False)
     with pytest.raises(UserError, match="0 ways"):
@@ -136,7 +138,7 @@ def test_real_half_steps_follow_the_split_shares(learning_rate):
     assert abs(score.slope - 1) < 0.05, "shares and measurement differ by a factor"
     assert score.root_mean_square_error < 0.12 * score.measured_spread
     assert other.spearman < score.spearman, "the other estimator has the evaluation tokens' noise against it"
-    assert found.removals.costing.difference > 0 > found.removals.giving.difference
+    assert found.removals.lowering.difference > 0 > found.removals.raising.difference
     assert measurement.lowest_effective_sample_size is not None
 
 
@@ -146,7 +148,7 @@ def test_a_poisoned_sequence_is_found_and_its_removal_undoes_the_loss():
     shares = world.shares().numpy()
     measurement = world.measurement()
     found = prove_by_intervention(measurement.change, world.weights.numpy(), {"split": world.prediction()}, top=1)
-    removal = found.removals.costing
+    removal = found.removals.lowering
     assert removal.sequences == (victim,)
     assert removal.difference == pytest.approx(-shares[victim], rel=0.05)
     assert shares[victim] < -20 * np.abs(np.delete(shares, victim)).max(), "the world is not poisoned"
@@ -168,7 +170,7 @@ def test_clipping_is_predicted_by_the_ratio_of_coefficients():
     assert scaled.spearman > 0.99 and abs(scaled.slope - 1) < 0.05
     assert scaled.root_mean_square_error < 0.2 * blind_score.root_mean_square_error
     assert min(found.clip_ratios) > 1, "half of a clipped gradient is clipped less"
-    for kind in ("costing", "giving"):
+    for kind in ("lowering", "raising"):
         removal = getattr(found.removals, kind)
         gap, gap_blind = (abs(removal.predicted_difference[n] - removal.difference) for n in ("scaled", "blind"))
         assert gap < 0.1 * abs(removal.difference) and gap < gap_blind, "removals are predicted without clipping"
@@ -315,7 +317,7 @@ def test_the_figure_draws_the_numbers():
     assert y == pytest.approx(unit * np.array(found.measured))
     assert x == pytest.approx(unit * np.array(found.scores["split"].predicted))
     widths = [bar.get_width() for bar in figure.axes[1].patches]
-    wanted = [found.full_step.measured, *(getattr(found.removals, k).measured for k in ("costing", "giving"))]
+    wanted = [found.full_step.measured, *(getattr(found.removals, k).measured for k in ("lowering", "raising"))]
     assert widths == pytest.approx([unit * value for value in wanted])
     assert "1.00, 95% bootstrap interval" in caption_of(figure) and "second moments" in caption_of(figure)
     assert png_bytes(figure)

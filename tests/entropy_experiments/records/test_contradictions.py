@@ -46,8 +46,8 @@ def name_first(summary):
         (lambda s: s["analyses"]["sequence_clustering"]["clusters"][0].update(medoid=BEYOND), "clusters names"),
         (lambda s: s["analyses"]["intervention"]["subsets"].__setitem__(3, [0, BEYOND]), "subsets names"),
         (
-            lambda s: s["analyses"]["intervention"]["removals"]["costing"].update(sequences=[BEYOND]),
-            "removals.costing names",
+            lambda s: s["analyses"]["intervention"]["removals"]["lowering"].update(sequences=[BEYOND]),
+            "removals.lowering names",
         ),
         (lambda s: s["analyses"]["weighting_schemes"]["weights"].update(run=[0.0]), "weights.run has 1 entries"),
         (name_first, "leaving_out.first names training sequence 64"),

@@ -79,7 +79,7 @@ def test_lists_that_belong_together_are_equally_long():
         "unit": "nats per token", "by": "sequence", "count": 2, "size": 1.0, "subsets": [[0], [1]], "measured": [0.1, 0.2],
         "clip_ratios": None, "scores": {"split": score}, "headline": "split",
         "full_step": {"measured": 0.1, "predicted": {"split": 0.1}},
-        "removals": {"costing": None, "giving": None, "random": None},
+        "removals": {"lowering": None, "raising": None, "random": None},
     }  # fmt: skip
     validated(InterventionResult, content, "f")
     assert "measured has 1" in refusal(InterventionResult, content | {"measured": [0.1]})
