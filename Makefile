@@ -13,6 +13,7 @@
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
 # make faults   what can go wrong, tried: damaged files, wrong configurations, full disks, kills (FAULT_ARGS="--kills 0 --disks 0": files alone)
+# make mutations   plants faults one by one in a copy: which self-check of a run and which test sees each (docs/mutations.md)
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
 #
@@ -35,7 +36,7 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
-  bench-replay bench-kernel calibrate faults clean distclean
+  bench-replay bench-kernel calibrate faults mutations clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -113,6 +114,11 @@ bench: $(STAMP)
 
 faults: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULT_ARGS)
+
+mutations: $(STAMP)
+	rm -f runs/mutations.jsonl
+	mkdir -p runs
+	PYTHONPATH=. $(BIN)/python -m tests.mutations --rows runs/mutations.jsonl; PYTHONPATH=. $(BIN)/python -m tests.mutations --page runs/mutations.jsonl
 
 calibrate: $(STAMP)
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py

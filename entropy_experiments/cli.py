@@ -335,6 +335,7 @@ def _quiet_libraries() -> None:
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers asks it too
+        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports every trainer that is made
         "TOKENIZERS_PARALLELISM": "false",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -29,7 +29,7 @@ from rl_training.prompts.limited_templates import limited_templates
 from rl_training.run.console import ConsoleCallback, MetricsFile
 from rl_training.run.folder_lock import run_folder_locked
 from rl_training.run.launched import world_size
-from rl_training.run.run_files import CONFIG_NAME, ConfigFile, remove_records
+from rl_training.run.run_files import CONFIG_NAME, ConfigFile, remove_records, tidy
 from rl_training.run.start import find_start, is_done
 from rl_training.tasks.task import Task, load_task
 
@@ -135,6 +135,7 @@ def run_training(config: TrainConfig, quiet: bool = False, resume: bool = False)
     folder = Path(config.training.output_dir)
     with run_folder_locked(folder), limited_templates():
         if resume and is_done(config):
+            tidy(folder)
             warnings.warn(f"{folder}: all {config.training.steps} steps are done already", stacklevel=2)
             return folder
         return _train(config, folder, quiet, resume)
