@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.probe_replay.pooled import Measured
 from benchmarks.probe_replay.schedules import Series
 from benchmarks.probe_replay.tape import Tape
 
@@ -83,6 +84,19 @@ def ceilings(pairs: Pairs) -> dict[str, float]:
         "truth_error": noise**0.5,
         "truth_spread": float(truth.std()),
     }
+
+
+def running_coverage(tapes: list[Tape], measured: list[list[Measured]]) -> float:
+    """Share of spans whose running sum's 95% interval holds the change so far, told by fresh samples at its ends."""
+    held = []
+    for tape, spans in zip(tapes, measured, strict=True):
+        start = tape.levels[0]
+        for span in spans:
+            if span.last + 1 < len(tape):
+                end = tape.levels[span.last + 1]
+                error = float(np.sqrt(span.total.error**2 + start.error**2 + end.error**2))
+                held.append(abs(span.total.value - (end.value - start.value)) <= span.total.reach * error)
+    return float(np.mean(held)) if held else float("nan")
 
 
 def _figures(p: Pairs) -> tuple[float, float, float, float]:

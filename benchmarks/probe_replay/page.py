@@ -15,7 +15,8 @@ import numpy as np
 from benchmarks.probe_replay.replay import KINDS, RESULTS
 
 GROUPS = {
-    "pool": "Pool: fresh sequences of distinct held-out prompts, watched for eight steps by forward passes alone",
+    "watch": "What the probe does: a pool of held-out sequences, measured over spans, drawn anew as soon as few would count",
+    "pool": "The pool step by step, never drawn early: which estimator, how many sequences",
     "own": "The step's own 64 sequences (8 prompts x 8), which it is trained on",
     "fresh": "64 fresh sequences a step: what independence and distinct prompts give, whatever the price",
     "gradient": "Running averages of gradients on the step's own sequences",
@@ -24,6 +25,9 @@ GROUPS = {
 KIND_NAMES = {
     "small": "Small policy, three seeds",
     "turning": "Small policy whose entropy turns (a reward for surprisal in steps 36 to 70)",
+    "aged": "Small policy, one seed, sequences of the pool watched for 16 steps in place of 8",
+    "agedturning": "The turning run, sequences of the pool watched for 16 steps in place of 8",
+    "all": "All of them (without the two of longer ages)",
     "smollm2": "SmolLM2-135M",
 }
 STEPS_IN_LOGITS = ("covariance", "covariance, natural", "S*", "STEER", "REPO")
@@ -53,17 +57,21 @@ def page(found: dict[str, Any]) -> str:
         "",
         "*r*, *partial* (given the true change of the step before), *slope* (of the truth on the prediction), *sum* (predicted / "
         "true) with 95% block-bootstrap intervals over all steps of the runs of a kind; *worst*: r of its worst run; *covers*: "
-        "share of steps (and of sums over ten) whose 95% interval holds the truth; *passes*: sequences a step through a forward "
-        "pass, a gradient, and the sampler; *cost*: of a step's CPU seconds. A forward pass is timed on own sequences, "
+        "share of steps (and of sums over ten, errors added in quadrature) whose 95% interval holds the truth; of what the probe "
+        "does also that of the logged running sum, against fresh samples at its ends, and how often it passes the pool through "
+        "the model; *passes*: sequences a step through a forward pass, a gradient, and the sampler; "
+        "*cost*: of a step's CPU seconds. A forward pass is timed on own sequences, "
         "whose prompts pass once for all their completions; distinct prompts cost up to 1.7 times that (SmolLM2).",
         "",
     ]
     for group, title in GROUPS.items():
         rows = [row for row in found["rows"] if row["group"] == group]
         lines += [f"## {title}", ""]
-        kinds = [k for k in KINDS if any(k in row["kinds"] for row in rows)]
+        shown = ("all", *KINDS) if group == "watch" else KINDS
+        kinds = [k for k in shown if any(k in row["kinds"] for row in rows)]
         for kind in kinds:
             lines += [f"{KIND_NAMES[kind]}:", "", *_table(rows, kind, with_costs=kind == kinds[0]), ""]
+    lines += ["## The forecast", "", *_forecast_lines(found["forecasts"]), ""]
     lines += ["## Attribution by token", "", *_token_lines(found["token_r_squared"]), ""]
     lines += ["![The truth, the pool and the step's own sequences, run by run](replay.png)", ""]
     return "\n".join(lines)
@@ -100,6 +108,8 @@ def _table(rows: list[dict[str, Any]], kind: str, with_costs: bool) -> list[str]
             "" if logits else _with_interval(found, "sum"),
             "" if math.isnan(found["coverage"]) else f"{found['coverage']:.2f} ({found['windows']:.2f})",
         ]
+        if "running" in found:
+            cells[6] += f"; {found['running']:.2f}; {found['looks']:.2f} passes a step"
         if with_costs:
             cells += [
                 _passes(row.get("passes", {})),
@@ -116,6 +126,21 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
 def _passes(passes: dict[str, float]) -> str:
     return ", ".join(f"{count:g} {kind}" for kind, count in passes.items() if count)
+
+
+def _forecast_lines(by_preset: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "`entropy`: share of spans at which the 80% band of the filtered entropy holds that of fresh sequences; `steps`: the "
+        "same of the steps to a floor (benchmarks/probe_replay/forecasts.py); median absolute error of the steps, in steps:",
+        "",
+        "| preset | runs | entropy | steps (cases) | forecast | persistence | straight line |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for preset, by_kind in by_preset.items():
+        for kind, f in by_kind.items():
+            errors = " | ".join(f"{value:.1f}" for value in f["errors"].values())
+            lines.append(f"| {preset} | {kind} | {f['entropy']:.2f} | {f['steps']:.2f} ({f['cases']}) | {errors} |")
+    return lines
 
 
 def _token_lines(by_run: dict[str, dict[str, float]]) -> list[str]:
@@ -144,7 +169,7 @@ def draw(found: dict[str, Any]) -> None:
         axis.plot(step, own[:, 0], color="#d0894a", lw=0.8, label="own 64, watched")
         low, high = pool[:, 0] - 1.96 * pool[:, 1], pool[:, 0] + 1.96 * pool[:, 1]
         axis.fill_between(step, low, high, color="#3a6ea5", alpha=0.25, lw=0)
-        axis.plot(step, pool[:, 0], color="#3a6ea5", lw=1.5, label="pool 64, watched and filtered, 95%")
+        axis.plot(step, pool[:, 0], color="#3a6ea5", lw=1.5, label="default preset, filtered, 95%")
         reach = 1.5 * np.abs(truth).max()
         axis.set_ylim(max(-reach, truth.min() - reach), min(reach, truth.max() + reach))
         axis.axhline(0, color="0.6", lw=0.6)

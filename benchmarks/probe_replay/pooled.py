@@ -138,7 +138,8 @@ class PooledWatch:
         kept = torch.ones(len(slots), dtype=torch.bool)
         for step in range(before + 1, after + 1):
             kept &= slots % tape.pool_age != step % tape.pool_age
-        alone, wanted, log_weights = after == before, int(kept.sum()), start.pool_log_weights[slots]
+        wanted, log_weights = int(kept.sum()), start.pool_log_weights[slots]
+        alone = after == before and start.held.projected is not None
         allowed = min(oldest, float(tape.pool_age))
         while self.renewed and allowed > 0:
             staying = kept & (age <= allowed)

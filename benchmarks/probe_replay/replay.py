@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,31 @@ import numpy as np
 import torch
 
 from benchmarks.probe_replay import rivals
-from benchmarks.probe_replay.agreement import agreement, ceilings, pairs_of
+from benchmarks.probe_replay.agreement import agreement, ceilings, pairs_of, running_coverage
 from benchmarks.probe_replay.estimators import Estimator
+from benchmarks.probe_replay.forecasts import forecast_figures
 from benchmarks.probe_replay.pool import POOL_AGE
+from benchmarks.probe_replay.pooled import PooledWatch
 from benchmarks.probe_replay.runs import ROOT, find_run
 from benchmarks.probe_replay.schedules import CriticSettings, Filter, Gradient, Held, Series, Snis, Watch
 from benchmarks.probe_replay.tape import Tape, load_tape
 
 RESULTS = Path("benchmarks/results/probe_replay")
 LEAST_STEPS = 5
-KINDS = ("small", "turning", "smollm2")
+KINDS = ("small", "turning", "aged", "agedturning", "smollm2")
+WATCHES = {
+    "accurate": PooledWatch(64, 2),
+    "default": PooledWatch(40, 4),
+    "light": PooledWatch(16, 4),
+}
+"""The probe's presets, as it watches a pool."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """forward, backward, drawn: sequences of each kind a step. series: of a tape. needs: arrays a recording must have."""
+    """forward, backward, drawn: sequences of each kind a step. series: of a tape. needs: arrays a recording must have. watch: of
+    a pool as the probe watches it, whose passes are those of its spans.
+    """
 
     group: str
     name: str
@@ -38,12 +48,17 @@ class Case:
     backward: float = 0.0
     drawn: float = 0.0
     needs: str = ""
+    watch: PooledWatch | None = None
 
 
 def _pool(decay: float, n: int = 64, every: int = 1, **more: Any) -> Case:
     estimator = Estimator("moved", "td", decay, more.pop("with_critic", True))
     watch = Watch(estimator, n, "pool", every=every, **more)
     return Case("pool", "", watch.series, forward=n * watch.ages / POOL_AGE / every, drawn=n / POOL_AGE)
+
+
+def _watched(name: str, watch: PooledWatch) -> Case:
+    return Case("watch", name, watch.series, drawn=watch.n / POOL_AGE, watch=watch)
 
 
 def _named(name: str, case: Case) -> Case:
@@ -122,7 +137,21 @@ def cases() -> list[Case]:
         _gradient("64, averaging 0.75", Gradient(without, n=64, per_prompt=None)),
         _gradient("64, score half averaged alone", Gradient(without, n=64, per_prompt=None, score_only=True)),
     ]
-    return [*own, *pool, *fresh, *gradient]
+    renewed = PooledWatch(64)
+    watch = [
+        *(_watched(f"{name}: n {w.n}, spans of up to {w.span}", w) for name, w in WATCHES.items()),
+        _watched("n 64, every step", renewed),
+        _watched("n 64, every step, no filter", replace(renewed, filter="none")),
+        _watched("n 64, every step, local trend", replace(renewed, filter="trend")),
+        _watched("n 64, every step, lambda 0.95", replace(renewed, decay=0.95)),
+        _watched("n 64, every step, never drawn early", replace(renewed, renewed=False)),
+        _watched("n 64, every step, never drawn early, no filter", replace(renewed, renewed=False, filter="none")),
+        _watched("n 64, spans of up to 4", PooledWatch(64, 4)),
+        _watched("n 32, spans of up to 4", PooledWatch(32, 4)),
+        *(_watched(f"{name}, no filter", replace(w, filter="none")) for name, w in WATCHES.items()),
+        *(_watched(f"{name}, local trend", replace(w, filter="trend")) for name, w in WATCHES.items()),
+    ]
+    return [*watch, *own, *pool, *fresh, *gradient]
 
 
 def rival_series(tape: Tape) -> dict[str, tuple[Series, str]]:
@@ -140,7 +169,8 @@ def rival_series(tape: Tape) -> dict[str, tuple[Series, str]]:
 
 def replay(tapes: list[Tape], timed: list[Tape]) -> dict[str, Any]:
     """Everything that the page is made of. timed: recordings that costs are taken from, be they too short for the rest."""
-    of_kind = {k: [t for t in tapes if kind_of(t.name) == k] for k in KINDS} | {"all": tapes}
+    of_kind = {k: [t for t in tapes if kind_of(t.name) == k] for k in KINDS}
+    of_kind["all"] = [t for t in tapes if not t.name.startswith("aged")]
     out: dict[str, Any] = {
         "runs": {t.name: _run(t) for t in tapes},
         "ceilings": {k: ceilings(pairs_of(some, [list(t.truth) for t in some])) for k, some in of_kind.items() if some},
@@ -150,11 +180,22 @@ def replay(tapes: list[Tape], timed: list[Tape]) -> dict[str, Any]:
     for case in cases():
         some = [t for t in tapes if t.has(case.needs)]
         if some:
+            # What ages do is said of the watch alone; older rows are of the runs that hold all that is recorded.
+            some = some if case.watch is not None else [t for t in some if not t.name.startswith("aged")]
             series = [case.series(t) for t in some]
             kinds = _by_kind(some, series)
+            if case.watch is not None:
+                for kind, found in kinds.items():
+                    of_it = [t for t in some if kind == kind_of(t.name) or (kind == "all" and "aged" not in t.name)]
+                    found |= _of_watch(case.watch, of_it)
             out["rows"].append({"group": case.group, "name": case.name, "kinds": kinds, **_costs(case, timed)})
             figures = " | ".join(f"{k} {v['r']:.2f} {v['partial']:.2f} {v['sum']:.2f}" for k, v in kinds.items())
             print(f"{case.group:9s} {case.name:52s} {figures}", flush=True)
+    out["forecasts"] = {
+        name: {k: forecast_figures(some, watch) for k, some in of_kind.items() if some and k not in ("all", "smollm2")}
+        for name, watch in WATCHES.items()
+    }
+    tapes = [t for t in tapes if not t.name.startswith("aged")]
     by_run = [rival_series(t) for t in tapes]
     for name in by_run[0]:
         some = [(t, found[name][0]) for t, found in zip(tapes, by_run, strict=True) if name in found]
@@ -163,9 +204,16 @@ def replay(tapes: list[Tape], timed: list[Tape]) -> dict[str, Any]:
     return out
 
 
+def _of_watch(watch: PooledWatch, tapes: list[Tape]) -> dict[str, float]:
+    """looks: passes a step; running: share of spans after which the 95% interval of the running sum holds the change so far."""
+    measured = [watch.measured(t) for t in tapes]
+    looks = sum(map(len, measured)) / sum(map(len, tapes))
+    return {"looks": looks, "running": running_coverage(tapes, measured)}
+
+
 def _by_kind(tapes: list[Tape], series: list[Series]) -> dict[str, Any]:
     """Agreement over all runs, and over the runs of each kind."""
-    kinds = {"all": list(range(len(tapes)))}
+    kinds = {"all": [i for i, t in enumerate(tapes) if not t.name.startswith("aged")]}
     kinds |= {k: [i for i, t in enumerate(tapes) if kind_of(t.name) == k] for k in KINDS}
     return {
         kind: agreement(pairs_of([tapes[i] for i in some], [series[i] for i in some]))
@@ -184,7 +232,7 @@ def _run(tape: Tape) -> dict[str, Any]:
     pairs = pairs_of([tape], [list(tape.truth)])
     residual = max(s.numbers["step_residual"] for s in tape.steps)
     truth, error = (np.array([getattr(t, name) for t in tape.truth]).tolist() for name in ("value", "error"))
-    watched = Watch(Estimator("moved", "td", 0.95), 64, "pool", filter=Filter()).series(tape)
+    watched = WATCHES["default"].series(tape)
     own = Watch(Estimator("moved", "td", 0.95), 64, "own").series(tape)
     return {
         "steps": len(tape),

@@ -107,6 +107,13 @@ class EntropyChange:
         return replace(self, watched=watched)
 
     @property
+    def measured_change(self) -> float | None:
+        """The measured change of a step, nats per token, however it was measured; None where it was not."""
+        if self.watched is not None:
+            return self.watched.each.value
+        return None if self.measured is None else self.measured.change
+
+    @property
     def total(self) -> Estimate:
         return self.per_token.total
 

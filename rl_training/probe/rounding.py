@@ -22,7 +22,7 @@ class RoundingNoise:
 
     def word(self, change: EntropyChange) -> str | None:
         """What to say of a step, None where there is nothing to say, or it was said."""
-        if self._dtype is None or change.measured is None:
+        if self._dtype is None or change.measured_change is None:
             return None
         if not self._trained and not _is_noise(change, torch.finfo(self._dtype).eps):
             return None
@@ -40,7 +40,7 @@ class RoundingNoise:
 
 def _is_noise(change: EntropyChange, eps: float) -> bool:
     """Far from its derivative, by no more than rounding explains: larger steps have higher orders in any precision."""
-    assert change.measured is not None
-    measured, derivative = change.measured.change, change.same_tokens
+    measured, derivative = change.measured_change, change.same_tokens
+    assert measured is not None
     off = abs(measured - derivative)
     return _FAR_OFF * max(abs(measured), abs(derivative)) < off <= eps

@@ -39,7 +39,7 @@ class WatchHistory:
         """
         found, self._record = callbacks.get(STATE_KEY), _empty()
         callbacks[STATE_KEY] = self._record
-        if found is None:
+        if found is None or found == _empty():  # nothing was watched before it was saved
             return None
         try:
             record = _checked(found, last_step)

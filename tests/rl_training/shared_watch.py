@@ -48,8 +48,8 @@ def watched_under_fully_shard() -> Tensor:
     watch = EntropyWatch(EntropyProbeConfig(rollouts="current"), model, sharing)
     said = []
     for seed in range(3):
-        watch.before_step(batch)
         backward(model, optimizer, training_sequences(seed))
+        watch.before_step(batch)  # as in a trainer: nothing gives gathered weights back before the optimizer steps
         optimizer.step()
         seen = watch.after_step()
         assert seen is not None

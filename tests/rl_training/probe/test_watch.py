@@ -209,6 +209,12 @@ def test_a_resumed_watch_goes_on_as_if_nothing_had_happened(trained: Setting) ->
         assert again.cumulative.value == pytest.approx(went_on.cumulative.value, rel=1e-12)
 
 
+def test_a_checkpoint_of_before_anything_was_watched_is_no_damage(trained: Setting) -> None:
+    state: dict = {}
+    WatchHistory().begin(state, 0, make_watch(trained))
+    assert WatchHistory().begin(dict(state), 3, make_watch(trained)) is None
+
+
 DAMAGE = {
     "no record": lambda r: "x",
     "cut short": lambda r: {**r, "critic": {**r["critic"], "upper": r["critic"]["upper"][:-8]}},
