@@ -70,7 +70,12 @@ def page(found: dict[str, Any]) -> str:
         shown = ("all", *KINDS) if group == "watch" else KINDS
         kinds = [k for k in shown if any(k in row["kinds"] for row in rows)]
         for kind in kinds:
-            lines += [f"{KIND_NAMES[kind]}:", "", *_table(rows, kind, with_costs=kind == kinds[0]), ""]
+            lines += [
+                f"{KIND_NAMES[kind]}:",
+                "",
+                *_table(rows, kind, with_costs=kind == kinds[0] and group != "watch"),
+                "",
+            ]
     lines += ["## The forecast", "", *_forecast_lines(found["forecasts"]), ""]
     lines += ["## Attribution by token", "", *_token_lines(found["token_r_squared"]), ""]
     lines += ["![The truth, the pool and the step's own sequences, run by run](replay.png)", ""]

@@ -135,7 +135,7 @@ class RecordedStep:
     numbers: dict[str, float]
     lagged_logprob: Tensor | None
     lagged_entropy: Tensor | None
-    pool_log_weights: Tensor
+    pool_log_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 def load_step(path: Path) -> RecordedStep:
