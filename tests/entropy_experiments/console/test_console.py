@@ -20,10 +20,12 @@ from entropy_experiments.console.analyze import expected_shares
 from entropy_experiments.console.progress import StageProgress, duration
 from entropy_experiments.console.tables import outcome_facts, print_comparison, print_outcomes, print_verdict
 from entropy_experiments.records.estimates import NO_ESTIMATE
+from entropy_experiments.records.folder_files import written_data
 from entropy_experiments.records.outcome_record import ChecksOutcome, NoOutcome, SamePrompt, TriedCheckpoint
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.outcome import read_outcome
 from entropy_experiments.run.reporter import Reporter
+from rl_training.run.sums import write_sums
 from tests.entropy_experiments.comparison_fixture import build_side
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, config
@@ -277,6 +279,8 @@ def test_json_is_one_object_on_stdout_and_progress_stays_on_stderr(tiny_run, tmp
 
 def test_json_of_a_comparison(tmp_path):
     sides = build_side(tmp_path / "a", 1), build_side(tmp_path / "b", 2, 0.05)
+    for side in sides:
+        write_sums(side, written_data(side))
     found = run("compare", *sides, "--output", tmp_path / "out", "--json")
     assert json.loads(found.stdout)["report"] == str(tmp_path / "out" / "comparison.html"), found.stderr
     assert found.stderr == ""

@@ -104,7 +104,10 @@ def test_real_sweep_killed_and_resumed_with_a_broken_checkpoint(run, tmp_path):
     assert sets[0] == sets[1], "the same evaluation prompts and seeds at every checkpoint"
     evolution = json.loads((out / "evolution.json").read_text())["mine"]
     # the two checkpoints are the same policy: nothing moved
-    assert evolution["changes"][0]["observed"]["value"] == 0.0 and evolution["comparable"]["same_everywhere"]
+    assert (
+        evolution["changes"][0]["observed"]["value"] == 0.0
+        and evolution["comparable"]["prompts"] == evolution["comparable"]["of"]
+    )
     assert (out / "report.html").read_text().count("checkpoints/mine_checkpoint-") == 2
     assert len(list((out / "figures").glob("mine_*.png"))) == 6
 
