@@ -77,6 +77,13 @@ def analyze(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results folder if it exists")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: memory, disk, passes and time")] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", min=1, help="With --dry-run: on paper, for so many devices; loads nothing"),
+    ] = None,
+    bandwidth: Annotated[
+        float, typer.Option("--bandwidth", min=1.0, help="With --devices: bytes a second of each to others and to disk")
+    ] = 50e9,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
     trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
@@ -93,8 +100,10 @@ def analyze(
     if resume and overwrite:
         raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
     refuse_checkpoint_early(checkpoint, settings, trust)
+    if devices is not None and not dry_run:
+        raise UserError("--devices plans an analysis on paper: say --dry-run as well")
     if dry_run:
-        return _print_forecast(checkpoint, settings, trust, as_json)
+        return _print_forecast(checkpoint, settings, trust, as_json, devices, bandwidth)
     with _stdout_kept_for_results():
         _quiet_libraries()
         from entropy_experiments.console.analyze import analyze_with_progress
@@ -299,12 +308,19 @@ def demo(
     print(run_demo(output))
 
 
-def _print_forecast(checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool) -> None:
+def _print_forecast(
+    checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool, devices: int | None, bandwidth: float
+) -> None:
     with _stdout_kept_for_results():
         _quiet_libraries()
+        from entropy_experiments.forecast.cluster import plan_cluster
         from entropy_experiments.forecast.forecast import forecast_analysis
 
-        forecast = forecast_analysis(checkpoint, settings, trust)
+        forecast: Any = (
+            forecast_analysis(checkpoint, settings, trust)
+            if devices is None
+            else plan_cluster(checkpoint, settings, devices, bandwidth)
+        )
     if as_json:
         _print_json({"command": "analyze --dry-run", **forecast.to_json()})
     else:
