@@ -25,7 +25,8 @@ SHAPE = {"vocab_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "n
 
 
 def adapted(device: str, width: int = 64, layers: int = 2):
-    config = LlamaConfig(**SHAPE, hidden_size=width, num_hidden_layers=layers, tie_word_embeddings=False)
+    eager = {"attn_implementation": "eager"}  # torch counts no operations of its fused attention on a CPU
+    config = LlamaConfig(**SHAPE, **eager, hidden_size=width, num_hidden_layers=layers, tie_word_embeddings=False)
     with torch.device(device):
         model = LlamaForCausalLM(config).requires_grad_(False)
         lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
