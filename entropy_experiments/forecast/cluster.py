@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.checkpoints.folder import resolve_checkpoint
 from entropy_experiments.checkpoints.validation import examine_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.forecast.pass_costs import PassCosts, count_passes
@@ -109,10 +110,12 @@ def plan_cluster(
     Raises:
         UserError: A checkpoint that cannot be examined, a model larger than all devices together, or room for not one row.
     """
-    found = examine_checkpoint(checkpoint, model_name=config.checkpoint.model, local_files_only=local_files_only)
+    found = examine_checkpoint(
+        resolve_checkpoint(checkpoint), model_name=config.checkpoint.model, local_files_only=local_files_only
+    )
     if found.outline is None:
         raise UserError(
-            f"the model of {checkpoint} cannot be examined: " + "; ".join([*found.fatal, *found.notes])[:200]
+            f"the model of {checkpoint} cannot be examined: " + "; ".join([*found.problems, *found.notes])[:200]
         )
     recorded = None if found.sidecar is None else found.sidecar.sampling.max_completion_length
     completion = config.entropy_analysis.sampling.max_completion_length or recorded or COMPLETION
