@@ -120,6 +120,44 @@ def analyze(
 
 
 @app.command()
+def price(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder (its latest checkpoint)")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML configuration of an analysis")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take and measure every real step as well")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results folder if it exists")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted")] = False,
+    trust: Trust = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal, and no table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as one JSON object")] = False,
+) -> None:
+    """Price list: what each intervention would do to entropy and reward in the next step. Prints the report's path last."""
+    from entropy_experiments.console.early_refusals import refuse_checkpoint_early
+    from entropy_experiments.console.price import price_config, price_folder, price_outcome, prices_of, print_prices
+
+    if resume and overwrite:
+        raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
+    settings = price_config(config, overrides or [], measure)
+    refuse_checkpoint_early(checkpoint, settings, trust)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from rich.console import Console
+
+        from entropy_experiments.console.analyze import analyze_with_progress
+
+        options = {"overwrite": overwrite, "resume": resume, "trust": trust, "quiet": quiet}
+        folder = price_folder(checkpoint, settings)
+        analysis = analyze_with_progress(checkpoint, settings, folder=folder, table=False, **options)
+        result = prices_of(analysis.folder)
+        if not (quiet or as_json):
+            print_prices(Console(stderr=True, highlight=False), result)
+    if as_json:
+        _print_json({"command": "price", "report": str(analysis.report), **price_outcome(result)})
+    else:
+        print(analysis.report)
+
+
+@app.command()
 def sweep(
     arguments: Annotated[
         list[str], typer.Argument(metavar="RUN_DIR... [KEY=VALUE]...", help="Run folders, then overrides")

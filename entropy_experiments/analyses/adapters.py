@@ -7,8 +7,10 @@ import math
 import numpy as np
 import torch
 
+from entropy_core.gradients import entropy_gradient, trainable_parameters
 from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
+from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.analyses.attribution import attribute_step
 from entropy_experiments.analyses.baselines import baseline_table
@@ -18,12 +20,15 @@ from entropy_experiments.analyses.entropy_prediction import compare_prediction, 
 from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.intervention import SharePrediction, half_subsets, prove_by_intervention
+from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
+from entropy_experiments.analyses.prices import PriceInputs, price_list
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
 from entropy_experiments.analyses.weighting_schemes import with_measurements
 from entropy_experiments.records.attribution_results import AttributionResult
 from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.records.kernel_results import BuffersResult, PromptStructureResult
+from entropy_experiments.records.price_results import PricesResult
 from entropy_experiments.records.step_results import (
     BaselinesResult,
     EntropyPredictionResult,
@@ -32,10 +37,16 @@ from entropy_experiments.records.step_results import (
 )
 from entropy_experiments.records.weighting_results import WeightingResult
 from entropy_experiments.statistics.jackknife_interval import ends_of
+from entropy_experiments.step.effects_of_leaving_out import (
+    decided_by_effect,
+    effects_of_leaving_out,
+    own_part_of_second_moment,
+)
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
 from entropy_experiments.step.measured_changes import entropy_change, resolution
 from entropy_experiments.step.numbers import StepNumbers
 from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
+from entropy_experiments.step.what_if import StepMaker
 from entropy_experiments.text.tokens import token_texts
 
 _FRESH_STREAM = 3_000_003  # apart from the streams of both buffers
@@ -246,3 +257,60 @@ def baselines(inputs: AnalysisInputs) -> BaselinesResult:
         natural_covariance=covariance_predictor(*tokens, advantages, rate, natural_gradient=True),
         steer=steer_predictor(tokens[0], entropies, tokens[1], advantages, rate),
     )
+
+
+def prices(inputs: AnalysisInputs) -> PricesResult:
+    """analyses/prices.py; the sequences of highest cost are chosen on every other evaluation prompt."""
+    numbers, side, settings = inputs.numbers, inputs.side, inputs.config.entropy_analysis
+    step_numbers(inputs)
+    assert side.weights is not None
+    passes = PassSettings(settings.fisher_kernel.token_batch_size)
+    prompts = inputs.eval_batch.prompt_index
+    chosen_on = (torch.searchsorted(prompts.unique(), prompts) % 2 == 0).cpu()
+    rewards, truncated = inputs.training_labels().reward, inputs.truncated()[1]
+    tokens = TrainingTokens(
+        batch=side.batch,
+        statistics=side.statistics,
+        weights=side.weights.double(),
+        advantages=torch.from_numpy(inputs.advantages()).to(side.weights.device),
+        rewards=torch.from_numpy(rewards),
+        truncated=torch.from_numpy(truncated).to(side.weights.device),
+        max_completion_length=inputs.plan.sampling_config.max_completion_length,
+        costliest=_costliest(inputs, chosen_on, passes),
+    )
+    priced = PriceInputs(
+        model=inputs.model,
+        steps=StepMaker(side.known_step, trainable_parameters(inputs.model), side.max_grad_norm),
+        tokens=tokens,
+        evaluation=inputs.eval_batch,
+        statistics=numbers.eval_statistics,
+        estimator=numbers.estimand.gradient,
+        gradient_of_h=inputs.gradients[numbers.estimand.gradient],
+        rewards=torch.from_numpy(inputs.evaluation_labels().reward),
+        judged=~chosen_on,
+        passes=passes,
+    )
+
+    def reference() -> TokenStatistics | str:
+        return reference_statistics(inputs.model, side.batch, passes)
+
+    return price_list(priced, reference, settings.analysis.price_steps)
+
+
+def _costliest(inputs: AnalysisInputs, chosen_on: torch.Tensor, passes: PassSettings) -> torch.Tensor | None:
+    """Training sequences that lower entropy, from the costliest on, by the evaluation sequences `chosen_on`."""
+    rows = chosen_on.nonzero().flatten()
+    batch = inputs.eval_batch.select(rows.tolist())
+    if len(batch.prompt_index.unique()) < 2 or bool(chosen_on.all()):
+        return None
+    side, estimator = inputs.side, inputs.numbers.estimand.gradient
+    assert side.weights is not None
+    statistics = inputs.numbers.eval_statistics.select(rows)
+    gradient = entropy_gradient(inputs.model, batch, estimator, statistics=statistics, passes=passes)
+    if decided_by_effect(own_part_of_second_moment(side.known_step)):
+        cost = effects_of_leaving_out(gradient, side.gradient, side.rows, side.weights, side.known_step)
+    else:
+        products = side.rows.products(side.known_step.share_direction(gradient))
+        cost = side.known_step.clip * side.weights.double().cpu() * products
+    order = cost.argsort(stable=True)
+    return order[cost[order] < 0]

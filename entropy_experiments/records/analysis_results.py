@@ -10,6 +10,7 @@ from pydantic import Discriminator, Tag
 from entropy_experiments.records.attribution_results import AttributionResult
 from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.records.kernel_results import BuffersResult, PromptStructureResult
+from entropy_experiments.records.price_results import PricesResult
 from entropy_experiments.records.record import Record, Result
 from entropy_experiments.records.step_results import (
     BaselinesResult,
@@ -67,6 +68,8 @@ class AnalysesRecord(Record):
     """Do gradients fall into groups?"""
     weighting_schemes: Outcome[WeightingResult] | None = None
     """What would other weightings cost?"""
+    prices: Outcome[PricesResult] | None = None
+    """What could be done in place of this step, and what would it cost?"""
     baselines: Outcome[BaselinesResult] | None = None
     """How near do other predictors come?"""
 

@@ -17,6 +17,7 @@ from entropy_experiments.records.kernel_results import (
     PromptStructureResult,
     Quantity,
 )
+from entropy_experiments.records.price_results import PricesResult
 from entropy_experiments.records.step_results import (
     BaselinesResult,
     EntropyPredictionResult,
@@ -329,6 +330,19 @@ def _weighting_schemes(result: WeightingResult) -> list[Table]:
     return _table("Batch part of the change, ×10⁻³ nats per token.", headings, rows)
 
 
+def _prices(result: PricesResult) -> list[Table]:
+    rows = []
+    for row in result.rows:
+        if row.entropy is None:
+            rows.append([row.label, f"not priced: {row.reason or 'not known'}", *[""] * 4])
+            continue
+        price, shown = row.reward_per_nat, (row.entropy, row.entropy_minus_run, row.reward, row.reward_minus_run)
+        cells = ["–" if one is None else one.shown() for one in shown]
+        rows.append([row.label, *cells, "–" if price is None or price.value is None else price.shown()])
+    headings = ("In place of the step", "δh", "beside as trained", "δJ", "beside as trained", "Reward for a nat kept")
+    return _table("Predicted change of entropy (nats per token) and of mean reward in this step.", headings, rows)
+
+
 def _baselines(result: BaselinesResult) -> list[Table]:
     signs = {True: "yes", False: "no", None: "–"}
     rows = [
@@ -370,5 +384,6 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "prompt_structure": _prompt_structure,
     "sequence_clustering": _sequence_clustering,
     "weighting_schemes": _weighting_schemes,
+    "prices": _prices,
     "baselines": _baselines,
 }

@@ -16,6 +16,7 @@ from entropy_experiments.records.step_results import (
 )
 from entropy_experiments.report.analysis_tables import with_ends
 from entropy_experiments.report.kernel_findings import clustering_finding, structure_finding
+from entropy_experiments.report.price_finding import price_finding
 from entropy_experiments.report.weighting_finding import weighting_finding
 from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, NOT_FROM_ZERO, UNTOLD
 from entropy_experiments.text.numbers import counted, plain, signed
@@ -179,6 +180,7 @@ FINDINGS: dict[str, Callable[[Any], str]] = {
     "prompt_structure": structure_finding,
     "sequence_clustering": clustering_finding,
     "weighting_schemes": weighting_finding,
+    "prices": price_finding,
     "baselines": baselines_finding,
 }
 """Name of an analysis -> its sentence, from its record."""

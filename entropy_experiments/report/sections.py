@@ -19,6 +19,7 @@ from entropy_experiments.report.figures.plots import (
     plot_buffers,
     plot_higher_order,
     plot_intervention,
+    plot_prices,
     plot_prompt_structure,
     plot_sequence_clusters,
     plot_token_shares,
@@ -80,6 +81,10 @@ PRESENTATIONS = {
     "weighting_schemes": Presentation(
         "What would other weightings have cost in entropy?",
         {"weighting_schemes": lambda result, folder: plot_weighting_schemes(result)},
+    ),
+    "prices": Presentation(
+        "What could be done in place of this step, and what would it cost?",
+        {"prices": lambda result, folder: plot_prices(result)},
     ),
     "baselines": Presentation(
         "How do other predictors do on the same step?",

@@ -14,7 +14,7 @@ of a sweep, from a run of ``evolution.json``:
 and of the questions, each from the record that its analysis returns (``summary.json``, "analyses"):
 
     plot_buffers  plot_higher_order  plot_token_shares  plot_intervention  plot_prompt_structure  plot_sequence_clusters
-    plot_weighting_schemes  plot_baselines
+    plot_weighting_schemes  plot_prices  plot_baselines
 
 and of several analyses beside each other: plot_compared_changes  plot_compared_checkpoints  plot_compared_histories
 
@@ -44,6 +44,7 @@ from entropy_experiments.report.figures.higher_order import plot_higher_order
 from entropy_experiments.report.figures.history import plot_training_history
 from entropy_experiments.report.figures.intervention import plot_intervention
 from entropy_experiments.report.figures.kernel import plot_kernel_heatmap
+from entropy_experiments.report.figures.prices import plot_prices
 from entropy_experiments.report.figures.step import plot_entropy_split, plot_predicted_vs_actual
 from entropy_experiments.report.figures.structure import plot_prompt_structure
 from entropy_experiments.report.figures.style import caption_of, no_data_figure, png_bytes, save_png
@@ -55,6 +56,7 @@ __all__ = [
     "no_data_figure",
     "plot_attribution",
     "plot_baselines",
+    "plot_prices",
     "plot_buffers",
     "plot_compared_changes",
     "plot_compared_checkpoints",

@@ -1,0 +1,49 @@
+"""The step that AdamW, or a plain gradient step, would take with another loss: exact, from the moments before it.
+
+    g -> c g  ->  m, v  ->  dtheta = -lr [ m_hat / (sqrt(v_hat) + eps) + decay theta ]
+
+Clipping, both moments and P answer to g in full. Nothing is stepped: theta, moments and optimizer stay as they are.
+Source: docs/theory/adamw-step.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from entropy_core.adamw import split_adamw_update
+from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, clip_coefficient
+
+
+@dataclass(frozen=True)
+class StepMaker:
+    """Makes steps from `step`'s point. parameters: name -> value before it; max_grad_norm: of clipping, None: not clipped."""
+
+    step: AnalysedStep
+    parameters: Mapping[str, Tensor]
+    max_grad_norm: float | None
+
+    def delta(
+        self, gradient: Mapping[str, Tensor], learning_rate_factor: float = 1.0, keeps_momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """theta_after - theta_before.
+
+        Args:
+            gradient: name -> loss gradient before clipping.
+            learning_rate_factor: on every group's rate.
+            keeps_momentum: False puts zeros in place of the first moments; step counts stay.
+        """
+        clip, _ = clip_coefficient(gradient, self.max_grad_norm)
+        if not isinstance(self.step, NextStep):
+            return {name: -learning_rate_factor * self.step.learning_rate * clip * g for name, g in gradient.items()}
+        states, seen = {}, {}
+        for name, state in self.step.state.items():
+            first = state.exp_avg if keeps_momentum else torch.zeros_like(state.exp_avg)
+            states[name] = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
+            # A parameter that never had a gradient and has none now is passed over, as torch does.
+            idle = not state.step and not bool(gradient[name].any())
+            seen[name] = None if idle else (clip * gradient[name]).to(self.parameters[name].dtype)
+        return split_adamw_update(states, seen, self.parameters).total()

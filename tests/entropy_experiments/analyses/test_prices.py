@@ -1,0 +1,347 @@
+"""Prices against brute force: the real optimizer's steps, plain autograd, and losses written as trainers write them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from entropy_core.directional import weights_moved
+from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
+from entropy_core.passes.settings import DEFAULT_PASSES
+from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_experiments.analyses.interventions import (
+    ON_POLICY,
+    Intervention,
+    TrainingTokens,
+    bonus,
+    interventions,
+)
+from entropy_experiments.analyses.prices import KEEPS, PriceInputs, price_list
+from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.records.price_results import PriceRow, PricesResult
+from entropy_experiments.records.record import json_of, validated
+from entropy_experiments.report.analysis_tables import TABLES
+from entropy_experiments.report.figures.plots import plot_prices
+from entropy_experiments.report.figures.prices import price_points
+from entropy_experiments.report.figures.style import png_bytes
+from entropy_experiments.report.price_finding import price_finding
+from entropy_experiments.step.optimizer_step import take_next_step
+from entropy_experiments.step.what_if import StepMaker
+from tests.entropy_experiments.analyses.tiny_step import LONGEST, TinyStep, make_step
+
+NO_REFERENCE = "no reference here"
+
+
+@cache
+def tiny() -> TinyStep:
+    return make_step(learning_rate=1e-3, max_norm=0.01, settled=False)
+
+
+def training_tokens(step: TinyStep, **changes: object) -> TrainingTokens:
+    n = len(step.train)
+    rewards = torch.arange(n).remainder(2).double()
+    given = {
+        "batch": step.train,
+        "statistics": token_statistics(step.model, step.train),
+        "weights": step.weights,
+        "advantages": step.weights * n * LONGEST,
+        "rewards": rewards,
+        "truncated": torch.arange(n) % 5 == 0,
+        "max_completion_length": LONGEST,
+        "costliest": torch.arange(n),
+    }
+    return TrainingTokens(**(given | changes))  # type: ignore[arg-type]
+
+
+def price_inputs(step: TinyStep, rewards: torch.Tensor | None = None) -> PriceInputs:
+    generator = torch.Generator().manual_seed(2)
+    if rewards is None:
+        rewards = torch.rand(len(step.evaluation), generator=generator, dtype=torch.float64)
+    return PriceInputs(
+        model=step.model,
+        steps=StepMaker(step.step, trainable_parameters(step.model), step.max_norm),
+        tokens=training_tokens(step),
+        evaluation=step.evaluation,
+        statistics=step.statistics,
+        estimator="split",
+        gradient_of_h=step.gradient_of_h(),
+        rewards=rewards,
+        judged=step.evaluation.prompt_index % 2 == 1,
+        passes=DEFAULT_PASSES,
+    )
+
+
+@cache
+def priced() -> tuple[PriceInputs, PricesResult]:
+    inputs = price_inputs(tiny())
+    reference = TokenStatistics(inputs.tokens.statistics.logprobs - 0.1, inputs.tokens.statistics.entropies)
+    return inputs, price_list(inputs, lambda: reference, measure=True)
+
+
+def row(name: str) -> PriceRow:
+    return next(one for one in priced()[1].rows if one.name == name)
+
+
+# ---- the step
+
+
+@pytest.mark.parametrize("max_norm", [None, 1e-3])
+def test_steps_are_those_of_torchs_optimizer(max_norm):
+    step = make_step(learning_rate=1e-3, max_norm=max_norm, settled=False)
+    maker = StepMaker(step.step, trainable_parameters(step.model), max_norm)
+    other = {name: -torch.einsum("n,n...->...", step.weights.roll(3), rows) for name, rows in step.columns.items()}
+    for factor, keeps in ((1.0, True), (0.5, True), (1.0, False)):
+        twin = make_step(learning_rate=1e-3, max_norm=max_norm, settled=False)
+        if not keeps:
+            for state in twin.optimizer.state.values():
+                state["exp_avg"].zero_()
+        wanted = take_next_step(twin.model, twin.optimizer, other, max_norm, factor * 1e-3).parameter_delta
+        found = maker.delta(other, factor, keeps)
+        assert all(torch.allclose(found[name], part, rtol=1e-9, atol=1e-15) for name, part in wanted.items())
+
+
+# ---- the objectives, as trainers write them
+
+
+def autograd_of(step: TinyStep, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    parameters = trainable_parameters(step.model)
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def token_values(step: TinyStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Differentiable (N, L) log pi and H, and the mask, straight from the logits."""
+    batch, mask = step.train, step.train.completion_mask[:, 1:]
+    logits = step.model(
+        input_ids=batch.input_ids, attention_mask=(batch.completion_mask | batch.prompt_mask).long()
+    ).logits
+    logprobs = logits[:, :-1].log_softmax(-1)
+    chosen = logprobs.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return chosen, -(logprobs.exp() * logprobs).sum(-1), mask
+
+
+def gradient(step: TinyStep, one: Intervention) -> dict[str, torch.Tensor]:
+    assert one.objective is not None, one.reason
+    return batch_gradients(step.model, step.train, [one.objective])[0]
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    length = dot(right, right) ** 0.5
+    off = {name: left[name] - right[name] for name in left}
+    assert dot(off, off) ** 0.5 < 1e-9 * length
+
+
+def listed(tokens: TrainingTokens, reference: object = NO_REFERENCE) -> dict[str, Intervention]:
+    return {one.name: one for one in interventions(tokens, reference)}  # type: ignore[arg-type]
+
+
+def test_an_entropy_bonus_is_the_mean_token_entropy():
+    step = tiny()
+    logprob, entropy, mask = token_values(step)
+    loss = (step.weights[:, None] * logprob * mask).sum() + 0.01 * entropy[mask].mean()
+    assert_same(gradient(step, Intervention("", "", bonus(training_tokens(step), 0.01))), autograd_of(step, loss))
+
+
+def test_kl_is_the_k3_estimate_of_trainers():
+    step = tiny()
+    logprob, _, mask = token_values(step)
+    known = logprob.detach() + 0.3 * torch.rand(logprob.shape, generator=torch.Generator().manual_seed(1)).double()
+    difference = known - logprob
+    k3 = difference.exp() - difference - 1
+    loss = (step.weights[:, None] * logprob * mask).sum() - 0.04 * k3[mask].mean()
+    padded = torch.nn.functional.pad(known * mask, (1, 0))
+    reference = TokenStatistics(padded, torch.zeros_like(padded))
+    found = listed(training_tokens(step), lambda: reference)["kl_0.04"]
+    assert_same(gradient(step, found), autograd_of(step, loss))
+
+
+def test_tokens_are_chosen_as_named():
+    step = tiny()
+    tokens = training_tokens(step)
+    mask, found = step.train.completion_mask, listed(training_tokens(step))
+    entropy, logprob = tokens.statistics.entropies, tokens.statistics.logprobs
+    kept = found["top_entropy"].objective.logprob != 0  # type: ignore[union-attr]
+    assert int(kept.sum()) == round(0.2 * int(mask.sum()))
+    assert float(entropy[kept].min()) >= float(entropy[mask & ~kept].max())
+    left = mask & (found["clip_cov"].objective.logprob == 0)  # type: ignore[union-attr]
+    advantage = tokens.advantages[:, None].expand(mask.shape)
+    covariance = (logprob - logprob[mask].mean()) * (advantage - advantage[mask].mean())
+    assert int(left.sum()) == round(0.02 * int(mask.sum()))
+    assert float(covariance[left].min()) > float(covariance[mask & ~left].max())
+    weights = found["decorrelated"].objective.logprob[mask]  # type: ignore[union-attr]
+    own = (logprob + entropy)[mask]
+    assert abs(float((weights * (own - own.mean())).sum())) < 1e-12
+    steer = (found["steer"].objective.logprob / tokens.weights[:, None])[mask]  # type: ignore[union-attr]
+    assert float(steer.min()) == pytest.approx(0.5) and float(steer.max()) <= 1.0
+    truncated = found["without_truncated"].objective.logprob.abs().sum(1)  # type: ignore[union-attr]
+    assert bool((truncated[tokens.truncated] == 0).all()) and bool((truncated[~tokens.truncated] > 0).all())
+
+
+def test_what_does_not_apply_says_why():
+    step = tiny()
+    tokens = training_tokens(
+        step, rewards=torch.full((16,), torch.nan), truncated=torch.zeros(16, dtype=torch.bool), costliest=None
+    )
+    found = listed(tokens)
+    assert found["grpo"].reason == "not all training sequences have rewards"
+    assert found["without_truncated"].reason == "no completion was truncated"
+    assert found["without_4"].reason and found["kl_0.04"].reason == NO_REFERENCE
+    assert found["clip_higher"].reason == found["kl_cov"].reason == ON_POLICY
+    negative = listed(training_tokens(step, weights=-step.weights.abs()))
+    assert negative["positives_only"].objective is None and negative["negatives_only"].objective is not None
+
+
+# ---- the prices
+
+
+def test_predictions_are_products_with_both_gradients():
+    inputs, _ = priced()
+    step = tiny()
+    r = inputs.rewards - inputs.rewards.mean()
+    logprobs = token_statistics(step.model, step.evaluation).scores()
+    assert len(logprobs) == len(r)
+    from entropy_core.entropy import score_coefficients
+
+    of_reward = batch_gradients(step.model, step.evaluation, [score_coefficients(step.evaluation, r / (len(r) - 1))])[0]
+    of_entropy = entropy_gradient(step.model, step.evaluation, "split")
+    for name in ("negatives_only", "entropy_bonus_0.01", "momentum_reset", "steer", "grpo"):
+        one = listed(inputs.tokens)[name]
+        loss = {key: -part for key, part in gradient(step, one).items()}
+        delta = inputs.steps.delta(loss, one.learning_rate_factor, one.keeps_momentum)
+        found = row(name)
+        assert found.entropy and found.reward
+        assert found.entropy.value == pytest.approx(dot(of_entropy, delta), rel=1e-6)
+        assert found.reward.value == pytest.approx(dot(of_reward, delta), rel=1e-6)
+
+
+def test_errors_leave_a_prompt_out_of_everything():
+    inputs, result = priced()
+    one = listed(inputs.tokens)["negatives_only"]
+    steps = {}
+    for name in ("run", "negatives_only"):
+        loss = {key: -part for key, part in gradient(tiny(), listed(inputs.tokens)[name]).items()}
+        steps[name] = inputs.steps.delta(loss)
+    kept_values = []
+    for prompt in inputs.evaluation.prompt_index.unique():
+        part = inputs.evaluation.select((inputs.evaluation.prompt_index != prompt).nonzero().flatten().tolist())
+        g = entropy_gradient(tiny().model, part, "split")
+        kept_values.append(dot(g, steps["negatives_only"]) - dot(g, steps["run"]))
+    values = np.array(kept_values)
+    error = np.sqrt((len(values) - 1) / len(values) * np.square(values - values.mean()).sum())
+    assert one.objective is not None
+    assert row("negatives_only").entropy_minus_run.standard_error == pytest.approx(error, rel=1e-6)  # type: ignore[union-attr]
+
+
+def test_the_solved_bonus_holds_entropy():
+    for seed in range(6):
+        step = make_step(learning_rate=1e-3, settled=False, seed=seed)
+        if dot(step.gradient_of_h(), step.step.parameter_delta) < 0:
+            break
+    rows = {one.name: one for one in price_list(price_inputs(step), NO_REFERENCE).rows}
+    run, held = rows["run"].entropy, rows["entropy_bonus_that_holds"]
+    assert run and run.value is not None and run.value < 0 and held.entropy, held.reason
+    assert held.coefficient and held.coefficient > 0 and abs(held.entropy.value or 1.0) < 1e-4 * abs(run.value)
+
+
+def test_a_bonus_that_clipping_stops_is_not_solved():
+    assert "no coefficient up to 100 does" in (row("entropy_bonus_that_holds").reason or "")
+
+
+def test_small_real_steps_do_what_is_predicted():
+    """The split estimator's products are the exact derivatives of both reweighted measurements."""
+    result = price_list(price_inputs(make_step(learning_rate=1e-7, settled=False)), NO_REFERENCE, measure=True)
+    changed = [
+        one for one in result.rows if one.measured and one.entropy and one.entropy.value and "without" not in one.name
+    ]
+    assert len(changed) >= 12
+    for one in changed:
+        assert one.measured and one.entropy and one.reward
+        assert one.measured.entropy == pytest.approx(one.entropy.value, rel=1e-2), one.name
+        scale = 24 / 23  # the prediction divides by n - 1
+        assert one.measured.reward == pytest.approx((one.reward.value or 0.0) / scale, rel=1e-2, abs=1e-9), one.name
+
+
+def test_everything_is_as_before_and_the_record_is_whole():
+    inputs, result = priced()
+    with weights_moved(tiny().model, tiny().step.parameter_delta, 0.0):
+        pass
+    after = token_statistics(tiny().model, tiny().evaluation)
+    assert torch.equal(after.logprobs, tiny().statistics.logprobs), "the model was moved"
+    assert validated(PricesResult, json.loads(json.dumps(json_of(result))), "summary.json") == result
+    assert len({one.name for one in result.rows}) == len(result.rows) and result.rows[0].name == "run"
+    assert result.judged_prompts == 12 and result.eval_prompts == 24
+
+
+def test_another_step_than_the_analysed_one_is_refused():
+    inputs = price_inputs(tiny())
+    wrong = training_tokens(tiny(), weights=tiny().weights.roll(1))
+    with pytest.raises(ValueError, match="the step as trained"):
+        price_list(PriceInputs(**{**vars(inputs), "tokens": wrong}), NO_REFERENCE)
+
+
+@pytest.mark.parametrize("rewards, note", [(torch.nan, "not all evaluation"), (1.0, "all equal")])
+def test_without_rewards_entropy_alone_is_priced(rewards, note):
+    step = make_step(learning_rate=1e-3, settled=False)
+    result = price_list(price_inputs(step, torch.full((24,), rewards, dtype=torch.float64)), NO_REFERENCE)
+    assert note in (result.reward_note or "") and not result.alike
+    assert all(one.reward is None for one in result.rows)
+    assert plot_prices(result) is not None and price_finding(result)
+
+
+# ---- what is said
+
+
+def estimate(value: float, error: float) -> StudentEstimate:
+    return StudentEstimate(
+        value=value, standard_error=error, degrees_of_freedom=20.0, low=value - 2 * error, high=value + 2 * error
+    )
+
+
+def spoken(run: float, *prices: tuple[str, float], alike: tuple[str, ...] = (), note: str | None = None) -> str:
+    rows = [PriceRow(name="run", label="as trained", entropy=estimate(run, 0.01))]
+    rows += [
+        PriceRow(
+            name=name,
+            label=f"the {name}",
+            entropy=estimate(run + 0.05, 0.01),
+            entropy_minus_run=estimate(0.05, 0.01),
+            reward_per_nat=estimate(price, 0.1),
+        )
+        for name, price in prices
+    ]
+    return price_finding(
+        PricesResult(rows=rows, alike=alike, keeps=KEEPS, reward_note=note, n_eval=8, eval_prompts=8, judged_prompts=4)
+    )
+
+
+def test_the_sentence_says_no_more_than_the_intervals():
+    assert "no loss is shown" in spoken(0.1) and "no loss is shown" in spoken(-0.01)
+    assert "no intervention is predicted to keep 25%" in spoken(-0.1)
+    text = spoken(-0.1, ("first", -0.5), ("second", -0.6), alike=("first", "second"))
+    assert (
+        "the first has the best price: reward changes by −0.5" in text and "the second cannot be distinguished" in text
+    )
+    assert "is not significantly different from 0" in spoken(-0.1, ("first", 0.1), alike=("first",))
+    assert "cannot be said: no rewards" in spoken(-0.1, ("first", 0.1), note="no rewards")
+
+
+def test_table_and_figure_hold_every_row():
+    _, result = priced()
+    (table,) = TABLES["prices"](result)
+    assert [cells[0] for cells in table.rows] == [one.label for one in result.rows]
+    assert all(len(cells) == len(table.columns) for cells in table.rows)
+    points = price_points(result)
+    assert len(points) >= 12 and png_bytes(plot_prices(result)).startswith(b"\x89PNG")
+    one = next(p for p in points if p.label == "negative weights only")
+    found = row("negatives_only")
+    area = np.pi / 4 * one.ellipse[0] * one.ellipse[1]  # type: ignore[index]
+    s, t, c = found.entropy_minus_run.standard_error, found.reward_minus_run.standard_error, found.covariance  # type: ignore[union-attr]
+    reach = 2 * found.entropy_minus_run.degrees_of_freedom / (found.entropy_minus_run.degrees_of_freedom - 1)  # type: ignore[operator, union-attr]
+    reach *= stats.f.ppf(0.95, 2, found.entropy_minus_run.degrees_of_freedom - 1)  # type: ignore[operator, union-attr]
+    assert reach > stats.chi2.ppf(0.95, 2)
+    assert area == pytest.approx(np.pi * np.sqrt(s**2 * t**2 - c**2) * reach)  # type: ignore[operator]
