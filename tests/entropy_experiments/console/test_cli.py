@@ -74,7 +74,7 @@ entropy_probe: {{eval_sequences: 8, on_error: raise}}
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("train", "analyze", "sweep", "compare", "explore", "report", "doctor", "demo"):
+    for command in ("train", "analyze", "price", "sweep", "compare", "explore", "report", "doctor", "demo"):
         assert command in result.stdout
 
 
