@@ -13,6 +13,8 @@ from entropy_experiments.analyses.higher_order import DEFAULT_SCALES, measure_or
 from entropy_experiments.analyses.intervention import SharePrediction, prove_by_intervention
 from entropy_experiments.analyses.prompt_structure import prompt_structure
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
+from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.records.price_results import PriceRow, PricesResult
 from entropy_experiments.records.record import json_of
 
 
@@ -51,8 +53,34 @@ def kernel_arrays(rows, fisher, entropy_fisher):
     )
 
 
+def made_prices():
+    """A price list of three interventions and one that is not priced: the analysis itself needs a model."""
+
+    def estimate(value, error):
+        ends = {"low": value - 2 * error, "high": value + 2 * error}
+        return StudentEstimate(value=value, standard_error=error, degrees_of_freedom=11.0, **ends)
+
+    rows = [PriceRow(name="run", label="as trained", entropy=estimate(-0.08, 0.01), reward=estimate(0.02, 0.005))]
+    for name, kept, paid in (("lower_rate", 0.04, -0.01), ("entropy_bonus_0.01", 0.03, -0.002), ("grpo", -0.02, 0.004)):
+        rows.append(
+            PriceRow(
+                name=name,
+                label=name.replace("_", " "),
+                entropy=estimate(-0.08 + kept, 0.01),
+                reward=estimate(0.02 + paid, 0.005),
+                entropy_minus_run=estimate(kept, 0.005),
+                reward_minus_run=estimate(paid, 0.002),
+                reward_per_nat=estimate(paid / kept, 0.1) if kept > 0 else None,
+                covariance=-2e-6,
+            )
+        )
+    rows.append(PriceRow(name="clip_higher", label="clip-higher", reason="changes nothing here"))
+    alike = ["entropy_bonus_0.01", "lower_rate"]
+    return PricesResult(rows=rows, alike=alike, keeps=0.25, n_eval=32, eval_prompts=12, judged_prompts=6)
+
+
 def make_analyses(rows, fisher, entropy_fisher, summary):
-    """All nine, each as summary.json holds what the analysis itself returns."""
+    """All ten, each as summary.json holds what the analysis itself returns."""
     arrays, generator = kernel_arrays(rows, fisher, entropy_fisher), np.random.default_rng(5)
     contributions = np.array([row["delta_h_lost"] for row in rows if row["buffer"] == "evaluation"])
     lengths = arrays.training.length.astype(int)
@@ -100,6 +128,7 @@ def make_analyses(rows, fisher, entropy_fisher, summary):
         "prompt_structure": prompt_structure(arrays, permutations=199),
         "sequence_clustering": sequence_clusters(arrays, rotations=19, resamples=10, permutations=99),
         "weighting_schemes": weighting_schemes(arrays, 24),
+        "prices": made_prices(),
         "baselines": baseline_table(
             summary["predicted"], actual["snis"], measured_fixed_prefix=actual["fixed_prefix"], covariance=-0.2, steer=0.1
         ),

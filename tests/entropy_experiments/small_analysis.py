@@ -18,5 +18,5 @@ def config(*overrides: str) -> FisherAnalysisConfig:
 
 
 def whole_config(*overrides: str) -> FisherAnalysisConfig:
-    """Every analysis, as configured by default."""
-    return load_config(FisherAnalysisConfig, None, [*SMALL, *overrides])
+    """Every analysis, those that are off by default too."""
+    return load_config(FisherAnalysisConfig, None, [*SMALL, "entropy_analysis.analysis.prices=true", *overrides])
