@@ -53,13 +53,13 @@ ON_POLICY = "changes nothing here: every step trains on sequences of its own pol
 class Intervention:
     """One row of the price list.
 
-    objective: token coefficients of what the step ascends; None where `reason` says why it is not priced. learning_rate_factor,
-    keeps_momentum: changes of the optimizer.
+    objective: what the step ascends, as (n_train,) weights of sequences or as token coefficients; None where `reason` says why it is
+    not priced. learning_rate_factor, keeps_momentum: changes of the optimizer.
     """
 
     name: str
     label: str
-    objective: TokenCoefficients | None = None
+    objective: Tensor | TokenCoefficients | None = None
     learning_rate_factor: float = 1.0
     keeps_momentum: bool = True
     reason: str | None = None
@@ -90,7 +90,7 @@ def interventions(tokens: TrainingTokens, reference: Callable[[], TokenStatistic
         tokens: the training side.
         reference: token statistics of the training batch under the reference policy, or why there are none.
     """
-    run = _by_sequence(tokens, tokens.weights)
+    run = tokens.weights
     yield Intervention("run", "as trained", run)
     yield Intervention("lower_rate", "half the learning rate", run, learning_rate_factor=0.5)
     yield Intervention("momentum_reset", "momentum reset", run, keeps_momentum=False)
@@ -109,7 +109,7 @@ def interventions(tokens: TrainingTokens, reference: Callable[[], TokenStatistic
 def bonus(tokens: TrainingTokens, coefficient: float) -> TokenCoefficients:
     """The run's objective plus `coefficient` times mean token entropy."""
     mask = tokens.batch.completion_mask.double()
-    return TokenCoefficients(mask * (coefficient / mask.sum()), _by_sequence(tokens, tokens.weights).logprob)
+    return TokenCoefficients(mask * (coefficient / mask.sum()), mask * tokens.weights.to(mask)[:, None])
 
 
 def reference_statistics(model: nn.Module, batch: SequenceBatch, passes: PassSettings) -> TokenStatistics | str:
@@ -120,10 +120,6 @@ def reference_statistics(model: nn.Module, batch: SequenceBatch, passes: PassSet
     context: AbstractContextManager[None] = disabled()
     with context, torch.no_grad():
         return token_statistics(model, batch, passes)
-
-
-def _by_sequence(tokens: TrainingTokens, weights: Tensor) -> TokenCoefficients:
-    return _of_tokens(tokens, torch.ones_like(tokens.statistics.logprobs, dtype=torch.float64) * weights[:, None])
 
 
 def _of_tokens(tokens: TrainingTokens, logprob: Tensor) -> TokenCoefficients:
@@ -145,7 +141,7 @@ def _signs(tokens: TrainingTokens) -> Iterator[Intervention]:
 def _weighted(tokens: TrainingTokens, name: str, label: str, weights: Tensor) -> Intervention:
     if not bool(weights.any()):
         return Intervention(name, label, reason="no sequence has such a weight")
-    return Intervention(name, label, _by_sequence(tokens, weights))
+    return Intervention(name, label, weights)
 
 
 def _without(tokens: TrainingTokens) -> Iterator[Intervention]:
