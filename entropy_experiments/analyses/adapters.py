@@ -42,6 +42,7 @@ from entropy_experiments.step.effects_of_leaving_out import (
     effects_of_leaving_out,
     own_part_of_second_moment,
 )
+from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
 from entropy_experiments.step.measured_changes import entropy_change, resolution
 from entropy_experiments.step.numbers import StepNumbers
@@ -282,9 +283,8 @@ def prices(inputs: AnalysisInputs) -> PricesResult:
         model=inputs.model,
         steps=StepMaker(side.known_step, trainable_parameters(inputs.model), side.max_grad_norm),
         tokens=tokens,
-        evaluation=inputs.eval_batch,
-        statistics=numbers.eval_statistics,
-        estimator=numbers.estimand.gradient,
+        rows=side.rows,
+        evaluation=EvaluationSide(inputs.eval_batch, numbers.eval_statistics, numbers.estimand),
         gradient_of_h=inputs.gradients[numbers.estimand.gradient],
         rewards=torch.from_numpy(inputs.evaluation_labels().reward),
         judged=~chosen_on,

@@ -45,6 +45,8 @@ COVARIANT_TOKENS = 0.02
 LEFT_OUT = (1, 4)
 MOST_INTERVENTIONS = 17 + len(SCHEMES)
 """Rows that are priced at most, the step as trained and the solved bonus among them."""
+TOKEN_GRADIENTS = 6 + len(BONUSES) + len(KL_COEFFICIENTS)
+"""Backward passes over the training sequences: interventions that are no weights of sequences."""
 BONUS_THAT_HOLDS = "entropy_bonus_that_holds"
 ON_POLICY = "changes nothing here: every step trains on sequences of its own policy, where all ratios are 1"
 
@@ -53,8 +55,8 @@ ON_POLICY = "changes nothing here: every step trains on sequences of its own pol
 class Intervention:
     """One row of the price list.
 
-    objective: what the step ascends, as (n_train,) weights of sequences or as token coefficients; None where `reason` says why it is
-    not priced. learning_rate_factor, keeps_momentum: changes of the optimizer.
+    objective: what the step ascends, as (n_train,) weights of sequences or as token coefficients; None where `reason` says why
+    it is not priced. learning_rate_factor, keeps_momentum: changes of the optimizer.
     """
 
     name: str

@@ -2,9 +2,9 @@
 
     dh = <grad h, dtheta'>        dJ = <grad J, dtheta'> = Cov_t( r_t, <dS_t, dtheta'> )        t over evaluation sequences
 
-dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (step.what_if). The rows of
-the evaluation sequences pass once for as many steps as memory holds, and give both for every sequence and step. Cov divides by
-n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that took no part in the step.
+dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (step.what_if). The
+rows of the evaluation sequences pass once for as many steps as memory holds, and give both for every sequence and step. Cov divides
+by n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that the step has not seen.
 
     price = (dJ' - dJ) / (dh' - dh)        change of reward for a nat kept, against the step as trained
 
@@ -202,7 +202,9 @@ def _check(inputs: PriceInputs, delta: Mapping[str, Tensor]) -> None:
         off += float((delta[name] - part).double().square().sum())
         length += float(part.double().square().sum())
     if not off <= _SAME_STEP**2 * length:
-        raise ValueError(f"the step as trained, made from the list, is off by {(off / length) ** 0.5:.1e} of the analysed step")
+        raise ValueError(
+            f"the step as trained, made from the list, is off by {(off / length) ** 0.5:.1e} of the analysed step"
+        )
 
 
 # ---- products of evaluation rows with steps
@@ -279,9 +281,7 @@ class _Changes:
         return series(self.entropy), None if self.reward is None else series(self.reward)
 
 
-def _changes(
-    inputs: PriceInputs, products: Mapping[RowKind, Tensor], kept: Tensor, with_reward: bool
-) -> _Changes:
+def _changes(inputs: PriceInputs, products: Mapping[RowKind, Tensor], kept: Tensor, with_reward: bool) -> _Changes:
     """Judged on the sequences `kept`, as a batch of their own."""
     side, estimator = EvaluationProducts(inputs.evaluation, products), inputs.evaluation.estimand.gradient
     rows = kept.nonzero().flatten().to(inputs.evaluation.batch.device)

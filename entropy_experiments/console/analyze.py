@@ -23,7 +23,7 @@ _BEFORE = {
     "the training buffer's own kernel": 7.8,
     "checking the kernel against finite differences": 0.6,
 }
-_REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 100
+_REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 35
 
 
 def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
@@ -39,7 +39,7 @@ def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
         "prompt_structure": 0.1,
         "sequence_clustering": 0.1,
         "weighting_schemes": _WEIGHTINGS if settings.weighting_steps else 0.1,
-        "prices": _PRICES,
+        "prices": _PRICES + (_WEIGHTINGS if settings.price_steps else 0),
         "baselines": 0.1,
     }
     stages = dict(_BEFORE)

@@ -19,7 +19,7 @@ from entropy_core.batch import ENOUGH_TOKENS
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.settings import PassSettings
 from entropy_experiments.analyses.candidate_weights import MOST_ROWS
-from entropy_experiments.analyses.interventions import MOST_INTERVENTIONS
+from entropy_experiments.analyses.interventions import MOST_INTERVENTIONS, TOKEN_GRADIENTS
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
@@ -199,7 +199,8 @@ def _stages(
     if analysis.weighting_schemes and analysis.weighting_steps:
         out.append(passes("analysis: weighting schemes", (1 + MOST_ROWS) * n_eval, 0))
     if analysis.prices:
-        passed, count = n_train + n_eval, MOST_INTERVENTIONS
-        seconds = count * (training.seconds(n_train, 1) + n_eval * evaluation.derivatives)
-        out.append(StageForecast("analysis: prices", count * passed, seconds))
+        seconds = TOKEN_GRADIENTS * training.seconds(n_train, 1) + evaluation.seconds(n_eval, 4)
+        if analysis.price_steps:
+            seconds += MOST_INTERVENTIONS * evaluation.seconds(n_eval, 0)
+        out.append(StageForecast("analysis: prices", TOKEN_GRADIENTS * n_train + n_eval, seconds))
     return out

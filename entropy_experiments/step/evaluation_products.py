@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,22 +74,28 @@ class EvaluationProducts:
 
     def without_each_prompt(self, estimator: Estimator, per_token: bool) -> Tensor:
         """(B, columns) means with each prompt left out of everything: h, lengths, baselines."""
+        return contributions_without_each_prompt(
+            self.side.batch.prompt_index, lambda kept: self.contributions(kept, estimator, per_token)
+        )
 
-        def of_rows(kept: Tensor) -> Tensor:
-            if estimator != "rao_blackwell":
-                return self._combined(kept, estimator, per_token)
-            if not per_token:
-                return self.products["per_completion"][kept]
-            # Rao-Blackwell per token is (A_i - h B_i) n / sum T, with A_i its terms per completion.
-            h = sums[kept].sum() / lengths[kept].sum()
-            return (self.products["per_completion"][kept] - h * centred[kept]) / lengths[kept].mean()
+    def contributions(self, kept: Tensor, estimator: Estimator, per_token: bool) -> Tensor:
+        """(m, columns) E_t^T column of the (m,) sequences `kept`, as a batch of their own: its h, lengths and baselines."""
+        if estimator != "rao_blackwell":
+            return self._combined(kept, estimator, per_token)
+        if not per_token:
+            return self.products["per_completion"][kept]
+        # Rao-Blackwell per token is (A_i - h B_i) n / sum T, with A_i its terms per completion.
+        sums, lengths, centred = self._rao_blackwell
+        h = sums[kept].sum() / lengths[kept].sum()
+        return (self.products["per_completion"][kept] - h * centred[kept]) / lengths[kept].mean()
 
-        if estimator == "rao_blackwell" and per_token:
-            whole, terms = self.products["per_token"], self.products["per_completion"]
-            sums = self.side.statistics.entropy_sums().to(whole).unsqueeze(1)
-            lengths = self.side.batch.completion_lengths.to(whole).unsqueeze(1)
-            centred = (terms - whole * lengths.mean()) / (sums.sum() / lengths.sum()).clamp(min=1e-300)
-        return contributions_without_each_prompt(self.side.batch.prompt_index, of_rows)
+    @cached_property
+    def _rao_blackwell(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 1) entropy sums and lengths, and (N, columns) the terms B_i of its centre."""
+        whole, terms = self.products["per_token"], self.products["per_completion"]
+        sums = self.side.statistics.entropy_sums().to(whole).unsqueeze(1)
+        lengths = self.side.batch.completion_lengths.to(whole).unsqueeze(1)
+        return sums, lengths, (terms - whole * lengths.mean()) / (sums.sum() / lengths.sum()).clamp(min=1e-300)
 
     def estimate(self, estimator: Estimator, per_token: bool) -> list[Estimate]:
         """One for each column."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 
@@ -11,9 +12,11 @@ import torch
 from scipy import stats
 
 from entropy_core.directional import weights_moved
+from entropy_core.entropy import Estimator, score_coefficients
 from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
 from entropy_core.passes.settings import DEFAULT_PASSES
 from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_experiments.analyses import prices
 from entropy_experiments.analyses.interventions import (
     ON_POLICY,
     Intervention,
@@ -30,6 +33,9 @@ from entropy_experiments.report.figures.plots import plot_prices
 from entropy_experiments.report.figures.prices import price_points
 from entropy_experiments.report.figures.style import png_bytes
 from entropy_experiments.report.price_finding import price_finding
+from entropy_experiments.statistics.estimand import POLICY
+from entropy_experiments.step.evaluation_products import EvaluationSide
+from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.optimizer_step import take_next_step
 from entropy_experiments.step.what_if import StepMaker
 from tests.entropy_experiments.analyses.tiny_step import LONGEST, TinyStep, make_step
@@ -58,7 +64,7 @@ def training_tokens(step: TinyStep, **changes: object) -> TrainingTokens:
     return TrainingTokens(**(given | changes))  # type: ignore[arg-type]
 
 
-def price_inputs(step: TinyStep, rewards: torch.Tensor | None = None) -> PriceInputs:
+def price_inputs(step: TinyStep, rewards: torch.Tensor | None = None, estimator: Estimator = "split") -> PriceInputs:
     generator = torch.Generator().manual_seed(2)
     if rewards is None:
         rewards = torch.rand(len(step.evaluation), generator=generator, dtype=torch.float64)
@@ -66,10 +72,9 @@ def price_inputs(step: TinyStep, rewards: torch.Tensor | None = None) -> PriceIn
         model=step.model,
         steps=StepMaker(step.step, trainable_parameters(step.model), step.max_norm),
         tokens=training_tokens(step),
-        evaluation=step.evaluation,
-        statistics=step.statistics,
-        estimator="split",
-        gradient_of_h=step.gradient_of_h(),
+        rows=KeptRows(step.columns),
+        evaluation=EvaluationSide(step.evaluation, step.statistics, dataclasses.replace(POLICY, gradient=estimator)),
+        gradient_of_h=step.gradient_of_h(estimator),
         rewards=rewards,
         judged=step.evaluation.prompt_index % 2 == 1,
         passes=DEFAULT_PASSES,
@@ -126,7 +131,10 @@ def token_values(step: TinyStep) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def gradient(step: TinyStep, one: Intervention) -> dict[str, torch.Tensor]:
+    """Of the objective, which the step ascends."""
     assert one.objective is not None, one.reason
+    if isinstance(one.objective, torch.Tensor):
+        return {name: torch.einsum("n,n...->...", one.objective, rows) for name, rows in step.columns.items()}
     return batch_gradients(step.model, step.train, [one.objective])[0]
 
 
@@ -178,8 +186,8 @@ def test_tokens_are_chosen_as_named():
     assert abs(float((weights * (own - own.mean())).sum())) < 1e-12
     steer = (found["steer"].objective.logprob / tokens.weights[:, None])[mask]  # type: ignore[union-attr]
     assert float(steer.min()) == pytest.approx(0.5) and float(steer.max()) <= 1.0
-    truncated = found["without_truncated"].objective.logprob.abs().sum(1)  # type: ignore[union-attr]
-    assert bool((truncated[tokens.truncated] == 0).all()) and bool((truncated[~tokens.truncated] > 0).all())
+    weights = found["without_truncated"].objective
+    assert torch.equal(weights, torch.where(tokens.truncated, 0.0, tokens.weights))  # type: ignore[arg-type]
 
 
 def test_what_does_not_apply_says_why():
@@ -205,8 +213,6 @@ def test_predictions_are_products_with_both_gradients():
     r = inputs.rewards - inputs.rewards.mean()
     logprobs = token_statistics(step.model, step.evaluation).scores()
     assert len(logprobs) == len(r)
-    from entropy_core.entropy import score_coefficients
-
     of_reward = batch_gradients(step.model, step.evaluation, [score_coefficients(step.evaluation, r / (len(r) - 1))])[0]
     of_entropy = entropy_gradient(step.model, step.evaluation, "split")
     for name in ("negatives_only", "entropy_bonus_0.01", "momentum_reset", "steer", "grpo"):
@@ -219,6 +225,27 @@ def test_predictions_are_products_with_both_gradients():
         assert found.reward.value == pytest.approx(dot(of_reward, delta), rel=1e-6)
 
 
+def test_the_reports_estimator_gives_its_own_numbers():
+    step = tiny()
+    result = price_list(price_inputs(step, estimator="rao_blackwell"), NO_REFERENCE)
+    known = dot(step.gradient_of_h("rao_blackwell"), step.step.parameter_delta)
+    found = result.rows[0].entropy
+    assert found and found.value == pytest.approx(known, rel=1e-6)
+    assert found.value != pytest.approx(row("run").entropy.value, rel=1e-3)  # type: ignore[union-attr]
+
+
+def test_steps_pass_in_parts_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(
+        prices, "_STEPS_HELD", 3 * 8 * sum(p.numel() for p in trainable_parameters(tiny().model).values())
+    )
+    inputs = price_inputs(tiny())
+    apart, whole = price_list(inputs, NO_REFERENCE), priced()[1]
+    for left in apart.rows:
+        if left.entropy is not None:
+            right = next(one for one in whole.rows if one.name == left.name)
+            assert right.entropy and left.entropy.value == pytest.approx(right.entropy.value, rel=1e-9)
+
+
 def test_errors_leave_a_prompt_out_of_everything():
     inputs, result = priced()
     one = listed(inputs.tokens)["negatives_only"]
@@ -227,8 +254,9 @@ def test_errors_leave_a_prompt_out_of_everything():
         loss = {key: -part for key, part in gradient(tiny(), listed(inputs.tokens)[name]).items()}
         steps[name] = inputs.steps.delta(loss)
     kept_values = []
-    for prompt in inputs.evaluation.prompt_index.unique():
-        part = inputs.evaluation.select((inputs.evaluation.prompt_index != prompt).nonzero().flatten().tolist())
+    batch = inputs.evaluation.batch
+    for prompt in batch.prompt_index.unique():
+        part = batch.select((batch.prompt_index != prompt).nonzero().flatten().tolist())
         g = entropy_gradient(tiny().model, part, "split")
         kept_values.append(dot(g, steps["negatives_only"]) - dot(g, steps["run"]))
     values = np.array(kept_values)
