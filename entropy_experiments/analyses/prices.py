@@ -2,9 +2,9 @@
 
     dh = <grad h, dtheta'>        dJ = <grad J, dtheta'> = Cov_t( r_t, <dS_t, dtheta'> )        t over evaluation sequences
 
-dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (step.what_if). The
-rows of the evaluation sequences pass once for as many steps as memory holds, and give both for every sequence and step. Cov divides
-by n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that the step has not seen.
+dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (step.what_if). Rows of
+the evaluation sequences pass once for as many steps as memory holds, and give both for every sequence and step. Cov divides by
+n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that the step has not seen.
 
     price = (dJ' - dJ) / (dh' - dh)        change of reward for a nat kept, against the step as trained
 
