@@ -250,6 +250,21 @@ def explore(
 
 
 @app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run folder, while it trains or after")],
+    port: Annotated[int, typer.Option("--port", help="Port of the page; 0 takes a free one", min=0, max=65535)] = 0,
+) -> None:
+    """A page on this machine that grows with a run: entropy, and each step's predicted and measured change."""
+    from entropy_experiments.console.early_refusals import refuse_absent_folder
+
+    refuse_absent_folder(run)
+    with _stdout_kept_for_results():
+        _quiet_libraries()
+        from entropy_experiments.console.watch import watch as serve
+    serve(run, port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
+
+
+@app.command()
 def doctor(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run, or a folder of many of them")],
     trust: Trust = False,

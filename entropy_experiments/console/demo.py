@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from rich.console import Console
 
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.console.analyze import analyze_with_progress
+from entropy_experiments.console.watch import watched
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
+from rl_training.errors import UserError
 
 TRAIN_CONFIG = Path(__file__).parents[2] / "rl_training" / "cfg" / "testconfig.yaml"
 ANALYSIS_CONFIG = Path(__file__).parents[1] / "configs" / "fisher_analysis.yaml"
@@ -43,7 +46,12 @@ def run_demo(output: Path) -> Path:
     folder = next_free_folder(output)
     console.print(f"1/2  Dr. GRPO on SmolLM2-135M; the run goes to {folder}")
     train_config = load_config(TrainConfig, TRAIN_CONFIG, [f"training.output_dir={folder}"])
-    run_training(train_config)
+    with contextlib.ExitStack() as held:
+        try:
+            console.print(f"     watch it in a browser: {held.enter_context(watched(folder))}")
+        except UserError as error:
+            console.print(f"     no page to watch it on: {error}")
+        run_training(train_config)
     console.print(f"2/2  Fisher analysis of its last checkpoint ({time.perf_counter() - started:.0f} s so far)")
     analysis_config = load_config(FisherAnalysisConfig, ANALYSIS_CONFIG, ANALYSIS_OVERRIDES)
     analysis = analyze_with_progress(folder, analysis_config, folder=folder / "analysis")
