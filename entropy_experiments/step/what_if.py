@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from entropy_core.adamw import split_adamw_update
+from entropy_core.adamw import split_parameter_step
 from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, clip_coefficient
 
 
@@ -39,11 +39,14 @@ class StepMaker:
         clip, _ = clip_coefficient(gradient, self.max_grad_norm)
         if not isinstance(self.step, NextStep):
             return {name: -learning_rate_factor * self.step.learning_rate * clip * g for name, g in gradient.items()}
-        states, seen = {}, {}
-        for name, state in self.step.state.items():
+        found = {}
+        for name, theta in self.parameters.items():
+            state = self.step.state[name]
             first = state.exp_avg if keeps_momentum else torch.zeros_like(state.exp_avg)
-            states[name] = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
+            state = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
             # A parameter that never had a gradient and has none now is passed over, as torch does.
             idle = not state.step and not bool(gradient[name].any())
-            seen[name] = None if idle else (clip * gradient[name]).to(self.parameters[name].dtype)
-        return split_adamw_update(states, seen, self.parameters).total()
+            seen = None if idle else (clip * gradient[name]).to(theta.dtype)
+            batch, momentum, decay = split_parameter_step(state, seen, theta)
+            found[name] = batch + momentum + decay
+        return found
