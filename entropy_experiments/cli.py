@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entropy_experiments.run.endings import run_to_the_end
+from entropy_experiments.run.quiet_libraries import quiet_libraries
 from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
 from rl_training.run.launched import is_first
@@ -61,7 +60,7 @@ def train(
     from rl_training.configuration import load_config
 
     settings = load_config(TrainConfig, config, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from rl_training.train import run_training
 
     folder = run_training(settings, quiet, resume)
@@ -105,7 +104,7 @@ def analyze(
     if dry_run:
         return _print_forecast(checkpoint, settings, trust, as_json, devices, bandwidth)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.console.analyze import analyze_with_progress
 
         options = {"overwrite": overwrite, "resume": resume, "keep_going": keep_going, "trust": trust, "quiet": quiet}
@@ -140,7 +139,7 @@ def price(
     settings = price_config(config, overrides or [], measure)
     refuse_checkpoint_early(checkpoint, settings, trust)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from rich.console import Console
 
         from entropy_experiments.console.analyze import analyze_with_progress
@@ -187,7 +186,7 @@ def sweep(
     runs = [Path(a) for a in arguments if a not in overrides]
     refuse_sweep_early(runs, settings)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.console.sweep import refuse_failures, sweep_outcome, sweep_with_progress
 
         options = {"folder": folder, "resume": resume, "overwrite": overwrite, "shard": shard, "assemble": assemble}
@@ -259,7 +258,7 @@ def watch(
 
     refuse_absent_folder(run)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.console.watch import watch as serve
     serve(run, port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
 
@@ -274,7 +273,7 @@ def doctor(
 
     refuse_absent_folder(checkpoint)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
         from entropy_experiments.console.import_source import describe, importable
 
@@ -305,7 +304,7 @@ def import_command(
 
     refuse_absent_folder(source)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.console.import_source import import_lines, import_run
 
         made = import_run(source, output, model, rollouts)
@@ -327,7 +326,7 @@ def audit(
 
     wanted = None if steps is None else parse_steps(steps)
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.audit.audit import audit_run
         from entropy_experiments.audit.lines import audit_lines
 
@@ -355,7 +354,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs and results")] = Path("runs"),
 ) -> None:
     """Train a small model until its entropy falls, analyse the checkpoint, write the report. Ten minutes on two cores."""
-    _quiet_libraries()
+    quiet_libraries()
     from entropy_experiments.console.demo import run_demo
 
     print(run_demo(output))
@@ -365,7 +364,7 @@ def _print_forecast(
     checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool, devices: int | None, bandwidth: float
 ) -> None:
     with _stdout_kept_for_results():
-        _quiet_libraries()
+        quiet_libraries()
         from entropy_experiments.forecast.cluster import plan_cluster
         from entropy_experiments.forecast.forecast import forecast_analysis
 
@@ -395,21 +394,6 @@ def _print_json(content: dict[str, Any]) -> None:
     except UnicodeEncodeError:  # a terminal without Unicode, or half characters in the text
         text = json.dumps(content, allow_nan=False)
     print(text)
-
-
-def _quiet_libraries() -> None:
-    """Keep libraries' own progress bars and advice off the terminal; errors and warnings of ours still come through."""
-    for library in ("transformers", "trl", "peft", "accelerate"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{library}\.")
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers asks it too
-        "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports every trainer that is made
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def main() -> None:

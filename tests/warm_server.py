@@ -18,7 +18,7 @@ import threading
 import traceback
 from contextlib import suppress
 
-from entropy_experiments.cli import _quiet_libraries
+from entropy_experiments.run.quiet_libraries import quiet_libraries
 
 # Otherwise pyarrow's allocator starts a thread as soon as it is loaded.
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
@@ -107,7 +107,7 @@ def end_of(order: dict) -> int:
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    _quiet_libraries()  # as the command line, before it imports them
+    quiet_libraries()  # as the command line, before it imports them
     for name in LIBRARIES:
         importlib.import_module(name)
     os.fsync = lambda descriptor: None  # as in tests/conftest.py

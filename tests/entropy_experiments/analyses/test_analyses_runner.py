@@ -307,6 +307,7 @@ def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run,
     assert {name for name in results if "skipped" in results[name]} == {
         "higher_order",
         "weighting_schemes",
+        "prices",
         "baselines",
     }
     assert set(results["intervention"]["scores"]) == {"fixed_prefix", "response"}
