@@ -64,8 +64,11 @@ def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominator
     """Standard error of sum(numerators) / sum(denominators), leaving out one prompt at a time.
 
     Args:
-        numerators, denominators: (N,) per sequence; denominators default to 1 (a mean over
-            sequences). NaN with one prompt: a single unit carries no information about its spread.
+        numerators: (N,) per sequence.
+        denominators: (N,) per sequence; by default 1 (a mean over sequences).
+
+    Returns:
+        NaN with one prompt: a single unit carries no information about its spread.
     """
     if denominators is None:
         denominators = torch.ones_like(numerators)

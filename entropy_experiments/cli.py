@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from entropy_experiments.run.endings import run_to_the_end
-from entropy_experiments.run.quiet_libraries import quiet_libraries
+from entropy_experiments.run.quiet_libraries import quiet_libraries, stdout_kept_for_results
 from entropy_experiments.text.display import visible
 from rl_training.errors import UserError
 from rl_training.run.launched import is_first
@@ -103,7 +101,7 @@ def analyze(
         raise UserError("--devices plans an analysis on paper: say --dry-run as well")
     if dry_run:
         return _print_forecast(checkpoint, settings, trust, as_json, devices, bandwidth)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.analyze import analyze_with_progress
 
@@ -138,7 +136,7 @@ def price(
         raise UserError("--resume goes on with what is there, --overwrite throws it away: take one of them")
     settings = price_config(config, overrides or [], measure)
     refuse_checkpoint_early(checkpoint, settings, trust)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from rich.console import Console
 
@@ -185,7 +183,7 @@ def sweep(
     settings = load_config(SweepConfig, config, overrides)
     runs = [Path(a) for a in arguments if a not in overrides]
     refuse_sweep_early(runs, settings)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.sweep import refuse_failures, sweep_outcome, sweep_with_progress
 
@@ -219,7 +217,7 @@ def compare(
     ] = False,
 ) -> None:
     """Compare analyses, or sweeps, with the first of them: differences and their standard errors. Prints the page's path last."""
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         from entropy_experiments.compare.page import REPORT, write_comparison
         from entropy_experiments.records.record import json_of
 
@@ -257,7 +255,7 @@ def watch(
     from entropy_experiments.console.early_refusals import refuse_absent_folder
 
     refuse_absent_folder(run)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.watch import watch as serve
     serve(run, port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
@@ -272,7 +270,7 @@ def doctor(
     from entropy_experiments.console.early_refusals import refuse_absent_folder
 
     refuse_absent_folder(checkpoint)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
         from entropy_experiments.console.import_source import describe, importable
@@ -303,7 +301,7 @@ def import_command(
     from entropy_experiments.console.early_refusals import refuse_absent_folder
 
     refuse_absent_folder(source)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.import_source import import_lines, import_run
 
@@ -325,7 +323,7 @@ def audit(
     from entropy_experiments.audit.step_choice import parse_steps
 
     wanted = None if steps is None else parse_steps(steps)
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.audit.audit import audit_run
         from entropy_experiments.audit.lines import audit_lines
@@ -363,7 +361,7 @@ def demo(
 def _print_forecast(
     checkpoint: Path, settings: FisherAnalysisConfig, trust: bool, as_json: bool, devices: int | None, bandwidth: float
 ) -> None:
-    with _stdout_kept_for_results():
+    with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.forecast.cluster import plan_cluster
         from entropy_experiments.forecast.forecast import forecast_analysis
@@ -377,13 +375,6 @@ def _print_forecast(
         _print_json({"command": "analyze --dry-run", **forecast.to_json()})
     else:
         print(visible("\n".join(forecast.lines())))
-
-
-@contextmanager
-def _stdout_kept_for_results() -> Iterator[None]:
-    """What libraries print goes to stderr, so that stdout holds nothing but a command's result."""
-    with redirect_stdout(sys.stderr):
-        yield
 
 
 def _print_json(content: dict[str, Any]) -> None:

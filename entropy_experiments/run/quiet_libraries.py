@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 
 def quiet_libraries() -> None:
@@ -19,3 +22,10 @@ def quiet_libraries() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def stdout_kept_for_results() -> Iterator[None]:
+    """What libraries print goes to stderr, so that stdout holds nothing but a command's result."""
+    with redirect_stdout(sys.stderr):
+        yield
