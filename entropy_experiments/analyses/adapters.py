@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from entropy_core.gradients import entropy_gradient, trainable_parameters
+from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
 from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
@@ -44,6 +44,7 @@ from entropy_experiments.step.effects_of_leaving_out import (
 )
 from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
 from entropy_experiments.step.measured_changes import entropy_change, resolution
 from entropy_experiments.step.numbers import StepNumbers
 from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
@@ -55,6 +56,7 @@ _RESPONSE_SUBSETS = 16  # halves over which response shares are averaged; their 
 
 
 _FEWEST_SUBSETS = 3
+_ROWS_HELD = 2**31  # bytes
 
 
 class NotApplicable(Exception):
@@ -283,7 +285,7 @@ def prices(inputs: AnalysisInputs) -> PricesResult:
         model=inputs.model,
         steps=StepMaker(side.known_step, trainable_parameters(inputs.model), side.max_grad_norm),
         tokens=tokens,
-        rows=side.rows,
+        rows=_kept_rows(inputs, passes),
         evaluation=EvaluationSide(inputs.eval_batch, numbers.eval_statistics, numbers.estimand),
         gradient_of_h=inputs.gradients[numbers.estimand.gradient],
         rewards=torch.from_numpy(inputs.evaluation_labels().reward),
@@ -295,6 +297,16 @@ def prices(inputs: AnalysisInputs) -> PricesResult:
         return reference_statistics(inputs.model, side.batch, passes)
 
     return price_list(priced, reference, settings.analysis.price_steps)
+
+
+def _kept_rows(inputs: AnalysisInputs, passes: PassSettings) -> TrainingRows:
+    """The training rows, formed once where an analysis without a matrix kept none and few bytes hold them: many weightings
+    of them are asked for."""
+    side = inputs.side
+    size = len(side.batch) * sum(p.numel() * p.element_size() for p in trainable_parameters(inputs.model).values())
+    if not isinstance(side.rows, RecomputedRows) or size > _ROWS_HELD:
+        return side.rows
+    return KeptRows(per_sequence_gradients(inputs.model, side.batch, passes, as_trained=True))
 
 
 def _costliest(inputs: AnalysisInputs, chosen_on: torch.Tensor, passes: PassSettings) -> torch.Tensor | None:

@@ -23,6 +23,13 @@ _BEFORE = {
     "the training buffer's own kernel": 7.8,
     "checking the kernel against finite differences": 0.6,
 }
+_WITHOUT_ROWS = {
+    **{name: _BEFORE[name] for name in list(_BEFORE)[:3]},
+    "gradient of the training loss": 4.2,
+    "token statistics": 1.1,
+    "predictions, along the step and its parts": 16.5,
+    "checking the kernel against finite differences": 0.1,
+}
 _REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 35
 
 
@@ -42,9 +49,7 @@ def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
         "prices": _PRICES + (_WEIGHTINGS if settings.price_steps else 0),
         "baselines": 0.1,
     }
-    stages = dict(_BEFORE)
-    if not config.entropy_analysis.fisher_kernel.compute_full:
-        del stages["the training buffer's own kernel"]
+    stages = _BEFORE if config.entropy_analysis.fisher_kernel.compute_full else _WITHOUT_ROWS
     if settings.entropy_prediction:
         stages |= {f"measuring at {s:g} x the step": _FORWARD for s in scales} | {"checking the slope": 2.1}
     stages["noise of the training side"] = 2.0

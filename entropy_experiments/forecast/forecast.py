@@ -23,8 +23,9 @@ from entropy_experiments.analyses.interventions import MOST_INTERVENTIONS, TOKEN
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
-from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.forecast.pilot import PassRates, Pilot, given_buffers, run_pilot
+from entropy_experiments.config import FisherAnalysisConfig, FisherKernelConfig
+from entropy_experiments.forecast.pilot import Pilot, given_buffers, run_pilot
+from entropy_experiments.kernel.contraction import STEP_VECTORS
 from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
 
@@ -154,16 +155,30 @@ def _training_drawing(config: FisherAnalysisConfig, pilot: Pilot) -> float:
     return sum(pilot.drawing.seconds(n) for n in missing)
 
 
-def _stages(
-    config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int
+def _of_gradients(
+    kernel: FisherKernelConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int
 ) -> list[StageForecast]:
-    settings = config.entropy_analysis
-    analysis, kernel = settings.analysis, settings.fisher_kernel
-    training, evaluation, draw = pilot.training, pilot.evaluation, pilot.drawing.seconds
+    """From the training side's gradients to the kernels, or to the predictions where no row is formed."""
+    training, evaluation = pilot.training, pilot.evaluation
 
-    def passes(name: str, sequences: int, backwards: int, rates: PassRates = evaluation) -> StageForecast:
-        return StageForecast(name, sequences, rates.seconds(sequences, backwards))
+    def passes(name: str, sequences: int, backwards: int) -> StageForecast:
+        return StageForecast(name, sequences, evaluation.seconds(sequences, backwards))
 
+    if plan.strategy == "directions":
+        along = len(STEP_VECTORS) * n_eval * evaluation.derivatives + 3 * n_train * training.derivatives
+        return [
+            StageForecast(
+                "gradient of the training loss",
+                2 * n_train,
+                training.seconds(n_train, 1) + training.seconds(n_train, 0),
+            ),
+            passes("token statistics", n_eval, 0),
+            StageForecast(
+                "predictions, along the step and its parts",
+                (len(STEP_VECTORS) + 1) * n_eval + 3 * n_train,
+                along + evaluation.seconds(n_eval, 2),
+            ),
+        ]
     tiles = -(-n_train // plan.tile) if plan.strategy == "tiles" else 1
     out = []
     # rows (formed once more for every tile), the gradient by autograd as a check, and the training
@@ -184,6 +199,20 @@ def _stages(
         seconds = training.seconds(n_train * tiles, 2) + training.seconds(anew, 1) + evaluation.seconds(n_eval, 2)
         out.append(StageForecast("the training buffer's own kernel", n_train * tiles + anew + n_eval, seconds))
         out.append(passes("checking the kernel against finite differences", 2 * min(16, n_eval), 0))
+    return out
+
+
+def _stages(
+    config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int
+) -> list[StageForecast]:
+    settings = config.entropy_analysis
+    analysis, kernel = settings.analysis, settings.fisher_kernel
+    training, evaluation, draw = pilot.training, pilot.evaluation, pilot.drawing.seconds
+
+    def passes(name: str, sequences: int, backwards: int) -> StageForecast:
+        return StageForecast(name, sequences, evaluation.seconds(sequences, backwards))
+
+    out = _of_gradients(kernel, plan, pilot, n_eval, n_train)
     if analysis.entropy_prediction:
         out += [passes(f"measuring at {s:g} x the step", n_eval, 0) for s in sorted({*analysis.step_scales, 1.0})]
         out.append(passes("checking the slope", 2 * n_eval, 0))

@@ -243,7 +243,8 @@ def test_durations():
     assert [duration(s) for s in (0, 42.4, 725, 11220)] == ["0:00", "0:42", "12:05", "3:07:00"]
 
 
-def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path):
+@pytest.mark.parametrize("matrix", [True, False])
+def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path, matrix):
     """Every stage that an analysis announces is expected, in that order, and nothing else is."""
     from entropy_experiments.entropy_runner import run_fisher_analysis
 
@@ -252,8 +253,9 @@ def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path):
             stages.append(name)
 
     stages: list[str] = []
-    run_fisher_analysis(tiny_run, config(), folder=tmp_path / "out", reporter=Announced())
-    assert stages == list(expected_shares(config()))
+    settings = config(f"entropy_analysis.fisher_kernel.compute_full={'true' if matrix else 'false'}")
+    run_fisher_analysis(tiny_run, settings, folder=tmp_path / "out", reporter=Announced())
+    assert stages == list(expected_shares(settings))
     assert "the training buffer's own kernel" in expected_shares(FisherAnalysisConfig())
 
 

@@ -213,6 +213,8 @@ def test_a_dry_run_plans_and_writes_nothing(tiny_run, tmp_path, monkeypatch):
     assert content["plan"]["strategy"] == "memory" and content["plan"]["passes"] == 32
     names = [stage["name"] for stage in content["stages"]]
     assert "evaluation gradients and kernels" in names and "analysis: intervention" not in names
+    without = [s.name for s in forecast_analysis(tiny_run, config(f"{KERNEL}compute_full=false")).stages]
+    assert "predictions, along the step and its parts" in without and "evaluation gradients and kernels" not in without
     tiles = forecast_analysis(tiny_run, config(f"{KERNEL}strategy=tiles"))
     assert tiles.plan.strategy == "tiles" and tiles.disk == 2 * 4 * (16 * 16 + 16 * 16)
     stored = forecast_analysis(tiny_run, config(f"{KERNEL}save_gradients=true", f"{KERNEL}disk_budget=1GiB"))
