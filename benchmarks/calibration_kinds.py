@@ -40,6 +40,12 @@ COVERED: dict[str, tuple[str, ...]] = {
     "higher_order._ends": (ORDERS, "coverage of the first order of the curve"),
     "intervention._bootstrap_interval": ("coverage of the score over halves (LDS)",),
     "intervention._line": ("coverage of the slope of the response over halves",),
+    "prices._estimate": (
+        WEIGHTING,
+        "coverage of a weighting's gain of reward",
+        "coverage of a weighting's cost in entropy",
+        "coverage of a weighting minus the run's, equal gain",
+    ),
     "prompt_structure.permutation_test": (STRUCTURE, "level of correctness, raw"),
     "prompt_structure.single_batch_estimate": (U_STATISTIC,),
     "weighting_results.known": (WEIGHTING,),
@@ -118,6 +124,7 @@ EXEMPT: dict[str, str] = {
     "exchanged_entries._outstanding": "a threshold with a margin, not an interval",
     "clustering._draw_cosines": "limits of an axis",
     "kernel.color_limit": "limits of a colour scale",
+    "prices._ellipse": "drawn from two errors that have their checks; the caption says about 95%, and nothing is told from it",
     "fresh_samples.fresh_entropy_change": "no command offers it",
     "training_kernel._without_each": "an error beside a number, of which nothing is claimed",
 }

@@ -177,9 +177,8 @@ def alignment_tests(repeats: int) -> Rates:
         hits = []
         for _ in range(repeats):
             rows = [_rows(rng, prompts) for _ in range(2)]
-            p = align_kernels(*(r @ r.T for r in rows), permutations=PERMUTATIONS, seed=int(rng.integers(2**31)))[
-                "p_value"
-            ]
+            kernels = (r @ r.T for r in rows)
+            p = align_kernels(*kernels, permutations=PERMUTATIONS, seed=int(rng.integers(2**31))).p_value
             hits.append(None if p is None else p <= LEVEL)
         found["level of kernel alignment"][f"{prompts} prompts"] = _rate(hits)
     return found

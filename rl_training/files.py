@@ -149,6 +149,14 @@ def replace_folder(part: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def link_to(existing: Path, path: Path) -> None:
+    """`path` becomes another name of the file `existing`: a hard link, or on another file system a symbolic one."""
+    try:
+        os.link(existing, path)
+    except OSError:  # another file system, or one without links
+        path.symlink_to(existing)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line of text. Raises UserError where the file is a link."""
     refuse_link(path)

@@ -105,10 +105,8 @@ def price_list(inputs: PriceInputs, reference: Reference, measure: bool = False)
     listed = list(_with_solved_bonus(inputs, reference))
     priced, products = _products(inputs, listed, measure)
     note = _no_reward(inputs.rewards)
-    changes = {
-        kept: _changes(inputs, products, mask, note is None)
-        for kept, mask in (("all", torch.ones_like(inputs.judged)), ("judged", inputs.judged))
-    }
+    masks = {"all": torch.ones_like(inputs.judged), "judged": inputs.judged}
+    changes = {kept: _changes(inputs, products, mask, note is None) for kept, mask in masks.items() if bool(mask.any())}
     rows: dict[str, PriceRow] = {}
     prices: dict[str, _Series] = {}
     for column, found in enumerate(priced):

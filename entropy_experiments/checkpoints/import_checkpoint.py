@@ -7,7 +7,6 @@ then takes its own.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ from entropy_experiments.checkpoints.readers.trainer_files import SAVED_WEIGHTS
 from entropy_experiments.checkpoints.safetensors_stream import write_tensors
 from rl_training.configuration import validate_config
 from rl_training.errors import UserError
-from rl_training.files import write_json_whole
+from rl_training.files import link_to, write_json_whole
 from rl_training.models.load import outline_of_configuration
 from rl_training.models.source import is_on_the_hub
 from rl_training.run.checkpoint_digests import file_digest
@@ -171,10 +170,7 @@ def _link_weights(state: TrainedState, folder: Path, origins: dict[str, str]) ->
         path = (place / name).resolve()
         if not path.is_file():
             raise UserError(f"{place / name} is missing: the weights are partial; copy it again")
-        try:
-            os.link(path, folder / name)
-        except OSError:  # another file system
-            (folder / name).symlink_to(path)
+        link_to(path, folder / name)
         origins[name] = str(place / name)
     return names
 
@@ -288,11 +284,11 @@ def _under_own_names(state: TrainedState, folder: Path, model: str | None) -> Ad
     if not adam.named:
         adam = adam.with_names(match_names(outline, _as_torch(adam), None))
     else:
-        adam = adam.rename(_clean)
+        adam = adam.with_keys(_clean)
         keys = {str(key): key for group in adam.groups for key in group.keys}
         own = _in_words_of(keys, order, state.layout)
         renamed = {str(old): new for new, old in own.items()}
-        adam = adam.rename(lambda name: renamed.get(name, name))
+        adam = adam.with_keys(lambda name: renamed.get(name, name))
     shapes = {name: tuple(p.shape) for name, p in outline.named_parameters()}
     _check_names(state, adam, order, shapes)
     sorted_groups = [replace(g, keys=tuple(sorted(g.keys, key=lambda k: order[str(k)]))) for g in adam.groups]

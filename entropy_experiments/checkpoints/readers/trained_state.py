@@ -106,7 +106,7 @@ class AdamState:
         ]
         return replace(self, groups=tuple(groups))
 
-    def rename(self, change: Callable[[str], str]) -> AdamState:
+    def with_keys(self, change: Callable[[str], str]) -> AdamState:
         """The same state under other names. Raises UserError where two become one."""
         keys = [change(str(key)) for group in self.groups for key in group.keys]
         if len(set(keys)) < len(keys):

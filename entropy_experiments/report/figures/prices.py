@@ -87,7 +87,7 @@ def plot_prices(result: PricesResult) -> Figure:
     axes.text(1.02, 1.0, names, transform=axes.transAxes, va="top", fontsize=8)
     caption = (
         "Origin: the step as trained. To the right entropy is kept, upwards reward is gained. Dark: those that keep at least "
-        f"{result.keeps:.0%} of the entropy lost and whose price {ALIKE} from the best. Ellipses: 95%, paired over "
+        f"{result.keeps:.0%} of the entropy lost and whose price {ALIKE} from the best. Ellipses: about 95%, paired over "
         "evaluation prompts; cut where they reach beyond the points."
     )
     return style.finish(figure, _TITLE, caption)

@@ -43,6 +43,8 @@ def test_a_sweep_over_the_runs_own_sequences(tiny_run: Path, tmp_path: Path) -> 
         path = run / "checkpoint-1" / name
         data = json.loads(path.read_text())
         data["global_step" if name == "trainer_state.json" else "step"] = 1
+        if "sha256" in data:
+            del data["sha256"]["trainer_state.json"]
         path.write_text(json.dumps(data))
     swept = run_sweep(
         [run], config("entropy_analysis.fisher_kernel.preconditioning=none"), folder=tmp_path / "sweep", keep_going=True
