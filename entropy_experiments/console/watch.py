@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from entropy_experiments.checkpoints.folder import existing_folder, resolve_checkpoint
 from entropy_experiments.records.history import training_history
+from entropy_experiments.report.figures.style import COLOURS
 from entropy_experiments.report.interactive import history as figures
 from rl_training.errors import UserError
 
@@ -33,7 +34,7 @@ async function draw() {
   try {
     const found = await (await fetch("/history.json")).json();
     said.textContent = found.words;
-    if (found.plot) Plotly.react("figure", found.plot.data, found.plot.layout, {responsive: true});
+    if (found.plot) Plotly.react("figure", found.plot.data, {height: 640, ...found.plot.layout}, {responsive: true, displaylogo: false});
   } catch (error) { said.textContent = "the run is no longer watched: start the command again"; }
 }
 draw(); setInterval(draw, 2000);
@@ -46,7 +47,16 @@ def history_of(run: Path) -> dict[str, Any]:
     rows = training_history(entries)
     if not rows:
         return {"words": f"{run.name}: waiting for the first step", "plot": None}
-    return {"words": f"{run.name}: step {rows[-1].step:g}", "plot": figures.training_history(rows)}
+    return {"words": f"{run.name}: step {rows[-1].step:g}", "plot": _coloured(figures.training_history(rows))}
+
+
+def _coloured(plot: Any) -> Any:
+    """Names of the theme's colours, "$predicted", as the colours themselves: this page has one theme."""
+    if isinstance(plot, Mapping):
+        return {key: _coloured(value) for key, value in plot.items()}
+    if isinstance(plot, list | tuple):
+        return [_coloured(value) for value in plot]
+    return COLOURS.get(plot[1:], "#555555") if isinstance(plot, str) and plot.startswith("$") else plot
 
 
 def _entries(run: Path) -> Iterator[dict[str, Any]]:

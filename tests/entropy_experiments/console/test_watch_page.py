@@ -34,6 +34,7 @@ def test_it_grows_with_the_log(tmp_path: Path) -> None:
     log.write_text(line(1) + line(2, **{"entropy_probe/predicted": -0.1}) + '{"step": 3, "entr')
     found = history_of(run)
     assert found["words"] == "run: step 2" and found["plot"]["data"]
+    assert '"$' not in json.dumps(found["plot"]), "a colour of the report's themes, which this page has not"
     with watched(run) as address:
         log.write_text(line(1) + line(2) + line(3))
         status, text = get(f"{address}history.json")
