@@ -34,7 +34,8 @@ async function draw() {
   try {
     const found = await (await fetch("/history.json")).json();
     said.textContent = found.words;
-    if (found.plot) Plotly.react("figure", found.plot.data, {height: 640, ...found.plot.layout}, {responsive: true, displaylogo: false});
+    const layout = {height: 640, ...found.plot?.layout};
+    if (found.plot) Plotly.react("figure", found.plot.data, layout, {responsive: true, displaylogo: false});
   } catch (error) { said.textContent = "the run is no longer watched: start the command again"; }
 }
 draw(); setInterval(draw, 2000);
