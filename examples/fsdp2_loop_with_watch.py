@@ -44,20 +44,11 @@ class Watched:
 
     def before_step(self, batch: SequenceBatch) -> None:
         self.watch.before_step(batch)
-        self._forget_gathered_weights()
 
     def after_step(self) -> WatchedChange:
         change = self.watch.after_step()
-        self._forget_gathered_weights()
         assert change is not None
         return change
-
-    def _forget_gathered_weights(self) -> None:
-        # After a pass without a backward pass FSDP keeps the root's whole weights: the pass after the optimizer's step would
-        # be one with the embeddings and the norm from before it, and the change wrong without a word.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def train(model_name: str, steps: int = 3, learning_rate: float = 1e-5) -> list[WatchedChange]:
@@ -68,7 +59,7 @@ def train(model_name: str, steps: int = 3, learning_rate: float = 1e-5) -> list[
     if size > 1:
         shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    watched = Watched(model, EntropyProbeConfig(preset="watch"))
+    watched = Watched(model, EntropyProbeConfig())
     sampling_config = make_sampling_config(model, tokenizer, temperature=1.0, max_completion_length=8)
     rows = [{"prompt": f"{a} + {b} =", "prompt_index": 6 * a + b} for a in range(6) for b in range(6)]
     changes = []

@@ -15,7 +15,7 @@ WIDER = {"width": 448, "vocabulary": 256, "sequences": 32}  # 31 MiB: a block of
 DISK = {"disk": 2**34}
 CASES = {
     "wide, memory": {**WIDE, "budget": 1290 * MIB},
-    "wide, tiles": {**WIDE, "budget": 950 * MIB},
+    "wide, tiles": {**WIDE, "budget": 850 * MIB},
     "wide, disk": {**WIDE, "budget": 950 * MIB, **DISK},
     "wordy, memory": {**WORDY, "budget": 1140 * MIB},
     "wordy, tiles": {**WORDY, "budget": 850 * MIB},
