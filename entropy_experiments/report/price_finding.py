@@ -40,8 +40,11 @@ def price_finding(result: PricesResult) -> str:
 
 
 def _most(result: PricesResult) -> PriceRow | None:
-    kept = [row for row in result.rows if row.entropy_minus_run is not None and (row.entropy_minus_run.low or 0) > 0]
-    return max(kept, key=lambda row: row.entropy_minus_run.value or 0.0, default=None)  # type: ignore[union-attr]
+    """Of those whose interval says that they keep entropy, the one that keeps most."""
+    kept = [
+        (row, found) for row in result.rows if (found := row.entropy_minus_run) is not None and (found.low or 0) > 0
+    ]
+    return max(kept, key=lambda pair: pair[1].value or 0.0)[0] if kept else None
 
 
 def _kept(row: PriceRow) -> str:
