@@ -298,7 +298,7 @@ class SimpleEntropyProbe:
         self._steps_since += steps or self._config.log_every
         if made is None:
             return None
-        parts, same_tokens = self._of_step_taken(made)
+        parts, same_tokens, as_split = self._of_step_taken(made)
         predictors = dict(made.predictors)
         if self._config.predictors:
             predictors["score_function"] = parts[SCORE_FUNCTION].total.value
@@ -307,8 +307,8 @@ class SimpleEntropyProbe:
             self._change(seen, parts[PER_TOKEN], parts.get(PER_COMPLETION)),
             same_tokens=same_tokens,
             predictors=predictors,
-            shares=made.shares,
-            effects=made.effects,
+            shares=made.shares if as_split else None,
+            effects=made.effects if as_split else None,
         )
         if seen is None or not measure:
             return change
@@ -316,17 +316,17 @@ class SimpleEntropyProbe:
         snis, fixed = snis_entropy_change(*both), fixed_prefix_entropy_change(*both)
         return replace(change, measured=snis, measured_fixed_prefix=fixed)
 
-    def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float]:
-        """The prediction, its parts checked against the step that was taken; and `same_tokens`."""
+    def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float, bool]:
+        """The prediction, `same_tokens`, and whether the step that was taken is the one that the parts and shares are of."""
         after, off = trainable_parameters(self._model), None
         if made.parts and self._config.preconditioning == "actual":
             off = unexplained(made.before, after, made.step)
         if made.parts and off is None:
-            return made.parts, made.same_tokens
+            return made.parts, made.same_tokens, True
         taken, lagged = made.before, self._config.rollouts in ("current", None) and bool(self._averages)
         moved = turn_into_difference(taken, after)
         if off is not None and not moved:  # a scaler that met an overflow, say: there was no step
-            return dict.fromkeys(made.parts, NO_CHANGE), 0.0
+            return dict.fromkeys(made.parts, NO_CHANGE), 0.0, False
         if off is not None:
             self._no_parts = (
                 f"the optimizer did not take the AdamW step that its state and gradients give (relative difference {off:.2g}): "
@@ -344,7 +344,7 @@ class SimpleEntropyProbe:
             both = (parts[PER_TOKEN].total, parts.pop(SCORE_TERM).total)
             parts[PER_TOKEN] = StepParts.only_total(both[0] + both[1])
         self._take_in_newest()
-        return parts, same_tokens
+        return parts, same_tokens, False
 
     # ------------------------------------------------------------------ pieces
     def _gradients(

@@ -103,6 +103,10 @@ class LastPass:
         """As KnownPass has it."""
         return self._known.trouble
 
+    def forget(self) -> None:
+        """Something else than the step moved the weights."""
+        self._values, self._step = {}, -1
+
     def note(self, step: int, names: list[str], batch: SequenceBatch, after: WatchedPass) -> None:
         """Keep the pass after `step`. names: of the batch's sequences."""
         self._step, self._values = step, {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.passes.forward import input_device
 from entropy_core.processes import Processes
 from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
@@ -19,17 +20,18 @@ from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
-from rl_training.probe.sharded_weights import refuse_unwatchable
+from rl_training.probe.sharded_weights import is_spread, refuse_unwatchable
 from rl_training.probe.spans import CALM, Spans
 from rl_training.probe.step_prediction import Objective
+from rl_training.probe.still_weights import StillWeights
 from rl_training.probe.watch import EntropyWatch, WatchedChange
 from rl_training.probe.watch_state import WatchHistory
 from rl_training.sequences import RolloutSequence
 
 
 class StepWatch:
-    """Call `begin` when training begins, `arm` when a step does, `before` and `parts` where a span begins, `took` after each step
-    of the optimizer, and `after` where a span ends.
+    """Call `begin` when training begins, `arm` when a step does, `still` before and `took` after each step of the optimizer,
+    `before` and `parts` where a span begins, and `after` where one ends.
 
     Args:
         trainer: a GRPOTrainer. model: its policy without wrappers.
@@ -45,17 +47,19 @@ class StepWatch:
         sharing: Processes,
         pool: SequencePool | None = None,
     ) -> None:
-        self._config, self._model, self._pool = config, model, pool
+        self._config, self._model, self._sharing, self._pool = config, model, sharing, pool
         self._said: set[str] = set()
         self._watch = EntropyWatch(config, model, sharing)
         self._trainer_pass, self._last_pass = TrainerPass(trainer, model, sharing), LastPass()
         # The step's own sequences, and the last one's, are of one step.
         self.spans = Spans((config.measure_every or 1) if config.rollouts in ("pool", "fresh") else 1)
-        self._history = WatchHistory()
+        self._history, self._still = WatchHistory(), StillWeights(model)
 
     def begin(self, callbacks: dict[str, Any], last_step: int) -> None:
         """A run begins after `last_step`. callbacks: `TrainerState.stateful_callbacks`, of the checkpoint where it is resumed."""
         self.drop()
+        self._still.forget()
+        self._last_pass.forget()
         if self._pool is not None:
             self._pool.clear()
         trouble = self._history.begin(callbacks, last_step, self._watch)
@@ -78,6 +82,29 @@ class StepWatch:
         """A step begins, before which is to be looked if `wanted`."""
         self._trainer_pass.clear()
         self._trainer_pass.listening = wanted and self._pool is None
+
+    def took(self) -> bool:
+        """The optimizer has stepped: whether the span is as long as it is to be."""
+        if not is_spread(self._model):
+            self._still.note()
+        return self.spans.took()
+
+    def still(self, step: int) -> bool:
+        """After `step` steps: whether the policy is as the last one left it; where it is not, what was begun is dropped."""
+        if not self._sharing.any(self._still.moved(), input_device(self._model)):
+            return True
+        lost = f"; of the last {self.spans.taken} steps `measured` is not known" if self.spans.open else ""
+        self._say_once(
+            "moved",
+            f"something other than the optimizer changed the policy between steps {step} and {step + 1} (a callback that clips, "
+            "averages or merges weights?): `measured` and its sums are of the optimizer's steps alone, each by itself from here "
+            f"on{lost}",
+        )
+        self._last_pass.forget()
+        self._watch.forget_step()
+        self.spans.drop()
+        self.spans.shorten()
+        return False
 
     def pooled(self, step: int, rng: np.random.Generator) -> list[RolloutSequence] | None:
         """The sequences of the pool for what begins with `step` (counted from 0); None where there is no pool."""
@@ -162,6 +189,9 @@ class StepWatch:
         self.arm(False)
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=3)
+        self._say_once(text, text)
+
+    def _say_once(self, subject: str, text: str) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            warnings.warn(f"the entropy probe: {text}", RuntimeWarning, stacklevel=4)

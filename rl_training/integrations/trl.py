@@ -208,7 +208,7 @@ class EntropyProbeCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """What is saved, or is the last, holds all that was measured up to it."""
         if self._watch is not None and self._watch.spans.open and (control.should_save or control.should_training_stop):
-            self._guard(self._end_span, state.global_step)
+            self._guard(self._end_span, state.global_step, True)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,6 +222,8 @@ class EntropyProbeCallback(TrainerCallback):
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         config, fresh = self._config, self._config.rollouts in OF_PROMPTS
+        if self._watch is not None:
+            self._watch.still(step)
         if fresh and (not self._probing or (self._watch is not None and self._watch.spans.open)):
             return
         # First of all: the hooks must not see the probe's own passes.
@@ -302,14 +304,16 @@ class EntropyProbeCallback(TrainerCallback):
         if self._watch is not None:
             alone = self._plan.predicts or self._plan.splits
             coming = plan_of(self._config, step)
-            if self._watch.spans.took() or (self._watch.spans.open and (alone or coming.predicts or coming.splits)):
+            if self._watch.took() or (self._watch.spans.open and (alone or coming.predicts or coming.splits)):
                 self._end_span(step)
         elif self._probing:
             self._log(step, self._probe.after_step(measure=self._plan.measures), None)
 
-    def _end_span(self, step: int) -> None:
-        """Measure what the steps since `_before_step` did, up to `step` (counted from 1)."""
+    def _end_span(self, step: int, later: bool = False) -> None:
+        """Measure what the steps since `_before_step` did, up to `step` (counted from 1). later: other callbacks came first."""
         assert self._watch is not None
+        if later and not self._watch.still(step):
+            return
         steps = max(self._watch.spans.taken, self._config.log_every)
         change, watched = self._probe.after_step(measure=False, steps=steps), self._watch.after(step)
         if watched is not None and self._seen is not None:

@@ -48,6 +48,10 @@ class Spans:
         """Without a measurement."""
         self.open = False
 
+    def shorten(self) -> None:
+        """From now on every span is one step."""
+        self._longest = self._length = 1
+
     def state(self) -> dict[str, Any]:
         """Between two spans."""
         return {"length": self._length}

@@ -123,18 +123,64 @@ def test_the_pass_after_a_step_is_the_next_ones_before_and_gives_the_same_number
         assert theirs["measured"] == pytest.approx(ours["measured"], rel=1e-3, abs=1e-6)
 
 
-def test_weights_that_something_else_moved_are_noticed(tiny_policy, tmp_path):
-    trainer, callback = pooled_run(tiny_policy, tmp_path, steps=3)
+class Meddler(TrainerCallback):
+    """Changes the policy after some steps, by `change(model)`."""
 
-    class Meddler(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+    def __init__(self, change, steps):
+        self.change, self.steps = change, steps
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
             with torch.no_grad():
-                kwargs["model"].model.norm.weight.mul_(0.9)
+                self.change(model)
 
-    trainer.add_callback(Meddler())
-    with pytest.warns(RuntimeWarning, match="the last step's .* differ from ours"):
+
+def _shrink(model):
+    for p in model.parameters():
+        p.data.mul_(1.1)  # .data: torch counts no change of the parameter
+
+
+def _scale_adapters(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 3.0
+
+
+@pytest.mark.parametrize(
+    ("change", "lora", "steps"), [(_shrink, False, (3, 6)), (_shrink, False, (1,)), (_scale_adapters, True, (3,))]
+)
+def test_what_something_else_does_to_the_policy_between_steps_is_not_measured(
+    tiny_policy, tmp_path, change, lora, steps
+):
+    """It made -0.07 nats of a step that moved entropy by a millionth, at any step but the second, third and fifth."""
+    trainer = make_trainer(tiny_policy, tmp_path, max_steps=8, learning_rate=1e-6, lora=lora)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0.0, 0.3)
+    trainer.add_callback(Meddler(change, steps))
+    callback = attach_entropy_probe(trainer, EntropyProbeConfig(**POOL), ROWS, console=False)
+    with pytest.warns(
+        RuntimeWarning, match=f"other than the optimizer changed the policy between steps {steps[0]} and"
+    ):
         trainer.train()
-    assert len(callback.history) == 3
+    assert len(callback.history) == 8
+    assert max(abs(e["measured"]) for e in logged(trainer)) < 1e-4
+    entropies = [e["entropy"] for e in logged(trainer)]
+    assert abs(entropies[steps[0]] - entropies[steps[0] - 1]) > 0.003, "nothing was changed: the test is void"
+
+
+@pytest.mark.parametrize(("steps", "over"), [(8, [4, 1, 1]), (6, [4])])
+def test_a_span_in_which_something_else_moved_the_policy_is_left_out(tiny_policy, tmp_path, steps, over):
+    """Also where its last step is training's last, and the other came first."""
+    trainer = make_trainer(tiny_policy, tmp_path, max_steps=steps, learning_rate=1e-6)
+    trainer.add_callback(Meddler(_shrink, (6,)))
+    config = EntropyProbeConfig(**{**POOL, "measure_every": 4, "pool_age": 100})
+    callback = attach_entropy_probe(trainer, config, ROWS, console=False)
+    with pytest.warns(RuntimeWarning, match="between steps 6 and 7 .* of the last 2 steps `measured` is not known"):
+        trainer.train()
+    assert [change.watched.steps for change in callback.history] == over
+    assert max(abs(e["measured"]) for e in logged(trainer) if "measured" in e) < 1e-4
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 3, "restore_callback_states_from_checkpoint": True}

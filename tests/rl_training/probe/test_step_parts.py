@@ -332,6 +332,21 @@ def test_a_step_that_was_not_taken_as_predicted_is_predicted_along_what_was_take
     assert_close(change.total.value, along(gradient, difference(setting.values(), before)), 1e-9, "the next step")
 
 
+def test_a_step_that_was_not_taken_as_predicted_has_no_shares():
+    """Those computed before it are of another step: they were left beside a batch part that is not a number."""
+    setting = Setting.fresh()
+    for seed in range(3):
+        setting.step(seed)
+    probe = make_probe(setting, mode="attribution")
+    probe.observe(setting.batch, setting.counting_scores())
+    setting.backward(3)
+    probe.before_step(setting.optimizer, setting.training(3)[1])
+    broken(setting, "gradients changed")
+    with pytest.warns(RuntimeWarning, match="no shares of training sequences"):
+        change = probe.after_step()
+    assert change is not None and change.shares is None and change.effects is None
+
+
 @pytest.mark.parametrize("how", ["previous_step", "none"])
 def test_counterfactual_steps_are_not_held_against_the_one_taken(setting, how):
     probe = make_probe(setting, preconditioning=how)
