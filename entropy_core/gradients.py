@@ -139,6 +139,7 @@ def stream_rows(
     passes: PassSettings = DEFAULT_PASSES,
     restart: Callable[[], None] | None = None,
     as_trained: bool = False,
+    factored: bool = False,
 ) -> None:
     """Send every sequence's row of every parameter and objective to `sink`, module by module, as
     the backward passes by.
@@ -159,6 +160,7 @@ def stream_rows(
         as_trained: by torch's rules for padding embeddings
             (`entropy_core.passes.forward.true_embedding_gradients`), as the gradient that the
             trainer's optimizer gets.
+        factored: the sink is sent `entropy_core.passes.factors.RowFactors` in place of rows.
 
     Raises:
         RowsNotFormedError: (a ValueError) with method="hooks", or too late to fall back, for a
@@ -166,7 +168,7 @@ def stream_rows(
             tensors, or is used other than by being called), naming both.
     """
     with gradient_rule(model, as_trained):
-        stream = RowStream(model, trainable_parameters(model), batch, coefficients, passes)
+        stream = RowStream(model, trainable_parameters(model), batch, coefficients, passes, factored)
         stream.run(passes.formation(), sink, restart)
 
 

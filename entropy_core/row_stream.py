@@ -9,6 +9,7 @@ what they are, and a failure after that is raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from entropy_core.batch import Bucket, SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
+from entropy_core.passes.factors import PlainRows, RowFactors
 from entropy_core.passes.gradient_hooks import RowHooks
 from entropy_core.passes.row_check import RowCheck, RowSums, RowSumsDifferError
 from entropy_core.passes.row_formation import RowFormation, RowsNotFormedError
@@ -23,16 +25,16 @@ from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.state import open_passes
 from entropy_core.scores import token_statistics
 
-RowSink = Callable[[int, str, Tensor, Tensor], None]
+RowSink = Callable[[int, str, Tensor, Any], None]
 """Takes (number of the objective, parameter name, (n,) indices into the batch, (n, *shape) rows),
 both tensors on the device of the parameter; may be called more than once for the same name and
-sequences: contributions add up."""
+sequences: contributions add up. Of a factored stream RowFactors in place of rows."""
 
 _APART_TOLERANCE = 1e-3
 
 
 class RowStream:
-    """Rows of one batch. parameters: the model's trainable ones."""
+    """Rows of one batch. parameters: the model's trainable ones. factored: the sink is sent RowFactors in place of rows."""
 
     def __init__(
         self,
@@ -41,8 +43,9 @@ class RowStream:
         batch: SequenceBatch,
         coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
         passes: PassSettings,
+        factored: bool = False,
     ) -> None:
-        self._model, self._parameters, self._batch = model, parameters, batch
+        self._model, self._parameters, self._batch, self._factored = model, parameters, batch, factored
         self._coefficients, self._settings = coefficients, passes
 
     def run(self, formation: RowFormation, sink: RowSink, restart: Callable[[], None] | None) -> None:
@@ -50,7 +53,7 @@ class RowStream:
         while not formation.looping:
             fed: list[bool] = []
 
-            def feed(number: int, name: str, indices: Tensor, rows: Tensor, fed: list[bool] = fed) -> None:
+            def feed(number: int, name: str, indices: Tensor, rows: Any, fed: list[bool] = fed) -> None:
                 if not fed:
                     fed.append(True)
                 sink(number, name, indices, rows)
@@ -76,7 +79,7 @@ class RowStream:
         with (
             open_passes(self._model),
             torch.enable_grad(),
-            RowHooks(self._model, self._parameters, formation.copies) as hooks,
+            RowHooks(self._model, self._parameters, formation.copies, self._factored) as hooks,
         ):
             for bucket, objectives in passes.run(hooks.begin):
                 due = {} if check is None else check.due(self._parameters, bucket)
@@ -104,7 +107,7 @@ class RowStream:
         sums = RowSums(due, 0.0 if check is None else check.scale) if due else None
         single = _SingleRow(bucket, self._batch) if check is not None and due and not check.apart else None
 
-        def receive(name: str, rows: Tensor) -> None:
+        def receive(name: str, rows: Tensor | RowFactors) -> None:
             if sums is not None:
                 sums.add(name, rows)
             if single is not None:
@@ -149,8 +152,8 @@ class RowStream:
         index = int(single.bucket.indices[single.place])
         alone: dict[str, Tensor] = {}
 
-        def keep(_number: int, name: str, _indices: Tensor, rows: Tensor) -> None:
-            alone[name] = rows[0]
+        def keep(_number: int, name: str, _indices: Tensor, rows: Tensor | RowFactors) -> None:
+            alone[name] = rows.row(0) if isinstance(rows, RowFactors) else rows[0]
 
         self._one_by_one([index], [coefficients], keep)
         norm = torch.stack([g.norm().double().cpu() for g in alone.values()]).norm()
@@ -191,7 +194,8 @@ class RowStream:
                         for name, gradient in zip(self._parameters, found, strict=True):
                             if gradient is not None:
                                 dense = gradient.to_dense() if gradient.is_sparse else gradient
-                                sink(number, name, torch.tensor([index]).to(dense.device), dense[None])
+                                rows = PlainRows(dense[None]) if self._factored else dense[None]
+                                sink(number, name, torch.tensor([index]).to(dense.device), rows)
                     del objectives, objective
 
 
@@ -205,7 +209,7 @@ class _SingleRow:
         alone = len(bucket.indices) < 2 or len(batch) < 2
         self.place = None if alone else int(batch.scored_lengths[bucket.indices].argmin())
 
-    def add(self, name: str, rows: Tensor) -> None:
+    def add(self, name: str, rows: Tensor | RowFactors) -> None:
         if self.place is not None:
-            own = rows[self.place].clone()
+            own = rows.row(self.place) if isinstance(rows, RowFactors) else rows[self.place].clone()
             self.rows[name] = self.rows[name] + own if name in self.rows else own

@@ -103,12 +103,12 @@ class FisherKernelConfig(StrictModel):
     """Padded tokens in one forward and backward pass; bounds memory."""
     method: Literal["auto", "hooks", "loop"] = "auto"
     """Rows by `hooks` (batched passes) or by a `loop` of one pass per sequence, for any model; `auto`: hooks where they do."""
-    strategy: Literal["auto", "memory", "disk", "tiles"] = "auto"
-    """Training rows in `memory`, in a store on `disk`, or formed anew in `tiles`; `auto`: the first that fits."""
+    strategy: Literal["auto", "memory", "disk", "factored", "tiles"] = "auto"
+    """Training rows in `memory`, on `disk`, as factors (`factored`), or formed anew in `tiles`; `auto`: the first that fits."""
     memory_budget: ByteSize | None = None
     """What the process may take in all (8GiB); by default most of what is free."""
     disk_budget: ByteSize = ByteSize(0)
-    """What the gradient store may take (200GiB)."""
+    """What rows, or factors of rows, may take on disk (200GiB)."""
     save_gradients: bool = False
     """Keep the training rows in the results folder, for other preconditioners and other questions."""
     gradient_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -97,7 +97,8 @@ def analyze_batches(
         raise UserError(
             "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
-    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes, settings.compute_full)
+    kinds = len(EvaluationSide.kinds_of(settings.estimand))
+    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes, settings.compute_full, kinds)
     engine.settle(eval_batch)
     matrix = engine.setup.plan.strategy != "directions"
     reporter.stage("training gradients, one row per sequence" if matrix else "gradient of the training loss")

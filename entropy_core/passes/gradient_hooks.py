@@ -2,12 +2,13 @@
 
 A hook puts an identity operation behind its module's output y. Its backward sees dObjective/dy, forms rows and hands the
 cotangent on unchanged. All these operations take one scalar `root` as a further input, and only the root's gradient is asked
-of autograd: so every one of them is visited, while no weight gradient of the usual kind is computed.
+of autograd: so every one of them is visited, while no weight gradient of the usual kind is computed. Where rows are wanted as
+factors, inputs and cotangents are handed on instead (entropy_core.passes.factors).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from entropy_core.batch import Bucket
+from entropy_core.passes.factors import EmbeddingFactors, LinearFactors, PlainRows, RowFactors
 from entropy_core.passes.forward import output_layer
 from entropy_core.passes.row_formation import RowsNotFormedError
 
@@ -65,18 +67,21 @@ class _Pass:
 class RowHooks:
     """Context in which modules have hooks: `begin` before each, and `backward` afterwards, for as many objectives as are
     wanted. Graphs of several passes may live side by side. copies: a module's output is copied, for models that overwrite it.
+    factored: RowFactors are sent in place of rows.
 
     Raises RowsNotFormedError, in forward and backward passes, for parameters whose rows cannot be formed.
     """
 
     _pass: _Pass
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], copies: bool = False) -> None:
-        self._copies = copies
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], copies: bool = False, factored: bool = False
+    ) -> None:
+        self._copies, self._factored = copies, factored
         self._names = {id(p): name for name, p in parameters.items()}
         some = next(iter(parameters.values()))
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
-        self._sink: Callable[[str, Tensor], None] | None = None
+        self._sink: Callable[[str, Tensor | RowFactors], None] | None = None
         self._forming_rows = False
         self._last_backward = self.gradients_wanted = False
         layer = output_layer(model)
@@ -132,11 +137,11 @@ class RowHooks:
     def backward(
         self,
         objective: Tensor,
-        sink: Callable[[str, Tensor], None],
+        sink: Callable[[str, Any], None],
         retain_graph: bool,
         gradients_of: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, ...]:
-        """A backward pass from `objective` that sends (parameter name, (n, *shape) rows) to `sink` at every hook.
+        """A backward pass from `objective` that sends (parameter name, (n, *shape) rows or factors) to `sink` at every hook.
 
         Returns autograd's own gradients of the parameters in `gradients_of`, None for those that were not used.
         """
@@ -147,10 +152,14 @@ class RowHooks:
         finally:
             self._sink = None
 
-    def send(self, name: str, rows: Tensor) -> None:
-        """Hand on rows (n, *shape) of one use of a parameter, during a backward pass."""
+    def send(self, name: str, rows: Tensor | RowFactors) -> None:
+        """Hand on rows (n, *shape) of one use of a parameter, or their factors, during a backward pass."""
         assert self._sink is not None
         self._sink(name, rows)
+
+    def linear(self, x: Tensor, dy: Tensor) -> Tensor | RowFactors:
+        """Of y = x W^T, x (n, T, in) and dy (n, T, out): rows (n, out, in) of W, or their factors."""
+        return LinearFactors(x, dy) if self._factored else torch.bmm(dy.transpose(1, 2), x.to(dy.dtype))
 
     def watch(self, hook: RowHook, args: tuple, kwargs: dict, output: Any) -> Any:
         """The output of a module's call, with the operation behind it that forms rows."""
@@ -194,12 +203,29 @@ class RowHooks:
 
     def _rows(
         self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor | RowFactors]:
         self._forming_rows = True
         try:
-            return _module_rows(module, set(own), x, rest, kwargs, dy)
+            return self._module_rows(module, set(own), x, rest, kwargs, dy)
         finally:
             self._forming_rows = False
+
+    def _module_rows(
+        self, module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
+    ) -> Mapping[str, Tensor | RowFactors]:
+        if type(module).forward is nn.Linear.forward:
+            x, dy = x.flatten(1, -2), dy.flatten(1, -2)
+            found = {"weight": self.linear(x, dy)} if "weight" in own else {}
+            return found | ({"bias": self._plain(dy.sum(1))} if "bias" in own else {})
+        if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
+            if self._factored and module.padding_idx is None:
+                x, width = x.flatten(1).contiguous(), dy.shape[-1]
+                return {"weight": EmbeddingFactors(x, dy.reshape(*x.shape, width), module.num_embeddings)}
+            return {"weight": self._plain(_embedding_rows(module, x, dy))}
+        return {name: self._plain(rows) for name, rows in _vjp_rows(module, own, x, rest, kwargs, dy).items()}
+
+    def _plain(self, rows: Tensor) -> Tensor | RowFactors:
+        return PlainRows(rows) if self._factored else rows
 
 
 def _line(error: Exception) -> str:
@@ -214,26 +240,6 @@ def _unflatten(tensor: Tensor, bucket: Bucket) -> Tensor:
     full = tensor.new_zeros((len(counts), int(counts.max()), *tensor.shape[1:]))
     full[rows, slots] = tensor
     return full
-
-
-def _module_rows(
-    module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
-) -> dict[str, Tensor]:
-    if type(module).forward is nn.Linear.forward:
-        return _linear_rows(own, x, dy)
-    if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
-        return {"weight": _embedding_rows(module, x, dy)}
-    return _vjp_rows(module, own, x, rest, kwargs, dy)
-
-
-def _linear_rows(own: set[str], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    dy = dy.flatten(1, -2)
-    rows = {}
-    if "weight" in own:
-        rows["weight"] = torch.bmm(dy.transpose(1, 2), x.flatten(1, -2).to(dy.dtype))
-    if "bias" in own:
-        rows["bias"] = dy.sum(1)
-    return rows
 
 
 def _embedding_rows(module: nn.Embedding, ids: Tensor, dy: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket
+from entropy_core.passes.factors import RowFactors
 
 ROW_SUM_TOLERANCE = 1e-4  # of the gradient of everything
 # A parameter whose gradient is a small part of the whole (P may give it a large part of a kernel) must agree by itself, to
@@ -67,12 +68,14 @@ class RowSums:
         self._differences = {name: torch.zeros_like(p) for name, p in parameters.items()}
         self._largest: dict[str, list[Tensor]] = {name: [] for name in parameters}  # number of each piece of rows
 
-    def add(self, name: str, rows: Tensor) -> None:
-        """rows: (n, *shape) of one use of a parameter; of others than those to check nothing is kept."""
+    def add(self, name: str, rows: Tensor | RowFactors) -> None:
+        """rows: (n, *shape) of one use of a parameter, or their factors; of others than those to check nothing is kept."""
         if name in self._differences:
             difference = self._differences[name]
-            difference += rows.sum(0).to(difference)
-            self._largest[name].append(torch.linalg.vector_norm(rows, math.inf))
+            total = rows.sum() if isinstance(rows, RowFactors) else rows.sum(0)
+            difference += total.view_as(difference).to(difference)
+            largest = total if isinstance(rows, RowFactors) else rows
+            self._largest[name].append(torch.linalg.vector_norm(largest, math.inf))
 
     def errors(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
         """name -> |sum of rows - gradient| / |gradient of everything|, or the largest numbers of rows where that is zero;

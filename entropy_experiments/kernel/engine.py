@@ -15,6 +15,7 @@ Every process makes the same calls. Source: docs/theory/fisher-kernel.md, docs/g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from entropy_core.formed import Formed
 from entropy_core.kernel import Columns
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.kernel.contraction import OtherMetric, Products, RowKind, Wanted
+from entropy_experiments.kernel.factored import Factored
 from entropy_experiments.kernel.in_memory import InMemory
 from entropy_experiments.kernel.on_disk import OnDisk
 from entropy_experiments.kernel.plan import Strategy
@@ -37,6 +39,7 @@ from entropy_experiments.kernel.without_rows import WithoutRows
 STRATEGIES: dict[Strategy, type[TrainingRows]] = {
     "memory": InMemory,
     "disk": OnDisk,
+    "factored": Factored,
     "tiles": Tiled,
     "sketch": Sketched,
     "directions": WithoutRows,
@@ -51,9 +54,14 @@ class KernelEngine:
         self.setup = setup
 
     def settle(self, other: SequenceBatch) -> None:
-        """RowPasses.settle of both sides; other: the evaluation side."""
-        if STRATEGIES[self.setup.plan.strategy].forms_rows:
-            self.setup.passes.settle(self.setup.batch, other)
+        """RowPasses.settle of both sides; other: the evaluation side. Rows that have no factors get another plan."""
+        setup = self.setup
+        if not STRATEGIES[setup.plan.strategy].forms_rows:
+            return
+        factored = setup.plan.strategy == "factored"
+        setup.passes.settle(setup.batch, other, factored=factored)
+        if factored and setup.passes.formation.looping and setup.without_factors is not None:
+            self.setup = replace(setup, plan=setup.without_factors())
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """`shared_statistics` of this model and these processes."""

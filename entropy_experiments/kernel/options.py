@@ -19,6 +19,7 @@ from entropy_core.sketch import ModuleSketch
 from entropy_experiments.config import FisherKernelConfig
 from entropy_experiments.kernel.contraction import ROW_KINDS
 from entropy_experiments.kernel.engine import KernelEngine
+from entropy_experiments.kernel.factor_sizes import Lengths, factor_sizes
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.plan import (
     KernelPlan,
@@ -60,11 +61,28 @@ class KernelOptions:
     reporter: Reporter = SILENT
 
     def plan(
-        self, model: nn.Module, n_eval: int, n_train: int, passes: PassSettings, matrix: bool = True
+        self,
+        model: nn.Module,
+        n_eval: int,
+        n_train: int,
+        passes: PassSettings,
+        matrix: bool = True,
+        kinds: int = len(ROW_KINDS),
+        lengths: Lengths | None = None,
     ) -> KernelPlan:
-        """The same in every process. matrix: whether kernels are wanted. Raises UserError where nothing fits."""
-        size = self.size(model, n_eval, n_train)
-        left = self._room(model, pass_bytes(model, passes.token_batch_size))
+        """The same in every process.
+
+        Args:
+            matrix: whether kernels are wanted.
+            kinds: kinds of rows that the evaluation side has.
+            lengths: of the sequences; None: passes are as large as may be, and no factors of rows are kept.
+
+        Raises:
+            UserError: where nothing fits.
+        """
+        size = self.size(model, n_eval, n_train, kinds, lengths if matrix else None)
+        tokens = passes.token_batch_size if lengths is None else lengths.a_pass
+        left = self._room(model, pass_bytes(model, tokens))
 
         def make() -> KernelPlan:
             kept = None if self.workspace is None else self.workspace.kept("plan")
@@ -109,18 +127,44 @@ class KernelOptions:
         names = set(chosen_parameters(model, self.modules))
         return ModuleSketch({n: p.shape for n, p in model.named_parameters() if n in names}, self.projection_dim)
 
-    def size(self, model: nn.Module, n_eval: int, n_train: int) -> KernelSize:
+    def size(
+        self,
+        model: nn.Module,
+        n_eval: int,
+        n_train: int,
+        kinds: int = len(ROW_KINDS),
+        lengths: Lengths | None = None,
+    ) -> KernelSize:
         names = set(chosen_parameters(model, self.modules))
         counts = [p.numel() for name, p in model.named_parameters() if name in names]
-        return KernelSize(n_eval, n_train, sum(counts), len(ROW_KINDS), self.storage, max(counts))
+        # whether they are wanted at all decides the plan; a model that takes no two tokens alone has none
+        known = (
+            lengths is not None and self.method != "loop" and not self.save_gradients and self.projection_dim is None
+        )
+        sizes = factor_sizes(model, names, lengths) if known and lengths is not None else None
+        return KernelSize(n_eval, n_train, sum(counts), kinds, self.storage, max(counts), sizes)
 
     def engine(
-        self, model: nn.Module, batch: SequenceBatch, n_eval: int, passes: PassSettings, matrix: bool = True
+        self,
+        model: nn.Module,
+        batch: SequenceBatch,
+        n_eval: int,
+        passes: PassSettings,
+        matrix: bool = True,
+        kinds: int = len(ROW_KINDS),
     ) -> KernelEngine:
         """Planned for `batch` as columns. Raises UserError where nothing fits, or a pattern matches no parameter."""
-        names = chosen_parameters(model, self.modules)
-        plan = self.plan(model, n_eval, len(batch), passes, matrix)
+        names, arguments = chosen_parameters(model, self.modules), (model, n_eval, len(batch), passes, matrix, kinds)
+        plan = self.plan(*arguments, Lengths.of(batch, passes.token_batch_size))
         self.reporter.note(describe_plan(plan, len(batch)))
+
+        def without_factors() -> KernelPlan:
+            if self.workspace is not None:
+                self.processes.from_root(self.workspace.forget_plan)
+            found = self.plan(*arguments)
+            self.reporter.note(describe_plan(found, len(batch)))
+            return found
+
         return KernelEngine(
             KernelSetup(
                 RowPasses(model, tuple(names), replace(passes, method=self.formation(batch, plan, passes))),
@@ -132,6 +176,7 @@ class KernelOptions:
                 self.storage,
                 self._sketch(model),
                 self.reporter,
+                without_factors,
             )
         )
 
@@ -184,12 +229,18 @@ def describe_plan(plan: KernelPlan, n_train: int) -> str:
             f"kernel: {n_train} training rows on disk ({plan.disk / _GIBIBYTE:.2f} GiB), read once for every {plan.chunk} "
             f"evaluation rows; {size}"
         )
+    if plan.strategy == "factored":
+        where = f"on disk ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else "in memory"
+        return (
+            f"kernel: factors of {n_train} training rows {where}, rows formed of them module by module for every {plan.chunk} "
+            f"evaluation rows; {plan.memory / _GIBIBYTE:.2f} GiB of factors in memory"
+        )
     tiles = -(-n_train // plan.tile)
     return f"kernel: {tiles} tiles of {plan.tile} training rows, {plan.passes} passes; {size}"
 
 
-def pass_bytes(model: nn.Module, token_batch_size: int) -> int:
-    """About what one forward pass with its graph holds, from the model's shapes: an estimate, on the high side."""
+def pass_bytes(model: nn.Module, tokens: int) -> int:
+    """About what one forward pass over so many tokens with its graph holds, from the model's shapes: on the high side."""
     config = getattr(model, "config", None)
     width, layers = (getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers"))
     if not isinstance(width, int) or not isinstance(layers, int):
@@ -198,7 +249,7 @@ def pass_bytes(model: nn.Module, token_batch_size: int) -> int:
     inner = inner if isinstance(inner, int) else 4 * width
     vocabulary = getattr(config, "vocab_size", 0)
     number = max([4, *(p.dtype.itemsize for p in model.parameters())])
-    return number * (token_batch_size * layers * (14 * width + 4 * inner) + 2 * vocabulary) + LOGIT_BYTES
+    return number * (tokens * layers * (14 * width + 4 * inner) + 2 * vocabulary) + LOGIT_BYTES
 
 
 def free_memory(device: torch.device) -> int:

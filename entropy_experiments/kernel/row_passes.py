@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.factored_rows import KeptFactors
 from entropy_core.formed import Formed
 from entropy_core.gradients import emptied, keeping, stream_rows
 from entropy_core.kernel import Columns, inner_products
@@ -67,6 +68,13 @@ class RowPasses:
         with only_trainable(self.model, self.names):
             stream_rows(self.model, batch, objectives, sink, self.settings, restart)
 
+    def factors(self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients]) -> KeptFactors:
+        """Factors of the rows of every objective."""
+        kept = KeptFactors()
+        with only_trainable(self.model, self.names):
+            stream_rows(self.model, batch, objectives, kept.add, self.settings, kept.clear, factored=True)
+        return kept
+
     def products(
         self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], columns: Sequence[Columns]
     ) -> Tensor:
@@ -91,11 +99,14 @@ class RowPasses:
             self.stream(part, [score_coefficients(part)], sink, lambda places=places: emptied([found], places))
         return found
 
-    def settle(self, *batches: SequenceBatch) -> None:
+    def settle(self, *batches: SequenceBatch, factored: bool = False) -> None:
         """Find out on the shortest and the longest sequences of each batch whether hooks will do, before any row is kept: every
-        process comes to the same answer, and finished blocks are of one method.
+        process comes to the same answer, and finished blocks are of one method. factored: by passes that form no row.
         """
         for batch in batches:
             lengths = batch.scored_lengths
             few = batch.select(sorted({int(lengths.argmin()), int(lengths.argmax())}))
-            self.stream(few, [score_coefficients(few)], lambda *_: None)
+            if factored:
+                self.factors(few, [score_coefficients(few)])
+            else:
+                self.stream(few, [score_coefficients(few)], lambda *_: None)

@@ -41,7 +41,8 @@ class KernelSetup:
 
     batch: the training sequences. workspace: where finished blocks go; None keeps them in memory (one process only).
     store_folder: where the gradient store lies, for plans that have one, in the precision `storage`. sketch: of the plan
-    "sketch". Raises ValueError where several processes have no workspace to meet in.
+    "sketch". without_factors: another plan, for a model whose rows a loop forms; None: there is none. Raises ValueError where
+    several processes have no workspace to meet in.
     """
 
     passes: RowPasses
@@ -53,6 +54,7 @@ class KernelSetup:
     storage: str = "float32"
     sketch: ModuleSketch | None = None
     reporter: Reporter = SILENT
+    without_factors: Callable[[], KernelPlan] | None = None
 
     def __post_init__(self) -> None:
         if self.processes.size > 1 and self.workspace is None:
@@ -104,7 +106,7 @@ class TrainingRows(ABC):
     def __init__(self, setup: KernelSetup) -> None:
         self.setup = setup
 
-    def sample(self) -> tuple[range, Rows]:
+    def sample(self) -> tuple[range, Mapping[str, Tensor]]:
         """Rows of some training sequences, for checks: all of them where they are kept."""
         n = len(self.setup.batch)
         if self.columns is not None:

@@ -52,6 +52,10 @@ class UnfinishedWork(KernelWorkspace):
         path = self.folder / f"{name}.json"
         return read_json_object(path, "start anew with --overwrite") if path.exists() else None
 
+    def forget_plan(self) -> None:
+        """No block is cut by the plan that was kept: another is made."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+
     def keep_buffers(self, evaluation: Rollouts, training: TrainingBuffer) -> None:
         content = {
             "evaluation": [sequence.to_json() for sequence in evaluation],

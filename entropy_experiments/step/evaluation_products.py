@@ -46,7 +46,13 @@ class EvaluationSide:
         if "rao_blackwell" in self.estimand.estimators:
             for kind, per_token in (("per_token", True), ("per_completion", False)):
                 found[kind] = entropy_coefficients(self.statistics, self.batch, "rao_blackwell", per_token)
-        return {kind: found[kind] for kind in ROW_KINDS if kind in found}
+        return {kind: found[kind] for kind in self.kinds_of(self.estimand)}
+
+    @staticmethod
+    def kinds_of(estimand: Estimand) -> tuple[RowKind, ...]:
+        """Of the rows that `coefficients` gives."""
+        given = ("score", "own_tokens")
+        return ROW_KINDS if "rao_blackwell" in estimand.estimators else given
 
     @property
     def kernel_kinds(self) -> tuple[RowKind, ...]:

@@ -159,6 +159,11 @@ def read_checksum(path: Path, layout: StoreLayout, rows: range) -> int:
     return crc
 
 
+def read_at(descriptor: int, target: Tensor, offset: int, path: Path) -> None:
+    """Fill a contiguous CPU tensor with the bytes at `offset`. Raises UserError where the file ends before, OSError."""
+    _read_at(descriptor, _bytes_of(target), offset, path)
+
+
 def _read_at(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(target):

@@ -38,6 +38,8 @@ PLANS = {
     "tiles": KernelPlan("tiles", 5, 4, 0, 0, 0, 0),
     "disk": KernelPlan("disk", 5, 7, 0, 10**9, 0, 0),
     "memory, stored too": KernelPlan("memory", 12, 5, 0, 10**9, 0, 0),
+    "factored": KernelPlan("factored", 5, 7, 0, 0, 0, 0),
+    "factored, stored": KernelPlan("factored", 5, 7, 0, 10**9, 0, 0),
 }
 
 

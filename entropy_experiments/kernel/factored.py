@@ -1,0 +1,80 @@
+"""Training rows kept as factors, in memory or on disk; a chunk of the evaluation side's factors at a time is multiplied with
+them.
+
+Both sides' rows of a block of one parameter are formed, multiplied and dropped (entropy_core.factored_rows). All factors of the
+training side are read once for every chunk, and its rows formed anew, which costs about a backward pass's weight gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_core.batch import SequenceBatch, pass_order
+from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.factored_rows import FactoredSide, factored_products
+from entropy_core.formed import Formed
+from entropy_experiments.kernel.contraction import Wanted
+from entropy_experiments.kernel.plan import sample_rows
+from entropy_experiments.kernel.store.factor_store import FactorStore
+from entropy_experiments.kernel.strategy import KernelSetup, Piece, Preconditioner, TrainingRows
+
+
+class Factored(TrainingRows):
+    """Factors on disk lie in the work folder: they go when the analysis is whole, and an interrupted one finds its shards again.
+
+    In memory every process forms all of them.
+    """
+
+    def __init__(self, setup: KernelSetup) -> None:
+        super().__init__(setup)
+        parameters = dict(setup.passes.model.named_parameters())
+        self._shapes = {name: parameters[name].shape for name in setup.passes.names}
+        self._devices = {name: parameters[name].device for name in setup.passes.names}
+        self._side: FactoredSide = self._stored() if setup.plan.disk else self._factors(setup.batch)
+
+    def sample(self) -> tuple[range, Mapping[str, Tensor]]:
+        """Rows of the first training sequences, each parameter's formed of its factors when it is read."""
+        some = range(min(len(self.setup.batch), sample_rows(max(shape.numel() for shape in self._shapes.values()))))
+        return some, Formed(self._shapes, lambda name: torch.stack([self._row(name, sequence) for sequence in some]))
+
+    def _row(self, name: str, sequence: int) -> Tensor:
+        found = self._side.row(name, sequence)
+        device = self._devices[name]
+        return (
+            torch.zeros(self._shapes[name], device=device)
+            if found is None
+            else found.view(self._shapes[name]).to(device)
+        )
+
+    def _factors(self, batch: SequenceBatch) -> FactoredSide:
+        return self.setup.passes.factors(batch, [score_coefficients(batch)])
+
+    def _stored(self) -> FactorStore:
+        setup = self.setup
+        assert setup.workspace is not None
+        shards = list(pass_order(setup.batch).cpu().split(setup.plan.tile))
+        store = FactorStore(setup.workspace.folder / "factors", self._shapes, shards)
+        for number in setup.processes.mine(store.unfinished()):
+            part = setup.batch.select(shards[number])
+            store.write(number, setup.passes.factors(part, [score_coefficients(part)]))
+            setup.reporter.block("factors", number + 1, len(shards))
+        setup.processes.meet()
+        store.open()
+        return store
+
+    def _cut(self, p: Preconditioner) -> Callable[[Wanted], list[Piece]]:
+        def pieces(wanted: Wanted) -> list[Piece]:
+            width = len(self.setup.batch) + sum(one.count for one in wanted.step_columns)
+            return [Piece(width, lambda: lambda batch, objectives: self._block(batch, objectives, p, wanted))]
+
+        return pieces
+
+    def _block(
+        self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], p: Preconditioner, wanted: Wanted
+    ) -> Tensor:
+        rows, numbers = self.setup.passes.factors(batch, objectives), wanted.numbers(wanted.kernel)
+        found = factored_products(rows, len(objectives), self._side, numbers, self._shapes, p, wanted.steps)
+        return found.to(batch.device)
