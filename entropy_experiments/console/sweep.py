@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rich.console import Console
 
@@ -18,14 +18,19 @@ from entropy_experiments.records.sweep_record import read_sweep
 from entropy_experiments.report.outcome import read_outcome
 from entropy_experiments.run.reporter import Reporter
 from entropy_experiments.sweep.config import SweepConfig
-from entropy_experiments.sweep.run import Sweep, run_sweep
+from entropy_experiments.sweep.run import Sweep, SweepOptions, run_sweep
 from entropy_experiments.sweep.verdict import read_sweep_verdict
 from entropy_experiments.text.numbers import counted
 from rl_training.errors import UserError
 
 
 def sweep_with_progress(
-    runs: Sequence[Path], config: SweepConfig, *, quiet: bool = False, table: bool = True, **options: Any
+    runs: Sequence[Path],
+    config: SweepConfig,
+    *,
+    quiet: bool = False,
+    table: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> Sweep:
     """run_sweep with progress on stderr and, where `table` is set, the closing verdict and table there as well."""
     console = progress_console(quiet)
@@ -72,14 +77,14 @@ class _SweepProgress(Reporter):
 
 
 def sweep_outcome(sweep: Sweep) -> dict[str, Any]:
-    """What `--json` prints: folder, report, share, failed, open, and where the sweep is put together its verdict and checkpoints.
+    """What `--json` prints: folder, report, process, failed, open, and of a sweep that is put together verdict and checkpoints.
 
     A checkpoint is an `Outcome` or `NoOutcome` with its "run".
     """
     found: dict[str, Any] = {
         "folder": str(sweep.folder),
         "report": None if sweep.report is None else str(sweep.report),
-        "process": {"number": sweep.share.index + 1, "of": sweep.share.count},
+        "process": {"number": sweep.shard.index + 1, "of": sweep.shard.count},
         "failed": sweep.failed,
         "open": list(sweep.open),
         "verdict": [],
@@ -104,14 +109,14 @@ def _outcomes(folder: Path) -> list[tuple[str, Outcome | NoOutcome]]:
 
 
 def _close(console: Console, sweep: Sweep) -> None:
-    if sweep.share.count > 1:
-        console.print(f"{sweep.share.describe()} is done.", markup=False)
+    if sweep.shard.count > 1:
+        console.print(f"{sweep.shard.describe()} is done.", markup=False)
     if sweep.report is None:
         if sweep.open:
-            who = "the first process waits for them and" if sweep.share.kind == "rank" else "the last of them"
+            who = "the first process waits for them and" if sweep.shard.kind == "rank" else "the last of them"
             text = f"{counted(len(sweep.open), 'checkpoint')} of other processes not done yet: {who} puts the results together"
             console.print(
-                f"{text}{'' if sweep.share.kind == 'rank' else ', or --assemble does'}.", markup=False, soft_wrap=True
+                f"{text}{'' if sweep.shard.kind == 'rank' else ', or --assemble does'}.", markup=False, soft_wrap=True
             )
         return
     outcomes = _outcomes(sweep.folder)
@@ -128,9 +133,9 @@ def refuse_failures(sweep: Sweep) -> None:
 
     A launched process other than the first stays silent: its launcher would stop the others.
     """
-    own = {target.name for target in sweep.share.of(sweep.targets)}
-    told = sweep.failed.keys() if sweep.report is not None or sweep.share.count == 1 else own & sweep.failed.keys()
-    if not told or (sweep.share.kind == "rank" and sweep.share.index > 0):
+    own = {target.name for target in sweep.shard.of(sweep.targets)}
+    told = sweep.failed.keys() if sweep.report is not None or sweep.shard.count == 1 else own & sweep.failed.keys()
+    if not told or (sweep.shard.kind == "rank" and sweep.shard.index > 0):
         return
     first = sorted(told)[0]
     more = f" (and {len(told) - 1} more, see sweep.json)" if len(told) > 1 else ""

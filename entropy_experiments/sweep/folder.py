@@ -7,7 +7,7 @@
 <sweep>/checkpoints/<name>.error.json        why it could not be analysed
 <sweep>/sweep.json                           written last: a folder without it is an unfinished sweep
 
-Locks are `flock`s, which a killed process lets go of. On file systems without them every process still keeps to its own share.
+Locks are `flock`s, which a killed process lets go of. On file systems without them every process still keeps to its own shard.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.entropy_runner import run_fisher_analysis
@@ -22,7 +23,7 @@ from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.sweep.assemble import assemble_sweep
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.folder import SweepFolder
-from entropy_experiments.sweep.shards import Share, share_of_process, single_process
+from entropy_experiments.sweep.shards import Shard, shard_of_process, single_process
 from entropy_experiments.sweep.targets import Target, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
@@ -36,12 +37,31 @@ _REMIND_SECONDS = 300.0
 _START_SPREAD_SECONDS = 120.0
 
 
+class SweepOptions(TypedDict, total=False):
+    """How a sweep is run, beside what it computes."""
+
+    folder: str | Path | None
+    """Where to; by default `sweep_folder_for`."""
+    resume: bool
+    """Go on with a sweep, keeping what matches; checkpoints that failed are tried again."""
+    overwrite: bool
+    """Delete a sweep that is there and start anew."""
+    keep_going: bool
+    """Write the results of a checkpoint even where a self-check or an analysis fails."""
+    trust: bool
+    """Whether a checkpoint's record may name a task that opens a file, imports a function or evaluates completions."""
+    shard: str | None
+    """"2/8": which part of the checkpoints is this process's, see sweep.shards."""
+    assemble: bool
+    """Analyse nothing, put together what there is."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What this process leaves: the folder, and what became of every checkpoint.
 
     report: None until the results are put together. failed: checkpoint -> why, of the whole sweep as far as it is known.
-    open: checkpoints that other processes have yet to do. share: which part this process did.
+    open: checkpoints that other processes have yet to do. shard: which part this process did.
     """
 
     folder: Path
@@ -49,7 +69,29 @@ class Sweep:
     report: Path | None
     failed: dict[str, str]
     open: tuple[str, ...]
-    share: Share
+    shard: Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One sweep, as this process does it: runs by name, the checkpoints of all processes, and how."""
+
+    runs: dict[str, Path]
+    targets: list[Target]
+    config: SweepConfig
+    shard: Shard
+    place: SweepFolder
+    reporter: Reporter
+    resume: bool = False
+    overwrite: bool = False
+    keep_going: bool = False
+    trust: bool = False
+    assemble: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is the first of launched processes, which waits for the others."""
+        return self.shard.kind == "rank" and self.shard.index == 0
 
 
 def sweep_folder_for(runs: dict[str, Path], output_dir: str, latest: bool = False) -> Path:
@@ -66,90 +108,70 @@ def run_sweep(
     runs: Sequence[str | Path],
     config: SweepConfig | None = None,
     *,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    keep_going: bool = False,
-    trust: bool = False,
-    shard: str | None = None,
-    assemble: bool = False,
     reporter: Reporter = SILENT,
+    **options: Unpack[SweepOptions],
 ) -> Sweep:
-    """Analyse this process's share of the checkpoints, and put the results together once everything is done.
+    """Analyse this process's part of the checkpoints, and put the results together once everything is done.
 
-    folder: where to; by default `sweep_folder_for`. resume: go on with a sweep, keeping what matches; checkpoints that failed
-    are tried again. overwrite: delete a sweep that is there and start anew. keep_going, trust: as in run_fisher_analysis.
-    shard: "2/8", see sweep_shares. assemble: analyse nothing, put together what there is. reporter: is told of each
-    stage as it begins, and of each checkpoint that is to be done in this process.
+    A checkpoint that cannot be analysed does not stop the others: see Sweep.failed.
 
-    A checkpoint that cannot be analysed does not stop the others: see Sweep.failed. Raises UserError for bad input, a folder
-    that is in the way, a finished checkpoint that does not match, and a full disk.
+    Args:
+        runs: Run folders.
+        config: What is analysed; None: the default.
+        reporter: Is told of each stage as it begins, and of each checkpoint that is to be done in this process.
+        **options: See SweepOptions.
+
+    Raises:
+        UserError: Bad input, a folder that is in the way, a finished checkpoint that does not match, or a full disk.
     """
     config, named = config or SweepConfig(), name_runs(runs)
-    share, targets = share_of_process(shard), plan_sweep(named, config)
-    if overwrite and (share.count > 1 or resume or assemble):
+    folder, shard = options.pop("folder", None), shard_of_process(options.pop("shard", None))
+    targets, assemble = plan_sweep(named, config), options.get("assemble", False)
+    again = options.get("resume", False) or assemble
+    if options.get("overwrite", False) and (shard.count > 1 or again):
         raise UserError(
-            "--overwrite starts a sweep anew in one process: leave out --resume, --assemble and shares, or delete it"
+            "--overwrite starts a sweep anew in one process: leave out --resume, --assemble and shards, or delete it"
         )
-    target_folder = Path(folder) if folder else sweep_folder_for(named, config.output_dir, resume or assemble)
-    place = SweepFolder(target_folder)
+    place = SweepFolder(Path(folder) if folder else sweep_folder_for(named, config.output_dir, again))
     if assemble and not place.plan_file.exists():
         raise UserError(f"there is no sweep at {place.path} to put together: name it with --folder")
+    work = _Work(
+        runs=named, targets=targets, config=config, shard=shard, place=place, reporter=reporter, **options
+    )  # fmt: skip
     # Processes that share a sweep hold it together; one that does all of it holds it alone.
-    lock = locked(place.path.with_name(f".{place.path.name}{LOCK_NAME}"), str(place.path), shared=share.count > 1)
+    lock = locked(place.path.with_name(f".{place.path.name}{LOCK_NAME}"), str(place.path), shared=shard.count > 1)
     with nullcontext() if assemble else lock:
-        return _sweep_into(
-            place, named, targets, config, share, resume, overwrite, keep_going, trust, assemble, reporter
-        )
+        return _do(work)
 
 
-def _sweep_into(
-    place: SweepFolder,
-    named: dict[str, Path],
-    targets: list[Target],
-    config: SweepConfig,
-    share: Share,
-    resume: bool,
-    overwrite: bool,
-    keep_going: bool,
-    trust: bool,
-    assemble: bool,
-    reporter: Reporter,
-) -> Sweep:
-    started = time.time()
-    if not assemble:
-        _prepare(place, named, targets, config, share, resume, overwrite)
+def _do(work: _Work) -> Sweep:
+    place, started = work.place, time.time()
+    if not work.assemble:
+        _prepare(work)
         with single_process():
-            _use_own_device(share)
-            _analyze_share(place, share.of(targets), config, resume, keep_going, trust, reporter)
-        if share.kind == "rank" and share.index == 0:
-            _wait_for_the_others(place, targets, started, reporter)
+            _use_own_device(work.shard)
+            _analyze_shard(work)
+        if work.waits:
+            _wait_for_the_others(work, started)
     report = None
-    left = place.open_targets(targets)
-    if assemble or (not left and (share.kind != "rank" or share.index == 0)):
-        reporter.stage("putting the sweep together")
+    left = place.open_targets(work.targets)
+    if work.assemble or (not left and (work.waits or work.shard.kind != "rank")):
+        work.reporter.stage("putting the sweep together")
         with place.locked("assemble", wait=True):
-            report = assemble_sweep(place, named, targets, config)
-    failed = {t.name: error["error"] for t in targets if (error := place.error_of(t)) is not None}
-    return Sweep(place.path, tuple(targets), report, failed, tuple(t.name for t in left), share)
+            report = assemble_sweep(place, work.runs, work.targets, work.config)
+    failed = {t.name: error["error"] for t in work.targets if (error := place.error_of(t)) is not None}
+    return Sweep(place.path, tuple(work.targets), report, failed, tuple(t.name for t in left), work.shard)
 
 
-def _prepare(
-    place: SweepFolder,
-    runs: dict[str, Path],
-    targets: list[Target],
-    config: SweepConfig,
-    share: Share,
-    resume: bool,
-    overwrite: bool,
-) -> None:
+def _prepare(work: _Work) -> None:
     """Make the folder and its plan, or see that the plan that is there is this one."""
-    if overwrite:
+    place = work.place
+    if work.overwrite:
         place.remove()
     plan = {
-        "runs": {name: str(path) for name, path in runs.items()},
-        "checkpoints": [target.name for target in targets],
-        "configuration": dump_config(config),
+        "runs": {name: str(path) for name, path in work.runs.items()},
+        "checkpoints": [target.name for target in work.targets],
+        "configuration": dump_config(work.config),
     }
     if place.path.exists() and not place.plan_file.exists():
         # Locks alone: another process is just beginning, or was killed before it wrote the plan.
@@ -158,12 +180,12 @@ def _prepare(
                 f"{place.path} exists and is not the folder of a sweep: choose another with --folder or output_dir"
             )
     with place.locked("plan", wait=True):
-        if place.plan_file.exists() and not resume:
+        if place.plan_file.exists() and not work.resume:
             if place.sweep_file.exists():
                 raise UserError(
                     f"{place.path} is a finished sweep: pass --resume to do what failed or is new, or --overwrite"
                 )
-            if share.count == 1:
+            if work.shard.count == 1:
                 raise UserError(f"{place.path} is an unfinished sweep: pass --resume to go on with it, or --overwrite")
             if json.loads(place.plan_file.read_text(encoding="utf-8")) != plan:
                 raise UserError(
@@ -174,55 +196,49 @@ def _prepare(
         write_whole(place.path / "config.yaml", plan["configuration"])
 
 
-def _use_own_device(share: Share) -> None:
+def _use_own_device(shard: Shard) -> None:
     """Of several processes on one machine, each takes its own GPU where there are any."""
     import torch
 
-    if share.local_rank is not None and torch.cuda.is_available():
-        torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
+    if shard.local_rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(shard.local_rank % torch.cuda.device_count())
 
 
-def _analyze_share(
-    place: SweepFolder,
-    own: list[Target],
-    config: SweepConfig,
-    resume: bool,
-    keep_going: bool,
-    trust: bool,
-    reporter: Reporter,
-) -> None:
-    single = config.of_a_checkpoint()
+def _analyze_shard(work: _Work) -> None:
+    place, own, single = work.place, work.shard.of(work.targets), work.config.of_a_checkpoint()
     configuration = dump_config(single)
     for target in own:  # before any work: what does not match is refused at once
         if place.outcome(target) == "done":
             place.require_same(target, configuration)
-        elif resume:
+        elif work.resume:
             place.clear_error(target)
     todo = place.open_targets(own)
     for target in todo:
-        check_trust(target.path, single, trust)
+        check_trust(target.path, single, work.trust)
     for number, target in enumerate(todo, start=1):
-        reporter.checkpoint(target.name, number, len(todo))
+        work.reporter.checkpoint(target.name, number, len(todo))
         with place.locked(target.name, wait=False) as ours:
             if not ours or place.outcome(target) != "open":
-                continue  # another process of the same share is at it, or was
+                continue  # another process of the same shard is at it, or was
             try:
                 place.write_source(target)
-                options = {"resume": True, "keep_going": keep_going, "trust": trust, "reporter": reporter}
-                run_fisher_analysis(target.path, single, folder=place.results(target), **options)
+                run_fisher_analysis(
+                    target.path, single, folder=place.results(target), resume=True, keep_going=work.keep_going,
+                    trust=work.trust, reporter=work.reporter,
+                )  # fmt: skip
             except Exception as error:  # whatever it is: it is told at the end, and the others are still done
                 if disk_is_full(error):
                     raise
                 place.write_error(target, error)
-                reporter.stage(f"FAILED: {target.name}")
+                work.reporter.stage(f"FAILED: {target.name}")
         gc.collect()
 
 
-def _wait_for_the_others(place: SweepFolder, targets: list[Target], started: float, reporter: Reporter) -> None:
+def _wait_for_the_others(work: _Work, started: float) -> None:
     """Until every checkpoint of the other launched processes is done, or failed in this launch."""
-    reminded = 0.0
+    place, reminded = work.place, 0.0
     while True:
-        errors = {target: place.error_of(target) for target in targets if not place.results(target).is_dir()}
+        errors = {target: place.error_of(target) for target in work.targets if not place.results(target).is_dir()}
         left = [
             t.name for t, error in errors.items() if error is None or error["time"] < started - _START_SPREAD_SECONDS
         ]
@@ -230,5 +246,5 @@ def _wait_for_the_others(place: SweepFolder, targets: list[Target], started: flo
             return
         if time.monotonic() - reminded > _REMIND_SECONDS:
             reminded = time.monotonic()
-            reporter.stage(f"waiting for other processes: {', '.join(left[:3])}{', …' if len(left) > 3 else ''}")
+            work.reporter.stage(f"waiting for other processes: {', '.join(left[:3])}{', …' if len(left) > 3 else ''}")
         time.sleep(_POLL_SECONDS)

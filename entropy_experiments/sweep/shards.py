@@ -32,7 +32,7 @@ _ARRAY = {"ID": 0, "MIN": 0, "STEP": 1}
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Process `index` (from 0) of `count`. kind: how it was started; local_rank: its number on this machine."""
 
     index: int = 0
@@ -50,8 +50,8 @@ class Share:
         return f"process {self.index + 1} of {self.count}{source}"
 
 
-def share_of_process(shard: str | None, environ: Mapping[str, str] | None = None) -> Share:
-    """The share that `shard` ("2/8") or the environment gives this process. Raises UserError where they make no sense."""
+def shard_of_process(shard: str | None, environ: Mapping[str, str] | None = None) -> Shard:
+    """The shard that `shard` ("2/8") or the environment gives this process. Raises UserError where they make no sense."""
     env = os.environ if environ is None else environ
     world, tasks = world_size(env), launcher_number("SLURM_ARRAY_TASK_COUNT", 1, env)
     if shard is not None:
@@ -62,22 +62,22 @@ def share_of_process(shard: str | None, environ: Mapping[str, str] | None = None
             raise UserError(
                 "--shard and a launcher (accelerate launch, torchrun) both deal out checkpoints: use one of them"
             )
-        return Share(int(match[1]) - 1, int(match[2]), "shard") if int(match[2]) > 1 else Share()
+        return Shard(int(match[1]) - 1, int(match[2]), "shard") if int(match[2]) > 1 else Shard()
     if world > 1:
         rank = launcher_number("RANK", 0, env)
         if rank >= world:
             raise UserError(f"RANK={rank} is not below WORLD_SIZE={world}: the launcher's variables are broken")
-        return Share(rank, world, "rank", launcher_number("LOCAL_RANK", rank, env))
+        return Shard(rank, world, "rank", launcher_number("LOCAL_RANK", rank, env))
     if tasks > 1:
         number, first, stride = (launcher_number(f"SLURM_ARRAY_TASK_{n}", d, env) for n, d in _ARRAY.items())
         index, off = divmod(number - first, max(1, stride))
         if off or not 0 <= index < tasks:
             raise UserError(
-                "the SLURM array's task numbers have gaps, so that shares cannot be told from them: use --array=0-7 or give "
+                "the SLURM array's task numbers have gaps, so that shards cannot be told from them: use --array=0-7 or give "
                 "--shard i/n"
             )
-        return Share(index, tasks, "array")
-    return Share()
+        return Shard(index, tasks, "array")
+    return Shard()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from entropy_experiments.sweep import run as sweep_module
 from entropy_experiments.sweep.assemble import read_metrics
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.run import run_sweep, sweep_folder_for
-from entropy_experiments.sweep.shards import Share, share_of_process, single_process
+from entropy_experiments.sweep.shards import Shard, shard_of_process, single_process
 from entropy_experiments.sweep.targets import choose_checkpoints, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config, load_config
 from rl_training.errors import UserError
@@ -206,10 +206,10 @@ def test_every_checkpoint_gets_the_same_configuration():
         load_config(SweepConfig, None, ["entropy_analysis.sampling.same_prompts=true"])
 
 
-def test_shares_deal_out_everything_once():
+def test_shards_deal_out_everything_once():
     items = list(range(11))
     for count in (1, 2, 3, 8, 20):
-        dealt = [Share(i, count).of(items) for i in range(count)]
+        dealt = [Shard(i, count).of(items) for i in range(count)]
         assert sorted(sum(dealt, [])) == items and max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
@@ -227,9 +227,9 @@ def test_shares_deal_out_everything_once():
         ("1/1", {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}, (0, 1, "alone")),
     ],
 )
-def test_where_a_share_comes_from(shard, environment, expected):
-    share = share_of_process(shard, environment)
-    assert (share.index, share.count, share.kind) == expected
+def test_where_a_shard_comes_from(shard, environment, expected):
+    found = shard_of_process(shard, environment)
+    assert (found.index, found.count, found.kind) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_where_a_share_comes_from(shard, environment, expected):
         (None, {"WORLD_SIZE": "two"}, "no whole number"),
     ],
 )
-def test_shares_that_make_no_sense(shard, environment, words):
+def test_shards_that_make_no_sense(shard, environment, words):
     with pytest.raises(UserError, match=words):
-        share_of_process(shard, environment)
+        shard_of_process(shard, environment)
 
 
 def test_the_launchers_variables_come_back(monkeypatch):
