@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import BuffersConfig, FisherAnalysisConfig
 from entropy_experiments.run.reporter import SILENT, Reporter
 from rl_training.errors import UserError
-from rl_training.filtered_buffer import CollectionCounts, FilterRules, collect_filtered
-from rl_training.sampling import Rollouts, draw, score
+from rl_training.filtered_buffer import CollectionCounts, FilterRules, GroupsWanted, collect_filtered
+from rl_training.sampling import Policy, Rollouts, draw, score
 from rl_training.tasks.difficulty import PassRates
 
 # Offsets that keep the random streams of the two buffers apart for one seed.
@@ -73,36 +73,29 @@ def _known(values: Iterable[float]) -> torch.Tensor | None:
     return None if bool(found.isnan().any()) else found
 
 
+class Buffers(NamedTuple):
+    """Rows and columns of the kernel."""
+
+    evaluation: Rollouts
+    training: TrainingBuffer
+
+
 def draw_buffers(
     checkpoint: Checkpoint,
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
     reporter: Reporter = SILENT,
-) -> tuple[Rollouts, TrainingBuffer]:
+) -> Buffers:
     """Draw, or read, both buffers as `entropy_analysis.sampling` says; no prompt is in both unless same_prompts says so.
 
     The evaluation prompts are chosen before the training buffer is drawn, so that no reward influences them.
-
-    Returns:
-        (evaluation, training).
 
     Raises:
         UserError: for files with bad lines, prompts that are not available, and buffers that share prompts unasked.
     """
     sampling = config.entropy_analysis.sampling
     refuse_drawing(checkpoint, sampling)
-    numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
-    evaluation = training = None
-    notes: tuple[str, ...] = ()
-    if sampling.eval_sequences_path is not None:
-        evaluation, notes = custom_evaluation(checkpoint, plan, config, numbers)
-    if sampling.train_sequences_path is not None:
-        training = custom_training(checkpoint, plan, config, numbers)
-    if sampling.eval_prompts == "from_run":
-        if sampling.train_prompts == "from_run":
-            training = sample_training_batch(checkpoint, plan, config, [])
-        taken = training.rollouts.prompt_index if training is not None else ()
-        evaluation = recorded_evaluation(checkpoint, plan, config, taken)
+    evaluation, training, notes = given_buffers(checkpoint, plan, config)
     reporter.stage("drawing the training buffer")
     if evaluation is not None:
         rows = evaluation.prompt_row
@@ -123,7 +116,26 @@ def draw_buffers(
     training = replace(training, notes=(*notes, *training.notes))
     for note in training.notes:
         reporter.note(note)
-    return evaluation, training
+    return Buffers(evaluation, training)
+
+
+def given_buffers(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig
+) -> tuple[Rollouts | None, TrainingBuffer | None, tuple[str, ...]]:
+    """(evaluation, training, what has to be said of the first): sides that a file or the run's own step holds; None: drawn."""
+    sampling = config.entropy_analysis.sampling
+    numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
+    evaluation = training = None
+    notes: tuple[str, ...] = ()
+    if sampling.eval_sequences_path is not None:
+        evaluation, notes = custom_evaluation(checkpoint, plan, config, numbers)
+    if sampling.train_sequences_path is not None:
+        training = custom_training(checkpoint, plan, config, numbers)
+    if sampling.eval_prompts == "from_run":
+        if sampling.train_prompts == "from_run":
+            training = sample_training_batch(checkpoint, plan, config, [])
+        evaluation = recorded_evaluation(checkpoint, plan, config, training.rollouts.prompt_index if training else ())
+    return evaluation, training, notes
 
 
 def choose_evaluation_rows(
@@ -216,30 +228,32 @@ def sample_training_batch(
         answers = reference_rollouts(checkpoint.tokenizer, rows, plan, "trained")
         return TrainingBuffer(answers, CollectionCounts(kept=len(answers)))
     prompts = settings.train_batch_size // plan.completions_per_prompt
-    rates, rules = PassRates(len(plan.task.train)), record.sidecar.algorithm if record.sidecar else None
-    if record.sidecar is not None and len(record.sidecar.pass_rates["passes"]) == rates.size:
-        rates.load_state_dict(record.sidecar.pass_rates)
     places = places[:prompts] if fixed else places
+    rates, rules = _filter_of_run(checkpoint, len(plan.task.train))
+    if fixed:
+        rules = replace(rules, difficulty_weighting=False)
     rollouts, counts = collect_filtered(
-        checkpoint.model,
-        checkpoint.tokenizer,
+        Policy(checkpoint.model, checkpoint.tokenizer, plan.sampling_config),
         [plan.task.train[i] for i in places],
-        plan.task.reward_functions,
+        lambda drawn: score(drawn, plan.task.reward_functions, plan.trainer_state),
         rates.subset(places),
-        prompts=min(prompts, len(places)),
-        completions_per_prompt=plan.completions_per_prompt,
-        sampling_config=plan.sampling_config,
-        seed=config.seed + _TRAINING_STREAM,
-        rules=FilterRules(
-            difficulty_weighting=not fixed and (rules is None or rules.difficulty_weighting),
-            reject_zero_advantage=rules is None or rules.reject_zero_advantage,
-            max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds,
-        ),
-        trainer_state=plan.trainer_state,
+        GroupsWanted(min(prompts, len(places)), plan.completions_per_prompt),
+        config.seed + _TRAINING_STREAM,
+        replace(rules, max_refill_rounds=0 if fixed else settings.sampling.max_refill_rounds),
     )
     gains, weights = _dr_grpo(rollouts, plan, settings.sampling)
     weights = weights * (len(rollouts) / settings.train_batch_size)
     return TrainingBuffer(rollouts.with_values(advantage=gains.tolist(), weight=weights.tolist()), counts)
+
+
+def _filter_of_run(checkpoint: Checkpoint, prompts: int) -> tuple[PassRates, FilterRules]:
+    """Pass rates and rules that the run itself chose prompts by; evenly drawn and filtered where it recorded none."""
+    rates, sidecar = PassRates(prompts), checkpoint.record.sidecar
+    if sidecar is None:
+        return rates, FilterRules()
+    if len(sidecar.pass_rates["passes"]) == rates.size:
+        rates.load_state_dict(sidecar.pass_rates)
+    return rates, FilterRules(sidecar.algorithm.difficulty_weighting, sidecar.algorithm.reject_zero_advantage)
 
 
 def _dr_grpo(

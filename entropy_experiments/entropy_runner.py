@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -36,9 +37,15 @@ from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_samplin
 from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
 from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import TrainingBuffer, draw_buffers, evaluation_set, score_for_the_reader
+from entropy_experiments.double_sampling import (
+    Buffers,
+    TrainingBuffer,
+    draw_buffers,
+    evaluation_set,
+    score_for_the_reader,
+)
 from entropy_experiments.fisher_analyzer import analyze_batches
-from entropy_experiments.kernel.options import kernel_options
+from entropy_experiments.kernel.options import KernelOptions, kernel_options
 from entropy_experiments.kernel.unfinished_work import FOLDER_NAME, UnfinishedWork, describe_work
 from entropy_experiments.records.analysis_results import AnalysesRecord, finished
 from entropy_experiments.records.estimate_entries import finite_number
@@ -102,111 +109,138 @@ def results_folder_for(checkpoint_path: Path, step: int, output_dir: str) -> Pat
     return Path(output_dir) / f"analysis_{today}" / f"{checkpoint_path.resolve().parent.name}_checkpoint-{step}"
 
 
+class RunOptions(TypedDict, total=False):
+    """How an analysis is run, beside what it computes."""
+
+    folder: str | Path | None
+    """Where to; by default `results_folder_for`."""
+    overwrite: bool
+    """Replace a folder that exists, once the new one is whole."""
+    resume: bool
+    """Go on with the finished pieces of a run that was interrupted."""
+    keep_going: bool
+    """Write the results even where a self-check or an analysis fails (it is red in the report either way)."""
+    trust: bool
+    """Whether the checkpoint's record may name a task that opens a file, imports a function or evaluates completions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One analysis to be done."""
+
+    path: Path
+    config: FisherAnalysisConfig
+    processes: Processes
+    clock: StageTimes
+    folder: str | Path | None = None
+    overwrite: bool = False
+    resume: bool = False
+    keep_going: bool = False
+    trust: bool = False
+
+    def target(self) -> Path:
+        """Where the results go; resuming goes on with the newest unfinished folder of this name, on whatever day it was begun."""
+        if self.folder:
+            return Path(self.folder)
+        root = self.config.output_dir
+        today = results_folder_for(self.path, checkpoint_step(self.path), root)
+        begun = sorted(Path(root).glob(f"analysis_*/{today.name}.part")) if self.resume else []
+        return begun[-1].with_name(today.name) if begun else today
+
+
 def run_fisher_analysis(
     checkpoint_path: str | Path,
     config: FisherAnalysisConfig | None = None,
     *,
-    folder: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    keep_going: bool = False,
-    trust: bool = False,
     reporter: Reporter = SILENT,
+    **options: Unpack[RunOptions],
 ) -> FisherAnalysis:
     """Analyse a checkpoint (or the latest of a run folder) and write its results folder with the report.
 
-    folder: where to; by default `results_folder_for`. overwrite: replace a folder that exists, once the new one is whole.
-    resume: go on with the finished pieces of a run that was interrupted. keep_going: write the results even where a self-check
-    or one of the analyses fails (it is red in the report either way). trust: whether the checkpoint's record may name a task that
-    opens a file, imports a function or evaluates completions.
-    reporter: is told of each stage as it begins.
+    Args:
+        checkpoint_path: Folder of the checkpoint, or of the run.
+        config: What is computed; None: the default.
+        reporter: Is told of each stage as it begins.
+        **options: See RunOptions.
 
-    Raises UserError for bad input (nothing is left behind), a failed self-check, or a failed analysis; ShareDone in all but
-    the first process of a launch, when their part is done.
+    Raises:
+        UserError: Bad input (nothing is left behind), a failed self-check, or a failed analysis.
+        ShareDone: In all but the first process of a launch, when their part is done.
     """
     config = config or FisherAnalysisConfig()
-    check_trust(checkpoint_path, config, trust)
-    processes = join_launch(on_cpu=config.checkpoint.on_cpu)
-    clock = StageTimes(reporter)
+    check_trust(checkpoint_path, config, options.get("trust", False))
+    processes, clock = join_launch(on_cpu=config.checkpoint.on_cpu), StageTimes(reporter)
     path = resolve_checkpoint(checkpoint_path)
-    step = checkpoint_step(path)
-    target = processes.from_root(lambda: _target(folder, path, step, config.output_dir, resume))
-    if target.exists() and not overwrite:
+    run = _Run(path=path, config=config, processes=processes, clock=clock, **options)
+    target = processes.from_root(run.target)
+    if target.exists() and not run.overwrite:
         raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
     if target.exists():
         processes.from_root(lambda: refuse_replacing(target))
     with contextlib.ExitStack() as held:
         lock = locked(target.with_name(f".{target.name}{LOCK_NAME}"), str(target))
         processes.from_root(lambda: held.enter_context(lock))
-        return _analyze_into(target, path, config, processes, overwrite, resume, keep_going, trust, clock)
+        return _analyze_into(target, run)
 
 
-def _analyze_into(
-    target: Path,
-    path: Path,
-    config: FisherAnalysisConfig,
-    processes: Processes,
-    overwrite: bool,
-    resume: bool,
-    keep_going: bool,
-    trust: bool,
-    clock: StageTimes,
-) -> FisherAnalysis:
-    settings = config.entropy_analysis
-    with_adam = settings.fisher_kernel.preconditioning != "none"
+def _analyze_into(target: Path, run: _Run) -> FisherAnalysis:
+    config, processes, clock = run.config, run.processes, run.clock
     clock.stage("loading the checkpoint")
-    checkpoint = load_checkpoint(
-        path,
-        config.checkpoint.model,
-        config.checkpoint.device,
-        config.checkpoint.dtype,
-        require_optimizer=with_adam,
-        device_map=device_map(config.checkpoint),
-        learning_rate=config.checkpoint.learning_rate,
-    )
-    record = checkpoint.record
-    with _part_folder(target, processes, resume, overwrite) as part, PassState(checkpoint.model, true_derivatives=True):
+    checkpoint = _load(run)
+    with _part_folder(target, run) as part, PassState(checkpoint.model, true_derivatives=True):
         work = UnfinishedWork(part)
-        processes.from_root(lambda: work.claim(describe_work(record.path, config)))
-        plan = plan_sampling(checkpoint, config, trust)
-        evaluation, training = processes.from_root(lambda: _buffers(work, checkpoint, plan, config, clock))
-        inputs = _analyze(checkpoint, plan, config, evaluation, training, clock, work, processes)
-        numbers = inputs.numbers
-        if not keep_going:
-            _refuse_failed_checks(numbers.checks)
-        evaluation = score_for_the_reader(evaluation, plan)  # only now: the draw looked at no reward
-        inputs = replace(inputs, evaluation=evaluation)
-        inputs = with_training_noise(inputs, clock)
+        processes.from_root(lambda: work.claim(describe_work(checkpoint.record.path, config)))
+        plan = plan_sampling(checkpoint, config, run.trust)
+        buffers = processes.from_root(lambda: _buffers(work, checkpoint, plan, run))
+        kernel = kernel_options(config.entropy_analysis.fisher_kernel, work, processes, clock)
+        inputs = analyze_buffers(checkpoint, plan, config, buffers, kernel, clock)
+        if not run.keep_going:
+            _refuse_failed_checks(inputs.numbers.checks)
+        scored = score_for_the_reader(buffers.evaluation, plan)  # only now: the draw looked at no reward
+        inputs = with_training_noise(replace(inputs, evaluation=scored), clock)
         analyses = run_analyses(inputs, clock, work)
-        if not keep_going:
+        if not run.keep_going:
             _refuse_failed_analyses(analyses)
         clock.stage("writing the results")
         summary = _write(part, checkpoint, inputs, analyses)
-        write_run(
-            part / "run.json",
-            {
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "command": " ".join(sys.argv),
-                **describe_environment(),
-                "processes": processes.size,
-                "checkpoint": {**json_of(summary.checkpoint), "run_dir": str(record.run_dir)},
-                "stages": clock.finished(),
-                "seconds": round(sum(s["seconds"] for s in clock.stages), 3),
-                "self_checks": [check.to_json() for check in numbers.checks],
-                "failed_analyses": analyses.failed(),
-            },
-        )
+        write_run(part / "run.json", _run_record(run, checkpoint, inputs, summary))
         write_sums(part, written_data(part))
         write_report(part, unfinished=True)
-    return FisherAnalysis(target, target / "report.html", summary, numbers, evaluation, training)
+    return FisherAnalysis(target, target / "report.html", summary, inputs.numbers, *inputs.buffers)
 
 
-def _buffers(
-    work: UnfinishedWork, checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, reporter: Reporter
-) -> tuple[Rollouts, TrainingBuffer]:
+def _load(run: _Run) -> Checkpoint:
+    settings = run.config.checkpoint
+    return load_checkpoint(
+        run.path,
+        settings.model,
+        settings.device,
+        settings.dtype,
+        require_optimizer=run.config.entropy_analysis.fisher_kernel.preconditioning != "none",
+        device_map=device_map(settings),
+        learning_rate=settings.learning_rate,
+    )
+
+
+def _run_record(run: _Run, checkpoint: Checkpoint, inputs: AnalysisInputs, summary: Summary) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        **describe_environment(),
+        "processes": run.processes.size,
+        "checkpoint": {**json_of(summary.checkpoint), "run_dir": str(checkpoint.record.run_dir)},
+        "stages": run.clock.finished(),
+        "seconds": round(sum(s["seconds"] for s in run.clock.stages), 3),
+        "self_checks": [check.to_json() for check in inputs.numbers.checks],
+        "failed_analyses": summary.analyses.failed(),
+    }
+
+
+def _buffers(work: UnfinishedWork, checkpoint: Checkpoint, plan: SamplingPlan, run: _Run) -> Buffers:
     kept = work.kept_buffers()
     if kept is None:
-        kept = draw_buffers(checkpoint, plan, config, reporter)
+        kept = draw_buffers(checkpoint, plan, run.config, run.clock)
         work.keep_buffers(*kept)
     return kept
 
@@ -229,18 +263,22 @@ def _refuse_failed_analyses(analyses: AnalysesRecord) -> None:
         )
 
 
-def _analyze(
+def analyze_buffers(
     checkpoint: Checkpoint,
     plan: SamplingPlan,
     config: FisherAnalysisConfig,
-    evaluation: Rollouts,
-    training: TrainingBuffer,
-    reporter: Reporter,
-    work: UnfinishedWork | None = None,
-    processes: Processes | None = None,
+    buffers: Buffers,
+    kernel: KernelOptions | None = None,
+    reporter: Reporter = SILENT,
 ) -> AnalysisInputs:
-    device = input_device(checkpoint.model)
-    eval_batch = evaluation.to_batch(plan.sampling_config).to(device)
+    """Gradients, kernels, predictions and measurements of both buffers. kernel: None, as the configuration says, nothing kept.
+
+    Raises:
+        UserError: The numbers cannot be computed for this checkpoint.
+    """
+    device, training = input_device(checkpoint.model), buffers.training
+    eval_batch = buffers.evaluation.to_batch(plan.sampling_config).to(device)
+    kernel = kernel or kernel_options(config.entropy_analysis.fisher_kernel, reporter=reporter)
     try:
         found = analyze_batches(
             checkpoint.model,
@@ -248,9 +286,7 @@ def _analyze(
             eval_batch,
             training.rollouts.to_batch(plan.sampling_config).to(device),
             training.weights,
-            settings_of(
-                checkpoint, config, kernel_options(config.entropy_analysis.fisher_kernel, work, processes, reporter)
-            ),
+            settings_of(checkpoint, config, kernel),
             reporter,
         )
     except ValueError as error:
@@ -263,7 +299,7 @@ def _analyze(
         tokenizer=checkpoint.tokenizer,
         config=config,
         plan=plan,
-        evaluation=evaluation,
+        evaluation=buffers.evaluation,
         training=training,
         eval_batch=eval_batch,
         numbers=found.numbers,
@@ -299,25 +335,11 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
         "gradient_rows": inputs.side.kernel.setup.passes.formation.to_json(),
         "analyses": analyses,
     }
-    summary = summarize(
-        checkpoint,
-        inputs.evaluation,
-        inputs.training,
-        numbers,
-        kernel.preconditioning,
-        inputs.training_noise,
-        sections,
-    )
+    summary = summarize(checkpoint, inputs.buffers, numbers, kernel.preconditioning, inputs.training_noise, sections)
     write_whole(part / "config.yaml", dump_config(config))
+    shares = inputs.token_shares if finished(analyses.attribution) is not None else None
     write_sequences(
-        part / "sequences.parquet",
-        inputs.evaluation,
-        inputs.training,
-        numbers,
-        inputs.plan,
-        inputs.tokenizer,
-        inputs.token_shares if finished(analyses.attribution) is not None else None,
-        sequence_intervals(inputs),
+        part / "sequences.parquet", inputs.buffers, numbers, inputs.policy, shares, sequence_intervals(inputs)
     )
     write_leave_one_out(part / LEAVE_ONE_OUT, inputs.evaluation, numbers, shares_of_prompts(inputs))
     write_kernels(part / "kernel.safetensors", numbers, checkpoint, kernel.preconditioning)
@@ -328,30 +350,21 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
     return summary
 
 
-def _target(folder: str | Path | None, checkpoint: Path, step: int, output_dir: str, resume: bool) -> Path:
-    """Where the results go; resuming goes on with the newest unfinished folder of this name, on whatever day it was begun."""
-    if folder:
-        return Path(folder)
-    today = results_folder_for(checkpoint, step, output_dir)
-    begun = sorted(Path(output_dir).glob(f"analysis_*/{today.name}.part")) if resume else []
-    return begun[-1].with_name(today.name) if begun else today
-
-
 @contextmanager
-def _part_folder(target: Path, processes: Processes, resume: bool, overwrite: bool) -> Iterator[Path]:
+def _part_folder(target: Path, run: _Run) -> Iterator[Path]:
     """`<target>.part`, renamed to `target` on success. On failure it is removed, unless it holds work to go on with and what
     failed was not the input; what an earlier run left is never removed.
     """
     part = target.with_name(target.name + ".part")
     refuse_link(part)
-    earlier = processes.from_root(lambda: _begin(part, resume, overwrite))
+    earlier = run.processes.from_root(lambda: _begin(part, run.resume, run.overwrite))
     try:
         yield part
         remove_leftovers(part)
         replace_folder(part, target)
         shutil.rmtree(target / FOLDER_NAME, ignore_errors=True)  # only now: until then a kill loses nothing
     except BaseException as error:
-        if not processes.is_root:
+        if not run.processes.is_root:
             raise
         full = disk_is_full(error)
         if isinstance(error, UserError) and not isinstance(error, ResumableError) and not earlier and not full:

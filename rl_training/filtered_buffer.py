@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from rl_training.errors import UserError
-from rl_training.sampling import Rollouts, SamplingConfig, draw, score
+from rl_training.sampling import Policy, Rollouts, draw
 from rl_training.tasks.difficulty import PassRates
 
 
@@ -43,6 +42,14 @@ class FilterRules:
     max_refill_rounds: int = 2
 
 
+@dataclass(frozen=True)
+class GroupsWanted:
+    """How many groups that give gradient, and how many completions of one prompt each is."""
+
+    prompts: int
+    completions_per_prompt: int
+
+
 def has_reward_differences(rewards: Sequence[float]) -> bool:
     """Whether a group gives any gradient: its advantages are all zero exactly when its rewards are
     all equal.
@@ -54,58 +61,52 @@ def has_reward_differences(rewards: Sequence[float]) -> bool:
 
 
 def collect_filtered(
-    model: nn.Module,
-    tokenizer: Any,
+    policy: Policy,
     rows: Sequence[dict[str, Any]],
-    reward_functions: Sequence[Callable[..., Any]],
+    judge: Callable[[Rollouts], Rollouts],
     pass_rates: PassRates,
-    prompts: int,
-    completions_per_prompt: int,
-    sampling_config: SamplingConfig,
+    wanted: GroupsWanted,
     seed: int,
     rules: FilterRules = FilterRules(),
-    trainer_state: Any = None,
 ) -> tuple[Rollouts, CollectionCounts]:
-    """A training buffer of up to `prompts` groups that give gradient, in up to 1 +
-    max_refill_rounds rounds.
+    """A training buffer of up to as many groups as are wanted, in up to 1 + max_refill_rounds rounds.
 
     Unlike the trainer's buffer it holds no filler: where refilling ran out it is smaller.
 
     Args:
-        rows: the task's rows that may be drawn.
-        pass_rates: of these rows; updated by what is drawn.
-        prompts: groups wanted.
-        completions_per_prompt: sequences of a group.
-        seed: of prompts and completions.
-        trainer_state: as the reward functions are to see it.
+        policy: Draws the completions.
+        rows: The task's rows that may be drawn.
+        judge: Rollouts with their rewards.
+        pass_rates: Of these rows; updated by what is drawn.
+        wanted: Number and size of groups.
+        seed: Of prompts and completions.
+        rules: Which prompts are drawn, and which groups are kept.
 
     Returns:
         The buffer, and what was generated for it.
 
     Raises:
-        UserError: no group at all has differing rewards.
+        UserError: No group at all has differing rewards.
     """
-    buffer, counts, seen = [], CollectionCounts(), []
-    while counts.rounds <= rules.max_refill_rounds and (missing := prompts - counts.kept // completions_per_prompt) > 0:
+    buffer, counts, seen, each = [], CollectionCounts(), [], wanted.completions_per_prompt
+    while counts.rounds <= rules.max_refill_rounds and (missing := wanted.prompts - counts.kept // each) > 0:
         rng = np.random.default_rng((seed, counts.rounds))
         drawn, _ = pass_rates.draw(missing, rng, exclude=seen, weighted=rules.difficulty_weighting)
         seen.extend(drawn)
-        part = draw(
-            model, tokenizer, [rows[i] for i in drawn], completions_per_prompt, sampling_config,
-            seed + 7919 * (counts.rounds + 1), "trained",  # a stream of its own for every round
-        )  # fmt: skip
-        part = score(part, reward_functions, trainer_state)
+        stream = seed + 7919 * (counts.rounds + 1)  # one of its own for every round
+        chosen = [rows[i] for i in drawn]
+        part = judge(draw(policy.model, policy.tokenizer, chosen, each, policy.sampling_config, stream, "trained"))
         counts.rounds += 1
         counts.generated += len(part)
         for group, row in enumerate(drawn):
-            members = range(group * completions_per_prompt, (group + 1) * completions_per_prompt)
+            members = range(group * each, (group + 1) * each)
             rewards = [math.nan if (reward := part.reward[i]) is None else reward for i in members]
             pass_rates.update(row, rewards)
             if rules.reject_zero_advantage and not has_reward_differences(rewards):
-                counts.rejected += len(rewards)
+                counts.rejected += each
                 continue
             buffer += part.select(members)
-            counts.kept += len(rewards)
+            counts.kept += each
     if not buffer:
         raise UserError(
             f"no prompt with mixed rewards among {counts.generated} completions in {counts.rounds} rounds: every group is all "

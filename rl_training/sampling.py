@@ -61,6 +61,15 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """Who draws completions, and how."""
+
+    model: nn.Module
+    tokenizer: Any
+    sampling_config: SamplingConfig
+
+
+@dataclass(frozen=True)
 class Rollouts(Sequence[RolloutSequence]):
     """Sequences in the order of their batch.
 
@@ -191,25 +200,8 @@ def generate_completions(
     of equal length where padding changes what the model draws. Deterministic for the same model,
     prompts, batch size and seed.
     """
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=sampling_config.temperature,
-        top_k=sampling_config.top_k,
-        top_p=sampling_config.top_p,
-        max_new_tokens=sampling_config.max_completion_length,
-        eos_token_id=list(sampling_config.eos_token_ids),
-        pad_token_id=sampling_config.pad_token_id,
-    )
-    longest = max(map(len, prompt_ids), default=0)
-    try:
-        check_length(model, longest + sampling_config.max_completion_length - 1)
-    except ValueError as error:
-        raise UserError(
-            f"prompts of up to {longest} tokens with completions of {sampling_config.max_completion_length}: {error}"
-        ) from error
-    device = input_device(model)
+    _refuse_too_long(model, prompt_ids, sampling_config)
+    config, device, pad = _generation_config(sampling_config), input_device(model), sampling_config.pad_token_id
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
@@ -221,19 +213,47 @@ def generate_completions(
     ):
         torch.manual_seed(seed)
         _check_logits(model, prompt_ids[order[0]])  # the shortest
-        for part in _parts(model, prompt_ids, order, batch_size, sampling_config.pad_token_id):
-            width = max(len(prompt_ids[i]) for i in part)  # left padding: completions begin in one column
-            ids = torch.full((len(part), width), sampling_config.pad_token_id, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(part):
-                ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
-                mask[row, width - len(prompt_ids[i]) :] = 1
-            drawn = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)[
-                :, width:
-            ].tolist()
-            for i, tokens in zip(part, drawn, strict=True):
+        for part in _parts(model, prompt_ids, order, batch_size, pad):
+            ids, mask = _left_padded([prompt_ids[i] for i in part], pad)
+            drawn = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            for i, tokens in zip(part, drawn[:, ids.shape[1] :].tolist(), strict=True):
                 completions[i] = _until_eos(tokens, sampling_config)
     return completions
+
+
+def _generation_config(sampling_config: SamplingConfig) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling_config.temperature,
+        top_k=sampling_config.top_k,
+        top_p=sampling_config.top_p,
+        max_new_tokens=sampling_config.max_completion_length,
+        eos_token_id=list(sampling_config.eos_token_ids),
+        pad_token_id=sampling_config.pad_token_id,
+    )
+
+
+def _refuse_too_long(model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling_config: SamplingConfig) -> None:
+    longest = max(map(len, prompt_ids), default=0)
+    try:
+        check_length(model, longest + sampling_config.max_completion_length - 1)
+    except ValueError as error:
+        raise UserError(
+            f"prompts of up to {longest} tokens with completions of {sampling_config.max_completion_length}: {error}"
+        ) from error
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), so that completions begin in one column."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
 
 
 def _parts(
@@ -302,7 +322,6 @@ def draw(
     sampling_config: SamplingConfig,
     seed: int,
     status: str,
-    batch_size: int = 64,
 ) -> Rollouts:
     """`completions_per_prompt` completions of each task row, in order, without looking at any
     reward.
@@ -313,7 +332,7 @@ def draw(
         for tokens in tokenize_prompts(tokenizer, [r["prompt"] for r in rows], sampling_config.rendering)
         for _ in range(completions_per_prompt)
     ]
-    completions = generate_completions(model, ids, sampling_config, seed, batch_size)
+    completions = generate_completions(model, ids, sampling_config, seed)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     return Rollouts(
         tuple(

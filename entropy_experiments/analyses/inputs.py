@@ -18,7 +18,7 @@ from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.left_out_evaluation_prompts import LeftOutNumbers, without_each_prompt
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.double_sampling import Buffers, TrainingBuffer
 from entropy_experiments.step.effects_of_leaving_out import effects_of_leaving_out
 from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.numbers import AnalysisNumbers
@@ -26,7 +26,7 @@ from entropy_experiments.step.real_steps import token_shares
 from entropy_experiments.step.shares import attribute
 from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.step.training_side import TrainingSide
-from rl_training.sampling import Rollouts
+from rl_training.sampling import Policy, Rollouts
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ class AnalysisInputs:
     gradients: dict[str, dict[str, Tensor]]
     training_noise: TrainingNoise | None = None
     """What another draw of the training buffer would change; None before `with_training_noise`, and where nothing was drawn."""
+
+    @property
+    def buffers(self) -> Buffers:
+        """Rows and columns of the kernel."""
+        return Buffers(self.evaluation, self.training)
+
+    @property
+    def policy(self) -> Policy:
+        """Who drew them."""
+        return Policy(self.model, self.tokenizer, self.plan.sampling_config)
 
     def evaluation_labels(self) -> SequenceLabels:
         """Of the rows."""

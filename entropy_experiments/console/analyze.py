@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.console.progress import StageProgress, progress_console
 from entropy_experiments.console.tables import print_verdict
-from entropy_experiments.entropy_runner import FisherAnalysis, run_fisher_analysis
+from entropy_experiments.entropy_runner import FisherAnalysis, RunOptions, run_fisher_analysis
 from entropy_experiments.report.outcome import read_outcome
 from rl_training.run.launched import is_first
 
@@ -63,27 +64,14 @@ def analyze_with_progress(
     checkpoint: Path,
     config: FisherAnalysisConfig,
     *,
-    folder: Path | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    keep_going: bool = False,
-    trust: bool = False,
     quiet: bool = False,
     table: bool = True,
+    **options: Unpack[RunOptions],
 ) -> FisherAnalysis:
     """run_fisher_analysis with progress on stderr and, where `table` is set, the closing table there as well."""
     console = progress_console(quiet or not is_first())
     with StageProgress(console, expected_shares(config)) as progress:
-        analysis = run_fisher_analysis(
-            checkpoint,
-            config,
-            folder=folder,
-            overwrite=overwrite,
-            resume=resume,
-            keep_going=keep_going,
-            trust=trust,
-            reporter=progress,
-        )
+        analysis = run_fisher_analysis(checkpoint, config, reporter=progress, **options)
     if table and not quiet:
         print_verdict(console, read_outcome(analysis.folder))
     return analysis

@@ -24,7 +24,7 @@ from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig, FisherKernelConfig
-from entropy_experiments.forecast.pilot import Pilot, given_buffers, run_pilot
+from entropy_experiments.forecast.pilot import Pilot, buffers_without_drawing, run_pilot
 from entropy_experiments.kernel.contraction import STEP_VECTORS
 from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
@@ -119,7 +119,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     sampling_plan = plan_sampling(checkpoint, config, trust)
     options = kernel_options(settings.fisher_kernel)
     model, passes = checkpoint.model, PassSettings(settings.fisher_kernel.token_batch_size)
-    given = given_buffers(checkpoint, sampling_plan, config)
+    given = buffers_without_drawing(checkpoint, sampling_plan, config)
     n_eval = settings.eval_batch_size if given.evaluation is None else len(given.evaluation)
     n_train = settings.train_batch_size if given.training is None else len(given.training)
     held = held_memory(model)

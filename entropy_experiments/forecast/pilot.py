@@ -29,15 +29,13 @@ from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.row_formation import RowFormation
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
-from entropy_experiments.buffers.custom import PromptNumbers
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
-from entropy_experiments.buffers.saved import recorded_evaluation, refuse_drawing, refuse_foreign
+from entropy_experiments.buffers.saved import refuse_drawing, refuse_foreign
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import (
     choose_evaluation_rows,
-    custom_evaluation,
-    custom_training,
+    given_buffers,
     sample_evaluation_batch,
     sample_training_batch,
 )
@@ -129,36 +127,24 @@ class Pilot:
 
 @dataclass(frozen=True)
 class GivenBuffers:
-    """Sides that are not drawn: sequences that the user gives, reference completions, the run's own
-    buffer.
-
-    None: drawn.
-    """
+    """Sides that are not drawn: sequences that the user gives, reference completions, the run's own buffer. None: drawn."""
 
     evaluation: Rollouts | None
     training: Rollouts | None
 
 
-def given_buffers(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig) -> GivenBuffers:
+def buffers_without_drawing(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig) -> GivenBuffers:
     """As the analysis will have them. Raises UserError as it would."""
     sampling = config.entropy_analysis.sampling
     refuse_drawing(checkpoint, sampling)
-    numbers = PromptNumbers([*plan.task.train, *plan.task.heldout])
-    evaluation = training = None
-    if sampling.eval_sequences_path is not None:
-        evaluation, _ = custom_evaluation(checkpoint, plan, config, numbers)
-    elif sampling.eval_completions == "reference" and not sampling.same_prompts:
-        rows = choose_evaluation_rows(plan, config)
-        evaluation = sample_evaluation_batch(checkpoint, plan, config, rows)
-    if sampling.train_sequences_path is not None:
-        training = custom_training(checkpoint, plan, config, numbers).rollouts
-    elif sampling.train_prompts == "from_run" or sampling.train_completions == "reference":
-        training = sample_training_batch(checkpoint, plan, config, []).rollouts
-    if sampling.eval_prompts == "from_run":
-        evaluation = recorded_evaluation(checkpoint, plan, config, training.prompt_index if training else ())
+    evaluation, training, _ = given_buffers(checkpoint, plan, config)
+    if evaluation is None and sampling.eval_completions == "reference" and not sampling.same_prompts:
+        evaluation = sample_evaluation_batch(checkpoint, plan, config, choose_evaluation_rows(plan, config))
+    if training is None and (sampling.train_prompts == "from_run" or sampling.train_completions == "reference"):
+        training = sample_training_batch(checkpoint, plan, config, [])
     if training is not None:
-        refuse_foreign(training, sampling)
-    return GivenBuffers(evaluation, training)
+        refuse_foreign(training.rollouts, sampling)
+    return GivenBuffers(evaluation, None if training is None else training.rollouts)
 
 
 def run_pilot(checkpoint: Checkpoint, plan: SamplingPlan, config: FisherAnalysisConfig, given: GivenBuffers) -> Pilot:

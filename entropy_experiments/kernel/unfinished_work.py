@@ -18,7 +18,7 @@ from typing import Any
 
 from entropy_experiments.checkpoints.files import fingerprint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.double_sampling import Buffers, TrainingBuffer
 from entropy_experiments.kernel.workspace import KernelWorkspace
 from rl_training.errors import UserError
 from rl_training.files import read_json_object, write_json_whole
@@ -71,8 +71,8 @@ class UnfinishedWork(KernelWorkspace):
             # A user's own task may carry rows that JSON does not know: they are drawn again from their seed.
             return
 
-    def kept_buffers(self) -> tuple[Rollouts, TrainingBuffer] | None:
-        """(evaluation, training) as they were drawn; None where they were not kept. Raises UserError where they are damaged."""
+    def kept_buffers(self) -> Buffers | None:
+        """As they were drawn; None where they were not kept. Raises UserError where they are damaged."""
         found = self.kept("buffers")
         if found is None:
             return None
@@ -82,7 +82,7 @@ class UnfinishedWork(KernelWorkspace):
                 for name in ("evaluation", "training")
             )
             counts, notes = CollectionCounts(**found["counts"]), tuple(found["notes"])
-            return evaluation, TrainingBuffer(training, counts, notes)
+            return Buffers(evaluation, TrainingBuffer(training, counts, notes))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.folder / 'buffers.json'} is damaged, or of another version: start anew with --overwrite"

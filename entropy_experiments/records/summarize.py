@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.double_sampling import Buffers, TrainingBuffer
 from entropy_experiments.records.estimate_entries import (
     finite_number,
     ratio_estimate,
@@ -31,15 +31,14 @@ from entropy_experiments.records.summary import (
     TrainingBufferRecord,
 )
 from entropy_experiments.records.writer import finite
-from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale, PartsByEstimator
+from entropy_experiments.step.numbers import AnalysisNumbers, Estimate, MeasuredScale, PartsByEstimator, StepNumbers
 from entropy_experiments.step.training_noise import TrainingNoise
 from rl_training.sampling import Rollouts
 
 
 def summarize(
     checkpoint: Checkpoint,
-    evaluation: Rollouts,
-    training: TrainingBuffer,
+    buffers: Buffers,
     numbers: AnalysisNumbers,
     preconditioning: str,
     training_noise: TrainingNoise | None,
@@ -49,8 +48,7 @@ def summarize(
 
     Args:
         checkpoint: The analysed checkpoint.
-        evaluation: The evaluation buffer.
-        training: The training buffer.
+        buffers: What was drawn.
         numbers: What was computed.
         preconditioning: The kernel's P, "checkpoint", "step" or "none".
         training_noise: What another draw of the training buffer would change; None where it is not known.
@@ -60,36 +58,44 @@ def summarize(
     Raises:
         pydantic.ValidationError: A section is not of the format: a mistake of this program.
     """
-    record, step = checkpoint.record, numbers.step
-    index = torch.tensor(evaluation.prompt_index)
-    lengths = torch.tensor(evaluation.lengths, dtype=torch.float64)
+    record, (evaluation, training) = checkpoint.record, buffers
+    content = {
+        "format_version": RESULTS_FORMAT,
+        "checkpoint": CheckpointRecord(path=str(record.path), step=record.step, model=record.model_name),
+        "entropy": _entropy(evaluation, numbers),
+        "agreement": agreements(numbers),
+        "largest_part": largest_parts(numbers),
+        "attribution": _step(numbers, preconditioning),
+        "training_noise": None if training_noise is None else finite(training_noise.to_json()),
+        "rows_drawn": numbers.estimand.rows_drawn,
+        "step_analysed": numbers.step is not None,
+        "sampling": SamplingRecord(
+            evaluation=BufferRecord(**_buffer(evaluation)), training=_training(training), notes=training.notes
+        ),
+    }
+    return Summary.model_validate(content | _changes(numbers.step) | {name: finite(s) for name, s in sections.items()})
+
+
+def _entropy(evaluation: Rollouts, numbers: AnalysisNumbers) -> EntropyRecord:
+    index, lengths = torch.tensor(evaluation.prompt_index), torch.tensor(evaluation.lengths, dtype=torch.float64)
     sums, surprisal = numbers.eval_statistics.entropy_sums().cpu(), -numbers.eval_statistics.scores().cpu()
-    predictions = None if step is None else step.predictions
-    return Summary.model_validate(
-        {
-            "format_version": RESULTS_FORMAT,
-            "checkpoint": CheckpointRecord(path=str(record.path), step=record.step, model=record.model_name),
-            "entropy": EntropyRecord(
-                per_token=ratio_estimate(sums, index, lengths),
-                per_completion=ratio_estimate(sums, index),
-                surprisal_per_completion=ratio_estimate(surprisal, index),
-            ),
-            "predicted": {} if predictions is None else _parts(predictions.per_token),
-            "predicted_per_completion": {} if predictions is None else _parts(predictions.per_completion),
-            "actual": _actual(None if step is None else step.measured_step),
-            "agreement": agreements(numbers),
-            "largest_part": largest_parts(numbers),
-            "scaling": [] if step is None else [_scaled(m, step.predictions.per_token) for m in step.measured],
-            "attribution": _step(numbers, preconditioning),
-            "training_noise": None if training_noise is None else finite(training_noise.to_json()),
-            "rows_drawn": numbers.estimand.rows_drawn,
-            "step_analysed": step is not None,
-            "sampling": SamplingRecord(
-                evaluation=BufferRecord(**_buffer(evaluation)), training=_training(training), notes=training.notes
-            ),
-        }
-        | {name: finite(section) for name, section in sections.items()}
+    return EntropyRecord(
+        per_token=ratio_estimate(sums, index, lengths),
+        per_completion=ratio_estimate(sums, index),
+        surprisal_per_completion=ratio_estimate(surprisal, index),
     )
+
+
+def _changes(step: StepNumbers | None) -> dict[str, Any]:
+    """What the step was predicted and measured to do."""
+    if step is None:
+        return {"predicted": {}, "predicted_per_completion": {}, "actual": _actual(None), "scaling": []}
+    return {
+        "predicted": _parts(step.predictions.per_token),
+        "predicted_per_completion": _parts(step.predictions.per_completion),
+        "actual": _actual(step.measured_step),
+        "scaling": [_scaled(m, step.predictions.per_token) for m in step.measured],
+    }
 
 
 def _parts(predicted: PartsByEstimator) -> dict[str, StepParts]:

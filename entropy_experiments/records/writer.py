@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 import torch
 
 from entropy_core.scores import TokenStatistics
-from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.double_sampling import TrainingBuffer
+from entropy_experiments.double_sampling import Buffers
 from entropy_experiments.records.columns import SEQUENCES, schema_of
 from entropy_experiments.records.history_rows import HistoryRow
 from entropy_experiments.records.record import json_of
@@ -32,7 +31,7 @@ from entropy_experiments.records.summary import Summary
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.text.tokens import token_texts
 from rl_training.files import write_json_whole, write_whole_by
-from rl_training.sampling import Rollouts
+from rl_training.sampling import Policy, Rollouts
 
 _VERSIONS = ("entropy-experiments", "torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -68,25 +67,28 @@ def finite(content: Any) -> Any:
 
 def write_sequences(
     path: Path,
-    evaluation: Rollouts,
-    training: TrainingBuffer,
+    buffers: Buffers,
     numbers: AnalysisNumbers,
-    plan: SamplingPlan,
-    tokenizer: Any,
+    policy: Policy,
     token_shares: torch.Tensor | None = None,
     intervals: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Both buffers; row is the index on that kernel axis.
 
-    token_shares: (n_train, L) shares of the completion tokens, None where they were not computed. intervals: column ->
-    (n_train,) ends of intervals of shares and effects, where known.
+    Args:
+        path: sequences.parquet.
+        buffers: What is written.
+        numbers: What was computed of them.
+        policy: Whose completions they are.
+        token_shares: (n_train, L) shares of the completion tokens, None where they were not computed.
+        intervals: Column -> (n_train,) ends of intervals of shares and effects, where known.
     """
-    step = numbers.step
-    rows = _rows(evaluation, numbers.eval_statistics, plan, "evaluation", tokenizer)
+    step, training = numbers.step, buffers.training
+    rows = _rows(buffers.evaluation, numbers.eval_statistics, policy, "evaluation")
     contributions = None if step is None else step.predictions.contributions
     for row, lost in zip(rows, _floats(contributions, len(rows)), strict=True):
         row["delta_h_lost"] = lost
-    trained = _rows(training.rollouts, numbers.train_statistics, plan, "training", tokenizer)
+    trained = _rows(training.rollouts, numbers.train_statistics, policy, "training")
     if token_shares is not None:
         for i, row in enumerate(trained):
             start = len(row["prompt_ids"])
@@ -110,11 +112,9 @@ def _floats(values: torch.Tensor | None, count: int) -> list[float | None]:
     return [None] * count if values is None else [float(v) for v in values]
 
 
-def _rows(
-    rollouts: Rollouts, statistics: TokenStatistics, plan: SamplingPlan, buffer: str, tokenizer: Any
-) -> list[dict[str, Any]]:
+def _rows(rollouts: Rollouts, statistics: TokenStatistics, policy: Policy, buffer: str) -> list[dict[str, Any]]:
     scores, sums = statistics.scores(), statistics.entropy_sums()
-    endings, out = rollouts.endings(plan.sampling_config), []
+    endings, out = rollouts.endings(policy.sampling_config), []
     for i, sequence in enumerate(rollouts):
         prompt, tokens, drawn = list(sequence.prompt_ids), list(sequence.completion_ids), sequence.drawn
         span = slice(len(prompt), len(prompt) + len(tokens))  # from_sequences pads on the right
@@ -127,7 +127,7 @@ def _rows(
                 "completion": sequence.completion,
                 "prompt_ids": prompt,
                 "completion_ids": tokens,
-                "token_texts": token_texts(tokenizer, tokens),
+                "token_texts": token_texts(policy.tokenizer, tokens),
                 "completion_mask": None if drawn is None else list(drawn),
                 "logprobs": _of_drawn(statistics.logprobs[i, span].tolist(), drawn),
                 "entropies": _of_drawn(statistics.entropies[i, span].tolist(), drawn),

@@ -13,13 +13,13 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import (
+    Buffers,
     choose_evaluation_rows,
     draw_buffers,
     sample_evaluation_batch,
     sample_training_batch,
 )
 from entropy_experiments.entropy_runner import run_fisher_analysis
-from entropy_experiments.run.reporter import SILENT
 from rl_training.configuration import load_config
 from tests.entropy_experiments.small_analysis import config
 
@@ -117,7 +117,7 @@ def test_the_model_is_left_as_it_was(tiny_run):
     rows = choose_evaluation_rows(plan, config())
     training = sample_training_batch(checkpoint, plan, config(), keep_out=rows)
     evaluation = sample_evaluation_batch(checkpoint, plan, config(), rows)
-    entropy_runner._analyze(checkpoint, plan, config(), evaluation, training, SILENT)
+    entropy_runner.analyze_buffers(checkpoint, plan, config(), Buffers(evaluation, training))
     assert all(torch.equal(p, before[name]) for name, p in checkpoint.model.named_parameters())
 
 

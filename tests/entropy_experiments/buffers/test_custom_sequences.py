@@ -20,7 +20,6 @@ from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.double_sampling import custom_evaluation, draw_buffers, score_for_the_reader
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.records.record import json_of
-from entropy_experiments.run.reporter import SILENT
 from rl_training.errors import UserError
 from rl_training.sampling import SamplingConfig
 from rl_training.tasks.task import Task
@@ -189,9 +188,9 @@ def test_the_fixed_prefix_prediction_of_given_rows_is_what_the_step_does_to_them
     """Half a step forward and half a step back, the entropies recomputed here: of a twentieth float32 leaves too few digits."""
     checkpoint, settings = load_checkpoint(tiny_run), own("eval", texts)
     plan = plan_sampling(checkpoint, settings)
-    evaluation, training = draw_buffers(checkpoint, plan, settings)
-    found = entropy_runner._analyze(checkpoint, plan, settings, evaluation, training, SILENT)
-    rows = evaluation.to_batch(plan.sampling_config)
+    buffers = draw_buffers(checkpoint, plan, settings)
+    found = entropy_runner.analyze_buffers(checkpoint, plan, settings, buffers)
+    rows = buffers.evaluation.to_batch(plan.sampling_config)
     before = token_statistics(checkpoint.model, rows)
     changes = []
     for scale in (0.5, -0.5):

@@ -6,9 +6,10 @@ import torch
 
 from entropy_core.scores import token_statistics
 from rl_training.errors import UserError
-from rl_training.filtered_buffer import collect_filtered
+from rl_training.filtered_buffer import GroupsWanted, collect_filtered
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.sampling import (
+    Policy,
     SamplingConfig,
     draw,
     generate_completions,
@@ -70,16 +71,9 @@ def test_completions_end_at_the_first_eos_and_streams_stay(policy):
 def test_filtered_keeps_groups_with_reward_differences_and_counts_the_rest(policy):
     model, tokenizer = policy
     sampling_config = make_sampling_config(model, tokenizer, 1.0, 4)
+    drawer = Policy(model, tokenizer, sampling_config)
     buffer, counts = collect_filtered(
-        model,
-        tokenizer,
-        ROWS,
-        [even_start_reward],
-        PassRates(8),
-        prompts=3,
-        completions_per_prompt=3,
-        sampling_config=sampling_config,
-        seed=0,
+        drawer, ROWS, lambda drawn: score(drawn, [even_start_reward]), PassRates(8), GroupsWanted(3, 3), seed=0
     )
     assert counts.kept == len(buffer) and counts.generated == counts.kept + counts.rejected
     for index in set(buffer.prompt_index):
@@ -92,14 +86,11 @@ def test_no_gradient_anywhere_is_said_clearly(policy):
     sampling_config = make_sampling_config(model, tokenizer, 1.0, 4)
     with pytest.raises(UserError, match="no prompt with mixed rewards"):
         collect_filtered(
-            model,
-            tokenizer,
+            Policy(model, tokenizer, sampling_config),
             ROWS,
-            [lambda completions, **_: [1.0] * len(completions)],
+            lambda drawn: score(drawn, [lambda completions, **_: [1.0] * len(completions)]),
             PassRates(8),
-            2,
-            2,
-            sampling_config,
+            GroupsWanted(2, 2),
             seed=0,
         )
 
