@@ -13,6 +13,8 @@
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
 # make faults   what can go wrong, tried: damaged files, wrong configurations, full disks, kills (FAULT_ARGS="--kills 0 --disks 0": files alone)
+# make fuzz   changed files, read by every parser of ours for ten minutes (FUZZ_ARGS="--seconds 60"); findings are kept as tests
+# make soak   2,000 steps, 200 analyses and 50 reports in one process: memory, handles, threads and times (SOAK_ARGS="--steps 100 ...")
 # make mutations   plants faults one by one in a copy: which self-check of a run and which test sees each (docs/mutations.md)
 # make bench-kernel   the Fisher kernel beside other libraries, in an environment of its own (.venv-bench)
 # make clean   caches and build leftovers     (runs/, results/ and .venv stay; `make distclean` drops .venv, .venv-bench)
@@ -29,6 +31,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 FAULT_ARGS ?=
+FUZZ_ARGS ?=
+SOAK_ARGS ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -36,7 +40,7 @@ PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
-  bench-replay bench-kernel calibrate faults mutations clean distclean
+  bench-replay bench-kernel calibrate faults fuzz soak mutations clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -114,6 +118,12 @@ bench: $(STAMP)
 
 faults: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m tests.faults $(FAULT_ARGS)
+
+fuzz: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
+soak: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 mutations: $(STAMP)
 	rm -f runs/mutations.jsonl

@@ -105,7 +105,8 @@ class EntropyCritic:
         rows = torch.cat([features.double(), ones[..., None], *(x[..., None] for x in to_go)], 2)
         for f in fold.unique().tolist():
             own = rows[fold == f][mask[fold == f]]
-            self._sums[f] += (own.T @ own).cpu()
+            products = (own.T @ own).cpu()
+            self._sums[f] += products.triu() + products.triu(1).T  # to the last bit symmetric, as `state` is kept
 
     def values(self, features: Tensor, mask: Tensor, fold: Tensor) -> Tensor:
         """V of every prefix in two parts, from the prompts of other folds.

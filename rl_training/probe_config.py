@@ -110,6 +110,11 @@ class EntropyProbeConfig(StrictModel):
         return self.mode != "watch" or self.predict_every is not None
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether a prediction may rest on a gradient of an earlier step."""
+        return self.averaging > 0 or (self.mode != "watch" and self.refresh_every > 1)
+
+    @property
     def gradients_and_remedy(self) -> tuple[str, str]:
         """The setting that asks for gradients, as written, and what takes less memory."""
         if self.mode == "watch":

@@ -5,6 +5,7 @@ before they are imported.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from rl_training.run.folder_lock import locked
 from rl_training.run.sidecar import SIDECAR_NAME
 
 ROLLOUTS_FILE = "rollouts.parquet"
+_LEFT = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{16}" + re.escape(PART))
 
 
 def import_run(source: Path, output: Path, model: str | None = None, rollouts: Path | None = None) -> list[Imported]:
@@ -76,6 +78,7 @@ def _import_all(
     states: list[TrainedState], sources: list[Source], output: Path, model: str | None, rollouts: Path | None
 ) -> list[Imported]:
     with locked(output / ".lock", str(output)):
+        _remove_leftovers(output)
         for state in states:
             target = _target(output, state)
             if target.exists():
@@ -85,6 +88,14 @@ def _import_all(
         return [
             _import_one(state, found, output, model, rollouts) for state, found in zip(states, sources, strict=True)
         ]
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed imports were writing here."""
+    for path in output.glob(f".checkpoint-*{PART}"):
+        if _LEFT.fullmatch(path.name):
+            refuse_link(path)
+            shutil.rmtree(path)
 
 
 def _target(output: Path, state: TrainedState) -> Path:

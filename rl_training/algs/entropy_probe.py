@@ -44,7 +44,8 @@ from rl_training.probe.change import EntropyChange, StepParts
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.prefix_sharing import PrefixSharing
-from rl_training.probe.running_gradient import RunningGradient, keep_those_of
+from rl_training.probe.probe_state import ProbeState
+from rl_training.probe.running_gradient import RunningGradient, keep_those_of, known
 from rl_training.probe.score_term import FusedScore
 from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, attribute_sequences, clip_coefficient
 from rl_training.probe.step_parts import (
@@ -96,7 +97,7 @@ class SimpleEntropyProbe:
         self._config = config or EntropyProbeConfig(mode="simple")
         self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or Processes()
-        self._prefixes = PrefixSharing(model, self._sharing)
+        self.prefixes = PrefixSharing(model, self._sharing)
         self._rows, self._passes = FoldRows(), PassState(model, true_derivatives=True)
         self._said: set[str] = set()
         self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
@@ -113,6 +114,15 @@ class SimpleEntropyProbe:
         self._prediction: StepPrediction | None = None
         self._no_parts: str | None = None
 
+    def state(self) -> ProbeState:
+        """Between two steps, what later predictions rest on; no averages where each takes a gradient of its own."""
+        return ProbeState(self._averages if self._config.keeps_gradients else {}, self._steps_since, self._no_parts)
+
+    def load(self, state: ProbeState) -> None:
+        """Go on from `state`."""
+        self.reset()
+        self._averages, self._steps_since, self._no_parts = state.averages, state.steps_since, state.no_parts
+
     def memory_bytes(self) -> int:
         """The most that the probe holds beside activations: gradients in folds (newest and average) and the step's parts."""
         size = sum(p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
@@ -127,7 +137,7 @@ class SimpleEntropyProbe:
         param_update: AdamWUpdate | Mapping[str, Tensor],
         drawn_scores: Tensor | None = None,
     ) -> EntropyChange:
-        """First-order change of entropy along an update of the model as it is now; nothing is measured, averaged or kept.
+        """First-order change of entropy along an update of today's model; nothing is measured, averaged or kept.
 
         rollouts: sequences of today's policy, or of another one of which drawn_scores (N,) are the log-probabilities S.
         param_update: dtheta, in AdamW's parts (entropy_core.adamw.split_adamw_update) or as one name -> tensor. P is not
@@ -151,7 +161,7 @@ class SimpleEntropyProbe:
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """Token statistics under the model as it is now, e.g. to remember `scores()` of sequences it has just drawn."""
         with self._passes:
-            return shared_statistics(self._model, batch, self._prefixes.buckets(batch), self._sharing, with_variances)
+            return shared_statistics(self._model, batch, self.prefixes.buckets(batch), self._sharing, with_variances)
 
     def observe(
         self,
@@ -166,8 +176,7 @@ class SimpleEntropyProbe:
 
         drawn_scores: (N,) log-probabilities under the policy that drew them; None where that is today's. prior_log_weights: (N,)
         further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
-        `surprisal_variances`. gradient: false watches the tokens alone. critic: what `estimator: critic` differentiates. Returns
-        what is watched.
+        `surprisal_variances`. gradient: false watches the tokens alone. critic: what `estimator: critic` differentiates.
         """
         if gradient and not self._config.averaging:
             self._averages = {}
@@ -228,7 +237,7 @@ class SimpleEntropyProbe:
         if not lagged:
             self._take_in_newest()
         for key, average in self._averages.items():
-            of_batch[key] = _value(average).along(update.batch)
+            of_batch[key] = known(average).along(update.batch)
         if score is not None:
             self._newest[SCORE_TERM] = score.gradient
             # At the optimizer's first step P is one over this very gradient, and products across folds have no bounds: there
@@ -241,7 +250,7 @@ class SimpleEntropyProbe:
             shares, effects = self._attributed(parameters, optimizer, training)
         self._take_in_newest()
         parts = {
-            key: predicted_parts(_value(average), update, of_batch.get(key)) for key, average in self._averages.items()
+            key: predicted_parts(known(average), update, of_batch.get(key)) for key, average in self._averages.items()
         }
         if score is not None:
             parts[PER_TOKEN] = parts[PER_TOKEN] + parts.pop(SCORE_TERM)
@@ -272,7 +281,7 @@ class SimpleEntropyProbe:
     def _attributed(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, training: TrainingSequences
     ) -> tuple[Tensor, Tensor | None]:
-        gradient, how = _value(self._averages[PER_TOKEN]).total(), self._config.preconditioning
+        gradient, how = known(self._averages[PER_TOKEN]).total(), self._config.preconditioning
         scales = [make(parameters, optimizer, how) for make in (step_per_gradient, effect_metric)]
         limits = (self._sharing, self._rows, self._gradient_tolerance)
         found = attribute_sequences(self._model, training, gradient, scales[0] or {}, *limits, metric=scales[1])
@@ -339,7 +348,7 @@ class SimpleEntropyProbe:
         # As along a batch's own part: where there is an earlier gradient, this step's sequences do not meet themselves.
         if not lagged:
             self._take_in_newest()
-        parts = {key: StepParts.only_total(_value(a).predict(taken)) for key, a in self._averages.items()}
+        parts = {key: StepParts.only_total(known(a).predict(taken)) for key, a in self._averages.items()}
         if SCORE_TERM in parts:
             both = (parts[PER_TOKEN].total, parts.pop(SCORE_TERM).total)
             parts[PER_TOKEN] = StepParts.only_total(both[0] + both[1])
@@ -369,7 +378,7 @@ class SimpleEntropyProbe:
                 self._model,
                 batch,
                 objectives,
-                self._prefixes.buckets(batch),
+                self.prefixes.buckets(batch),
                 self.folds,
                 self._sharing,
                 self._rows,
@@ -389,8 +398,3 @@ class SimpleEntropyProbe:
 
     def _change(self, seen: Observation | None, of_token: StepParts, of_completion: StepParts | None) -> EntropyChange:
         return EntropyChange.predicted(self._config.estimator, seen, of_token, of_completion)
-
-
-def _value(average: RunningGradient) -> FoldGradients:
-    assert average.value is not None
-    return average.value

@@ -20,6 +20,7 @@ from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
+from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import is_spread, refuse_unwatchable
 from rl_training.probe.spans import CALM, Spans
 from rl_training.probe.step_prediction import Objective
@@ -148,6 +149,11 @@ class StepWatch:
         return seen, drawn_scores
 
     @property
+    def layout(self) -> PrefixSharing:
+        """How rows are laid out, found out so far."""
+        return self._watch.prefixes
+
+    @property
     def objective(self) -> Objective:
         """What the measurement of the span that has begun is the finite form of."""
         return self._watch.objective
@@ -181,6 +187,11 @@ class StepWatch:
         pool = None if self._pool is None else self._pool.state()
         self._history.add(step, found, self._watch, {"spans": self.spans.state(), "pool": pool})
         return found
+
+    def forget_passes(self) -> None:
+        """Of the trainer's and of the last step's, so that the next is one of our own."""
+        self._last_pass = LastPass()
+        self._trainer_pass.forget()
 
     def drop(self) -> None:
         """Forget the span, and listen no more until the next `arm`."""

@@ -43,10 +43,10 @@ class TrainerPass:
         self._sharing = sharing
         self._rows: list[_Rows] = []
         self.listening = False
-        self.known = KnownPass("the trainer's")
         forward: Callable[..., Any] | None = getattr(trainer, _FORWARD, None)
+        self._deaf = None if forward is not None else "the trainer has no forward pass that could be listened to"
+        self.forget()
         if forward is None:
-            self.known.trouble = "the trainer has no forward pass that could be listened to"
             return
 
         def heard(*args: Any, **kwargs: Any) -> Any:
@@ -59,6 +59,11 @@ class TrainerPass:
             return out
 
         setattr(trainer, _FORWARD, heard)
+
+    def forget(self) -> None:
+        """Forget what is known of the trainer's passes: they are compared anew before they are used."""
+        self.known = KnownPass("the trainer's")
+        self.known.trouble = self._deaf
 
     def clear(self) -> None:
         """Forget the step's passes."""

@@ -27,11 +27,13 @@ from rl_training.generation.rollout_sequences import (
 )
 from rl_training.integrations.fresh_prompts import FreshCompletions
 from rl_training.integrations.generated_sequences import GeneratedSequences
+from rl_training.integrations.probe_checkpoint import ProbeCheckpoint, Probed
 from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.step_watch import StepWatch
 from rl_training.integrations.trl_rollouts import StepRollouts, prompts_of
 from rl_training.integrations.watched_sequences import Watched, WatchedSequences
 from rl_training.integrations.watched_source import OF_PROMPTS, watched_source
+from rl_training.integrations.whole_saves import remove_unfinished, save_whole
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.premises.probe_premise import ProbePremise
 from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
@@ -77,6 +79,7 @@ def attach_entropy_probe(
     if word is not None:
         warnings.warn(f"the entropy probe: {word}", RuntimeWarning, stacklevel=2)
     description = describe_sampling(trainer)
+    save_whole(trainer, GRPOTrainer._save_checkpoint)
     callback = EntropyProbeCallback(trainer, prompts, description, config)
     trainer.add_callback(SamplingWatcher(trainer, description))
     if trainer.optimizer is not None:
@@ -128,7 +131,9 @@ class EntropyProbeCallback(TrainerCallback):
         self._sampler = SamplerWatch(trainer)
         self._sequences = WatchedSequences(trainer, config, self._sampling_config, self._probe)
         self._generated = GeneratedSequences(trainer)
-        self._carried: list[RolloutSequence] = []
+        layouts = (self._probe.prefixes, *([] if self._watch is None else [self._watch.layout]))
+        probed = Probed(self._model, self._probe, self._sequences, self._sampler, layouts)
+        self._kept = ProbeCheckpoint(trainer, config, probed, self._sharing)
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
         self._rounding = RoundingNoise(self._model)
@@ -177,6 +182,8 @@ class EntropyProbeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        remove_unfinished(self._trainer)
+        self._kept.begin(state.global_step)
         self._steps.begin(state.stateful_callbacks, state.global_step)
         if self._forecast is not None:
             self._forecast.replay(self._steps.steps())
@@ -209,6 +216,11 @@ class EntropyProbeCallback(TrainerCallback):
         """What is saved, or is the last, holds all that was measured up to it."""
         if self._watch is not None and self._watch.spans.open and (control.should_save or control.should_training_stop):
             self._guard(self._end_span, state.global_step, True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A run that goes on from here has no passes of earlier steps at hand: nor has this one."""
+        if self._watch is not None:
+            self._watch.forget_passes()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -282,15 +294,15 @@ class EntropyProbeCallback(TrainerCallback):
             pooled = None if self._watch is None else self._watch.pooled(step, rng)
             return Watched(self._draw(rng) if pooled is None else pooled, None)
         if self._config.rollouts == "previous_step":
-            return Watched(self._carried, drawn_scores(self._carried))
+            return Watched(self._kept.carried, drawn_scores(self._kept.carried))
         return self._sequences.choose(generated, rng)
 
     def _carry(self, generated: list[RolloutSequence], rng: np.random.Generator, step: int) -> None:
         """Choose the sequences of the next step's gradient, and note how likely they were for the policy that drew them."""
-        self._carried = []
+        self._kept.carried = []
         if plan_of(self._config, step + 1).watches and (chosen := self._sequences.choose(generated, rng)).sequences:
             drawn = self._sequences.scores_at_drawing(chosen)
-            self._carried = [replace(s, drawn_score=d) for s, d in zip(chosen.sequences, drawn, strict=True)]
+            self._kept.carried = [replace(s, drawn_score=d) for s, d in zip(chosen.sequences, drawn, strict=True)]
 
     def _draw(self, rng: np.random.Generator) -> list[RolloutSequence]:
         """Fresh completions of prompts taken evenly."""
@@ -365,7 +377,7 @@ class EntropyProbeCallback(TrainerCallback):
                 self._fused.abandon()
             if self._config.on_error == "raise":
                 raise
-            self._failed, self._probing = True, False
+            self._failed, self._probing, self._kept.off = True, False, True
             warnings.warn(
                 f"the entropy probe failed and is off from here on; training goes on without it: {type(error).__name__}: "
                 f"{error}",

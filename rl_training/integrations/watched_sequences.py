@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,19 @@ class WatchedSequences:
             self._policies.remember(wanted, self._scores(wanted), self._step)
         for part in (*self._generation, drawn):
             self._policies.note(part, self._step)
+
+    # ------------------------------------------------------------------ for a checkpoint
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values, for `load`."""
+        tensors, values = self._policies.state()
+        return tensors, {**values, "replays": self._replays}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave. Raises ValueError for what it did not give."""
+        if not isinstance(values.get("replays"), bool):
+            raise ValueError("its record of known sequences is incomplete")
+        self._policies.load(tensors, values)
+        self._replays = values["replays"]
 
     def _new(self, sequences: Sequence[RolloutSequence]) -> list[RolloutSequence]:
         return [s for s in sequences if self._policies.wants_score(s, self._step)]

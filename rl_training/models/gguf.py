@@ -9,10 +9,13 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +65,8 @@ def converted_folder(gguf: Path, cache_dir: Path | None = None) -> Path:
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-{os.getpid()}-", dir=cache))
+        _remove_leftovers(cache)
+        part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-{_host()}-{os.getpid()}-", dir=cache))
     except OSError as error:
         raise UserError(
             f"cannot write to the model cache {cache}: {error.strerror}; "
@@ -75,6 +79,22 @@ def converted_folder(gguf: Path, cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+_LEFT = re.compile(r".*\.part-(?P<host>[^-]+)-(?P<pid>[0-9]{1,9})-[^-]*")
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what processes of this machine that are no more were converting; a cache may be shared with others."""
+    for path in cache.glob("*.part-*"):
+        match = _LEFT.fullmatch(path.name)
+        if match is not None and match["host"] == _host() and not psutil.pid_exists(int(match["pid"])):
+            _logger.info("removing %s, which a process that was killed left", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _convert(gguf: Path, part: Path) -> None:

@@ -110,6 +110,19 @@ class SamplerWatch:
         self._steps, self._next = 0, 1
         self._drawn_now = self._warned = False
 
+    def state(self) -> list[Any]:
+        """What has been looked at, for `load`."""
+        check = self.check
+        return [self._steps, self._next, self._warned, check.difference, check.variance, check.tokens]
+
+    def load(self, state: Any) -> None:
+        """Go on from `state`. Raises ValueError."""
+        kinds = (int, int, bool, float, float, int)
+        if not isinstance(state, list) or [type(value) for value in state] != list(kinds):
+            raise ValueError("what was looked at of the sampler is not recorded")
+        self._steps, self._next, self._warned = state[:3]
+        self.check = SurprisalCheck(*state[3:])
+
     def step_begins(self) -> None:
         """Call it before the step's first micro-batch: only then is it known whether the trainer
         will generate.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
@@ -17,6 +19,18 @@ class PrefixSharing:
         self._model, self._sharing = model, sharing
         self._shares: bool | None = None
         self._longest_tried = 0
+
+    def state(self) -> list[Any]:
+        """For `load`: rows of another layout round otherwise."""
+        return [self._shares, self._longest_tried]
+
+    def load(self, state: Any) -> None:
+        """Go on from `state`. Raises ValueError."""
+        match state:
+            case [None | bool() as shares, int() as longest] if not isinstance(longest, bool):
+                self._shares, self._longest_tried = shares, longest
+            case _:
+                raise ValueError("how its rows are laid out is not recorded")
 
     def buckets(self, batch: SequenceBatch) -> Buckets:
         """How the rows of a batch are to be laid out."""

@@ -16,12 +16,13 @@ from entropy_core.fold_gradients import FoldGradients
 
 
 class RunningGradient:
-    """keep: weight of a gradient relative to one of the next step; 0 keeps the newest alone."""
+    """keep: weight of a gradient relative to one of the next step; 0 keeps the newest alone. value, weight: to go on from."""
 
-    def __init__(self, keep: float) -> None:
+    def __init__(self, keep: float, value: FoldGradients | None = None, weight: float = 0.0) -> None:
         self._keep = keep
-        self._weight = 0.0
-        self.value: FoldGradients | None = None
+        self.weight = weight
+        """Of all gradients so far, relative to the newest."""
+        self.value = value
 
     def add(self, newest: FoldGradients, steps: int = 1) -> None:
         """Take in a gradient that is `steps` optimizer steps newer than the last; it is kept or overwritten, so the caller must
@@ -29,12 +30,18 @@ class RunningGradient:
 
         Another number of folds than before (a step with fewer prompts) begins the average anew.
         """
-        older = self._keep**steps * self._weight
+        older = self._keep**steps * self.weight
         if self.value is None or older == 0.0 or self.value.count != newest.count:
-            self.value, self._weight = newest, 1.0
+            self.value, self.weight = newest, 1.0
             return
         self.value = self.value.blend(newest, older / (older + 1.0))
-        self._weight = older + 1.0
+        self.weight = older + 1.0
+
+
+def known(average: RunningGradient) -> FoldGradients:
+    """The value of an average that has taken in a gradient."""
+    assert average.value is not None
+    return average.value
 
 
 def keep_those_of(

@@ -114,7 +114,7 @@ class EntropyWatch:
     ) -> None:
         self._config, self._model, self.lockstep = config, model, lockstep
         self._sharing = sharing or Processes()
-        self._prefixes = PrefixSharing(model, self._sharing)
+        self.prefixes = PrefixSharing(model, self._sharing)
         self._critic = EntropyCritic(keep=config.critic_keep)
         self._correction = None if config.bias_keep is None else BiasCorrection(config.bias_keep)
         self._sum, self._level = RunningSum(), LocalLevel()
@@ -134,7 +134,7 @@ class EntropyWatch:
     def look(self, batch: SequenceBatch, with_hidden: bool = False) -> WatchedPass:
         """One pass over `batch` under the model as it is now."""
         if not is_spread(self._model):
-            buckets = self._prefixes.buckets(batch)
+            buckets = self.prefixes.buckets(batch)
             return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, with_hidden)
         try:
             return watched_pass(self._model, batch, length_buckets, self._sharing, True, with_hidden)
@@ -233,7 +233,7 @@ class EntropyWatch:
         pair = PairedEstimates.from_left_out(quiet.change, quiet.left_out, reference.change, reference.left_out)
         h, units = seen.entropy().value, _units(seen.batch)
         total = self._sum.add(quiet.change, quiet.left_out, units)
-        corrected = Estimate(quiet.change, quiet.standard_error, quiet.degrees_of_freedom)
+        corrected = _alone(pair)
         if self._correction is not None:
             corrected, total = self._correction.add(pair), self._correction.total()
         ratios = after.scores() - seen.statistics.scores()
@@ -275,9 +275,13 @@ class EntropyWatch:
         keep = self._config.bias_keep
         self._correction = None if keep is None else BiasCorrection(keep)
         for pair, entropy, steps in past:
-            quiet = Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
-            found = quiet if self._correction is None else self._correction.add(pair)
+            found = _alone(pair) if self._correction is None else self._correction.add(pair)
             self._level.add(found.scaled(1 / steps), entropy)
+
+
+def _alone(pair: PairedEstimates) -> Estimate:
+    """The change without correction, from what is recorded of it."""
+    return Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
 
 
 def _units(batch: SequenceBatch) -> list[str]:

@@ -61,5 +61,5 @@ def test_results(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_interruptions(tiny_policy: Path, tmp_path: Path) -> None:
-    found = Interruptions(commands(tiny_policy, tmp_path, tmp_path), tmp_path)
+    found = Interruptions(commands(tiny_policy, tmp_path, tmp_path, tmp_path), tmp_path)
     assert not troubles([*found.cases("train", "kill", 4), *found.cases("train", "full", 2)])

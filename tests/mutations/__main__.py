@@ -2,7 +2,7 @@
 
     python -m tests.mutations [--part i/n] [--rows FILE] [--page FILE...]
 
---part: every n-th fault. --rows: where to keep what was found, a line a fault. --page: write docs/mutations.md out of such files.
+--part: every n-th fault. --rows: where to keep what was found, a line a fault; those that stand there are left out. --page: write docs/mutations.md out of such files.
 Libraries are imported once; every fault has processes of its own, forked from there.
 """
 
@@ -140,7 +140,12 @@ def main() -> int:
         if nobody:
             print(f"the sound sources are refused: {nobody}")
             return 1
+        known = (
+            set() if not (asked.rows and asked.rows.exists()) else {json.loads(r)["name"] for r in asked.rows.open()}
+        )
         for number, fault in list(enumerate(FAULTS, start=1))[part - 1 :: parts]:
+            if fault.name in known:
+                continue
             scratch = root / f"{number}"
             scratch.mkdir()
             copy = copied(fault, root / f"{number}-copy")

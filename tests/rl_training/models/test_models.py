@@ -1,5 +1,6 @@
 """Models: whatever they come as, they arrive neutral; conversions are atomic; failures are one line."""
 
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -317,3 +318,18 @@ def test_the_bundled_model_loads_and_talks() -> None:
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=10, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
+
+
+def test_what_a_killed_conversion_left_is_removed_and_another_machines_is_not(gguf_file: Path, tmp_path: Path) -> None:
+    host = rl_training.models.gguf._host()
+    for name in (
+        f"old.part-{host}-999999999-x",
+        f"mine.part-{host}-{os.getpid()}-x",
+        "theirs.part-00000000-1-x",
+        "own.part-x",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    rl_training.models.gguf._remove_leftovers(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"mine.part-{host}-{os.getpid()}-x", "own.part-x", "theirs.part-00000000-1-x"]

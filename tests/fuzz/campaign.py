@@ -1,0 +1,140 @@
+"""Read changed files one after the other; what is neither read nor refused as it may be is a finding, made small, and kept.
+
+Every finding lies under `found/<target>/`, and the test suite reads each of them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.fuzz.targets import Target
+
+FOUND = Path(__file__).parent / "found"
+_SECONDS = 120
+"""That one file may take."""
+_BATCH = 150
+
+
+class Finding(AssertionError):
+    """What must not come of a file; `mark` tells kinds apart."""
+
+    def __init__(self, mark: str, said: str) -> None:
+        super().__init__(f"{mark}: {said}")
+        self.mark = mark
+
+
+class _Hangs(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    def over(*_: Any) -> None:
+        raise _Hangs
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read(target: Target, content: bytes) -> bool:
+    """Whether the file was read (else it was refused). Raises Finding."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), open(os.devnull, "w") as null:
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+            try:
+                with _limited():
+                    target.read(content, Path(folder))
+            except target.refusals as error:
+                if "\n" in str(error).strip():
+                    raise Finding("several lines", str(error)[:200]) from error
+                return False
+            except _Hangs as error:
+                raise Finding("no end", f"after {_SECONDS} s") from error
+            except BaseException as error:  # noqa: B036 - whatever it is, it is a finding
+                place = next(
+                    (f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(f.filename)), None
+                )
+                where = "" if place is None else f" in {Path(place.filename).name}:{place.name}"
+                raise Finding(f"{type(error).__name__}{where}", str(error)[:200]) from error
+    return True
+
+
+def _is_ours(name: str) -> bool:
+    return "site-packages" not in name and any(
+        part in name for part in ("entropy_core/", "rl_training/", "entropy_experiments/")
+    )
+
+
+@dataclass
+class Tally:
+    """tried, taken: files, and those that were read in spite of their changes. findings: mark -> what was said."""
+
+    tried: int = 0
+    taken: int = 0
+    findings: dict[str, str] = field(default_factory=dict)
+
+
+def campaign(target: Target, seconds: float, examples: int = 10**9, first_seed: int = 0, keep: bool = True) -> Tally:
+    """Try for so long, or so many. keep: write findings to `FOUND`."""
+    tally, ends, number = Tally(), time.monotonic() + seconds, first_seed
+    for content in target.seeds():
+        read(target, content)  # a sound file is no finding, and the first one pays for imports
+    while time.monotonic() < ends and tally.tried < examples:
+        worst: dict[str, bytes] = {}
+
+        @seed(number)
+        @settings(
+            max_examples=min(_BATCH, examples), deadline=None, database=None, suppress_health_check=tuple(HealthCheck.__members__.values()),
+            phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False, print_blob=False,
+        )  # fmt: skip
+        @given(target.mutants(target.seeds()))
+        def one(content: bytes) -> None:
+            if time.monotonic() > ends:
+                return
+            tally.tried += 1
+            try:
+                tally.taken += read(target, content)
+            except Finding as found:
+                if found.mark in tally.findings:
+                    return  # known: look for others
+                worst[found.mark] = content  # noqa: B023 - called before the next is made
+                raise
+
+        try:
+            one()
+        except Finding as found:
+            tally.findings[found.mark] = str(found)
+            if keep:
+                _keep(target, worst[found.mark])
+        number += 1
+    return tally
+
+
+def _keep(target: Target, content: bytes) -> None:
+    folder = FOUND / target.name.replace(" ", "_").replace(",", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / hashlib.sha256(content).hexdigest()[:12]).write_bytes(content)
+
+
+def kept(target: Target) -> list[bytes]:
+    """What earlier campaigns found."""
+    folder = FOUND / target.name.replace(" ", "_").replace(",", "")
+    return [path.read_bytes() for path in sorted(folder.glob("*"))]
