@@ -7,6 +7,7 @@ counts and correlations cannot be found again from that. `trainer_state.json` ke
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,11 @@ class ProbeHistory:
         found = callbacks.get(STATE_KEY)
         columns = _no_columns()
         if isinstance(found, Mapping) and isinstance(found.get("step"), list):
-            places = [i for i, step in enumerate(found["step"]) if step <= last_step]
+            places = [i for i, step in enumerate(found["step"]) if _is_step(step) and step <= last_step]
             for name in columns:
-                values = found.get(name, [])
-                columns[name] = [values[i] if i < len(values) else None for i in places]
+                values, known = found.get(name), _is_list if name in (DEVIATIONS, MEASURED_DEVIATIONS) else _is_number
+                values = values if isinstance(values, list) else []
+                columns[name] = [values[i] if i < len(values) and known(values[i]) else None for i in places]
         self._columns = callbacks[STATE_KEY] = columns
 
     def add(
@@ -128,6 +130,19 @@ def error_of_sum(errors: np.ndarray, deviations: Sequence[Any]) -> float | None:
 
 def _no_columns() -> dict[str, list[Any]]:
     return {name: [] for name in ("step", DEVIATIONS, MEASURED_DEVIATIONS, *KEPT)}
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    """Within what a float can be: JSON knows larger ones."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _floats(values: list[Any]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a probe rests on between two steps, as a file of a checkpoint: running averages, their ages, known policies.
 
-`entropy_probe-<rank>.probe` is in the format of safetensors; each process writes its own, since it holds a part of every gradient.
+`entropy_probe-<rank>.probe` is in the format of safetensors; each process writes its own, since it holds a part of each gradient.
 (The suffix is another, since programs that load models take every `*.safetensors` of a folder for weights.) A SHA-256 of the
 tensors is in the header, where also stands which settings and parameters they are of. Everything is checked when it is read.
 """

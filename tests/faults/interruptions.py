@@ -38,7 +38,7 @@ class Command:
 
 
 def commands(policy: Path, run: Path, results: Path, foreign: Path) -> dict[str, Command]:
-    """policy: of tests/tiny_policy. run: a finished run of 2 checkpoints. results: an analysis of it. foreign: others' formats."""
+    """policy: of tests/tiny_policy. run: of 2 checkpoints. results: an analysis of it. foreign: formats of other trainers."""
 
     def train(folder: Path) -> list[str]:
         small = {"prompts_per_step": 2, "completions_per_prompt": 4, "max_completion_length": 4}

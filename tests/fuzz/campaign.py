@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Flaky
 
 from tests.fuzz.targets import Target
 
@@ -26,6 +27,14 @@ FOUND = Path(__file__).parent / "found"
 _SECONDS = 120
 """That one file may take."""
 _BATCH = 150
+_ALL = tuple(HealthCheck.__members__.values())
+
+
+class _Seeds(tuple[bytes, ...]):
+    """Not to be shown at length."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} files"
 
 
 class Finding(AssertionError):
@@ -90,6 +99,7 @@ class Tally:
     tried: int = 0
     taken: int = 0
     findings: dict[str, str] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)
 
 
 def campaign(target: Target, seconds: float, examples: int = 10**9, first_seed: int = 0, keep: bool = True) -> Tally:
@@ -102,10 +112,10 @@ def campaign(target: Target, seconds: float, examples: int = 10**9, first_seed: 
 
         @seed(number)
         @settings(
-            max_examples=min(_BATCH, examples), deadline=None, database=None, suppress_health_check=tuple(HealthCheck.__members__.values()),
+            max_examples=min(_BATCH, examples), deadline=None, database=None, suppress_health_check=_ALL,
             phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False, print_blob=False,
         )  # fmt: skip
-        @given(target.mutants(target.seeds()))
+        @given(target.mutants(_Seeds(target.seeds())))
         def one(content: bytes) -> None:
             if time.monotonic() > ends:
                 return
@@ -116,14 +126,16 @@ def campaign(target: Target, seconds: float, examples: int = 10**9, first_seed: 
                 if found.mark in tally.findings:
                     return  # known: look for others
                 worst[found.mark] = content  # noqa: B023 - called before the next is made
+                tally.said[found.mark] = str(found)
                 raise
 
         try:
             one()
-        except Finding as found:
-            tally.findings[found.mark] = str(found)
-            if keep:
-                _keep(target, worst[found.mark])
+        except (Finding, Flaky):  # flaky: the time was over before it was seen again
+            for mark, content in worst.items():
+                tally.findings[mark] = tally.said[mark]
+                if keep:
+                    _keep(target, content)
         number += 1
     return tally
 

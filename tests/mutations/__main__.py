@@ -2,8 +2,8 @@
 
     python -m tests.mutations [--part i/n] [--rows FILE] [--page FILE...]
 
---part: every n-th fault. --rows: where to keep what was found, a line a fault; those that stand there are left out. --page: write docs/mutations.md out of such files.
-Libraries are imported once; every fault has processes of its own, forked from there.
+--part: every n-th fault. --rows: where to keep what was found, a line a fault; what stands there is left out. --page: write
+docs/mutations.md out of such files. Libraries are imported once; every fault has processes of its own, forked from there.
 """
 
 from __future__ import annotations
