@@ -49,19 +49,32 @@ def tokenize_prompts(
         rendering: as `rendering_of` finds it.
 
     Raises:
-        UserError: arguments that the template does not take.
+        UserError: arguments that the template does not take; a prompt that is neither text nor
+            messages.
     """
     rendering = rendering or PromptRendering()
     arguments = dict(rendering.arguments)
     if wrong := sorted(_DECIDED & arguments.keys()):
         raise UserError(f"chat_template_kwargs sets {wrong[0]!r}, which is not for the template to say: leave it out")
+    for prompt in prompts:
+        if not isinstance(prompt, str | list | tuple):
+            raise UserError(f"a prompt is a {type(prompt).__name__}: it must be a text or a list of chat messages")
     chats = [
         [_in_parts(message) for message in prompt] if rendering.contents_in_parts else prompt
         for prompt in prompts
         if not isinstance(prompt, str)
     ]
     rendered = iter(_render(tokenizer, chats, arguments))
-    return [list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else next(rendered) for prompt in prompts]
+    return [_of_text(tokenizer, prompt) if isinstance(prompt, str) else next(rendered) for prompt in prompts]
+
+
+def _of_text(tokenizer: Any, prompt: str) -> list[int]:
+    try:
+        return list(tokenizer(prompt)["input_ids"])
+    except (TypeError, UnicodeError) as error:
+        raise UserError(
+            f"the prompt {prompt[:40]!r} holds half a character, which no tokenizer takes: mend the text"
+        ) from error
 
 
 def _render(tokenizer: Any, chats: list[Any], arguments: dict[str, Any]) -> list[list[int]]:

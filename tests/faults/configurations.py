@@ -25,18 +25,19 @@ _PERHAPS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _leaves(kind: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def leaves(kind: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field that is no section."""
     for name, field in kind.model_fields.items():
         inner = field.annotation
         options = typing.get_args(inner) if isinstance(inner, types.UnionType) else (inner,)
         models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if len(models) == 1:
-            yield from _leaves(models[0], (*prefix, name))
+            yield from leaves(models[0], (*prefix, name))
         else:
             yield (*prefix, name)
 
 
-def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     for name in reversed(path):
         value = {name: value}
     return value
@@ -45,7 +46,7 @@ def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 def cases() -> Iterator[Case]:
     """Several hundred, each in microseconds."""
     for command, kind in CONFIGURATIONS.items():
-        for path in _leaves(kind):
+        for path in leaves(kind):
             where = ".".join(path)
             for what, value in _NEVER.items():
                 yield Case(f"configuration of {command}", f"{where}: {what}", _validate(kind, path, value), path[-1])
@@ -69,7 +70,7 @@ def cases() -> Iterator[Case]:
 
 
 def _validate(kind: type[Any], path: tuple[str, ...], value: Any) -> Any:
-    return lambda folder: validate_config(kind, _nested(path, value))
+    return lambda folder: validate_config(kind, nested(path, value))
 
 
 def _load(kind: type[Any], text: bytes) -> Any:
