@@ -3,8 +3,8 @@
     python -m tests.soak [--steps 2000] [--analyses 200] [--reports 50] [--write NAME]
 
 Of memory (resident, after a collection of garbage), open handles, threads and time of each repetition: the slope over all but
-the first quarter, with a 95% interval that allows for neighbours that err alike. The exit status is 1 where memory, handles or threads
-grow by more than that and more than `ALLOWED`.
+the first quarter, with a 95% interval that allows for neighbours that err alike. The exit status is 1 where memory, handles or
+threads grow by more than that and more than `ALLOWED`.
 """
 
 from __future__ import annotations
