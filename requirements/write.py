@@ -1,4 +1,4 @@
-"""Write the locks beside this file: every package that constraints.txt pins, with the SHA-256 of each file on PyPI that may serve.
+"""Write the locks beside this file: every package that constraints.txt pins, with the SHA-256 of each of its files on PyPI.
 
     python -m venv /tmp/locking && /tmp/locking/bin/pip install uv
     PATH=/tmp/locking/bin:$PATH python requirements/write.py
@@ -37,6 +37,7 @@ def blocks(text: str) -> list[str]:
 
 
 def main() -> int:
+    """Both files, with uv."""
     with tempfile.TemporaryDirectory() as folder:
         more, out = Path(folder) / "more.in", Path(folder) / "lock.txt"
         more.write_text("\n".join(_BESIDE) + "\n")
