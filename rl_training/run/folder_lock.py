@@ -60,6 +60,25 @@ def run_folder_locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def in_use_by(folder: Path) -> str | None:
+    """Who is writing into a run's folder, in words; None where nobody is, as far as can be told from here."""
+    path = folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _who(_holder(path))
+    except OSError:  # no locks on this file system: go by the content
+        holder = _holder(path)
+        return _who(holder) if holder is not None and _lives(holder) else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def holds_something(folder: Path) -> bool:
     """Whether anything but a lock lies in the folder."""
     return folder.is_dir() and any(path.name != LOCK_NAME for path in folder.iterdir())
@@ -109,9 +128,14 @@ def _holder(path: Path) -> dict[str, object] | None:
 
 
 def _refusal(what: str, holder: dict[str, object] | None) -> str:
-    who = "another process" if holder is None else f"process {holder['pid']} on {holder.get('host')}"
-    since = f" since {holder['since']}" if holder is not None and "since" in holder else ""
-    return f"{what} is in use by {who}{since}: wait for it to end, or choose another output folder"
+    return f"{what} is in use by {_who(holder)}: wait for it to end, or choose another output folder"
+
+
+def _who(holder: dict[str, object] | None) -> str:
+    if holder is None:
+        return "another process"
+    since = f" since {holder['since']}" if "since" in holder else ""
+    return f"process {holder['pid']} on {holder.get('host')}{since}"
 
 
 def _lives(holder: dict[str, object]) -> bool:

@@ -3,6 +3,8 @@ acts on the terminal.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from entropy_experiments.cli import app
 from entropy_experiments.console.doctor import diagnose, examine
 from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
+from rl_training.run.folder_lock import run_folder_locked
 from rl_training.run.sidecar import SIDECAR_NAME
 from tests.entropy_experiments.checkpoint_edits import edit_json
 from tests.entropy_experiments.checkpoint_zoo import lora, plain_checkpoint, trainer_groups
@@ -107,3 +110,17 @@ def test_a_template_that_fails_is_one_line(template: str) -> None:
 def test_tools_that_are_none_are_one_line() -> None:
     with pytest.raises(UserError, match=r"cannot be rendered with \['tools'\]"):
         tokenize_prompts(character_tokenizer(), [[{"role": "user", "content": "1+1"}]], PromptRendering({"tools": [1]}))
+
+
+def test_a_run_that_is_under_way_is_told_from_one_that_ended(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    with run_folder_locked(run):
+        for place in (run, sorted(run.glob("checkpoint-*"))[0]):
+            assert [line for line in examine(place)[0] if f"under way: process {os.getpid()}" in line], place
+    assert not [line for line in examine(run)[0] if "under way" in line]
+    with run_folder_locked(tmp_path / "begun"), pytest.raises(UserError, match=r"written by process \d+ .*no whole"):
+        examine(tmp_path / "begun")
+    (tmp_path / "begun").mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "begun" / ".lock")
+    with pytest.raises(UserError):
+        examine(tmp_path / "begun")
