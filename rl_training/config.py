@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from rl_training.configuration import StrictModel
+from rl_training.controller_config import EntropyControllerConfig
 from rl_training.probe_config import EntropyProbeConfig
 
 # YAML has lists only; tuples keep the configuration immutable.
@@ -224,6 +225,8 @@ class TrainConfig(StrictModel):
     """Run."""
     entropy_probe: EntropyProbeConfig = EntropyProbeConfig()
     """Probe."""
+    entropy_controller: EntropyControllerConfig = EntropyControllerConfig()
+    """Controller, which changes training where it is enabled."""
 
     @model_validator(mode="after")
     def _buffer_is_consistent(self) -> Self:
@@ -233,5 +236,9 @@ class TrainConfig(StrictModel):
         if self.entropy_probe.enabled and self.task.heldout_size < 2:
             raise ValueError(
                 "the entropy probe needs two held-out prompts or more: set task.heldout_size or disable it"
+            )
+        if self.entropy_controller.enabled and self.task.heldout_size < 2:
+            raise ValueError(
+                "the entropy controller needs two held-out prompts or more: set task.heldout_size or disable it"
             )
         return self

@@ -22,6 +22,7 @@ from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
 from rl_training.errors import UserError
+from rl_training.integrations.entropy_controller import EntropyControllerCallback, attach_entropy_controller
 from rl_training.integrations.step_recorder import record_steps
 from rl_training.integrations.trl import EntropyProbeCallback, attach_entropy_probe
 from rl_training.models.load import add_lora, load_model_and_tokenizer
@@ -54,6 +55,8 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    if config.entropy_controller.enabled:
+        attach_entropy_controller(trainer, None, config.entropy_controller, task.heldout, console=False)
     if config.entropy_probe.enabled:
         attach_entropy_probe(trainer, config.entropy_probe, task.heldout, console=False)
     return trainer, task
@@ -148,8 +151,10 @@ def _train(config: TrainConfig, folder: Path, quiet: bool, resume: bool) -> Path
     trainer.add_callback(written)
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
     record_steps(trainer)
-    probes = [c for c in trainer.callback_handler.callbacks if isinstance(c, EntropyProbeCallback)]
-    console = ConsoleCallback("\n".join([task.describe(), *(p.describe() for p in probes)]), bool(probes))
+    callbacks = trainer.callback_handler.callbacks
+    probes = [c for c in callbacks if isinstance(c, EntropyProbeCallback)]
+    told = [c for c in callbacks if isinstance(c, EntropyControllerCallback)] + probes
+    console = ConsoleCallback("\n".join([task.describe(), *(c.describe() for c in told)]), bool(probes))
     if not quiet:
         trainer.add_callback(console)
     try:

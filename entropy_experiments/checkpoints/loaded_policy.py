@@ -40,6 +40,10 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None,
         if premise is None or not premise.made:
             why = "no step had a gradient, or the release was older" if premise is None else premise.trouble
             unknown.append(f"that the run's gradient is the one that its recorded weights say ({why})")
+        if sidecar.entropy_controller is not None:
+            unknown.append(
+                "what an entropy controller adds to the next step: the analysed one is the loss's own, without it"
+            )
     if with_optimizer and (sidecar is None or sidecar.optimizer_class is None):
         unknown.append(
             "that torch's AdamW took its steps (no class is recorded, and a subclass may keep the same state)"

@@ -132,6 +132,7 @@ def describe_run(
         rollouts_sha256=file_digest(record) if (record := _rollouts(trainer)).is_file() else None,
         witness=_witness(trainer, model, sampling.sampling_config()),
         gradient_premise=_gradient_premise(trainer),
+        entropy_controller=getattr(trainer, "entropy_controller", None),
     )
 
 

@@ -60,6 +60,15 @@ def watched_source(trainer: Any, rows: Sequence[dict[str, Any]] | None, config: 
     return WatchedSource(config.model_copy(update={"rollouts": "pool"}), prompts, None)
 
 
+def held_out_prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """Prompts for a pool of held-out sequences: `rows`, or those of the trainer's evaluation set, or else of its training set.
+
+    Raises:
+        UserError: where none can be drawn of.
+    """
+    return _prompts(trainer, rows, "pool")
+
+
 def _spread_weights(trainer: Any) -> str | None:
     """What will spread the policy's weights over processes once training begins."""
     if getattr(trainer, "is_fsdp_enabled", False):

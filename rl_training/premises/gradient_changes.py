@@ -34,6 +34,7 @@ class GradientChanges:
         self._steps = 0
         self._hooked: Any = None
         reader.after_micro_batch.append(self._keep)
+        reader.after_addition.append(self._keep_again)
 
     def watch(self, optimizer: Any) -> None:
         """Begin to watch an optimizer.
@@ -51,6 +52,9 @@ class GradientChanges:
             self._steps += 1
             watched = not self._steps & (self._steps - 1)
             self._kept = self._some() if watched else {}
+
+    def _keep_again(self) -> None:
+        self._kept = self._some() if self._kept else {}
 
     def _some(self) -> dict[str, Tensor]:
         found = {n: p.grad for n, p in self._model.named_parameters() if p.grad is not None and not p.grad.is_sparse}

@@ -69,6 +69,10 @@ class LossReader:
         self.after_micro_batch: list[Callable[[list[LossReading]], None]] = []
         """Called after every micro-batch's backward pass, with its readings."""
         self.before_micro_batch: list[Callable[[], None]] = []
+        self.after_forward: list[Callable[[LossReading, Tensor | None], None]] = []
+        """Called after every forward pass of a loss with its reading and (n, L) entropies, before the loss is made of them."""
+        self.after_addition: list[Callable[[], None]] = []
+        """Called by what adds to the step's gradient on purpose (the entropy controller), once it has."""
         self.watch_random = False
         self._trainer = trainer
         self._inside = self._step_is_whole = False
@@ -153,6 +157,8 @@ class LossReader:
         inputs = sorted(k for k, v in given.items() if v is not None and k not in {*_TOKENS, *_NO_INPUTS, "model"})
         reading = LossReading(given["input_ids"], given["attention_mask"], logprobs.detach(), tuple(inputs), drew)
         self.micro_batches[-1].append(reading)
+        for call in self.after_forward:  # before the hooks below, which would take such a gradient for the loss's
+            call(reading, entropies)
 
         def note(name: str) -> Callable[[Tensor], None]:
             return lambda gradient: setattr(reading, name, gradient.detach())

@@ -116,6 +116,8 @@ class Sidecar(StrictModel):
     """None where none was recorded."""
     gradient_premise: SidecarGradientPremise | None = None
     """None where no step had a gradient yet, or the release did not check."""
+    entropy_controller: of.LongText | None = None
+    """What an entropy controller added to the gradient, which no sequence's weight says; None where there was none."""
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:

@@ -1,0 +1,109 @@
+"""Schedules of the target, and what the filtered level makes of looks and predictions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from rl_training.control.level import EntropyLevel
+from rl_training.control.target import TargetPath
+from rl_training.controller_config import EntropyControllerConfig
+
+
+def _path(**settings) -> TargetPath:
+    path = TargetPath(EntropyControllerConfig(**settings))
+    path.begin(0.7)
+    return path
+
+
+def test_schedules() -> None:
+    assert [_path().at(step, 100) for step in (0, 50)] == [0.7, 0.7], "null holds what the first step finds"
+    assert _path(target=0.5).at(50, 100) == 0.5
+    line = _path(target=0.5, schedule="linear", final_target=0.3)
+    assert [line.at(step, 100) for step in (0, 25, 100, 120)] == pytest.approx([0.5, 0.45, 0.3, 0.3])
+    curve = _path(target=0.5, schedule="cosine", final_target=0.3, schedule_steps=10)
+    assert [curve.at(step, 100) for step in (0, 5, 10)] == pytest.approx([0.5, 0.4, 0.3])
+    assert 0.5 - curve.at(1, 100) < 0.3 * (0.5 - line.at(10, 100)), "a cosine begins flat"
+
+
+def test_the_gate_opens_once_the_running_reward_has_come_so_far() -> None:
+    path = _path(target=0.5, schedule="reward_gated", final_target=0.3, schedule_steps=10, reward_gate=0.6)
+    path.note_reward(0, 0.5)
+    for step in range(1, 10):
+        path.note_reward(step, 0.59)
+    assert path.at(40, 100) == 0.5
+    path.note_reward(10, None)
+    path.note_reward(11, math.nan)
+    for step in range(20, 40):
+        path.note_reward(step, 0.7)
+    opened = path.state()["opened"]
+    assert 20 < opened < 30 and path.at(opened + 5, 100) == pytest.approx(0.4)
+    path.note_reward(50, 0.0)
+    assert path.at(opened + 10, 100) == pytest.approx(0.3), "an open gate stays open"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"final_target": 0.3},
+        {"schedule": "linear"},
+        {"schedule": "reward_gated", "final_target": 0.3},
+        {"schedule": "linear", "final_target": 0.3, "reward_gate": 0.5},
+        {"alpha_min": 0.1},
+        {"target": 0.0},
+    ],
+)
+def test_settings_that_do_not_belong_together_are_refused(settings) -> None:
+    with pytest.raises(ValidationError):
+        EntropyControllerConfig(**settings)
+
+
+def test_the_level_is_nearer_to_the_truth_than_looks_and_takes_over_a_constant_bias() -> None:
+    """Drift 0.002 a step of which half is predicted; looks err by 0.03."""
+    rng, level, truth = np.random.default_rng(0), EntropyLevel(0.2, 0.02, 0.01), 0.5
+    errors, looks, biases = [], [], []
+    for _ in range(400):
+        look = truth + 0.03 * rng.standard_normal()
+        errors.append(level.see(look) - truth)
+        looks.append(look - truth)
+        level.expect(-0.001)
+        truth -= 0.002
+        biases.append(level.bias)
+    assert np.std(errors[100:]) < 0.5 * np.std(looks[100:])
+    assert np.mean(biases[100:]) == pytest.approx(-0.001, abs=3e-4), "the integral term does not find the bias"
+    assert abs(np.mean(errors[100:])) < 0.004, "the level lags behind what is not predicted"
+
+
+def test_the_offset_of_the_steps_own_completions_is_learned() -> None:
+    """A trainer that prefers undecided prompts: its completions are 0.1 above the held-out ones, whose looks err by 0.05."""
+    rng, level = np.random.default_rng(1), EntropyLevel(0.2, 0.02, 0.01)
+    found = [level.see(0.4 + 0.05 * rng.standard_normal(), 0.5 + 0.02 * rng.standard_normal()) for _ in range(400)]
+    assert found[0] == pytest.approx(0.49, abs=0.03), "the first look is nearly the step's own"
+    assert np.mean(found[200:]) == pytest.approx(0.4, abs=0.01)
+    assert np.std(found[200:]) < 0.015
+
+
+def test_the_bias_is_bounded_and_a_look_that_is_not_finite_changes_nothing() -> None:
+    level = EntropyLevel(0.2, 0.5, 0.01)
+    level.see(0.5)
+    for _ in range(10):
+        level.see(5.0)
+    assert level.bias == 0.01
+    before = level.value
+    assert level.see(math.nan) == before + 0.01
+
+
+def test_states_go_on() -> None:
+    one, other = EntropyLevel(0.2, 0.02, 0.01), EntropyLevel(0.2, 0.02, 0.01)
+    for look in (0.5, 0.51, 0.47):
+        one.see(look)
+        one.expect(-0.01)
+    other.load(one.state())
+    assert one.see(0.4) == other.see(0.4) and one.bias == other.bias
+    path, again = _path(target=0.5), _path(target=0.4)
+    path.note_reward(0, 0.5)
+    again.load(path.state())
+    assert again.state() == path.state()
