@@ -25,7 +25,7 @@ U_STATISTIC = "coverage of the U-statistic of a single batch"
 COVERED: dict[str, tuple[str, ...]] = {
     "fold_gradients.predict": (FOLDS,),
     "measurement._measure": (MEASURED, GIVEN),
-    "token_ratios.token_ratio_change": (MEASURED,),
+    "token_ratios._with_error": (MEASURED,),
     "uncertainty.jackknife_over_prompts": ("coverage of what leaving out the costliest spares",),
     "adapters.higher_order": (PREDICTED,),
     "adapters.weighting_schemes": (RULE,),
@@ -65,6 +65,8 @@ COVERED: dict[str, tuple[str, ...]] = {
     "estimate_entries.ratio_estimate": (ENTROPY, "coverage of entropy per completion"),
     "estimates.known": (WEIGHTING,),
     "history.probed_sums": (PROBED, CORRELATION),
+    "history._difference": (PROBED, RULE),
+    "step_errors.over_prompts": (PREDICTED,),
     "left_out_evaluation_prompts.interval_columns": (SHARE, "coverage of the effect of leaving a sequence out"),
     "who_was_first._first": (SHARE, "the set named first holds the first"),
     "first_over_run.first_over_run": (SUM, "one that is named first is the first"),

@@ -21,6 +21,7 @@ Source: docs/theory/entropy-critic.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -81,16 +82,50 @@ def token_ratio_change(
     Raises:
         ValueError: log-probabilities that are not finite before or after, naming the sequence.
     """
-    numbers = sequence_sums(before, after, batch, values, decay)
+    return _with_error(_change, sequence_sums(before, after, batch, values, decay), batch, log_weights)
+
+
+def token_ratio_derivative(
+    statistics: TokenStatistics,
+    derivatives: TokenStatistics,
+    batch: SequenceBatch,
+    values: Tensor | None = None,
+    decay: float = 1.0,
+    log_weights: Tensor | None = None,
+) -> TokenRatioChange:
+    """Derivative of `token_ratio_change` in the update, at none, with its error over prompts.
+
+        D dh = [ sum_t sum_k D H_k + sum_t sum_k A_k D log pi(a_k) - h sum_t sum_k B_k D log pi(a_k) ] / sum_t T_t
+
+    Args:
+        statistics: of `batch` under the policy before the update.
+        derivatives: along the update (entropy_core.directional.token_derivatives).
+        batch, values, decay, log_weights: as in `token_ratio_change`.
+
+    Returns:
+        The change to first order; that of each prompt's part has its own h and lengths left out
+        with it.
+    """
+    mask = batch.completion_mask
+    of_entropy, of_length = _advantages(statistics.entropies, mask, values, decay)
+    along, change = derivatives.logprobs.double() * mask, derivatives.entropies.double() * mask
+    columns = (statistics.entropies.double() * mask, mask.double(), change, along * of_entropy, along * of_length)
+    return _with_error(_derivative, torch.stack([column.sum(1) for column in columns], 1), batch, log_weights)
+
+
+def _with_error(
+    statistic: Callable[[Tensor], Tensor], numbers: Tensor, batch: SequenceBatch, log_weights: Tensor | None
+) -> TokenRatioChange:
+    """A statistic (...,) of (..., 5) sums over sequences, with its jackknife over prompts; numbers: (N, 5)."""
     weights = torch.ones(len(batch), dtype=torch.float64, device=batch.device)
     if log_weights is not None:
         weights = torch.softmax(log_weights.double(), 0) * len(batch)
     by_prompt = sums_over_prompts(numbers * weights[:, None], batch.prompt_index)
     total = by_prompt.sum(0)
-    left_out = _change(total - by_prompt)
+    left_out = statistic(total - by_prompt)
     pseudo = left_out - left_out.mean()
     return TokenRatioChange(
-        change=float(_change(total)),
+        change=float(statistic(total)),
         standard_error=jackknife_standard_error(left_out),
         degrees_of_freedom=effective_degrees_of_freedom(pseudo.cpu()),
         fixed_prefix=float(total[2] / total[1]),
@@ -168,3 +203,9 @@ def _change(sums: Tensor) -> Tensor:
     entropy, tokens, fixed, ratio, length = sums.unbind(-1)
     h = entropy / tokens
     return (fixed + ratio - h * length) / (tokens + length)
+
+
+def _derivative(sums: Tensor) -> Tensor:
+    """(...,) D dh of (..., 5) sums of derivatives: `_change` to first order, where its numerator is 0."""
+    entropy, tokens, fixed, ratio, length = sums.unbind(-1)
+    return (fixed + ratio - entropy / tokens * length) / tokens

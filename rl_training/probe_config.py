@@ -77,7 +77,8 @@ class EntropyProbeConfig(StrictModel):
     memory_limit: ByteSize | None = None
     """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
     standard_error_folds: NonNegativeInt | None = None
-    """Parts of the prompts whose spread is the standard error (null: 4; 2 beyond 50M weights); 0 or 1: none, any model."""
+    """Parts of the prompts whose spread is the standard error; 0 or 1: none. Null: each prompt under `mode: watch`, else 4 parts
+    (2 beyond 50M weights)."""
     per_completion: bool = False
     """Log predicted changes in nats per completion as well, for one more backward pass."""
     predictors: bool = False
@@ -113,6 +114,15 @@ class EntropyProbeConfig(StrictModel):
     def keeps_gradients(self) -> bool:
         """Whether a prediction may rest on a gradient of an earlier step."""
         return self.averaging > 0 or (self.mode != "watch" and self.refresh_every > 1)
+
+    @property
+    def errors_over_prompts(self) -> bool:
+        """Whether predictions have the errors of derivatives along the step, prompt by prompt, and not those of folds."""
+        return self.mode == "watch" and (self.estimator, self.averaging, self.standard_error_folds) == (
+            "critic",
+            0.0,
+            None,
+        )
 
     @property
     def gradients_and_remedy(self) -> tuple[str, str]:

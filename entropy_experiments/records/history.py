@@ -7,6 +7,7 @@ checkpoint's `trainer_state.json` (rl_training.probe.history), which is taken in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,17 @@ import numpy as np
 from entropy_experiments.records.history_rows import HistoryRow, values_of
 from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.correlation import Correlation, correlation
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from entropy_experiments.text.numbers import as_number
 from rl_training.intervals import interval, welch_freedom
-from rl_training.probe.history import DEVIATIONS, KEPT, MEASURED_DEVIATIONS, STATE_KEY, error_of_sum
+from rl_training.probe.history import (
+    DEVIATIONS,
+    FOLDS,
+    KEPT,
+    MEASURED_DEVIATIONS,
+    STATE_KEY,
+    error_of_sum,
+)
 
 # The first of several names that was logged counts; each with its error and the degrees of freedom behind that.
 _LOGGED = {
@@ -114,11 +123,14 @@ def _probed_steps(trainer_state: Mapping[str, Any]) -> dict[int, dict[str, Any]]
 class ProbedSums:
     """Sums over the steps that were predicted and measured on a sample to be trusted, nats per token, with 95% intervals; the
     correlation over them; and how many further steps were measured on an effective sample of less than half the sequences.
+
+    difference: predicted minus measured, with the error of that difference; None where the two are not known on the same prompts.
     """
 
     steps: int
     predicted: Known
     measured: Known
+    difference: Known | None
     correlation: Correlation | None
     left_out: int
 
@@ -126,7 +138,7 @@ class ProbedSums:
 def probed_sums(rows: Sequence[HistoryRow]) -> ProbedSums | None:
     """None where no step has both and can be trusted.
 
-    Predictions share a running average, measurements on held-out sequences some of these: their errors add fold by fold
+    Predictions share a running average, or held-out sequences, measurements these: their errors add fold by fold
     (rl_training.probe.history.error_of_sum). Of measurements on each step's own sequences they add in quadrature.
     """
     predicted, measured = (values_of(rows, f"probe_{name}") for name in ("predicted", "measured"))
@@ -138,17 +150,43 @@ def probed_sums(rows: Sequence[HistoryRow]) -> ProbedSums | None:
     errors, freedoms = (
         [values_of(chosen, f"probe_{name}_{end}") for name in ("predicted", "measured")] for end in ("se", "df")
     )
-    error = error_of_sum(errors[0], [row.probe_predicted_deviations for row in chosen])
+    deviations = [[row.probe_predicted_deviations for row in chosen], [row.probe_measured_deviations for row in chosen]]
     sums = [Known(float(predicted[used].sum())), Known(float(measured[used].sum()))]
+    error = error_of_sum(errors[0], deviations[0])
     if error is not None and np.isfinite(freedoms[0]).all():
-        sums[0] = Known(sums[0].value, *interval(sums[0].value, error, float(freedoms[0].min())))
+        sums[0] = Known(
+            sums[0].value, *interval(sums[0].value, error, _freedom_of_sum(freedoms[0].tolist(), deviations[0]))
+        )
     if np.isfinite(errors[1]).all() and np.isfinite(freedoms[1]).all():
         freedom = welch_freedom(zip(errors[1].tolist(), freedoms[1].tolist(), strict=True))
-        shared = [row.probe_measured_deviations for row in chosen]
-        error = error_of_sum(errors[1], shared) if any(shared) else float(np.linalg.norm(errors[1]))
-        sums[1] = Known(sums[1].value, *interval(sums[1].value, error or 0.0, freedom))
+        error = float(np.linalg.norm(errors[1]))
+        if any(deviations[1]):
+            error, freedom = error_of_sum(errors[1], deviations[1]) or 0.0, _freedom_of_sum([freedom], deviations[1])
+        sums[1] = Known(sums[1].value, *interval(sums[1].value, error, freedom))
+    alone = (values_of(chosen, "probe_measured_over") == 1.0).all()
+    apart = _difference(sums[0].value - sums[1].value, *deviations) if alone else None
     found = correlation(predicted[used], measured[used])
-    return ProbedSums(len(used), sums[0], sums[1], found, int((both & low).sum()))
+    return ProbedSums(len(used), sums[0], sums[1], apart, found, int((both & low).sum()))
+
+
+def _difference(value: float, predicted: Sequence[Any], measured: Sequence[Any]) -> Known | None:
+    """Of two sums whose deviations are of the same parts of the prompts; None where they are not."""
+    pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if p and m and len(p) == len(m) == FOLDS]
+    if len(pairs) < len(predicted):
+        return None
+    apart = [(np.asarray(p, np.float64) - np.asarray(m, np.float64)).tolist() for p, m in pairs]
+    error = float(np.linalg.norm(np.sum(apart, axis=0)))
+    return Known(value, *interval(value, error, _freedom_of_sum([], apart)))
+
+
+def _freedom_of_sum(freedoms: Sequence[float], deviations: Sequence[Any]) -> float:
+    """Degrees of freedom behind `error_of_sum`: of the summed deviations where they add up part by part, else the fewest of any
+    summand's."""
+    known = [d for d in deviations if isinstance(d, list | tuple) and d]
+    if not known or len(known) < len(deviations) or len({len(d) for d in known}) > 1:
+        return min(freedoms, default=math.inf)
+    total = np.asarray(known, np.float64).sum(0)
+    return float(effective_degrees_of_freedom(total))
 
 
 def holds_means(rows: Sequence[HistoryRow]) -> bool:

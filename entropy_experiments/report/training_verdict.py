@@ -36,9 +36,10 @@ def probe_sentence(history: Sequence[HistoryRow]) -> Sentence | None:
     sums = probed_sums(history)
     if sums is None or sums.steps < 2:
         return None
+    apart = "" if sums.difference is None else f"on the same prompts they differ by {sums.difference.text()}; "
     text = (
         f"While training, the probe predicted {counted(sums.steps, 'step')}: the predicted changes sum to "
-        f"{sums.predicted.text()}, the measured ones to {sums.measured.text()} {_UNIT} ({BRACKETS}); "
+        f"{sums.predicted.text()}, the measured ones to {sums.measured.text()} {_UNIT} ({BRACKETS}); {apart}"
         f"{correlation_words(sums.correlation, sums.steps)}"
     )
     if sums.left_out:

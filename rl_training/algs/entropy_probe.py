@@ -30,12 +30,10 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import TokenCoefficients, normalized_weights
-from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_statistics
+from entropy_core.directional import weights_moved
+from entropy_core.fold_gradients import FoldGradients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
-from entropy_core.passes.fold_rows import FoldRows
-from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
@@ -43,11 +41,12 @@ from rl_training.errors import UserError
 from rl_training.probe.change import EntropyChange, StepParts
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
-from rl_training.probe.prefix_sharing import PrefixSharing
+from rl_training.probe.observed_passes import ObservedPasses
 from rl_training.probe.probe_state import ProbeState
 from rl_training.probe.running_gradient import RunningGradient, keep_those_of, known
 from rl_training.probe.score_term import FusedScore
 from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, attribute_sequences, clip_coefficient
+from rl_training.probe.step_errors import Along
 from rl_training.probe.step_parts import (
     copies,
     counterfactual,
@@ -68,8 +67,7 @@ from rl_training.probe.step_prediction import (
     SCORE_TERM,
     Objective,
     StepPrediction,
-    Wanted,
-    coefficients_of,
+    add_errors,
     folds_of,
     objectives_of,
     of_completions,
@@ -97,10 +95,10 @@ class SimpleEntropyProbe:
         self._config = config or EntropyProbeConfig(mode="simple")
         self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or Processes()
-        self.prefixes = PrefixSharing(model, self._sharing)
-        self._rows, self._passes = FoldRows(), PassState(model, true_derivatives=True)
         self._said: set[str] = set()
         self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
+        self._take = ObservedPasses(model, self._sharing, self.folds, self._say_once)
+        self.prefixes = self._take.prefixes
         if self._config.takes_gradients:
             refuse_beyond(self._config.memory_limit, self.memory_bytes(), *self._config.gradients_and_remedy)
         self.reset()
@@ -145,7 +143,7 @@ class SimpleEntropyProbe:
         else None; the predictors of the literature are then added, at learning rate 1.
         """
         wanted = {PER_TOKEN: (self._config.estimator, True), PER_COMPLETION: (of_completions(self._config), False)}
-        seen, gradients = self._gradients(rollouts, drawn_scores, None, wanted)
+        seen, gradients = self._take.gradients(rollouts, drawn_scores, None, wanted)
         whole = not isinstance(param_update, AdamWUpdate)
 
         def along(key: str) -> StepParts:
@@ -160,8 +158,7 @@ class SimpleEntropyProbe:
     # ------------------------------------------------------------------ around a step
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:
         """Token statistics under the model as it is now, e.g. to remember `scores()` of sequences it has just drawn."""
-        with self._passes:
-            return shared_statistics(self._model, batch, self.prefixes.buckets(batch), self._sharing, with_variances)
+        return self._take.statistics(batch, with_variances)
 
     def observe(
         self,
@@ -184,7 +181,7 @@ class SimpleEntropyProbe:
             seen = self.statistics(batch, with_variances)
             self._observation = Observation(batch, seen, joint_log_weights(seen, drawn_scores, prior_log_weights))
             return self._observation
-        self._observation, self._newest = self._gradients(
+        self._observation, self._newest = self._take.gradients(
             batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances, critic
         )
         return self._observation
@@ -194,11 +191,13 @@ class SimpleEntropyProbe:
         optimizer: torch.optim.Optimizer,
         training: TrainingSequences | None = None,
         score: FusedScore | None = None,
+        along: Along | None = None,
     ) -> None:
         """Predict the step that `optimizer` is about to take; its gradients must be final (clipped, not yet stepped).
 
         training: the sequences of the step, for `mode: attribution` and `predictors`. score: under `fused`, the step's score
-        term (rl_training.probe.score_term); the observed sequences then give the fixed-prefix term alone.
+        term (rl_training.probe.score_term); the observed sequences then give the fixed-prefix term alone. along: derivatives of
+        what was observed, whose errors are used in place of those of folds (rl_training.probe.step_errors).
 
         Raises UserError where no trained parameter has a gradient here (the optimizer steps elsewhere), or where `fused` or
         `preconditioning` ask for what this optimizer's step does not have; ValueError for a loss that cannot be attributed.
@@ -220,7 +219,7 @@ class SimpleEntropyProbe:
         if why is not None:
             if score is not None:
                 raise UserError(f"fused=true needs the parts of an AdamW step ({why}): set fused=false")
-            self._prediction = StepPrediction(copies(parameters), rivals)
+            self._prediction = StepPrediction(copies(parameters), rivals, along=along)
             return
         update = upcoming_step(parameters, optimizer, how)
         if update is None:
@@ -254,7 +253,10 @@ class SimpleEntropyProbe:
         }
         if score is not None:
             parts[PER_TOKEN] = parts[PER_TOKEN] + parts.pop(SCORE_TERM)
-        self._prediction = StepPrediction(copies(parameters), rivals, parts, total, same_tokens, shares, effects)
+        left_out = add_errors(parts, update, total, along, self._observation, self._say_once)
+        self._prediction = StepPrediction(
+            copies(parameters), rivals, parts, total, same_tokens, shares, effects, along, left_out
+        )
 
     def examine(self, optimizer: torch.optim.Optimizer) -> str | None:
         """Why the steps of this optimizer have no known parts, said once; None where they have.
@@ -283,11 +285,11 @@ class SimpleEntropyProbe:
     ) -> tuple[Tensor, Tensor | None]:
         gradient, how = known(self._averages[PER_TOKEN]).total(), self._config.preconditioning
         scales = [make(parameters, optimizer, how) for make in (step_per_gradient, effect_metric)]
-        limits = (self._sharing, self._rows, self._gradient_tolerance)
+        limits = (self._sharing, self._take.rows, self._gradient_tolerance)
         found = attribute_sequences(self._model, training, gradient, scales[0] or {}, *limits, metric=scales[1])
-        if self._rows.failure is not None:
+        if self._take.rows.failure is not None:
             self._say_once(
-                f"{self._rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
+                f"{self._take.rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
                 "a step: use mode=simple if that is too long"
             )
         return found.shares, found.effects
@@ -307,17 +309,18 @@ class SimpleEntropyProbe:
         self._steps_since += steps or self._config.log_every
         if made is None:
             return None
-        parts, same_tokens, as_split = self._of_step_taken(made)
-        predictors = dict(made.predictors)
+        made = self._of_step_taken(made, seen)
+        parts, predictors = made.parts, dict(made.predictors)
         if self._config.predictors:
             predictors["score_function"] = parts[SCORE_FUNCTION].total.value
             predictors["without_momentum"] = parts[PER_TOKEN].batch.value
         change = replace(
             self._change(seen, parts[PER_TOKEN], parts.get(PER_COMPLETION)),
-            same_tokens=same_tokens,
+            same_tokens=made.same_tokens,
             predictors=predictors,
-            shares=made.shares if as_split else None,
-            effects=made.effects if as_split else None,
+            shares=made.shares,
+            effects=made.effects,
+            left_out=made.left_out,
         )
         if seen is None or not measure:
             return change
@@ -325,17 +328,18 @@ class SimpleEntropyProbe:
         snis, fixed = snis_entropy_change(*both), fixed_prefix_entropy_change(*both)
         return replace(change, measured=snis, measured_fixed_prefix=fixed)
 
-    def _of_step_taken(self, made: StepPrediction) -> tuple[dict[str, StepParts], float, bool]:
-        """The prediction, `same_tokens`, and whether the step that was taken is the one that the parts and shares are of."""
+    def _of_step_taken(self, made: StepPrediction, seen: Observation | None) -> StepPrediction:
+        """What was predicted, held against the step that was taken: where that is another one, its total alone, without shares."""
         after, off = trainable_parameters(self._model), None
         if made.parts and self._config.preconditioning == "actual":
             off = unexplained(made.before, after, made.step)
         if made.parts and off is None:
-            return made.parts, made.same_tokens, True
+            return made
+        made = replace(made, shares=None, effects=None, left_out=None)
         taken, lagged = made.before, self._config.rollouts in ("current", None) and bool(self._averages)
         moved = turn_into_difference(taken, after)
         if off is not None and not moved:  # a scaler that met an overflow, say: there was no step
-            return dict.fromkeys(made.parts, NO_CHANGE), 0.0, False
+            return replace(made, parts=dict.fromkeys(made.parts, NO_CHANGE), same_tokens=0.0)
         if off is not None:
             self._no_parts = (
                 f"the optimizer did not take the AdamW step that its state and gradients give (relative difference {off:.2g}): "
@@ -353,44 +357,13 @@ class SimpleEntropyProbe:
             both = (parts[PER_TOKEN].total, parts.pop(SCORE_TERM).total)
             parts[PER_TOKEN] = StepParts.only_total(both[0] + both[1])
         self._take_in_newest()
-        return parts, same_tokens, False
+        left_out = None
+        if made.along is not None:
+            with weights_moved(self._model, taken, -1.0):  # back to where the derivatives are of
+                left_out = add_errors(parts, None, taken, made.along, seen, self._say_once)
+        return replace(made, parts=parts, same_tokens=same_tokens, left_out=left_out)
 
     # ------------------------------------------------------------------ pieces
-    def _gradients(
-        self,
-        batch: SequenceBatch,
-        drawn_scores: Tensor | None,
-        prior_log_weights: Tensor | None,
-        wanted: Mapping[str, Wanted],
-        with_variances: bool = False,
-        critic: Objective = without_critic,
-    ) -> tuple[Observation, dict[str, FoldGradients]]:
-        log_weights: Tensor | None = None
-
-        def objectives(statistics: TokenStatistics) -> list[TokenCoefficients]:
-            nonlocal log_weights
-            log_weights = joint_log_weights(statistics, drawn_scores, prior_log_weights)
-            weights = None if log_weights is None else normalized_weights(log_weights)
-            return coefficients_of(wanted.values(), statistics, batch, weights, critic)
-
-        with self._passes, self._passes.attached_norms():
-            found, statistics = fold_gradients(
-                self._model,
-                batch,
-                objectives,
-                self.prefixes.buckets(batch),
-                self.folds,
-                self._sharing,
-                self._rows,
-                with_variances,
-            )
-        if self._rows.failure is not None:
-            self._say_once(
-                f"{self._rows.failure}; predictions are right all the same, from one plain backward pass over "
-                "each fold of prompts in place of one over all (as many tokens, in smaller pieces)"
-            )
-        return Observation(batch, statistics, log_weights), dict(zip(wanted, found, strict=True))
-
     def _say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)

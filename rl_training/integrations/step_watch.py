@@ -23,6 +23,7 @@ from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import is_spread, refuse_unwatchable
 from rl_training.probe.spans import CALM, Spans
+from rl_training.probe.step_errors import Along
 from rl_training.probe.step_prediction import Objective
 from rl_training.probe.still_weights import StillWeights
 from rl_training.probe.watch import EntropyWatch, WatchedChange
@@ -157,6 +158,11 @@ class StepWatch:
     def objective(self) -> Objective:
         """What the measurement of the span that has begun is the finite form of."""
         return self._watch.objective
+
+    @property
+    def derivative(self) -> Along:
+        """Its derivative along a direction, with an error over prompts."""
+        return self._watch.derivative
 
     def parts(self, optimizer: torch.optim.Optimizer) -> None:
         """Trial moves of the coming step's parts, where this optimizer has them."""

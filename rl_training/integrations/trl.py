@@ -286,7 +286,8 @@ class EntropyProbeCallback(TrainerCallback):
                 if asked
                 else None
             )
-            self._probe.before_step(optimizer, training, score)
+            along = self._watch.derivative if self._watch is not None and config.errors_over_prompts else None
+            self._probe.before_step(optimizer, training, score, along)
 
     def _watched(self, step: int, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.uncertainty import Estimate
+from rl_training.probe.step_errors import difference
 
 if TYPE_CHECKING:
     from rl_training.probe.observation import Observation
@@ -65,7 +66,8 @@ class EntropyChange:
     `measured` on the same tokens. measured, measured_fixed_prefix: what the step did on those tokens, nats per token.
     predictors: rival predictions by name. shares: (n_train,) nats per token, each training sequence's accounting share
     of `batch`; effects: (n_train,) what leaving each out of the step does (entropy_core.leaving_out), under `actual` from the
-    optimizer's second step on. watched: the measurement under `mode: watch`, in place of the other two.
+    optimizer's second step on. watched: the measurement under `mode: watch`, in place of the other two; left_out: (B,) predicted
+    with each prompt left out, difference: predicted minus measured with its paired error, where both are of one step.
     """
 
     per_token: StepParts
@@ -84,6 +86,8 @@ class EntropyChange:
     shares: Tensor | None = None
     effects: Tensor | None = None
     watched: WatchedChange | None = None
+    left_out: Tensor | None = field(default=None, compare=False, repr=False)
+    difference: Estimate | None = None
 
     @classmethod
     def predicted(
@@ -104,7 +108,10 @@ class EntropyChange:
 
     def with_watched(self, watched: WatchedChange) -> EntropyChange:
         """The same step, measured by forward passes."""
-        return replace(self, watched=watched)
+        apart = None
+        if self.left_out is not None and watched.steps == 1:
+            apart = difference(self.total.value, self.left_out, watched.quiet)
+        return replace(self, watched=watched, difference=apart)
 
     @property
     def measured_change(self) -> float | None:

@@ -27,6 +27,9 @@ DEVIATIONS, MEASURED_DEVIATIONS = "predicted_deviations", "measured_deviations"
 """One list a step: the deviations of its prediction by fold (entropy_core.uncertainty.Estimate), and those of its measurement
 where sequences are in several steps (rl_training.probe.watch); from them sums have errors."""
 
+FOLDS = 16
+"""Parts of held-out prompts, by their tokens, that such deviations are of (rl_training.probe.step_errors.by_fold)."""
+
 FEWEST_CORRELATED = 8
 """Measured steps below which no correlation is logged: of fewer its 95% interval spans most of -1 to 1."""
 

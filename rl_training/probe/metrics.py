@@ -15,6 +15,7 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
 
     predicted, batch, momentum, decay and their `_se`; entropy, entropy_se; same_tokens; measured, measured_se,
     measured_fixed_prefix; predicted_df and measured_df (of entropy_se as well): degrees of freedom behind these errors;
+    difference, difference_se, difference_df: predicted minus measured, with the error of that difference;
     ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0; not
     under `mode: watch`, whose measurement rests on no such weights); weights_ess; predictor_<name>. Under `mode: watch` as well
     measured_over (steps, of which `measured` is the mean), measured_filtered, measured_bias (which is in it), measured_batch,
@@ -41,6 +42,10 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
         values["measured_fixed_prefix"] = change.measured_fixed_prefix.change
     if change.watched is not None:
         values |= _watched(change.watched)
+    if change.difference is not None:
+        values["difference"] = change.difference.value
+        values["difference_se"] = change.difference.standard_error
+        values["difference_df"] = change.difference.degrees_of_freedom
     if change.shares is not None:
         values["largest_share"] = float(change.shares[change.shares.abs().argmax()])
     if change.effects is not None:

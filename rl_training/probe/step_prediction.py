@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from entropy_core.adamw import AdamWUpdate
@@ -19,6 +20,8 @@ from entropy_core.token_ratios import change_coefficients
 from entropy_core.uncertainty import Estimate
 from rl_training.config import EntropyProbeConfig
 from rl_training.probe.change import StepParts
+from rl_training.probe.observation import Observation
+from rl_training.probe.step_errors import Along, disagreement, over_prompts, prompt_names
 
 _MANY_WEIGHTS = 50_000_000
 
@@ -39,6 +42,8 @@ def folds_of(config: EntropyProbeConfig, trained_weights: int) -> int:
     """How many folds of prompts gradients are kept in: fewer by default where there are very many weights."""
     if config.standard_error_folds is not None:
         return config.standard_error_folds
+    if config.errors_over_prompts:
+        return 1
     return 4 if trained_weights <= _MANY_WEIGHTS else 2
 
 
@@ -83,7 +88,8 @@ class StepPrediction:
     """What was predicted before a step, and what the step is checked against.
 
     before: weights, name -> tensor. parts: by objective; step: their sum, name -> tensor; both empty where the step has no
-    known parts, and the prediction is made afterwards.
+    known parts, and the prediction is made afterwards. along: derivatives under the policy before the step, where errors are
+    made of them; left_out: (B,) the sum of the parts with each prompt left out.
     """
 
     before: dict[str, Tensor]
@@ -93,6 +99,8 @@ class StepPrediction:
     same_tokens: float = math.nan
     shares: Tensor | None = None
     effects: Tensor | None = None
+    along: Along | None = None
+    left_out: Tensor | None = None
 
 
 def token_predictors(
@@ -116,3 +124,41 @@ def predicted_parts(gradient: FoldGradients, update: AdamWUpdate, of_batch: Tens
     if len(batch) == len(momentum):
         return StepParts(fold_estimate(batch + momentum + decay, shares), *estimates)
     return StepParts(estimates[0] + fold_estimate(momentum + decay, shares), *estimates)
+
+
+def add_errors(
+    parts: dict[str, StepParts],
+    update: AdamWUpdate | None,
+    taken: Mapping[str, Tensor],
+    along: Along | None,
+    seen: Observation | None,
+    say: Callable[[str], None],
+) -> Tensor | None:
+    """Give the change per token errors over prompts, in place, where there are derivatives to make them of.
+
+    Args:
+        parts: by objective, with their values.
+        update: the step that they are of; None where the total alone is known.
+        taken: that total, name -> tensor.
+        along: derivatives under the policy before the step.
+        seen: what they are of.
+        say: takes a sentence where the gradient and the derivatives are not of one policy.
+
+    Returns:
+        (B,) the total with each prompt left out; None without derivatives.
+    """
+    if along is None or seen is None:
+        return None
+    units, values = prompt_names(seen.batch), parts[PER_TOKEN]
+    pieces = [along(p) for p in ([taken] if update is None else [update.batch, update.momentum, update.weight_decay])]
+    left_out = torch.stack([piece.left_out for piece in pieces]).sum(0)
+    total = over_prompts(values.total.value, left_out, units)
+    if update is None:
+        parts[PER_TOKEN] = StepParts.only_total(total)
+    else:
+        each = zip((values.batch, values.momentum, values.decay), pieces, strict=True)
+        parts[PER_TOKEN] = StepParts(total, *(over_prompts(e.value, piece.left_out, units) for e, piece in each))
+    why = disagreement(total, sum(piece.change for piece in pieces))
+    if why is not None:
+        say(why)
+    return left_out

@@ -21,9 +21,8 @@ Source: docs/theory/entropy-critic.md.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +32,18 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.bias_correction import BiasCorrection, PairedEstimates
 from entropy_core.critic import EntropyCritic, centred, explained_variance, prompt_folds, token_features
+from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.gradients import trainable_parameters
 from entropy_core.processes import Processes
 from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
-from entropy_core.token_ratios import TokenRatioChange, change_coefficients, token_ratio_change
+from entropy_core.token_ratios import (
+    TokenRatioChange,
+    change_coefficients,
+    token_ratio_change,
+    token_ratio_derivative,
+)
 from entropy_core.uncertainty import Estimate, jackknife_standard_error
 from entropy_core.watched_pass import WatchedPass, watched_pass
 from rl_training.config import EntropyProbeConfig
@@ -46,14 +51,11 @@ from rl_training.probe.local_level import LocalLevel
 from rl_training.probe.observation import Observation
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import give_back, is_spread
+from rl_training.probe.step_errors import by_fold, prompt_names
 from rl_training.probe.step_parts import upcoming_step, why_not_split
 from rl_training.probe.trial_moves import TrialMoves
 
 PARTS = ("batch", "momentum", "decay")
-
-
-FOLDS = 16
-"""Parts of the prompts, by their tokens, that `WatchedChange.deviations` are of."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class WatchedChange:
         bias: what was added to `quiet`.
         explained: R^2 of the critic on these sequences, which it has not seen.
         effective_size: how many of the sequences would count, drawn before the steps and weighted to the policy after them.
-        deviations: FOLDS numbers, the same parts of the prompts each time: of a sum over steps they add up part by part, and
-            their norm is its error, sequences that are in several steps counted as what they are.
+        deviations: the same parts of the prompts each time (rl_training.probe.step_errors.by_fold): of a sum over steps they
+            add up part by part, and their norm is its error, sequences that are in several steps counted as what they are.
         filtered: of one step, with what earlier ones say of it (rl_training.probe.local_level).
         parts: batch, momentum, decay of `quiet`; empty where no trial moves were made.
     """
@@ -205,6 +207,30 @@ class EntropyWatch:
         """What `after_step` will measure, to be differentiated: of the batch of `before_step`, once it was called."""
         return change_coefficients(statistics, batch, self._values, self._config.advantage_decay, weights)
 
+    def derivative(self, direction: Mapping[str, Tensor]) -> TokenRatioChange:
+        """What `after_step` would measure along a direction, to first order, of the batch of `before_step`.
+
+        Args:
+            direction: name -> tensor, over all trained parameters, which must be those of `before_step`.
+
+        Returns:
+            The derivative with its error over prompts.
+
+        Raises:
+            RuntimeError: where nothing was seen.
+        """
+        if self._seen is None:
+            raise RuntimeError("derivatives are of the sequences that before_step was given: call it first")
+        batch, statistics = self._seen.batch, self._seen.statistics
+        mine = self._sharing.my_sequences(batch.prompt_index)
+        logprobs, entropies = torch.zeros_like(statistics.logprobs), torch.zeros_like(statistics.entropies)
+        if len(mine):
+            found = token_derivatives(self._model, batch.select(mine), direction)
+            logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
+        along = TokenStatistics(self._sharing.sum(logprobs), self._sharing.sum(entropies))
+        decay = self._config.advantage_decay
+        return token_ratio_derivative(statistics, along, batch, self._values, decay, self._seen.log_weights)
+
     def after_step(self, with_hidden: bool = False, steps: int = 1) -> WatchedChange | None:
         """Look at the policy after so many steps of the optimizer.
 
@@ -231,7 +257,7 @@ class EntropyWatch:
 
         quiet, reference = change(after, decay), change(after, 1.0)
         pair = PairedEstimates.from_left_out(quiet.change, quiet.left_out, reference.change, reference.left_out)
-        h, units = seen.entropy().value, _units(seen.batch)
+        h, units = seen.entropy().value, prompt_names(seen.batch)
         total = self._sum.add(quiet.change, quiet.left_out, units)
         corrected = _alone(pair)
         if self._correction is not None:
@@ -247,7 +273,7 @@ class EntropyWatch:
             bias=corrected.value - quiet.change,
             explained=explained,
             effective_size=effective_sample_size(normalized_weights(ratios)),
-            deviations=_by_fold(quiet.left_out, units),
+            deviations=by_fold(quiet.left_out, units),
             filtered=self._level.add(corrected.scaled(1 / steps), h),
             parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
         )
@@ -282,25 +308,6 @@ class EntropyWatch:
 def _alone(pair: PairedEstimates) -> Estimate:
     """The change without correction, from what is recorded of it."""
     return Estimate(pair.quiet, math.sqrt(pair.quiet_variance), pair.freedom)
-
-
-def _units(batch: SequenceBatch) -> list[str]:
-    """A name for each prompt of a batch, in ascending order of index: a digest of its tokens."""
-    names: dict[int, str] = {}
-    ids, masks = batch.input_ids.cpu(), batch.prompt_mask.cpu()
-    for prompt, row, kept in zip(batch.prompt_index.tolist(), ids, masks, strict=True):
-        if prompt not in names:
-            names[prompt] = hashlib.sha256(row[kept].numpy().tobytes()).hexdigest()[:16]
-    return [names[prompt] for prompt in sorted(names)]
-
-
-def _by_fold(left_out: Tensor, units: list[str]) -> list[float]:
-    """`WatchedChange.deviations` of values with each unit left out."""
-    count, out = len(left_out), [0.0] * FOLDS
-    deviations = (left_out.double() - left_out.double().mean()) * math.sqrt((count - 1) / count)
-    for unit, deviation in zip(units, deviations.tolist(), strict=True):
-        out[int(unit, 16) % FOLDS] -= deviation
-    return out
 
 
 def _parts(way: list[TokenRatioChange]) -> dict[str, Estimate]:

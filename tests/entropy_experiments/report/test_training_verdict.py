@@ -9,6 +9,7 @@ from scipy import stats
 from entropy_experiments.records.history import probed_sums, training_history
 from entropy_experiments.records.training_course import course, entropy_column, reward_column
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
+from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from tests.entropy_experiments.whole_summary import history_of
 
 FREEDOM = 7.0
@@ -139,6 +140,28 @@ def test_predictions_that_share_a_running_average_err_together():
     for rows, error in ((alike, 0.4), (opposed, 0.0), (changes([-0.1] * 4, [-0.1] * 4), 0.4)):
         found = probed_sums(rows).predicted
         assert found.high - found.value == pytest.approx(t * error, abs=1e-12)
+
+
+def test_the_difference_of_both_sums_has_the_error_of_the_same_prompts():
+    """Two steps; what the prompts add to predicted and measured alike is in neither's difference."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=16), 0.01 * rng.normal(size=16)
+    shared, own = shared - shared.mean(), own - own.mean()
+    row = {"probe/predicted_df": 9.0, "probe/measured_df": 9.0, "probe/measured_over": 1.0}
+    deviations = {"probe/predicted_deviations": (shared + own).tolist(), "probe/measured_deviations": shared.tolist()}
+    errors = {
+        "probe/predicted_se": float(np.linalg.norm(shared + own)),
+        "probe/measured_se": float(np.linalg.norm(shared)),
+    }
+    numbers = {"probe/predicted": -0.11, "probe/measured": -0.1}
+    rows = [{"step": s, **row, **numbers, **errors, **deviations} for s in (1, 2)]
+    found = probed_sums(history_of(rows)).difference
+    error, freedom = 2 * np.linalg.norm(own), effective_degrees_of_freedom(2 * own)
+    assert found.value == pytest.approx(-0.02)
+    assert found.high - found.value == pytest.approx(float(stats.t.ppf(0.975, freedom)) * error, rel=1e-6)
+    assert "on the same prompts they differ by −0.02" in probe_sentence(history_of(rows)).text
+    for other in ({"probe/measured_over": 4.0}, {"probe/measured_deviations": [0.1, -0.1]}):
+        assert probed_sums(history_of([rows[0], rows[1] | other])).difference is None
 
 
 def test_rows_of_an_older_version_have_no_interval():

@@ -223,12 +223,12 @@ def test_probe_predicts_what_the_step_does_and_its_parts_add_up(tiny_policy, tmp
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_failing_probe_is_loud_and_stops_nothing_but_itself(tiny_policy, tmp_path, monkeypatch, on_error):
-    from rl_training.algs import entropy_probe
+    from rl_training.probe import observed_passes
 
     def broken(*args, **kwargs):
         raise TypeError("planted")
 
-    monkeypatch.setattr(entropy_probe, "fold_gradients", broken)
+    monkeypatch.setattr(observed_passes, "fold_gradients", broken)
     config = tiny_train_config(tiny_policy, tmp_path / "run", entropy_probe={"on_error": on_error})
     trainer, _ = build_trainer(config)
     if on_error == "raise":

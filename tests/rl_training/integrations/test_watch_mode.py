@@ -83,6 +83,11 @@ def test_every_step_is_watched_and_every_second_predicted(every_kind):
         assert names <= entry.keys() and entry["measured_over"] == 1.0
         # Both are of the same tokens: they differ by lambda, the weights' second order and the critic's noise.
         assert abs(entry["measured"] - snis.change) < 3 * max(entry["measured_se"], snis.standard_error)
+        if "predicted" in entry:  # both are of one step here, and of the same tokens
+            assert entry["difference"] == pytest.approx(
+                entry["predicted"] - entry["measured"] + entry["measured_bias"], rel=1e-5
+            )
+            assert entry["difference_se"] < entry["predicted_se"]
     assert entries[-1]["cumulative_measured"] == pytest.approx(sum(e["measured"] for e in entries), rel=1e-9)
     assert entries[-1]["cumulative_measured_se"] > entries[0]["cumulative_measured_se"] > 0
 

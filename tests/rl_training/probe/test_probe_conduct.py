@@ -285,8 +285,8 @@ def test_sharing_prefixes_changes_no_prediction(real: RealSetting) -> None:
     shared = probe.compute_delta_h_fast(real.batch, None, update)
     apart = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), real.model)
     alone = replace(real.batch, prompt_index=torch.arange(24))
-    assert len(probe._prefixes.buckets(real.batch)(real.batch)[0].input_ids) == 6, "the tiny Llama shares prefixes"
-    assert len(apart._prefixes.buckets(alone)(alone)[0].input_ids) == 24
+    assert len(probe.prefixes.buckets(real.batch)(real.batch)[0].input_ids) == 6, "the tiny Llama shares prefixes"
+    assert len(apart.prefixes.buckets(alone)(alone)[0].input_ids) == 24
     assert shared.total.value == pytest.approx(apart.compute_delta_h_fast(alone, None, update).total.value, rel=1e-4)
 
 
@@ -313,15 +313,15 @@ def test_a_longer_batch_is_tried_anew_before_prefixes_are_shared(tiny_policy) ->
     exactly = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), model)
     for length, rows in ((2, 1), (3, 1), (12, 2), (2, 2)):
         found = batch(length)
-        assert len(probe._prefixes.buckets(found)(found)[0].input_ids) == rows, f"a prompt of {length} tokens"
+        assert len(probe.prefixes.buckets(found)(found)[0].input_ids) == rows, f"a prompt of {length} tokens"
         apart = replace(found, prompt_index=torch.arange(2))
         torch.testing.assert_close(
             probe.statistics(found).logprobs, exactly.statistics(apart).logprobs, rtol=1e-4, atol=1e-4
         )
     lone = SimpleEntropyProbe(EntropyProbeConfig(mode="simple", preset="accurate"), model)
-    assert len(lone._prefixes.buckets(batch(2))(batch(2))[0].input_ids) == 1
+    assert len(lone.prefixes.buckets(batch(2))(batch(2))[0].input_ids) == 1
     long = replace(batch(12), prompt_index=torch.arange(2))
-    assert lone._prefixes.buckets(long)(long)[0].attention_mask is None, "a long batch without company was never tried"
+    assert lone.prefixes.buckets(long)(long)[0].attention_mask is None, "a long batch without company was never tried"
 
 
 def test_the_loop_written_by_hand_runs(tiny_policy, capsys) -> None:

@@ -179,8 +179,8 @@ def test_folds_by_rows_and_by_passes_have_the_same_standard_error() -> None:
     model, batch = made("lora")
     direction = by_hand(model, batch)
     by_rows, by_passes = new_probe(model), new_probe(model)
-    by_passes._rows.begin({n: p for n, p in model.named_parameters() if p.requires_grad})
-    by_passes._rows.fail("made up")
+    by_passes._take.rows.begin({n: p for n, p in model.named_parameters() if p.requires_grad})
+    by_passes._take.rows.fail("made up")
     with pytest.warns(RuntimeWarning, match="made up"):
         plain = by_passes.compute_delta_h_fast(batch, None, direction)
     rows = by_rows.compute_delta_h_fast(batch, None, direction)
