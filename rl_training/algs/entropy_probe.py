@@ -329,7 +329,7 @@ class SimpleEntropyProbe:
         return replace(change, measured=snis, measured_fixed_prefix=fixed)
 
     def _of_step_taken(self, made: StepPrediction, seen: Observation | None) -> StepPrediction:
-        """What was predicted, held against the step that was taken: where that is another one, its total alone, without shares."""
+        """What was predicted, held against the step taken: where that is another one, its total alone, without shares."""
         after, off = trainable_parameters(self._model), None
         if made.parts and self._config.preconditioning == "actual":
             off = unexplained(made.before, after, made.step)
