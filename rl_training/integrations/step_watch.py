@@ -160,9 +160,9 @@ class StepWatch:
         return self._watch.objective
 
     @property
-    def derivative(self) -> Along:
-        """Its derivative along a direction, with an error over prompts."""
-        return self._watch.derivative
+    def derivative(self) -> Along | None:
+        """Its derivative along a direction, with an error over prompts, where predictions are to have that error."""
+        return self._watch.derivative if self._config.errors_over_prompts else None
 
     def parts(self, optimizer: torch.optim.Optimizer) -> None:
         """Trial moves of the coming step's parts, where this optimizer has them."""

@@ -286,8 +286,7 @@ class EntropyProbeCallback(TrainerCallback):
                 if asked
                 else None
             )
-            along = self._watch.derivative if self._watch is not None and config.errors_over_prompts else None
-            self._probe.before_step(optimizer, training, score, along)
+            self._probe.before_step(optimizer, training, score, self._watch and self._watch.derivative)
 
     def _watched(self, step: int, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:
