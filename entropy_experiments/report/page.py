@@ -15,7 +15,7 @@ from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder, read_results_folder
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.summary import Summary
-from entropy_experiments.report import tables
+from entropy_experiments.report import first_screen, tables
 from entropy_experiments.report.figures.kernel import Quantity
 from entropy_experiments.report.figures.plots import (
     caption_of,
@@ -34,12 +34,23 @@ from entropy_experiments.report.interactive.predicted import entropy_split, pred
 from entropy_experiments.report.interactive.sequences import sequence_details
 from entropy_experiments.report.interactive.shares import sequence_shares
 from entropy_experiments.report.interactive.weightings import weighting_schemes
-from entropy_experiments.report.sections import analysis_figure_makers, analysis_sections
+from entropy_experiments.report.sections import PRESENTATIONS, analysis_figure_makers, analysis_sections
 from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import series
 from rl_training.files import write_all_whole
 from rl_training.run.disk import disk_errors_explained
+
+# file name -> what it draws
+_SOURCES = {
+    "training_history": "training_history.json",
+    "predicted_vs_actual": "summary.json: scaling",
+    "entropy_split": "summary.json: predicted, actual",
+    "attribution": "sequences.parquet: delta_h",
+    "kernel_fisher": "kernel.safetensors: fisher",
+    "kernel_entropy_fisher": "kernel.safetensors: entropy_fisher",
+    **{name: f"summary.json: analyses.{key}" for key, shown in PRESENTATIONS.items() for name in shown.figures},
+}
 
 # file name -> (heading, how to read the figure)
 _FIGURES = {
@@ -153,9 +164,13 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
     prompt_table, prompts_left_out = tables.prompt_rows(results.training, frame)
     plots = interactive_figures(results)
     figures = {
-        name: PageFigure(name, *_FIGURES.get(name, ("", "")), alternative, png, plots.get(name), f"figures/{name}.png")
+        name: PageFigure(
+            name, heading, reading, alternative, png, plots.get(name), f"figures/{name}.png", _SOURCES[name]
+        )
         for name, (png, alternative) in images.items()
+        for heading, reading in [_FIGURES.get(name, ("", ""))]
     }
+    verdict, lead = write_verdict(results), first_screen.lead_figure(results)
     clustering = finished(summary.analyses.sequence_clustering)
     kernels = kernel_explorer(results.kernels, results.evaluation, results.training, clustering)
     details = sequence_details(results.evaluation, results.training, frame)
@@ -169,9 +184,13 @@ def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) 
         scripts=("sequences.js", "kernel.js"),
         model=model,
         step=str(step),
-        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in write_verdict(results)],
+        verdict=verdict,
+        rest_words=first_screen.rest_words(verdict),
+        next_steps=first_screen.next_steps(results),
+        lead_figure=first_screen.lower(figures[lead]),
+        scale=first_screen.scale_of_the_change(summary),
         headline=tables.headline(summary, checks),
-        overview=[figure for name, figure in figures.items() if name in _FIGURES and not name.startswith("kernel_")],
+        overview=[figures[name] for name in _FIGURES if not name.startswith("kernel_") and name != lead],
         kernels=[figure for name, figure in figures.items() if name.startswith("kernel_")],
         analyses=analysis_sections(summary.analyses, figures),
         given_rows=not summary.rows_drawn,

@@ -29,6 +29,7 @@ from entropy_experiments.report.findings import FINDINGS
 from entropy_experiments.report.interactive.page import PageFigure
 from entropy_experiments.statistics.confidence import Sentence, Tone
 from entropy_experiments.text.display import clip
+from entropy_experiments.text.numbers import counted
 
 Draw = Callable[[Any, ResultsFolder], Figure]
 _SENTENCE_CHARACTERS = 2000
@@ -36,13 +37,20 @@ _SENTENCE_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Section:
-    """What a page says under one heading. name: its element's id is section-NAME."""
+    """What a page says under one heading. name: its element's id is section-NAME. source: the file and field of its numbers."""
 
     name: str
     title: str
     sentences: list[Sentence] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: list[PageFigure] = field(default_factory=list)
+    source: str = ""
+
+    @property
+    def inside(self) -> str:
+        """What its closed part holds: "1 figure, 2 tables"."""
+        held = ((len(self.figures), "figure"), (len(self.tables), "table"))
+        return ", ".join(counted(number, noun) for number, noun in held if number)
 
 
 @dataclass(frozen=True)
@@ -109,15 +117,17 @@ def analysis_sections(analyses: AnalysesRecord, figures: Mapping[str, PageFigure
     sections = []
     for name, entry in analyses.entries():
         question, drawn = PRESENTATIONS[name].question, PRESENTATIONS[name].figures
+        source = f"summary.json: analyses.{name}"
         if isinstance(entry, Skipped):
-            sections.append(Section(name, question, [_finding(f"Not analysed: {entry.skipped}.")]))
+            sections.append(Section(name, question, [_finding(f"Not analysed: {entry.skipped}.", source)]))
         elif isinstance(entry, Failed):
-            sections.append(Section(name, question, [_finding(f"FAILED: {entry.error}", "bad")]))
+            sections.append(Section(name, question, [_finding(f"FAILED: {entry.error}", source, "bad")]))
         else:
             pictures = [figures[figure] for figure in drawn]
-            sections.append(Section(name, question, [_finding(FINDINGS[name](entry))], TABLES[name](entry), pictures))
+            finding = _finding(FINDINGS[name](entry), source)
+            sections.append(Section(name, question, [finding], TABLES[name](entry), pictures, source))
     return sections
 
 
-def _finding(text: str, tone: Tone = "plain") -> Sentence:
-    return Sentence(clip(text, _SENTENCE_CHARACTERS), tone)
+def _finding(text: str, source: str, tone: Tone = "plain") -> Sentence:
+    return Sentence(clip(text, _SENTENCE_CHARACTERS), tone, source)

@@ -42,6 +42,7 @@ def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[dict[str, 
             "label": "Entropy before the step" if summary.rows_drawn else "Entropy on the given tokens",
             "value": _estimate(summary.entropy.per_token, plus=False),
             "unit": "nats per token",
+            "source": "summary.json: entropy.per_token",
         }
     ]
     if summary.step_analysed:
@@ -51,6 +52,7 @@ def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[dict[str, 
             "label": "Self-checks passed",
             "value": f"{passed} of {len(checks)}",
             "unit": "",
+            "source": "run.json: self_checks",
             "tone": "" if checks and passed == len(checks) else "bad",
         }
     )
@@ -59,9 +61,20 @@ def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[dict[str, 
 
 def _step_tiles(summary: Summary) -> list[dict[str, str]]:
     total, measured = None if summary.prediction is None else summary.prediction.total, summary.measured
+    estimator = summary.estimator
     tiles = [
-        {"label": "Predicted change", "value": _estimate(total), "unit": "nats per token"},
-        {"label": "Measured change", "value": _estimate(measured), "unit": "nats per token"},
+        {
+            "label": "Predicted change",
+            "value": _estimate(total),
+            "unit": "nats per token",
+            "source": f"summary.json: predicted.{estimator}.total",
+        },
+        {
+            "label": "Measured change",
+            "value": _estimate(measured),
+            "unit": "nats per token",
+            "source": f"summary.json: actual.{summary.estimand.measure}",
+        },
     ]
     if not summary.rows_drawn:  # nothing is reweighted
         return tiles
@@ -73,6 +86,7 @@ def _step_tiles(summary: Summary) -> list[dict[str, str]]:
             "label": "Effective sample",
             "value": f"{plain(effective)} of {plain(n)}",
             "unit": "sequences",
+            "source": f"summary.json: actual.{summary.estimand.measure}.effective_sample_size",
             "tone": "warning" if weak else "",
         },
     ]

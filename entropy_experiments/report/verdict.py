@@ -7,7 +7,8 @@ measured changes agree in entropy_experiments.statistics.agreement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
@@ -154,16 +155,30 @@ def failure_sentence(errors: Mapping[str, str]) -> Sentence | None:
 
 
 def write_verdict(results: ResultsFolder) -> list[Sentence]:
-    """The verdict on an analysis, most important first; what failed comes before everything else."""
+    """The verdict on an analysis, most important first; what failed comes before everything else.
+
+    Every sentence names its source. `Sentence.lead`: what went wrong, what entropy did, whether the step was predicted, its
+    largest part, and who cost most.
+    """
     summary = results.summary
-    checks = check_sentences(results.run.self_checks)
-    found = [*training_sentences(results.history), *prediction_sentences(summary), part_sentence(summary)]
+    checks = _from("run.json: self_checks", check_sentences(results.run.self_checks))
+    failed = _from("summary.json: analyses", [failure_sentence(summary.analyses.failed())])
+    found = _from("training_history.json", training_sentences(results.history), lead=1)
+    found += _from("summary.json: predicted, actual, agreement", prediction_sentences(summary), lead=4)
+    found += _from("summary.json: predicted, largest_part", [part_sentence(summary)], lead=1)
     if summary.step_analysed:
         prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
-        found.append(training_noise_sentence(summary))
-        found += cost_sentences(results.training, prompts, summary.leaving_out)
-    found.append(probe_sentence(results.history))
-    sentences = [sentence for sentence in found if sentence is not None]
-    failure = failure_sentence(summary.analyses.failed())
-    first = [] if failure is None else [failure]
-    return [*checks, *first, *sentences] if checks[0].tone == "bad" else [*first, *sentences, *checks]
+        costs = cost_sentences(results.training, prompts, summary.leaving_out)
+        found += _from("summary.json: training_noise", [training_noise_sentence(summary)])
+        found += _from("sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1)
+    found += _from("training_history.json: entropy_probe/predicted, measured", [probe_sentence(results.history)])
+    return [*checks, *failed, *found] if checks[0].tone == "bad" else [*failed, *found, *checks]
+
+
+def _from(source: str, sentences: Iterable[Sentence | None], lead: int = 0) -> list[Sentence]:
+    """Those that there are, with their source; the first `lead` of them, and what is bad, are for the first screen."""
+    there = [sentence for sentence in sentences if sentence is not None]
+    return [
+        replace(sentence, source=source, lead=place < lead or sentence.tone == "bad")
+        for place, sentence in enumerate(there)
+    ]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from entropy_experiments.statistics.agreement import Agreement
@@ -47,10 +47,16 @@ Tone = Literal["plain", "good", "warning", "bad"]
 
 @dataclass(frozen=True)
 class Sentence:
-    """One statement and how it is to be taken. The text is free of control characters, but is not escaped for markup."""
+    """One statement and how it is to be taken. The text is free of control characters, but is not escaped for markup.
+
+    source: the files and fields of the results folder that its numbers come from, "" where it has none.
+    lead: whether it belongs to what a reader sees first.
+    """
 
     text: str
     tone: Tone = "plain"
+    source: str = field(default="", compare=False)
+    lead: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.text

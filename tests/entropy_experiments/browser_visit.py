@@ -29,9 +29,12 @@ def launch(playwright: Playwright) -> Browser:
 
 
 class Visit:
-    """One page open in a context of its own; what went wrong in it is collected and must stay empty."""
+    """One page open in a context of its own; what went wrong in it is collected and must stay empty.
 
-    def __init__(self, browser: Browser, path: Path, **options):
+    opened: with all its sections open, as after "Open all".
+    """
+
+    def __init__(self, browser: Browser, path: Path, opened: bool = True, **options):
         self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         self.page, self.problems, self.requests = self.context.new_page(), [], []
         self.page.set_default_timeout(60_000)
@@ -42,14 +45,23 @@ class Visit:
             "request", lambda r: self.requests.append(r.url) if not r.url.startswith(("data:", "blob:")) else None
         )
         self.page.goto(path.as_uri())
+        if opened:
+            self.page.evaluate("document.querySelectorAll('main details').forEach(section => { section.open = true; })")
+
+    def reveal(self, element):
+        """Open the sections around the element of this id."""
+        opened = "id => { for (let e = document.getElementById(id); e; e = e.parentElement) if ('open' in e) e.open = true; }"
+        self.page.evaluate(opened, element)
 
     def draw(self, *names):
         """Scroll to the figures until they are drawn."""
         for name in names:
+            self.reveal(f"figure-{name}")
             self.page.locator(f"#figure-{name}").scroll_into_view_if_needed()
             self.page.wait_for_selector(f"#figure-{name}[data-drawn]", state="attached")
 
     def draw_kernel(self):
+        self.reveal("kernel-explorer")
         self.page.evaluate("document.getElementById('kernel-explorer').scrollIntoView()")
         self.page.wait_for_selector("#kernel-explorer[data-drawn]", state="attached")
 
@@ -73,7 +85,7 @@ class Visit:
         self.point(x, y, column)
         self.page.wait_for_timeout(400)  # two clicks in a short time would be a double-click
         self.page.mouse.click(*self.cell(x, y))
-        shown = "words => (document.querySelector('.panel h4') || {textContent: ''}).textContent.startsWith(words)"
+        shown = "words => (document.querySelector('.panel h3') || {textContent: ''}).textContent.startsWith(words)"
         self.page.wait_for_function(shown, arg=f"Training sequence {column} ")
 
     def close(self):

@@ -9,6 +9,7 @@ How to build a page
        {% block content %}
        <section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>
        {{ parts.verdict(verdict, headline) }}</section>                 list of {"tone", "text"}, list of tiles
+       {% call parts.chapter("kernels", "Kernels", "what is inside") %}…{% endcall %}    closed until a link or print opens it
        {{ parts.figure(figures.evolution) }}                            a PageFigure
        {{ parts.table(table) }}                                         an analysis_tables.Table
        {% endblock %}
@@ -71,7 +72,7 @@ _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 class PageFigure:
     """One figure of a page. name: its element's id is figure-NAME. heading: may be "". reading: how to read it, may be "".
     alt: what the figure says in words. png: the picture. plot: see above, None for a picture only. file: where the PNG lies,
-    relative to the page, "" for none.
+    relative to the page, "" for none. source: the files and fields that it draws.
     """
 
     name: str
@@ -81,6 +82,7 @@ class PageFigure:
     png: bytes
     plot: Mapping[str, Any] | None = None
     file: str = ""
+    source: str = ""
 
     @property
     def uri(self) -> Markup:

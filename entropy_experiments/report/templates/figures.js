@@ -84,7 +84,7 @@
   function setUp(figure) {
     var spec = JSON.parse(document.getElementById(figure.dataset.plot).textContent);
     var image = figure.querySelector("img");
-    var plot = report.make("div", { class: "plot", role: "img", "aria-label": image.alt });
+    var plot = report.make("div", { class: "plot", role: "group", "aria-label": image.alt });
     plot.style.minHeight = figure.dataset.height + "px";
     var control = null;
     var current = function () { return spec; };

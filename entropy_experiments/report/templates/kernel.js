@@ -104,6 +104,7 @@
   }
 
   var paint = report.painter(plot, spec);
+  var shownKernel = null;
 
   function sequenceAt(cell) {
     return { row: state.rows.order[cell.y], column: state.columns.order[cell.x] };
@@ -124,6 +125,30 @@
     }));
   }
 
+  // #cell/KERNEL/EVALUATION ROW/TRAINING ROW, rows as in kernel.safetensors.
+  function addressOf(at) {
+    return "#cell/" + stored.kernels[state.kernel].name + "/" + at.row + "/" + at.column;
+  }
+
+  // The cell that the page's address names; null where it names none that is here.
+  function addressed() {
+    var found = /^#cell\/([a-z_]+)\/(\d+)\/(\d+)$/.exec(window.location.hash);
+    if (!found) return null;
+    var kernel = stored.kernels.findIndex(function (one) { return one.name === found[1]; });
+    var cell = { x: state.columns.order.indexOf(Number(found[3])), y: state.rows.order.indexOf(Number(found[2])) };
+    return kernel < 0 || cell.x < 0 || cell.y < 0 ? null : { kernel: kernel, cell: cell };
+  }
+
+  function goToAddress() {
+    var wanted = addressed();
+    if (!wanted) return;
+    openAddressed();
+    state.kernel = wanted.kernel;
+    if (shownKernel) shownKernel.value = String(wanted.kernel);
+    describe();
+    paint().then(function () { select(wanted.cell, true); });
+  }
+
   function showPanel() {
     panel.hidden = !state.pinned;
     if (!state.pinned) return;
@@ -131,7 +156,9 @@
     var close = make("button", { type: "button", "aria-label": "Close the sequences" }, "✕ Close");
     close.addEventListener("click", function () { unpin(); plot.focus(); });
     panel.textContent = "";
-    panel.appendChild(make("div", { class: "panelhead" }, make("strong", {}, "Cell: " + words(state.cell).slice(2).join(", ")), close));
+    var source = "From kernel.safetensors, row " + at.row + ", column " + at.column;
+    var link = make("a", { href: addressOf(at) }, "Link to this cell");
+    panel.appendChild(make("div", { class: "panelhead" }, make("strong", { title: source }, "Cell: " + words(state.cell).slice(2).join(", ")), link, close));
     panel.appendChild(make("div", { class: "pair" }, report.card("training", at.column), report.card("evaluation", at.row)));
   }
 
@@ -152,11 +179,13 @@
     window.Plotly.relayout(plot, follow({ shapes: report.themed(shapes()) }));
     var text = words(cell);
     status.textContent = text[0].charAt(0).toUpperCase() + text[0].slice(1) + "; " + text.slice(1).join("; ") + (pinned ? ". Both texts are below." : ".");
+    if (pinned) window.history.replaceState(null, "", addressOf(sequenceAt(cell)));
     showPanel();
   }
 
   function unpin() {
     state.pinned = false;
+    if (addressed()) window.history.replaceState(null, "", window.location.pathname + window.location.search);
     showPanel();
   }
 
@@ -219,12 +248,21 @@
     paint().then(function () { if (state.cell) select(state.cell, state.pinned); });
   }
 
+  // What is named but not drawn yet is opened and scrolled to, and so drawn.
+  function openAddressed() {
+    if (!addressed()) return;
+    report.reveal(holder);
+    holder.scrollIntoView();
+  }
+
   function setUp() {
     var tools = make("div", { class: "tools" });
     if (stored.kernels.length > 1) {
-      tools.appendChild(choice("Kernel shown", stored.kernels.map(function (kernel) { return kernel.title; }), state.kernel, function (place) {
+      var kernels = choice("Kernel shown", stored.kernels.map(function (kernel) { return kernel.title; }), state.kernel, function (place) {
         repaint(function () { state.kernel = place; });
-      }));
+      });
+      shownKernel = kernels.querySelector("select");
+      tools.appendChild(kernels);
     }
     tools.appendChild(choice("Columns ordered", stored.column_orders.map(function (order) { return order.label; }), 0, function (place) {
       repaint(function () { state.columns = stored.column_orders[place]; });
@@ -241,12 +279,15 @@
     describe();
     holder.parentNode.classList.add("live");
     plot.addEventListener("keydown", pressed);
+    window.addEventListener("hashchange", function () { if (holder.dataset.drawn) goToAddress(); else openAddressed(); });
+    openAddressed();
     report.whenNear(holder, function () {
       paint().then(function () {
         plot.on("plotly_hover", hover);
         plot.on("plotly_unhover", function () { tip.hidden = true; });
         plot.on("plotly_click", function (event) { select({ x: event.points[0].x, y: event.points[0].y }, true); });
         holder.dataset.drawn = "yes";
+        goToAddress();
       });
     });
   }

@@ -76,7 +76,69 @@
     announceTheme();
   }
 
+  // Sections are closed until they are asked for: by hand, by a link to them or into them, or for print.
+  var chapters = Array.prototype.slice.call(document.querySelectorAll("main details"));
+  var openedForPrint = [];
+
+  // Opens every section around `element`.
+  function reveal(element) {
+    for (var around = element; around; around = around.parentElement) if (around.tagName === "DETAILS") around.open = true;
+  }
+
+  function setAll(open) {
+    chapters.forEach(function (chapter) { chapter.open = open; });
+  }
+
+  function followHash() {
+    var name = window.location.hash.slice(1);
+    try {
+      name = decodeURIComponent(name);
+    } catch (error) {
+      if (!(error instanceof URIError)) throw error; // no id of this page has such an escape
+    }
+    var target = document.getElementById(name);
+    if (!target) return;
+    reveal(target);
+    target.scrollIntoView();
+  }
+
+  function openForPrint() {
+    chapters.forEach(function (chapter) {
+      if (chapter.open) return;
+      openedForPrint.push(chapter);
+      chapter.open = true;
+    });
+  }
+
+  function closeAfterPrint() {
+    openedForPrint.splice(0).forEach(function (chapter) { chapter.open = false; });
+  }
+
+  function setUpChapters() {
+    window.addEventListener("hashchange", followHash);
+    window.addEventListener("beforeprint", openForPrint);
+    window.addEventListener("afterprint", closeAfterPrint);
+    var list = document.querySelector("ul.chapters");
+    if (list && chapters.length) {
+      [["Open all", true], ["Close all", false]].forEach(function (pair) {
+        var button = make("button", { type: "button", class: "every" }, pair[0]);
+        button.addEventListener("click", function () { setAll(pair[1]); });
+        list.appendChild(make("li", {}, button));
+      });
+    }
+    followHash();
+  }
+
+  // A cell without a source of its own has that of its column's heading.
+  document.addEventListener("mouseover", function (event) {
+    var cell = event.target.closest && event.target.closest("td");
+    if (!cell || cell.title || cell.closest(".detail")) return;
+    var heading = cell.closest("table").tHead && cell.closest("table").tHead.rows[0].cells[cell.cellIndex];
+    if (heading && heading.title) cell.title = heading.title;
+  });
+
   window.report = {
+    reveal: reveal,
     make: make,
     data: data,
     colour: colour,
@@ -85,4 +147,5 @@
     onTheme: function (listener) { listeners.push(listener); },
   };
   setUpTheme();
+  setUpChapters();
 })();

@@ -103,13 +103,13 @@
   function card(buffer, row) {
     var sequence = stored[buffer][row];
     var article = make("article", { class: "card" },
-      make("h4", {}, TITLES[buffer] + row, make("span", { class: "soft" }, " · prompt " + sequence.prompt_index)));
-    var facts = make("dl", { class: "cardfacts" });
+      make("h3", {}, TITLES[buffer] + row, make("span", { class: "soft" }, " · prompt " + sequence.prompt_index)));
+    var facts = make("dl", { class: "cardfacts", title: "From sequences.parquet, row " + row + " of the " + buffer + " buffer" });
     sequence.facts.forEach(function (fact) { facts.appendChild(make("div", {}, make("dt", {}, fact[0]), make("dd", {}, fact[1]))); });
     article.appendChild(facts);
-    article.appendChild(make("h5", {}, "Prompt"));
+    article.appendChild(make("h4", {}, "Prompt"));
     prompt(sequence).forEach(function (element) { article.appendChild(element); });
-    article.appendChild(make("h5", {}, "Completion"));
+    article.appendChild(make("h4", {}, "Completion"));
     if (sequence.tokens) {
       tokenText(sequence.tokens).forEach(function (element) { article.appendChild(element); });
     } else {

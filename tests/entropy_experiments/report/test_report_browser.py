@@ -78,7 +78,7 @@ def test_clicking_a_cell_shows_both_sequences(visit, sequences):
         (training, sequences.training[columns[40]], f"Training sequence {columns[40]}"),
         (evaluation, sequences.evaluation[rows[12]], f"Evaluation sequence {rows[12]}"),
     ):
-        assert card.locator("h4").inner_text().startswith(title)
+        assert card.locator("h3").inner_text().startswith(title)
         assert card.locator(".tokens").text_content() == wanted["completion"].replace("\n", "↵\n")
         card.locator("summary").click()
         assert card.locator("details .body").text_content() == wanted["prompt"]
@@ -126,7 +126,7 @@ def test_the_selected_cell_moves_by_keyboard(visit, sequences):
     assert "Both texts are below" in status.inner_text()
     page.keyboard.press("ArrowLeft")
     expect(62, 2)
-    assert page.locator(".panel h4").first.inner_text().startswith(f"Training sequence {columns[62]}"), (
+    assert page.locator(".panel h3").first.inner_text().startswith(f"Training sequence {columns[62]}"), (
         "the panel follows"
     )
     page.keyboard.press("Escape")
@@ -187,7 +187,7 @@ def test_clicking_a_share_shows_its_sequence(visit, sequences):
     page.mouse.click(*place)
     page.wait_for_selector("#figure-attribution .picked .card")
     assert (
-        page.locator("#figure-attribution .picked h4").inner_text().startswith(f"Training sequence {order[0]['row']}")
+        page.locator("#figure-attribution .picked h3").inner_text().startswith(f"Training sequence {order[0]['row']}")
     )
 
 
@@ -282,6 +282,8 @@ def test_without_javascript_there_are_pictures_and_the_whole_table(browser, whol
     plain = browser.new_context(java_script_enabled=False)
     page = plain.new_page()
     page.goto((whole_report / "report.html").as_uri())
+    for summary in page.locator(".chapter > summary, .numbers > summary").all():
+        summary.click()
     pictures = page.locator("figure img")
     assert pictures.count() == len(list((whole_report / "figures").iterdir()))
     assert all(picture.is_visible() for picture in pictures.all()) and page.locator(".plot").count() == 0

@@ -80,7 +80,8 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, tmp_path, images, whole
         assert shown and "\x00" not in shown and "\u202e" not in shown and "\u2028" not in shown
         if text.isascii() and text.isprintable() and len(text) < 200:
             assert shown == text
-    assert page.locator("svg a").count() == page.locator(".panel a").count() == 0
+    assert page.locator("svg a").count() == page.locator(".panel .card a").count() == 0
+    assert page.locator(".panel a").all_inner_texts() == ["Link to this cell"]
     for button in page.locator("table.training .more").all()[:10]:
         button.click()
     assert page.locator(".detail").count() == 10 and page.locator("img[src='x']").count() == 0

@@ -1,0 +1,72 @@
+"""What a reader sees first: the sentences that lead, one figure, the way down, and what to do next where that can be said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.summary import Summary
+from entropy_experiments.report.interactive.page import PageFigure
+from entropy_experiments.report.price_finding import price_finding
+from entropy_experiments.statistics.confidence import Sentence
+from entropy_experiments.text.numbers import counted, plain, signed
+
+LEAD_HEIGHT = 560
+"""Pixels of the figure beside the verdict."""
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to do, and where in the page its reason stands. section: the id of an element."""
+
+    text: str
+    section: str
+    source: str
+
+
+def lead_figure(results: ResultsFolder) -> str:
+    """The name of the figure beside the verdict: the run's course where it was recorded, else the analysed step."""
+    return "training_history" if len(results.history) > 1 else "predicted_vs_actual"
+
+
+def lower(figure: PageFigure) -> PageFigure:
+    """The figure, no higher than the sentences beside it."""
+    if figure.plot is None or figure.height <= LEAD_HEIGHT:
+        return figure
+    layout = {**figure.plot.get("layout", {}), "height": LEAD_HEIGHT}
+    return replace(figure, plot={**figure.plot, "layout": layout})
+
+
+def rest_words(sentences: Sequence[Sentence]) -> str:
+    """What a closed list of the sentences after the leading ones holds: "7 more sentences, 1 of them a warning"."""
+    rest = [sentence for sentence in sentences if not sentence.lead]
+    warnings = sum(sentence.tone == "warning" for sentence in rest)
+    words = counted(len(rest), "more sentence")
+    return f"{words}, {warnings} of them {'a warning' if warnings == 1 else 'warnings'}" if warnings else words
+
+
+def next_steps(results: ResultsFolder) -> list[NextStep]:
+    """What the record says to do: mend what failed, then what keeps entropy at the least cost. May be empty."""
+    steps = []
+    failed = [check.name for check in results.run.self_checks if not check.passed]
+    if failed:
+        text = f"Use none of these numbers before the failed self-checks are explained: {', '.join(failed)}."
+        steps.append(NextStep(text, "checks", "run.json: self_checks"))
+    prices = finished(results.summary.analyses.prices)
+    if prices is not None:
+        steps.append(NextStep(price_finding(prices), "section-prices", "summary.json: analyses.prices"))
+    return steps
+
+
+def scale_of_the_change(summary: Summary) -> str:
+    """The analysed step's predicted change beside the entropy before it, in words; "" where either is not known."""
+    entropy = summary.entropy.per_token
+    total = None if summary.prediction is None else summary.prediction.total
+    if entropy is None or total is None or not entropy.value or total.value is None:
+        return ""
+    return (
+        f"Here entropy is {plain(entropy.value)} nats per token before the step, and the step is predicted to change it by "
+        f"{signed(total.value)}, {abs(total.value / entropy.value):.0%} of it."
+    )
