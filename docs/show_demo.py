@@ -1,8 +1,9 @@
 """Show a demo's results in README: `python docs/show_demo.py runs/demo-1/analysis`, after `make demo`.
 
-Copies the figures that README shows into docs/figures, photographs the page with a cell of the kernel chosen (this needs
-Chromium), writes docs/demo.json (the verdict, the examples of docs/analyses and docs/guides/analysis.md, and digests of the
-figures), and puts the verdict into README between its two markers and the examples onto their pages (demo_examples.py).
+Copies the figures that README shows into docs/figures, photographs the page as it opens and with a cell of the kernel chosen
+(this needs Chromium), writes docs/demo.json (the verdict, its leading sentences, the examples of docs/analyses and
+docs/guides/analysis.md, and digests of the figures), and puts the leading sentences into README between its two markers and the
+examples onto their pages (demo_examples.py).
 tests/test_readme.py compares README, pages and figures with docs/demo.json.
 """
 
@@ -26,10 +27,11 @@ RECORD = ROOT / "docs" / "demo.json"
 BEGIN, END = "<!-- the demo's verdict, by docs/show_demo.py -->", "<!-- end of the verdict -->"
 COPIED = ("training_history.png", "attribution.png", "predicted_vs_actual.png", "kernel_fisher.png")
 PHOTOGRAPH = "report_kernel_cell.png"
+FIRST_SCREEN = "report_first_screen.png"
 
 
 def quoted(verdict: Sequence[str]) -> str:
-    """The verdict as README quotes it, between its markers."""
+    """The verdict's leading sentences as README quotes them, between the markers."""
     return "\n".join([BEGIN, *(f"> - {sentence}" for sentence in verdict), END])
 
 
@@ -43,8 +45,8 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def photograph(report: Path, target: Path) -> None:
-    """The page with the kernel's cell of largest size chosen, and both its sequences beside it."""
+def photograph(report: Path, first: Path, cell: Path) -> None:
+    """The page as it opens; and with the kernel's cell of largest size chosen, both its sequences beside it."""
     from playwright.sync_api import sync_playwright
 
     place = """() => { const plot = document.getElementById('kernel-plot'), box = plot.getBoundingClientRect();
@@ -57,13 +59,16 @@ def photograph(report: Path, target: Path) -> None:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
         page.goto(report.resolve().as_uri())
+        page.wait_for_selector(".first figure[data-drawn]", state="attached")
+        page.screenshot(path=str(first))
+        page.evaluate("document.querySelector('#kernels').closest('details').open = true")
         page.evaluate("document.getElementById('kernel-explorer').scrollIntoView()")
         page.wait_for_selector("#kernel-explorer[data-drawn]", state="attached")
         across, down = page.evaluate(place)
         page.mouse.move(across + 1, down)
         page.mouse.click(across, down)
-        page.wait_for_selector(".panel h4")
-        page.screenshot(path=str(target))
+        page.wait_for_selector(".panel h3")
+        page.screenshot(path=str(cell))
         browser.close()
 
 
@@ -71,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     """Copy, photograph, record, and rewrite README."""
     from entropy_experiments.records.reader import read_results_folder
     from entropy_experiments.report.outcome import read_outcome
+    from entropy_experiments.report.verdict import write_verdict
 
     parser = argparse.ArgumentParser(description="Show a demo's results in README.")
     parser.add_argument("results", type=Path, help="results folder of the demo's analysis, e.g. runs/demo-1/analysis")
@@ -78,19 +84,20 @@ def main(arguments: Sequence[str]) -> int:
     outcome, folder = read_outcome(results), read_results_folder(results)
     for name in COPIED:
         shutil.copyfile(results / "figures" / name, FIGURES / name)
-    photograph(results / "report.html", FIGURES / PHOTOGRAPH)
+    photograph(results / "report.html", FIGURES / FIRST_SCREEN, FIGURES / PHOTOGRAPH)
     texts = examples(outcome, folder.summary)
     show(results, texts)
     record = {
         "created": folder.run.created,
         "commit": folder.run.git_sha,
         "verdict": [sentence.text for sentence in outcome.verdict],
+        "lead": [sentence.text for sentence in write_verdict(folder) if sentence.lead],
         "examples": texts,
-        "figures": {name: digest(FIGURES / name) for name in (*COPIED, PHOTOGRAPH)},
+        "figures": {name: digest(FIGURES / name) for name in (*COPIED, FIRST_SCREEN, PHOTOGRAPH)},
     }
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(shown_in(text), quoted(record["verdict"])), encoding="utf-8")
+    README.write_text(text.replace(shown_in(text), quoted(record["lead"])), encoding="utf-8")
     return 0
 
 

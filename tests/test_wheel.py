@@ -113,8 +113,14 @@ def test_the_wheel_holds_packages_and_nothing_else(installed: Path) -> None:
     assert not odd, odd
 
 
-def test_one_version_everywhere() -> None:
+def project_version() -> str:
+    """The one place of the version: pyproject.toml."""
     (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    return version
+
+
+def test_one_version_everywhere() -> None:
+    version = project_version()
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert not released or released[0] == version, "the changelog's newest release is another version"

@@ -25,6 +25,7 @@ from rl_training.generation.rollout_sequences import (
     to_batch,
     to_training_sequences,
 )
+from rl_training.integrations.dashboards import TensorBoardLayout
 from rl_training.integrations.fresh_prompts import FreshCompletions
 from rl_training.integrations.generated_sequences import GeneratedSequences
 from rl_training.integrations.probe_checkpoint import ProbeCheckpoint, Probed
@@ -85,6 +86,7 @@ def attach_entropy_probe(
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
     trainer.add_callback(callback)
+    trainer.add_callback(TensorBoardLayout(trainer))
     if console:
         trainer.add_callback(ProbeConsole(callback.describe()))
     return callback
