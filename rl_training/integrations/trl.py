@@ -109,12 +109,8 @@ class EntropyProbeCallback(TrainerCallback):
         description: SamplingDescription,
         config: EntropyProbeConfig,
     ) -> None:
-        self._trainer, self._prompts, self._sampling_config, self._config = (
-            trainer,
-            prompts,
-            description.sampling_config(),
-            config,
-        )
+        self._trainer, self._prompts, self._config = trainer, prompts, config
+        self._sampling_config = description.sampling_config()
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._sharing = Processes.world()
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
