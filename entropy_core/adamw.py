@@ -36,6 +36,11 @@ class AdamWParameterState:
         step: how many steps they have seen.
         max_exp_avg_sq: the largest v so far, which amsgrad divides by in place of v, and None
             without it.
+
+    Examples:
+        >>> state = read_adamw_state(optimizer, model.named_parameters())["head.weight"]
+        >>> state.step, state.beta1, tuple(state.exp_avg.shape)
+        (1, 0.9, (8, 4))
     """
 
     exp_avg: Tensor
@@ -51,7 +56,14 @@ class AdamWParameterState:
 
 @dataclass(frozen=True)
 class AdamWUpdate:
-    """dtheta in three parts, each name -> tensor of the parameter's shape; they add up to the step."""
+    """dtheta in three parts, each name -> tensor of the parameter's shape; they add up to the step.
+
+    Examples:
+        >>> states = read_adamw_state(optimizer, model.named_parameters())
+        >>> update = split_adamw_update(states, gradients, dict(model.named_parameters()))
+        >>> sorted(update.momentum) == sorted(name for name, _ in model.named_parameters())
+        True
+    """
 
     batch: Mapping[str, Tensor]
     momentum: Mapping[str, Tensor]
@@ -86,6 +98,11 @@ def read_adamw_state(
         TypeError: an optimizer that is not Adam or AdamW by its hyper-parameters.
         ValueError: maximize or coupled decay (plain Adam's), quantised state, or names and
             parameters that do not cover each other.
+
+    Examples:
+        >>> states = read_adamw_state(optimizer, model.named_parameters())
+        >>> {name: state.step for name, state in states.items()}
+        {'embed.weight': 1, 'head.weight': 1, 'head.bias': 1}
     """
     pairs = _pairs(named_parameters)
     if isinstance(optimizer, Mapping):
@@ -186,6 +203,11 @@ def adam_preconditioner(
     Args:
         named_parameters: the model's; may be left out where the optimizer was built from named
             parameters.
+
+    Examples:
+        >>> p = adam_preconditioner(optimizer, model.named_parameters())
+        >>> tuple(p["head.weight"].shape), bool((p["head.weight"] > 0).all())
+        ((8, 4), True)
     """
     if isinstance(optimizer, Mapping):
         return {name: preconditioner(state) for name, state in optimizer.items()}
@@ -232,6 +254,14 @@ def split_adamw_update(
 
     Raises:
         ValueError: names differ.
+
+    Examples:
+        >>> states = read_adamw_state(optimizer, model.named_parameters())
+        >>> before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        >>> update = split_adamw_update(states, gradients, before)
+        >>> parts = update.batch, update.momentum, update.weight_decay
+        >>> sum(part["head.weight"] for part in parts).shape
+        torch.Size([8, 4])
     """
     if not state_before.keys() == gradients.keys() == parameters.keys():
         odd = sorted((state_before.keys() ^ gradients.keys()) | (state_before.keys() ^ parameters.keys()))

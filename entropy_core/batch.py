@@ -41,6 +41,12 @@ class SequenceBatch:
         ValueError: shapes that disagree, an empty batch, attended tokens that are not one
             contiguous run, a completion that is empty, not attended or at the very first of them
             (nothing predicts it), or a temperature <= 0.
+
+    Examples:
+        >>> prompts, completions = [[1, 2], [1, 2], [3]], [[4, 0], [5, 6, 0], [4]]
+        >>> drawn = SequenceBatch.from_sequences(prompts, completions, [0, 0, 1], pad_token_id=0)
+        >>> len(drawn), drawn.completion_mask.sum(1).tolist()
+        (3, [2, 3, 1])
     """
 
     input_ids: Tensor

@@ -37,6 +37,12 @@ class EntropyMeasurement:
 
     Attributes:
         left_out: (B,) the change with each prompt left out, prompts in ascending order of index.
+
+    Examples:
+        >>> before = token_statistics(model, batch)
+        >>> nothing = snis_entropy_change(before, before, batch)
+        >>> nothing.change, nothing.trustworthy
+        (0.0, True)
     """
 
     before: float
@@ -67,6 +73,12 @@ def snis_entropy_change(
 
     Raises:
         ValueError: the log-ratios are not finite.
+
+    Examples:
+        >>> before, after = token_statistics(model, batch), token_statistics(moved_model, batch)
+        >>> measured = snis_entropy_change(before, after, batch)
+        >>> abs(measured.after - measured.before - measured.change) < 1e-6, measured.sequences
+        (True, 4)
     """
     log_ratio = after.scores() - before.scores()
     if not bool(torch.isfinite(log_ratio).all()):
@@ -86,6 +98,13 @@ def fixed_prefix_entropy_change(
 ) -> EntropyMeasurement:
     """Change of mean token entropy on the given tokens under the weights of `before`: the
     fixed-prefix estimand, not the change of h or H.
+
+    Examples:
+        >>> before, after = token_statistics(model, batch), token_statistics(moved_model, batch)
+        >>> given = fixed_prefix_entropy_change(before, after, batch)
+        >>> mean = lambda statistics: (statistics.entropies.sum() / batch.completion_mask.sum()).item()
+        >>> abs(given.change - (mean(after) - mean(before))) < 1e-5
+        True
     """
     start = torch.zeros(len(batch), dtype=torch.float64, device=batch.device) if log_weights is None else log_weights
     weights = torch.softmax(start.double(), 0)

@@ -29,6 +29,12 @@ class TokenStatistics:
         logprobs, entropies: (N, L) in the batch's own layout, nats, 0 outside completions; float32
             (float64 from a float64 model).
         surprisal_variances: (N, L) Var[log pi] under the policy, nats^2, where it was asked for.
+
+    Examples:
+        >>> statistics = token_statistics(model, batch)
+        >>> scores = statistics.logprobs.sum(1)  # S, log-probability of each completion, nats
+        >>> bool((scores < 0).all())
+        True
     """
 
     logprobs: Tensor
@@ -65,6 +71,13 @@ def token_statistics(
         with_variances: fill in `surprisal_variances` as well.
         all_digits: entropies in float64 where they were found so, for what is made of their
             differences.
+
+    Examples:
+        >>> statistics = token_statistics(model, batch)
+        >>> statistics.entropies.shape == batch.input_ids.shape
+        True
+        >>> bool((statistics.entropies <= torch.tensor(8.0).log()).all())  # eight tokens
+        True
     """
     check_length(model, int(batch.scored_lengths.max()) - 1)
     places, values = [], []

@@ -69,6 +69,11 @@ def jackknife_over_prompts(numerators: Tensor, prompt_index: Tensor, denominator
 
     Returns:
         NaN with one prompt: a single unit carries no information about its spread.
+
+    Examples:
+        >>> values, prompts = torch.tensor([1.0, 1.0, 3.0, 3.0]), torch.tensor([0, 0, 1, 1])
+        >>> jackknife_over_prompts(values, prompts)  # two prompts, at 1 and 3
+        1.0
     """
     if denominators is None:
         denominators = torch.ones_like(numerators)
@@ -144,6 +149,11 @@ def u_statistic(left: Tensor, right: Tensor) -> float:
 
     Raises:
         ValueError: fewer than two prompts, or shapes that differ.
+
+    Examples:
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> u_statistic(x, x)  # x_1 x_2, without the squares
+        2.0
     """
     if left.shape != right.shape or left.dim() != 2:
         raise ValueError(f"both sides must be (B, D), not {tuple(left.shape)} and {tuple(right.shape)}")

@@ -35,6 +35,11 @@ def advantages(rewards: Tensor, prompt_index: Tensor, scheme: WeightingScheme) -
     Raises:
         ValueError: an unknown scheme, rewards that are not finite, or a group of one where others
             are needed.
+
+    Examples:
+        >>> rewards, prompts = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+        >>> advantages(rewards, prompts, "dr_grpo").tolist()  # the group's mean is taken off
+        [0.5, -0.5, 0.0, 0.0]
     """
     rewards = rewards.double()
     if not bool(torch.isfinite(rewards).all()):
@@ -82,6 +87,12 @@ def sequence_weights(
 
     Raises:
         ValueError: as `advantages` does, or where dr_grpo has no length to divide by.
+
+    Examples:
+        >>> rewards, prompts = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+        >>> lengths = torch.tensor([2, 3, 2, 2])
+        >>> sequence_weights(rewards, prompts, lengths, max_completion_length=4).tolist()
+        [0.03125, -0.03125, 0.0, 0.0]
     """
     advantage = advantages(rewards, prompt_index, scheme)
     count, lengths = len(rewards), lengths.double()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,27 @@ def test_the_wheel_holds_packages_and_nothing_else(installed: Path) -> None:
     assert found == {"entropy_core", "rl_training", "entropy_experiments"}
     odd = [path for path in installed.rglob("*") if path.suffix in {".pyc", ".safetensors", ".parquet", ".pt"}]
     assert not odd, odd
+
+
+def test_every_file_of_the_packages_is_in_the_wheel(installed: Path) -> None:
+    """Templates, styles, scripts, configurations, tables: what stands beside the code in the checkout."""
+    for package in ("entropy_core", "rl_training", "entropy_experiments"):
+        there = {file.relative_to(ROOT) for file in (ROOT / package).rglob("*") if file.is_file()}
+        wanted = {file for file in there if "__pycache__" not in file.parts and file.parts[1] != "results"}
+        assert wanted, package
+        missing = {str(file) for file in wanted if not (installed / file).is_file()}
+        assert not missing, missing
+
+
+def test_the_wheel_says_what_it_is_and_needs(installed: Path) -> None:
+    (information,) = installed.glob("*.dist-info")
+    content = Parser().parsestr((information / "METADATA").read_text(encoding="utf-8"))
+    assert content["Name"] == "entropy-experiments" and content["Version"] == project_version()
+    assert {"all", "analysis", "train", "notebook"} <= set(content.get_all("Provides-Extra"))
+    plain = [need for need in content.get_all("Requires-Dist") if "extra ==" not in need]
+    assert len(plain) == 1 and plain[0].startswith("torch"), "the mathematics needs torch alone"
+    assert "entropy-experiments = entropy_experiments.__main__:main" in (information / "entry_points.txt").read_text()
+    assert "MIT" in content["License-Expression"] and list(information.rglob("LICENSE"))
 
 
 def project_version() -> str:

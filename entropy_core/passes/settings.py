@@ -20,6 +20,14 @@ class PassSettings:
 
     Raises:
         ValueError: a token_batch_size below 1, or an unknown method.
+
+    Examples:
+        >>> PassSettings(token_batch_size=1024).method
+        'auto'
+        >>> PassSettings(token_batch_size=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: token_batch_size is 0, it must be at least 1
     """
 
     token_batch_size: int = DEFAULT_TOKEN_BATCH_SIZE
