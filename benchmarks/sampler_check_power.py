@@ -22,7 +22,7 @@ from entropy_core.passes.forward import completion_logits, evaluation_mode
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.models.load import load_model_and_tokenizer
-from rl_training.premises.surprisal_check import _TIGHTEST, FALSE_ALARMS
+from rl_training.probe.surprisal import FALSE_ALARMS, TIGHTEST
 from rl_training.sampling import draw, make_sampling_config
 from rl_training.tasks.task import load_task
 
@@ -107,8 +107,8 @@ def alarms(x: Tensor, v: Tensor, tokens: int, runs: int, looks: int, generator: 
     for look in range(1, looks + 1):
         at = torch.randint(len(flat_x), (runs, tokens), generator=generator)
         difference, variance = difference + flat_x[at].sum(1), variance + flat_v[at].sum(1)
-        whole = variance + _TIGHTEST
-        limit = (whole * ((whole / _TIGHTEST).log() + 2 * math.log(1 / FALSE_ALARMS))).sqrt()
+        whole = variance + TIGHTEST
+        limit = (whole * ((whole / TIGHTEST).log() + 2 * math.log(1 / FALSE_ALARMS))).sqrt()
         first = torch.where((first == 0) & (difference.abs() >= limit), look, first)
     return first
 

@@ -43,6 +43,7 @@ def watched_pass(
     processes: Processes = ALONE,
     lockstep: bool = False,
     with_hidden: bool = True,
+    with_variances: bool = False,
 ) -> WatchedPass:
     """Pass a batch through the model once, in evaluation mode.
 
@@ -51,6 +52,7 @@ def watched_pass(
         processes: processes that are given the same batch; each computes some of its prompts.
         lockstep: whether every process must call the model equally often.
         with_hidden: whether hidden states are wanted.
+        with_variances: whether the statistics are to hold `surprisal_variances`.
 
     Returns:
         Numbers of the whole batch, in every process.
@@ -62,17 +64,20 @@ def watched_pass(
     shape, device = batch.input_ids.shape, batch.device
     logprobs = torch.zeros(shape, dtype=dtype, device=device)
     entropies = torch.zeros(shape, dtype=torch.float64, device=device)
+    variances = torch.zeros(shape, dtype=dtype, device=device) if with_variances else None
     hidden = torch.zeros((*shape, PROJECTED), device=device) if with_hidden else None
     unseen = False
     with evaluation_mode(model), torch.no_grad():
         for bucket, counts in _rounds(batch, buckets, processes, lockstep):
             with noted_hidden_states(model) as states:
-                found = completion_values(model, bucket, batch.temperature)
+                found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
             if not counts:
                 continue
             assert found.entropies is not None
             at = (bucket.sequences, bucket.columns)
             logprobs[at], entropies[at] = found.logprobs.to(logprobs), found.entropies.to(entropies)
+            if variances is not None and found.variances is not None:
+                variances[at] = found.variances.to(variances)
             if hidden is None:
                 continue
             if not states or states[-1].shape[:2] != bucket.input_ids.shape:
@@ -83,7 +88,8 @@ def watched_pass(
             hidden[at] = projected(rows, hidden_projection(rows.shape[1])).to(device)
     if hidden is not None and processes.any(unseen, device):
         hidden = None
-    statistics = TokenStatistics(processes.sum(logprobs), processes.sum(entropies))
+    sums = [processes.sum(values) for values in (logprobs, entropies, variances) if values is not None]
+    statistics = TokenStatistics(*sums)
     return WatchedPass(statistics, None if hidden is None else processes.sum(hidden))
 
 

@@ -14,7 +14,7 @@ from entropy_experiments.audit.policies import Policies
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence
 from entropy_experiments.audit.token_definitions import TokenDefinition, TokenMeans
 from entropy_experiments.audit.verdicts import DIFFERS, Finding
-from rl_training.premises.surprisal_check import SurprisalCheck
+from rl_training.probe.surprisal import SurprisalCheck
 
 SAMPLER_DEFINITION = TokenDefinition("surprisal", sequences="generated", average="tokens")
 SAMPLER_METRIC = "surprisal by the sampler's own log-probabilities"
@@ -27,7 +27,7 @@ def check_sampler(run: RecordedRun, policies: Policies, rows: list[LoggedRow]) -
     """(a finding where the tokens do not follow the softmax, notes).
 
     Surprisal and entropy of drawn tokens have the same mean where they do
-    (rl_training.premises.surprisal_check).
+    (rl_training.probe.surprisal).
     """
     check, surprisal, entropy = SurprisalCheck(), 0.0, 0.0
     for step in sorted({step for row in rows for step in row.steps}):

@@ -75,13 +75,15 @@ from rl_training.probe.step_prediction import (
     token_predictors,
     without_critic,
 )
+from rl_training.probe.surprisal import DrawnSequences
 
 
 class SimpleEntropyProbe:
     """See the module's docstring for its use; EntropyProbeConfig for its settings.
 
     sharing: for several processes that each hold the model and are given the same batches. gradient_tolerance: relative error
-    of the loss gradient, rebuilt from the sequences' weights, that the run's precision explains. Memory, from `observe` to the
+    of the loss gradient, rebuilt from the sequences' weights, that the run's precision explains. check_sampler: whether to hold
+    sequences that today's policy is said to have drawn against that (rl_training.probe.surprisal). Memory, from `observe` to the
     end of `after_step`: `memory_bytes()`; between steps the running average alone.
     """
 
@@ -91,11 +93,12 @@ class SimpleEntropyProbe:
         model: nn.Module,
         sharing: Processes | None = None,
         gradient_tolerance: float = SAME_GRADIENT,
+        check_sampler: bool = True,
     ) -> None:
         self._config = config or EntropyProbeConfig(mode="simple")
         self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or Processes()
-        self._said: set[str] = set()
+        self._said, self._drawn = set[str](), DrawnSequences(off=not check_sampler)
         self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
         self._take = ObservedPasses(model, self._sharing, self.folds, self._say_once)
         self.prefixes = self._take.prefixes
@@ -175,15 +178,18 @@ class SimpleEntropyProbe:
         further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
         `surprisal_variances`. gradient: false watches the tokens alone. critic: what `estimator: critic` differentiates.
         """
+        with_variances = with_variances or self._drawn.wants(drawn_scores)
         if gradient and not self._config.averaging:
             self._averages = {}
-        if not gradient:
+        if gradient:
+            self._observation, self._newest = self._take.gradients(
+                batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances, critic
+            )
+        else:
             seen = self.statistics(batch, with_variances)
             self._observation = Observation(batch, seen, joint_log_weights(seen, drawn_scores, prior_log_weights))
-            return self._observation
-        self._observation, self._newest = self._take.gradients(
-            batch, drawn_scores, prior_log_weights, objectives_of(self._config), with_variances, critic
-        )
+        if self._drawn.wants(drawn_scores):
+            self._drawn.take(self._observation.statistics, batch)
         return self._observation
 
     def before_step(

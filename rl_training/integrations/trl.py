@@ -114,7 +114,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._sharing = Processes.world()
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
-        self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient)
+        self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient, check_sampler=False)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
         self._fresh = FreshCompletions(trainer, self._model, self._sampling_config, self._sharing)
         self._watch: StepWatch | None = None

@@ -53,6 +53,7 @@ from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import give_back, is_spread
 from rl_training.probe.step_errors import by_fold, prompt_names
 from rl_training.probe.step_parts import upcoming_step, why_not_split
+from rl_training.probe.surprisal import DrawnSequences
 from rl_training.probe.trial_moves import TrialMoves
 
 PARTS = ("batch", "momentum", "decay")
@@ -119,7 +120,7 @@ class EntropyWatch:
         self.prefixes = PrefixSharing(model, self._sharing)
         self._critic = EntropyCritic(keep=config.critic_keep)
         self._correction = None if config.bias_keep is None else BiasCorrection(config.bias_keep)
-        self._sum, self._level = RunningSum(), LocalLevel()
+        self._sum, self._level, self._drawn = RunningSum(), LocalLevel(), DrawnSequences()
         self._steps_since = 1
         self.forget_step()
 
@@ -133,13 +134,14 @@ class EntropyWatch:
         self._trials: list[TokenStatistics] = []
 
     # ------------------------------------------------------------------ passes
-    def look(self, batch: SequenceBatch, with_hidden: bool = False) -> WatchedPass:
+    def look(self, batch: SequenceBatch, with_hidden: bool = False, with_variances: bool = False) -> WatchedPass:
         """One pass over `batch` under the model as it is now."""
+        wanted = (with_hidden, with_variances)
         if not is_spread(self._model):
             buckets = self.prefixes.buckets(batch)
-            return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, with_hidden)
+            return watched_pass(self._model, batch, buckets, self._sharing, self.lockstep, *wanted)
         try:
-            return watched_pass(self._model, batch, length_buckets, self._sharing, True, with_hidden)
+            return watched_pass(self._model, batch, length_buckets, self._sharing, True, *wanted)
         finally:
             give_back(self._model)
 
@@ -157,7 +159,8 @@ class EntropyWatch:
             What is watched.
         """
         if before is None:
-            before = self.look(batch, with_hidden=True)
+            before = self.look(batch, with_hidden=True, with_variances=self._drawn.wants(log_weights))
+            self._drawn.take(before.statistics, batch)
         entropies, mask = before.statistics.entropies, batch.completion_mask
         features, fold = token_features(entropies, mask, before.hidden), prompt_folds(batch, self._critic.folds)
         self._critic.observe(features, entropies, mask, fold, self._steps_since)

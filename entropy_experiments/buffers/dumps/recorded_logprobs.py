@@ -19,7 +19,7 @@ from torch import nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
-from rl_training.premises.surprisal_check import SurprisalCheck, surprisal_sums
+from rl_training.probe.surprisal import SurprisalCheck, surprisal_sums
 
 Cause = Literal["none", "engine", "shifted", "temperature", "raw", "other model", "other checkpoint"]
 
