@@ -11,7 +11,8 @@ from entropy_core.scores import token_statistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.generation.rollout_sequences import to_batch
 from rl_training.integrations.trl import attach_entropy_probe
-from rl_training.premises.surprisal_check import FALSE_ALARMS, SamplerWatch, SurprisalCheck, surprisal_sums
+from rl_training.premises.surprisal_check import SamplerWatch
+from rl_training.probe.surprisal import FALSE_ALARMS, SurprisalCheck, surprisal_sums
 from rl_training.sampling import SamplingConfig, generate_completions
 from rl_training.sequences import RolloutSequence
 from tests.rl_training.sampling_setting import make_trainer, tiny_model, vocabulary
