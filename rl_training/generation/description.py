@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from entropy_core.passes.forward import innermost_model
 from rl_training.errors import UserError
 from rl_training.generation.settings import Departure, departures, final_settings, plain, token_ids
 from rl_training.generation.training_noise import training_noise
@@ -263,3 +264,41 @@ def _of_model(base: Any) -> list[Departure]:
             where = getattr(method, "__module__", None) or type(method).__name__
             found.append(Departure(f"model.{name}", f"of {where}", _OTHER_ENGINE, "use transformers' own"))
     return found
+
+
+class SettledSampling:
+    """How completions are drawn, as it was when this was made, held against how they are drawn now."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._before = _settings_now(trainer)
+
+    def hold(self, step: int) -> None:
+        """Raises UserError where a setting has changed while training. step: of the optimizer, counted from 1."""
+        now = _settings_now(self._trainer)
+        odd = next((key for key in (*self._before, *now) if self._before.get(key) != now.get(key)), None)
+        if odd is None:
+            return
+        raise UserError(
+            f"{odd} changed from {self._before.get(odd)!r} to {now.get(odd)!r} before step {step}, while training: entropies "
+            "before and after are of two distributions, and a record says one for the whole run; end the run there, and begin "
+            "another from its checkpoint with the new setting"
+        )
+
+
+def _settings_now(trainer: Any) -> dict[str, Any]:
+    """Every setting of the generator by name: the trainer's, those it hands on, and the model's own."""
+    model: Any = innermost_model(trainer.model)
+    own = {
+        "temperature": getattr(trainer, "temperature", None),
+        "args.temperature": trainer.args.temperature,
+        "args.max_completion_length": trainer.args.max_completion_length,
+        "eos_token_ids": token_ids(getattr(trainer, "eos_token_ids", None)),
+    }
+    for place, config in (
+        ("generation_config", getattr(trainer, "generation_config", None)),
+        ("model.generation_config", getattr(model, "generation_config", None)),
+    ):
+        values = {} if config is None else vars(config)
+        own |= {f"{place}.{key}": plain(value) for key, value in values.items() if not key.startswith("_")}
+    return own

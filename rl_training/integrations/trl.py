@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
-from rl_training.generation.description import SamplingDescription, describe_sampling
+from rl_training.generation.description import SamplingDescription, SettledSampling, describe_sampling
 from rl_training.generation.drawn_tokens import loss_mask
 from rl_training.generation.rollout_sequences import (
     RolloutSequence,
@@ -126,7 +126,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._premise = ProbePremise(trainer, config)
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts in OF_PROMPTS else None
-        self._sampler = SamplerWatch(trainer)
+        self._sampler, self._settled = SamplerWatch(trainer), SettledSampling(trainer)
         self._sequences = WatchedSequences(trainer, config, self._sampling_config, self._probe)
         self._generated = GeneratedSequences(trainer)
         layouts = (self._probe.prefixes, *([] if self._watch is None else [self._watch.layout]))
@@ -231,6 +231,7 @@ class EntropyProbeCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the two halves
     def _before_step(self, seed: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        self._settled.hold(step + 1)
         config, fresh = self._config, self._config.rollouts in OF_PROMPTS
         if self._watch is not None:
             self._watch.still(step)

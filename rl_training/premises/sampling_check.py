@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rl_training.errors import UserError
-from rl_training.generation.description import SamplingDescription, describe_sampling
+from rl_training.generation.description import SamplingDescription, SettledSampling, describe_sampling
 from rl_training.generation.training_noise import silence_training_noise, train_mode_change, training_noise
 from rl_training.premises.batch_dependence import LongestSequence
 from rl_training.premises.full_precision import without_autocast
@@ -124,9 +124,14 @@ class SamplingGuard(TrainerCallback):
         self._told: set[str] = set()
         silence_training_noise(trainer.accelerator.unwrap_model(trainer.model))
         self.description = self._held()
+        self._settled = SettledSampling(trainer)
+
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_kwargs: Any) -> None:
+        """Raises UserError where a setting of the generator has changed since training began."""
+        self._settled.hold(state.global_step + 1)
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-        self.description = self._held()
+        self.description, self._settled = self._held(), SettledSampling(self._trainer)
         if is_sharded(self._trainer):  # no forward pass outside the trainer's own
             warnings.warn(_SHARDED, RuntimeWarning, stacklevel=2)
             return

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, TrainerCallback
 from trl import GRPOTrainer
 
 from rl_training.algs.dr_grpo import DrGRPOTrainer
@@ -75,6 +75,47 @@ def test_the_plain_sampler_is_not_warned_of(model, tmp_path):
     _, told = attached(trainer)
     _, told_in_training = warnings_of(trainer.train)
     assert told + told_in_training == []
+
+
+class Anneals(TrainerCallback):
+    """A schedule that changes how completions are drawn, after a step."""
+
+    def __init__(self, change):
+        self.trainer, self.change = None, change
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.change(self.trainer)
+
+
+CHANGES = {
+    "temperature": lambda trainer: setattr(trainer, "temperature", 0.7),
+    "generation_config.temperature": lambda trainer: setattr(trainer.generation_config, "temperature", 0.7),
+    "generation_config.top_k": lambda trainer: setattr(trainer.generation_config, "top_k", 5),
+    "args.max_completion_length": lambda trainer: setattr(trainer.args, "max_completion_length", 3),
+    "model.generation_config.min_p": lambda trainer: setattr(trainer.model.generation_config, "min_p", 0.1),
+}
+
+
+@pytest.mark.parametrize("mode", ["watch", "simple"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_changes_while_training_ends_the_probe(model, tmp_path, name, mode):
+    trainer, schedule = make_trainer(model, tmp_path), Anneals(CHANGES[name])
+    schedule.trainer = trainer
+    trainer.add_callback(schedule)
+    config = EntropyProbeConfig(mode=mode, preset="light")
+    callback = attach_entropy_probe(trainer, config, console=False)
+    with pytest.warns(RuntimeWarning, match=f"off from here on.* {name} changed from .* before step 2"):
+        trainer.train()
+    assert len(callback.history) <= 1
+
+
+def test_a_setting_that_changes_while_training_ends_a_run_of_ours(model, tmp_path):
+    trainer, schedule = make_trainer(model, tmp_path, DrGRPOTrainer), Anneals(CHANGES["temperature"])
+    schedule.trainer = trainer
+    trainer.add_callback(schedule)
+    with pytest.raises(UserError, match="temperature changed from 1.0 to 0.7 before step 2"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("own", [{"repetition_penalty": 1.3}, {"typical_p": 0.7}, {"suppress_tokens": [4]}], ids=str)
