@@ -34,6 +34,7 @@ from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import run_analyses
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
+from entropy_experiments.buffers.scored_alone import refuse_dependence
 from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
 from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -278,13 +279,15 @@ def analyze_buffers(
     """
     device, training = input_device(checkpoint.model), buffers.training
     eval_batch = buffers.evaluation.to_batch(plan.sampling_config).to(device)
+    train_batch = training.rollouts.to_batch(plan.sampling_config).to(device)
     kernel = kernel or kernel_options(config.entropy_analysis.fisher_kernel, reporter=reporter)
     try:
+        refuse_dependence(checkpoint.model, [eval_batch, train_batch])
         found = analyze_batches(
             checkpoint.model,
             checkpoint.optimizer,
             eval_batch,
-            training.rollouts.to_batch(plan.sampling_config).to(device),
+            train_batch,
             training.weights,
             settings_of(checkpoint, config, kernel),
             reporter,
