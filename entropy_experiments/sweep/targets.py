@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_experiments.sweep.config import CheckpointSelection, SweepConfig
+from entropy_experiments.text.display import one_line
 from rl_training.errors import UserError
 from rl_training.run.rollouts import rollouts_path
+from rl_training.run.sidecar import read_sidecar
 
 _logger = logging.getLogger(__name__)
 
@@ -84,11 +86,16 @@ def choose_checkpoints(run: Path, selection: CheckpointSelection) -> list[tuple[
 
 
 def plan_sweep(runs: dict[str, Path], config: SweepConfig) -> list[Target]:
-    """Every checkpoint to analyse, run by run. Raises UserError as `choose_checkpoints` and `_with_a_next_step` do."""
+    """Every checkpoint to analyse, run by run.
+
+    Raises UserError as `choose_checkpoints`, `_with_a_next_step` and `_refuse_two_distributions` do.
+    """
     chosen = {name: choose_checkpoints(run, config.checkpoints) for name, run in runs.items()}
     if config.entropy_analysis.sampling.eval_prompts == "from_run":
         asked = config.checkpoints.steps is not None
         chosen = {name: _with_a_next_step(runs[name], found, asked) for name, found in chosen.items()}
+    for name, found in chosen.items():
+        _refuse_two_distributions(runs[name], found)
     return [Target(name, step, path) for name, found in chosen.items() for step, path in found]
 
 
@@ -108,6 +115,45 @@ def _with_a_next_step(run: Path, found: list[tuple[int, Path]], asked: bool) -> 
     if without:
         _logger.warning("%s: checkpoints are left out, for %s", run, words)
     return [(step, path) for step, path in found if step not in without]
+
+
+def _refuse_two_distributions(run: Path, found: list[tuple[int, Path]]) -> None:
+    """Raises UserError where the records of a run's checkpoints say that completions came from more than one distribution: the
+    difference of two entropies would then be none of training. Damaged records are left to the analysis of their checkpoint.
+    """
+    first: dict[str, tuple[int, object]] = {}
+    for step, path in found:
+        for name, value in _distribution(path).items():
+            earlier, other = first.setdefault(name, (step, value))
+            if other != value:
+                raise UserError(
+                    f"{run}: {name} is {_short(other)} at checkpoint {earlier} and {_short(value)} at checkpoint {step}: "
+                    "entropies of two distributions are no course of training; sweep over the steps of each part alone "
+                    "(checkpoints.steps)"
+                )
+
+
+def _distribution(path: Path) -> dict[str, object]:
+    """What says which distribution completions come from, but for the weights; {} where nothing is recorded."""
+    try:
+        sidecar = read_sidecar(path)
+    except UserError:
+        return {}
+    if sidecar is None:
+        return {}
+    sampling = sidecar.sampling
+    said = {
+        "temperature": sampling.temperature,
+        "max_completion_length": sampling.max_completion_length,
+        "eos_token_ids": sorted(sampling.eos_token_ids),
+        "the digest of the chat template": sampling.chat_template_sha256,
+        "chat_template_kwargs": sampling.chat_template_kwargs,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _short(value: object) -> str:
+    return one_line(str(value), 60)
 
 
 def sweep_name(runs: dict[str, Path]) -> str:

@@ -18,7 +18,7 @@ OVERLAP = (
     "several times the policy's own change where all weights are trained"
 )
 
-# Of an endless stream of prompts the probe keeps so many to draw from.
+# The probe keeps so many prompts to draw from: the first of a stream; of a data set, which may be sorted, from all over it.
 _PROMPTS_TAKEN = 1024
 
 
@@ -69,6 +69,14 @@ def held_out_prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None) -> lis
     return _prompts(trainer, rows, "pool")
 
 
+def _evenly(dataset: Any, most: int) -> list[dict[str, Any]]:
+    """At most so many rows of a data set, from its whole length where it has one."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return list(islice(iter(dataset), most))
+    count = len(dataset)
+    return [dataset[i * count // most] for i in range(most)] if count > most else [dataset[i] for i in range(count)]
+
+
 def _spread_weights(trainer: Any) -> str | None:
     """What will spread the policy's weights over processes once training begins."""
     if getattr(trainer, "is_fsdp_enabled", False):
@@ -80,9 +88,8 @@ def _spread_weights(trainer: Any) -> str | None:
 def _prompts(trainer: Any, rows: Sequence[dict[str, Any]] | None, source: str) -> list[dict[str, Any]]:
     if rows is None:
         dataset = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        rows = list(islice(iter(dataset), _PROMPTS_TAKEN))
+        sets = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+        rows = [row for some in sets for row in _evenly(some, -(-_PROMPTS_TAKEN // len(sets)))]
     refuse_prompts(trainer, rows, source)
     if len(rows) < (2 if source == "pool" else 1):  # an error needs two prompts
         raise UserError(
