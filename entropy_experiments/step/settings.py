@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,9 @@ from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.statistics.estimand import POLICY, Estimand
 
 Preconditioning = Literal["checkpoint", "step", "none"]
+
+_CLIPPED_AT = 1.0
+"""The Trainer's default."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,13 @@ class AnalysisSettings:
 def settings_of(checkpoint: Checkpoint, config: FisherAnalysisConfig, kernel: KernelOptions) -> AnalysisSettings:
     """What the configuration says, and where it says nothing the checkpoint's own record."""
     analysis, record = config.entropy_analysis, checkpoint.record
-    norm = record.sidecar.algorithm.max_grad_norm if record.sidecar else 1.0
+    norm = record.sidecar.algorithm.max_grad_norm if record.sidecar else _CLIPPED_AT
+    if record.sidecar is None and config.checkpoint.max_grad_norm is None:
+        warnings.warn(
+            f"{record.path} does not say where its gradients were clipped: {_CLIPPED_AT:g}, the Trainer's default, is "
+            "taken; give checkpoint.max_grad_norm (a large number where they were not)",
+            stacklevel=2,
+        )
     rates = record.learning_rates
     return AnalysisSettings(
         estimand=Estimand.of(analysis.sampling.rows_are_drawn),

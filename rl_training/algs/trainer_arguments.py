@@ -14,6 +14,7 @@ from typing import Any
 
 from rl_training.errors import UserError
 from rl_training.generation.settings import departures, plain
+from rl_training.run.record_ranges import LARGEST_GRADIENT_NORM
 
 # What TRL 1.12 to 1.16 know, whatever it does: what matters of it is checked by name here, in
 # DrGRPOConfig, or on the trainer.
@@ -47,6 +48,11 @@ def refuse_arguments(args: Any) -> None:
     """Raises UserError, by its name, for an argument of `args` that takes completions away from the
     softmax, or is unknown.
     """
+    norm = args.max_grad_norm
+    if not isinstance(norm, int | float) or not 0 <= norm <= LARGEST_GRADIENT_NORM:
+        raise UserError(
+            f"max_grad_norm={norm!r}: a checkpoint's record needs a number from 0 on; 0 means that gradients are not clipped"
+        )
     for name, effect in _OFF.items():
         if value := getattr(args, name, None):
             raise UserError(f"{name}={value!r}: {effect}; leave it out")

@@ -67,7 +67,8 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=-1, le=10**7)]
 LearningRate = Annotated[float, Field(ge=0, le=10)]
 LARGEST_LEARNING_RATE = 10.0
-GradientNorm = Annotated[float, Field(ge=0, le=1e30)]
+LARGEST_GRADIENT_NORM = 1e30
+GradientNorm = Annotated[float, Field(ge=0, le=LARGEST_GRADIENT_NORM)]
 """0: gradients are not clipped."""
 Rounds = Annotated[int, Field(ge=0, le=10**6)]
 Score = Annotated[float, Field(ge=-1e7, le=1e-3)]

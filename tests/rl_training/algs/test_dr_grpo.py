@@ -1,5 +1,6 @@
 """The trainer: exact gradients, the filtered buffer, checkpoints that resume bit by bit, a probe that changes nothing."""
 
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -271,7 +272,18 @@ def test_an_existing_run_is_not_overwritten(tiny_policy, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("top_p", 0.9), ("top_k", 50), ("beta", 0.04), ("num_iterations", 2), ("scale_rewards", "group"), ("min_p", 0.1)],
+    [
+        ("top_p", 0.9),
+        ("top_k", 50),
+        ("beta", 0.04),
+        ("num_iterations", 2),
+        ("scale_rewards", "group"),
+        ("min_p", 0.1),
+        ("max_grad_norm", None),
+        ("max_grad_norm", math.inf),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", math.nan),
+    ],  # fmt: skip
 )
 def test_settings_under_which_the_weights_would_not_be_exact_are_refused(tmp_path, setting, value):
     with pytest.raises(UserError, match=setting):
