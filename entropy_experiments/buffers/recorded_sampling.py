@@ -8,6 +8,7 @@ on other data: refused by name, with what to do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from entropy_experiments.checkpoint_loader import Checkpoint
 from rl_training.errors import UserError
 from rl_training.generation.description import sampling_lines
 from rl_training.generation.settings import Departure, departures, token_ids
-from rl_training.prompts.chat_prompts import PromptRendering, first_difference, template_digest, tokenize_prompts
+from rl_training.prompts.chat_prompts import (
+    PromptRendering,
+    first_difference,
+    prints_the_date,
+    template_digest,
+    tokenize_prompts,
+)
 from rl_training.run.rollouts import read_rollouts, rollouts_path
 from rl_training.run.sidecar import SidecarSampling
 from rl_training.sampling import SamplingConfig
@@ -107,12 +114,29 @@ def refuse_other_prompts(checkpoint: Checkpoint, sampling_config: SamplingConfig
     for number in [n for n in recorded if n in rows][:_PROMPTS_COMPARED]:
         ours = tokenize_prompts(checkpoint.tokenizer, [rows[number]["prompt"]], sampling_config.rendering)[0]
         theirs: Sequence[int] = list(recorded[number])
+        if ours != theirs and prints_the_date(checkpoint.tokenizer, sampling_config.rendering):
+            raise UserError(
+                f"prompt {number} of the task is not what the run trained on "
+                f"({first_difference(ours, theirs, checkpoint.tokenizer)}), and the chat template prints the date of the day "
+                "(strftime_now), which was another one then: train with the date among chat_template_kwargs where the template "
+                "takes it (date_string), or give the task with checkpoint.task to analyse on prompts of today's date"
+            )
         if ours != theirs:
             raise UserError(
                 f"prompt {number} of the task, rendered with the tokenizer of {record.path}, is not what the run trained on "
                 f"({first_difference(ours, theirs, checkpoint.tokenizer)}): the task or the chat template has changed; put back "
                 f"the tokenizer files of the run, or give the task it was trained on with checkpoint.task"
             )
+
+
+def warn_of_the_date(checkpoint: Checkpoint, sampling_config: SamplingConfig) -> None:
+    """A warning where prompts hold the day on which they are rendered."""
+    if prints_the_date(checkpoint.tokenizer, sampling_config.rendering):
+        warnings.warn(
+            f"the chat template beside {checkpoint.record.path} prints the date (strftime_now): prompts of this analysis hold "
+            "today's, the run's that of its own day, and analyses of other days differ in that as well",
+            stacklevel=3,
+        )
 
 
 def sampling_in_words(folder: Path, sampling: SidecarSampling) -> list[str]:

@@ -11,6 +11,7 @@ from entropy_experiments.buffers.recorded_sampling import (
     recorded_rendering,
     refuse_another_distribution,
     refuse_other_prompts,
+    warn_of_the_date,
 )
 from entropy_experiments.buffers.recorded_task import task_of_analysis, trainer_state_of
 from entropy_experiments.checkpoint_loader import Checkpoint
@@ -66,6 +67,7 @@ def plan_sampling(checkpoint: Checkpoint, config: FisherAnalysisConfig, trust: b
     task = _NO_TASK if task_config is None else load_task(task_config)
     if config.checkpoint.task is None:
         refuse_other_prompts(checkpoint, sampling_config, task)
+    warn_of_the_date(checkpoint, sampling_config)
     system_prompt = None if task_config is None else task_config.system_prompt
     return SamplingPlan(
         task, sampling_config, size, normalizer, system_prompt, trainer_state_of(checkpoint.record, task_config)

@@ -113,11 +113,24 @@ def template_digest(tokenizer: Any, rendering: PromptRendering) -> str | None:
     """SHA-256 of the chat template that prompts are rendered with, as hexadecimal digits; None
     where there is none.
     """
-    template = rendering.arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
-    if template is None:
+    text = _template_text(tokenizer, rendering)
+    if text is None:
         return None
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prints_the_date(tokenizer: Any, rendering: PromptRendering) -> bool:
+    """Whether the chat template may put the day of rendering into a prompt, so that it is another prompt tomorrow.
+
+    Arguments of the template that replace the date (`date_string` of Llama's) take that away.
+    """
+    text = _template_text(tokenizer, rendering)
+    return text is not None and "strftime_now" in text and not any("date" in name for name in rendering.arguments)
+
+
+def _template_text(tokenizer: Any, rendering: PromptRendering) -> str | None:
+    template = rendering.arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int], tokenizer: Any) -> str:
