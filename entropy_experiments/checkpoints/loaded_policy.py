@@ -15,6 +15,7 @@ from torch import nn
 
 from rl_training.errors import UserError
 from rl_training.models.adapter_initialisation import REMEDY, unrepeatable_initialisation
+from rl_training.models.load import is_dropout
 from rl_training.premises.policy_witness import witness_differences, worst_difference
 from rl_training.run.sidecar import Sidecar
 
@@ -44,6 +45,11 @@ def check_loaded_policy(model: nn.Module, folder: Path, sidecar: Sidecar | None,
             unknown.append(
                 "what an entropy controller adds to the next step: the analysed one is the loss's own, without it"
             )
+    if sidecar is None and (noise := _dropout(folder)):
+        unknown.append(
+            f"that the run trained without dropout ({noise} stands in its configuration; the policy analysed has none, and the "
+            "gradients of a run with it are another's)"
+        )
     if with_optimizer and (sidecar is None or sidecar.optimizer_class is None):
         unknown.append(
             "that torch's AdamW took its steps (no class is recorded, and a subclass may keep the same state)"
@@ -107,6 +113,17 @@ def _compare(model: nn.Module, folder: Path, sidecar: Sidecar, random: str | Non
         f"{folder}: the loaded policy is not the one that was saved: a recorded sequence's log-probability differs by "
         f"{worst[0]:.3g} nats, where rounding explains {worst[1]:.2g}; {why}"
     )
+
+
+def _dropout(folder: Path) -> str | None:
+    """The probabilities of dropout above 0 that the checkpoint's adapter or model was made with, in words; None without."""
+    found = {}
+    for name in ("adapter_config.json", "config.json"):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        items = content.items() if isinstance(content, dict) else ()
+        found |= {k: v for k, v in items if is_dropout(k) and isinstance(v, float) and v > 0}
+    return ", ".join(f"{key}={value:g}" for key, value in found.items()) or None
 
 
 def _unrepeatable(folder: Path) -> str | None:

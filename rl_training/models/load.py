@@ -81,7 +81,7 @@ def load_model_and_tokenizer(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_kernels(name, config)
         for key, value in vars(config).items():
-            if _DROPOUT.search(key) and isinstance(value, float):
+            if is_dropout(key) and isinstance(value, float):
                 setattr(config, key, 0.0)
         placed = {} if device_map is None else device_map.arguments(config)
         model = _read_model(source, config=config, dtype=DTYPES[dtype], **placed)
@@ -222,8 +222,13 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for key, value in vars(module).items():
-            if _DROPOUT.search(key) and isinstance(value, float):
+            if is_dropout(key) and isinstance(value, float):
                 setattr(module, key, 0.0)
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a setting of this name is a probability of dropout."""
+    return _DROPOUT.search(name) is not None
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -121,6 +121,18 @@ def test_without_a_record_it_is_said_that_nothing_was_verified(checkpoint_copy):
         load_checkpoint(checkpoint_copy)
 
 
+def test_dropout_of_a_run_without_a_record_is_said(tmp_path):
+    policy, folder = save_tiny_policy(tmp_path / "policy"), tmp_path / "checkpoint-1"
+    adapter_of(policy, folder, True)
+    path = folder / "adapter_config.json"
+    for probability in (0.05, 0.0):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": probability}))
+        with pytest.warns(UserWarning, match="not verified") as caught:
+            load_checkpoint(folder, require_optimizer=False)
+        said = [w for w in caught if "lora_dropout=0.05" in str(w.message)]
+        assert len(said) == (probability > 0)
+
+
 def adapter_of(policy: Path, folder: Path, initialisation: Any) -> None:
     """A checkpoint of plain PEFT whose adapter was created so; its files beside it are a Trainer's."""
     model = AutoModelForCausalLM.from_pretrained(policy)

@@ -125,7 +125,7 @@ def by_hand(model: nn.Module, batch: SequenceBatch) -> dict[str, Tensor]:
 
 def new_probe(model: nn.Module, **settings: object) -> SimpleEntropyProbe:
     config = {"mode": "simple", "preset": "accurate", "rollouts": "fresh", "averaging": 0.0, **settings}
-    return SimpleEntropyProbe(EntropyProbeConfig(**config), model)
+    return SimpleEntropyProbe(EntropyProbeConfig(**config), model, check_sampler=False)  # tokens are any
 
 
 def along(gradient: dict[str, Tensor], direction: dict[str, Tensor]) -> float:
