@@ -95,9 +95,9 @@ def attach_entropy_probe(
 class EntropyProbeCallback(TrainerCallback):
     """Before each step takes a gradient of entropy and predicts the step, after it measures and logs `entropy_probe/...`.
 
-    The sequences watched are unfiltered: this step's or the last step's rollouts before any was rejected, or fresh ones of held-out
-    prompts, generated beside training with random streams of their own. Training is bit-identical with it and without. Several
-    processes share the work; each logs the same numbers.
+    The sequences watched are unfiltered: this step's or the last step's rollouts before any was rejected, or fresh ones of
+    held-out prompts, generated beside training with random streams of their own. Training is bit-identical with it and without.
+    Several processes share the work; each logs the same numbers.
 
     on_error "warn": the first failure is one warning, and the probe stays off from then on; "raise": it stops the run.
     """
