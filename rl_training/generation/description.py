@@ -270,8 +270,13 @@ class SettledSampling:
     """How completions are drawn, as it was when this was made, held against how they are drawn now."""
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+        self._trainer, self._config = trainer, describe_sampling(trainer).sampling_config()
         self._before = _settings_now(trainer)
+
+    def begin(self) -> None:
+        """Training begins: what was changed before counts as there from the start, but for the distribution's own parameters."""
+        if describe_sampling(self._trainer).sampling_config() == self._config:
+            self._before = _settings_now(self._trainer)
 
     def hold(self, step: int) -> None:
         """Raises UserError where a setting has changed while training. step: of the optimizer, counted from 1."""

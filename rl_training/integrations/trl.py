@@ -182,6 +182,7 @@ class EntropyProbeCallback(TrainerCallback):
     ) -> None:
         remove_unfinished(self._trainer)
         self._kept.begin(state.global_step)
+        self._settled.begin()
         self._steps.begin(state.stateful_callbacks, state.global_step)
         if self._forecast is not None:
             self._forecast.replay(self._steps.steps())

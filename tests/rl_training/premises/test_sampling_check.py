@@ -142,6 +142,15 @@ def test_a_setting_that_is_changed_between_construction_and_training_is_found(mo
         refusing.train()
 
 
+def test_a_temperature_that_is_changed_between_attaching_and_training_ends_the_probe(model, tmp_path):
+    """It went on at the temperature that it was attached at."""
+    trainer = make_trainer(model, tmp_path)
+    attached(trainer, on_error="warn")
+    trainer.generation_config.temperature = 0.5
+    with pytest.warns(RuntimeWarning, match=r"off from here on.*generation_config.temperature changed from 1.0 to 0.5"):
+        trainer.train()
+
+
 def test_fresh_completions_take_nothing_from_the_models_own_settings(model):
     """Their lengths alone would say it: with a forced end every completion would be one token long."""
     from rl_training.sampling import SamplingConfig, generate_completions
