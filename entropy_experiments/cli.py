@@ -280,7 +280,7 @@ def doctor(
             lines, healthy = describe(checkpoint)
         else:
             lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
-    print(visible("\n".join(lines)))  # a stranger's record may hold terminal escapes
+    print(visible("\n".join(line.replace("\n", " ") for line in lines)))  # a stranger's record may hold anything
     if not healthy:
         raise typer.Exit(1)
 

@@ -22,7 +22,7 @@ from rl_training.errors import UserError
 
 REFUSED = "refused"
 EITHER = "either"
-_SECONDS = 300  # of processor time and waiting; nothing here takes one hundredth of it
+_SECONDS = 1500  # of waiting; nothing here takes one hundredth of it on a quiet machine
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _run(arguments: list[str], **environment: str) -> tuple[int, str]:
     own = {**os.environ, **environment}
     process = WarmProcess("-m", "entropy_experiments", *arguments, env=own, prelude=PRELUDE)
     try:
-        _, errors = process.communicate(timeout=280)
+        _, errors = process.communicate(timeout=1400)
     except BaseException:
         process.kill()
         raise

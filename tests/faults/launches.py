@@ -24,7 +24,7 @@ from tests.faults.cases import Case
 from tests.faults.interruptions import PRELUDE, Command
 from tests.warm_python import WarmProcess
 
-_LONG = 280.0
+_LONG = 1400.0
 _ENDINGS = (0, 2, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
