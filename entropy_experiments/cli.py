@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from entropy_experiments.console.ledger import ledger
 from entropy_experiments.run.endings import run_to_the_end
 from entropy_experiments.run.quiet_libraries import quiet_libraries, stdout_kept_for_results
 from entropy_experiments.text.display import visible
@@ -335,6 +336,9 @@ def audit(
         print(visible("\n".join(audit_lines(found))))
     if not found.agrees:
         raise typer.Exit(1)
+
+
+app.command()(ledger)
 
 
 @app.command()

@@ -21,7 +21,8 @@ from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.intervention import SharePrediction, half_subsets, prove_by_intervention
 from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
-from entropy_experiments.analyses.prices import PriceInputs, price_list
+from entropy_experiments.analyses.price_steps import PriceInputs
+from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
 from entropy_experiments.analyses.weighting_schemes import with_measurements

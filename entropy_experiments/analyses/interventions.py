@@ -4,18 +4,15 @@
 
 Token coefficients are frozen, as in a trainer's loss on sequences of its own policy, where every ratio is 1:
 
-    positives / negatives   gamma = w_i (w_i > 0), w_i (w_i < 0), lambda w_i + ...            NSR, PSR, W-REINFORCE
-    top entropy             gamma = w_i on the fifth of tokens of highest H                   TRL's top_entropy_quantile
-    highest covariance      gamma = 0 on the tokens of highest (log pi - mean)(A - mean)      Clip-Cov, its clipped tokens
-    STEER's estimate        gamma = w_i exp(-d_k ln 2 / max d), d = |A pi (1 - pi)(log pi + H)|
-    decorrelated            gamma = w_i - beta (log pi + H), beta so that it does not covary with log pi + H     after REPO
+    positives / negatives   gamma = lambda w_i where w_i > 0 (or < 0), else w_i       W-REINFORCE (Zhu et al. 2025)
+    truncated               gamma = lambda w_i where the completion was cut
+    rules by token          token_rules.py
     entropy bonus           alpha = c / tokens                                                TRL's entropy_coef
-    KL to the reference     gamma = w_i - (b / tokens)(1 - pi_ref / pi)                       k3, an adapter's base model
+    KL to the reference     token_rules.py, an adapter's base model being the reference
     schemes                 gamma = the weights of GRPO, RLOO, ...                            entropy_core.weighting
 
 Bounds on the ratio (clip-higher, clip-lower) and KL-Cov's penalty have no gradient at ratio 1: they are in the list with that
-reason. Sources: Zhu et al. 2025 (negative reinforcement), Wang et al. 2025 (high-entropy tokens), Cui et al. 2025, Hao et al.
-2025, docs/analyses/prices.md.
+reason. Source: docs/analyses/prices.md.
 """
 
 from __future__ import annotations
@@ -25,43 +22,55 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.passes.settings import PassSettings
-from entropy_core.predictors import steer_token_changes
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.weighting import sequence_weights
 from entropy_experiments.analyses.candidate_weights import SCHEMES
+from entropy_experiments.analyses.token_rules import RULES, RuleTokens, kl_pull
 
 BONUSES = (0.001, 0.01)
 KL_COEFFICIENTS = (0.001, 0.04)
-POSITIVE_WEIGHT = 0.1
-TOP_ENTROPY = 0.2
-COVARIANT_TOKENS = 0.02
+FACTORS = (0.1, 0.5)
+"""On weights of one sign; 0 has a row of its own."""
+TRUNCATED_FACTOR = 0.5
 LEFT_OUT = (1, 4)
-MOST_INTERVENTIONS = 17 + len(SCHEMES)
+MOST_INTERVENTIONS = 10 + 2 * len(FACTORS) + len(RULES) + len(BONUSES) + len(KL_COEFFICIENTS) + len(SCHEMES)
 """Rows that are priced at most, the step as trained and the solved bonus among them."""
-TOKEN_GRADIENTS = 6 + len(BONUSES) + len(KL_COEFFICIENTS)
-"""Backward passes over the training sequences: interventions that are no weights of sequences."""
-BONUS_THAT_HOLDS = "entropy_bonus_that_holds"
+TOKEN_GRADIENTS = len(RULES) + 2
+"""Backward passes over the training sequences: of the rules by token, of entropy and of the KL term."""
 ON_POLICY = "changes nothing here: every step trains on sequences of its own policy, where all ratios are 1"
+
+
+@dataclass(frozen=True)
+class Added:
+    """The run's own objective plus `coefficient` times a term; terms that are one object are differentiated once.
+
+    coefficient: None where it is to be solved for, so that entropy is predicted to stay.
+    """
+
+    term: TokenCoefficients
+    coefficient: float | None
+
+
+Objective = Tensor | TokenCoefficients | Added
+"""What a step ascends: (n_train,) weights of sequences, token coefficients, or the run's own weights and a term."""
 
 
 @dataclass(frozen=True)
 class Intervention:
     """One row of the price list.
 
-    objective: what the step ascends, as (n_train,) weights of sequences or as token coefficients; None where `reason` says why
-    it is not priced. learning_rate_factor, keeps_momentum: changes of the optimizer.
+    objective: None where `reason` says why it is not priced. learning_rate_factor, keeps_momentum: changes of the optimizer.
     """
 
     name: str
     label: str
-    objective: Tensor | TokenCoefficients | None = None
+    objective: Objective | None = None
     learning_rate_factor: float = 1.0
     keeps_momentum: bool = True
     reason: str | None = None
@@ -99,19 +108,20 @@ def interventions(tokens: TrainingTokens, reference: Callable[[], TokenStatistic
     yield from _signs(tokens)
     yield from _without(tokens)
     yield from _by_token(tokens)
+    unit = mean_entropy(tokens)
     for coefficient in BONUSES:
-        label = f"entropy bonus {coefficient:g}"
-        yield Intervention(f"entropy_bonus_{coefficient:g}", label, bonus(tokens, coefficient))
+        yield Intervention(f"entropy_bonus_{coefficient:g}", f"entropy bonus {coefficient:g}", Added(unit, coefficient))
+    yield Intervention("entropy_bonus_that_holds", "entropy bonus that holds entropy", Added(unit, None))
     yield from _kl(tokens, reference)
     yield from _schemes(tokens)
     for name, label in (("clip_higher", "clip-higher"), ("clip_lower", "clip-lower"), ("kl_cov", "KL-Cov")):
         yield Intervention(name, label, reason=ON_POLICY)
 
 
-def bonus(tokens: TrainingTokens, coefficient: float) -> TokenCoefficients:
-    """The run's objective plus `coefficient` times mean token entropy."""
+def mean_entropy(tokens: TrainingTokens) -> TokenCoefficients:
+    """Of mean token entropy over the training sequences."""
     mask = tokens.batch.completion_mask.double()
-    return TokenCoefficients(mask * (coefficient / mask.sum()), mask * tokens.weights.to(mask)[:, None])
+    return TokenCoefficients(mask / mask.sum(), torch.zeros_like(mask))
 
 
 def reference_statistics(model: nn.Module, batch: SequenceBatch, passes: PassSettings) -> TokenStatistics | str:
@@ -132,12 +142,14 @@ def _of_tokens(tokens: TrainingTokens, logprob: Tensor) -> TokenCoefficients:
 def _signs(tokens: TrainingTokens) -> Iterator[Intervention]:
     w = tokens.weights
     positive, negative = w.clamp(min=0), w.clamp(max=0)
-    for name, label, weights in (
-        ("positives_only", "positive weights only", positive),
-        ("negatives_only", "negative weights only", negative),
-        ("weak_positives", f"positive weights × {POSITIVE_WEIGHT:g}", POSITIVE_WEIGHT * positive + negative),
-    ):
-        yield _weighted(tokens, name, label, weights)
+    yield _weighted(tokens, "positives_only", "positive weights only", positive)
+    yield _weighted(tokens, "negatives_only", "negative weights only", negative)
+    for factor in FACTORS:
+        label = f"positive weights × {factor:g}"
+        yield _weighted(tokens, f"positives_{factor:g}", label, factor * positive + negative)
+    for factor in FACTORS:
+        label = f"negative weights × {factor:g}"
+        yield _weighted(tokens, f"negatives_{factor:g}", label, positive + factor * negative)
 
 
 def _weighted(tokens: TrainingTokens, name: str, label: str, weights: Tensor) -> Intervention:
@@ -155,60 +167,44 @@ def _without(tokens: TrainingTokens) -> Iterator[Intervention]:
         weights = tokens.weights.clone()
         weights[tokens.costliest[:count].to(weights.device)] = 0
         yield _weighted(tokens, name, label, weights)
-    name, label = "without_truncated", "without truncated completions"
-    if not bool(tokens.truncated.any()):
-        yield Intervention(name, label, reason="no completion was truncated")
-    else:
-        yield _weighted(tokens, name, label, torch.where(tokens.truncated, 0.0, tokens.weights))
+    for name, label, factor in (
+        ("without_truncated", "without truncated completions", 0.0),
+        ("truncated", f"truncated completions × {TRUNCATED_FACTOR:g}", TRUNCATED_FACTOR),
+    ):
+        if not bool(tokens.truncated.any()):
+            yield Intervention(name, label, reason="no completion was truncated")
+        else:
+            weights = torch.where(tokens.truncated, factor * tokens.weights, tokens.weights)
+            yield _weighted(tokens, name, label, weights)
 
 
 def _by_token(tokens: TrainingTokens) -> Iterator[Intervention]:
     mask = tokens.batch.completion_mask
-    logprob, entropy = tokens.statistics.logprobs.double(), tokens.statistics.entropies.double()
-    weights = tokens.weights.to(mask.device)[:, None].expand(mask.shape).double()
-    count = int(mask.sum())
-    threshold = entropy[mask].topk(max(1, round(TOP_ENTROPY * count))).values[-1]
-    yield Intervention(
-        "top_entropy",
-        f"the {TOP_ENTROPY:.0%} of tokens of highest entropy alone",
-        _of_tokens(tokens, weights * (entropy >= threshold)),
+    weights, advantages = (
+        values.to(mask.device).double()[:, None].expand(mask.shape) for values in (tokens.weights, tokens.advantages)
     )
-    advantage = tokens.advantages.to(mask.device)[:, None].expand(mask.shape).double()
-    covariance = (logprob - logprob[mask].mean()) * (advantage - advantage[mask].mean())
-    least = covariance[mask].topk(max(1, round(COVARIANT_TOKENS * count))).values[-1]
-    name, label = "clip_cov", f"without the {COVARIANT_TOKENS:.0%} of tokens of highest covariance"
-    if not bool(covariance[mask].any()):
-        yield Intervention(name, label, reason="all tokens have the same advantage, or the same log-probability")
-    else:
-        yield Intervention(name, label, _of_tokens(tokens, weights * (covariance < least)))
-    change = steer_token_changes(logprob, entropy, mask, tokens.advantages.to(mask.device).double(), 1.0).abs()
-    largest = change[mask].max()
-    name, label = "steer", "tokens down-weighted by STEER's estimate"
-    if not largest > 0:
-        yield Intervention(name, label, reason="no token is estimated to change entropy")
-    else:
-        yield Intervention(name, label, _of_tokens(tokens, weights * torch.exp2(-change / largest)))
-    own = logprob + entropy
-    centred = own - own[mask].mean()
-    beta = float((centred[mask] * weights[mask]).sum() / centred[mask].square().sum())
-    name, label = "decorrelated", "weights decorrelated from log π (after REPO)"
-    if not np.isfinite(beta):
-        yield Intervention(name, label, reason="all tokens have the same surprisal beside their entropy")
-    else:
-        yield Intervention(name, label, _of_tokens(tokens, weights - beta * own))
+    logprob, entropy = tokens.statistics.logprobs.double(), tokens.statistics.entropies.double()
+    seen = RuleTokens(mask, logprob, entropy, weights, advantages)
+    for name, (label, rule) in RULES.items():
+        found = rule(seen)
+        if isinstance(found, str):
+            yield Intervention(name, label, reason=found)
+        else:
+            yield Intervention(name, label, _of_tokens(tokens, found))
 
 
 def _kl(tokens: TrainingTokens, reference: Callable[[], TokenStatistics] | str) -> Iterator[Intervention]:
     known = reference if isinstance(reference, str) else reference()
-    mask = tokens.batch.completion_mask
+    term = None
+    if not isinstance(known, str):
+        mask = tokens.batch.completion_mask
+        term = _of_tokens(tokens, kl_pull(tokens.statistics.logprobs, known.logprobs, mask))
     for coefficient in KL_COEFFICIENTS:
         name, label = f"kl_{coefficient:g}", f"KL to the reference {coefficient:g}"
-        if isinstance(known, str):
-            yield Intervention(name, label, reason=known)
-            continue
-        ratio = (known.logprobs.double() - tokens.statistics.logprobs.double()).exp()
-        pull = (coefficient / mask.sum()) * (1 - ratio)
-        yield Intervention(name, label, _of_tokens(tokens, tokens.weights.to(mask.device)[:, None] - pull))
+        if isinstance(known, str) or term is None:
+            yield Intervention(name, label, reason=str(known))
+        else:
+            yield Intervention(name, label, Added(term, coefficient))
 
 
 def _schemes(tokens: TrainingTokens) -> Iterator[Intervention]:

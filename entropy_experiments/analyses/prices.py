@@ -2,9 +2,9 @@
 
     dh = <grad h, dtheta'>        dJ = <grad J, dtheta'> = Cov_t( r_t, <dS_t, dtheta'> )        t over evaluation sequences
 
-dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (step.what_if). Rows of
-the evaluation sequences pass once for as many steps as memory holds, and give both for every sequence and step. Cov divides by
-n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that the step has not seen.
+dtheta' is the exact step with the intervention's loss or optimizer: clipping, momentum and P answer to it (price_steps.py). Cov
+divides by n - 1: the policy gradient of reward with the mean of the other sequences as its baseline, on prompts that the step
+has not seen.
 
     price = (dJ' - dJ) / (dh' - dh)        change of reward for a nat kept, against the step as trained
 
@@ -16,76 +16,32 @@ Source: docs/analyses/prices.md; the list: interventions.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from entropy_core.directional import weights_moved
-from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
-from entropy_core.gradients import batch_gradients, stream_rows
-from entropy_core.measurement import snis_entropy_change
-from entropy_core.passes.settings import PassSettings
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_standard_error
-from entropy_experiments.analyses.interventions import (
-    BONUS_THAT_HOLDS,
-    LEFT_OUT,
-    Intervention,
-    TrainingTokens,
-    bonus,
-    interventions,
-)
+from entropy_experiments.analyses.interventions import LEFT_OUT, Intervention, interventions
+from entropy_experiments.analyses.price_steps import Priced, PriceInputs, steps_and_products
 from entropy_experiments.kernel.contraction import RowKind
 from entropy_experiments.records.estimates import StudentEstimate
-from entropy_experiments.records.price_results import MeasuredStep, PriceRow, PricesResult
+from entropy_experiments.records.price_results import PriceRow, PricesResult
 from entropy_experiments.statistics.jackknife_interval import ends_of
-from entropy_experiments.step.evaluation_products import EvaluationProducts, EvaluationSide
-from entropy_experiments.step.gradient_rows import TrainingRows
-from entropy_experiments.step.what_if import StepMaker
+from entropy_experiments.step.evaluation_products import EvaluationProducts
 
 KEEPS = 0.25
 """Part of the entropy that the step as trained loses which an intervention keeps at least, to be compared by its price."""
-_STEPS_HELD = 2**31  # bytes of steps beside each other
-_LARGEST_BONUS = 100.0
-_HALVINGS = 24
-# Adam divides small gradients by small moments: rounding of float32 gradients grows to this in entries that hardly move.
-_SAME_STEP = 1e-2
+
+_SAME_WEIGHTS = 1e-5  # a run records weights in float32
 
 Reference = Callable[[], TokenStatistics] | str
 """Token statistics of the training batch under the reference policy, or why there are none."""
 _Series = tuple[float, np.ndarray]
 """A value, and (B,) values with each prompt left out."""
-
-
-@dataclass(frozen=True)
-class PriceInputs:
-    """rows: of the training sequences. gradient_of_h: name -> tensor, by the estimand's estimator on the evaluation sequences.
-
-    rewards: (n_eval,) float64, NaN where unknown. judged: (n_eval,) bool, the sequences that the costliest training sequences
-    were not chosen on.
-    """
-
-    model: nn.Module
-    steps: StepMaker
-    tokens: TrainingTokens
-    rows: TrainingRows
-    evaluation: EvaluationSide
-    gradient_of_h: Mapping[str, Tensor]
-    rewards: Tensor
-    judged: Tensor
-    passes: PassSettings
-
-
-@dataclass(frozen=True)
-class _Priced:
-    """An intervention whose step was made. coefficient: one that was solved for; measured: what the real step did."""
-
-    one: Intervention
-    coefficient: float | None
-    measured: MeasuredStep | None
 
 
 def price_list(inputs: PriceInputs, reference: Reference, measure: bool = False) -> PricesResult:
@@ -102,8 +58,8 @@ def price_list(inputs: PriceInputs, reference: Reference, measure: bool = False)
     Raises:
         ValueError: where the step as trained, made here, is not the analysed one.
     """
-    listed = list(_with_solved_bonus(inputs, reference))
-    priced, products = _products(inputs, listed, measure)
+    listed = [_unless_as_trained(inputs, one) for one in interventions(inputs.tokens, reference)]
+    priced, products, refused = steps_and_products(inputs, listed, measure)
     note = _no_reward(inputs.rewards)
     masks = {"all": torch.ones_like(inputs.judged), "judged": inputs.judged}
     changes = {kept: _changes(inputs, products, mask, note is None) for kept, mask in masks.items() if bool(mask.any())}
@@ -118,7 +74,10 @@ def price_list(inputs: PriceInputs, reference: Reference, measure: bool = False)
     comparable = {name: price for name, price in prices.items() if _kept(rows[name]) >= KEEPS * lost > 0}
     prompts = inputs.evaluation.batch.prompt_index
     return PricesResult(
-        rows=[rows.get(one.name) or PriceRow(name=one.name, label=one.label, reason=one.reason) for one, _ in listed],
+        rows=[
+            rows.get(one.name) or PriceRow(name=one.name, label=one.label, reason=one.reason or refused.get(one.name))
+            for one in listed
+        ],
         alike=_alike(comparable),
         keeps=KEEPS,
         reward_note=note,
@@ -126,6 +85,15 @@ def price_list(inputs: PriceInputs, reference: Reference, measure: bool = False)
         eval_prompts=len(prompts.unique()),
         judged_prompts=len(prompts[inputs.judged.to(prompts.device)].unique()),
     )
+
+
+def _unless_as_trained(inputs: PriceInputs, one: Intervention) -> Intervention:
+    """The intervention, told so where its weights are the run's own."""
+    changes_weights = one.keeps_momentum and one.learning_rate_factor == 1.0 and one.name != "run"
+    if changes_weights and isinstance(one.objective, Tensor):
+        if torch.allclose(one.objective, inputs.tokens.weights, rtol=_SAME_WEIGHTS, atol=0.0):
+            return Intervention(one.name, one.label, reason="its weights are those of the step as trained")
+    return one
 
 
 def _kept(row: PriceRow) -> float:
@@ -143,123 +111,6 @@ def _no_reward(rewards: Tensor) -> str | None:
     if len(known) < len(rewards):
         return "not all evaluation sequences have rewards"
     return None if len(known.unique()) > 1 else "the evaluation sequences' rewards are all equal"
-
-
-# ---- the steps
-
-
-def _with_solved_bonus(inputs: PriceInputs, reference: Reference) -> Iterator[tuple[Intervention, float | None]]:
-    """The interventions, those with the run's own weights told so, and before the KL terms the solved entropy bonus."""
-    solved = False
-    for one in interventions(inputs.tokens, reference):
-        if not solved and one.name.startswith("kl_"):
-            solved = True
-            yield _bonus_that_holds(inputs)
-        changes_weights = one.keeps_momentum and one.learning_rate_factor == 1.0 and one.name != "run"
-        if changes_weights and isinstance(one.objective, Tensor):
-            if torch.allclose(one.objective, inputs.tokens.weights, rtol=1e-9, atol=0.0):
-                yield Intervention(one.name, one.label, reason="its weights are those of the step as trained"), None
-                continue
-        yield one, None
-
-
-def _gradient(inputs: PriceInputs, objective: Tensor | TokenCoefficients) -> dict[str, Tensor]:
-    """Of the loss -objective, before clipping."""
-    if isinstance(objective, Tensor):
-        return inputs.rows.weighted_gradient(objective)
-    return batch_gradients(inputs.model, inputs.tokens.batch, [objective.scaled(-1.0)], inputs.passes, True)[0]
-
-
-def _bonus_that_holds(inputs: PriceInputs) -> tuple[Intervention, float | None]:
-    """The entropy bonus with which the predicted change is 0: its gradient is linear in the coefficient, the step is not."""
-    label = "entropy bonus that holds entropy"
-    run = _gradient(inputs, inputs.tokens.weights)
-    unit = {name: g - run[name] for name, g in _gradient(inputs, bonus(inputs.tokens, 1.0)).items()}
-
-    def change(coefficient: float) -> float:
-        delta = inputs.steps.delta({name: run[name] + coefficient * unit[name] for name in run})
-        return sum(float((inputs.gradient_of_h[name] * part).sum(dtype=torch.float64)) for name, part in delta.items())
-
-    if change(0.0) >= 0:
-        return Intervention(BONUS_THAT_HOLDS, label, reason="the step as trained does not lower entropy"), None
-    low, high = 0.0, 1e-4
-    while change(high) < 0 and high < _LARGEST_BONUS:
-        low, high = high, 4 * high
-    if change(high) < 0:
-        return Intervention(BONUS_THAT_HOLDS, label, reason=f"no coefficient up to {_LARGEST_BONUS:g} does"), None
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if change(middle) < 0 else (low, middle)
-    return Intervention(BONUS_THAT_HOLDS, f"{label} ({high:.2g})", bonus(inputs.tokens, high)), high
-
-
-def _check(inputs: PriceInputs, delta: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where the step as trained, made here, is not the analysed step."""
-    off = length = 0.0
-    for name, part in inputs.steps.step.parameter_delta.items():
-        off += float((delta[name] - part).double().square().sum())
-        length += float(part.double().square().sum())
-    if not off <= _SAME_STEP**2 * length:
-        raise ValueError(
-            f"the step as trained, made from the list, is off by {(off / length) ** 0.5:.1e} of the analysed step"
-        )
-
-
-# ---- products of evaluation rows with steps
-
-
-def _products(
-    inputs: PriceInputs, listed: list[tuple[Intervention, float | None]], measure: bool
-) -> tuple[list[_Priced], dict[RowKind, Tensor]]:
-    """Who was priced, and kind -> (n_eval, as many) products of evaluation rows with their steps."""
-    wanted = [(one, coefficient) for one, coefficient in listed if one.objective is not None]
-    size = sum(p.numel() * p.element_size() for p in inputs.steps.parameters.values())
-    many = max(1, _STEPS_HELD // max(1, size))
-    priced: list[_Priced] = []
-    parts: list[dict[RowKind, Tensor]] = []
-    for start in range(0, len(wanted), many):
-        deltas = []
-        for one, coefficient in wanted[start : start + many]:
-            assert one.objective is not None
-            gradient = _gradient(inputs, one.objective)
-            deltas.append(inputs.steps.delta(gradient, one.learning_rate_factor, one.keeps_momentum))
-            if one.name == "run":
-                _check(inputs, deltas[-1])
-            measured = _measured(inputs, deltas[-1]) if measure else None
-            priced.append(_Priced(one, coefficient, measured))
-        parts.append(_of_rows(inputs, deltas))
-    return priced, {kind: torch.cat([part[kind] for part in parts], 1) for kind in parts[0]}
-
-
-def _of_rows(inputs: PriceInputs, deltas: list[dict[str, Tensor]]) -> dict[RowKind, Tensor]:
-    """kind -> (n_eval, len(deltas)) float64, from one pass over the evaluation sequences."""
-    coefficients, batch = inputs.evaluation.coefficients(), inputs.evaluation.batch
-    vectors = {name: torch.stack([delta[name].flatten() for delta in deltas], 1) for name in deltas[0]}
-    found = [torch.zeros(len(batch), len(deltas), dtype=torch.float64, device=batch.device) for _ in coefficients]
-
-    def sink(number: int, name: str, indices: Tensor, part: Tensor) -> None:
-        products = part.flatten(1) @ vectors[name].to(part)
-        found[number].index_add_(0, indices.to(batch.device), products.double().to(batch.device))
-
-    def restart() -> None:
-        for products in found:
-            products.zero_()
-
-    stream_rows(inputs.model, batch, list(coefficients.values()), sink, inputs.passes, restart)
-    return dict(zip(coefficients, found, strict=True))
-
-
-def _measured(inputs: PriceInputs, delta: Mapping[str, Tensor]) -> MeasuredStep:
-    side = inputs.evaluation
-    with weights_moved(inputs.model, delta, 1.0):
-        after = token_statistics(inputs.model, side.batch, inputs.passes)
-    weights = normalized_weights((after.scores() - side.statistics.scores()).cpu())
-    reward = float((weights * inputs.rewards).mean() - inputs.rewards.mean())
-    return MeasuredStep(
-        entropy=snis_entropy_change(side.statistics, after, side.batch).change,
-        reward=reward if np.isfinite(reward) else None,
-        effective_sample_size=effective_sample_size(weights),
-    )
 
 
 # ---- numbers of the table
@@ -303,7 +154,7 @@ def _changes(inputs: PriceInputs, products: Mapping[RowKind, Tensor], kept: Tens
     return _Changes(of(entropy), of(reward) if with_reward and len(rows) > 1 else None)
 
 
-def _row(found: _Priced, changes: _Changes, column: int) -> tuple[PriceRow, _Series | None]:
+def _row(found: Priced, changes: _Changes, column: int) -> tuple[PriceRow, _Series | None]:
     """The row, and its price with the values without each prompt, where there is one."""
     (entropy, reward), (run_entropy, run_reward) = changes.of(column), changes.of(0)
     row = PriceRow(name=found.one.name, label=found.one.label, entropy=_estimate(*entropy))

@@ -228,8 +228,8 @@ def _stages(
     if analysis.weighting_schemes and analysis.weighting_steps:
         out.append(passes("analysis: weighting schemes", (1 + MOST_ROWS) * n_eval, 0))
     if analysis.prices:
-        seconds = TOKEN_GRADIENTS * training.seconds(n_train, 1) + evaluation.seconds(n_eval, 4)
+        seconds = training.seconds(n_train, TOKEN_GRADIENTS) + evaluation.seconds(n_eval, 4)
         if analysis.price_steps:
             seconds += MOST_INTERVENTIONS * evaluation.seconds(n_eval, 0)
-        out.append(StageForecast("analysis: prices", TOKEN_GRADIENTS * n_train + n_eval, seconds))
+        out.append(StageForecast("analysis: prices", n_train + n_eval, seconds))
     return out

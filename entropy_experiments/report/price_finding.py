@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entropy_experiments.records.price_results import PriceRow, PricesResult
-from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence
 from entropy_experiments.text.numbers import counted
 
 _NAMED = 4
@@ -37,6 +37,39 @@ def price_finding(result: PricesResult) -> str:
     named = ", ".join(row.label for row in others[:_NAMED])
     more = f" and {counted(len(others) - _NAMED, 'other')}" if len(others) > _NAMED else ""
     return f"{text}; it and {named}{more} {ALIKE} by it."
+
+
+def next_step_sentence(result: PricesResult) -> Sentence | None:
+    """What to do next, for the head of a report; None where no loss of entropy is shown that could be kept.
+
+    Shorter than `price_finding`, which stands in the section, and no more certain.
+    """
+    rows = {row.name: row for row in result.rows}
+    run = rows["run"].entropy
+    lost = None if run is None else run.known()
+    if lost is None or lost.value >= 0 or lost.holds_zero is not False:
+        return None
+    share = f"at least {result.keeps:.0%} of the entropy that this step loses"
+    if result.reward_note is not None:
+        kept = _most(result)
+        most = "no intervention is predicted to help" if kept is None else f"{kept.label} is predicted to keep most"
+        return Sentence(f"What to do next: to keep entropy, {most}; what it costs in reward {UNTOLD}.")
+    if not result.alike:
+        return Sentence(f"What to do next: no intervention of the price list is predicted to keep {share}.")
+    best, *others = (rows[name] for name in result.alike)
+    assert best.reward_per_nat is not None
+    text = f"What to do next: to keep {share}, {best.label} costs least reward here"
+    text += f" ({best.reward_per_nat.shown()} for a nat kept)"
+    if others:
+        named = [row.label for row in others[:_NAMED]]
+        if len(others) > _NAMED:
+            named.append(counted(len(others) - _NAMED, "other"))
+        text += f"; {_listed(named)} {ALIKE} from it by price"
+    return Sentence(f"{text}.")
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _most(result: PricesResult) -> PriceRow | None:

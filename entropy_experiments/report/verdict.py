@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.check_words import check_sentences
+from entropy_experiments.report.price_finding import next_step_sentence
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
 from entropy_experiments.report.verdict_attribution import cost_sentences, training_noise_sentence
 from entropy_experiments.statistics.confidence import (
@@ -158,7 +160,7 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
     """The verdict on an analysis, most important first; what failed comes before everything else.
 
     Every sentence names its source. `Sentence.lead`: what went wrong, what entropy did, whether the step was predicted, its
-    largest part, and who cost most.
+    largest part, who cost most, and what to do next.
     """
     summary = results.summary
     checks = _from("run.json: self_checks", check_sentences(results.run.self_checks))
@@ -171,6 +173,9 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
         costs = cost_sentences(results.training, prompts, summary.leaving_out)
         found += _from("summary.json: training_noise", [training_noise_sentence(summary)])
         found += _from("sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1)
+    prices = finished(summary.analyses.prices)
+    if prices is not None:
+        found += _from("summary.json: analyses.prices", [next_step_sentence(prices)], lead=1)
     found += _from("training_history.json: entropy_probe/predicted, measured", [probe_sentence(results.history)])
     return [*checks, *failed, *found] if checks[0].tone == "bad" else [*failed, *found, *checks]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +17,19 @@ from entropy_core.entropy import Estimator, score_coefficients
 from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
 from entropy_core.passes.settings import DEFAULT_PASSES
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.analyses import prices
+from entropy_experiments.analyses import price_steps
 from entropy_experiments.analyses.interventions import (
+    MOST_INTERVENTIONS,
     ON_POLICY,
+    TOKEN_GRADIENTS,
+    Added,
     Intervention,
     TrainingTokens,
-    bonus,
     interventions,
 )
-from entropy_experiments.analyses.prices import KEEPS, PriceInputs, price_list
+from entropy_experiments.analyses.price_steps import PriceInputs
+from entropy_experiments.analyses.prices import KEEPS, price_list
+from entropy_experiments.analyses.token_rules import REPO_ZETA
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.price_results import PriceRow, PricesResult
 from entropy_experiments.records.record import json_of, validated
@@ -32,7 +37,7 @@ from entropy_experiments.report.analysis_tables import TABLES
 from entropy_experiments.report.figures.plots import plot_prices
 from entropy_experiments.report.figures.prices import price_points
 from entropy_experiments.report.figures.style import png_bytes
-from entropy_experiments.report.price_finding import price_finding
+from entropy_experiments.report.price_finding import next_step_sentence, price_finding
 from entropy_experiments.statistics.estimand import POLICY
 from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.gradient_rows import KeptRows
@@ -135,6 +140,11 @@ def gradient(step: TinyStep, one: Intervention) -> dict[str, torch.Tensor]:
     assert one.objective is not None, one.reason
     if isinstance(one.objective, torch.Tensor):
         return {name: torch.einsum("n,n...->...", one.objective, rows) for name, rows in step.columns.items()}
+    if isinstance(one.objective, Added):
+        assert one.objective.coefficient is not None
+        run = gradient(step, Intervention("", "", step.weights))
+        added = batch_gradients(step.model, step.train, [one.objective.term.scaled(one.objective.coefficient)])[0]
+        return {name: g + added[name] for name, g in run.items()}
     return batch_gradients(step.model, step.train, [one.objective])[0]
 
 
@@ -152,7 +162,7 @@ def test_an_entropy_bonus_is_the_mean_token_entropy():
     step = tiny()
     logprob, entropy, mask = token_values(step)
     loss = (step.weights[:, None] * logprob * mask).sum() + 0.01 * entropy[mask].mean()
-    assert_same(gradient(step, Intervention("", "", bonus(training_tokens(step), 0.01))), autograd_of(step, loss))
+    assert_same(gradient(step, listed(training_tokens(step))["entropy_bonus_0.01"]), autograd_of(step, loss))
 
 
 def test_kl_is_the_k3_estimate_of_trainers():
@@ -188,6 +198,70 @@ def test_tokens_are_chosen_as_named():
     assert float(steer.min()) == pytest.approx(0.5) and float(steer.max()) <= 1.0
     weights = found["without_truncated"].objective
     assert torch.equal(weights, torch.where(tokens.truncated, 0.0, tokens.weights))  # type: ignore[arg-type]
+
+
+def test_stare_raises_rare_tokens_of_rewarded_sequences():
+    """Luo et al. 2026: the surrogate of each token times its factor, 1.1 on the tenth of highest surprisal where A > 0."""
+    step = tiny()
+    tokens, (logprob, _, mask) = training_tokens(step), token_values(step)
+    positive = mask & (tokens.advantages > 0)[:, None]
+    negative = mask & (tokens.advantages < 0)[:, None]
+
+    def rare(among):
+        surprisal = torch.where(among, -logprob.detach(), -torch.inf).flatten()
+        chosen = torch.zeros_like(surprisal, dtype=torch.bool)
+        chosen[surprisal.argsort(descending=True)[: round(0.1 * int(among.sum()))]] = True
+        return chosen.view(mask.shape)
+
+    factor = torch.ones(mask.shape, dtype=torch.float64)
+    factor[rare(positive)] = 1.1
+    found = listed(tokens)
+    assert_same(
+        gradient(step, found["stare"]), autograd_of(step, (factor * tokens.weights[:, None] * logprob * mask).sum())
+    )
+    factor[rare(negative)] = 0.9
+    logprob = token_values(step)[0]
+    assert_same(
+        gradient(step, found["stare_two_sided"]),
+        autograd_of(step, (factor * tokens.weights[:, None] * logprob * mask).sum()),
+    )
+
+
+def test_repo_rescales_advantages_by_the_centred_log_probability():
+    """Petrenko et al. 2026, REPO-R: A (1 - zeta L) where A > 0, A (1 + zeta L) where A < 0, of its own sign."""
+    step = tiny()
+    tokens, (logprob, entropy, mask) = training_tokens(step), token_values(step)
+    centred = (logprob + entropy).detach()
+    advantage = tokens.weights[:, None].expand(mask.shape)
+    up, down = advantage * (1 - REPO_ZETA * centred), advantage * (1 + REPO_ZETA * centred)
+    rescaled = torch.where(advantage > 0, up.clamp(min=0), down.clamp(max=0))
+    assert float((rescaled - advantage).abs().max()) > 0.01 * float(advantage.abs().max())
+    assert_same(gradient(step, listed(tokens)["repo_r"]), autograd_of(step, (rescaled * logprob * mask).sum()))
+
+
+def test_weights_of_one_sign_are_scaled_as_named():
+    step = tiny()
+    tokens = training_tokens(step)
+    found, w = listed(tokens), tokens.weights
+    for name, wanted in (
+        ("positives_0.1", torch.where(w > 0, 0.1 * w, w)),
+        ("negatives_0.5", torch.where(w < 0, 0.5 * w, w)),
+        ("truncated", torch.where(tokens.truncated, 0.5 * w, w)),
+    ):
+        assert torch.equal(found[name].objective, wanted), name  # type: ignore[arg-type]
+
+
+def test_terms_are_differentiated_once(monkeypatch):
+    """The three bonuses share the gradient of entropy, and all rules one forward pass."""
+    calls = []
+
+    def counted(model, batch, coefficients, *rest):
+        calls.append(len(coefficients))
+        return batch_gradients(model, batch, coefficients, *rest)
+
+    monkeypatch.setattr(price_steps, "batch_gradients", counted)
+    price_list(price_inputs(tiny()), NO_REFERENCE)
+    assert calls == [TOKEN_GRADIENTS - 1], "without a reference there is no KL term"
 
 
 def test_what_does_not_apply_says_why():
@@ -236,7 +310,7 @@ def test_the_reports_estimator_gives_its_own_numbers():
 
 def test_steps_pass_in_parts_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(
-        prices, "_STEPS_HELD", 3 * 8 * sum(p.numel() for p in trainable_parameters(tiny().model).values())
+        price_steps, "_STEPS_HELD", 3 * 8 * sum(p.numel() for p in trainable_parameters(tiny().model).values())
     )
     inputs = price_inputs(tiny())
     apart, whole = price_list(inputs, NO_REFERENCE), priced()[1]
@@ -302,6 +376,7 @@ def test_everything_is_as_before_and_the_record_is_whole():
     assert torch.equal(after.logprobs, tiny().statistics.logprobs), "the model was moved"
     assert validated(PricesResult, json.loads(json.dumps(json_of(result))), "summary.json") == result
     assert len({one.name for one in result.rows}) == len(result.rows) and result.rows[0].name == "run"
+    assert sum(one.reason != ON_POLICY for one in result.rows) == MOST_INTERVENTIONS
     assert result.judged_prompts == 12 and result.eval_prompts == 24
 
 
@@ -330,7 +405,9 @@ def estimate(value: float, error: float) -> StudentEstimate:
     )
 
 
-def spoken(run: float, *prices: tuple[str, float], alike: tuple[str, ...] = (), note: str | None = None) -> str:
+def of_prices(
+    run: float, *prices: tuple[str, float], alike: tuple[str, ...] = (), note: str | None = None
+) -> PricesResult:
     rows = [PriceRow(name="run", label="as trained", entropy=estimate(run, 0.01))]
     rows += [
         PriceRow(
@@ -342,9 +419,18 @@ def spoken(run: float, *prices: tuple[str, float], alike: tuple[str, ...] = (), 
         )
         for name, price in prices
     ]
-    return price_finding(
-        PricesResult(rows=rows, alike=alike, keeps=KEEPS, reward_note=note, n_eval=8, eval_prompts=8, judged_prompts=4)
+    return PricesResult(
+        rows=tuple(rows), alike=alike, keeps=KEEPS, reward_note=note, n_eval=8, eval_prompts=8, judged_prompts=4
     )
+
+
+def spoken(*args: Any, **kwargs: Any) -> str:
+    return price_finding(of_prices(*args, **kwargs))
+
+
+def next_step(*args: Any, **kwargs: Any) -> str | None:
+    found = next_step_sentence(of_prices(*args, **kwargs))
+    return None if found is None else found.text
 
 
 def test_the_sentence_says_no_more_than_the_intervals():
@@ -356,6 +442,22 @@ def test_the_sentence_says_no_more_than_the_intervals():
     )
     assert "is not significantly different from 0" in spoken(-0.1, ("first", 0.1), alike=("first",))
     assert "cannot be said: no rewards" in spoken(-0.1, ("first", 0.1), note="no rewards")
+
+
+def test_the_head_of_the_report_says_what_to_do_next():
+    assert next_step(0.1) is None and next_step(-0.01) is None, "nothing is lost, so nothing is to be kept"
+    assert "no intervention of the price list is predicted to keep at least 25%" in str(next_step(-0.1))
+    priced = [("first", -0.5), ("second", -0.6), ("third", -0.7)]
+    text = next_step(-0.1, *priced, alike=("first", "second", "third"))
+    assert text == (
+        "What to do next: to keep at least 25% of the entropy that this step loses, the first costs least reward here (−0.50 "
+        "[−0.70, −0.30] for a nat kept); the second and the third cannot be distinguished from it by price."
+    )
+    assert next_step(-0.1, *priced, alike=("first",)) == f"{str(text).split(';')[0]}."
+    many = [(str(n), -0.5) for n in range(9)]
+    assert "the 4 and 4 others cannot" in str(next_step(-0.1, *many, alike=tuple(name for name, _ in many)))
+    unknown = str(next_step(-0.1, ("first", 0.1), note="no rewards"))
+    assert "the first is predicted to keep most; what it costs in reward cannot be said" in unknown
 
 
 def test_table_and_figure_hold_every_row():

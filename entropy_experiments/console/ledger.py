@@ -1,0 +1,68 @@
+"""`ledger` on the command line: its options, and the lines it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from entropy_experiments.records.ledger_record import Ledger, LedgerRow
+
+
+def ledger(
+    run: Annotated[Path, typer.Argument(help="Run folder: its checkpoints and its recorded sequences")],
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=2, help="Held-out prompts that entropy is taken on")
+    ] = 64,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Stop at the checkpoint of this step")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to recompute: auto, cpu, cuda")] = "auto",
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="You trust who made the run: its task may open files, import and evaluate"),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the terminal")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as one JSON object")] = False,
+) -> None:
+    """Whose entropy was it, over all recorded steps: shares by kind of sequence, by token and by prompt."""
+    from entropy_experiments.run.quiet_libraries import quiet_libraries, stdout_kept_for_results
+
+    with stdout_kept_for_results():
+        quiet_libraries()
+        from entropy_experiments.console.progress import StageProgress, progress_console
+        from entropy_experiments.ledger.ledger import run_ledger
+
+        with StageProgress(progress_console(quiet), {"steps": 1.0}, label="ledger") as progress:
+            found = run_ledger(run, sequences, device, trust, last=last, reporter=progress)
+    if as_json:
+        from entropy_experiments.records.record import json_of
+
+        print(json.dumps({"command": "ledger", **json_of(found)}, allow_nan=False))
+    else:
+        from entropy_experiments.text.display import visible
+
+        print(visible("\n".join(ledger_lines(found))))
+
+
+def ledger_lines(found: Ledger) -> list[str]:
+    """The ledger as plain lines."""
+    from entropy_experiments.statistics.confidence import BRACKETS
+
+    steps = f"Steps {found.first_step} to {found.last_step}"
+    lines = [
+        f"{steps}: entropy was predicted to change by {found.predicted.shown()} nats per token; measured on fresh completions "
+        f"was {found.measured.shown()} ({BRACKETS}, over {found.eval_sequences} held-out prompts)."
+    ]
+    for heading, rows in (
+        ("By kind of sequence", found.by_kind),
+        ("By token", found.by_token),
+        (f"By prompt, of {found.prompts}", found.by_prompt),
+    ):
+        lines += ["", f"{heading} (accounting shares, nats per token):", *map(_line, rows)]
+    return lines
+
+
+def _line(row: LedgerRow) -> str:
+    return f"  {' '.join(row.name.split())[:60]}: {row.share.shown()}"

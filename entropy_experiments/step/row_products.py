@@ -1,0 +1,46 @@
+"""What steps are along the gradient rows of evaluation sequences: one backward pass for many steps.
+
+    <row_t, dtheta_j>          t over sequences, j over steps; rows of the kinds that an estimator and the reward need
+
+Source: docs/analyses/prices.md; what is made of them: evaluation_products.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entropy_core.entropy import TokenCoefficients
+from entropy_core.gradients import stream_rows
+from entropy_core.passes.settings import PassSettings
+from entropy_experiments.kernel.contraction import RowKind
+from entropy_experiments.step.evaluation_products import EvaluationSide
+
+
+def products_with_steps(
+    model: nn.Module, side: EvaluationSide, steps: Sequence[Mapping[str, Tensor]], passes: PassSettings
+) -> dict[RowKind, Tensor]:
+    """kind -> (n_eval, len(steps)) float64, from one pass over the evaluation sequences.
+
+    Args:
+        side: its estimand's `gradient` says which kinds there are; `score` is always among them.
+        steps: name -> tensor of the parameter's shape, each.
+    """
+    kinds: tuple[RowKind, ...] = ("score", *side.headline_kinds)
+    wanted: dict[RowKind, TokenCoefficients] = {k: found for k, found in side.coefficients().items() if k in kinds}
+    batch = side.batch
+    vectors = {name: torch.stack([step[name].flatten() for step in steps], 1) for name in steps[0]}
+    found = [torch.zeros(len(batch), len(steps), dtype=torch.float64, device=batch.device) for _ in wanted]
+
+    def sink(number: int, name: str, indices: Tensor, part: Tensor) -> None:
+        products = part.flatten(1) @ vectors[name].to(part)
+        found[number].index_add_(0, indices.to(batch.device), products.double().to(batch.device))
+
+    def restart() -> None:
+        for products in found:
+            products.zero_()
+
+    stream_rows(model, batch, list(wanted.values()), sink, passes, restart)
+    return dict(zip(wanted, found, strict=True))
