@@ -40,6 +40,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "higher_order._ends": (ORDERS, "coverage of the first order of the curve"),
     "intervention._bootstrap_interval": ("coverage of the score over halves (LDS)",),
     "intervention._line": ("coverage of the slope of the response over halves",),
+    "ledger._estimate": (SUM, SHARE),
     "prices._estimate": (
         WEIGHTING,
         "coverage of a weighting's gain of reward",

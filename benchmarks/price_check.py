@@ -1,13 +1,14 @@
 """Predicted prices beside real steps: every intervention of a price list is taken and measured, at several checkpoints.
 
-    python benchmarks/price_check.py small               trains the small policy and prices three of its checkpoints; minutes
-    python benchmarks/price_check.py run NAME RUN/checkpoint-3 RUN/checkpoint-6 ...       a run's own checkpoints
+    python benchmarks/price_check.py small               trains the small policy and prices six of its checkpoints; minutes
+    python benchmarks/price_check.py run NAME RUN 3 6    a run's own checkpoints, at these steps
     python benchmarks/price_check.py page                the table, from the rows that both keep under benchmarks/results/prices/
 
     same sequences     predicted and measured on the same evaluation sequences, reweighted: what differs is curvature
-    fresh sequences    measured on others, drawn with another seed (`small` alone)
+    fresh sequences    measured on others, drawn with another seed, as many (`small` alone)
 
-All prices of a checkpoint are of one training buffer, the one that its last step used, so that interventions are the same ones.
+A checkpoint's list is of the step that the run took next, on the sequences that it recorded: the policy at the checkpoint drew
+them. Leaving out the costliest is not in it (an analysis chooses them on prompts that it sets aside).
 """
 
 from __future__ import annotations
@@ -19,24 +20,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from benchmarks.probe_replay.small_policy import make_policy
-from entropy_experiments.console.analyze import analyze_with_progress
-from entropy_experiments.console.price import price_config, prices_of
+from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
+from entropy_core.scores import token_statistics
+from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
+from entropy_experiments.analyses.price_steps import PriceInputs
+from entropy_experiments.analyses.prices import price_list
+from entropy_experiments.ledger.run_again import RunAgain
 from entropy_experiments.records.price_results import PricesResult
+from entropy_experiments.statistics.estimand import POLICY
+from entropy_experiments.step.evaluation_products import EvaluationSide
+from entropy_experiments.step.gradient_rows import KeptRows
+from entropy_experiments.step.what_if import StepMaker
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
 from rl_training.files import write_whole
 from rl_training.intervals import correlation_interval
+from rl_training.sampling import draw, score
 from rl_training.train import run_training
 
 RESULTS = Path(__file__).parent / "results" / "prices"
 ROOT = Path("runs/price_check")
 CONFIG = Path(__file__).parents[1] / "rl_training" / "cfg" / "testconfig.yaml"
-SMALL_STEPS = (5, 20, 40)
-SEQUENCES, FRESH = 2048, 512
-OF_RUN = 64
+SMALL_STEPS = (5, 10, 20, 30, 40, 50)
+SEQUENCES, OF_RUN, HELD_OUT = 1024, 32, 2048
 KEEPS_SIGN = ("reward", "reward_minus_run")
 
 
@@ -61,7 +71,7 @@ def small_run() -> Path:
         "task.system_prompt=null",
         f"task.path={policy / 'problems.jsonl'}",
         "task.size=512",
-        f"task.heldout_size={SEQUENCES}",
+        f"task.heldout_size={HELD_OUT}",
         "optimizer.learning_rate=5e-4",
         "optimizer.weight_decay=0.01",
         "optimizer.micro_batch_size=64",
@@ -70,18 +80,44 @@ def small_run() -> Path:
     return run_training(load_config(TrainConfig, CONFIG, list(overrides)), True, False)
 
 
-def priced(checkpoint: Path, sequences: int, seed: int = 0) -> PricesResult:
-    """The price list of a checkpoint, with measured steps; one that is there is read again."""
-    folder = ROOT / "lists" / checkpoint.resolve().parent.name / f"{checkpoint.name}-{sequences}-{seed}"
-    if not folder.exists():
-        settings = (
-            f"seed={seed}",
-            f"entropy_analysis.eval_batch_size={sequences}",
-            "entropy_analysis.sampling.train_prompts=from_run",
-        )
-        config = price_config(None, list(settings), True)
-        analyze_with_progress(checkpoint, config, folder=folder, table=False, quiet=True, trust=True)
-    return prices_of(folder)
+def priced(run: Path, step: int, sequences: int, seed: int) -> PricesResult:
+    """The list of the step after a checkpoint, every step of it measured."""
+    again = RunAgain(run, "cpu", True, first=step)
+    model, sampling, passes = again.model, again.plan.sampling_config, again.passes
+    rollouts, batch, weights = again.sequences(step + 1)
+    rows = KeptRows(per_sequence_gradients(model, batch, passes, as_trained=True))
+    drawn = draw(
+        model, again.checkpoint.tokenizer, again.plan.task.heldout[:sequences], 1, sampling, seed, "evaluation"
+    )
+    rewards = score(drawn, again.plan.task.reward_functions).reward
+    side = EvaluationSide(drawn.to_batch(sampling), token_statistics(model, drawn.to_batch(sampling), passes), POLICY)
+    tokens = TrainingTokens(
+        batch=batch,
+        statistics=token_statistics(model, batch, passes),
+        weights=weights,
+        advantages=torch.tensor([s.advantage for s in rollouts], dtype=torch.float64),
+        rewards=_numbers(rollouts.reward),
+        truncated=torch.tensor([end == "truncated" for end in rollouts.endings(sampling)]),
+        max_completion_length=sampling.max_completion_length,
+    )
+    inputs = PriceInputs(
+        model=model,
+        steps=StepMaker(
+            again.next_step(rows.weighted_gradient(weights), step + 1), trainable_parameters(model), again.max_norm
+        ),
+        tokens=tokens,
+        rows=rows,
+        evaluation=side,
+        gradient_of_h=entropy_gradient(model, side.batch, POLICY.gradient, statistics=side.statistics, passes=passes),
+        rewards=_numbers(rewards),
+        judged=torch.ones(len(side.batch), dtype=torch.bool),
+        passes=passes,
+    )
+    return price_list(inputs, lambda: reference_statistics(model, batch, passes), measure=True)
+
+
+def _numbers(rewards: Sequence[float | None]) -> torch.Tensor:
+    return torch.tensor([float("nan") if reward is None else reward for reward in rewards], dtype=torch.float64)
 
 
 def rows_of(result: PricesResult) -> dict[str, dict[str, Any]]:
@@ -103,16 +139,18 @@ def rows_of(result: PricesResult) -> dict[str, dict[str, Any]]:
     return kept
 
 
-def keep(name: str, checkpoint: Path, sequences: int, fresh: int | None) -> None:
+def keep(name: str, run: Path, step: int, sequences: int, fresh: bool) -> None:
     """Price one checkpoint and write its rows."""
-    content: dict[str, Any] = {"run": name, "checkpoint": checkpoint.name, "sequences": sequences}
-    content["rows"] = rows_of(priced(checkpoint, sequences, seed=0 if fresh is None else 1))
-    if fresh is not None:
-        content["fresh_sequences"] = fresh
-        found = rows_of(priced(checkpoint, fresh))
+    content: dict[str, Any] = {"run": name, "step": step, "sequences": sequences}
+    content["rows"] = rows_of(priced(run, step, sequences, seed=1))
+    if fresh:
+        found = rows_of(priced(run, step, sequences, seed=2))
+        # its coefficient is solved for on the sequences it is judged on: another one there
+        found.pop("entropy_bonus_that_holds")
         content["fresh"] = {key: row["measured"] for key, row in found.items() if "measured" in row}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(RESULTS / f"{name}-{checkpoint.name}.json", json.dumps(content, indent=1) + "\n")
+    write_whole(RESULTS / f"{name}-{step}.json", json.dumps(content, indent=1) + "\n")
+    print(f"{name}, step {step}: done", flush=True)
 
 
 # ---- the table
@@ -148,13 +186,10 @@ def page() -> str:
         rows = kept["rows"]
         same = {name: row["measured"] for name, row in rows.items() if "measured" in row}
         value, low, high = rows["run"]["entropy"]
-        head = f"| {kept['run']}, step {kept['checkpoint'].split('-')[1]} | {value:+.3f} [{low:+.3f}, {high:+.3f}] | "
-        for kind, measured, sequences in (
-            ("same", same, kept["sequences"]),
-            ("fresh", kept.get("fresh"), kept.get("fresh_sequences")),
-        ):
+        head = f"| {kept['run']}, step {kept['step']} | {value:+.3f} [{low:+.3f}, {high:+.3f}] | "
+        for kind, measured in (("same", same), ("fresh", kept.get("fresh"))):
             if measured:
-                cell = f"{measured['run']['entropy']:+.3f} | {kind} {sequences} | "
+                cell = f"{measured['run']['entropy']:+.3f} | {kind} {kept['sequences']} | "
                 lines.append(f"{head}{cell}{agreement(rows, measured)} |")
         single += _each(kept, same)
     return _TEXT.format(lines="\n".join(lines), rows="\n".join(single))
@@ -162,7 +197,7 @@ def page() -> str:
 
 def _each(kept: Mapping[str, Any], same: Mapping[str, Any]) -> list[str]:
     """One checkpoint's interventions, a line each: predicted and measured, differences to the step as trained."""
-    out = [f"\n## {kept['run']}, {kept['checkpoint']}\n", _HEADING]
+    out = [f"\n## {kept['run']}, after step {kept['step']}\n", _HEADING]
     for name, row in kept["rows"].items():
         if "entropy_minus_run" not in row:
             continue
@@ -179,7 +214,7 @@ _HEADING = "| intervention | δh − run, predicted | measured | δJ − run, pr
 _TEXT = """# Prices beside real steps
 
 Every intervention of the [price list](../../../docs/analyses/prices.md) is taken as a real AdamW step and measured, by
-`python benchmarks/price_check.py small` and `... run NAME CHECKPOINT...`; the rows are beside this page. *small*: the
+`python benchmarks/price_check.py small` and `... run NAME RUN STEP...`; the rows are beside this page. *small*: the
 [small policy](../../probe_replay/small_policy.py), all weights trained; *demo*: SmolLM2-135M, LoRA, `make demo`. Rank
 correlation and slope (of measured on predicted, through 0) are of δh less that of the step as trained, over interventions.
 Signs: of δJ, and of δJ less that of the step as trained, among those whose predicted 95% interval excludes 0. *Same*: measured
@@ -197,14 +232,13 @@ def main(arguments: list[str]) -> None:
     """See the module's docstring."""
     command, *rest = arguments or ["help"]
     if command == "small" and not rest:
-        run = small_run()
         for step in SMALL_STEPS:
-            keep("small", run / f"checkpoint-{step}", SEQUENCES, FRESH)
-    elif command == "run" and len(rest) > 1:
-        for checkpoint in rest[1:]:
-            keep(rest[0], Path(checkpoint), OF_RUN, None)
+            keep("small", small_run(), step, SEQUENCES, fresh=True)
+    elif command == "run" and len(rest) > 2:
+        for step in rest[2:]:
+            keep(rest[0], Path(rest[1]), int(step), OF_RUN, fresh=False)
     elif command != "page" or rest:
-        raise SystemExit("usage: price_check.py small | run NAME CHECKPOINT... | page")
+        raise SystemExit("usage: price_check.py small | run NAME RUN STEP... | page")
     write_whole(RESULTS / "README.md", page())
     print(page().split("\n## ")[0])
 

@@ -60,6 +60,8 @@ class GroupMomenta:
 
     def _merge(self) -> None:
         """Add up the groups that have been idle longest, until the rest fits."""
+        if not self.momenta:
+            return
         size = sum(part.numel() * part.element_size() for part in next(iter(self.momenta.values())).values())
         idle = sorted((last, str(key), key) for key, last in self._last.items() if key in self.momenta)
         for _, _, key in idle[: max(0, len(self.momenta) - max(2, self.most_bytes // size))]:

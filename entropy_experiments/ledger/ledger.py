@@ -7,7 +7,6 @@ jackknife over these prompts, each left out of every step at once. Source: docs/
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.passes.forward import input_device
-from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_core.scores import token_statistics
 from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.ledger.accounts import DECAY, EARLIER, START, Accounts, GroupMomenta, Key
 from entropy_experiments.ledger.partitions import KINDS, TOKENS, Gradient, by_token
@@ -36,23 +35,11 @@ NAMED_PROMPTS = 10
 _STREAM = 3_000_003
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Fresh completions of the held-out prompts under the policy of the moment."""
-
-    side: EvaluationSide
-
-    @property
-    def statistics(self) -> TokenStatistics:
-        return self.side.statistics
-
-
 def run_ledger(
     run: Path,
     sequences: int = 64,
     device: str = "auto",
     trust: bool = False,
-    seed: int = 0,
     last: int | None = None,
     named_prompts: int = NAMED_PROMPTS,
     reporter: Reporter = SILENT,
@@ -64,7 +51,6 @@ def run_ledger(
         sequences: held-out prompts, each with one completion at every step.
         device: where to compute.
         trust: whether the run's task may open files and import.
-        seed: of the completions.
         last: step to stop at.
         named_prompts: training prompts that are listed; the others are added up.
         reporter: is told of each step.
@@ -76,22 +62,7 @@ def run_ledger(
     rows = again.plan.task.heldout[:sequences]
     if len(rows) < 2:
         raise UserError(f"{run}: its task has {len(rows)} held-out prompts: a ledger needs some to take entropy on")
-    momenta = {name: GroupMomenta() for name in ("kind", "token", "prompt")}
-    momenta["kind"].start(again.state)
-    accounts = Accounts()
-    texts: dict[int, str] = {}
-    before: _Seen | None = None
-    for recorded in again.steps():
-        reporter.stage(f"step {recorded.number} of {again.last}")
-        seen = _look(again, rows, seed + recorded.number)
-        before = before or seen
-        texts |= {s.prompt_index: s.prompt for s in recorded.rollouts if s.prompt_index is not None and s.weight}
-        _enter(again, recorded, seen.side, momenta, accounts)
-    assert before is not None
-    after = _look(again, rows, seed + again.last + 1)
-    change = fresh_entropy_change(before.statistics, before.side.batch, after.statistics, after.side.batch)
-    assert change.left_out is not None
-    measured = _estimate(change.change, change.left_out)
+    accounts, texts, measured = _through(again, rows, reporter)
     return Ledger(
         first_step=again.first + 1,
         last_step=again.last,
@@ -106,11 +77,31 @@ def run_ledger(
     )
 
 
-def _look(again: RunAgain, rows: list[dict], seed: int) -> _Seen:
+def _through(again: RunAgain, rows: list[dict], reporter: Reporter) -> tuple[Accounts, dict[int, str], StudentEstimate]:
+    """All steps: the accounts, the training prompts' texts, and the measured change."""
+    momenta = {name: GroupMomenta() for name in ("kind", "token", "prompt")}
+    momenta["kind"].start(again.state)
+    accounts = Accounts()
+    texts: dict[int, str] = {}
+    before: EvaluationSide | None = None
+    for recorded in again.steps():
+        reporter.stage(f"step {recorded.number} of {again.last}")
+        seen = _look(again, rows, recorded.number)
+        before = before or seen
+        texts |= {s.prompt_index: s.prompt for s in recorded.rollouts if s.prompt_index is not None and s.weight}
+        _enter(again, recorded, seen, momenta, accounts)
+    assert before is not None
+    after = _look(again, rows, again.last + 1)
+    change = fresh_entropy_change(before.statistics, before.batch, after.statistics, after.batch)
+    assert change.left_out is not None
+    return accounts, texts, _estimate(change.change, change.left_out)
+
+
+def _look(again: RunAgain, rows: list[dict], seed: int) -> EvaluationSide:
     sampling = again.plan.sampling_config
     drawn = draw(again.model, again.checkpoint.tokenizer, rows, 1, sampling, seed + _STREAM, "evaluation")
     batch = drawn.to_batch(sampling).to(input_device(again.model))
-    return _Seen(EvaluationSide(batch, token_statistics(again.model, batch, again.passes), POLICY))
+    return EvaluationSide(batch, token_statistics(again.model, batch, again.passes), POLICY)
 
 
 def _enter(

@@ -128,8 +128,8 @@ def test_steps_are_those_of_the_run(tiny_run):
 
 def test_other_sequences_than_the_runs_are_refused(tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "run")
-    rows = [replace(s, weight=-s.weight, advantage=-s.advantage) for s in read_rollouts(copy, 4)]
-    write_rollouts(copy, 4, rows)
+    rows = [replace(s, weight=-s.weight, advantage=-s.advantage) for s in read_rollouts(copy, 3)]
+    write_rollouts(copy, 3, rows)
     with pytest.raises(UserError, match="of the way off checkpoint-4"):
         for _ in RunAgain(copy, "cpu", True).steps():
             pass
