@@ -144,8 +144,8 @@ class AnalysisConfig(StrictModel):
     """What would other weightings of the same sequences have cost in entropy?"""
     weighting_steps: bool = True
     """Take and measure each weighting's real step as well; each costs a forward pass."""
-    prices: bool = False
-    """What could be done in place of this step, and what would it cost in reward? Some four passes an intervention."""
+    prices: bool = True
+    """What could be done in place of this step, and what would it cost in reward? An eighth of an analysis."""
     price_steps: bool = False
     """Take and measure each intervention's real step as well; each costs a forward pass."""
     baselines: bool = True

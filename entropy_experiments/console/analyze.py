@@ -31,7 +31,7 @@ _WITHOUT_ROWS = {
     "predictions, along the step and its parts": 16.5,
     "checking the kernel against finite differences": 0.1,
 }
-_REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 35
+_REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 17
 
 
 def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:

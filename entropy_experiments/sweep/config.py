@@ -54,6 +54,8 @@ class SweepQuestionsConfig(AnalysisConfig):
     """Do the shares say what happens when sequences are really left out of the step? Some fifty forward passes."""
     weighting_steps: bool = False
     """Take and measure each weighting's real step as well; some fifteen forward passes."""
+    prices: bool = False
+    """What could be done in place of each step, and what would it cost in reward? Some seventeen forward passes."""
 
 
 class SweepAnalysisConfig(EntropyAnalysisConfig):

@@ -6,7 +6,8 @@ from rl_training.configuration import load_config
 SMALL = ("entropy_analysis.eval_batch_size=16", "entropy_analysis.train_batch_size=16", "checkpoint.device=cpu")
 # Their own tests, and those of the whole, run them; others need not wait.
 OFF = (
-    "sequence_clustering", "higher_order", "attribution", "intervention", "weighting_schemes", "baselines",
+    "sequence_clustering", "higher_order", "attribution", "intervention", "weighting_schemes", "prices",
+    "baselines",
 )  # fmt: skip
 
 
@@ -18,5 +19,5 @@ def config(*overrides: str) -> FisherAnalysisConfig:
 
 
 def whole_config(*overrides: str) -> FisherAnalysisConfig:
-    """Every analysis, those that are off by default too."""
-    return load_config(FisherAnalysisConfig, None, [*SMALL, "entropy_analysis.analysis.prices=true", *overrides])
+    """Every analysis."""
+    return load_config(FisherAnalysisConfig, None, [*SMALL, *overrides])
