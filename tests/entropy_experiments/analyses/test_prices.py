@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +27,14 @@ from entropy_experiments.analyses.interventions import (
     interventions,
 )
 from entropy_experiments.analyses.price_steps import PriceInputs
-from entropy_experiments.analyses.prices import KEEPS, price_list
-from entropy_experiments.analyses.token_rules import REPO_ZETA
-from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.records.price_results import PriceRow, PricesResult
 from entropy_experiments.records.record import json_of, validated
 from entropy_experiments.report.analysis_tables import TABLES
 from entropy_experiments.report.figures.plots import plot_prices
 from entropy_experiments.report.figures.prices import price_points
 from entropy_experiments.report.figures.style import png_bytes
-from entropy_experiments.report.price_finding import next_step_sentence, price_finding
+from entropy_experiments.report.price_finding import price_finding
 from entropy_experiments.statistics.estimand import POLICY
 from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.gradient_rows import KeptRows
@@ -200,57 +197,6 @@ def test_tokens_are_chosen_as_named():
     assert torch.equal(weights, torch.where(tokens.truncated, 0.0, tokens.weights))  # type: ignore[arg-type]
 
 
-def test_stare_raises_rare_tokens_of_rewarded_sequences():
-    """Luo et al. 2026: the surrogate of each token times its factor, 1.1 on the tenth of highest surprisal where A > 0."""
-    step = tiny()
-    tokens, (logprob, _, mask) = training_tokens(step), token_values(step)
-    positive = mask & (tokens.advantages > 0)[:, None]
-    negative = mask & (tokens.advantages < 0)[:, None]
-
-    def rare(among):
-        surprisal = torch.where(among, -logprob.detach(), -torch.inf).flatten()
-        chosen = torch.zeros_like(surprisal, dtype=torch.bool)
-        chosen[surprisal.argsort(descending=True)[: round(0.1 * int(among.sum()))]] = True
-        return chosen.view(mask.shape)
-
-    factor = torch.ones(mask.shape, dtype=torch.float64)
-    factor[rare(positive)] = 1.1
-    found = listed(tokens)
-    assert_same(
-        gradient(step, found["stare"]), autograd_of(step, (factor * tokens.weights[:, None] * logprob * mask).sum())
-    )
-    factor[rare(negative)] = 0.9
-    logprob = token_values(step)[0]
-    assert_same(
-        gradient(step, found["stare_two_sided"]),
-        autograd_of(step, (factor * tokens.weights[:, None] * logprob * mask).sum()),
-    )
-
-
-def test_repo_rescales_advantages_by_the_centred_log_probability():
-    """Petrenko et al. 2026, REPO-R: A (1 - zeta L) where A > 0, A (1 + zeta L) where A < 0, of its own sign."""
-    step = tiny()
-    tokens, (logprob, entropy, mask) = training_tokens(step), token_values(step)
-    centred = (logprob + entropy).detach()
-    advantage = tokens.weights[:, None].expand(mask.shape)
-    up, down = advantage * (1 - REPO_ZETA * centred), advantage * (1 + REPO_ZETA * centred)
-    rescaled = torch.where(advantage > 0, up.clamp(min=0), down.clamp(max=0))
-    assert float((rescaled - advantage).abs().max()) > 0.01 * float(advantage.abs().max())
-    assert_same(gradient(step, listed(tokens)["repo_r"]), autograd_of(step, (rescaled * logprob * mask).sum()))
-
-
-def test_weights_of_one_sign_are_scaled_as_named():
-    step = tiny()
-    tokens = training_tokens(step)
-    found, w = listed(tokens), tokens.weights
-    for name, wanted in (
-        ("positives_0.1", torch.where(w > 0, 0.1 * w, w)),
-        ("negatives_0.5", torch.where(w < 0, 0.5 * w, w)),
-        ("truncated", torch.where(tokens.truncated, 0.5 * w, w)),
-    ):
-        assert torch.equal(found[name].objective, wanted), name  # type: ignore[arg-type]
-
-
 def test_terms_are_differentiated_once(monkeypatch):
     """The three bonuses share the gradient of entropy, and all rules one forward pass."""
     calls = []
@@ -396,68 +342,7 @@ def test_without_rewards_entropy_alone_is_priced(rewards, note):
     assert plot_prices(result) is not None and price_finding(result)
 
 
-# ---- what is said
-
-
-def estimate(value: float, error: float) -> StudentEstimate:
-    return StudentEstimate(
-        value=value, standard_error=error, degrees_of_freedom=20.0, low=value - 2 * error, high=value + 2 * error
-    )
-
-
-def of_prices(
-    run: float, *prices: tuple[str, float], alike: tuple[str, ...] = (), note: str | None = None
-) -> PricesResult:
-    rows = [PriceRow(name="run", label="as trained", entropy=estimate(run, 0.01))]
-    rows += [
-        PriceRow(
-            name=name,
-            label=f"the {name}",
-            entropy=estimate(run + 0.05, 0.01),
-            entropy_minus_run=estimate(0.05, 0.01),
-            reward_per_nat=estimate(price, 0.1),
-        )
-        for name, price in prices
-    ]
-    return PricesResult(
-        rows=tuple(rows), alike=alike, keeps=KEEPS, reward_note=note, n_eval=8, eval_prompts=8, judged_prompts=4
-    )
-
-
-def spoken(*args: Any, **kwargs: Any) -> str:
-    return price_finding(of_prices(*args, **kwargs))
-
-
-def next_step(*args: Any, **kwargs: Any) -> str | None:
-    found = next_step_sentence(of_prices(*args, **kwargs))
-    return None if found is None else found.text
-
-
-def test_the_sentence_says_no_more_than_the_intervals():
-    assert "no loss is shown" in spoken(0.1) and "no loss is shown" in spoken(-0.01)
-    assert "no intervention is predicted to keep 25%" in spoken(-0.1)
-    text = spoken(-0.1, ("first", -0.5), ("second", -0.6), alike=("first", "second"))
-    assert (
-        "the first has the best price: reward changes by −0.5" in text and "the second cannot be distinguished" in text
-    )
-    assert "is not significantly different from 0" in spoken(-0.1, ("first", 0.1), alike=("first",))
-    assert "cannot be said: no rewards" in spoken(-0.1, ("first", 0.1), note="no rewards")
-
-
-def test_the_head_of_the_report_says_what_to_do_next():
-    assert next_step(0.1) is None and next_step(-0.01) is None, "nothing is lost, so nothing is to be kept"
-    assert "no intervention of the price list is predicted to keep at least 25%" in str(next_step(-0.1))
-    priced = [("first", -0.5), ("second", -0.6), ("third", -0.7)]
-    text = next_step(-0.1, *priced, alike=("first", "second", "third"))
-    assert text == (
-        "What to do next: to keep at least 25% of the entropy that this step loses, the first costs least reward here (−0.50 "
-        "[−0.70, −0.30] for a nat kept); the second and the third cannot be distinguished from it by price."
-    )
-    assert next_step(-0.1, *priced, alike=("first",)) == f"{str(text).split(';')[0]}."
-    many = [(str(n), -0.5) for n in range(9)]
-    assert "the 4 and 4 others cannot" in str(next_step(-0.1, *many, alike=tuple(name for name, _ in many)))
-    unknown = str(next_step(-0.1, ("first", 0.1), note="no rewards"))
-    assert "the first is predicted to keep most; what it costs in reward cannot be said" in unknown
+# ---- what is shown
 
 
 def test_table_and_figure_hold_every_row():
