@@ -202,6 +202,10 @@ class TrainingConfig(StrictModel):
     """Loggers by their Trainer names (tensorboard, wandb, trackio, ...); [] for none."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from."""
+    gradient_checkpointing: bool = False
+    """Keep a layer's input alone for the backward pass and compute the rest again: less memory, about a third more time."""
+    memory_limit: ByteSize | None = None
+    """What weights, gradients and Adam's moments may take (8GiB); training that needs more does not begin. Default: no limit."""
 
 
 class TrainConfig(StrictModel):

@@ -32,6 +32,7 @@ from rl_training.run.folder_lock import run_folder_locked
 from rl_training.run.launched import world_size
 from rl_training.run.run_files import CONFIG_NAME, ConfigFile, remove_records, tidy
 from rl_training.run.start import find_start, is_done
+from rl_training.run.training_memory import training_memory
 from rl_training.tasks.task import Task, load_task
 
 
@@ -43,6 +44,7 @@ def build_trainer(config: TrainConfig) -> tuple[DrGRPOTrainer, Task]:
         model = add_lora(model, config.lora, config.training.seed)
     else:
         model.requires_grad_(True)
+    training_memory(model, config.training.memory_limit)
     args = trainer_arguments(config, on_cpu=model.device.type == "cpu")
     trainer = DrGRPOTrainer(
         model=model,
@@ -99,7 +101,7 @@ def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
         use_cpu=on_cpu,
         bf16=False,
         logging_nan_inf_filter=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=run.gradient_checkpointing,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=sequences // (micro * processes),
         num_generations=rollouts.completions_per_prompt,
@@ -154,7 +156,8 @@ def _train(config: TrainConfig, folder: Path, quiet: bool, resume: bool) -> Path
     callbacks = trainer.callback_handler.callbacks
     probes = [c for c in callbacks if isinstance(c, EntropyProbeCallback)]
     told = [c for c in callbacks if isinstance(c, EntropyControllerCallback)] + probes
-    console = ConsoleCallback("\n".join([task.describe(), *(c.describe() for c in told)]), bool(probes))
+    described = [task.describe(), training_memory(trainer.model).describe(), *(c.describe() for c in told)]
+    console = ConsoleCallback("\n".join(described), bool(probes))
     if not quiet:
         trainer.add_callback(console)
     try:

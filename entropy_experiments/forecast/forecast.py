@@ -25,7 +25,8 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig, FisherKernelConfig
 from entropy_experiments.forecast.pilot import Pilot, buffers_without_drawing, run_pilot
-from entropy_experiments.kernel.contraction import STEP_VECTORS
+from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
+from entropy_experiments.kernel.factor_sizes import Lengths
 from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
 
@@ -123,9 +124,15 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     n_eval = settings.eval_batch_size if given.evaluation is None else len(given.evaluation)
     n_train = settings.train_batch_size if given.training is None else len(given.training)
     held = held_memory(model)
-    plan = options.plan(model, n_eval, n_train, passes, settings.fisher_kernel.compute_full)
-    size = options.size(model, n_eval, n_train)
     pilot = run_pilot(checkpoint, sampling_plan, config, given)
+    on_cpu = input_device(model).type == "cpu"
+    tokens = min(max(n_eval * pilot.evaluation.tokens, n_train * pilot.training.tokens), passes.token_batch_size)
+    if on_cpu:  # as entropy_core.batch.length_buckets cuts passes with gradients: a group is not torn apart
+        tokens = min(tokens, ENOUGH_TOKENS + sampling_plan.completions_per_prompt * pilot.training.tokens)
+    full, kinds = settings.fisher_kernel.compute_full, len(ROW_KINDS)
+    lengths = _lengths(pilot, int(tokens))
+    plan = options.plan(model, n_eval, n_train, passes, full, kinds, lengths)
+    size = options.size(model, n_eval, n_train, kinds, lengths if full else None)
     drawn = pilot.drawing.seconds(n_eval) if given.evaluation is None else 0.0
     loaded = [
         StageForecast("loading the checkpoint", 0, loading),
@@ -135,16 +142,18 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
         StageForecast("drawing the evaluation buffer", 0, drawn),
     ]
     stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
-    on_cpu = input_device(model).type == "cpu"
-    tokens = min(
-        max(size.n_eval * pilot.evaluation.tokens, size.n_train * pilot.training.tokens), passes.token_batch_size
-    )
-    if on_cpu:  # as entropy_core.batch.length_buckets cuts passes with gradients: a group is not torn apart
-        tokens = min(tokens, ENOUGH_TOKENS + sampling_plan.completions_per_prompt * pilot.training.tokens)
     one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES
     memory = held + fixed_bytes(size, plan.strategy) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
     return Forecast(plan, stages, memory, plan.disk + kernels, size.parameters, size.n_train, pilot.rows.to_json())
+
+
+def _lengths(pilot: Pilot, a_pass: int) -> Lengths:
+    """Of the training side's sequences, as the pilot found them."""
+    drawn = pilot.drawing.lengths
+    predicted, most = sum(drawn) / len(drawn), max(drawn)
+    tokens = pilot.training.tokens
+    return Lengths(tokens, min(predicted, tokens), int(tokens + max(0.0, most - predicted)), most, a_pass)
 
 
 def _training_drawing(config: FisherAnalysisConfig, pilot: Pilot) -> float:
@@ -180,6 +189,8 @@ def _of_gradients(
             ),
         ]
     tiles = -(-n_train // plan.tile) if plan.strategy == "tiles" else 1
+    # Of factors rows are formed anew for each chunk, a row at the price of a backward pass (as many operations).
+    chunks = [-(-n // plan.chunk) if plan.strategy == "factored" else 0 for n in (n_eval, n_train)]
     out = []
     # rows (formed once more for every tile), the gradient by autograd as a check, and the training
     # side's statistics
@@ -189,7 +200,9 @@ def _of_gradients(
     out.append(StageForecast("training gradients, one row per sequence", formed + checked + n_train, seconds))
     out.append(passes("token statistics", n_eval, 0))
     anew = n_train if plan.strategy == "tiles" else 0
-    seconds = evaluation.seconds(n_eval * tiles, 4) + training.seconds(anew, 1)
+    seconds = (
+        evaluation.seconds(n_eval * tiles, 4) + training.seconds(anew, 1) + chunks[0] * n_train * training.backward
+    )
     out.append(StageForecast("evaluation gradients and kernels", n_eval * tiles + anew, seconds))
     if kernel.save_gradients:
         out.append(passes("storing the evaluation gradients", n_eval, 2))
@@ -197,6 +210,7 @@ def _of_gradients(
         # and the gradients of entropy that shares rest on, from one more pass over the evaluation
         # side
         seconds = training.seconds(n_train * tiles, 2) + training.seconds(anew, 1) + evaluation.seconds(n_eval, 2)
+        seconds += chunks[1] * n_train * training.backward
         out.append(StageForecast("the training buffer's own kernel", n_train * tiles + anew + n_eval, seconds))
         out.append(passes("checking the kernel against finite differences", 2 * min(16, n_eval), 0))
     return out

@@ -65,6 +65,15 @@ class NextStep:
         return Formed(self.parameters, lambda name: _taken(self.state[name], self.clipped(name), self.parameters[name]))
 
     @cached_property
+    def unrounded_delta(self) -> Mapping[str, Tensor]:
+        """As `parameter_delta`, of weights in float64, which hold every step."""
+
+        def form(name: str) -> Tensor:
+            return _taken(self.state[name], self.clipped(name), self.parameters[name], torch.float64)
+
+        return Formed(self.parameters, form)
+
+    @cached_property
     def step_preconditioner(self) -> Mapping[str, Tensor]:
         """The step's own P_t; next to nothing for what it passes over."""
 
@@ -177,12 +186,16 @@ def take_next_step(
     return NextStep(parameters, gradient, clip, norm, state, frozenset(idle))
 
 
-def _taken(before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """theta_after - theta_before of one parameter, by torch's optimizer."""
+def _taken(
+    before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """theta_after - theta_before of one parameter, by torch's optimizer; dtype: to compute in, None: each tensor's own."""
     if gradient is None:
         return torch.zeros_like(parameter.detach())
 
-    def step(theta: Tensor, g: Tensor, m: Tensor, v: Tensor, largest: Tensor | None = None) -> Tensor:
+    def step(*tensors: Tensor) -> Tensor:
+        theta, g, m, v, *more = (t if dtype is None else t.to(dtype) for t in tensors)
+        largest = more[0] if more else None
         moved = nn.Parameter(theta.clone())
         moved.grad = g
         optimizer = torch.optim.AdamW(

@@ -45,7 +45,7 @@ from rl_training.probe.observed_passes import ObservedPasses
 from rl_training.probe.probe_state import ProbeState
 from rl_training.probe.running_gradient import RunningGradient, keep_those_of, known
 from rl_training.probe.score_term import FusedScore
-from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, attribute_sequences, clip_coefficient
+from rl_training.probe.shares import SAME_GRADIENT, VECTORS, TrainingSequences, attribute_sequences, clip_coefficient
 from rl_training.probe.step_errors import Along
 from rl_training.probe.step_parts import (
     copies,
@@ -125,10 +125,11 @@ class SimpleEntropyProbe:
         self._averages, self._steps_since, self._no_parts = state.averages, state.steps_since, state.no_parts
 
     def memory_bytes(self) -> int:
-        """The most that the probe holds beside activations: gradients in folds (newest and average) and the step's parts."""
+        """The most held beside activations: gradients in folds (newest, average), the step's parts, what shares need but rows."""
         size = sum(p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
         averages = 2 if self._config.averaging else 1
-        return size * (averages * max(1, self.folds) * len(objectives_of(self._config)) + 5)
+        shares = VECTORS if self._config.wants_shares else 0
+        return size * (averages * max(1, self.folds) * len(objectives_of(self._config)) + 5 + shares)
 
     # ------------------------------------------------------------------ one call
     def compute_delta_h_fast(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients, score_coefficients
+from entropy_core.formed import Formed
 from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.leaving_out import clip_response
 from entropy_core.passes.fold_rows import FoldRows
@@ -45,6 +46,12 @@ class TrainingSequences:
     batch: SequenceBatch
     advantages: Tensor
     weights: Tensor | None = None
+
+
+VECTORS = 8
+"""Held over all trained parameters for shares: the gradient of entropy, scales of step and effects, the gradient rebuilt, 4 in
+the check of rows; rows of one parameter at a time come on top.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,9 @@ def attribute_sequences(
     parameters, rows = trainable_parameters(model), rows or FoldRows()
     mine = sharing.my_sequences(training.batch.prompt_index)
     coefficients, device = _coefficients(training.batch, training.weights), training.batch.device
-    towards = {name: (g * step_per_gradient[name].to(g.device)).flatten() for name, g in entropy_gradient.items()}
+    towards = Formed(
+        entropy_gradient, lambda name: (g := entropy_gradient[name]) * step_per_gradient[name].to(g.device)
+    )
     q, clipped = _effect_directions(parameters, entropy_gradient, metric)
     further = torch.zeros((len(training.batch), 2), dtype=torch.float64, device=device)
 
@@ -90,7 +99,7 @@ def attribute_sequences(
 
     def sink(_number: int, name: str, indices: Tensor, some: Tensor) -> None:
         which = mine[indices.to(mine.device)]
-        products.index_add_(0, which, (some.flatten(1) @ towards[name].to(some)).double().to(device))
+        products.index_add_(0, which, (some.flatten(1) @ towards[name].flatten().to(some)).double().to(device))
         rebuilt[name] -= some.sum(0)
         for k, direction in enumerate((q, clipped)):
             if name in direction:
@@ -132,10 +141,10 @@ def _effect_directions(
     parameters: Mapping[str, nn.Parameter],
     entropy_gradient: Mapping[str, Tensor],
     metric: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(q, clipped gradient) of what moves; empty without a metric."""
+) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """(q, formed when it is read; clipped gradient) of what moves; empty without a metric."""
     moving = [] if metric is None else [name for name, p in parameters.items() if p.grad is not None and name in metric]
-    q = {name: (metric or {})[name] * entropy_gradient[name] for name in moving}
+    q = Formed(moving, lambda name: (metric or {})[name] * entropy_gradient[name])
     return q, {name: g.detach() for name in moving if (g := parameters[name].grad) is not None}
 
 
