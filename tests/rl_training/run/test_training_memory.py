@@ -63,7 +63,7 @@ def test_with_gradient_checkpointing_the_same_steps_are_taken(
     for name, on in (("kept", False), ("again", True)):
         folder = run_training(settings(tiny_policy, tmp_path / name, gradient_checkpointing=on))
         weights.append(load_file(folder / "checkpoint-2" / "model.safetensors"))
-        assert "memory beside activations: " in capfd.readouterr().out
+        assert "memory beside activations: " in capfd.readouterr().err
     trainer, _ = build_trainer(settings(tiny_policy, tmp_path / "third", gradient_checkpointing=True))
     assert trainer.args.gradient_checkpointing
     for name, tensor in weights[0].items():
