@@ -11,6 +11,7 @@
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
+# make study   the reference study: arms that hold entropy and arms that do not, on a small policy; resumable, about an hour on two quiet cores
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
 # make faults   what can go wrong, tried: damaged files, wrong configurations, full disks, kills (FAULT_ARGS="--kills 0 --disks 0": files alone)
 # make fuzz   changed files, read by every parser of ours for ten minutes (FUZZ_ARGS="--seconds 60"); findings are kept as tests
@@ -48,7 +49,7 @@ BY_HASH = sed -n '/^setuptools==/,/[^\\]$$/p' requirements/lock.txt > $(VENV)/se
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-all durations check architecture docs dist results-format format bench bench-probe \
-  bench-replay bench-kernel calibrate faults fuzz soak mutations clean distclean
+  bench-replay bench-kernel study calibrate faults fuzz soak mutations clean distclean
 
 help:
 	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' Makefile
@@ -149,6 +150,11 @@ bench-probe: $(STAMP)
 bench-replay: $(STAMP)
 	$(BIN)/python -m benchmarks.probe_replay replay
 	$(BIN)/python -m benchmarks.probe_replay page
+
+study: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study tune
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run
+	$(BIN)/python -m benchmarks.study page
 
 # The peers' environment. torch first and alone, then the project as everywhere; the peers themselves without their
 # dependencies, which would bring torchvision and another torch (what they do need is listed beside them).

@@ -55,6 +55,7 @@ def forced(callback, alpha):
         {"loss_type": "grpo", "scale_rewards": "group"},
         {"bf16": True},
         {"gradient_checkpointing": True},
+        {"num_iterations": 2},
         {"lora": True},
     ],
     ids=lambda s: "-".join(s) or "plain",

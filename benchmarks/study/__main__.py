@@ -1,0 +1,35 @@
+"""`python -m benchmarks.study tune | run | page`; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.study.arms import ARMS
+from benchmarks.study.page import write_page
+from benchmarks.study.runs import SEEDS, STEPS, run
+from benchmarks.study.tasks import TASKS
+from benchmarks.study.tuning import tune, tuned
+
+
+def main() -> None:
+    """Seeds are the outer loop, so that what is stopped early has all arms of its seeds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
+    parser.add_argument("what", choices=("tune", "run", "page"))
+    parser.add_argument("--task", choices=sorted(TASKS), default="sums")
+    parser.add_argument("--arms", nargs="*", choices=sorted(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    given = parser.parse_args()
+    if given.what == "tune":
+        tune(given.task)
+    elif given.what == "page":
+        write_page()
+    else:
+        for seed in given.seeds:
+            for arm in given.arms:
+                overrides = tuned(given.task) if arm == "bonus" else {}
+                print(run(given.task, arm, seed, given.steps, **overrides), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""benchmarks/results/study: the runs' rows, a table with paired tests, and the figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.study.runs import STEPS
+from benchmarks.study.summary import by_arm, distance, load, noise, paired
+from benchmarks.study.tasks import ROOT
+from benchmarks.study.tuning import SEED as TUNING_SEED
+from entropy_experiments.records.writer import describe_environment
+
+RESULTS = Path("benchmarks/results/study")
+NAMES = {
+    "controller": "controller (ours)",
+    "adaptive": "use_adaptive_entropy (TRL)",
+    "bonus": "constant bonus, tuned",
+    "dr_grpo": "Dr. GRPO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "clip_higher": "clip-higher",
+    "clip_cov": "Clip-Cov",
+    "kl_cov": "KL-Cov",
+}
+COLOURS = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))
+
+
+def write_page() -> None:
+    """Gather what is finished under runs/study, and write runs.jsonl, README.md and the figure from it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "runs").glob("*.json"))]
+    if found:
+        (RESULTS / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in found))
+        (RESULTS / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n")
+    runs = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] != TUNING_SEED and run["steps"] == STEPS]
+    (RESULTS / "README.md").write_text(page(runs))
+    draw(runs)
+
+
+def page(runs: list[dict[str, Any]]) -> str:
+    """The page of one task's runs."""
+    arms, target = by_arm(runs), runs[0]["target"]
+    order = [arm for arm in NAMES if arm in arms]
+    floor = float(np.mean([noise(run) for run in runs if run["arm"] == "controller"]))
+    lines = [
+        "# The reference study: what holds entropy, and at what reward",
+        "",
+        "`make study` (`python -m benchmarks.study tune`, `run`, `page`). A small policy that learned sums from worked answers, "
+        f"then {STEPS} steps of reinforcement learning in real trainers of TRL; the arms: `benchmarks/study/arms.py`. "
+        f"Target {target:g} nats per token; entropy and reward on 256 fresh completions of held-out prompts at every tenth step. "
+        "*Distance*: root mean square of h − target from step 50 on; a run exactly at the target would have "
+        f"{floor:.3f}, the error of a look. *Reward*: the last five looks and the last measurement. Mean over seeds ± standard "
+        "deviation.",
+        "",
+        "| arm | seeds | distance | final entropy | reward | pass@4 | pass@16 | distinct of 16 | s a step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in order:
+        cells = [_cell([n[name] for n in arms[arm].values()]) for name in ("distance", "entropy", "reward")]
+        cells += [_cell([n[name] for n in arms[arm].values()], 2) for name in ("pass_at_4", "pass_at_16", "distinct")]
+        seconds = np.mean([n["step_seconds"] for n in arms[arm].values()])
+        lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} | {seconds:.2f} |")
+    lines += ["", *_tests(arms, order), "", "![entropy and reward of the arms](study.png)", ""]
+    tuning = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["arm"] == "bonus"]
+    if tuning:
+        grid = ", ".join(f"{run['overrides']['entropy_coef']:g}: {distance(run):.3f}" for run in tuning)
+        lines += [
+            f"The constant bonus's coefficient is that of a grid which is nearest to the target in {tuning[0]['steps']} steps of "
+            f"seed {TUNING_SEED}, which no arm has (coefficient: distance): {grid}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _tests(arms: dict[str, dict[int, dict[str, float]]], order: list[str]) -> list[str]:
+    lines = [
+        "Differences, controller minus the other, paired by seed (95% interval, Student's t; not corrected for several "
+        "comparisons):",
+        "",
+        "| against | seeds | distance | ratio of distances | reward | pass@16 | distinct of 16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in order:
+        if arm == "controller" or "controller" not in arms:
+            continue
+        found = {
+            name: paired(arms["controller"], arms[arm], name)
+            for name in ("distance", "reward", "pass_at_16", "distinct")
+        }
+        common = sorted(arms["controller"].keys() & arms[arm].keys())
+        if not common:
+            continue
+        ratio = np.mean([arms["controller"][s]["distance"] for s in common]) / np.mean(
+            [arms[arm][s]["distance"] for s in common]
+        )
+        cells = [f"{f['mean']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})" for f in found.values()]
+        lines.append(f"| {NAMES[arm]} | {len(common)} | {cells[0]} | {ratio:.2f} | {' | '.join(cells[1:])} |")
+    return lines
+
+
+def _cell(values: list[float], digits: int = 3) -> str:
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def draw(runs: list[dict[str, Any]]) -> None:
+    """Entropy and reward against steps: the mean over seeds, and the band from the lowest to the highest."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for arm, name in NAMES.items():
+        mine = [run["rows"] for run in runs if run["arm"] == arm]
+        if not mine:
+            continue
+        steps = [row["step"] for row in mine[0]]
+        for axis, column in zip(axes, ("entropy", "reward"), strict=True):
+            values = np.array([[row[column] for row in rows] for rows in mine])
+            axis.plot(steps, values.mean(0), color=COLOURS[arm], label=f"{name} ({len(mine)})", lw=1.8)
+            axis.fill_between(steps, values.min(0), values.max(0), color=COLOURS[arm], alpha=0.15, lw=0)
+    axes[0].axhline(runs[0]["target"], color="black", lw=0.8, ls="--")
+    axes[0].set_ylabel("entropy (nats per token)")
+    axes[1].set_ylabel("mean reward")
+    for axis in axes:
+        axis.set_xlabel("optimizer step")
+    axes[0].legend(fontsize=8, title="arm (seeds); band: lowest to highest", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "study.png", dpi=130)
+    plt.close(figure)

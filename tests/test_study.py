@@ -1,0 +1,113 @@
+"""The reference study: its numbers by hand, its arms against TRL's loss, and a page that is of the rows beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.study import page as study_page
+from benchmarks.study import runs, summary, tasks
+from benchmarks.study.arms import ARMS
+from benchmarks.study.covariance import CovarianceTrainer
+from benchmarks.study.measure import _pass_at
+from benchmarks.study.summary import distance, load, paired
+from benchmarks.study.tasks import right
+from tests.rl_training.integrations import test_trl_integration
+
+
+def test_numbers() -> None:
+    rows = [{"step": s, "entropy": e} for s, e in ((0, 9.0), (50, 0.5), (100, 0.3))]
+    assert distance({"target": 0.4, "rows": rows}) == pytest.approx(0.1)
+    assert right(["1+2=3.", "4", "no"], ["3", "-4", "1"]) == [1.0, 0.0, 0.0]
+    assert _pass_at(np.array([1, 0]), 4, 2) == pytest.approx((1 - 3 / 6) / 2)
+    values = {s: {"x": v} for s, v in enumerate((1.0, 2.0, 3.0))}
+    zeros = {s: {"x": 0.0} for s in range(4)}
+    found = paired(values, zeros, "x")
+    assert found["seeds"] == 3 and found["mean"] == pytest.approx(2.0)
+    assert found["high"] - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert math.isnan(paired({0: {"x": 1.0}}, zeros, "x")["low"])
+
+
+@pytest.fixture
+def tiny_task(tiny_policy, tmp_path, monkeypatch):
+    """The study on a random policy, with few prompts and looks."""
+
+    def make(folder):
+        if not folder.exists():
+            shutil.copytree(tiny_policy, folder)
+            lines = [json.dumps({"prompt": f"{a}+{b}", "answer": str(a + b)}) for a in range(60) for b in range(40)]
+            (folder / "problems.jsonl").write_text("\n".join(lines))
+        return folder
+
+    monkeypatch.setitem(tasks.TASKS, "tiny", tasks.Task("tiny", 4, 4.3, make))
+    monkeypatch.setattr(tasks, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(study_page, "ROOT", tmp_path)
+    monkeypatch.setattr(study_page, "RESULTS", tmp_path / "results")
+    for name, value in (("EVERY", 2), ("PROMPTS", 8), ("LAST_PROMPTS", 4)):
+        monkeypatch.setattr(runs, name, value)
+    return "tiny"
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_and_is_stored_once(tiny_task, arm) -> None:
+    path = runs.run(tiny_task, arm, 0, 4)
+    stored = json.loads(path.read_text())
+    assert [row["step"] for row in stored["rows"]] == [0, 2, 4] and stored["last"].keys() >= {"pass_at_16", "distinct"}
+    assert len(stored["logged"]["entropy"]) == 4
+    assert ("entropy_controller/alpha" in stored["logged"]) == (arm == "controller")
+    assert ("entropy_coef" in stored["logged"]) == (arm in ("adaptive", "bonus"))
+    before = path.stat().st_mtime_ns
+    assert runs.run(tiny_task, arm, 0, 4) == path and path.stat().st_mtime_ns == before
+
+
+def test_the_page_says_what_the_runs_are(tiny_task, monkeypatch) -> None:
+    monkeypatch.setattr(study_page, "STEPS", 4)
+    monkeypatch.setattr(summary, "FROM", 2)
+    for arm, seed in (("controller", 0), ("dr_grpo", 0), ("dr_grpo", 1)):
+        runs.run(tiny_task, arm, seed, 4)
+    study_page.write_page()
+    rows = load(study_page.RESULTS / "runs.jsonl")
+    text = (study_page.RESULTS / "README.md").read_text()
+    ours = next(run for run in rows if run["arm"] == "controller")
+    assert f"| controller (ours) | 1 | {distance(ours):.3f} |" in text and "| Dr. GRPO | 2 |" in text
+    assert "nan to nan" in text.replace("+", ""), "one common seed has no interval"
+    assert (study_page.RESULTS / "study.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_covariance_arms_are_trls_loss_but_for_the_tokens_chosen(tiny_policy, tmp_path, monkeypatch, kind) -> None:
+    """With no token chosen the run is TRL's own; with tokens chosen it is another."""
+    settings = {"loss_type": "dr_grpo", "scale_rewards": "none", "learning_rate": 1e-3, "steps_per_generation": 2}
+    make = test_trl_integration.make_trainer
+
+    def trained(folder: str, trainer_class: type) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(test_trl_integration, "GRPOTrainer", trainer_class)
+        trainer = make(tiny_policy, tmp_path / folder, **settings)
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    ours = trained("ours", CovarianceTrainer.of(kind))
+    nothing = type("nothing", (CovarianceTrainer.of(kind),), {"_clipped": _none, "_penalty": _zero})
+    without, own = trained("none", nothing), trained("own", _own_trainer())
+    assert all(torch.allclose(without[name], own[name], rtol=0, atol=1e-7) for name in own)
+    assert any(not torch.allclose(ours[name], own[name], rtol=0, atol=1e-6) for name in own)
+
+
+def _none(_self, _covariance, mask):
+    return torch.zeros_like(mask)
+
+
+def _zero(_self, _inputs, _mask):
+    return torch.zeros(())
+
+
+def _own_trainer():
+    from trl import GRPOTrainer
+
+    return GRPOTrainer
