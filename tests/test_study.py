@@ -18,6 +18,8 @@ from benchmarks.study.measure import _pass_at
 from benchmarks.study.summary import distance, load, paired
 from benchmarks.study.tasks import right
 from tests.rl_training.integrations import test_trl_integration
+from tests.shared_artefacts import made_once
+from tests.tiny_policy import save_tiny_policy
 
 
 def test_numbers() -> None:
@@ -31,6 +33,11 @@ def test_numbers() -> None:
     assert found["seeds"] == 3 and found["mean"] == pytest.approx(2.0)
     assert found["high"] - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
     assert math.isnan(paired({0: {"x": 1.0}}, zeros, "x")["low"])
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory):
+    return made_once(tmp_path_factory, "tiny_policy", lambda root: save_tiny_policy(root / "policy"))
 
 
 @pytest.fixture
