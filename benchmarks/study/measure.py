@@ -26,7 +26,7 @@ def look(model: Any, tokenizer: Any, task: Task, prompts: int, each: int, seed: 
     """
     rows = [{**row, "prompt_index": i} for i, row in enumerate(task.rows()[1][:prompts])]
     config = make_sampling_config(model, tokenizer, 1.0, task.longest)
-    drawn = draw(model, tokenizer, rows, each, config, seed, "evaluation", batch_size=512)
+    drawn = draw(model, tokenizer, rows, each, config, seed, "evaluation")
     batch = to_batch(list(drawn), config)
     with torch.no_grad():
         entropy = Observation(batch, token_statistics(model, batch), None).entropy()
