@@ -24,6 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from entropy_core.cut_weights import open_cut
 from entropy_core.formed import Formed, elementwise
 
 
@@ -180,6 +181,21 @@ def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> Ad
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
     )
+
+
+def whole_states(states: Mapping[str, AdamWParameterState]) -> Mapping[str, AdamWParameterState]:
+    """Of a model that is cut over processes: each state whole, gathered when it is read, as `entropy_core.formed.whole`."""
+    cut = open_cut()
+    if cut is None:
+        return states
+
+    def gather(name: str) -> AdamWParameterState:
+        state = states[name]
+        moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        held = {key: moment for key in moments if (moment := getattr(state, key)) is not None}
+        return replace(state, **{key: cut.gathered(name, moment) for key, moment in held.items()})
+
+    return Formed(states, gather)
 
 
 def preconditioner(state: AdamWParameterState) -> Tensor:

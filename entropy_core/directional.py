@@ -31,6 +31,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
+from entropy_core.cut_weights import any_of, open_cut, outermost_gathered, total_of
 from entropy_core.entropy import Estimator, entropy_coefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import completion_logits, output_layer
@@ -90,7 +91,8 @@ def token_derivatives(
     parameters = trainable_parameters(model)
     direction = _whole(direction, parameters)
     check_length(model, int(batch.scored_lengths.max()) - 1)
-    if not any(bool(part.any()) for part in direction.values()):  # no weight decay, say
+    cut = open_cut(model)
+    if not any(any_of([bool(part.any()) for part in direction.values()])):  # no weight decay, say
         some = next(iter(direction.values()))
         nothing = torch.zeros(
             batch.input_ids.shape, dtype=torch.promote_types(some.dtype, torch.float32), device=batch.device
@@ -98,7 +100,9 @@ def token_derivatives(
         return TokenStatistics(nothing, nothing.clone())
     with ExitStack() as held:
         held.enter_context(_padding_embeddings_held(model) if hold_padding else PassState.of(model).attached_norms())
-        if method != "central":
+        if method == "forward" and cut is not None:
+            raise ValueError("a model that is cut over processes has no forward mode: use method='central'")
+        if method != "central" and cut is None:
             try:
                 return _forward_mode(model, batch, direction, parameters, passes)
             except _NoForwardModeError:
@@ -154,11 +158,20 @@ def weights_moved(model: nn.Module, direction: Mapping[str, Tensor], scale: floa
         with torch.no_grad():
             for name, p in parameters.items():
                 p.add_(direction[name].to(p.dtype), alpha=scale)
+        _give_back(model)
         yield
     finally:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(before[name])
+        _give_back(model)
+
+
+def _give_back(model: nn.Module) -> None:
+    """Of a model that is cut over processes: the next pass is to gather the weights that were moved."""
+    cut = open_cut(model)
+    if cut is not None:
+        cut.give_back()
 
 
 class _NoForwardModeError(ValueError):
@@ -279,10 +292,12 @@ def _central_step(
     least at r = (10 eps / 16)^(2/5).
     """
     parameters = trainable_parameters(model)
-    length = sum(float(direction[name].double().square().sum()) for name in parameters) ** 0.5
+    squares = [
+        sum(float(part.detach().double().square().sum()) for part in of.values()) for of in (direction, parameters)
+    ]
+    length, size = (square**0.5 for square in total_of(*squares))
     if length == 0.0:
         return None
-    size = sum(float(p.detach().double().square().sum()) for p in parameters.values()) ** 0.5
     step = 1e-3 * (size or 1.0) / length
     for _ in range(20):  # until the fastest token moves by about as much as it may
         moved_by = step * float(_difference(model, pilot, direction, step, passes).logprobs.abs().max())
@@ -314,7 +329,7 @@ def _padding_embeddings_held(model: nn.Module) -> Iterator[None]:
         trained = any(p.requires_grad for p in module.parameters())
         if isinstance(base, nn.Embedding) and base.padding_idx is not None and trained:
             index = base.padding_idx
-            with torch.no_grad():
+            with torch.no_grad(), outermost_gathered(model):
                 row = module(torch.tensor([index], device=base.weight.device))[0]
 
             def hold(_module: nn.Module, args: tuple, output: Tensor, index: int = index, row: Tensor = row) -> Tensor:

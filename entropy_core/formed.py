@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from entropy_core.cut_weights import open_cut, total_of
+
 Value = TypeVar("Value", covariant=True)
 
 PIECE = 2**22
@@ -61,7 +63,10 @@ def elementwise(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """<left, right> over all parameters, summed in float64. Raises ValueError when the names differ."""
+    """<left, right> over all parameters, summed in float64; of a model that is cut over processes, over everybody's stretches.
+
+    Raises ValueError when the names differ.
+    """
     if left.keys() != right.keys():
         odd = sorted(left.keys() ^ right.keys())
         raise ValueError(f"the two gradients cover different parameters ({len(odd)} names, e.g. {odd[0]!r})")
@@ -69,4 +74,12 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     for name in left:
         pairs = zip(left[name].reshape(-1).split(PIECE), right[name].reshape(-1).split(PIECE), strict=True)
         total += sum(float(torch.dot(a.double(), b.double())) for a, b in pairs)
-    return total
+    return total_of(total)[0]
+
+
+def whole(vectors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Vectors over the parameters of a model that is cut over processes, each parameter's tensor gathered when it is read (all
+    must read the same in the same order); of other models as they are.
+    """
+    cut = open_cut()
+    return vectors if cut is None else Formed(vectors, lambda name: cut.gathered(name, vectors[name]))

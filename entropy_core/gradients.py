@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import objective_gradients, open_cut, refuse_unopened
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.formed import dot as dot
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
@@ -34,13 +35,14 @@ from entropy_core.scores import TokenStatistics, token_statistics
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter for all that require a gradient, in `named_parameters` order (tied weights
-    once).
+    once); inside `entropy_core.cut_weights.weights_cut` this process's stretch of each.
 
     Raises:
         ValueError: there are none.
     """
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    found = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    cut = open_cut(model)
+    found = {name: p for name, p in inner.named_parameters() if p.requires_grad} if cut is None else cut.trainable()
     if not found:
         raise ValueError(
             "the model has no trainable parameter: load the adapter with is_trainable=True, or unfreeze some"
@@ -75,6 +77,7 @@ def batch_gradients(
         coefficients, as_trained: as in `stream_rows`. A trainable parameter that the model did not
             use has a gradient of zeros. `p.grad` is not touched.
     """
+    refuse_unopened(model)
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
     with open_passes(model), gradient_rule(model, as_trained), torch.enable_grad():
@@ -91,6 +94,12 @@ def _add_gradient(
     objective: Tensor, parameters: Mapping[str, nn.Parameter], total: Mapping[str, Tensor], retain_graph: bool
 ) -> None:
     """Add an objective's gradient to `total` parameter by parameter, as the backward pass reaches them."""
+    if open_cut() is not None:  # torch reduces gradients where they arise, and shows them when all is over
+        found = objective_gradients(objective, list(parameters.values()), retain_graph)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                total[name].add_(gradient)
+        return
 
     def adding(name: str) -> Callable[[Tensor], Tensor]:
         def add(gradient: Tensor) -> Tensor:
@@ -172,6 +181,7 @@ def stream_rows(
             parameter whose rows cannot be formed (its module mixes sequences, takes several
             tensors, or is used other than by being called), naming both.
     """
+    refuse_unopened(model)
     with gradient_rule(model, as_trained):
         stream = RowStream(model, trainable_parameters(model), batch, coefficients, passes, factored)
         stream.run(passes.formation(), sink, restart)

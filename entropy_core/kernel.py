@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import total
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.gradients import per_sequence_gradients, stream_rows, trainable_parameters
 from entropy_core.graph_passes import CoefficientsOf
@@ -179,7 +180,7 @@ def inner_products(
             matrix.zero_()
 
     stream_rows(model, batch, objectives, contract, passes, restart)
-    return out
+    return [total(matrix) for matrix in out]
 
 
 def products(rows: Tensor, vectors: Tensor, metric: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch
+from entropy_core.cut_weights import norm_of_parts, objective_gradients, open_cut
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
 from entropy_core.passes.factors import PlainRows, RowFactors
@@ -69,6 +70,9 @@ class RowStream:
                 self._by_hooks(passes, formation, feed, rehearse=restart is None)
                 return
             except Exception as error:
+                # What only one process of a cut model meets it must not answer alone: the others are on their way by hooks.
+                if open_cut(self._model) is not None and not isinstance(error, RowsNotFormedError):
+                    raise
                 formation.recover(error, bool(fed) and restart is None, len(self._batch), len(passes))
             if fed and restart is not None:
                 restart()
@@ -156,7 +160,7 @@ class RowStream:
             alone[name] = rows.row(0) if isinstance(rows, RowFactors) else rows[0]
 
         self._one_by_one([index], [coefficients], keep)
-        norm = torch.stack([g.norm().double().cpu() for g in alone.values()]).norm()
+        norm = norm_of_parts(float(torch.stack([g.norm().double().cpu() for g in alone.values()]).norm()))
         off = torch.stack(
             [
                 (single.rows.get(name, torch.zeros_like(p)) - alone.get(name, torch.zeros_like(p)))
@@ -166,10 +170,11 @@ class RowStream:
                 for name, p in self._parameters.items()
             ]
         ).norm()
-        if bool(off > _APART_TOLERANCE * norm):
+        off = norm_of_parts(float(off))
+        if off > _APART_TOLERANCE * norm:
             raise RowsNotFormedError(
                 f"the gradient of sequence {index} is another alone than with the sequences that pass with it (off by "
-                f"{float(off / norm):.1e} of its norm): the model mixes sequences, or does not hide padding; "
+                f"{off / norm:.1e} of its norm): the model mixes sequences, or does not hide padding; "
                 "token_batch_size=1 passes each alone"
             )
 
@@ -190,7 +195,7 @@ class RowStream:
                 for _, objectives in passes.run():
                     for number, objective in enumerate(objectives):
                         more = number + 1 < len(objectives)
-                        found = torch.autograd.grad(objective, parameters, retain_graph=more, allow_unused=True)
+                        found = objective_gradients(objective, parameters, more)
                         for name, gradient in zip(self._parameters, found, strict=True):
                             if gradient is not None:
                                 dense = gradient.to_dense() if gradient.is_sparse else gradient

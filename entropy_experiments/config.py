@@ -182,6 +182,8 @@ class CheckpointOverrides(StrictModel):
     """What a device_map that is chosen by itself may put on each device, `{0: 20GiB, cpu: 100GiB}`; by default what is free."""
     offload_folder: str | None = None
     """Where offloaded weights go that cannot be read from the model's own files (no safetensors, or converted)."""
+    sharding: Literal["fsdp2"] | None = None
+    """`fsdp2` cuts a model that no device holds over the processes of a launch: each has a part of every weight, and its rows."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone; float64 takes
     about twice as long and twice the memory of a pass, and gives kernels two digits more."""
@@ -200,6 +202,8 @@ class CheckpointOverrides(StrictModel):
             raise ValueError("max_memory is for a device_map that is chosen by itself: set device_map=auto")
         if self.offload_folder is not None and self.device_map is None:
             raise ValueError("offload_folder is for weights that a device_map offloads: set device_map")
+        if self.sharding is not None and self.device_map is not None:
+            raise ValueError("sharding and device_map both say where the model goes: leave one of them out")
         return self
 
     @property
@@ -229,5 +233,22 @@ class FisherAnalysisConfig(StrictModel):
             raise ValueError(
                 f"entropy_analysis.train_batch_size {a.train_batch_size} is not a multiple of sampling.completions_per_prompt "
                 f"{a.sampling.completions_per_prompt}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_cut_model_keeps_rows_where_its_weights_are(self) -> Self:
+        kernel = self.entropy_analysis.fisher_kernel
+        asked = {
+            "save_gradients": kernel.save_gradients,
+            "strategy=disk": kernel.strategy == "disk" or kernel.disk_budget > 0,
+            "strategy=factored": kernel.strategy == "factored",
+            "projection_dim": kernel.projection_dim is not None,
+        }
+        found = [name for name, is_set in asked.items() if is_set]
+        if self.checkpoint.sharding is not None and found:
+            raise ValueError(
+                f"checkpoint.sharding keeps rows in memory, each process those of its own weights: leave out fisher_kernel's "
+                f"{' and '.join(found)} (with strategy=auto it takes tiles where memory is short)"
             )
         return self

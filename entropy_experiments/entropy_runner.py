@@ -35,7 +35,8 @@ from entropy_experiments.analyses.registry import run_analyses
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.buffers.scored_alone import refuse_dependence
-from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
+from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.checkpoints.cut_over_processes import opened_checkpoint, own_results, refuse_sharding
 from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import (
@@ -79,6 +80,7 @@ from rl_training.errors import ResumableError, UserError
 from rl_training.files import refuse_link, remove_leftovers, replace_folder, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
+from rl_training.run.launched import world_size
 from rl_training.run.sums import write_sums
 from rl_training.sampling import Rollouts
 
@@ -171,6 +173,8 @@ def run_fisher_analysis(
     config = config or FisherAnalysisConfig()
     check_trust(checkpoint_path, config, options.get("trust", False))
     processes, clock = join_launch(on_cpu=config.checkpoint.on_cpu), StageTimes(reporter)
+    if config.checkpoint.sharding is not None:
+        refuse_sharding(processes, options.get("resume", False))
     path = resolve_checkpoint(checkpoint_path)
     run = _Run(path=path, config=config, processes=processes, clock=clock, **options)
     target = processes.from_root(run.target)
@@ -181,13 +185,14 @@ def run_fisher_analysis(
     with contextlib.ExitStack() as held:
         lock = locked(target.with_name(f".{target.name}{LOCK_NAME}"), str(target))
         processes.from_root(lambda: held.enter_context(lock))
-        return _analyze_into(target, run)
+        own, sharing = held.enter_context(own_results(target, config, processes))
+        clock.stage("loading the checkpoint")
+        checkpoint = held.enter_context(opened_checkpoint(path, config, processes))
+        return _analyze_into(own, replace(run, processes=sharing), checkpoint)
 
 
-def _analyze_into(target: Path, run: _Run) -> FisherAnalysis:
+def _analyze_into(target: Path, run: _Run, checkpoint: Checkpoint) -> FisherAnalysis:
     config, processes, clock = run.config, run.processes, run.clock
-    clock.stage("loading the checkpoint")
-    checkpoint = _load(run)
     with _part_folder(target, run) as part, PassState(checkpoint.model, true_derivatives=True):
         work = UnfinishedWork(part)
         processes.from_root(lambda: work.claim(describe_work(checkpoint.record.path, config)))
@@ -210,26 +215,13 @@ def _analyze_into(target: Path, run: _Run) -> FisherAnalysis:
     return FisherAnalysis(target, target / "report.html", summary, inputs.numbers, *inputs.buffers)
 
 
-def _load(run: _Run) -> Checkpoint:
-    settings = run.config.checkpoint
-    return load_checkpoint(
-        run.path,
-        settings.model,
-        settings.device,
-        settings.dtype,
-        require_optimizer=run.config.entropy_analysis.fisher_kernel.preconditioning != "none",
-        device_map=device_map(settings),
-        learning_rate=settings.learning_rate,
-    )
-
-
 def _run_record(run: _Run, checkpoint: Checkpoint, inputs: AnalysisInputs, summary: Summary) -> dict[str, Any]:
     """What run.json holds."""
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         **describe_environment(),
-        "processes": run.processes.size,
+        "processes": world_size(),
         "checkpoint": {**json_of(summary.checkpoint), "run_dir": str(checkpoint.record.run_dir)},
         "stages": run.clock.finished(),
         "seconds": round(sum(s["seconds"] for s in run.clock.stages), 3),

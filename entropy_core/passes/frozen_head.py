@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropy_core.batch import Bucket
+from entropy_core.cut_weights import outermost_gathered
 from entropy_core.passes.forward import call_model, completion_logits, output_layer, raise_if_broken
 from entropy_core.passes.logits import (
     LEAST_LOGPROB,
@@ -60,7 +61,7 @@ def completion_values(
 
     Raises ValueError for logits that are not finite, naming the sequence.
     """
-    with PassState.of(model) as state:
+    with PassState.of(model) as state, outermost_gathered(model):
         with state.sharing(bucket) as agreed:
             found = _one_pass(model, bucket, temperature, with_entropies, with_variances, state.findings)
         if not agreed():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from entropy_core.batch import Bucket
+from entropy_core.cut_weights import objective_gradients, open_cut
 from entropy_core.passes.factors import EmbeddingFactors, LinearFactors, PlainRows, RowFactors
 from entropy_core.passes.forward import output_layer
 from entropy_core.passes.row_formation import RowsNotFormedError
@@ -78,7 +79,12 @@ class RowHooks:
         self, model: nn.Module, parameters: dict[str, nn.Parameter], copies: bool = False, factored: bool = False
     ) -> None:
         self._copies, self._factored = copies, factored
-        self._names = {id(p): name for name, p in parameters.items()}
+        cut = open_cut(model)
+        if cut is not None:
+            cut.give_back()  # modules own their stretches again, which are known by identity
+        held = parameters if cut is None else {name: cut.spread[name] for name in parameters}
+        self._names = {id(p): name for name, p in held.items()}
+        self._stretches = {} if cut is None else {name: cut.stretches[name] for name in parameters}
         some = next(iter(parameters.values()))
         self.root = torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         self._sink: Callable[[str, Tensor | RowFactors], None] | None = None
@@ -147,13 +153,18 @@ class RowHooks:
         """
         self._sink, self._last_backward, self.gradients_wanted = sink, not retain_graph, bool(gradients_of)
         try:
-            wanted = [self.root, *gradients_of]
-            return torch.autograd.grad(objective, wanted, retain_graph=retain_graph, allow_unused=True)[1:]
+            return objective_gradients(objective, [self.root, *gradients_of], retain_graph)[1:]
         finally:
             self._sink = None
 
     def send(self, name: str, rows: Tensor | RowFactors) -> None:
-        """Hand on rows (n, *shape) of one use of a parameter, or their factors, during a backward pass."""
+        """Hand on rows (n, *shape) of one use of a parameter, or their factors, during a backward pass: of a model that is cut
+        over processes this process's stretch of rows.
+        """
+        stretch = self._stretches.get(name)
+        self._send_own(name, rows if stretch is None or isinstance(rows, RowFactors) else rows[:, stretch])
+
+    def _send_own(self, name: str, rows: Tensor | RowFactors) -> None:
         assert self._sink is not None
         self._sink(name, rows)
 
@@ -197,7 +208,7 @@ class RowHooks:
             except (RuntimeError, NotImplementedError, TypeError) as error:  # what vmap cannot follow
                 raise RowsNotFormedError(f"{where} fails on one sequence at a time ({_line(error)})") from error
             for key, rows in found.items():
-                self.send(own[key], rows)
+                self._send_own(own[key], rows)
 
         return _PassingCotangent.apply(output, self.root, receive, self._copies)
 
@@ -205,24 +216,40 @@ class RowHooks:
         self, module: nn.Module, own: dict[str, str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
     ) -> Mapping[str, Tensor | RowFactors]:
         self._forming_rows = True
+        stretches = {key: self._stretches[name] for key, name in own.items() if name in self._stretches}
         try:
-            return self._module_rows(module, set(own), x, rest, kwargs, dy)
+            return self._module_rows(module, set(own), stretches, x, rest, kwargs, dy)
         finally:
             self._forming_rows = False
 
     def _module_rows(
-        self, module: nn.Module, own: set[str], x: Tensor, rest: tuple, kwargs: dict, dy: Tensor
+        self,
+        module: nn.Module,
+        own: set[str],
+        stretches: Mapping[str, slice],
+        x: Tensor,
+        rest: tuple,
+        kwargs: dict,
+        dy: Tensor,
     ) -> Mapping[str, Tensor | RowFactors]:
+        """Rows of the module's parameters `own`; of those in `stretches` the stretch of the first dimension alone."""
+        everything = slice(None)
         if type(module).forward is nn.Linear.forward:
             x, dy = x.flatten(1, -2), dy.flatten(1, -2)
-            found = {"weight": self.linear(x, dy)} if "weight" in own else {}
-            return found | ({"bias": self._plain(dy.sum(1))} if "bias" in own else {})
+            part = dy[..., stretches.get("weight", everything)]
+            found = {"weight": self.linear(x, part)} if "weight" in own else {}
+            part = dy[..., stretches.get("bias", everything)]
+            return found | ({"bias": self._plain(part.sum(1))} if "bias" in own else {})
         if type(module).forward is nn.Embedding.forward and isinstance(module, nn.Embedding):
             if self._factored and module.padding_idx is None:
                 x, width = x.flatten(1).contiguous(), dy.shape[-1]
                 return {"weight": EmbeddingFactors(x, dy.reshape(*x.shape, width), module.num_embeddings)}
-            return {"weight": self._plain(_embedding_rows(module, x, dy))}
-        return {name: self._plain(rows) for name, rows in _vjp_rows(module, own, x, rest, kwargs, dy).items()}
+            stretch = stretches.get("weight", slice(0, module.num_embeddings))
+            return {"weight": self._plain(_embedding_rows(module, stretch, x, dy))}
+        return {
+            name: self._plain(rows[:, stretches.get(name, everything)])
+            for name, rows in _vjp_rows(module, own, x, rest, kwargs, dy).items()
+        }
 
     def _plain(self, rows: Tensor) -> Tensor | RowFactors:
         return PlainRows(rows) if self._factored else rows
@@ -242,14 +269,20 @@ def _unflatten(tensor: Tensor, bucket: Bucket) -> Tensor:
     return full
 
 
-def _embedding_rows(module: nn.Embedding, ids: Tensor, dy: Tensor) -> Tensor:
-    count, width = ids.shape[0], dy.shape[-1]
-    rows = dy.new_zeros((count * module.num_embeddings, width))
-    offsets = torch.arange(count, device=ids.device)[:, None] * module.num_embeddings
-    rows.index_add_(0, (ids.flatten(1) + offsets).flatten(), dy.reshape(-1, width))
-    rows = rows.view(count, module.num_embeddings, width)
-    if module.padding_idx is not None:  # torch gives the padding row no gradient
-        rows[:, module.padding_idx] = 0
+def _embedding_rows(module: nn.Embedding, stretch: slice, ids: Tensor, dy: Tensor) -> Tensor:
+    """(n, tokens of `stretch`, width)"""
+    count, width, tokens = ids.shape[0], dy.shape[-1], stretch.stop - stretch.start
+    rows = dy.new_zeros((count * tokens, width))
+    offsets = torch.arange(count, device=ids.device)[:, None] * tokens - stretch.start
+    ids, places, dy = ids.flatten(1), (ids.flatten(1) + offsets).flatten(), dy.reshape(-1, width)
+    if tokens < module.num_embeddings:
+        here = ((ids >= stretch.start) & (ids < stretch.stop)).flatten()
+        places, dy = places[here], dy[here]
+    rows.index_add_(0, places, dy)
+    rows = rows.view(count, tokens, width)
+    padding = module.padding_idx
+    if padding is not None and stretch.start <= padding < stretch.stop:  # torch gives the padding row no gradient
+        rows[:, padding - stretch.start] = 0
     return rows
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket
+from entropy_core.cut_weights import norm_of_parts, total_of
 from entropy_core.passes.factors import RowFactors
 
 ROW_SUM_TOLERANCE = 1e-4  # of the gradient of everything
@@ -75,7 +76,8 @@ class RowSums:
             total = rows.sum() if isinstance(rows, RowFactors) else rows.sum(0)
             difference += total.view_as(difference).to(difference)
             largest = total if isinstance(rows, RowFactors) else rows
-            self._largest[name].append(torch.linalg.vector_norm(largest, math.inf))
+            if largest.numel():  # of a model that is cut over processes one may have nothing of a small parameter
+                self._largest[name].append(torch.linalg.vector_norm(largest, math.inf))
 
     def errors(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
         """name -> |sum of rows - gradient| / |gradient of everything|, or the largest numbers of rows where that is zero;
@@ -88,13 +90,14 @@ class RowSums:
         own = self.norms(gradients)
         found = math.hypot(*own.values())
         largest = math.hypot(*(float(number) for numbers in self._largest.values() for number in numbers))
+        largest = norm_of_parts(largest)
         if not math.isfinite(found) or not math.isfinite(largest) or not found + largest > 0.0:
             return {}
         self.scale = scale = max(found, self.scale) or largest
         for difference, gradient in zip(self._differences.values(), gradients, strict=True):
             if gradient is not None:
                 difference -= gradient.to_dense() if gradient.is_sparse else gradient
-        off = {name: _norm(difference) for name, difference in self._differences.items()}
+        off = _norms(self._differences)
         errors = {name: value / scale for name, value in off.items()}
         worst = max(errors, key=lambda name: errors[name])
         if not errors[worst] <= ROW_SUM_TOLERANCE:
@@ -106,14 +109,18 @@ class RowSums:
 
     def norms(self, gradients: Sequence[Tensor | None]) -> dict[str, float]:
         """name -> norm of the gradient, 0 for a parameter that was not used."""
-        return {
-            name: 0.0 if gradient is None else _norm(gradient.coalesce().values() if gradient.is_sparse else gradient)
-            for name, gradient in zip(self._differences, gradients, strict=True)
-        }
+        return _norms(dict(zip(self._differences, gradients, strict=True)))
 
     def _differ(self, name: str, error: float, norm: str) -> RowSumsDifferError:
         return RowSumsDifferError(name, f"do not add up to the batch gradient (off by {error:.1e} of {norm} norm)")
 
 
+def _norms(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
+    """name -> norm, 0 for None; of a model that is cut over processes, of everybody's stretches together."""
+    squares = total_of(*(0.0 if tensor is None else _norm(tensor) ** 2 for tensor in tensors.values()))
+    return {name: square**0.5 for name, square in zip(tensors, squares, strict=True)}
+
+
 def _norm(tensor: Tensor) -> float:
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

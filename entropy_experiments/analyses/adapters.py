@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from entropy_core.cut_weights import any_of
 from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
 from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
@@ -305,7 +306,7 @@ def _kept_rows(inputs: AnalysisInputs, passes: PassSettings) -> TrainingRows:
     of them are asked for."""
     side = inputs.side
     size = len(side.batch) * sum(p.numel() * p.element_size() for p in trainable_parameters(inputs.model).values())
-    if not isinstance(side.rows, RecomputedRows) or size > _ROWS_HELD:
+    if not isinstance(side.rows, RecomputedRows) or any(any_of([size > _ROWS_HELD])):
         return side.rows
     return KeptRows(per_sequence_gradients(inputs.model, side.batch, passes, as_trained=True))
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_core.cut_weights import total_of
+from entropy_core.formed import dot
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.gradients import batch_gradients
@@ -96,8 +98,7 @@ class _Gradients:
 
         def change(coefficient: float) -> float:
             delta = self._inputs.steps.delta(self.plus(term, coefficient))
-            gradient = self._inputs.gradient_of_h
-            return sum(float((gradient[name] * part).sum(dtype=torch.float64)) for name, part in delta.items())
+            return dot(self._inputs.gradient_of_h, delta)
 
         if change(0.0) >= 0:
             return "the step as trained does not lower entropy"
@@ -124,6 +125,7 @@ def _check(inputs: PriceInputs, delta: Mapping[str, Tensor]) -> None:
     for name, part in inputs.steps.step.parameter_delta.items():
         off += float((delta[name] - part).double().square().sum())
         length += float(part.double().square().sum())
+    off, length = total_of(off, length)
     if not off <= _SAME_STEP**2 * length:
         raise ValueError(
             f"the step as trained, made from the list, is off by {(off / length) ** 0.5:.1e} of the analysed step"
@@ -150,8 +152,8 @@ def steps_and_products(
         ValueError: where the step as trained, made here, is not the analysed one.
     """
     wanted = [one for one in listed if one.objective is not None]
-    size = sum(p.numel() * p.element_size() for p in inputs.steps.parameters.values())
-    many = max(1, _STEPS_HELD // max(1, size))
+    (size,) = total_of(sum(p.numel() * p.element_size() for p in inputs.steps.parameters.values()))
+    many = max(1, int(_STEPS_HELD // max(1, size)))
     priced: list[Priced] = []
     parts: list[dict[RowKind, Tensor]] = []
     refused: dict[str, str] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState, preconditioner
+from entropy_core.cut_weights import any_of
 from entropy_core.formed import Formed
 from entropy_experiments.checkpoints.optimizer_names import OptimizerRecord
 from rl_training.errors import UserError
@@ -43,7 +44,9 @@ def refuse_missing_entries(
     """Raises UserError for a parameter without entry that has a gradient, unless the file is the trainer's own by its digest."""
     if record == "digest":
         return
-    lost = [name for name, g in gradient.items() if not state[name].step and bool(g.any())]
+    new = [name for name in gradient if not state[name].step]
+    found = any_of([bool(gradient[name].any()) for name in new])
+    lost = [name for name, moved in zip(new, found, strict=True) if moved]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UserError(
@@ -61,8 +64,9 @@ def checkpoint_preconditioner(
 
     Raises UserError for a parameter with a gradient and no entry: Adam has no P for it before this step.
     """
-    for name, entry in state.items():
-        if not entry.step and bool(gradient[name].any()):
+    new = [name for name, entry in state.items() if not entry.step]
+    for name, moved in zip(new, any_of([bool(gradient[name].any()) for name in new]), strict=True):
+        if moved:
             raise UserError(
                 f"{name!r} had no gradient in the run and has one now, so that Adam's P at the checkpoint is not defined for it: "
                 "take entropy_analysis.fisher_kernel.preconditioning=step"

@@ -6,6 +6,7 @@ No optimizer object is made of them: of a model of which every weight is trained
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,19 @@ class StoredMoments(Mapping[str, AdamWParameterState]):
         parameters: Mapping[str, Tensor],
     ) -> None:
         self._parameters = parameters
+        self._stretches: Mapping[str, slice] = {}
         self._entries: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], float]] = {}
         for group, own, rate in zip(state["param_groups"], names, rates, strict=True):
             for number, name in zip(group["params"], own, strict=True):
                 self._entries[name] = (state["state"].get(number, {}), group, float(rate))
         self._path, self._found = path, path.stat()
         self._pages, self._read = MappedPages(path), 0
+
+    def of_stretches(self, parameters: Mapping[str, Tensor], stretches: Mapping[str, slice]) -> StoredMoments:
+        """The same of a process's stretches of the parameters along their first dimension."""
+        found = copy(self)
+        found._parameters, found._stretches = parameters, stretches
+        return found
 
     def __getitem__(self, name: str) -> AdamWParameterState:
         """Raises UserError where the file was written anew since it was opened."""
@@ -54,14 +62,14 @@ class StoredMoments(Mapping[str, AdamWParameterState]):
                 "when nothing writes there"
             )
         entry, group, rate = self._entries[name]
-        p = self._parameters[name].detach()
+        p, stretch = self._parameters[name].detach(), self._stretches.get(name, ...)
         if self._read > _KEPT_BYTES:
             self._pages.forget()
             self._read = 0
         self._read += 2 * p.numel() * p.itemsize
 
         def moment(key: str) -> Tensor:
-            return entry[key].to(p) if entry else torch.zeros_like(p)
+            return entry[key][stretch].to(p) if entry else torch.zeros_like(p)
 
         beta1, beta2 = map(float, group["betas"])
         return AdamWParameterState(

@@ -1,20 +1,22 @@
 """`analyze --dry-run --devices N`: the plan of an analysis on any cluster, on paper; nothing is loaded and nothing is timed.
 
-Each device is a process of its own that holds the whole model, as under `accelerate launch`: rows of the training side are formed
-once and exchanged (memory), stored and read (disk), or formed anew by all (tiles); evaluation blocks are dealt out. A model that
-is larger than a device takes several of them through a device map, which compute one after another.
+With `checkpoint.sharding` the model is cut over all devices, which pass every sequence together. Without, each device is a
+process of its own that holds the whole model, as under `accelerate launch`: rows of the training side are formed once and
+exchanged (memory), stored and read (disk), or formed anew by all (tiles); evaluation blocks are dealt out. A model that is larger
+than a device takes several of them through a device map, which compute one after another.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.checkpoints.cut_over_processes import layers_gathered_alone
 from entropy_experiments.checkpoints.folder import resolve_checkpoint
 from entropy_experiments.checkpoints.validation import examine_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.forecast.cluster_plan import OPERATIONS, ClusterPlan
 from entropy_experiments.forecast.pass_costs import PassCosts, count_passes
 from entropy_experiments.kernel.contraction import ROW_KINDS
 from entropy_experiments.kernel.modules import chosen_parameters
@@ -24,75 +26,8 @@ from rl_training.errors import UserError
 
 DEVICE_MEMORY = 80 << 30
 """Bytes of a device where `fisher_kernel.memory_budget` names none."""
-OPERATIONS = 50e12
-"""Floating-point operations a second of a device in float32: three quarters of an H100's data sheet."""
 PROMPT, COMPLETION = 256, 512
 """Tokens, where nothing says them."""
-
-
-@dataclass(frozen=True)
-class ClusterPlan:
-    """costs: of one sequence. group: devices that hold one model. workers: groups. seconds: by what they go to.
-
-    memory: bytes of a worker; left: of these for rows. kernel: how rows are kept.
-    """
-
-    costs: PassCosts
-    kernel: KernelPlan
-    n_eval: int
-    n_train: int
-    devices: int
-    bandwidth: float
-    group: int
-    memory: int
-    left: int
-    seconds: dict[str, float]
-
-    @property
-    def workers(self) -> int:
-        return self.devices // self.group
-
-    @property
-    def limit(self) -> str:
-        """What takes longest."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "costs": self.costs.__dict__,
-            "plan": self.kernel.to_json(),
-            "devices": self.devices,
-            "devices_a_model": self.group,
-            "memory_bytes": self.memory,
-            "seconds": self.seconds,
-            "limit": self.limit,
-        }
-
-    def lines(self) -> list[str]:
-        """To print."""
-        c = self.costs
-        gathered = 2 * c.weight_bytes * (self.devices - 1) / self.devices / self.bandwidth
-        computed = (c.forward + len(ROW_KINDS) * c.backward) / OPERATIONS
-        out = [
-            f"on paper: {self.n_eval:,} evaluation x {self.n_train:,} training sequences of {c.tokens} tokens, "
-            f"{self.devices} devices of {self.memory / self.group / 2**30:.0f} GiB, {OPERATIONS:.3g} operations and "
-            f"{self.bandwidth:.3g} bytes a second each",
-            f"one sequence: forward {c.forward:.3g} operations, backward {c.backward:.3g} a kind of row; graph "
-            f"{c.graph_bytes / 2**30:.2f} GiB",
-            f"rows of {c.parameters:,} parameters: {c.row_bytes / 2**20:.0f} MiB each, "
-            f"{self.n_train * c.row_bytes / 1e12:.3g} TB for the training side",
-            f"model {c.weight_bytes / 2**30:.0f} GiB on {self.group} device{'s' * (self.group > 1)}: {self.workers} at work, "
-            f"{self.left / 2**30:.1f} GiB left for rows in each",
-            f"strategy {self.kernel.strategy}: {math.ceil(self.n_train / self.kernel.tile)} tiles of {self.kernel.tile:,} "
-            f"training rows, {self.kernel.passes:.3g} passes for the evaluation side, {self.kernel.disk / 1e12:.3g} TB on disk",
-        ]
-        out += [f"  {name:<44} {_duration(value):>12}" for name, value in self.seconds.items()]
-        out.append(f"limited by {self.limit}, {_duration(sum(self.seconds.values()))} in all")
-        out.append(
-            f"cut over all devices by FSDP instead (not in this release), one pass of one sequence would gather weights for "
-            f"{_duration(gathered)} and compute for {_duration(computed / self.devices)}"
-        )
-        return out
 
 
 def plan_cluster(
@@ -126,6 +61,8 @@ def plan_model(
     model: Any, config: FisherAnalysisConfig, devices: int, bandwidth: float, prompt: int, completion: int
 ) -> ClusterPlan:
     """The plan for a model on the meta device; see `plan_cluster`."""
+    if config.checkpoint.sharding is not None:
+        return _plan_cut_model(model, config, devices, bandwidth, prompt, completion)
     settings = config.entropy_analysis
     kernel = settings.fisher_kernel
     n_eval, n_train = settings.eval_batch_size, settings.train_batch_size
@@ -175,8 +112,45 @@ def _seconds(
     }
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.2g} s"
+def _plan_cut_model(
+    model: Any, config: FisherAnalysisConfig, devices: int, bandwidth: float, prompt: int, completion: int
+) -> ClusterPlan:
+    """The plan for a model that `checkpoint.sharding` cuts over all devices: each has its part of weights, rows and products, and
+    all pass every sequence together.
+    """
+    settings = config.entropy_analysis
+    kernel = settings.fisher_kernel
+    n_eval, n_train = settings.eval_batch_size, settings.train_batch_size
+    chosen = set(chosen_parameters(model, kernel.filter_modules))
+    costs = count_passes(model, prompt, completion, chosen, devices)
+    size = KernelSize(n_eval, n_train, costs.parameters, len(ROW_KINDS), largest=costs.largest)
+    each, together = int(kernel.memory_budget or DEVICE_MEMORY), max(1, kernel.token_batch_size // costs.tokens)
+    one_pass, gathered = together * costs.graph_bytes + LOGIT_BYTES, _gathered_at_a_time(model)
+    needed = costs.weight_bytes + gathered + one_pass + fixed_bytes(size) + 4 * size.row_bytes
+    if needed > each:
+        raise UserError(
+            f"a device needs {needed / 2**30:.0f} GiB ({costs.weight_bytes / 2**30:.3g} of weights, {gathered / 2**30:.3g} of "
+            f"others' weights at a time, {one_pass / 2**30:.3g} of a pass over {together} sequences, and rows) and has "
+            f"{each / 2**30:.0f}: larger devices, more of them, a smaller token_batch_size, or fewer parameters (filter_modules)"
+        )
+    memory = each - costs.weight_bytes - gathered - one_pass
+    plan = plan_kernel(size, memory, strategy=_wanted(kernel.strategy))
+    seconds = _seconds(costs, plan, size, 1, bandwidth, kernel.compute_full)
+    del seconds["exchanging and reading rows"]
+    # A forward pass gathers what the others hold, and so does a backward pass: one for training rows, one a kind of row else.
+    tiles = math.ceil(n_train / plan.tile) if kernel.compute_full else 1
+    streamed = tiles * (n_eval + (n_train if kernel.compute_full else 0))
+    gatherings = (2 * n_train + (1 + len(ROW_KINDS)) * streamed) / together
+    seconds["gathering weights"] = gatherings * (devices - 1) * costs.weight_bytes / bandwidth
+    left = memory - fixed_bytes(size)
+    return ClusterPlan(costs, plan, n_eval, n_train, devices, bandwidth, devices, each, left, seconds, gathered)
+
+
+def _gathered_at_a_time(model: Any) -> int:
+    """Bytes of what is outside of layers, a layer, and the next one, which torch fetches meanwhile."""
+
+    def held(module: Any) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    layers = [held(layer) for layer in layers_gathered_alone(model)]
+    return held(model) - sum(layers) + 2 * max(layers, default=0)

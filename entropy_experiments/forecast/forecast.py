@@ -29,6 +29,7 @@ from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
 from entropy_experiments.kernel.factor_sizes import Lengths
 from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
+from rl_training.errors import UserError
 
 _GIB = 2**30
 # Memory that glibc's allocator takes for a graph, over what the graph keeps: 1.4 to 1.9 were seen
@@ -104,6 +105,10 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     Raises:
         UserError: bad input, as the analysis would.
     """
+    if config.checkpoint.sharding is not None:
+        raise UserError(
+            "a model that checkpoint.sharding cuts over processes is planned on paper: add --devices N, or leave it out"
+        )
     check_trust(checkpoint_path, config, trust)
     begun = time.perf_counter()
     settings = config.entropy_analysis

@@ -6,7 +6,7 @@ that form rows (entropy_core.passes.gradient_hooks), the bytes that its graph ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from entropy_core.batch import Bucket
+from entropy_core.cut_weights import cut_on_paper
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import call_model, evaluation_mode, output_layer
 from entropy_core.passes.gradient_hooks import RowHooks
@@ -39,7 +40,9 @@ class PassCosts:
     largest: int
 
 
-def count_passes(model: nn.Module, prompt: int, completion: int, kept: set[str] | None = None) -> PassCosts:
+def count_passes(
+    model: nn.Module, prompt: int, completion: int, kept: set[str] | None = None, processes: int = 1
+) -> PassCosts:
     """Count one sequence of `prompt` and `completion` tokens.
 
     Args:
@@ -47,7 +50,12 @@ def count_passes(model: nn.Module, prompt: int, completion: int, kept: set[str] 
         prompt: Tokens of the prompt, at least 1.
         completion: Tokens that the policy drew.
         kept: Names of the parameters that rows are formed of; None: all trained ones.
+        processes: Over how many the model is cut: rows, parameters and largest are then those of one, and so are weight_bytes.
     """
+    if processes > 1:
+        with cut_on_paper(model, processes) as cut:
+            held = sum(p.numel() * p.element_size() for p in cut.own.values())
+            return replace(count_passes(model, prompt, completion, kept), weight_bytes=held)
     parameters = {n: p for n, p in trainable_parameters(model).items() if kept is None or n in kept}
     bucket, seen = _bucket(prompt, completion), _Graph(output_layer(model))
     formed: list[int] = []

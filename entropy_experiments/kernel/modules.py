@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from entropy_core.cut_weights import open_cut
 from entropy_core.gradients import trainable_parameters
 from rl_training.errors import UserError
 
@@ -37,6 +38,9 @@ def chosen_parameters(model: nn.Module, patterns: Sequence[str] | None) -> list[
 def only_trainable(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Inside, no other parameter requires a gradient; every flag is restored afterwards."""
     wanted, held = set(names), []
+    cut = open_cut(model)
+    if cut is not None:
+        cut.give_back()  # flags are those of the stretches
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name not in wanted:
             parameter.requires_grad_(False)

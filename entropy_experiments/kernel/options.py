@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch, length_buckets
+from entropy_core.cut_weights import open_cut
+from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.row_formation import Method, RowFormation
 from entropy_core.passes.settings import PassSettings
 from entropy_core.processes import ALONE, Processes
@@ -100,7 +102,8 @@ class KernelOptions:
                 self.workspace.keep("plan", plan.to_json())
             return plan
 
-        return self.processes.from_root(make)
+        cut = open_cut()
+        return (self.processes if cut is None else cut.processes).from_root(make)
 
     def _room(self, model: nn.Module, one_pass: int) -> int:
         """Bytes that rows may take in all, beside a pass. They are held where their parameters are, in proportion: of several
@@ -136,11 +139,11 @@ class KernelOptions:
         lengths: Lengths | None = None,
     ) -> KernelSize:
         names = set(chosen_parameters(model, self.modules))
-        counts = [p.numel() for name, p in model.named_parameters() if name in names]
+        counts = [p.numel() for name, p in trainable_parameters(model).items() if name in names]
         # whether they are wanted at all decides the plan; a model that takes no two tokens alone has none
         known = (
             lengths is not None and self.method != "loop" and not self.save_gradients and self.projection_dim is None
-        )
+        ) and open_cut(model) is None  # stretches are kept as rows
         sizes = factor_sizes(model, names, lengths) if known and lengths is not None else None
         return KernelSize(n_eval, n_train, sum(counts), kinds, self.storage, max(counts), sizes)
 

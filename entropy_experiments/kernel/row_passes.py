@@ -12,7 +12,7 @@ from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.factored_rows import KeptFactors
 from entropy_core.formed import Formed
-from entropy_core.gradients import emptied, keeping, stream_rows
+from entropy_core.gradients import emptied, keeping, stream_rows, trainable_parameters
 from entropy_core.kernel import Columns, inner_products
 from entropy_core.passes.row_formation import RowFormation
 from entropy_core.passes.settings import PassSettings
@@ -52,7 +52,7 @@ class RowPasses:
 
     def zeros(self, count: int) -> Rows:
         """Rows of `count` sequences on their parameters' devices, float32."""
-        parameters = dict(self.model.named_parameters())
+        parameters = trainable_parameters(self.model)
         return {
             name: torch.zeros((count, *parameters[name].shape), device=parameters[name].device) for name in self.names
         }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_core.cut_weights import total_of
 from entropy_core.formed import PIECE
 from entropy_core.scores import TokenStatistics
 
@@ -51,6 +52,7 @@ def relative_error_of_dicts(found: Mapping[str, Tensor], expected: Mapping[str, 
         for one, other in pieces:
             off += float((one.double() - other.double()).square().sum())
             size += float(other.double().square().sum())
+    off, size = total_of(off, size)
     difference, scale = off**0.5, size**0.5
     return difference / scale if scale > 0 else difference
 

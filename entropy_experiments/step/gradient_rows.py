@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import total as total_over_parameters
 from entropy_core.directional import sequence_derivatives
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
@@ -58,7 +59,7 @@ class KeptRows:
         total = torch.zeros(self.sequences, dtype=torch.float64)
         for name, rows in self._columns.items():
             total += (rows.flatten(1) @ direction[name].flatten().to(rows)).double().cpu()
-        return total
+        return total_over_parameters(total)
 
 
 class RecomputedRows:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import AdamWParameterState
+from entropy_core.adamw import AdamWParameterState, whole_states
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import total_of
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import score_coefficients
-from entropy_core.formed import Formed
+from entropy_core.formed import Formed, whole
 from entropy_core.gradients import batch_gradients
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
@@ -66,6 +67,7 @@ def check_optimizer_entries(
     Raises UserError where the moments look like those of other parameters, or entries are missing.
     """
     refuse_missing_entries(state, gradient, record)
+    state, gradient = whole_states(state), whole(gradient)  # profiles and correlations are of whole matrices
     seen = Formed((name for name in gradient if state[name].step), lambda name: gradient[name])
     evidence = mapping_evidence(state, seen)
     worst = "" if evidence.worst is None else f" The least convincing is {evidence.worst!r}."
@@ -101,6 +103,7 @@ def check_unseen_parameters(
         weight = mean_squares(part) * len(part) * p[name].double()
         total += float(weight.sum())
         unseen += float(weight[state[name].exp_avg_sq == 0].sum())
+    unseen, total = total_of(unseen, total)
     return SelfCheck(
         "kernel not ruled by unseen parameters", unseen / total if total > 0 else 0.0, 0.5,
         "share of the training sequences' own kernel values, sum_i K1(i, i), that comes from parameters whose second moment is "

@@ -7,7 +7,7 @@ moments are as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from entropy_core.adamw import (
     second_moments,
     split_parameter_step,
 )
+from entropy_core.cut_weights import any_of, norm_of_parts
 from entropy_core.formed import Formed, elementwise
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.kernel.contraction import PARTS
@@ -146,6 +147,7 @@ def clip_coefficient(gradient: Mapping[str, Tensor], max_norm: float | None) -> 
     """(c, norm before clipping) as torch's clip_grad_norm_ computes them; c = 1 without clipping."""
     first = next(iter(gradient.values()))
     norm = float(torch.stack([g.norm().to(first.device) for g in gradient.values()]).norm())
+    norm = norm_of_parts(norm)
     if max_norm is None or max_norm <= 0:
         return 1.0, norm
     return min(1.0, max_norm / (norm + 1e-6)), norm
@@ -173,17 +175,23 @@ def take_next_step(
     clip, norm = clip_coefficient(gradient, max_norm)
     stored = read_adamw_state(optimizer, parameters)
     state = stored if learning_rate is None else Formed(stored, lambda name: replace(stored[name], lr=learning_rate))
-    idle, moves = set(), False
+    moves, new = False, []
     for name, s in state.items():
         moves = moves or bool(s.lr)
-        if not s.step and not bool(gradient[name].any()):
-            idle.add(name)
+        new += [] if s.step else [name]
+    idle = without_gradient(gradient, new)
     if not moves:
         raise UserError(
             "the learning rate of the analysed step is 0 (end of a schedule, or first warm-up step): every change would be 0; "
             "give checkpoint.learning_rate=..."
         )
     return NextStep(parameters, gradient, clip, norm, state, frozenset(idle))
+
+
+def without_gradient(gradient: Mapping[str, Tensor], names: Sequence[str]) -> set[str]:
+    """Those of the names whose gradient is 0 everywhere."""
+    found = any_of([bool(gradient[name].any()) for name in names])
+    return {name for name, moved in zip(names, found, strict=True) if not moved}
 
 
 def _taken(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import AdamWParameterState
+from entropy_core.cut_weights import open_cut
 from entropy_core.formed import Formed
 
 
@@ -41,10 +42,18 @@ def hold_unmoved_padding(
 
 def _padding_entries(model: nn.Module) -> Iterator[tuple[str, tuple[slice | int, ...]]]:
     """(parameter's name, index of its entries)."""
+    cut = open_cut(model)
+    if cut is not None:
+        cut.give_back()
     names = {id(q): name for name, q in model.named_parameters() if q.requires_grad}
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in names:
-            yield names[id(module.weight)], (module.padding_idx,)
+            name, start = names[id(module.weight)], 0
+            if cut is not None:
+                start = cut.stretches[name].start
+                if not start <= module.padding_idx < cut.stretches[name].stop:
+                    continue
+            yield name, (module.padding_idx - start,)
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Embedding) and base.padding_idx is not None:
             for factor in getattr(module, "lora_embedding_A", {}).values():  # (r, vocabulary)

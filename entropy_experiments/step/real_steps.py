@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from entropy_core.adamw import Moments, after_gradient, preconditioner, second_moments
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import total_of
 from entropy_core.directional import sequence_derivatives, weights_moved
 from entropy_core.formed import dot, elementwise
 from entropy_core.gradients import trainable_parameters
@@ -191,7 +192,7 @@ def _parameter_derivative(gradient_of_h: Tensor, step: NextStep, name: str) -> t
 
     theta = step.parameters[name].detach()
     slope = elementwise(form, clipped, gradient_of_h, theta, state.exp_avg, *second_moments(state))
-    return sum(totals), slope
+    return total_of(sum(totals))[0], slope
 
 
 def token_shares(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from entropy_core.cut_weights import total
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import stream_rows
 from entropy_core.passes.settings import PassSettings
@@ -43,4 +44,4 @@ def products_with_steps(
             products.zero_()
 
     stream_rows(model, batch, list(wanted.values()), sink, passes, restart)
-    return dict(zip(wanted, found, strict=True))
+    return dict(zip(wanted, map(total, found), strict=True))

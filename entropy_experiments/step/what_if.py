@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.adamw import split_parameter_step
-from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, clip_coefficient
+from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, clip_coefficient, without_gradient
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class StepMaker:
         if not isinstance(self.step, NextStep):
             return {name: -learning_rate_factor * self.step.learning_rate * clip * g for name, g in gradient.items()}
         found = {}
+        # A parameter that never had a gradient and has none now is passed over, as torch does.
+        idle = without_gradient(gradient, [name for name in self.parameters if not self.step.state[name].step])
         for name, theta in self.parameters.items():
             state = self.step.state[name]
             first = state.exp_avg if keeps_momentum else torch.zeros_like(state.exp_avg)
             state = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
-            # A parameter that never had a gradient and has none now is passed over, as torch does.
-            idle = not state.step and not bool(gradient[name].any())
-            seen = None if idle else (clip * gradient[name]).to(theta.dtype)
+            seen = None if name in idle else (clip * gradient[name]).to(theta.dtype)
             batch, momentum, decay = split_parameter_step(state, seen, theta)
             found[name] = batch + momentum + decay
         return found

@@ -88,6 +88,11 @@ class SweepConfig(StrictModel):
                 "entropy_analysis.sampling.same_prompts=true takes the training buffer's prompts, which change from checkpoint "
                 "to checkpoint: a sweep compares checkpoints on the same evaluation prompts; leave it false"
             )
+        if self.checkpoint.sharding is not None:
+            raise ValueError(
+                "checkpoint.sharding cuts one model over all processes, and a sweep deals checkpoints out to them: analyse the "
+                "checkpoints one by one, or leave it out"
+            )
         self.of_a_checkpoint()
         return self
 

@@ -75,6 +75,34 @@ def test_what_limits_a_plan_follows_from_its_sizes() -> None:
         plan(64, memory=small.costs.weight_bytes // 8)
 
 
+def test_a_cut_model_has_its_part_of_weights_and_rows_in_each_device() -> None:
+    model = adapted("meta", 256, 4)
+    whole, part = count_passes(model, 16, 16), count_passes(model, 16, 16, processes=4)
+    assert part.row_bytes * 4 == pytest.approx(whole.row_bytes, rel=0.02)
+    assert part.weight_bytes * 4 == pytest.approx(whole.weight_bytes, rel=0.02)
+    assert part.forward == whole.forward and part.graph_bytes == whole.graph_bytes, (
+        "every process passes every sequence"
+    )
+    # of a backward pass 2 T r (in + out) operations form a row of two factors: a quarter of them in each of four
+    formed = 2 * 31 * whole.parameters
+    assert whole.backward - part.backward == pytest.approx(0.75 * formed, rel=0.05)
+
+    def plan(devices: int, *more: str):
+        sizes = ("entropy_analysis.eval_batch_size=64", "entropy_analysis.train_batch_size=512")
+        cut = ("checkpoint.sharding=fsdp2", "checkpoint.device=auto")
+        return plan_model(model, whole_config(*sizes, *cut, *more), devices, 1e9, 16, 16)
+
+    two, four = plan(2), plan(4)
+    assert two.workers == four.workers == 1 and two.gathered == four.gathered is not None
+    assert four.seconds["products of rows"] == pytest.approx(two.seconds["products of rows"] / 2, rel=0.05)
+    # (W - 1) / W of the weights travel: two passes of a training row, one and four of all that stream past them
+    sequences = (2 * 512 + 5 * (64 + 512)) / (2048 // 32)
+    assert four.seconds["gathering weights"] == pytest.approx(sequences * 0.75 * whole.weight_bytes / 1e9, rel=0.02)
+    assert "cut over 4 devices" in "\n".join(four.lines())
+    with pytest.raises(UserError, match="of others' weights at a time"):
+        plan(4, "entropy_analysis.fisher_kernel.memory_budget=1MiB")
+
+
 def test_the_command_prints_it_for_a_checkpoint(tiny_run: Path) -> None:
     sizes = ["entropy_analysis.eval_batch_size=10000", "entropy_analysis.train_batch_size=100000"]
     plain = ["analyze", str(tiny_run), *sizes, "--dry-run", "--devices", "8"]
