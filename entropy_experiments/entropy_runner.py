@@ -36,9 +36,9 @@ from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.buffers.scored_alone import refuse_dependence
 from entropy_experiments.checkpoint_loader import Checkpoint
-from entropy_experiments.checkpoints.cut_over_processes import opened_checkpoint, own_results, refuse_sharding
 from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.cut_checkpoint import opened_checkpoint, own_results, refuse_sharding
 from entropy_experiments.double_sampling import (
     Buffers,
     TrainingBuffer,

@@ -12,10 +12,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.checkpoints.cut_over_processes import layers_gathered_alone
 from entropy_experiments.checkpoints.folder import resolve_checkpoint
 from entropy_experiments.checkpoints.validation import examine_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.cut_checkpoint import layers_gathered_alone
 from entropy_experiments.forecast.cluster_plan import OPERATIONS, ClusterPlan
 from entropy_experiments.forecast.pass_costs import PassCosts, count_passes
 from entropy_experiments.kernel.contraction import ROW_KINDS
