@@ -157,14 +157,13 @@ class RowHooks:
         finally:
             self._sink = None
 
-    def send(self, name: str, rows: Tensor | RowFactors) -> None:
-        """Hand on rows (n, *shape) of one use of a parameter, or their factors, during a backward pass: of a model that is cut
-        over processes this process's stretch of rows.
-        """
+    def send_whole(self, name: str, rows: Tensor | RowFactors) -> None:
+        """`send` of whole rows: of a model that is cut over processes this process's stretch of them."""
         stretch = self._stretches.get(name)
-        self._send_own(name, rows if stretch is None or isinstance(rows, RowFactors) else rows[:, stretch])
+        self.send(name, rows if stretch is None or isinstance(rows, RowFactors) else rows[:, stretch])
 
-    def _send_own(self, name: str, rows: Tensor | RowFactors) -> None:
+    def send(self, name: str, rows: Tensor | RowFactors) -> None:
+        """Hand on rows (n, *shape) of one use of a parameter, or their factors, during a backward pass."""
         assert self._sink is not None
         self._sink(name, rows)
 
@@ -208,7 +207,7 @@ class RowHooks:
             except (RuntimeError, NotImplementedError, TypeError) as error:  # what vmap cannot follow
                 raise RowsNotFormedError(f"{where} fails on one sequence at a time ({_line(error)})") from error
             for key, rows in found.items():
-                self._send_own(own[key], rows)
+                self.send(own[key], rows)
 
         return _PassingCotangent.apply(output, self.root, receive, self._copies)
 

@@ -187,9 +187,9 @@ class _AdaptedLinear(torch.autograd.Function):
         u = dy.spread(u)
         if sends is not None:
             if sends.a is not None:
-                sends.hooks.send(sends.a, sends.hooks.linear(x, u))
+                sends.hooks.send_whole(sends.a, sends.hooks.linear(x, u))
             if sends.b is not None:
-                sends.hooks.send(sends.b, sends.hooks.linear(h, cotangent))
+                sends.hooks.send_whole(sends.b, sends.hooks.linear(h, cotangent))
         da = db = None
         if sends is None or sends.hooks.gradients_wanted:
             da = u.flatten(0, 1).T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
