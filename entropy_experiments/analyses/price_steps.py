@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.cut_weights import total_of
-from entropy_core.formed import dot
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
+from entropy_core.formed import dot
 from entropy_core.gradients import batch_gradients
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.passes.settings import PassSettings
