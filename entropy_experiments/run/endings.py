@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -35,6 +36,8 @@ _KEPT = {
     "train": "checkpoints are kept: go on with the same command and --resume",
 }
 _DEBUG = "--debug"
+_PEER_GONE = ("gloo/transport", "closed by peer", "reset by peer", "NCCL", "Broken pipe")
+"""Words of communication libraries whose other end is gone."""
 
 
 class Terminated(BaseException):
@@ -138,6 +141,11 @@ def _status_and_line(error: BaseException) -> tuple[int, str]:
             f"error: out of memory{_at(_frame_of(error))}: lower entropy_analysis.fisher_kernel.token_batch_size "
             "(optimizer.micro_batch_size in training), or take fewer sequences"
         )
+    if isinstance(error, RuntimeError) and _of_several() and any(words in str(error) for words in _PEER_GONE):
+        reason = re.sub(r"^\[[^]]*\]\s*", "", text)[:200].rstrip(". ")
+        return 2, (
+            f"error: another process of this run died or was stopped ({reason}): the others' own output says why; {_kept_words()}"
+        )
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
         return 2, f"error: {what or type(error).__name__}: check that the path exists and its permissions"
@@ -164,6 +172,10 @@ def _frame_of(error: BaseException, ours: bool = True) -> tuple[str, str, int] |
 
 def _at(place: tuple[str, str, int] | None) -> str:
     return "" if place is None else f" ({place[1]}, line {place[2]})"
+
+
+def _of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _kept_words() -> str:

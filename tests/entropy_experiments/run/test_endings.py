@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from entropy_experiments import cli
-from entropy_experiments.run.endings import run_to_the_end
+from entropy_experiments.run.endings import _status_and_line, run_to_the_end
 from rl_training.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -146,3 +146,19 @@ def test_a_terminal_without_unicode_gets_escapes():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == b'\\u03b4\n{"a": "\\u00e9"}\n'
+
+
+_GLOO = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically a firewall"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [("2", "another process of this run died or was stopped"), ("1", "our mistake")]
+)
+def test_where_another_process_of_a_training_dies_that_is_said(monkeypatch, size: str, words: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr(sys, "argv", ["entropy-experiments", "train", "x.yaml"])
+    status, line = _status_and_line(RuntimeError(_GLOO))
+    assert status == 2 and words in line
+    if size == "2":
+        assert "/x/gloo" not in line and "checkpoints are kept: go on with the same command and --resume" in line
+    assert "our mistake" in _status_and_line(RuntimeError("a shape"))[1]
