@@ -23,8 +23,8 @@ def published() -> list[Path]:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     files = [Path(line) for line in listed.stdout.splitlines()]
-    examples = [file for file in files if file.parts[0] == "examples" and file.suffix == ".py"]
-    return examples + [
+    programs = [file for file in files if file.parts[0] in {"examples", "benchmarks"} and file.suffix == ".py"]
+    return programs + [
         file
         for file in files
         if file.suffix in SUFFIXES and (file.parts[0] in {"docs", "benchmarks"} or len(file.parts) == 1)
