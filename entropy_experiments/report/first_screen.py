@@ -9,7 +9,7 @@ from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.interactive.page import PageFigure
-from entropy_experiments.report.price_finding import price_finding
+from entropy_experiments.report.price_finding import next_step_sentence
 from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.numbers import counted, plain, signed
 
@@ -56,7 +56,9 @@ def next_steps(results: ResultsFolder) -> list[NextStep]:
         steps.append(NextStep(text, "checks", "run.json: self_checks"))
     prices = finished(results.summary.analyses.prices)
     if prices is not None:
-        steps.append(NextStep(price_finding(prices), "section-prices", "summary.json: analyses.prices"))
+        sentence = next_step_sentence(prices)
+        if sentence is not None:
+            steps.append(NextStep(sentence.text, "section-prices", "summary.json: analyses.prices"))
     return steps
 
 

@@ -175,7 +175,7 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
         found += _from("sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1)
     prices = finished(summary.analyses.prices)
     if prices is not None:
-        found += _from("summary.json: analyses.prices", [next_step_sentence(prices)], lead=1)
+        found += _from("summary.json: analyses.prices", [next_step_sentence(prices)])
     found += _from("training_history.json: entropy_probe/predicted, measured", [probe_sentence(results.history)])
     return [*checks, *failed, *found] if checks[0].tone == "bad" else [*failed, *found, *checks]
 

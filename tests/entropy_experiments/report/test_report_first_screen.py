@@ -32,7 +32,7 @@ def test_the_first_screen_has_verdict_figure_and_way_down(closed):
     first = page.locator(".first")
     sentences = first.locator(".verdict li").all_inner_texts()
     assert len(sentences) == 4 and sentences[0].startswith("In training entropy fell") and "They agree" in sentences[1]
-    assert first.locator("figure").count() == 1 and "best price" in first.locator(".next").inner_text()
+    assert first.locator("figure").count() == 1 and "costs least reward" in first.locator(".next").inner_text()
     top = page.locator(".chapter").first.bounding_box()["y"]
     height = page.evaluate("document.documentElement.scrollHeight")
     assert top < FIRST_SCREEN and height < WHOLE_PAGE, (top, height)
