@@ -24,7 +24,7 @@ from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import resize_vocabulary
 from entropy_experiments.checkpoints.stored_moments import StoredMoments
 from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint
-from entropy_experiments.config import CheckpointOverrides
+from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -84,13 +84,23 @@ def load_checkpoint(
     return Checkpoint(model, optimizer, found.scheduler, tokenizer, record)
 
 
-def device_map(settings: CheckpointOverrides) -> DeviceMap | None:
-    """Where an analysis' configuration places the parts of the base model; None for one device."""
-    if settings.device_map is None:
-        return None
-    from rl_training.models.device_map import DeviceMap
+def load_as_configured(path: str | Path, config: FisherAnalysisConfig, device: str | None = None) -> Checkpoint:
+    """The checkpoint as an analysis wants it. device: in place of the configuration's. Raises UserError as `load_checkpoint` does."""
+    settings = config.checkpoint
+    placed = None
+    if settings.device_map is not None:
+        from rl_training.models.device_map import DeviceMap
 
-    return DeviceMap(settings.device_map, settings.max_memory, settings.offload_folder)
+        placed = DeviceMap(settings.device_map, settings.max_memory, settings.offload_folder)
+    return load_checkpoint(
+        path,
+        settings.model,
+        device or settings.device,
+        settings.dtype,
+        require_optimizer=config.entropy_analysis.fisher_kernel.preconditioning != "none",
+        device_map=placed,
+        learning_rate=settings.learning_rate,
+    )
 
 
 def _load_policy(

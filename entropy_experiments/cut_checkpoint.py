@@ -20,7 +20,7 @@ from torch import nn
 from entropy_core.cut_weights import weights_cut
 from entropy_core.passes.forward import innermost_model
 from entropy_core.processes import Processes
-from entropy_experiments.checkpoint_loader import Checkpoint, device_map, load_checkpoint
+from entropy_experiments.checkpoint_loader import Checkpoint, load_as_configured
 from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.errors import ShareDone, UserError
 
@@ -49,15 +49,7 @@ def opened_checkpoint(path: Path, config: FisherAnalysisConfig, launch: Processe
     chosen = config.checkpoint
 
     def load() -> Checkpoint:
-        return load_checkpoint(
-            path,
-            chosen.model,
-            chosen.device if chosen.sharding is None else "cpu",
-            chosen.dtype,
-            require_optimizer=config.entropy_analysis.fisher_kernel.preconditioning != "none",
-            device_map=device_map(chosen),
-            learning_rate=chosen.learning_rate,
-        )
+        return load_as_configured(path, config, None if chosen.sharding is None else "cpu")
 
     if chosen.sharding is None:
         yield load()

@@ -13,14 +13,14 @@ from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_standard_error
-from entropy_experiments.analyses.attribution import attribute_step
+from entropy_experiments.analyses.attribution import EvaluationTerms, TokenDetail, TrainingShares, attribute_step
 from entropy_experiments.analyses.baselines import baseline_table
 from entropy_experiments.analyses.buffers import compare_buffers
 from entropy_experiments.analyses.clustering import sequence_clusters
 from entropy_experiments.analyses.entropy_prediction import compare_prediction, prediction_rows
 from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.inputs import AnalysisInputs
-from entropy_experiments.analyses.intervention import SharePrediction, half_subsets, prove_by_intervention
+from entropy_experiments.analyses.intervention import Halves, SharePrediction, half_subsets, prove_by_intervention
 from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
 from entropy_experiments.analyses.price_steps import PriceInputs
 from entropy_experiments.analyses.prices import price_list
@@ -143,25 +143,29 @@ def higher_order(inputs: AnalysisInputs) -> HigherOrderResult:
 
 def attribution(inputs: AnalysisInputs) -> AttributionResult:
     """analyses/attribution.py, down to the tokens of the sequences that moved entropy most."""
-    step, side = step_numbers(inputs), inputs.side
-    texts = [token_texts(inputs.tokenizer, ids) for ids in inputs.training.rollouts.completion_ids]
+    step, sampling = step_numbers(inputs), inputs.plan.sampling_config
+    rollouts, advantages = inputs.training.rollouts, inputs.training.advantages
     return attribute_step(
-        inputs.training_labels(),
-        step.attribution.shares.numpy(),
-        step.attribution.horizon_factor,
-        effects=step.attribution.effects.numpy(),
-        token_shares=inputs.token_shares.numpy(),
-        completion_mask=side.batch.completion_mask.cpu().numpy(),
-        token_texts=texts,
-        drawn=inputs.training.rollouts.drawn,
-        endings=(
-            inputs.training.rollouts.endings(inputs.plan.sampling_config),
-            inputs.evaluation.endings(inputs.plan.sampling_config),
+        TrainingShares(
+            labels=inputs.training_labels(),
+            shares=step.attribution.shares.numpy(),
+            horizon_factor=step.attribution.horizon_factor,
+            effects=step.attribution.effects.numpy(),
+            advantages=None if advantages is None else advantages.double().numpy(),
+            endings=rollouts.endings(sampling),
         ),
-        advantages=None if inputs.training.advantages is None else inputs.training.advantages.double().numpy(),
-        evaluation=inputs.evaluation_labels(),
-        contributions=step.predictions.contributions.cpu().numpy(),
-        own_changes=step.predictions.own_changes.cpu().numpy(),
+        TokenDetail(
+            shares=inputs.token_shares.numpy(),
+            mask=inputs.side.batch.completion_mask.cpu().numpy(),
+            texts=[token_texts(inputs.tokenizer, ids) for ids in rollouts.completion_ids],
+            drawn=rollouts.drawn,
+        ),
+        EvaluationTerms(
+            labels=inputs.evaluation_labels(),
+            contributions=step.predictions.contributions.cpu().numpy(),
+            own_changes=step.predictions.own_changes.cpu().numpy(),
+            endings=inputs.evaluation.endings(sampling),
+        ),
     )
 
 
@@ -202,7 +206,9 @@ def intervention(inputs: AnalysisInputs) -> InterventionResult:
         predictions["response"] = SharePrediction(response.shares.numpy(), response.rest, with_clipping=False)
     if estimand.gradient != own:
         predictions[estimand.gradient] = SharePrediction(found.shares.numpy(), _rest(inputs, estimand.gradient))
-    return prove_by_intervention(steps.change, weights.numpy(), predictions, clip=steps.clip, count=count, seed=seed)
+    return prove_by_intervention(
+        steps.change, weights.numpy(), predictions, clip=steps.clip, halves=Halves(count, seed=seed)
+    )
 
 
 def _rest(inputs: AnalysisInputs, estimator: str) -> float:

@@ -14,7 +14,8 @@ how far the entropy of t's own tokens moves. Units: nats per token. Source: docs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,66 +36,87 @@ from entropy_experiments.records.attribution_results import (
 CLOSURE_TOLERANCE = 1e-4
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingShares:
+    """Training sequences and what each did.
+
+    Attributes:
+        labels: Of the n_train sequences.
+        shares: (n_train,) dh_i, nats per token.
+        horizon_factor: f.
+        effects: (n_train,) r_i (entropy_experiments.step.effects_of_leaving_out).
+        advantages: (n_train,) A_i.
+        endings: How the completions came to their ends (rl_training.prompts.endings).
+    """
+
+    labels: SequenceLabels
+    shares: np.ndarray
+    horizon_factor: float = 1.0
+    effects: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    endings: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDetail:
+    """Shares of completion tokens.
+
+    Attributes:
+        shares: (n_train, L) from entropy_experiments.step.real_steps.token_shares.
+        mask: (n_train, L) bool, the tokens that the policy drew.
+        texts: The completion tokens of each sequence as text, others' tokens included.
+        drawn: Which of these the policy drew; None (of one, or of all): every one.
+    """
+
+    shares: np.ndarray
+    mask: np.ndarray
+    texts: Sequence[Sequence[str]] | None = None
+    drawn: Sequence[Sequence[bool] | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTerms:
+    """Evaluation sequences and their part of the predicted change.
+
+    Attributes:
+        labels: Of the n_eval sequences.
+        contributions: (n_eval,) terms of the whole predicted change, nats per token.
+        own_changes: (n_eval,) predicted change of sum_k H_k on sequence t's own tokens, nats per completion.
+        endings: As of the training sequences.
+    """
+
+    labels: SequenceLabels
+    contributions: np.ndarray
+    own_changes: np.ndarray | None = None
+    endings: Sequence[str] | None = None
+
+
 def attribute_step(
-    training: SequenceLabels,
-    shares: np.ndarray,
-    horizon_factor: float = 1.0,
-    *,
-    effects: np.ndarray | None = None,
-    token_shares: np.ndarray | None = None,
-    completion_mask: np.ndarray | None = None,
-    token_texts: Sequence[Sequence[str]] | None = None,
-    drawn: Sequence[Sequence[bool] | None] | None = None,
-    endings: tuple[Sequence[str], Sequence[str]] | None = None,
-    advantages: np.ndarray | None = None,
-    evaluation: SequenceLabels | None = None,
-    contributions: np.ndarray | None = None,
-    own_changes: np.ndarray | None = None,
+    training: TrainingShares,
+    tokens: TokenDetail | None = None,
+    evaluation: EvaluationTerms | None = None,
     top: int = 10,
 ) -> AttributionResult:
     """Shares of the step's batch part by sequence, prompt and token, and the evaluation side's losses.
 
     Args:
-        training: labels of the n_train training sequences.
-        shares: (n_train,) dh_i, nats per token.
-        horizon_factor: f.
-        effects: (n_train,) r_i (entropy_experiments.step.effects_of_leaving_out).
-        token_shares: (n_train, L) from entropy_experiments.step.real_steps.token_shares, with completion_mask.
-        completion_mask: (n_train, L).
-        token_texts: the completion tokens of each sequence as text, foreign ones included.
-        drawn: which of these the policy drew, None (of one, or of all) where every one.
-        endings: how the completions of the training and of the evaluation side came to their ends
-            (rl_training.prompts.endings).
-        advantages: (n_train,) A_i.
-        evaluation: labels of the n_eval evaluation sequences.
-        contributions: (n_eval,) terms of the whole predicted change, nats per token.
-        own_changes: (n_eval,) predicted change of sum_k H_k on sequence t's own tokens, nats per completion.
-        top: how many sequences of either sign are shown by token.
+        training: What the result is of.
+        tokens: Down to the tokens of the sequences that moved entropy most, where given.
+        evaluation: The reverse view, where given.
+        top: How many sequences of either sign are shown by token.
 
     Returns:
         The record that summary.json holds.
 
     Raises:
-        ValueError: shapes that disagree, numbers that are not finite, or token shares that do not add up to the sequences'
+        ValueError: Shapes that disagree, numbers that are not finite, or token shares that do not add up to the sequences'
             within CLOSURE_TOLERANCE.
     """
-    values = _checked("shares", shares, len(training))
+    labels, factor = training.labels, float(training.horizon_factor)
+    values = _checked("shares", training.shares, len(labels))
     lowering, raising = extreme_sequences(values, top)
-    total, factor = float(values.sum()), float(horizon_factor)
-    known = {} if effects is None else {"effect": _checked("effects", effects, len(training)).tolist()}
-    groups: list[GroupShares] = []
-    if endings is not None:
-        groups += group_rows("training", "ending", endings[0], values, training)
-    if advantages is not None:
-        signs = ["positive" if a > 0 else "negative" if a < 0 else "zero" for a in np.asarray(advantages)]
-        groups += group_rows("training", "advantage", signs, values, training)
-    tokens = side = None
-    if evaluation is not None and contributions is not None:
-        side = _evaluation_side(evaluation, contributions, own_changes, top)
-        if endings is not None:
-            groups += group_rows("evaluation", "ending", endings[1], np.asarray(contributions), evaluation)
-    if token_shares is not None:
-        tokens = _tokens(training, values, token_shares, completion_mask, token_texts, drawn, lowering + raising)
+    total, effects = float(values.sum()), training.effects
+    known = {} if effects is None else {"effect": _checked("effects", effects, len(labels)).tolist()}
     return AttributionResult(
         unit="nats per token",
         total=total,
@@ -103,13 +125,10 @@ def attribute_step(
         sequences=SequenceShares(
             share=values.tolist(),
             horizon=(factor * values).tolist(),
-            prompt_index=[int(p) for p in training.prompt_index],
+            prompt_index=[int(p) for p in labels.prompt_index],
             **known,
         ),
-        prompts=[
-            PromptShare(prompt_index=index, prompt=text, sequences=count, share=share, horizon=factor * share)
-            for index, text, count, share in _by_prompt(training, values)
-        ],
+        prompts=_prompts(labels, values, factor),
         sum_of_effects=None if effects is None else float(np.sum(effects)),
         concentration=Concentrations(
             all=concentration(values, top),
@@ -117,10 +136,31 @@ def attribute_step(
             raising=concentration(values[values > 0], top),
         ),
         top_sequences=lowering + raising,
-        tokens=tokens,
-        evaluation=side,
-        groups=groups,
+        tokens=None if tokens is None else _tokens(labels, values, tokens, lowering + raising),
+        evaluation=None if evaluation is None else _evaluation_side(evaluation, top),
+        groups=_groups(training, values, evaluation),
     )
+
+
+def _prompts(labels: SequenceLabels, shares: np.ndarray, factor: float) -> list[PromptShare]:
+    return [
+        PromptShare(prompt_index=index, prompt=text, sequences=count, share=share, horizon=factor * share)
+        for index, text, count, share in _by_prompt(labels, shares)
+    ]
+
+
+def _groups(training: TrainingShares, shares: np.ndarray, evaluation: EvaluationTerms | None) -> list[GroupShares]:
+    """Sequences by how they ended, and by the sign of their advantage."""
+    groups: list[GroupShares] = []
+    if training.endings is not None:
+        groups += group_rows("training", "ending", training.endings, shares, training.labels)
+    if training.advantages is not None:
+        signs = ["positive" if a > 0 else "negative" if a < 0 else "zero" for a in training.advantages]
+        groups += group_rows("training", "advantage", signs, shares, training.labels)
+    if evaluation is not None and evaluation.endings is not None:
+        contributions = np.asarray(evaluation.contributions)
+        groups += group_rows("evaluation", "ending", evaluation.endings, contributions, evaluation.labels)
+    return groups
 
 
 def extreme_sequences(shares: np.ndarray, top: int = 10) -> tuple[list[int], list[int]]:
@@ -189,22 +229,11 @@ def _by_prompt(labels: SequenceLabels, values: np.ndarray) -> list[tuple[int, st
     ]
 
 
-def _tokens(
-    training: SequenceLabels,
-    shares: np.ndarray,
-    token_shares: np.ndarray,
-    completion_mask: np.ndarray | None,
-    token_texts: Sequence[Sequence[str]] | None,
-    drawn: Sequence[Sequence[bool] | None] | None,
-    chosen: list[int],
-) -> TokenAttribution:
-    values = np.asarray(token_shares, dtype=np.float64)
-    if completion_mask is None or values.ndim != 2 or np.shape(completion_mask) != values.shape:
-        raise ValueError(
-            f"token_shares is {values.shape}: give a completion_mask of the same shape, not {np.shape(completion_mask)}"
-        )
-    mask = np.asarray(completion_mask, dtype=bool)
-    gaps = np.abs(_checked("the sum of token_shares", values.sum(1), len(shares)) - shares)
+def _tokens(training: SequenceLabels, shares: np.ndarray, tokens: TokenDetail, chosen: list[int]) -> TokenAttribution:
+    values, mask = np.asarray(tokens.shares, dtype=np.float64), np.asarray(tokens.mask, dtype=bool)
+    if values.ndim != 2 or mask.shape != values.shape:
+        raise ValueError(f"token shares are {values.shape}: give a mask of the same shape, not {mask.shape}")
+    gaps = np.abs(_checked("the sum of token shares", values.sum(1), len(shares)) - shares)
     largest = float(np.abs(shares).max(initial=0.0))
     closure = float(gaps.max(initial=0.0)) / largest if largest > 0 else 0.0
     if closure > CLOSURE_TOLERANCE or bool(values[~mask].any()):
@@ -212,37 +241,37 @@ def _tokens(
             f"token shares do not add up to their sequences' shares (sequence {int(gaps.argmax())} is off by {closure:.1e} of "
             "the largest): they belong to another gradient of entropy, other weights, or another P"
         )
-    rows = []
-    for i in chosen:
-        texts = None if token_texts is None else [str(text) for text in token_texts[i]]
-        own = None if drawn is None or drawn[i] is None else [bool(d) for d in drawn[i] or ()]
-        tokens = values[i][mask[i]].tolist()
-        if own is not None:
-            if sum(own) != len(tokens):
-                raise ValueError(f"sequence {i} has {len(tokens)} drawn tokens, but a mask of {sum(own)}")
-            scored = iter(tokens)
-            tokens = [next(scored) if d else 0.0 for d in own]
-        if texts is not None and len(texts) != len(tokens):
-            raise ValueError(f"sequence {i} has {len(tokens)} completion tokens, but {len(texts)} texts")
-        rows.append(
-            TokenShares(
-                sequence=i,
-                prompt_index=int(training.prompt_index[i]),
-                share=float(shares[i]),
-                reward=float(training.reward[i]) if np.isfinite(training.reward[i]) else None,
-                tokens=tokens,
-                texts=texts,
-                drawn=own,
-            )
+    rows = [
+        TokenShares(
+            sequence=i,
+            prompt_index=int(training.prompt_index[i]),
+            share=float(shares[i]),
+            reward=float(training.reward[i]) if np.isfinite(training.reward[i]) else None,
+            **_tokens_of(tokens, i, values[i][mask[i]].tolist()),
         )
+        for i in chosen
+    ]
     return TokenAttribution(closure=closure, sequences=rows)
 
 
-def _evaluation_side(
-    evaluation: SequenceLabels, contributions: np.ndarray, own_changes: np.ndarray | None, top: int
-) -> EvaluationSide:
-    values = _checked("contributions", contributions, len(evaluation))
-    own = None if own_changes is None else _checked("own_changes", own_changes, len(evaluation))
+def _tokens_of(tokens: TokenDetail, i: int, shares: list[float]) -> dict[str, Any]:
+    """ "tokens", "texts", "drawn" of sequence i. shares: of the tokens that the policy drew; others get 0."""
+    texts = None if tokens.texts is None else [str(text) for text in tokens.texts[i]]
+    drawn = None if tokens.drawn is None or tokens.drawn[i] is None else [bool(d) for d in tokens.drawn[i] or ()]
+    if drawn is not None:
+        if sum(drawn) != len(shares):
+            raise ValueError(f"sequence {i} has {len(shares)} drawn tokens, but a mask of {sum(drawn)}")
+        scored = iter(shares)
+        shares = [next(scored) if d else 0.0 for d in drawn]
+    if texts is not None and len(texts) != len(shares):
+        raise ValueError(f"sequence {i} has {len(shares)} completion tokens, but {len(texts)} texts")
+    return {"tokens": shares, "texts": texts, "drawn": drawn}
+
+
+def _evaluation_side(evaluation: EvaluationTerms, top: int) -> EvaluationSide:
+    count = len(evaluation.labels)
+    values = _checked("contributions", evaluation.contributions, count)
+    own = None if evaluation.own_changes is None else _checked("own_changes", evaluation.own_changes, count)
     return EvaluationSide(
         total=float(values.sum()),
         contribution=values.tolist(),
@@ -252,6 +281,6 @@ def _evaluation_side(
         concentration=concentration(values, top),
         prompts=[
             PromptContribution(prompt_index=index, prompt=text, sequences=count, contribution=value)
-            for index, text, count, value in _by_prompt(evaluation, values)
+            for index, text, count, value in _by_prompt(evaluation.labels, values)
         ],
     )

@@ -35,7 +35,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from entropy_experiments.analyses.arrays import KernelArrays
 from entropy_experiments.analyses.cluster_contents import describe_clusters, shared_by_clusters
-from entropy_experiments.analyses.distinct_sequences import distinct_sequences
+from entropy_experiments.analyses.distinct_sequences import DistinctSequences, distinct_sequences
 from entropy_experiments.analyses.kernel_geometry import checked_gram, cosine_kernel, spectrum
 from entropy_experiments.analyses.prompt_structure import agreeing, correctness
 from entropy_experiments.records.clustering_results import ClusteringResult, RandIndex, Silhouette, Stability
@@ -61,9 +61,8 @@ def sequence_clusters(
     Args:
         kernels: with the training sequences' own K1.
         k_max: largest number of clusters, at most half the distinct sequences; default: the number of prompts + 2, at least 8.
-        rotations: how many clouds the best silhouette is compared with; level: of that test.
-        resamples: pairs of resamples for the stability; permutations: of what clusters share.
-        seed: of all of these.
+        rotations: how many clouds the best silhouette is compared with, at `level`.
+        resamples, permutations: pairs of them for the stability, and those of what clusters share, all by `seed`.
 
     Returns:
         The record that summary.json holds; clusters are numbered from 1 along the order of the leaves.
@@ -71,68 +70,136 @@ def sequence_clusters(
     Raises:
         ValueError: a train_fisher that is not finite or not symmetric.
     """
-    gram = checked_gram(kernels.train_fisher)
-    whole_cosine, rows = cosine_kernel(gram)
-    n, m = len(gram), len(rows)
-    whole = distinct_sequences(kernels.training, gram)
-    distinct, prompts = whole.among(rows), whole.prompts
-    small = whole_cosine[np.ix_(distinct.first, distinct.first)]
-    rng = np.random.default_rng(seed)
-    cosine, order, tree = whole_cosine, rows, np.empty((0, 4))
-    clusters = spectral = np.zeros(m, dtype=np.int64)
-    silhouette = agreement = stability = shared = None
-    n_clusters, reason, number = (1 if m else 0), None, len(distinct.first)
-    if number < _FEWEST_SEQUENCES:
-        other = "distinct " if number < m else ""
-        reason = f"clusters need at least {_FEWEST_SEQUENCES} {other}sequences with a gradient"
-    else:
-        cosine = small[np.ix_(distinct.of, distinct.of)]  # copies are at a distance of exactly 0
-        linked = average_linkage(cosine)
-        tree = optimal_leaf_ordering(linked, squareform(1 - cosine, checks=False))
-        leaves = leaves_list(tree)
-        order = rows[leaves]
-        limit = max(8, len(np.unique(prompts)) + 2) if k_max is None else k_max
-        ks = list(range(2, min(limit, number // 2) + 1))
-        kernel = gram[np.ix_(rows[distinct.first], rows[distinct.first])]
-        choice = choose_number(kernel, ks, rotations, rng, distinct.of)
-        if choice.p_value <= level:
-            k = n_clusters = choice.best_k
-            clusters = _numbered(cut(linked, k), leaves)
-            spectral = _numbered(spectral_clusters(cosine, k, seed), leaves)
-            once = distinct.first
-            agreement = float(adjusted_rand_score(clusters[once], spectral[once]))
-            stability = _stability(cosine, distinct.of, k, resamples, rng, seed)
-        else:
-            reason = f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice.p_value, 2)})"
-        by_spectral = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed), distinct.of) for k in ks]
-        silhouette = Silhouette(**asdict(choice), spectral=by_spectral, k_max=max(ks))
+    points = _points(kernels)
+    whole, rows, distinct, n = points.whole, points.rows, points.distinct, len(points.gram)
+    chance = _Chance(np.random.default_rng(seed), rotations, resamples, level, seed)
+    limit = max(8, len(np.unique(whole.prompts)) + 2) if k_max is None else k_max
+    found = _too_few(points) if len(distinct.first) < _FEWEST_SEQUENCES else _clusters(points, limit, chance)
     correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), whole)
-    training = replace(kernels.training, prompt_index=prompts)
-    if n_clusters > 1:
-        once = distinct.first
-        shared = shared_by_clusters(
-            clusters[once], rows[once], training, correct, permutations, rng, distinct.copies
-        )  # fmt: skip
+    training, once = replace(kernels.training, prompt_index=whole.prompts), distinct.first
+    shared = found.count > 1 and shared_by_clusters(
+        found.labels[once], rows[once], training, correct, permutations, chance.rng, distinct.copies
+    )
     return ClusteringResult(
         n_train=n,
         duplicates=distinct.counts(),
         without_gradient=np.setdiff1d(np.arange(n), rows).tolist(),
         sequences=rows.tolist(),
-        linkage=tree.tolist(),
-        leaf_order=order.tolist(),
-        n_clusters=n_clusters,
-        silhouette=silhouette,
-        agreement=agreement,
-        stability=stability,
-        shared=shared,
-        spectrum={"cosine": spectrum(whole_cosine), "fisher": spectrum(gram), "distinct": spectrum(small)},
+        linkage=found.tree.tolist(),
+        leaf_order=rows[found.leaves].tolist(),
+        n_clusters=found.count,
+        silhouette=found.silhouette,
+        agreement=found.agreement,
+        stability=found.stability,
+        shared=shared or None,
+        spectrum={name: spectrum(matrix) for name, matrix in points.matrices().items()},
         level=level,
         seed=seed,
-        reason=reason,
-        clusters=describe_clusters(clusters, rows, cosine, training, correct, distinct.of),
-        labels=_on_all(clusters, rows, n),
-        spectral_labels=_on_all(spectral, rows, n),
+        reason=found.reason,
+        clusters=describe_clusters(found.labels, rows, found.cosine, training, correct, distinct.of),
+        labels=_on_all(found.labels, rows, n),
+        spectral_labels=_on_all(found.spectral, rows, n),
     )
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Training gradients as they are clustered.
+
+    Attributes:
+        gram: (n, n) K1 of all sequences.
+        cosine: (m, m) of those with a gradient.
+        rows: (m,) which these are.
+        whole, distinct: Which sequences are equal, of all n and of these m.
+    """
+
+    gram: np.ndarray
+    cosine: np.ndarray
+    rows: np.ndarray
+    whole: DistinctSequences
+    distinct: DistinctSequences
+
+    def matrices(self) -> dict[str, np.ndarray]:
+        """By name: all cosines, all of K1, and the cosines of distinct sequences."""
+        first = self.distinct.first
+        return {"cosine": self.cosine, "fisher": self.gram, "distinct": self.cosine[np.ix_(first, first)]}
+
+
+def _points(kernels: KernelArrays) -> _Points:
+    gram = checked_gram(kernels.train_fisher)
+    cosine, rows = cosine_kernel(gram)
+    whole = distinct_sequences(kernels.training, gram)
+    return _Points(gram, cosine, rows, whole, whole.among(rows))
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """What clusters are held against."""
+
+    rng: np.random.Generator
+    rotations: int
+    resamples: int
+    level: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """Clusters of m sequences with a gradient.
+
+    Attributes:
+        cosine: (m, m) that they were found in.
+        tree: scipy linkage, (m - 1, 4); empty where there are too few.
+        leaves: (m,) in the order of the tree's leaves.
+        labels, spectral: (m,) from 0 along the leaves, of the tree and of spectral clustering; all 0 where there is one cloud.
+        count: How many.
+        reason: Why there are no more.
+    """
+
+    cosine: np.ndarray
+    tree: np.ndarray
+    leaves: np.ndarray
+    labels: np.ndarray
+    spectral: np.ndarray
+    count: int
+    reason: str | None = None
+    silhouette: Silhouette | None = None
+    agreement: float | None = None
+    stability: Stability | None = None
+
+
+def _too_few(points: _Points) -> _Clusters:
+    m = len(points.rows)
+    other = "distinct " if len(points.distinct.first) < m else ""
+    none, tree = np.zeros(m, dtype=np.int64), np.empty((0, 4))
+    reason = f"clusters need at least {_FEWEST_SEQUENCES} {other}sequences with a gradient"
+    return _Clusters(points.cosine, tree, np.arange(m), none, none, 1 if m else 0, reason)
+
+
+def _clusters(points: _Points, limit: int, chance: _Chance) -> _Clusters:
+    """limit: the largest number of clusters that is tried."""
+    first, of, seed = points.distinct.first, points.distinct.of, chance.seed
+    cosine = points.cosine[np.ix_(first[of], first[of])]  # copies are at a distance of exactly 0
+    linked = average_linkage(cosine)
+    tree = optimal_leaf_ordering(linked, squareform(1 - cosine, checks=False))
+    leaves = leaves_list(tree)
+    ks = list(range(2, min(limit, len(first) // 2) + 1))
+    kernel = points.gram[np.ix_(points.rows[first], points.rows[first])]
+    choice = choose_number(kernel, ks, chance.rotations, chance.rng, of)
+    labels = spectral = np.zeros(len(cosine), dtype=np.int64)
+    agreement = stability = reason = None
+    count = 1
+    if choice.p_value <= chance.level:
+        count = choice.best_k
+        labels = _numbered(cut(linked, count), leaves)
+        spectral = _numbered(spectral_clusters(cosine, count, seed), leaves)
+        agreement = float(adjusted_rand_score(labels[first], spectral[first]))
+        stability = _stability(cosine, of, count, chance.resamples, chance.rng, seed)
+    else:
+        reason = f"one cloud of the same spectrum reaches the same silhouette (p = {plain(choice.p_value, 2)})"
+    by_spectral = [_mean_silhouette(1 - cosine, spectral_clusters(cosine, k, seed), of) for k in ks]
+    silhouette = Silhouette(**asdict(choice), spectral=by_spectral, k_max=max(ks))
+    return _Clusters(cosine, tree, leaves, labels, spectral, count, reason, silhouette, agreement, stability)
 
 
 def average_linkage(cosine: np.ndarray) -> np.ndarray:

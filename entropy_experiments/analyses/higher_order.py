@@ -57,16 +57,7 @@ def measure_orders(
     Raises:
         ValueError: shapes that disagree, numbers that are not finite, or a scale given twice.
     """
-    s, h = np.asarray(scales, dtype=np.float64), np.asarray(changes, dtype=np.float64)
-    others = None if left_out is None else np.asarray(left_out, dtype=np.float64)
-    if s.ndim != 1 or s.shape != h.shape or (others is not None and others.shape[1:] != s.shape):
-        raise ValueError(
-            f"{s.shape} scales, {h.shape} changes and {np.shape(others)} changes left out do not fit together"
-        )
-    if not (np.isfinite(s).all() and np.isfinite(h).all() and (others is None or np.isfinite(others).all())):
-        raise ValueError("a scale or a measured change is not finite")
-    if len(np.unique(s)) != len(s) or (s == 0).any():
-        raise ValueError(f"scales must be different from each other and from 0, not {s.tolist()}")
+    s, h, others = _checked_curve(scales, changes, left_out)
     sizes = None if effective_sample_sizes is None else np.asarray(effective_sample_sizes, dtype=np.float64)
     trusted = np.ones(len(s), dtype=bool)
     if sizes is not None and sequences is not None:
@@ -88,6 +79,23 @@ def measure_orders(
         for k in np.argsort(s)
     ]
     return HigherOrderResult(unit="nats per token", **orders, pairs=len(pairs), points=points)
+
+
+def _checked_curve(
+    scales: np.ndarray, changes: np.ndarray, left_out: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """All three in double precision."""
+    s, h = np.asarray(scales, dtype=np.float64), np.asarray(changes, dtype=np.float64)
+    others = None if left_out is None else np.asarray(left_out, dtype=np.float64)
+    if s.ndim != 1 or s.shape != h.shape or (others is not None and others.shape[1:] != s.shape):
+        raise ValueError(
+            f"{s.shape} scales, {h.shape} changes and {np.shape(others)} changes left out do not fit together"
+        )
+    if not (np.isfinite(s).all() and np.isfinite(h).all() and (others is None or np.isfinite(others).all())):
+        raise ValueError("a scale or a measured change is not finite")
+    if len(np.unique(s)) != len(s) or (s == 0).any():
+        raise ValueError(f"scales must be different from each other and from 0, not {s.tolist()}")
+    return s, h, others
 
 
 def _pairs(scales: np.ndarray, trusted: np.ndarray, furthest: float) -> list[tuple[int, int]]:
@@ -146,25 +154,11 @@ def _orders(
         }
     fitted = _fit(scales, changes, pairs)
     replicates = None if left_out is None else _fit(scales, left_out.T, pairs)
-    errors = [None if replicates is None else _jackknife(replicates[k]) for k in range(2)]
+    source = "fit" if value is None else "split estimator"
     if value is None:
-        value, error = float(fitted[0]), errors[0]
+        value, error = float(fitted[0]), None if replicates is None else _jackknife(replicates[0])
         known |= {"value": value, "standard_error": error, **_ends(value, replicates, 0, None)}
-        source = "fit"
-    else:
-        source = "split estimator"
-    fit_error = None
-    if len(pairs) > 2:
-        fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
-    both = [e for e in (errors[1], fit_error) if e is not None]
-    second = SecondOrder(
-        value=float(fitted[1]),
-        standard_error=errors[1],
-        fit_error=fit_error,
-        total_error=math.hypot(*both) if both else None,
-        degrees_of_freedom=freedom,
-        **_ends(float(fitted[1]), replicates, 1, fit_error),
-    )
+    second = _second_order(scales, changes, pairs, fitted, replicates)
     columns = [column for pair in pairs for column in pair]
     powers = np.stack([scales[columns] ** k for k in (1, 2, 3, 4)], axis=1)
     t = t_quantile(freedom or math.inf)
@@ -178,6 +172,29 @@ def _orders(
         "equal_at": _equality(value, float(fitted[1]), t * (error or 0.0), t * (second.total_error or 0.0)),
         "reason": "the second order is exactly 0" if fitted[1] == 0 else "",
     }
+
+
+def _second_order(
+    scales: np.ndarray,
+    changes: np.ndarray,
+    pairs: list[tuple[int, int]],
+    fitted: np.ndarray,
+    replicates: np.ndarray | None,
+) -> SecondOrder:
+    """Q with its error over prompts, and that of the fit: how far it moves where only the nearer half of the scales is used."""
+    value, error = float(fitted[1]), None if replicates is None else _jackknife(replicates[1])
+    fit_error = None
+    if len(pairs) > 2:
+        fit_error = abs(float(fitted[1] - _fit(scales, changes, pairs[: math.ceil(len(pairs) / 2)])[1]))
+    both = [e for e in (error, fit_error) if e is not None]
+    return SecondOrder(
+        value=value,
+        standard_error=error,
+        fit_error=fit_error,
+        total_error=math.hypot(*both) if both else None,
+        degrees_of_freedom=None if replicates is None else max(1, replicates.shape[1] - 1),
+        **_ends(value, replicates, 1, fit_error),
+    )
 
 
 def _ends(value: float, replicates: np.ndarray | None, order: int, fit_error: float | None) -> dict[str, float | None]:

@@ -122,7 +122,10 @@ def linear_datamodelling_score(
         )
     if not all(np.isfinite(array).all() for array in (values, measured, ratios)):
         raise ValueError("a share, a measured change or a clip ratio is not finite")
-    predicted = rest + ratios * (members @ values)
+    return _score(rest + ratios * (members @ values), measured, seed)
+
+
+def _score(predicted: np.ndarray, measured: np.ndarray, seed: int) -> ShareScore:
     spreads = {"predicted": _spread(predicted), "measured": _spread(measured)}
     known = {
         "predicted": predicted.tolist(),
@@ -187,16 +190,57 @@ def _bootstrap_interval(predicted: np.ndarray, measured: np.ndarray, seed: int) 
     return [float(q) for q in np.nanquantile(found, [0.025, 0.975])]
 
 
+@dataclass(frozen=True)
+class Halves:
+    """How random halves of the training batch are chosen.
+
+    Attributes:
+        count: How many.
+        prompt_index: (n_train,), halve prompts in place of sequences.
+        seed: Of the halves, and of random removals.
+    """
+
+    count: int = 40
+    prompt_index: np.ndarray | None = None
+    seed: int = 0
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
+        """(count, n_train) bool; sequences of weight 0 are in none. Raises UserError where there are not as many halves."""
+        active = np.flatnonzero(weights)
+        subsets = np.zeros((self.count, len(weights)), dtype=bool)
+        halved = len(active) if self.prompt_index is None else np.asarray(self.prompt_index)[active]
+        subsets[:, active] = half_subsets(halved, self.count, self.seed)
+        return subsets
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Real steps without some of the sequences: their change of entropy and clip coefficient."""
+
+    measure: Measure
+    clip: Callable[[Tensor], float] | None
+    weights: np.ndarray
+
+    def take(self, members: np.ndarray) -> tuple[float, float]:
+        """(change, clip coefficient) of the step with (n_train,) bool members alone."""
+        kept = torch.from_numpy(self.weights * members)
+        return float(self.measure(kept)), 1.0 if self.clip is None else float(self.clip(kept))
+
+    def without(self, sequences: Sequence[int] | np.ndarray) -> tuple[np.ndarray, float, float]:
+        """(members, change, clip coefficient) of the step without these."""
+        members = np.ones(len(self.weights), dtype=bool)
+        members[sequences] = False
+        return members, *self.take(members)
+
+
 def prove_by_intervention(
     measure: Measure,
     weights: np.ndarray,
     predictions: Mapping[str, SharePrediction],
     *,
     clip: Callable[[Tensor], float] | None = None,
-    prompt_index: np.ndarray | None = None,
-    count: int = 40,
+    halves: Halves = Halves(),
     top: int = 10,
-    seed: int = 0,
 ) -> InterventionResult:
     """Take real steps with half of the sequences and without the extreme ones, and hold them against the shares.
 
@@ -204,85 +248,61 @@ def prove_by_intervention(
         measure, clip: `change` and `clip` of entropy_experiments.step.real_steps.StepMeasurement, or their like.
         weights: (n_train,) of the loss. Sequences of weight 0 are in no subset.
         predictions: name -> prediction, the first of them the headline, whose shares choose what is removed.
-        prompt_index: (n_train,), halve prompts in place of sequences.
-        count: subsets.
+        halves: how subsets are chosen.
         top: how many extreme sequences are removed.
-        seed: of subsets and random removals.
 
     Returns:
         The record that summary.json holds.
 
     Raises:
-        UserError: there are fewer different halves than `count`.
+        UserError: there are fewer different halves than wanted.
     """
-    loss_weights = np.asarray(weights, dtype=np.float64)
-    active = np.flatnonzero(loss_weights)
-    subsets = np.zeros((count, len(loss_weights)), dtype=bool)
-    halved = len(active) if prompt_index is None else np.asarray(prompt_index)[active]
-    subsets[:, active] = half_subsets(halved, count, seed)
-
-    def take(members: np.ndarray) -> tuple[float, float]:
-        kept = torch.from_numpy(loss_weights * members)
-        return float(measure(kept)), 1.0 if clip is None else float(clip(kept))
-
-    everyone = np.ones(len(loss_weights), dtype=bool)
-    full_change, full_clip = take(everyone)
-
-    def without(sequences: Sequence[int] | np.ndarray) -> tuple[np.ndarray, float, float]:
-        members = everyone.copy()
-        members[sequences] = False
-        change, c = take(members)
-        return members, change, c / full_clip
-
-    taken = [take(members) for members in subsets]
+    steps = _Steps(measure, clip, np.asarray(weights, dtype=np.float64))
+    everyone, subsets = np.ones(len(steps.weights), dtype=bool), halves.of(steps.weights)
+    full_change, full_clip = steps.take(everyone)
+    taken = [steps.take(members) for members in subsets]
     measured, ratios = [change for change, _ in taken], [c / full_clip for _, c in taken]
-    lowering, raising = _extreme_removals(without, predictions, full_change, top)
+    lowering, raising = _extreme_removals(steps, predictions, (full_change, full_clip), top)
+    scores = {
+        name: linear_datamodelling_score(
+            subsets, p.shares, measured, ratios if p.with_clipping else None, p.rest, halves.seed
+        )
+        for name, p in predictions.items()
+    }
+    predicted = {name: p.change(everyone, 1.0) for name, p in predictions.items()}
+    random = _random_removals(steps, full_change, top, halves.seed)
     return InterventionResult(
         unit="nats per token",
-        by="sequence" if prompt_index is None else "prompt",
-        count=count,
+        by="sequence" if halves.prompt_index is None else "prompt",
+        count=halves.count,
         size=float(subsets.sum(1).mean()),
         subsets=[np.flatnonzero(members).tolist() for members in subsets],
         measured=measured,
         clip_ratios=None if clip is None else ratios,
-        scores={
-            name: linear_datamodelling_score(
-                subsets, p.shares, measured, ratios if p.with_clipping else None, p.rest, seed
-            )
-            for name, p in predictions.items()
-        },
+        scores=scores,
         headline=next(iter(predictions)),
-        full_step=FullStep(
-            measured=full_change, predicted={name: p.change(everyone, 1.0) for name, p in predictions.items()}
-        ),
-        removals=Removals(
-            lowering=lowering,
-            raising=raising,
-            random=_random_removals(without, active, full_change, top, seed),
-        ),
+        full_step=FullStep(measured=full_change, predicted=predicted),
+        removals=Removals(lowering=lowering, raising=raising, random=random),
     )
 
 
-_Without = Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, float, float]]
-
-
 def _extreme_removals(
-    without: _Without, predictions: Mapping[str, SharePrediction], full_change: float, top: int
+    steps: _Steps, predictions: Mapping[str, SharePrediction], full: tuple[float, float], top: int
 ) -> list[Removal | None]:
-    """Without the sequences of the lowest shares, and without those of the highest."""
+    """Without the sequences of the lowest shares, and without those of the highest. full: change and clip of the whole step."""
     headline = next(iter(predictions.values()))
     out: list[Removal | None] = []
     for sequences in extreme_sequences(headline.shares, top):
         if not sequences:
             out.append(None)
             continue
-        members, change, ratio = without(sequences)
-        everyone = np.ones(len(members), dtype=bool)
+        members, change, clip = steps.without(sequences)
+        everyone, ratio = np.ones(len(members), dtype=bool), clip / full[1]
         out.append(
             Removal(
                 sequences=sequences,
                 measured=change,
-                difference=change - full_change,
+                difference=change - full[0],
                 predicted_difference={
                     name: p.change(members, ratio) - p.change(everyone, 1.0) for name, p in predictions.items()
                 },
@@ -291,12 +311,11 @@ def _extreme_removals(
     return out
 
 
-def _random_removals(
-    without: _Without, active: np.ndarray, full_change: float, top: int, seed: int
-) -> RandomRemoval | None:
+def _random_removals(steps: _Steps, full_change: float, top: int, seed: int) -> RandomRemoval | None:
+    active = np.flatnonzero(steps.weights)
     size = min(top, len(active) // 2)
     if not size:
         return None
     rng = np.random.default_rng([seed, 1])
-    differences = [without(rng.permutation(active)[:size])[1] - full_change for _ in range(_RANDOM_REMOVALS)]
+    differences = [steps.without(rng.permutation(active)[:size])[1] - full_change for _ in range(_RANDOM_REMOVALS)]
     return RandomRemoval(sequences=size, differences=differences, spread=_spread(np.asarray(differences)))

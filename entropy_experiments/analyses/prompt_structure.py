@@ -50,6 +50,7 @@ from entropy_experiments.records.kernel_results import (
     TrainingStructure,
 )
 
+_CORRECTNESS = {"correct": 1, "wrong": -1, "neither": 0}
 CORRECTNESS_RULE = (
     "correct: reward above the mean reward of the sequence's prompt; wrong: below it; neither: equal to it, or unscored"
 )
@@ -118,9 +119,7 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
         ),
         within_group=GroupStructure(
             rule=CORRECTNESS_RULE,
-            correct=int((correct > 0).sum()),
-            wrong=int((correct < 0).sum()),
-            neither=int((correct == 0).sum()),
+            **{name: int((np.sign(correct) == sign).sum()) for name, sign in _CORRECTNESS.items()},
             raw=groups[0],
             cosine=groups[1],
             signs_agree=_signs_agree(groups[0].test, groups[1].test),

@@ -54,27 +54,12 @@ def audit_tokens(
             audit.unaudited.append(lacking)
         else:
             auditable.append(row)
-    if "kl" in metrics and policies.why_not(0) is None:
-        for row in auditable:  # one policy after the other: each is loaded once
-            means.value(TokenDefinition(policy="beginning"), row.steps)
-    shown = {}
-    for row in auditable:
-        for name, definition in _SHOWN.items():
-            shown[name, row.step] = means.value(definition, row.steps)
-            means.value(TokenDefinition(), row.steps)
+    shown = _all_means(means, auditable, "kl" in metrics and policies.why_not(0) is None)
     for name, right in metrics.items():
         if name == "kl" and (why := policies.why_not(0)) is not None:
             audit.unaudited.append(f"kl: its reference policy cannot be had: {why}")
             continue
-        written = rounding(rows, [name])
-        windows = []
-        for row in auditable:
-            if name in row.values and not math.isnan(value := means.value(right, row.steps)):
-                rounded = (
-                    _FLOAT32_OF_KL * abs(value) + _LEAST_OF_KL if name == "kl" else _FLOAT32 * max(1.0, abs(value))
-                )
-                tolerance = written + rounded + precision.of_run(row.steps, right)
-                windows.append(Window(row.steps, row.values[name], value, tolerance))
+        windows = _windows(name, right, means, precision, rows, auditable)
         choices = _token_choices(run, right)
         audit.findings += _judge_tokens(name, right, choices, means, windows, precision.slack, run)
     for row in auditable:
@@ -89,6 +74,40 @@ def audit_tokens(
             "micro-batches' means, is known up to the tolerance given"
         )
     return auditable
+
+
+def _all_means(means: TokenMeans, rows: Sequence[LoggedRow], of_beginning: bool) -> dict[tuple[str, int], float]:
+    """(name of _SHOWN, step) -> its mean; one policy after the other, so that each is loaded once.
+
+    of_beginning: whether the policy that the run began with is needed too.
+    """
+    if of_beginning:
+        for row in rows:
+            means.value(TokenDefinition(policy="beginning"), row.steps)
+    shown = {}
+    for row in rows:
+        for name, definition in _SHOWN.items():
+            shown[name, row.step] = means.value(definition, row.steps)
+            means.value(TokenDefinition(), row.steps)
+    return shown
+
+
+def _windows(
+    name: str,
+    right: TokenDefinition,
+    means: TokenMeans,
+    precision: TokenPrecision,
+    rows: Sequence[LoggedRow],
+    auditable: Sequence[LoggedRow],
+) -> list[Window]:
+    """What was logged beside what is recomputed, each with its tolerance. rows: all of the log."""
+    written, windows = rounding(rows, [name]), []
+    for row in auditable:
+        if name in row.values and not math.isnan(value := means.value(right, row.steps)):
+            rounded = _FLOAT32_OF_KL * abs(value) + _LEAST_OF_KL if name == "kl" else _FLOAT32 * max(1.0, abs(value))
+            tolerance = written + rounded + precision.of_run(row.steps, right)
+            windows.append(Window(row.steps, row.values[name], value, tolerance))
+    return windows
 
 
 def _say_what_the_loss_leaves_out(audit: Audit) -> None:

@@ -22,7 +22,7 @@ from entropy_experiments.analyses.candidate_weights import MOST_ROWS
 from entropy_experiments.analyses.interventions import MOST_INTERVENTIONS, TOKEN_GRADIENTS
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
-from entropy_experiments.checkpoint_loader import device_map, load_checkpoint
+from entropy_experiments.checkpoint_loader import load_as_configured
 from entropy_experiments.config import FisherAnalysisConfig, FisherKernelConfig
 from entropy_experiments.forecast.pilot import Pilot, buffers_without_drawing, run_pilot
 from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
@@ -112,15 +112,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
     check_trust(checkpoint_path, config, trust)
     begun = time.perf_counter()
     settings = config.entropy_analysis
-    checkpoint = load_checkpoint(
-        checkpoint_path,
-        config.checkpoint.model,
-        config.checkpoint.device,
-        config.checkpoint.dtype,
-        require_optimizer=settings.fisher_kernel.preconditioning != "none",
-        device_map=device_map(config.checkpoint),
-        learning_rate=config.checkpoint.learning_rate,
-    )
+    checkpoint = load_as_configured(checkpoint_path, config)
     loading = time.perf_counter() - begun
     sampling_plan = plan_sampling(checkpoint, config, trust)
     options = kernel_options(settings.fisher_kernel)

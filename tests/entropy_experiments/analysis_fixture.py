@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
-from entropy_experiments.analyses.attribution import attribute_step
+from entropy_experiments.analyses.attribution import EvaluationTerms, TokenDetail, TrainingShares, attribute_step
 from entropy_experiments.analyses.baselines import baseline_table
 from entropy_experiments.analyses.buffers import compare_buffers
 from entropy_experiments.analyses.clustering import sequence_clusters
@@ -118,12 +118,12 @@ def make_analyses(rows, fisher, entropy_fisher, summary):
             slope=totals["split"],
         ),
         "attribution": attribute_step(
-            arrays.training, arrays.shares, 10.0, token_shares=token_shares, completion_mask=mask,
-            token_texts=[[f"t{k}" for k in range(n)] for n in lengths], evaluation=arrays.evaluation,
-            contributions=contributions, own_changes=2 * contributions,
+            TrainingShares(labels=arrays.training, shares=arrays.shares, horizon_factor=10.0),
+            TokenDetail(shares=token_shares, mask=mask, texts=[[f"t{k}" for k in range(n)] for n in lengths]),
+            EvaluationTerms(labels=arrays.evaluation, contributions=contributions, own_changes=2 * contributions),
         ),
         "intervention": prove_by_intervention(
-            measure, arrays.weights, predictions, clip=lambda weights: float(torch.ones(())), count=40
+            measure, arrays.weights, predictions, clip=lambda weights: float(torch.ones(()))
         ),
         "prompt_structure": prompt_structure(arrays, permutations=199),
         "sequence_clustering": sequence_clusters(arrays, rotations=19, resamples=10, permutations=99),

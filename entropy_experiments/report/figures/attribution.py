@@ -6,9 +6,11 @@ The shares add up to the batch part of the predicted change, exactly: δh_batch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
@@ -119,18 +121,40 @@ def plot_attribution(
     order, scaled = ranked.order, ranked.shares
     if not len(order):
         return style.no_data_figure(_TITLE, "no share of the change was stored for any training sequence.")
-    sides = {side.sign: side for side in SIDES}
     figure = style.new_figure(8.6, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1.0))
-    style.zero_line(left)
-    left.grid(False, axis="x")
+    _all_shares(left, ranked)
+    lowering = [i for i in order[:top] if scaled[i] < 0]
+    chosen = lowering + [i for i in order[::-1][:top] if scaled[i] > 0][::-1]
+    reward, prompts = np.asarray(rewards, dtype=np.float64), np.asarray(prompt_index)
+    names = np.arange(len(scaled)) if sequence_index is None else np.asarray(sequence_index)
+    labels = [f"sequence {names[i]} · prompt {prompts[i]} · reward {reward[i]:g}" for i in chosen]
+    with_whiskers = _largest_shares(right, ranked, chosen, labels, ends)
+    caption = (
+        f"{counted(int((scaled[order] < 0).sum()), 'sequence')} lowered entropy (below zero) and "
+        f"{counted(int((scaled[order] > 0).sum()), 'sequence')} raised it; all shares together make "
+        f"{signed(scaled[order].sum())} ×10⁻³ nats per token, the batch part of the predicted change. Colour: whether "
+        "the sequence was rewarded above or below the mean of its prompt."
+    )
+    if with_whiskers:
+        caption += " Lines across bars: 95% intervals over evaluation prompts."
+    if len(order) < len(scaled):
+        caption += f" {counted(len(scaled) - len(order), 'sequence')} without a finite share left out."
+    return style.finish(figure, _TITLE, caption)
+
+
+def _all_shares(axes: Axes, ranked: RankedShares) -> None:
+    """Every sequence's share, sorted."""
+    order, scaled, sides = ranked.order, ranked.shares, {side.sign: side for side in SIDES}
+    style.zero_line(axes)
+    axes.grid(False, axis="x")
     colours = [style.COLOURS[sides[sign].colour] for sign in ranked.signs[order]]
     width = 1.0 if len(order) > MANY else 0.85
-    left.bar(np.arange(len(order)), scaled[order], width=width, color=colours, linewidth=0)
-    left.set_xlabel(f"{len(order)} training sequences, sorted")
-    left.set_ylabel(UNIT_LABEL.replace(" of Δh ", "\n"))
-    left.set_xticks([])
-    left.set_xlim(-0.03 * len(order) - 1, 1.03 * len(order))
+    axes.bar(np.arange(len(order)), scaled[order], width=width, color=colours, linewidth=0)
+    axes.set_xlabel(f"{len(order)} training sequences, sorted")
+    axes.set_ylabel(UNIT_LABEL.replace(" of Δh ", "\n"))
+    axes.set_xticks([])
+    axes.set_xlim(-0.03 * len(order) - 1, 1.03 * len(order))
     legend = [
         Patch(
             color=style.COLOURS[side.colour],
@@ -139,44 +163,36 @@ def plot_attribution(
         for side in SIDES
         if len(members := ranked.members(side))
     ]
-    left.legend(handles=legend, loc="upper left")
+    axes.legend(handles=legend, loc="upper left")
     low, high = min(scaled[order[0]], 0.0), max(scaled[order[-1]], 0.0)
-    left.set_ylim(low - 0.05 * (high - low or 1.0), high + 0.45 * (high - low or 1.0))
+    axes.set_ylim(low - 0.05 * (high - low or 1.0), high + 0.45 * (high - low or 1.0))
 
-    lowering = [i for i in order[:top] if scaled[i] < 0]
-    raising = [i for i in order[::-1][:top] if scaled[i] > 0][::-1]
-    chosen = lowering + raising
+
+def _largest_shares(
+    axes: Axes,
+    ranked: RankedShares,
+    chosen: Sequence[int],
+    labels: Sequence[str],
+    ends: tuple[ArrayLike, ArrayLike] | None,
+) -> bool:
+    """A bar each; whether an interval is drawn across any."""
+    scaled, sides, drawn = ranked.shares, {side.sign: side for side in SIDES}, False
     for place, i in enumerate(chosen):
         side = sides[ranked.signs[i]]
-        right.barh(
+        axes.barh(
             place, scaled[i], height=0.72, color=style.COLOURS[side.colour], hatch=4 * side.hatch, edgecolor="white",
             linewidth=0,
         )  # fmt: skip
-    low_ends, high_ends = (
-        np.full(len(scaled), np.nan) if ends is None else np.asarray(ends[k], float) / UNIT for k in (0, 1)
-    )
-    whiskers = [(place, i) for place, i in enumerate(chosen) if np.isfinite([low_ends[i], high_ends[i]]).all()]
-    for place, i in whiskers:
-        right.plot([low_ends[i], high_ends[i]], [place, place], color="#222222", linewidth=1.1, solid_capstyle="butt")
-    right.axvline(0.0, color="#444444", linewidth=0.9)
-    right.grid(False, axis="y")
-    reward, prompts = np.asarray(rewards, dtype=np.float64), np.asarray(prompt_index)
-    names = np.arange(len(scaled)) if sequence_index is None else np.asarray(sequence_index)
-    right.set_yticks(
-        range(len(chosen)), [f"sequence {names[i]} · prompt {prompts[i]} · reward {reward[i]:g}" for i in chosen]
-    )
-    right.tick_params(axis="y", length=0, labelsize=8.5)
-    right.invert_yaxis()
-    right.set_xlabel(UNIT_LABEL.replace(" of Δh", ""))
-    right.set_title("the ones that moved it most", loc="right")
-    caption = (
-        f"{counted(int((scaled[order] < 0).sum()), 'sequence')} lowered entropy (below zero) and "
-        f"{counted(int((scaled[order] > 0).sum()), 'sequence')} raised it; all shares together make "
-        f"{signed(scaled[order].sum())} ×10⁻³ nats per token, the batch part of the predicted change. Colour: whether "
-        "the sequence was rewarded above or below the mean of its prompt."
-    )
-    if whiskers:
-        caption += " Lines across bars: 95% intervals over evaluation prompts."
-    if len(order) < len(scaled):
-        caption += f" {counted(len(scaled) - len(order), 'sequence')} without a finite share left out."
-    return style.finish(figure, _TITLE, caption)
+    for place, i in enumerate(chosen if ends is not None else ()):
+        reach = np.array([np.asarray(end, float)[i] for end in ends or ()]) / UNIT
+        if np.isfinite(reach).all():
+            axes.plot(reach, [place, place], color="#222222", linewidth=1.1, solid_capstyle="butt")
+            drawn = True
+    axes.axvline(0.0, color="#444444", linewidth=0.9)
+    axes.grid(False, axis="y")
+    axes.set_yticks(range(len(chosen)), labels)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.invert_yaxis()
+    axes.set_xlabel(UNIT_LABEL.replace(" of Δh", ""))
+    axes.set_title("the ones that moved it most", loc="right")
+    return drawn

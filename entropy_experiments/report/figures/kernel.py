@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 
 from entropy_experiments.report.figures import style
@@ -109,18 +110,7 @@ def plot_kernel_heatmap(
     n_eval, n_train = values.shape
     figure = style.new_figure(8.6, float(np.clip(7.0 * n_eval / n_train, 3.2, 6.5)))
     axes = figure.add_subplot()
-    axes.grid(False)
-    axes.set_facecolor("#9A9A9A")
-    # With fewer pixels than cells, averaging shows what nearest-neighbour sampling would drop.
-    interpolation = "nearest" if max(n_eval, n_train) <= 400 else "antialiased"
-    picture = axes.imshow(
-        np.ma.masked_invalid(values[row_order][:, column_order]),
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        interpolation=interpolation,
-    )
+    picture = _heat(axes, values[row_order][:, column_order], limit)
     if order is None:
         _prompt_axis(axes, columns[column_order], "x")
         _prompt_axis(axes, rows[row_order], "y")
@@ -136,20 +126,47 @@ def plot_kernel_heatmap(
         fontsize=8.5,
     )
     bar.ax.grid(False)
+    sides = (n_eval, len(np.unique(rows)), row_buffer), (n_train, len(np.unique(columns)), "training")
+    caption = _caption(values, sides, quantity, beyond, grouped=order is None)
+    return style.finish(figure, _TITLES[quantity], caption)
 
-    n_eval_prompts, n_train_prompts = len(np.unique(rows)), len(np.unique(columns))
-    missing = int((~finite).sum())
+
+def _heat(axes: Axes, values: np.ndarray, limit: float) -> AxesImage:
+    """Red above 0, blue below, grey where not finite."""
+    axes.grid(False)
+    axes.set_facecolor("#9A9A9A")
+    return axes.imshow(
+        np.ma.masked_invalid(values),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        # With fewer pixels than cells, averaging shows what nearest-neighbour sampling would drop.
+        interpolation="nearest" if max(values.shape) <= 400 else "antialiased",
+    )
+
+
+def _caption(
+    values: np.ndarray,
+    sides: tuple[tuple[int, int, str], tuple[int, int, str]],
+    quantity: Quantity,
+    beyond: int,
+    grouped: bool,
+) -> str:
+    """sides: (sequences, prompts, buffer) of rows and of columns. beyond: entries beyond the colour scale."""
+    finite = np.isfinite(values)
+    (n_eval, n_eval_prompts, _), (_, n_train_prompts, _) = sides
     caption = (
-        f"{_prompts_are_described(n_eval, n_eval_prompts, row_buffer)} (rows) against "
-        f"{_prompts_are_described(n_train, n_train_prompts, 'training')} (columns). {_MEANING[quantity]} "
+        f"{_prompts_are_described(*sides[0])} (rows) against {_prompts_are_described(*sides[1])} (columns). "
+        f"{_MEANING[quantity]} "
         f"{(values[finite] > 0).mean():.0%} of the entries are positive; their mean is "
         f"{plain(values[finite].mean())}. "
         f"{beyond} of {values.size} entries lie beyond the colour scale."
     )
-    if missing:
+    if missing := int((~finite).sum()):
         caption += f" Not finite, and drawn grey: {missing}."
-    if order is None and n_eval_prompts * 2 > n_eval > 1:
+    if grouped and n_eval_prompts * 2 > n_eval > 1:
         caption += " Nearly every row is a prompt of its own, so no lines are drawn between rows."
-    if order is None and max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
+    if grouped and max(n_eval_prompts, n_train_prompts) > _MOST_BOUNDARIES + 1:
         caption += f" An axis of more than {_MOST_BOUNDARIES + 1} prompts has no lines between them."
-    return style.finish(figure, _TITLES[quantity], caption)
+    return caption

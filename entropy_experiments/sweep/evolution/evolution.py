@@ -24,6 +24,7 @@ from scipy import stats
 from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.evolution import (
     CheckpointChange,
+    CheckpointRow,
     ClusterFlow,
     Comparable,
     EntropyPath,
@@ -91,8 +92,6 @@ def describe_evolution(
     prompts = common_prompts(buffers)
     sums = prompt_sums(buffers, prompts)
     pairs = [_Pair(folders[k], folders[k + 1], prompts) for k in range(len(rows) - 1)]
-    rewarded = [(row.step, row.entropy.value, row.reward.value) for row in rows if row.reward is not None]
-    known = [point for point in rewarded if None not in point]
     return Evolution(
         unit="nats per token",
         checkpoints=rows,
@@ -115,11 +114,18 @@ def describe_evolution(
             expected=[jackknifed(_summed(steps, 0, k), sums) for k in range(len(steps))],
         ),
         whole=_whole(list(zip(folders, rows, strict=True)), sums, steps),
-        law=Laws(
-            training=law_over_training(*unfiltered_points(history)),
-            evaluation=law_over_training(*zip(*known, strict=True)) if known else law_over_training([], [], []),
-        ),
+        law=_laws(rows, history),
         history=history,
+    )
+
+
+def _laws(rows: Sequence[CheckpointRow], history: Sequence[HistoryRow]) -> Laws:
+    """R = -a e^H + b over the run's own log, and over the analysed checkpoints."""
+    rewarded = [(row.step, row.entropy.value, row.reward.value) for row in rows if row.reward is not None]
+    known = [point for point in rewarded if None not in point]
+    return Laws(
+        training=law_over_training(*unfiltered_points(history)),
+        evaluation=law_over_training(*zip(*known, strict=True)) if known else law_over_training([], [], []),
     )
 
 

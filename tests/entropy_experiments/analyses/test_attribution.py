@@ -12,7 +12,14 @@ from entropy_core.directional import entropy_derivatives, token_derivatives
 from entropy_core.gradients import dot
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.arrays import SequenceLabels
-from entropy_experiments.analyses.attribution import attribute_step, concentration, extreme_sequences
+from entropy_experiments.analyses.attribution import (
+    EvaluationTerms,
+    TokenDetail,
+    TrainingShares,
+    attribute_step,
+    concentration,
+    extreme_sequences,
+)
 from entropy_experiments.records.attribution_results import AttributionResult, TokenAttribution
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.figures.style import caption_of, png_bytes
@@ -78,7 +85,7 @@ def test_extremes():
 
 def test_shares_by_prompt_add_up_and_are_sorted():
     shares = np.array([-3.0, 1.0, -1.0, 4.0, -0.5])
-    found = attribute_step(some_labels([8, 2, 8, 2, 5]), shares, horizon_factor=2.5)
+    found = attribute_step(TrainingShares(labels=some_labels([8, 2, 8, 2, 5]), shares=shares, horizon_factor=2.5))
     assert [(row.prompt_index, row.share, row.horizon, row.sequences) for row in found.prompts] == [
         (8, -4.0, -10.0, 2),
         (5, -0.5, -1.25, 1),
@@ -102,7 +109,9 @@ def test_tokens_of_the_top_sequences():
     tokens = np.where(mask, [[0, 1.0, -3, 0], [0, 2, 2, 1], [-0.5, 0.5, 0, 0]], 0.0)
     texts = [["a", "b"], ["c", "d", "e"], ["f", "g"]]
     found = attribute_step(
-        some_labels([0, 0, 1]), tokens.sum(1), token_shares=tokens, completion_mask=mask, token_texts=texts, top=1
+        TrainingShares(labels=some_labels([0, 0, 1]), shares=tokens.sum(1)),
+        TokenDetail(shares=tokens, mask=mask, texts=texts),
+        top=1,
     ).tokens
     assert found.closure == 0.0
     first, second = found.sequences
@@ -119,27 +128,36 @@ def test_tokens_that_do_not_add_up_are_refused():
     mask = np.ones((2, 2), dtype=bool)
     tokens = np.array([[1.0, 2.0], [3.0, 4.0]])
     shares, where = tokens.sum(1), some_labels([0, 1])
-    attribute_step(where, shares * (1 + 5e-5), token_shares=tokens, completion_mask=mask)
+
+    def attribute(shares, **detail):
+        return attribute_step(
+            TrainingShares(labels=where, shares=shares), TokenDetail(**({"shares": tokens, "mask": mask} | detail))
+        )
+
+    attribute(shares * (1 + 5e-5))
     with pytest.raises(ValueError, match="sequence 1 is off by"):
-        attribute_step(where, shares + [0, 0.1], token_shares=tokens, completion_mask=mask)
+        attribute(shares + [0, 0.1])
     with pytest.raises(ValueError, match="do not add up"):
         mask[0, 0] = False
-        attribute_step(where, shares, token_shares=tokens, completion_mask=mask)
-    with pytest.raises(ValueError, match="completion_mask of the same shape"):
-        attribute_step(where, shares, token_shares=tokens)
+        attribute(shares)
+    with pytest.raises(ValueError, match="mask of the same shape"):
+        attribute(shares, mask=mask[:, :1])
     with pytest.raises(ValueError, match="2 completion tokens, but 3 texts"):
-        attribute_step(where, shares, token_shares=tokens, completion_mask=np.ones((2, 2)), token_texts=[["a"] * 3] * 2)
+        attribute(shares, mask=np.ones((2, 2)), texts=[["a"] * 3] * 2)
 
 
 def test_bad_shares():
     with pytest.raises(ValueError, match="shares is \\(2,\\), but there are 3 sequences"):
-        attribute_step(some_labels([0, 0, 1]), np.ones(2))
+        attribute_step(TrainingShares(labels=some_labels([0, 0, 1]), shares=np.ones(2)))
     with pytest.raises(ValueError, match="shares of sequence 1 is not finite"):
-        attribute_step(some_labels([0, 0, 1]), np.array([0, np.nan, 1]))
+        attribute_step(TrainingShares(labels=some_labels([0, 0, 1]), shares=np.array([0, np.nan, 1])))
 
 
 def test_nothing_happened_is_said():
-    found = attribute_step(some_labels([0, 0, 1]), np.zeros(3), evaluation=some_labels([4]), contributions=np.zeros(1))
+    found = attribute_step(
+        TrainingShares(labels=some_labels([0, 0, 1]), shares=np.zeros(3)),
+        evaluation=EvaluationTerms(labels=some_labels([4]), contributions=np.zeros(1)),
+    )
     assert attribution_finding(found).startswith("No training sequence has a share")
     assert found.top_sequences == () and found.evaluation.lowering == 0
     json.dumps(json_of(found), allow_nan=False)
@@ -148,11 +166,10 @@ def test_nothing_happened_is_said():
 def test_the_reverse_view():
     contributions = np.array([-1.0, 0.25, -0.5, 0.0])
     found = attribute_step(
-        some_labels([0, 1]),
-        np.array([-1.0, 1.0]),
-        evaluation=some_labels([3, 3, 1, 2]),
-        contributions=contributions,
-        own_changes=np.arange(4.0),
+        TrainingShares(labels=some_labels([0, 1]), shares=np.array([-1.0, 1.0])),
+        evaluation=EvaluationTerms(
+            labels=some_labels([3, 3, 1, 2]), contributions=contributions, own_changes=np.arange(4.0)
+        ),
     ).evaluation
     assert (found.lowering, found.raising, found.total) == (2, 1, -1.25)
     assert [(row.prompt_index, row.contribution) for row in found.prompts] == [(3, -0.75), (1, -0.5), (2, 0.0)]
@@ -178,14 +195,15 @@ def test_token_shares_of_a_real_step_add_up_to_the_shares(estimator, max_norm):
     derivatives = token_derivatives(world.model, world.evaluation, world.step.parameter_delta)
     contributions = entropy_derivatives(world.statistics, derivatives, world.evaluation, estimator).numpy() / 24
     found = attribute_step(
-        labels(world.train, token_statistics(world.model, world.train)),
-        shares,
-        3.0,
-        token_shares=tokens,
-        completion_mask=world.train.completion_mask.numpy(),
-        evaluation=labels(world.evaluation, world.statistics),
-        contributions=contributions,
-        own_changes=derivatives.entropy_sums().numpy(),
+        TrainingShares(
+            labels=labels(world.train, token_statistics(world.model, world.train)), shares=shares, horizon_factor=3.0
+        ),
+        TokenDetail(shares=tokens, mask=world.train.completion_mask.numpy()),
+        EvaluationTerms(
+            labels=labels(world.evaluation, world.statistics),
+            contributions=contributions,
+            own_changes=derivatives.entropy_sums().numpy(),
+        ),
     )
     assert found.tokens.closure < 1e-9
     assert found.top_sequences[0] == victim
@@ -211,7 +229,9 @@ def attribution_of_tokens(lengths: list[int], texts: bool = True) -> Attribution
     tokens = np.where(mask, rng.normal(size=mask.shape), 0.0)
     words = [[f"$t{k}" for k in range(length)] for length in lengths] if texts else None
     where = some_labels(list(range(len(lengths))))
-    return attribute_step(where, tokens.sum(1), token_shares=tokens, completion_mask=mask, token_texts=words)
+    return attribute_step(
+        TrainingShares(labels=where, shares=tokens.sum(1)), TokenDetail(shares=tokens, mask=mask, texts=words)
+    )
 
 
 def test_the_figure_has_a_panel_a_sequence_and_a_bar_a_token():
@@ -236,5 +256,7 @@ def test_long_completions_show_the_stretch_that_matters():
 
 
 def test_figures_without_tokens():
-    assert "No data" in caption_of(plot_token_shares(attribute_step(some_labels([0]), np.ones(1))))
+    assert "No data" in caption_of(
+        plot_token_shares(attribute_step(TrainingShares(labels=some_labels([0]), shares=np.ones(1))))
+    )
     assert png_bytes(plot_token_shares(attribution_of_tokens([1], texts=False)))

@@ -15,6 +15,7 @@ from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_c
 from entropy_core.scores import token_statistics
 from entropy_experiments.analyses.attribution import extreme_sequences
 from entropy_experiments.analyses.intervention import (
+    Halves,
     SharePrediction,
     half_subsets,
     prove_by_intervention,
@@ -108,14 +109,16 @@ def test_a_linear_world_is_proven_exactly():
 def test_halving_prompts():
     measure, weights, prediction = linear_world()
     prompts = np.arange(12) // 2
-    found = prove_by_intervention(measure, weights, {"shares": prediction}, prompt_index=prompts, count=15, top=2)
+    found = prove_by_intervention(measure, weights, {"shares": prediction}, halves=Halves(15, prompts), top=2)
     assert found.by == "prompt" and found.scores["shares"].spearman == pytest.approx(1.0)
 
 
 def test_degenerate_worlds_are_stated():
     """No effect at all, and one-sided shares: nothing is NaN, and the sentence says what is missing."""
     weights = np.ones(8)
-    found = prove_by_intervention(lambda kept: 0.0, weights, {"shares": SharePrediction(np.zeros(8))}, count=20)
+    found = prove_by_intervention(
+        lambda kept: 0.0, weights, {"shares": SharePrediction(np.zeros(8))}, halves=Halves(20)
+    )
     assert found.removals.lowering is None and found.removals.raising is None
     assert "no rank correlation can be given: all predicted changes are equal" in intervention_finding(found)
     json.dumps(json_of(found), allow_nan=False)
@@ -324,5 +327,7 @@ def test_the_figure_draws_the_numbers():
 
 
 def test_figures_of_nothing():
-    still = prove_by_intervention(lambda kept: 0.0, np.ones(8), {"split": SharePrediction(np.zeros(8))}, count=20)
+    still = prove_by_intervention(
+        lambda kept: 0.0, np.ones(8), {"split": SharePrediction(np.zeros(8))}, halves=Halves(20)
+    )
     assert "all predicted changes are equal" in caption_of(plot_intervention(still))
