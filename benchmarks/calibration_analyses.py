@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
-from entropy_experiments.analyses.candidate_weights import costliest
+from entropy_experiments.analyses.candidate_weights import most_lowering
 from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
@@ -115,7 +115,7 @@ def weighting_tests(repeats: int) -> Rates:
                     true = [
                         -(weights[c] * (slope @ rows[c].T)).sum()
                         for half in (0, 1)
-                        for c in [costliest((kh * weights)[place % 2 == half].mean(0), 1)]
+                        for c in [most_lowering((kh * weights)[place % 2 == half].mean(0), 1)]
                     ]
                     _note(
                         held,

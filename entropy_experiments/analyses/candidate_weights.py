@@ -68,7 +68,7 @@ def _filters(arrays: KernelArrays, drop_top: tuple[int, ...]) -> LabelledWeights
         "negatives_only": ("negative weights only", np.where(own < 0, own, 0.0)),
     }
     for k in drop_top:
-        costly = costliest(arrays.shares, k)
+        costly = most_lowering(arrays.shares, k)
         few = f"only {counted(len(costly), 'sequence')} lowered entropy" if len(costly) < k else ""
         table[f"drop_top_{k}"] = (f"without the {k} of highest entropy cost", few or without(costly))
     covariance = mean_token_covariances(arrays.training, arrays.advantages)
@@ -88,7 +88,7 @@ def mean_token_covariances(labels: SequenceLabels, advantages: np.ndarray) -> np
     return (labels.score / labels.length - mean_logprob) * (advantages - mean_advantage)
 
 
-def costliest(shares: np.ndarray, k: int) -> np.ndarray:
+def most_lowering(shares: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k lowest shares, as far as they are below 0."""
     order = np.argsort(shares, kind="stable")[:k]
     return order[shares[order] < 0]

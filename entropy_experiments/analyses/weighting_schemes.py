@@ -34,7 +34,7 @@ import torch
 
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
-from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, costliest, labelled_weights
+from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, labelled_weights, most_lowering
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.weighting_results import (
     ChangesBesideRun,
@@ -312,7 +312,7 @@ def why_not_a_gain(entry: StudentEstimate) -> str:
 
 
 def _spared(arrays: KernelArrays, k: int) -> StudentEstimate:
-    """-sum dH_i of the k costliest sequences, chosen on one half of the evaluation prompts and judged on the other.
+    """-sum dH_i of the k sequences that lower entropy most, chosen on one half of the evaluation prompts and judged on the other.
 
     Judged where it was chosen, a choice is flattered: part of what made a share the lowest was noise. Mean of both ways
     round, under the kernel's P; standard error with the choice held.
@@ -324,7 +324,7 @@ def _spared(arrays: KernelArrays, k: int) -> StudentEstimate:
     shares = arrays.step_factor * arrays.entropy_fisher * arrays.weights  # (n_eval, n_train)
     values, errors = [], []
     for half in (0, 1):
-        chosen = costliest(shares[place % 2 == half].mean(0), k)
+        chosen = most_lowering(shares[place % 2 == half].mean(0), k)
         judged = place % 2 != half
         spared = -shares[np.ix_(judged, chosen)].sum(1)
         values.append(spared.mean())

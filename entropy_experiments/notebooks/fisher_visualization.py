@@ -76,7 +76,7 @@ def _(mo):
     mo.vstack(
         [
             mo.md(
-                "## Sequences\nCostliest first. Sort and search the table, then choose a row to read the sequence "
+                "## Sequences\nMost lowering first. Sort and search the table, then choose a row to read the sequence "
                 "token by token."
             ),
             buffer,

@@ -91,7 +91,7 @@ class WeightingRow(Record):
     actual: dict[Normalisation, MeasuredChange] | None = None
     """What real steps did; absent where none was taken."""
     spared: StudentEstimate | None = None
-    """Of drop_top_k: entropy spared by leaving the k costliest out, judged on other prompts than they were chosen on."""
+    """Of drop_top_k: entropy spared without the k most lowering sequences, judged on other prompts than they were chosen on."""
 
 
 class WeightingResult(Result):

@@ -222,7 +222,7 @@ def test_sign_filters_split_the_run(world: World, table: WeightingResult) -> Non
     assert sum(parts) == pytest.approx(world.arrays.shares.sum(), rel=1e-12)
 
 
-def test_drop_top_leaves_out_the_costliest(world: World, table: WeightingResult) -> None:
+def test_drop_top_leaves_out_what_lowers_entropy_most(world: World, table: WeightingResult) -> None:
     shares, own = world.arrays.shares, world.arrays.weights
     lowest = sorted(range(len(shares)), key=lambda i: shares[i])[:3]
     dropped = np.array(table.weights["drop_top_3"])

@@ -134,10 +134,10 @@ def test_orders_are_ascending_and_of_the_chosen_prompt(results, monkeypatch):
 def test_sequences_of_a_prompt_and_their_parts(results):
     records = notebook_views.sequence_records(results, "training", 2)
     own = [row for row in results.training if row["prompt_index"] == 2]
-    costliest = sorted(own, key=lambda row: row["delta_h"])
-    assert [record["sequence"] for record in records] == [row["row"] for row in costliest]
+    most_lowering = sorted(own, key=lambda row: row["delta_h"])
+    assert [record["sequence"] for record in records] == [row["row"] for row in most_lowering]
     part = records[0]["part of Δh, 10⁻³ nats per token"]
-    assert part == pytest.approx(1e3 * costliest[0]["delta_h"], abs=1e-4)
+    assert part == pytest.approx(1e3 * most_lowering[0]["delta_h"], abs=1e-4)
     lost = {
         r["sequence"]: r["part of Δh, 10⁻³ nats per token"]
         for r in notebook_views.sequence_records(results, "evaluation")
