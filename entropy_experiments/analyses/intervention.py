@@ -248,8 +248,7 @@ def prove_by_intervention(
         measure, clip: `change` and `clip` of entropy_experiments.step.real_steps.StepMeasurement, or their like.
         weights: (n_train,) of the loss. Sequences of weight 0 are in no subset.
         predictions: name -> prediction, the first of them the headline, whose shares choose what is removed.
-        halves: how subsets are chosen.
-        top: how many extreme sequences are removed.
+        halves, top: how subsets are chosen, and how many extreme sequences are removed.
 
     Returns:
         The record that summary.json holds.

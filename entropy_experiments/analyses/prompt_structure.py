@@ -92,9 +92,8 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
     gram = checked_gram(kernels.train_fisher)
     check_finite(np.asarray(kernels.fisher), "fisher")
     check_finite(np.asarray(kernels.train_entropy_fisher), "train_entropy_fisher")
-    distinct = distinct_sequences(kernels.training, gram)
-    prompts = distinct.prompts
-    correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), distinct)
+    training, distinct = kernels.training, distinct_sequences(kernels.training, gram)
+    correct = agreeing(correctness(training.reward, training.prompt_index), distinct)
     cosine, kept = cosine_kernel(gram)
     among_kept = distinct.among(kept)
     rng = np.random.default_rng(seed)  # the tests draw from it one after the other, in this order
@@ -105,9 +104,9 @@ def prompt_structure(kernels: KernelArrays, *, permutations: int = 1999, seed: i
         _within_group(cosine, among_kept, correct[kept], permutations, rng),
     ]
     return PromptStructureResult(
-        n_train=len(prompts),
-        n_prompts=len(np.unique(prompts)),
-        without_gradient=len(prompts) - len(kept),
+        n_train=len(gram),
+        n_prompts=len(np.unique(distinct.prompts)),
+        without_gradient=len(gram) - len(kept),
         duplicates=distinct.counts(),
         permutations=permutations,
         seed=seed,

@@ -110,8 +110,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
             "a model that checkpoint.sharding cuts over processes is planned on paper: add --devices N, or leave it out"
         )
     check_trust(checkpoint_path, config, trust)
-    begun = time.perf_counter()
-    settings = config.entropy_analysis
+    begun, settings = time.perf_counter(), config.entropy_analysis
     checkpoint = load_as_configured(checkpoint_path, config)
     loading = time.perf_counter() - begun
     sampling_plan = plan_sampling(checkpoint, config, trust)

@@ -28,7 +28,7 @@ def plot_higher_order(result: HigherOrderResult) -> Figure:
     points = result.points
     if not points:
         return style.no_data_figure(_TITLE, "no change was measured along the step.")
-    first, second = result.first_order.value, result.second_order.value
+    second = result.second_order.value
     scales, changes = (np.array([getattr(point, name) for point in points]) for name in ("scale", "change"))
     freedom = result.first_order.degrees_of_freedom
     reach = t_quantile(math.inf if freedom is None else freedom)
@@ -36,7 +36,7 @@ def plot_higher_order(result: HigherOrderResult) -> Figure:
     used = np.array([point.used for point in points])
     figure = style.new_figure(8.6, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
-    _curve(left, scales, changes, errors, used, first, second, result.equal_at.value)
+    _curve(left, scales, changes, errors, used, result)
     _even_part(right, scales, changes, used, second, result.fourth)
     return style.finish(figure, _TITLE, _caption(result, errors))
 
@@ -47,10 +47,9 @@ def _curve(
     changes: np.ndarray,
     errors: np.ndarray,
     used: np.ndarray,
-    first: float | None,
-    second: float | None,
-    equal_at: float | None,
+    result: HigherOrderResult,
 ) -> None:
+    first, second, equal_at = result.first_order.value, result.second_order.value, result.equal_at.value
     style.zero_line(axes)
     axes.axvline(0.0, color="#444444", linewidth=0.9)
     s = np.linspace(scales.min(), scales.max(), 201)
