@@ -85,7 +85,7 @@ def load_checkpoint(
 
 
 def load_as_configured(path: str | Path, config: FisherAnalysisConfig, device: str | None = None) -> Checkpoint:
-    """The checkpoint as an analysis wants it. device: in place of the configuration's. Raises UserError as `load_checkpoint` does."""
+    """The checkpoint as an analysis wants it. device: in place of the configured one. Raises UserError as `load_checkpoint`."""
     settings = config.checkpoint
     placed = None
     if settings.device_map is not None:
