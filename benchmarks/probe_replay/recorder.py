@@ -291,7 +291,6 @@ class Recorder(TrainerCallback):
                     self._sampling_config,
                     7919 + step,
                     "",
-                    len(rows),
                 )
             self._held = drawn.to_batch(self._sampling_config)
             self._held_statistics = self._of_held_out(self._held)

@@ -78,21 +78,19 @@ def factor_sizes(
     own = {id(p): p for name, p in model.named_parameters() if name in set(names)}
     head, sizes = output_layer(model), FactorSizes(0, 0, 0, 0, 0, lengths)
     seen: list[Tensor] = []  # held, so that no address is another tensor's
-    parts = dict.fromkeys(("inputs", "cotangents", "head_inputs", "head_cotangents", "plain"), 0)
+    parts = dict.fromkeys(("inputs", "cotangents", "head_inputs", "head_cotangents"), 0)
+    factored: set[int] = set()
 
     def count(module: nn.Module, args: tuple, output: Any) -> None:
-        chosen = [p for p in module._parameters.values() if p is not None and id(p) in own]
         linear, embedding = type(module).forward is nn.Linear.forward, type(module).forward is nn.Embedding.forward
-        if not (linear or embedding):
-            parts["plain"] += sum(p.numel() for p in chosen)
+        if not (linear or embedding) or id(module.weight) not in own:
             return
+        factored.add(id(module.weight))
         prefix = "head_" if module is head else ""
-        if any(p is module.weight for p in chosen):
-            parts[f"{prefix}cotangents"] += output.shape[-1]
-            if linear and not any(args[0] is tensor for tensor in seen):
-                seen.append(args[0])
-                parts[f"{prefix}inputs"] += args[0].shape[-1]
-        parts["plain"] += sum(p.numel() for p in chosen if p is not module.weight)
+        parts[f"{prefix}cotangents"] += output.shape[-1]
+        if linear and not any(args[0] is tensor for tensor in seen):
+            seen.append(args[0])
+            parts[f"{prefix}inputs"] += args[0].shape[-1]
 
     owners = [m for m in model.modules() if any(id(p) in own for p in m._parameters.values() if p is not None)]
     handles = [m.register_forward_hook(count) for m in owners]
@@ -102,9 +100,12 @@ def factor_sizes(
     finally:
         for handle in handles:
             handle.remove()
-    return replace(sizes, **parts)
+    plain = sum(p.numel() for at, p in own.items() if at not in factored)  # those that no module's call uses as well
+    return replace(sizes, **parts, plain=plain)
 
 
 def _short_pass(model: nn.Module) -> Callable[[], Any]:
-    tokens = SequenceBatch.from_sequences([[0]], [[0, 0]], [0], 0).to(input_device(model))
-    return lambda: call_model(model, length_buckets(tokens)[0])
+    bucket, device = length_buckets(SequenceBatch.from_sequences([[0]], [[0, 0]], [0], 0))[0], input_device(model)
+    mask = None if bucket.attention_mask is None else bucket.attention_mask.to(device)
+    bucket = replace(bucket, input_ids=bucket.input_ids.to(device), attention_mask=mask)
+    return lambda: call_model(model, bucket)

@@ -67,8 +67,7 @@ def test_a_configuration(kind: str, data: st.DataObject) -> None:
 tokens = st.lists(st.integers(0, 10**6), min_size=1, max_size=5).map(tuple)
 numbers = st.floats(-1e4, 1e4)
 sequences = st.builds(
-    RolloutSequence, prompt_ids=tokens, completion_ids=tokens, advantage=numbers | st.just(math.nan),
-    weight=numbers | st.just(math.nan),
+    RolloutSequence, prompt_ids=tokens, completion_ids=tokens, advantage=numbers, weight=numbers,
     drawn_score=st.none() | st.floats(-1e4, 0), draw_probability=st.floats(1e-6, 1),
     prompt_index=st.integers(0, 10**6),
     prompt=st.text(max_size=9), completion=st.text(max_size=9), reward=st.none() | numbers,

@@ -42,6 +42,7 @@ MEANINGFUL: dict[str, tuple[str, ...]] = {
     "rollouts_sha256": _NOT_RECORDED,
     "witness": _NOT_RECORDED,
     "gradient_premise": _NOT_RECORDED,
+    "entropy_controller": (*_NOT_RECORDED, *_TEXT, "''"),
     "format": ("1",),
     "rank_count": ("1",),
     "pass_rates": (),
