@@ -77,7 +77,7 @@ class EntropyProbeConfig(StrictModel):
     memory_limit: ByteSize | None = None
     """What gradients, parts and copies of weights may take beside activations, e.g. 2GB; beyond it the setting is refused."""
     standard_error_folds: NonNegativeInt | None = None
-    """Parts of the prompts whose spread is the error; 0, 1: none. Null: each prompt under `watch`, else 4 (2 beyond 50M weights)."""
+    """Parts of the prompts whose spread is the error; 0, 1: none. Null: each prompt in `watch`, else 4 (2 beyond 50M)."""
     per_completion: bool = False
     """Log predicted changes in nats per completion as well, for one more backward pass."""
     predictors: bool = False
