@@ -84,7 +84,9 @@ def assert_same_results(found: Path, expected: Path, tolerance: float) -> None:
     for name, value in one.items():
         rounded = name.endswith(("degrees_of_freedom", "p_value", "closure")) or "/tokens/" in name
         if isinstance(value, float) and not rounded:
-            if two[name] is None or abs(two[name] - value) > tolerance * max(abs(value), abs(two[name])) + 1e-8:
+            # differences of two nearly equal numbers, and the ends of their intervals, have the rounding of these
+            least = 1e-6 if "/agreement/" in name or "/comparisons/" in name else 1e-8
+            if two[name] is None or abs(two[name] - value) > tolerance * max(abs(value), abs(two[name])) + least:
                 off[name] = (value, two[name])
         elif not isinstance(value, float) and two[name] is not None:
             assert two[name] == value, name
