@@ -29,9 +29,8 @@ _ASKS_MORE = re.compile(r"\b(A?GPL|LGPL|MPL|EPL|CDDL|GNU|Mozilla)", re.IGNORECAS
 def pinned() -> list[tuple[str, str]]:
     """(name, version) of every line of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [
-        tuple(line.split(";")[0].strip().split("==")) for line in lines if "==" in line and not line.startswith("#")
-    ]  # type: ignore[misc]
+    pins = (line.split(";")[0].strip().partition("==") for line in lines if not line.startswith("#"))
+    return [(name, version) for name, equal, version in pins if equal]
 
 
 def licence_of(found: Distribution) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-import wandb_workspaces.reports.v2 as wr  # type: ignore[import-not-found]
-import wandb_workspaces.workspaces as ws  # type: ignore[import-not-found]
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
 
 from rl_training.integrations.dashboards import CHARTS
 

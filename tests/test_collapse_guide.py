@@ -17,7 +17,7 @@ COMMANDS = re.findall(r"^    entropy-experiments (.+)$", GUIDE, re.MULTILINE)
 
 
 def test_its_commands_are_commands():
-    known = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert [shlex.split(line)[0] for line in COMMANDS] == ["audit", "analyze", "ledger", "price", "sweep"]
     assert {shlex.split(line)[0] for line in COMMANDS} <= known and "compare" in known
 

@@ -36,7 +36,7 @@ CONFIGURATIONS = {
     "price": FisherAnalysisConfig,
     "sweep": SweepConfig,
 }
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(app).commands
 
 
 def of(*languages: str) -> list[Block]:

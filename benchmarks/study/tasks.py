@@ -1,7 +1,6 @@
-"""The study's two tasks, with the small policies that learn them from worked answers before reinforcement learning begins.
+"""The study's task, with the small policy that learns it from worked answers before reinforcement learning begins.
 
 sums     13+8-2|      the policy of benchmarks/probe_replay: three numbers, answered in one of three styles, some 10 tokens
-chains   13+8-2+9-5|  five numbers, every partial sum written out, some 30 tokens
 """
 
 from __future__ import annotations

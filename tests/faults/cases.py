@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rl_training.errors import UserError
+from tests.time_limit import OverTime, limited
 
 REFUSED = "refused"
 EITHER = "either"
@@ -48,24 +48,6 @@ class Outcome:
     seconds: float
 
 
-class _Hangs(BaseException):
-    pass
-
-
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def over(*_: Any) -> None:
-        raise _Hangs
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def run_case(case: Case) -> Outcome:
     """Run it in this process."""
     started, said = time.perf_counter(), ""
@@ -73,14 +55,14 @@ def run_case(case: Case) -> Outcome:
         warnings.simplefilter("ignore")
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
             try:
-                with _limited():
+                with limited(_SECONDS):
                     case.act(Path(folder))
                 trouble = "" if case.must == EITHER else "was taken without a word"
             except UserError as error:
                 said = str(error)
                 trouble = "" if re.search(case.line, said) else f"the line does not match {case.line!r}"
                 trouble = trouble or ("more than one line" if "\n" in said.strip() else "")
-            except _Hangs:
+            except OverTime:
                 trouble = f"no end after {_SECONDS} s"
             except BaseException as error:  # noqa: B036 - whatever it is, it is a finding
                 said = f"{type(error).__name__}: {error}"

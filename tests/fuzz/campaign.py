@@ -8,20 +8,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Flaky
 
 from tests.fuzz.targets import Target
+from tests.time_limit import OverTime, limited
 
 FOUND = Path(__file__).parent / "found"
 _SECONDS = 120
@@ -45,37 +43,19 @@ class Finding(AssertionError):
         self.mark = mark
 
 
-class _Hangs(BaseException):
-    pass
-
-
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def over(*_: Any) -> None:
-        raise _Hangs
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(_SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def read(target: Target, content: bytes) -> bool:
     """Whether the file was read (else it was refused). Raises Finding."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), open(os.devnull, "w") as null:
         warnings.simplefilter("ignore")
         with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
             try:
-                with _limited():
+                with limited(_SECONDS):
                     target.read(content, Path(folder))
             except target.refusals as error:
                 if "\n" in str(error).strip():
                     raise Finding("several lines", str(error)[:200]) from error
                 return False
-            except _Hangs as error:
+            except OverTime as error:
                 raise Finding("no end", f"after {_SECONDS} s") from error
             except BaseException as error:  # noqa: B036 - whatever it is, it is a finding
                 place = next(

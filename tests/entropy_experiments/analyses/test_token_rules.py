@@ -64,4 +64,4 @@ def test_weights_of_one_sign_are_scaled_as_named():
         ("negatives_0.5", torch.where(w < 0, 0.5 * w, w)),
         ("truncated", torch.where(tokens.truncated, 0.5 * w, w)),
     ):
-        assert torch.equal(found[name].objective, wanted), name  # type: ignore[arg-type]
+        assert torch.equal(found[name].objective, wanted), name

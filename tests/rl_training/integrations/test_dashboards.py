@@ -33,7 +33,7 @@ def test_charts_are_of_metrics_that_the_guide_documents() -> None:
 def test_tensorboard_reads_the_layout_beside_the_metrics(tmp_path: Path) -> None:
     logger = TensorBoardCallback(SummaryWriter(log_dir=str(tmp_path)))
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[object(), logger]))
-    TensorBoardLayout(trainer).on_train_begin(None, None, None)  # type: ignore[arg-type]
+    TensorBoardLayout(trainer).on_train_begin(None, None, None)
     logger.tb_writer.add_scalar("train/entropy_probe/predicted", -0.1, 1)
     logger.tb_writer.close()
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
@@ -49,4 +49,4 @@ def test_tensorboard_reads_the_layout_beside_the_metrics(tmp_path: Path) -> None
 
 def test_a_trainer_without_tensorboard_is_left_alone() -> None:
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[TensorBoardCallback()]))
-    TensorBoardLayout(trainer).on_train_begin(None, None, None)  # type: ignore[arg-type]
+    TensorBoardLayout(trainer).on_train_begin(None, None, None)

@@ -40,8 +40,8 @@ def write() -> None:
     me = SimpleNamespace(num_processes=dist.get_world_size(), process_index=dist.get_rank(), is_fsdp2=False)
     me.is_main_process = me.process_index == 0
     plugin: Any = FullyShardedDataParallelPlugin(fsdp_version=1, state_dict_type="SHARDED_STATE_DICT")
-    save_fsdp_model(plugin, me, model, str(root / "checkpoint-4"), adapter_only=True)  # type: ignore[arg-type]
-    save_fsdp_optimizer(plugin, me, optimizer, model, str(root / "checkpoint-4"))  # type: ignore[arg-type]
+    save_fsdp_model(plugin, me, model, str(root / "checkpoint-4"), adapter_only=True)
+    save_fsdp_optimizer(plugin, me, optimizer, model, str(root / "checkpoint-4"))
 
 
 @pytest.mark.long
