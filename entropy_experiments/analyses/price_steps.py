@@ -4,7 +4,7 @@
 
 One forward pass over the training sequences serves all objectives that are no weights of sequences, and one pass over the
 evaluation sequences all steps, as many as memory holds. The bonus that holds entropy is the coefficient c of
-<grad h, dtheta'(c)> = 0, by halving intervals: its gradient is linear in c, its step is not.
+<grad h, dtheta'(c)> = 0 (entropy_core.bonus): its gradient is linear in c, its step is not.
 Source: docs/analyses/prices.md; steps: step/what_if.py.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_core.bonus import solve_bonus
 from entropy_core.cut_weights import total_of
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
@@ -35,7 +36,7 @@ from entropy_experiments.step.what_if import StepMaker
 
 _STEPS_HELD = 2**30  # bytes of steps beside each other; of gradients as many again
 _LARGEST_BONUS = 100.0
-_HALVINGS = 24
+_USUAL_BONUS = 0.1
 # Adam divides small gradients by small moments: rounding of float32 gradients grows to this in entries that hardly move.
 _SAME_STEP = 1e-2
 
@@ -100,17 +101,10 @@ class _Gradients:
             delta = self._inputs.steps.delta(self.plus(term, coefficient))
             return dot(self._inputs.gradient_of_h, delta)
 
-        if change(0.0) >= 0:
+        found = solve_bonus(change, 0.0, 0.0, _LARGEST_BONUS, _USUAL_BONUS)
+        if found.without >= 0:
             return "the step as trained does not lower entropy"
-        low, high = 0.0, 1e-4
-        while change(high) < 0 and high < _LARGEST_BONUS:
-            low, high = high, 4 * high
-        if change(high) < 0:
-            return f"no coefficient up to {_LARGEST_BONUS:g} does"
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if change(middle) < 0 else (low, middle)
-        return high
+        return f"no coefficient up to {_LARGEST_BONUS:g} was found that does" if found.saturated else found.coefficient
 
 
 def _term(objective: Objective | None) -> TokenCoefficients | None:

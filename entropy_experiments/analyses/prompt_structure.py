@@ -21,7 +21,7 @@ f the step factor, n sequences of B prompts. Source: docs/analyses/prompt-struct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ _CORRECTNESS = {"correct": 1, "wrong": -1, "neither": 0}
 CORRECTNESS_RULE = (
     "correct: reward above the mean reward of the sequence's prompt; wrong: below it; neither: equal to it, or unscored"
 )
+_BLOCK = 2_000_000
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -270,18 +271,24 @@ def _train_blocks(
     if same.all():
         return TrainingPairs(**blocks, test=_no_test("one prompt only: there are no cross-prompt pairs"))
     inside, outside = int(weights[same].sum()), int(weights[~same].sum())
-    copies, squares = distinct.copies.astype(np.float64), np.diag(small).copy()
+    copies, squares = distinct.copies.astype(np.float64), np.diag(small)
     first, second, pair_weights = first[same], second[same], weights[same].astype(np.float64)
-    null = np.empty(permutations)
-    for k in range(permutations):
-        order = rng.permutation(len(prompts))
-        moved = np.empty_like(copies)
-        moved[order] = copies  # the weight that each gradient has at its new place
-        total = (moved @ small @ moved - np.square(moved) @ squares) / 2
-        together = pair_weights @ small[order[first], order[second]]
-        null[k] = together / inside - (total - together) / outside
+    null = []
+    for orders in _orders(lambda: rng.permutation(len(prompts)), permutations, len(first)):
+        moved = np.empty(orders.shape)
+        np.put_along_axis(moved, orders, copies[None], 1)  # the weight that each gradient has at its new place
+        total = ((moved @ small * moved).sum(1) - np.square(moved) @ squares) / 2
+        together = small[orders[:, first], orders[:, second]] @ pair_weights
+        null.append(together / inside - (total - together) / outside)
     observed = float(weights[same] @ values[same] / inside - weights[~same] @ values[~same] / outside)
-    return TrainingPairs(**blocks, test=permutation_test(observed, null, np.abs(values).max()))
+    return TrainingPairs(**blocks, test=permutation_test(observed, np.concatenate(null), np.abs(values).max()))
+
+
+def _orders(draw: Callable[[], np.ndarray], permutations: int, width: int) -> Iterator[np.ndarray]:
+    """(R, n) orders in blocks, R times `width` bounded. One at a time, products as small as these wait for their threads."""
+    size = max(1, _BLOCK // max(1, width))
+    for start in range(0, permutations, size):
+        yield np.stack([draw() for _ in range(min(size, permutations - start))])
 
 
 def _buffer_blocks(kernels: KernelArrays, gram: np.ndarray, permutations: int, rng: np.random.Generator) -> BufferPairs:
@@ -341,10 +348,8 @@ def _within_group(
     # The regression of K on "alike" with an intercept for every prompt, weighted by pairs.
     coefficients = weights * ((total != 0) - (alike / number)[group]) / scale
     shuffle, places = shuffling_within(prompts, rng), np.arange(len(prompts))
-    null = np.empty(permutations)
-    for k in range(permutations):
-        order = shuffle(places)
-        null[k] = coefficients @ small[order[first], order[second]]
+    orders = _orders(lambda: shuffle(places), permutations, len(first))
+    null = np.concatenate([small[some[:, first], some[:, second]] @ coefficients for some in orders])
     observed = float(coefficients @ values)
     return CorrectnessPairs(**blocks, test=permutation_test(observed, null, np.abs(values).max()))
 

@@ -297,7 +297,7 @@ def test_the_solved_bonus_holds_entropy():
 
 
 def test_a_bonus_that_clipping_stops_is_not_solved():
-    assert "no coefficient up to 100 does" in (row("entropy_bonus_that_holds").reason or "")
+    assert "no coefficient up to 100 was found that does" in (row("entropy_bonus_that_holds").reason or "")
 
 
 def test_small_real_steps_do_what_is_predicted():
