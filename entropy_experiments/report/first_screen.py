@@ -9,7 +9,7 @@ from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.interactive.page import PageFigure
-from entropy_experiments.report.price_finding import next_step_sentence
+from entropy_experiments.report.price_finding import NEXT, next_step_sentence
 from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.numbers import counted, plain, signed
 
@@ -58,7 +58,8 @@ def next_steps(results: ResultsFolder) -> list[NextStep]:
     if prices is not None:
         sentence = next_step_sentence(prices)
         if sentence is not None:
-            steps.append(NextStep(sentence.text, "section-prices", "summary.json: analyses.prices"))
+            text = sentence.text.removeprefix(NEXT)  # the heading above it says so
+            steps.append(NextStep(text[0].upper() + text[1:], "section-prices", "summary.json: analyses.prices"))
     return steps
 
 

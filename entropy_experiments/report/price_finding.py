@@ -6,6 +6,7 @@ from entropy_experiments.records.price_results import PriceRow, PricesResult
 from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence
 from entropy_experiments.text.numbers import counted
 
+NEXT = "What to do next: "
 _NAMED = 4
 _AS_TRAINED = "The step as trained is predicted to change entropy by"
 
@@ -53,12 +54,12 @@ def next_step_sentence(result: PricesResult) -> Sentence | None:
     if result.reward_note is not None:
         kept = _most(result)
         most = "no intervention is predicted to help" if kept is None else f"{kept.label} is predicted to keep most"
-        return Sentence(f"What to do next: to keep entropy, {most}; what it costs in reward {UNTOLD}.")
+        return Sentence(f"{NEXT}to keep entropy, {most}; what it costs in reward {UNTOLD}.")
     if not result.alike:
-        return Sentence(f"What to do next: no intervention of the price list is predicted to keep {share}.")
+        return Sentence(f"{NEXT}no intervention of the price list is predicted to keep {share}.")
     best, *others = (rows[name] for name in result.alike)
     assert best.reward_per_nat is not None
-    text = f"What to do next: to keep {share}, {best.label} costs least reward here"
+    text = f"{NEXT}to keep {share}, {best.label} costs least reward here"
     text += f" ({best.reward_per_nat.shown()} for a nat kept)"
     if others:
         named = [row.label for row in others[:_NAMED]]
