@@ -24,7 +24,7 @@ class EntropyControllerConfig(StrictModel):
     """`reward_gated`: the running mean of the training reward (kept by 0.9 a step) from which on the target moves."""
     band: NonNegativeFloat = 0.005
     """Nats per token: while entropy is planned to stay this near to the target nothing is added, and training is what it was."""
-    horizon: PositiveInt = 8
+    horizon: PositiveInt = 16
     """Steps within which the target is to be reached; 1 asks the very next step for all of it."""
     alpha_min: float = Field(default=0.0, le=0.0)
     """Lowest coefficient of the bonus; below 0 entropy may be pressed down to the target as well."""
@@ -41,9 +41,9 @@ class EntropyControllerConfig(StrictModel):
     level_gain: float = Field(default=0.2, gt=0.0, le=1.0)
     """Part of the difference between the entropy seen and the one expected that the level takes over at each step."""
     bias_gain: float = Field(default=0.02, ge=0.0, le=1.0)
-    """Part of it that goes into the running bias of the predictions: the integral term."""
+    """Part of it that goes into the running bias of the predictions."""
     bias_limit: NonNegativeFloat = 0.01
-    """Nats per token and step that this bias may reach."""
+    """Nats per token and step that this bias, and the correction of plans for what they miss, may reach."""
     start_after: NonNegativeInt = 4
     """Steps of the optimizer before the first that is changed: P, and so every response, is noise in the first ones."""
 

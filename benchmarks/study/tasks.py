@@ -1,6 +1,7 @@
-"""The study's task, with the small policy that learns it from worked answers before reinforcement learning begins.
+"""The study's tasks, each with the small policy that learns it from worked answers before reinforcement learning begins.
 
-sums     13+8-2|      the policy of benchmarks/probe_replay: three numbers, answered in one of three styles, some 10 tokens
+sums     13+8-2|       the policy of benchmarks/probe_replay: three numbers, answered in one of three styles, some 15 tokens
+chains   13+8-2+4-9|   five numbers, every partial sum shown, some 25 tokens
 """
 
 from __future__ import annotations
@@ -57,4 +58,8 @@ def _sums(folder: Path) -> Path:
     return small_policy.make_policy(folder)
 
 
-TASKS = {"sums": Task("sums", 24, 0.40, _sums)}
+def _chains(folder: Path) -> Path:
+    return small_policy.make_policy(folder, terms_each=5)
+
+
+TASKS = {"sums": Task("sums", 24, 0.40, _sums), "chains": Task("chains", 48, 0.30, _chains)}

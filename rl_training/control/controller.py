@@ -1,10 +1,10 @@
 """One step of holding entropy: look, plan, and add to the loss gradient what brings entropy to the target.
 
-    -alpha grad H_bonus ,    alpha solves   h + N b + dh_N(alpha) + f_N = tau_{t+N}          (entropy_core.bonus)
+    -alpha grad H_bonus ,    alpha solves   h + z + dh_N(alpha) + f_N = tau_{t+N}          (entropy_core.bonus)
 
 H_bonus is the mean entropy of the step's own tokens, the bonus of TRL's entropy_coef; dh_N rests on the gradient of h on held-out
-sequences, which know nothing of the step (docs/decisions/0013). h is the filtered level, b the bias of predictions
-(rl_training.control.level), tau the target. dh_N takes this step's loss gradient for those to come; f_N puts in its place what
+sequences, which know nothing of the step (docs/decisions/0013). h is the filtered level (rl_training.control.level), tau the
+target, z what plans get wrong step after step (rl_training.control.missed). dh_N takes this step's loss gradient for those to come; f_N puts in its place what
 gradients did of late, since a single one is mostly noise. Inside the band alpha is 0 and no gradient is touched.
 
     controller.begin_step()
@@ -35,6 +35,7 @@ from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from entropy_core.token_ratios import change_coefficients
 from rl_training.control.level import EntropyLevel
+from rl_training.control.missed import MissedDistance
 from rl_training.control.target import TargetPath
 from rl_training.controller_config import EntropyControllerConfig
 from rl_training.probe.observation import Observation
@@ -94,6 +95,7 @@ class EntropyController:
         self._prefixes, self._passes = PrefixSharing(model, Processes()), PassState(model, true_derivatives=True)
         self.level = EntropyLevel(config.level_gain, config.bias_gain, config.bias_limit)
         self.target = TargetPath(config)
+        self.missed = MissedDistance(config.horizon, config.horizon * config.bias_limit)
         self._last_alpha = 0.0
         self._usual: float | None = None
         self._own = math.nan
@@ -133,7 +135,8 @@ class EntropyController:
         grads = {name: None if p.grad is None else p.grad.detach() for name, p in parameters.items()}
         response = BonusResponse(states, parameters, grads, self._bonus, coming.max_norm)
         solution = self._solve(response, gradient, level, coming)
-        alpha = solution.coefficient
+        alpha, missed = solution.coefficient, self.missed.value
+        self._sum_up(level, solution, coming)
         without = response.along(gradient, 0.0)
         predicted = without if alpha == 0.0 else response.along(gradient, alpha)
         reward = self._reward(response, grads, alpha, coming.reward_scale)
@@ -150,7 +153,7 @@ class EntropyController:
             level=level,
             bias=self.level.bias,
             target=self.target.at(coming.step + 1, coming.last),
-            planned=level + self._config.horizon * self.level.bias + solution.change,
+            planned=level + missed + solution.change,
             without=without,
             predicted=predicted,
             saturated=solution.saturated,
@@ -178,7 +181,7 @@ class EntropyController:
         self, response: BonusResponse, gradient: dict[str, Tensor], level: float, coming: StepToCome
     ) -> BonusSolution:
         config, steps = self._config, self._config.horizon
-        goal = self.target.at(coming.step + steps, coming.last) - level - steps * self.level.bias
+        goal = self.target.at(coming.step + steps, coming.last) - level - self.missed.value
         reach = steps * config.max_change
         later = self._of_later_gradients(response, gradient, steps)
         without = response.along(gradient, 0.0, steps) + later
@@ -195,6 +198,13 @@ class EntropyController:
         if found.coefficient * (found.change - without) < 0:
             return BonusSolution(0.0, without, without, True)
         return found
+
+    def _sum_up(self, level: float, solution: BonusSolution, coming: StepToCome) -> None:
+        config = self._config
+        goal = self.target.at(coming.step + config.horizon, coming.last) - level - self.missed.value
+        free = coming.step >= config.start_after and not solution.saturated
+        near = abs(goal) < config.horizon * config.max_change
+        self.missed.sum_up(level - self.target.at(coming.step, coming.last), free and near)
 
     def _of_later_gradients(self, response: BonusResponse, gradient: dict[str, Tensor], steps: int) -> float:
         """f_N: what the loss gradients of the steps to come are expected to do beyond what this one would do in their place."""
@@ -224,7 +234,7 @@ class EntropyController:
     # ------------------------------------------------------------------ for a trainer's state
     def state(self) -> dict[str, Any]:
         """Numbers, for `load`: a run that goes on from them takes the same steps."""
-        numbers = {"last_alpha": self._last_alpha, "usual": self._usual}
+        numbers = {"last_alpha": self._last_alpha, "usual": self._usual, "missed": self.missed.value}
         return {"level": self.level.state(), "target": self.target.state(), **numbers}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -234,11 +244,12 @@ class EntropyController:
             ValueError: what is not such a state.
         """
         try:
-            numbers = [*state["level"].values(), *state["target"].values(), state["last_alpha"], state["usual"]]
+            numbers = [*state["level"].values(), *state["target"].values(), state["last_alpha"], state["usual"], state["missed"]]
             if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in numbers):
                 raise ValueError("a number is missing or not finite")
             self.level.load(state["level"])
             self.target.load(state["target"])
             self._last_alpha, self._usual = float(state["last_alpha"]), state["usual"]
+            self.missed.value = float(state["missed"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is incomplete ({error!r})") from error

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from rl_training.control.level import EntropyLevel
+from rl_training.control.missed import MissedDistance
 from rl_training.control.target import TargetPath
 from rl_training.controller_config import EntropyControllerConfig
 
@@ -107,3 +108,31 @@ def test_states_go_on() -> None:
     path.note_reward(0, 0.5)
     again.load(path.state())
     assert again.state() == path.state()
+
+
+@pytest.mark.parametrize("horizon", [4, 16])
+def test_what_plans_get_wrong_at_every_step_is_made_good(horizon: int) -> None:
+    """The loop as planned: 1/N of the distance at a step, and a drift that no plan sees."""
+    target, drift = 0.4, -0.002
+    ends = {}
+    for counts in (False, True):
+        missed, entropy, lowest = MissedDistance(horizon, limit=1.0), 0.5, 1.0
+        for _ in range(40 * horizon):
+            planned = (target - entropy - missed.value) / horizon
+            missed.sum_up(entropy - target, counts)
+            entropy += planned + drift
+            lowest = min(lowest, entropy)
+        ends[counts] = entropy
+    assert ends[False] == pytest.approx(target + horizon * drift, rel=1e-6)
+    assert ends[True] == pytest.approx(target, abs=1e-6)
+    assert lowest > target - 1.1 * 0.1 * math.exp(-2) - horizon * abs(drift), "more than a critically damped loop overshoots"
+
+
+def test_a_plan_that_was_cut_and_a_level_that_is_not_finite_are_not_summed_up() -> None:
+    missed = MissedDistance(8, limit=0.08)
+    missed.sum_up(1.0, counts=False)
+    missed.sum_up(math.nan, counts=True)
+    assert missed.value == 0.0
+    for _ in range(100):
+        missed.sum_up(-1.0, counts=True)
+    assert missed.value == -0.08
