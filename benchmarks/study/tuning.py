@@ -7,7 +7,7 @@ import json
 from benchmarks.study.runs import run
 from benchmarks.study.summary import distance
 
-GRID, SEED, STEPS = (0.01, 0.02, 0.03, 0.05, 0.08), 100, 300
+GRID, SEED, STEPS = (0.01, 0.02, 0.025, 0.03, 0.05), 100, 300
 
 
 def tune(task: str) -> float:
