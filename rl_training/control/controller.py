@@ -244,7 +244,13 @@ class EntropyController:
             ValueError: what is not such a state.
         """
         try:
-            numbers = [*state["level"].values(), *state["target"].values(), state["last_alpha"], state["usual"], state["missed"]]
+            numbers = [
+                *state["level"].values(),
+                *state["target"].values(),
+                state["last_alpha"],
+                state["usual"],
+                state["missed"],
+            ]
             if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in numbers):
                 raise ValueError("a number is missing or not finite")
             self.level.load(state["level"])

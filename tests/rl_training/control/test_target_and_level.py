@@ -125,7 +125,9 @@ def test_what_plans_get_wrong_at_every_step_is_made_good(horizon: int) -> None:
         ends[counts] = entropy
     assert ends[False] == pytest.approx(target + horizon * drift, rel=1e-6)
     assert ends[True] == pytest.approx(target, abs=1e-6)
-    assert lowest > target - 1.1 * 0.1 * math.exp(-2) - horizon * abs(drift), "more than a critically damped loop overshoots"
+    assert lowest > target - 1.1 * 0.1 * math.exp(-2) - horizon * abs(drift), (
+        "more than a critically damped loop overshoots"
+    )
 
 
 def test_a_plan_that_was_cut_and_a_level_that_is_not_finite_are_not_summed_up() -> None:
