@@ -2,10 +2,11 @@
 
     -alpha grad H_bonus ,    alpha solves   h + z + dh_N(alpha) + f_N = tau_{t+N}          (entropy_core.bonus)
 
-H_bonus is the mean entropy of the step's own tokens, the bonus of TRL's entropy_coef; dh_N rests on the gradient of h on held-out
-sequences, which know nothing of the step (docs/decisions/0013). h is the filtered level (rl_training.control.level), tau the
-target, z what plans get wrong step after step (rl_training.control.missed). dh_N takes this step's loss gradient for those to come; f_N puts in its place what
-gradients did of late, since a single one is mostly noise. Inside the band alpha is 0 and no gradient is touched.
+H_bonus is the mean entropy of the step's own tokens, the bonus of TRL's entropy_coef; dh_N rests on the gradient of h on
+held-out sequences, which know nothing of the step (docs/decisions/0013). h is the filtered level (rl_training.control.level),
+tau the target, z what plans get wrong step after step (rl_training.control.missed). dh_N takes this step's loss gradient for
+those to come; f_N puts in its place what gradients did of late, since a single one is mostly noise. Inside the band alpha is
+0 and no gradient is touched.
 
     controller.begin_step()
     controller.add_bonus(entropy)          # of each micro-batch, with its graph

@@ -2,8 +2,8 @@
 
     z_t = z_{t-1} + (h_t - tau_t) / 4N ,   |z| <= limit
 
-A plan that makes good 1/N of a distance at every step, and is wrong by d at every step, settles N d from the target; with z in the
-plan it settles on it. 1 / 4N damps that loop critically: s^2 + s/N + 1/(4 N^2) = (s + 1/2N)^2.
+A plan that makes good 1/N of a distance at every step, and is wrong by d at every step, settles N d from the target; with z
+in the plan it settles on it. 1 / 4N damps that loop critically: s^2 + s/N + 1/(4 N^2) = (s + 1/2N)^2.
 Source: PI control with conditional integration, Astrom & Hagglund 2006, 3.5.
 """
 
