@@ -37,6 +37,7 @@ from entropy_experiments.step.effects_of_leaving_out import (
     headline_products,
     own_part_of_second_moment,
 )
+from entropy_experiments.step.estimator_check import check_estimators
 from entropy_experiments.step.evaluation_products import EvaluationProducts, EvaluationSide
 from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.kernel_checks import check_attribution, check_entropy_kernel, check_kernel, check_storage
@@ -141,7 +142,7 @@ def analyze_batches(
         weights, own = training.effective_weights, (kernels.fisher, kernels.train_fisher)
         checks += check_kernel(model, eval_batch, towards, weights, *own, settings.passes)
     if settings.estimand.rows_drawn:
-        checks.append(_check_sampler(side))
+        checks += [_check_sampler(side), check_estimators(side.batch.device)]
     step = None
     if training.step is not None and predictions is not None and attribution is not None:
         measured = ()

@@ -37,7 +37,7 @@ def test_the_folder_holds_what_the_contract_says(analysis):
         "evaluation_set.json", "figures", "report.html", "leave_one_out.parquet", "SHA256SUMS",
     }  # fmt: skip
     run = json.loads((folder / "run.json").read_text())
-    assert len(run["self_checks"]) == 10 and all(check["passed"] for check in run["self_checks"])
+    assert len(run["self_checks"]) == 11 and all(check["passed"] for check in run["self_checks"])
     assert run["versions"]["torch"] and run["stages"] and run["seconds"] > 0
     assert not list(folder.parent.glob("*.part"))
     replayed = load_config(FisherAnalysisConfig, folder / "config.yaml")

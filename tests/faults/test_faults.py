@@ -11,7 +11,9 @@ from tests.entropy_experiments.results_fixture import build_results
 from tests.faults import configurations, texts
 from tests.faults.cases import EITHER, Case, run_case
 from tests.faults.damaged_files import results_cases
-from tests.faults.interruptions import Interruptions, commands
+from tests.faults.interruptions import point_cases
+from tests.faults.launches import kill_cases
+from tests.faults.undisturbed import Undisturbed, commands
 
 
 def _raise(error: BaseException) -> None:
@@ -61,5 +63,6 @@ def test_results(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_interruptions(tiny_policy: Path, tmp_path: Path) -> None:
-    found = Interruptions(commands(tiny_policy, tmp_path, tmp_path, tmp_path), tmp_path)
-    assert not troubles([*found.cases("train", "kill", 4), *found.cases("train", "full", 2)])
+    sound = Undisturbed(commands(tiny_policy, tmp_path, tmp_path, tmp_path), tmp_path)
+    assert not troubles([*point_cases(sound, "train", "kill", 4), *point_cases(sound, "train", "full", 2)])
+    assert not troubles(kill_cases(sound, "train", 2, 2))

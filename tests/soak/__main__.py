@@ -38,6 +38,12 @@ QUANTITIES = ("memory, kB", "handles", "threads", "seconds")
 ALLOWED = {"memory, kB": 20.0, "handles": 0.01, "threads": 0.01}
 """Growth a repetition below which a run of a million steps is none the worse: 20 kB a step would be 20 GB, so most of it is the
 allocator's; the trainer's own log, which it keeps in memory, takes some 5 kB a step."""
+_FEW = (
+    "entropy_analysis.eval_batch_size=8",
+    "entropy_analysis.train_batch_size=8",
+    "entropy_analysis.analysis.step_scales=[1.0]",
+)
+"""Analyses that are over soon; their pages, which are two thirds of the work, are painted in the series of reports alone."""
 
 
 @dataclass
@@ -80,7 +86,9 @@ def soak(root: Path, steps: int, analyses: int, reports: int, kept: Path | None 
     from entropy_experiments.report.page import write_report
     from rl_training.train import run_training
     from tests.entropy_experiments.small_analysis import config
+    from tests.faults.undisturbed import sums
     from tests.tiny_policy import save_tiny_policy, tiny_train_config
+    from tests.unpainted import paint, paint_nothing
 
     recorded_task.why_trust_is_needed = lambda task: None
 
@@ -100,14 +108,21 @@ def soak(root: Path, steps: int, analyses: int, reports: int, kept: Path | None 
         tiny_train_config(
             save_tiny_policy(root / "policy"), root / "run", training={"steps": steps, "save_every": max(1, steps // 4)},
             rollouts=small, optimizer={"learning_rate": 1e-5, "micro_batch_size": 8}, entropy_probe={"eval_sequences": 8},
+            task=sums(root / "sums.jsonl"),
         ), quiet=True,
     )  # fmt: skip
-    series = [trained]
-    work: list[tuple[str, int, Callable[[int], object]]] = [
-        ("analyses", analyses, lambda k: run_fisher_analysis(run, config(), folder=root / "results", overwrite=k > 0)),
-        ("reports", reports, lambda k: write_report(root / "results")),
+    series, few = [trained], config(*_FEW)
+    work: list[tuple[str, int, Callable[[], None], Callable[[int], object]]] = [
+        (
+            "analyses",
+            analyses,
+            paint_nothing,
+            lambda k: run_fisher_analysis(run, few, folder=root / "results", overwrite=k > 0),
+        ),
+        ("reports", reports, paint, lambda k: write_report(root / "results")),
     ]
-    for name, count, act in work:
+    for name, count, before, act in work:
+        before()
         found = series_of(name)
         for number in range(count):
             act(number)

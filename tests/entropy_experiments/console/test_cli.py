@@ -62,7 +62,7 @@ entropy_probe: {{eval_sequences: 8, on_error: raise}}
     analyzed = run("analyze", tmp_path / "run", *SMALL, f"output_dir={tmp_path}/results")
     assert analyzed.returncode == 0, analyzed.stderr
     report = analyzed.stdout.strip().splitlines()[-1]
-    assert report.endswith("report.html") and "Self-checks: 10 of 10 passed" in analyzed.stderr
+    assert report.endswith("report.html") and "Self-checks: 11 of 11 passed" in analyzed.stderr
     folder = os.path.dirname(report)
     os.remove(report)
     rewritten = run("report", folder)
