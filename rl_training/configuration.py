@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rl_training.errors import UserError, first_line
+from rl_training.files import read_regular
 
 
 class StrictModel(BaseModel):
@@ -39,6 +40,7 @@ class StrictModel(BaseModel):
 Config = TypeVar("Config", bound=StrictModel)
 
 _NUMBER = r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?\Z"
+_LARGEST = 16 << 20  # bytes of a file
 _FLOAT = re.compile(_NUMBER + r"|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z")
 
 
@@ -113,14 +115,12 @@ def dump_config(config: StrictModel) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the YAML file in it")
+    if not path.exists():
+        raise UserError(f"configuration file {path} does not exist (looked in {Path.cwd()})")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"configuration file {path} does not exist (looked in {Path.cwd()})") from None
+        text = read_regular(path, _LARGEST, "name a YAML file").decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     data = _parse_yaml(text, where=str(path))
     if data is None:
         return {}

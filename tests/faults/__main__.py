@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tests.faults import configurations, damaged_files, texts
+from tests.faults import configurations, damaged_files, models, surroundings, texts
 from tests.faults.cases import Case, Outcome, run_case
 from tests.faults.interruptions import MOUNTS, disk_cases, point_cases, size_cases, with_mounts_of_its_own
 from tests.faults.launches import kill_cases, launcher_cases, signal_cases
@@ -45,6 +45,7 @@ def all_cases(kept: Path, kills: int, disks: int, chosen: list[str]) -> Iterator
     if not chosen:
         yield from configurations.cases()
         yield from texts.cases()
+        yield from models.reward_cases()
     run, results = kept / "run", kept / "results" / "analysis"
     if not (kept / "made").exists():
         for left in kept.glob("*"):  # of a call that was ended while it made them
@@ -52,13 +53,16 @@ def all_cases(kept: Path, kills: int, disks: int, chosen: list[str]) -> Iterator
         _make(kept, run, results)
         (kept / "made").touch()
     if not chosen:
+        yield from models.model_cases(kept / "policy")
         yield from damaged_files.results_cases(results)
         yield from damaged_files.rollout_cases(run, 4)
         yield from damaged_files.checkpoint_cases(run, 4)
+        yield from surroundings.environment_cases(run, results)
     foreign = kept / "foreign"
     sound = Undisturbed(commands(kept / "policy", run, results, foreign), kept / "undisturbed")
     if kills:
         yield from _taking_turns(_kills(sound, names, kills))
+        yield from surroundings.concurrency_cases(sound)
     if disks:
         yield from _taking_turns(_disks(sound, names, disks))
     if kills:

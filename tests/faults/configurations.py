@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from entropy_experiments.sweep.config import SweepConfig
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config, validate_config
 from tests.faults.cases import EITHER, Case
+from tests.faults.texts import PLACES
 
 CONFIGURATIONS = {"train": TrainConfig, "analyze": FisherAnalysisConfig, "sweep": SweepConfig}
 # Of no field's type, whatever the field: refused. And values that some fields may have: refused or taken, never a traceback.
@@ -67,10 +68,20 @@ def cases() -> Iterator[Case]:
                 _load(kind, text),
                 "YAML|nested|sections|UTF-8|unknown key",
             )
+        for what, make in PLACES.items():
+            yield Case(f"configuration of {command}", f"the file: {what}", _place(kind, make), "c.yaml")
 
 
 def _validate(kind: type[Any], path: tuple[str, ...], value: Any) -> Any:
     return lambda folder: validate_config(kind, nested(path, value))
+
+
+def _place(kind: type[Any], make: Callable[[Path], Any]) -> Any:
+    def act(folder: Path) -> None:
+        make(folder / "c.yaml")
+        load_config(kind, folder / "c.yaml")
+
+    return act
 
 
 def _load(kind: type[Any], text: bytes) -> Any:

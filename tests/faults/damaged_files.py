@@ -82,7 +82,7 @@ def checkpoint_cases(run: Path, step: int) -> Iterator[Case]:
                 act = _act(run, checkpoint.name, name, DAMAGES[what], read, sealed=True)
                 yield Case(f"checkpoint with its digests, {reader}", f"{name}: {what}", act, "", may_be_unread)
             for what, content in JSON_CONTENTS.items() if name.endswith(".json") else ():
-                act = _act(run, checkpoint.name, name, _writing(content), read, sealed=True)
+                act = _act(run, checkpoint.name, name, writing(content), read, sealed=True)
                 yield Case(f"checkpoint with its digests, {reader}", f"{name}: {what}", act, "", may_be_unread)
 
 
@@ -122,7 +122,7 @@ def _named(name: str) -> str:
     return f"{stem}|adapter|token|weights|step|random" if name != SIDECAR else "entropy_experiments|sidecar|cut short"
 
 
-def _writing(content: bytes) -> Callable[[Path], None]:
+def writing(content: bytes) -> Callable[[Path], None]:
     return lambda path: (path.unlink(), path.write_bytes(content), None)[-1]
 
 

@@ -8,7 +8,7 @@ from entropy_experiments.records.folder_files import written_data
 from rl_training.errors import UserError
 from rl_training.run.sums import write_sums
 from tests.entropy_experiments.results_fixture import build_results
-from tests.faults import configurations, texts
+from tests.faults import configurations, models, texts
 from tests.faults.cases import EITHER, Case, run_case
 from tests.faults.damaged_files import results_cases
 from tests.faults.interruptions import point_cases
@@ -49,6 +49,16 @@ def test_configurations(command: str) -> None:
 
 def test_lines_of_ones_own() -> None:
     assert not troubles(texts.cases())
+
+
+def test_rewards_of_ones_own() -> None:
+    cases = list(models.reward_cases())
+    assert len(cases) > 20 and not troubles(cases)
+
+
+@pytest.mark.long
+def test_models(tiny_policy: Path) -> None:
+    assert not troubles(models.model_cases(tiny_policy))
 
 
 def test_results(tmp_path: Path) -> None:

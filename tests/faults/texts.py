@@ -22,7 +22,7 @@ _LINES: dict[str, bytes] = {
     "no answer": b'{"prompt": "a"}',
     "a message without content": b'{"prompt": [{"role": "user"}], "answer": "1"}', "nothing": b"", "blank lines": b"\n\n\n",
 }  # fmt: skip
-_PLACES: dict[str, Callable[[Path], Any]] = {
+PLACES: dict[str, Callable[[Path], Any]] = {
     "gone": lambda path: None, "a folder": lambda path: path.mkdir(), "a pipe": lambda path: os.mkfifo(path),
     "a device": lambda path: path.symlink_to("/dev/zero"), "a link to itself": lambda path: path.symlink_to(path),
 }  # fmt: skip
@@ -45,7 +45,7 @@ def cases() -> Iterator[Case]:
                 _act(lambda path, t=twice: path.write_bytes(t)),
                 "task|line",
             )
-    for what, make in _PLACES.items():
+    for what, make in PLACES.items():
         yield Case("tasks of one's own", f"the file: {what}", _act(make), "task")
         yield Case("lines", f"the file: {what}", _reading(make), "here")
 

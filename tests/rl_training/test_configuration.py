@@ -1,5 +1,6 @@
 """Configurations are strict, replayable, and wrong ones are refused in one line that names the remedy."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,14 @@ def test_wrong_files_are_one_clear_line(tmp_path: Path, text: str, words: str) -
 def test_unreadable_files_are_one_clear_line(tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x80")
-    cases = {tmp_path / "none.yaml": "does not exist", tmp_path: "is a folder", binary: "UTF-8"}
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)  # once waited for, and for ever
+    cases = {
+        tmp_path / "none.yaml": "does not exist",
+        tmp_path: "is a folder",
+        binary: "UTF-8",
+        pipe: "a pipe or a device",
+    }
     for path, words in cases.items():
         with pytest.raises(UserError, match=words) as caught:
             load_config(TrainConfig, path)
