@@ -1,6 +1,7 @@
 """Checkpoints in the layouts of other systems, told by the names of their files, with what to do with each.
 
-An analysis opens none of these. All but Megatron's can be imported (entropy_experiments.checkpoints.readers).
+An analysis opens none of these. All but Megatron's and DeepSpeed's universal ones can be imported
+(entropy_experiments.checkpoints.readers).
 """
 
 from __future__ import annotations
@@ -39,9 +40,14 @@ _FSDP_FULL = ForeignLayout("FSDP, full", "this is a checkpoint of FSDP (optimize
 _DCP = ForeignLayout("torch DCP", "this is a distributed checkpoint of torch (.metadata and *.distcp)")
 _MEGATRON = ForeignLayout(
     "Megatron",
-    "this is a checkpoint of Megatron (mp_rank_*/)",
-    "Convert it to the format of transformers with Megatron's own tools. Analyse the result with "
+    "this is a checkpoint of Megatron (mp_rank_*/, or dist_ckpt/ with common.pt)",
+    "Take its weights in the format of transformers (verl: model/huggingface; else Megatron's own tools). Analyse these with "
     "entropy_analysis.fisher_kernel.preconditioning=none and checkpoint.learning_rate=...",
+)
+_UNIVERSAL = ForeignLayout(
+    "DeepSpeed, universal",
+    "this is a universal checkpoint of DeepSpeed (zero/<parameter>/exp_avg.pt)",
+    "Import the global_step<N>/ that ds_to_universal.py made it of.",
 )
 
 
@@ -51,7 +57,15 @@ def _any(names: Iterable[str], pattern: str) -> bool:
 
 _TESTS: tuple[tuple[ForeignLayout, Callable[[_Names], bool]], ...] = (
     (_VERL, lambda names: _any(names, r"(model|optim|extra_state)_world_size_\d+_rank_\d+\.pt")),
-    (_MEGATRON, lambda names: _any(names, r"mp_rank_\d+.*")),
+    (
+        _MEGATRON,
+        lambda names: (
+            _any(names, r"mp_rank_\d+(_\d+)*|iter_\d{7}")
+            or {".metadata", "common.pt"} <= names
+            or bool(names & {"ckpt_contents.json", "dist_ckpt"})
+        ),
+    ),
+    (_UNIVERSAL, lambda names: "latest_universal" in names or ("zero" in names and _any(names, r".*model_states\.pt"))),
     (
         _DEEPSPEED,
         lambda names: (

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from entropy_experiments.checkpoints.adapter_file import weight_shapes
+from entropy_experiments.checkpoints.carried_record import carry_record
 from entropy_experiments.checkpoints.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, read_json
 from entropy_experiments.checkpoints.imported import (
     IMPORT_RECORD,
@@ -38,6 +39,7 @@ from rl_training.files import link_to, write_json_whole
 from rl_training.models.load import outline_of_configuration
 from rl_training.models.source import is_on_the_hub
 from rl_training.run.checkpoint_digests import file_digest
+from rl_training.run.sidecar import SIDECAR_NAME
 
 _CONFIGURATION = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
@@ -50,12 +52,15 @@ _SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decou
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made: the folder, its record, and how many tensors of each kind."""
+    """What was made: the folder, its record, and how many tensors of each kind. to_give: what an analysis will have to be told
+    of its learning rate, None where it is known.
+    """
 
     folder: Path
     record: ImportRecord
     weights: int
     moments: int
+    to_give: str | None = None
 
 
 def fill_checkpoint(
@@ -95,6 +100,8 @@ def fill_checkpoint(
         groups, steps = _groups(adam), {str(name): entry.step for name, entry in adam.entries.items()}
         write_tensors(folder / MOMENTS_FILE, _moment_tensors(adam))
         origins[MOMENTS_FILE] = f"{state.folder}: {state.origins.get('moments', 'its optimizer')}"
+    if (carried := carry_record(state.folder, folder, groups)) is not None:
+        origins[SIDECAR_NAME] = carried
     record = ImportRecord(
         format=1,
         source=str(source),
@@ -226,6 +233,11 @@ def _write_weights(
         write_tensors(folder / ADAPTER_WEIGHTS, own)
         origins[ADAPTER_WEIGHTS] = where
         return
+    if any(".lora_A." in name for name in weights):
+        raise UserError(
+            f"{where} are of an adapter, and no adapter_config.json describes it (verl writes lora_train_meta.json alone): put "
+            f"that of the run's LoraConfig.save_pretrained into {state.folder / 'lora_adapter'}"
+        )
     model = outline_of_configuration(folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = _in_words_of(weights, shapes, where)

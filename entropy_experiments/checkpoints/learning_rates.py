@@ -40,9 +40,7 @@ def rates_of_last_step(
     if step in logged and not _perhaps_of_the_next_step(step, logged, after[0]):
         return _scaled_to(logged[step], after, base)
     if base is None or scheduler is None or scheduler.get("last_epoch") != step or not base[0]:
-        raise UserError(
-            f"the learning rate of step {step} is in no row of trainer_state.json and cannot be had from scheduler.pt: {_REMEDY}"
-        )
+        raise UserError(f"{_unlogged(step, logged)}, and its saved schedule does not give it: {_REMEDY}")
     factor = after[0] / base[0]
     if any(not _equal(b * factor, a) for a, b in zip(after, base, strict=True)):
         raise UserError(
@@ -53,15 +51,12 @@ def rates_of_last_step(
         return after  # transformers' constant schedule is the one that is a plain function
     if lambdas and all(x is None for x in lambdas) and factor == 1.0:
         raise UserError(
-            f"the learning rate of step {step} is in no row of trainer_state.json, and scheduler.pt is of a schedule that is a "
-            "plain function, as transformers' constant one is, and perhaps one of your own: give checkpoint.learning_rate="
-            f"{after[0]!r}, the rate at the end of that step, if it was constant"
+            f"{_unlogged(step, logged)}, and its saved schedule is a plain function, as constant ones of transformers and verl "
+            f"are, and perhaps one of your own: give checkpoint.learning_rate={after[0]!r}, the rate at the end of that step, if "
+            "it was constant"
         )
     if not isinstance(lambdas, list) or any(x is None for x in lambdas):
-        raise UserError(
-            f"the learning rate of step {step} is in no row of trainer_state.json, and scheduler.pt is of no schedule of "
-            f"transformers: {_REMEDY}"
-        )
+        raise UserError(f"{_unlogged(step, logged)}, and its saved schedule is none of transformers: {_REMEDY}")
     # Releases of transformers before 4.48 logged the next step's rate.
     offset = 0 if step in logged else 1
     known = {s - offset: rate / base[0] for s, rate in logged.items()} | {step: factor}
@@ -72,8 +67,8 @@ def rates_of_last_step(
     }
     if len(fitting) != 1:
         raise UserError(
-            f"the learning rate of step {step} is in no row of trainer_state.json (rows: {_some(logged)}) and "
-            f"{'no schedule' if not fitting else 'more than one schedule'} of transformers agrees with scheduler.pt: {_REMEDY}"
+            f"{_unlogged(step, logged)}, and {'no schedule' if not fitting else 'more than one schedule'} of transformers agrees "
+            f"with the saved one: {_REMEDY}"
         )
     before = fitting.pop()
     return [b * before for b in base]
@@ -164,6 +159,8 @@ def _equal(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-15)
 
 
-def _some(logged: Mapping[int, float]) -> str:
-    steps = sorted(logged)
-    return "none" if not steps else ", ".join(map(str, steps[-3:]))
+def _unlogged(step: int, logged: Mapping[int, float]) -> str:
+    """What is recorded, in words that fit a checkpoint of any trainer."""
+    rows = ", ".join(map(str, sorted(logged)[-3:]))
+    has = f"its log has steps {rows}" if rows else "it has no log"
+    return f"the checkpoint does not record the learning rate of step {step} ({has})"

@@ -169,7 +169,8 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
         lines.append(f"  base model: {found.model_name}")
     if found.imported is not None:
         how = "named in its files" if found.imported.named_by == "files" else "named by the model's order"
-        lines.append(f"  imported from {found.imported.source}; optimizer entries {how}, and verified; give {_TO_GIVE}")
+        give = f"; give {_TO_GIVE}" if found.sidecar is None else ""
+        lines.append(f"  imported from {found.imported.source}; optimizer entries {how}, and verified{give}")
     elif found.sidecar is None:
         lines.append(
             "  no sidecar: not written by this project's trainer. Optimizer names are rebuilt and verified; give "

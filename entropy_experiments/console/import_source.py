@@ -48,7 +48,8 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
         UserError: Where a checkpoint is damaged, partial or of no layout that is read, where it
             could not be analysed once imported, or where the output holds that step already.
     """
-    sources = find_sources(existing_folder(source))
+    _refuse_unread(existing_folder(source))
+    sources = find_sources(source)
     for found in sources:
         _refuse_our_own(found.folder)
     states = [found.read() for found in sources]
@@ -63,6 +64,13 @@ def import_run(source: Path, output: Path, model: str | None = None, rollouts: P
         if made_here:
             with contextlib.suppress(OSError):  # not empty: something was imported
                 output.rmdir()
+
+
+def _refuse_unread(folder: Path) -> None:
+    """Raises UserError for a layout that is known and not read."""
+    foreign = foreign_layout(folder)
+    if foreign is not None and not foreign.imported:
+        raise UserError(f"{folder}: {foreign.what}, which is not read. {foreign.weights}")
 
 
 def _refuse_our_own(folder: Path) -> None:
@@ -125,7 +133,7 @@ def _import_one(
         raise UserError(str(error).replace(str(part), str(source.folder))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Imported(target, made.record, made.weights, made.moments)
+    return Imported(target, made.record, made.weights, made.moments, found.rate_problem)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def import_lines(made: list[Imported]) -> list[str]:
             f"moments of {one.moments} parameters" if one.moments else "no moments: analyse with preconditioning=none"
         )
         lines.append(f"{one.folder}: {one.record.layout}, step {one.record.step}: {one.weights} weights, {moments}")
-        lines += [f"  {note}" for note in one.record.notes]
+        lines += [f"  {note}" for note in (*one.record.notes, *([one.to_give] if one.to_give else []))]
         if ROLLOUTS_FILE in one.record.origins:
             lines.append(
                 f"  sequences: {one.record.origins[ROLLOUTS_FILE]}; analyse them with "

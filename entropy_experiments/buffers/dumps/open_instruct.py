@@ -66,5 +66,5 @@ def notes(rows: list[RolloutRow], path: Path) -> list[str]:
         return []
     return [
         f"{masked} of {len(rows)} sequences called a tool; open-instruct writes no mask, and tokens with the recorded "
-        "log-probability 0 are taken for the tool's"
+        "log-probability 0 are taken for the tool's (under mask_tool_use=False the run's loss had them too)"
     ]

@@ -1,7 +1,8 @@
 """prime-rl's episodes: `<run>/rollouts/step_<N>/train/{all,effective}/traces.jsonl` (records of verifiers, version 1).
 
 A line is an episode of one or more traces; a trace is a graph of messages, each with the tokens it adds. Every path from a
-root to a leaf is a sequence, as in prime-rl's own batches: concatenated they give the very tokens that the model saw.
+root to a leaf is a sequence, as in prime-rl's own batches: concatenated they give the very tokens that the model saw. A reply
+that several paths share trains in the first of them, and is context in the others (orchestrator/trajectories.py).
 
     token_ids, mask         parallel; mask: drawn by the policy
     logprobs, advantages    of the drawn tokens alone
@@ -48,11 +49,22 @@ def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[Ro
         agent = trace.get("agent") or {}
         if trace.get("ok") is False or agent.get("trainable") is False:
             continue
+        trained: set[int] = set()
         for path in _paths(trace["nodes"]):
-            yield _sequence(trace, path, f"{place}, trace {count}", group_id, step)
+            nodes = [_context(trace["nodes"][i]) if i in trained else trace["nodes"][i] for i in path]
+            trained.update(i for i, node in zip(path, nodes, strict=True) if node.get("sampled"))
+            if any(node.get("sampled") for node in nodes):
+                yield _sequence(trace, nodes, f"{place}, trace {count}", group_id, step)
 
 
-def _paths(nodes: list[Any]) -> list[list[dict[str, Any]]]:
+def _context(node: dict[str, Any]) -> dict[str, Any]:
+    """A reply that trained in an earlier path."""
+    mask_off = [False] * len(node.get("token_ids") or [])
+    return {"token_ids": node.get("token_ids"), "mask": mask_off, "loss_weights": node.get("loss_weights")}
+
+
+def _paths(nodes: list[Any]) -> list[list[int]]:
+    """Numbers of the nodes from each root to each leaf."""
     parents = []
     for i, node in enumerate(nodes):
         parent = node.get("parent") if isinstance(node, dict) else i
@@ -62,13 +74,13 @@ def _paths(nodes: list[Any]) -> list[list[dict[str, Any]]]:
     leaves = [i for i in range(len(nodes)) if i not in set(parents)]
     found = []
     for leaf in leaves:
-        path: list[dict[str, Any]] = []
+        path: list[int] = []
         place: int | None = leaf
         while place is not None:
-            path.append(nodes[place])
+            path.append(place)
             place = parents[place]
         found.append(path[::-1])
-    return [path for path in found if any(node.get("sampled") for node in path)]
+    return found
 
 
 def _sequence(
@@ -78,7 +90,7 @@ def _sequence(
     drawn: list[bool] = []
     recorded: list[float | None] = []
     credits: list[float] = []
-    complete = True
+    without = 0
     for node in path:
         own = tokens("token_ids", node.get("token_ids") or [])
         own_mask = mask("mask", node.get("mask") or [])
@@ -102,10 +114,14 @@ def _sequence(
         ids, drawn = ids + own, drawn + own_mask
         if sampled:
             given = node.get("advantages")
-            complete &= isinstance(given, list) and len(given) == sampled
-            credits += [number("advantages", v) or 0.0 for v in given] if isinstance(given, list) else []
+            if given is not None and (not isinstance(given, list) or len(given) != sampled):
+                raise ValueError(f"a node has {sampled} drawn tokens and other advantages than one for each")
+            without += given is None
+            credits += [number("advantages", v) or 0.0 for v in given or []]
     if True not in drawn:
         raise ValueError("no token was drawn by the policy")
+    if credits and without:
+        raise ValueError("some of its replies have advantages and others none: not a weight a sequence")
     start = drawn.index(True)
     calls = [call for call in trace.get("calls") or [] if isinstance(call, dict) and not call.get("error")]
     return RolloutRow(
@@ -114,7 +130,7 @@ def _sequence(
         completion_ids=ids[start:],
         completion_mask=None if all(drawn[start:]) else drawn[start:],
         reward=_reward(trace),
-        advantage=_one_advantage(credits) if complete and credits else None,
+        advantage=_one_advantage(credits) if credits else None,
         sampler_logprobs=recorded[start:] if any(v is not None for v in recorded) else None,
         group=None if group is None else str(group),
         step=step,
@@ -162,4 +178,6 @@ def notes(rows: list[RolloutRow], path: Path) -> list[str]:
     extra = len(traces) - len(set(traces))
     if not extra:
         return []
-    return [f"{extra} sequences are further branches of a trace: what branches share is drawn once and counted in each"]
+    return [
+        f"{extra} sequences are further branches of a trace: a reply that branches share is scored in the first alone"
+    ]

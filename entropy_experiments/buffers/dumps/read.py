@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
-from entropy_experiments.buffers.dumps import open_instruct, own, prime_rl, trl, verl
+from entropy_experiments.buffers.dumps import open_instruct, own, prime_rl, recorded_steps, trl, verl
 from entropy_experiments.buffers.dumps.files import is_parquet, parquet_names, parquet_note, rows_of, unit_of
 from entropy_experiments.buffers.dumps.rows import Mistakes, RolloutRow, RolloutTable, all_or_none
 from rl_training.errors import UserError
 from rl_training.tasks.json_lines import regular_file
 
 # In the order of asking: what other trainers write is told first, and each by keys that no other has.
-READERS: tuple[ModuleType, ...] = (verl, open_instruct, prime_rl, trl, own)
-_FOLDERS_INSIDE = ("completions", "rollouts")
+READERS: tuple[ModuleType, ...] = (verl, open_instruct, prime_rl, trl, recorded_steps, own)
+_FOLDERS_INSIDE = ("rollouts", "recorded_steps", "completions")
 _KNOWN = ", ".join(reader.NAME for reader in READERS)
 
 
@@ -137,6 +137,7 @@ def _read(file: Path, reader: ModuleType, file_step: int | None, step: int | Non
     rows: list[RolloutRow] = []
     numbers: list[int] = []
     unused: Counter[str] = Counter()
+    sequences = recorded_steps.sequences_of(file) if reader is recorded_steps else reader.sequences
     for number, data in rows_of(file):
         if isinstance(data, str):
             mistakes.add(number, data)
@@ -146,7 +147,7 @@ def _read(file: Path, reader: ModuleType, file_step: int | None, step: int | Non
                 raise ValueError(
                     f"is no row of {reader.NAME}, as the first is: it has {', '.join(sorted(data))[:80] or 'nothing'}"
                 )
-            found = [row for row in reader.sequences(data, f"{mistakes.unit} {number}", file_step)]
+            found = [row for row in sequences(data, f"{mistakes.unit} {number}", file_step)]
         except ValueError as error:
             mistakes.add(number, error)
             continue

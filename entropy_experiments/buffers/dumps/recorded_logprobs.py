@@ -21,12 +21,13 @@ from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from rl_training.probe.surprisal import SurprisalCheck, surprisal_sums
 
-Cause = Literal["none", "engine", "shifted", "temperature", "raw", "other model", "other checkpoint"]
+Cause = Literal["none", "engine", "not drawn", "shifted", "temperature", "raw", "other model", "other checkpoint"]
 
 ROUNDING = 2e-3
 """Mean |d|, nats, up to which two computations of one policy in float32 agree."""
 ENGINE_MEAN, ENGINE_DIVERGENCE = 0.1, 0.02
 """Mean |d| and divergence (nats a token) up to which a difference is that of an engine or a precision, or of a few steps."""
+_NOT_DRAWN = -1.0  # log-probability below which the policy did not give a token with the recorded probability 1
 _CLEARLY = 0.25  # a cause is named where undoing it takes away three quarters of the difference
 _OTHER_MODEL = 0.5  # correlation below which nothing is left of the policy that drew
 _TEMPERATURES = np.exp(np.linspace(np.log(0.1), np.log(4.0), 25))
@@ -63,6 +64,11 @@ class LogprobComparison:
                     f"{off}, a divergence of {self.divergence:.1g}: as another engine, precision or a policy a few steps away "
                     "gives"
                 )
+            case "not drawn":
+                return (
+                    f"{self.tokens} tokens have the recorded log-probability 0, and {self.mean_difference:.2g} nats less under "
+                    "the policy, which agrees on the others: a tool or a template wrote them; give completion_mask"
+                )
             case "shifted":
                 return f"{off}, and not when they are shifted by one token: sampler_logprobs are off by one"
             case "raw":
@@ -96,7 +102,11 @@ def compare_logprobs(
         return None
     given = [np.array([np.nan if v is None else v for v in recorded[i] or ()], dtype=np.float64) for i in kept]
     part = batch.select(kept)
-    mean, divergence, correlation, count = _figures(_own(model, part, part.temperature, passes), given)
+    own = _own(model, part, part.temperature, passes)
+    foreign = _not_drawn(own, given)
+    if foreign is not None:
+        return foreign
+    mean, divergence, correlation, count = _figures(own, given)
     found = LogprobComparison(count, mean, divergence, correlation, "none")
     if mean <= ROUNDING:
         return found
@@ -104,6 +114,18 @@ def compare_logprobs(
         return replace(found, cause="engine")
     few = np.unique(np.linspace(0, len(kept) - 1, _DIAGNOSED).round().astype(int)).tolist()
     return _diagnosed(found, model, part.select(few), [given[i] for i in few], passes)
+
+
+def _not_drawn(own: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> LogprobComparison | None:
+    """Tokens recorded at 0 exactly, as dumps fill in where another wrote, where all others are this policy's."""
+    left, right = np.concatenate(list(own)), np.concatenate(list(given))
+    foreign = (right == 0.0) & (left < _NOT_DRAWN)
+    if not foreign.any():
+        return None
+    mean, divergence, correlation, count = _figures([left[right != 0.0]], [right[right != 0.0]])
+    if not count or mean > ENGINE_MEAN or divergence > ENGINE_DIVERGENCE:
+        return None
+    return LogprobComparison(int(foreign.sum()), float(-left[foreign].mean()), divergence, correlation, "not drawn")
 
 
 def _own(model: nn.Module, batch: SequenceBatch, temperature: float, passes: PassSettings) -> list[np.ndarray]:

@@ -4,17 +4,22 @@
 
 Texts without special tokens, no token ids and no groups: sequences with one prompt and one step are a group. Which numeric
 columns are rewards is not said, so that the advantage alone is taken, and the reward where one column alone can be it.
-A file holds the last generation batch before the log, and an evaluation at the same step overwrites it.
+A file holds the last generation batch before the log; an evaluation at the same step overwrites it, and is told by the Trainer's
+own log beside it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from entropy_experiments.buffers.dumps.files import rows_of
 from entropy_experiments.buffers.dumps.rows import RolloutRow, messages, number, text, whole
+from entropy_experiments.checkpoints.folder import read_trainer_state
+from rl_training.errors import UserError
 
 NAME = "TRL"
 # With one of these it is a file of this project's own schema.
@@ -62,5 +67,31 @@ def _reward(data: dict[str, Any]) -> float | None:
 
 
 def notes(rows: list[RolloutRow], path: Path) -> list[str]:
-    """What has to be said of all of them."""
-    return ["TRL writes no group: sequences with one prompt and one step are taken for a group"]
+    """What has to be said of all of them. Raises UserError for a file that an evaluation wrote over."""
+    said = ["TRL writes no group: sequences with one prompt and one step are taken for a group"]
+    steps = {row.step for row in rows if row.step is not None}
+    _refuse_evaluations(path, steps)
+    before = path.with_name(f"completions_{min(steps, default=0) - 1:05d}{path.suffix}")
+    if re.fullmatch(FILES, path.name) and before.is_file() and _contents(before) == _contents(path):
+        said.append(
+            f"{path.name} has the sequences of {before.name}: a generation batch that several steps took their parts of "
+            "(steps_per_generation, num_iterations), so that not all of them made this step"
+        )
+    return said
+
+
+def _refuse_evaluations(path: Path, steps: set[int]) -> None:
+    """An evaluation at a logged step goes to that step's file, in place of what the step was made of."""
+    for folder in path.absolute().parent.parent.glob("checkpoint-*") if path.parent.name == "completions" else ():
+        rows = read_trainer_state(folder).get("log_history", [])
+        evaluated = {row.get("step") for row in rows if any(str(key).startswith("eval_") for key in row)}
+        if found := sorted(steps & evaluated):
+            raise UserError(
+                f"{path} is of an evaluation at step {found[0]} ({folder.name}/trainer_state.json), which TRL writes over that "
+                "step's own sequences: take another step, and train with eval_strategy='no' or evaluate between logs"
+            )
+
+
+def _contents(path: Path) -> list[tuple[Any, ...]]:
+    names = ("prompt", "completion", "advantage")
+    return [tuple(row[name] for name in names) for _, row in rows_of(path, names) if isinstance(row, dict)]

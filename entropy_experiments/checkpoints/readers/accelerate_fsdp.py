@@ -1,6 +1,7 @@
 """Checkpoints of accelerate and TRL under FSDP, version 1 or 2.
 
     FULL_STATE_DICT     optimizer.bin: the optimizer's state dict by names; pytorch_model_fsdp.bin: weights
+                        (accelerate's save_state without FSDP has an optimizer.bin as well, its entries numbered)
     SHARDED_STATE_DICT  optimizer_0/ and pytorch_model_fsdp_0/: DCP folders, under `optimizer.` and `model.`
                         or, without DCP, optimizer_0_rank<r>.bin and
                         pytorch_model_fsdp_0_rank<r>.bin
@@ -43,6 +44,13 @@ def read_accelerate_fsdp(folder: Path) -> TrainedState:
             plain data.
     """
     ranked = _by_rank(folder)
+    second = next(
+        (n for n in ("optimizer_1", "optimizer_1.bin", "pytorch_model_fsdp_1") if (folder / n).exists()), None
+    )
+    if second is not None:
+        raise UserError(
+            f"{folder} holds several models or optimizers ({second}), and nothing says which is the policy's"
+        )
     origins: dict[str, str] = {}
     beside = weights_beside(folder)
     weights: dict[str, LazyTensor] = {}
@@ -69,8 +77,10 @@ def read_accelerate_fsdp(folder: Path) -> TrainedState:
         adam = joined_adam(ranked["optimizer"], weights)
         origins["moments"] = "optimizer_*rank*.bin"
     step = step_beside(folder)
+    full = _FULL_OPTIMIZER in origins.values()
+    plain = full and not weights and adam is not None and not adam.named
     return TrainedState(
-        layout=f"accelerate or TRL, FSDP, {'full' if _FULL_OPTIMIZER in origins.values() else 'sharded'}",
+        layout="accelerate, save_state" if plain else f"accelerate or TRL, FSDP, {'full' if full else 'sharded'}",
         folder=folder,
         step=step if step is not None else (adam.step if adam else None),
         weights=weights,

@@ -1,14 +1,16 @@
 """One DCP folder that holds model and optimizer: prime-rl, OpenRLHF's FSDP2, torchtitan, and others
-that save one tree.
+that save one tree; or two, policy/weights and policy/optimizer, of NeMo-RL's dtensor workers.
 
     app.model.<name>                 <name>                                  weights        (torchtitan: at the top)
     app.optimizers.state.<name>.exp_avg     optimizer.state.<name>.exp_avg  moments
     app.optimizers.param_groups.<i>.lr      optimizer.param_groups.<name>.lr  settings, by group or, flattened, by parameter
     app.scheduler.last_epoch         lr_scheduler.last_epoch                 schedule
     app.progress.step                train_state.step                        step
+    model.<name>, optim.optim.state.<name>.exp_avg, optim.sched.last_epoch    NeMo-RL
 
 Source: torch.distributed.checkpoint.state_dict (get_state_dict, flattened or not);
-prime_rl/trainer/ckpt.py; openrlhf/utils/fsdp2/checkpoint.py; torchtitan/components/checkpoint.py.
+prime_rl/trainer/ckpt.py; openrlhf/utils/fsdp2/checkpoint.py; torchtitan/components/checkpoint.py;
+nemo_rl/utils/native_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from entropy_experiments.checkpoints.readers.trained_state import AdamState, LazyTensor, TrainedState
 from rl_training.errors import UserError
 
-_OPTIMIZER = re.compile(r"((?:.*?\.)?optimizers?)\.(state|param_groups)\.(.+)\.([^.]+)")
+_OPTIMIZER = re.compile(r"((?:.*?\.)?optim(?:izers?)?)\.(state|param_groups)\.(.+)\.([^.]+)")
 _STEPS = re.compile(r"(?:step[-_]?|global_step_?|checkpoint-)(\d{1,9})")
 _INSIDE = ("trainer", "dcp_checkpoint/_actor", "dcp_checkpoint", "_actor", "actor", "policy")
-_SCHEDULES = ("app.scheduler", "scheduler", "lr_scheduler", "app.lr_scheduler")
+_SCHEDULES = ("app.scheduler", "scheduler", "lr_scheduler", "app.lr_scheduler", "optim.sched")
 _STEP_NAMES = ("app.progress.step", "train_state.step", "progress.step", "step", "app.step")
 
 
@@ -38,8 +40,31 @@ def dcp_tree_folder(folder: Path) -> Path | None:
     return next((place for place in (folder, *(folder / name for name in _INSIDE)) if is_dcp_folder(place)), None)
 
 
-def read_dcp_tree(folder: Path) -> TrainedState:
+def tree_in_two_folders(folder: Path) -> tuple[Path, Path | None] | None:
+    """Where weights and optimizer lie in a step of NeMo-RL; None where they do not.
+
+    Raises:
+        UserError: For weights that are shards of safetensors.
+    """
+    inside = folder.parent if folder.name in ("weights", "optimizer") else folder
+    for place in (inside, inside / "policy"):
+        weights, optimizer = place / "weights", place / "optimizer"
+        if is_dcp_folder(weights):
+            return weights, optimizer if optimizer.is_dir() else None
+        if optimizer.is_dir() and (weights / "model").is_dir():
+            raise UserError(
+                f"{weights} is of NeMo-RL in shards of safetensors, which are not read: save by policy.dtensor_cfg._v2=false, or "
+                "take its consolidated weights and analyse with entropy_analysis.fisher_kernel.preconditioning=none"
+            )
+    return None
+
+
+def read_dcp_tree(folder: Path, optimizer: Path | None = None) -> TrainedState:
     """A tree of prime-rl, OpenRLHF, torchtitan or one like theirs.
+
+    Args:
+        folder: Where it lies, or its weights.
+        optimizer: Where the optimizer's part lies, if apart.
 
     Raises:
         UserError: For a tree that is damaged, whose parts are missing, or whose weights cannot be
@@ -51,20 +76,27 @@ def read_dcp_tree(folder: Path) -> TrainedState:
         raise UserError(
             f"{folder}: this distributed checkpoint holds no weights: name the folder that holds model and optimizer"
         )
-    adam = dcp_adam(tree)
+    rest = tree if optimizer is None else open_dcp(optimizer)
+    adam = dcp_adam(rest)
     extra = folder / "extra_state.pt"
     beside = read_torch_file(extra) if extra.is_file() else {}
-    schedule = _object(tree, _SCHEDULES) or (beside.get("scheduler") if isinstance(beside, dict) else None)
+    schedule = _object(rest, _SCHEDULES) or (beside.get("scheduler") if isinstance(beside, dict) else None)
     step = next((value for name in _STEP_NAMES if type(value := tree.value(name)) is int), _step_in_name(folder))
     return TrainedState(
-        layout=f"torch DCP tree ({_writer(tree)})",
+        layout=f"torch DCP tree ({'NeMo-RL' if optimizer else _writer(tree)})",
         folder=folder,
+        weights_folder=_tokenizer_beside(folder),
         step=step if step is not None else (adam.step if adam else None),
         weights=weights,
         adam=adam,
         scheduler=schedule if isinstance(schedule, dict) else None,
         origins={"weights": ".metadata, *.distcp"} | ({"moments": ".metadata, *.distcp"} if adam else {}),
     )
+
+
+def _tokenizer_beside(folder: Path) -> Path | None:
+    beside = folder.parent / "tokenizer"
+    return beside if (beside / "tokenizer_config.json").is_file() else None
 
 
 def _writer(tree: DcpFolder) -> str:
@@ -97,28 +129,36 @@ def _weights(tree: DcpFolder) -> dict[str, LazyTensor]:
 
 def dcp_adam(tree: DcpFolder) -> AdamState | None:
     """The state of AdamW of a folder; None where it holds no optimizer's."""
-    entries: dict[str, dict[str, Any]] = {}
-    groups: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     prefixes = set()
     for name in (*tree.tensors, *tree.objects):
         matched = _OPTIMIZER.fullmatch(name)
         if matched is None:
             continue
-        prefix, kind, of, field = matched.groups()
+        prefix, kind = matched.groups()[:2]
         prefixes.add(prefix)
-        if kind == "state":
-            entries.setdefault(of, {})[field] = tree.tensors.get(name) if name in tree.tensors else tree.value(name)
-        else:
-            groups.setdefault(of, {})[field] = tree.value(name)
-    if not entries and not groups:
+        tensor = tree.tensors.get(name) if kind == "state" else None
+        found[name.removeprefix(f"{prefix}.")] = tree.value(name) if tensor is None else tensor
+    if not found:
         return None
     if len(prefixes) > 1:
         raise UserError(
             f"{tree.folder} holds {len(prefixes)} optimizers ({', '.join(sorted(prefixes))[:80]}): only one is read"
         )
+    return adam_state(tree.folder, unflattened(found))
+
+
+def unflattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of torch's optimizer from `state.<name>.<field>` and `param_groups.<number or name>.<field>`."""
+    entries: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        kind, _, rest = name.partition(".")
+        of, _, field = rest.rpartition(".")
+        (entries if kind == "state" else groups).setdefault(of, {})[field] = value
     numbered = all(of.isdecimal() for of in groups)
     listed = [groups[of] for of in sorted(groups, key=int)] if numbered else _grouped(entries, groups)
-    return adam_state(tree.folder, {"state": entries, "param_groups": listed})
+    return {"state": entries, "param_groups": listed}
 
 
 def _grouped(entries: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_experiments.checkpoints.readers.accelerate_fsdp import is_accelerate_fsdp, read_accelerate_fsdp
-from entropy_experiments.checkpoints.readers.dcp_trees import dcp_tree_folder, read_dcp_tree
+from entropy_experiments.checkpoints.readers.dcp_trees import dcp_tree_folder, read_dcp_tree, tree_in_two_folders
 from entropy_experiments.checkpoints.readers.deepspeed_zero import read_zero
 from entropy_experiments.checkpoints.readers.rank_files import rank_files_folder, read_rank_files
 from entropy_experiments.checkpoints.readers.saved_model import is_saved_model, read_saved_model
@@ -19,6 +19,8 @@ from rl_training.errors import UserError
 _STEPS = re.compile(r"(?:checkpoint-|global_steps?_?|step[-_])(\d{1,9})")
 # Where trainers put the folders of steps inside a run.
 _RUN_FOLDERS = ("", "checkpoints", "checkpoint", "ckpts")
+# Parts that mean nothing alone: the checkpoint is the folder they lie in.
+_PARTS = ("pytorch_model_fsdp_0", "optimizer_0")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def find_source(folder: Path) -> Source | None:
     """The checkpoint in a folder; None where there is none of a layout that is read."""
     if not folder.is_dir():
         return None
+    if folder.name in _PARTS:
+        folder = folder.parent
     if (folder / "optimizer.pt").exists():
         return Source(folder, lambda: read_saved_model(folder))
     ranked = rank_files_folder(folder)
@@ -46,6 +50,9 @@ def find_source(folder: Path) -> Source | None:
         return Source(folder, lambda: read_zero(zero, beside))
     if is_accelerate_fsdp(folder):
         return Source(folder, lambda: read_accelerate_fsdp(folder))
+    two = tree_in_two_folders(folder)
+    if two is not None:
+        return Source(folder, lambda: read_dcp_tree(*two))
     tree = dcp_tree_folder(folder)
     if tree is not None:
         return Source(folder, lambda: read_dcp_tree(tree))

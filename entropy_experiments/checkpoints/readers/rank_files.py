@@ -2,7 +2,8 @@
 FSDP without DCP.
 
     model_world_size_<W>_rank_<r>.pt        the model's state dict: parameters by name, DTensors
-    optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters (DTensors), FSDP1 flat vectors (flat_units)
+    optim_world_size_<W>_rank_<r>.pt        the optimizer's: FSDP2 numbers parameters (DTensors), FSDP1 flat vectors (flat_units);
+                                            flattened by name (`state.<name>.exp_avg`) by verl's VeOmni engine
     extra_state_world_size_<W>_rank_<r>.pt  schedule, step (SkyRL), random numbers
     huggingface/, lora_adapter/             configuration, tokenizer and, where asked for, whole weights; an adapter
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_experiments.checkpoints.readers.adam_entries import adam_state
+from entropy_experiments.checkpoints.readers.dcp_trees import unflattened
 from entropy_experiments.checkpoints.readers.flat_units import is_flat, unflatten
 from entropy_experiments.checkpoints.readers.rank_shards import join
 from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
@@ -95,6 +97,10 @@ def joined_adam(paths: list[Path], weights: Mapping[str, LazyTensor]) -> AdamSta
     contents = [content.get("optimizer", content) if isinstance(content, dict) else content for content in contents]
     if all(content == {} for content in contents):
         return None
+    if all(isinstance(content, dict) and content and _is_flattened(content) for content in contents):
+        values = {key: join(f"{key[:120]!r}", paths, [content[key] for content in contents])
+                  for key in _same_keys(paths, contents)}  # fmt: skip
+        return adam_state(paths[0].parent, unflattened(values))
     if not all(isinstance(content, dict) and isinstance(content.get("state"), dict) for content in contents):
         raise UserError(f"{paths[0]} is not the state of an optimizer: it is damaged; copy it again")
     groups = [content.get("param_groups") for content in contents]
@@ -109,6 +115,10 @@ def joined_adam(paths: list[Path], weights: Mapping[str, LazyTensor]) -> AdamSta
     entries = {key: {field: join(f"{field} of entry {key!r}", paths, [state[key][field] for state in states])
                      for field in _same_keys(paths, [state[key] for state in states])} for key in keys}  # fmt: skip
     return adam_state(paths[0].parent, {"state": entries, "param_groups": groups[0]})
+
+
+def _is_flattened(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in content)
 
 
 def _plain(groups: Any) -> Any:

@@ -4,6 +4,7 @@ save_pretrained without one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from entropy_experiments.checkpoints.readers.accelerate_fsdp import lazy_inside
@@ -12,6 +13,9 @@ from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from entropy_experiments.checkpoints.readers.trained_state import AdamState, TrainedState
 from entropy_experiments.checkpoints.readers.trainer_files import schedule_beside, step_beside, weights_beside
 from rl_training.errors import UserError
+
+# An optimizer's state by other names than those that are read: torchtune's recipe_state, files of one's own.
+_OTHER_STATES = re.compile(r"(recipe_state|optim|optimizer|training_state|trainer_state)\w*(\.(pt|pth|bin|ckpt|pkl))?")
 
 
 def is_saved_model(folder: Path) -> bool:
@@ -37,7 +41,14 @@ def read_saved_model(folder: Path) -> TrainedState:
         weights_folder=weights_beside(folder),
         scheduler=schedule_beside(folder),
         origins={"moments": "optimizer.pt"} if adam else {},
+        notes=() if adam is not None else _unread(folder),
     )
+
+
+def _unread(folder: Path) -> tuple[str, ...]:
+    """What may be an optimizer's state, and is of no layout that is read."""
+    found = sorted(path.name for path in folder.iterdir() if _OTHER_STATES.fullmatch(path.name))
+    return tuple(f"{name} may hold the optimizer's state, and is of no layout that is read" for name in found[:3])
 
 
 def trainer_adam(path: Path) -> AdamState:

@@ -40,12 +40,9 @@ def step_beside(folder: Path) -> int | None:
 
 
 def schedule_beside(folder: Path) -> dict[str, Any] | None:
-    """scheduler.pt, plain data; None without it."""
-    path = folder / "scheduler.pt"
-    if not path.exists():
-        return None
-    content = read_torch_file(path)
-    return plain_schedule(content)
+    """scheduler.pt (of accelerate's save_state scheduler.bin), plain data; None without it."""
+    path = next((p for name in ("scheduler.pt", "scheduler.bin") if (p := folder / name).exists()), None)
+    return None if path is None else plain_schedule(read_torch_file(path))
 
 
 def plain_schedule(content: Any) -> dict[str, Any] | None:

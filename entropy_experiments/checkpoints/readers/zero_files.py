@@ -103,6 +103,12 @@ def stage_of(folder: Path, states: list[dict[str, Any]]) -> int:
                     f"{folder}: rank {rank}'s file is of {str(count)[:20]} processes, and there are {world} files: a file is "
                     "missing, or is of another checkpoint; copy those of every node"
                 )
+        for part in state.get("ds_zero_partition_groups") or ():
+            if isinstance(part, dict) and part.get("partition_count", world) != world:
+                raise UserError(
+                    f"{folder}: rank {rank}'s file has a group cut over {str(part.get('partition_count'))[:20]} of {world} "
+                    f"processes (experts or MiCS), which is not read: {WITHOUT_IT}"
+                )
     stages = {_number(state.get("zero_stage", 1)) for state in states}  # BF16_Optimizer does as stage 1 and names none
     if len(stages) > 1 or not stages <= {1, 2, 3}:
         raise UserError(f"{folder}: its files are of no one stage of ZeRO: two checkpoints are mixed; copy it again")

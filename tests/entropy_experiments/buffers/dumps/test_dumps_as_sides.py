@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,40 @@ def test_the_size_of_a_difference_decides(recorded: Recorded, tmp_path: Path) ->
         drawn_buffers(recorded, sides(fine, far))
     _, training = drawn_buffers(recorded, sides(fine, far, drawn=False))
     assert any("another checkpoint than this" in note for note in training.notes)
+
+
+def test_tokens_of_tools_that_no_mask_marks_are_told(recorded: Recorded, tmp_path: Path) -> None:
+    """Dumps fill in 0 where a tool wrote; a token that the policy gave with certainty has it too, and is no tool's."""
+    train = recorded.sequences("train")
+
+    def with_tool(row: dict) -> list[int]:
+        return [*row["completion_ids"][:2], *row["prompt_ids"][:2], *row["completion_ids"][2:]][:8]
+
+    def zeros(row: dict) -> list[float]:
+        return [*row["sampler_logprobs"][:2], 0.0, 0.0, *row["sampler_logprobs"][2:]][:8]
+
+    long = [s for s in train if len(s.completion_ids) > 3][:6]
+    path = schema(tmp_path / "t.jsonl", long, sampler_logprobs=zeros, completion_ids=with_tool)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    own = logprobs_of(recorded, rows)
+    for row, values in zip(rows, own, strict=True):
+        row["sampler_logprobs"] = [0.0 if k in (2, 3) else v for k, v in enumerate(values)]
+    with pytest.raises(UserError, match=r"recorded log-probability 0, and .* give completion_mask"):
+        drawn_buffers(recorded, sides(lines(path, rows), None))
+    for row in rows:
+        row["completion_mask"] = [k not in (2, 3) for k in range(len(row["completion_ids"]))]
+    _, training = drawn_buffers(recorded, sides(lines(path, rows), None))
+    assert any("are the policy's to" in note for note in training.notes)
+
+
+def logprobs_of(recorded: Recorded, rows: list[dict]) -> list[list[float]]:
+    found = []
+    for row in rows:
+        ids, start = [*row["prompt_ids"], *row["completion_ids"]], len(row["prompt_ids"])
+        with torch.no_grad():
+            logs = recorded.checkpoint.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append([min(0.0, float(logs[k - 1, ids[k]])) for k in range(start, len(ids))])
+    return found
 
 
 def test_another_temperature_is_told(recorded: Recorded, tmp_path: Path) -> None:

@@ -185,6 +185,35 @@ def test_episodes_that_are_no_weighted_sequences_are_refused(change, words: str,
         import_rollouts(lines(path, episodes))
 
 
+def test_a_reply_that_branches_share_trains_in_the_first_alone(tmp_path: Path) -> None:
+    """prime_rl/orchestrator/trajectories.py, iter_trainable_branches: later branches carry its tokens as context."""
+    path = WRITERS["prime_rl"](tmp_path, 3, SEQUENCES[:1], TOKENIZER)
+    episode = json.loads(path.read_text())
+    trace = episode["traces"][0]
+    tool = {"parent": 1, "sampled": False, "token_ids": [40, 41], "mask": [False] * 2, "logprobs": []}
+    reply = {"sampled": True, "mask": [True, True], "logprobs": [-0.5, -0.25], "advantages": [0.5, 0.5]}
+    trace["nodes"] += [tool, {**reply, "parent": 2, "token_ids": [50, 1]}, {**reply, "parent": 1, "token_ids": [60, 1]}]
+    first, second = import_rollouts(lines(path, [episode])).rows
+    shared, prompt = SEQUENCES[0].completion_ids, SEQUENCES[0].prompt_ids
+    assert first.completion_ids == [*shared, 40, 41, 50, 1]
+    assert first.completion_mask == [*[True] * len(shared), False, False, True, True]
+    assert second.prompt_ids == [*prompt, *shared] and second.completion_ids == [60, 1]
+    assert second.completion_mask is None and second.sampler_logprobs == [-0.5, -0.25]
+    trace["nodes"][3].pop("advantages")
+    with pytest.raises(UserError, match="some of its replies have advantages and others none"):
+        import_rollouts(lines(path, [episode]))
+
+
+def test_groups_and_sessions_of_the_newest_verl(tmp_path: Path) -> None:
+    """verl/trainer/ppo/v1/trainer_base.py: uid is <prompt>_<session>_<output>; two prompts of one text are two groups."""
+    rows = [{"input": "1 + 1 =", "output": str(k), "gts": "2", "score": float(k), "step": 3, "uid": f"{u}_{k}_0"}
+            for u in ("a-b_c", "d") for k in range(2)]  # fmt: skip
+    table = import_rollouts(lines(tmp_path / "3.jsonl", rows))
+    assert [r.group for r in table.rows] == ["a-b_c", "a-b_c", "d", "d"] and table.notes == ()
+    with pytest.raises(UserError, match="line 5: is output 1 of a session of several"):
+        import_rollouts(lines(tmp_path / "3.jsonl", [*rows, {**rows[-1], "uid": "d_1_1"}]))
+
+
 def test_branches_of_an_episode_and_what_does_not_train(tmp_path: Path) -> None:
     path = WRITERS["prime_rl"](tmp_path, 3, SEQUENCES[:2], TOKENIZER)
     episodes = [json.loads(line) for line in path.read_text().splitlines()]

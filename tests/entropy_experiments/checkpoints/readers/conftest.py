@@ -26,6 +26,10 @@ def formats(tmp_path_factory) -> Path:
         reference = torch.load(root / "reference.pt")
         for stage in (1, 2, 3):
             write_zero(root / f"zero{stage}" / "checkpoint-4", reference, stage)
+        state = Path(shutil.copytree(root / written.TRAINER, root / written.STATE))
+        (state / "trainer_state.json").unlink()
+        for name in ("optimizer", "scheduler"):
+            (state / f"{name}.pt").rename(state / f"{name}.bin")
         return root
 
     return made_once(tmp_path_factory, "formats", make)

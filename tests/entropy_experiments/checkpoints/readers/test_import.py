@@ -28,7 +28,7 @@ from tests.warm_python import warm_run
 
 FORMATS = [
     written.VERL, written.PRIME, written.TITAN, written.OPENRLHF, written.FULL, written.SHARDED, written.RANKED, written.TRAINER,
-    "zero1/checkpoint-4", "zero2/checkpoint-4", "zero3/checkpoint-4",
+    written.NEMO, written.VEOMNI, written.STATE, "zero1/checkpoint-4", "zero2/checkpoint-4", "zero3/checkpoint-4",
 ]  # fmt: skip
 TASK = "{name: chain_sum, arguments: {min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}, size: 24, heldout_size: 16}"
 TOLD = (

@@ -41,6 +41,7 @@ VERL, PRIME, TITAN, OPENRLHF = (
 )
 FULL, SHARDED, RANKED, FSDP1 = "full/checkpoint-4", "sharded/checkpoint-4", "ranked/checkpoint-4", "verl1/global_step_4"
 TRAINER = "trainer/checkpoint-4"
+NEMO, VEOMNI, STATE = "nemo/step_4", "veomni/global_step_4", "state/save_state"
 VERL_LORA, LORA = "verl_lora/global_step_4", "lora/checkpoint-4"
 
 
@@ -89,7 +90,12 @@ def write_formats() -> None:
     flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     tree = {**model.state_dict(), "optimizer": flat, "lr_scheduler": schedule.state_dict()}
     dcp.save({**tree, "train_state": {"step": torch.tensor(STEPS)}}, checkpoint_id=root / TITAN)
+    dcp.save({"model": weights}, checkpoint_id=root / NEMO / "policy" / "weights")
+    state = {"optim": {"optim": moments, "sched": schedule.state_dict()}}
+    dcp.save(state, checkpoint_id=root / NEMO / "policy" / "optimizer")
+    _rank_files(root / VEOMNI / "actor", model, optimizer, schedule, 2, flat)
     if rank == 0:
+        AutoTokenizer.from_pretrained(root / "policy").save_pretrained(root / NEMO / "policy" / "tokenizer")
         extra = {"client_state": {}, "scheduler": schedule.state_dict()}
         torch.save(extra, root / OPENRLHF / "dcp_checkpoint" / "_actor" / "extra_state.pt")
     PartialState(cpu=True)
@@ -145,13 +151,15 @@ def _fsdp1(root: Path, mesh: Any) -> None:
         _rank_files(root / FSDP1 / "actor", model, optimizer, schedule, 1)
 
 
-def _rank_files(folder: Path, model: Any, optimizer: torch.optim.AdamW, schedule: Any, version: int) -> None:
-    """As verl's FSDPCheckpointManager."""
+def _rank_files(
+    folder: Path, model: Any, optimizer: torch.optim.AdamW, schedule: Any, version: int, flat: Any = None
+) -> None:
+    """As verl's FSDPCheckpointManager; flat: the optimizer's state by name, as its VeOmni engine has it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     ending = f"world_size_{world}_rank_{rank}.pt"
     torch.save(model.state_dict(), folder / f"model_{ending}")
-    torch.save(optimizer.state_dict(), folder / f"optim_{ending}")
+    torch.save(flat or optimizer.state_dict(), folder / f"optim_{ending}")
     extra = {"lr_scheduler": schedule.state_dict(), "rng": {"cpu": torch.get_rng_state()}}
     torch.save(extra, folder / f"extra_state_{ending}")
     if rank == 0:

@@ -1,0 +1,84 @@
+"""What `record_steps(trainer)` of this project writes beside a run of TRL: `<output_dir>/recorded_steps/step-<step>.parquet`.
+
+Token ids as they were drawn, masks of tools, rewards and the sampler's log-probabilities (rl_training/run/step_record.py).
+Advantages are not in it. Prompts follow each other in groups of `num_generations`, over processes too, as TRL draws them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from entropy_experiments.buffers.dumps.files import rows_of
+from entropy_experiments.buffers.dumps.rows import RolloutRow, logprobs, mask, number, tokens, whole
+from rl_training.errors import UserError
+from rl_training.run.step_record import GENERATED, LOSS, read_settings
+
+NAME = "TRL, recorded by this project"
+FILES = r"step-(?P<step>\d{6})\.parquet"
+
+
+def matches(keys: set[str]) -> bool:
+    """Whether a row of these keys is of such a file."""
+    return {"part", "batch", "prompt_ids", "completion_ids", "mask", "rewards"} <= keys
+
+
+def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iterator[RolloutRow]]:
+    """Reads the rows of one file, in order. Raises UserError where the run's settings are not beside it."""
+    settings = read_settings(file.absolute().parent.parent)
+    if settings is None:
+        raise UserError(
+            f"{file.parent}/run.json is missing, which says how rewards and groups were made: copy it as well"
+        )
+    counts: Counter[int] = Counter()
+
+    def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
+        if data["part"] != GENERATED:
+            return
+        batch = whole("batch", data["batch"]) or 0
+        group, counts[batch] = counts[batch] // settings.completions_per_prompt, counts[batch] + 1
+        drawn = mask("mask", data["mask"])
+        yield RolloutRow(
+            place=place,
+            prompt_ids=tokens("prompt_ids", data["prompt_ids"]),
+            completion_ids=tokens("completion_ids", data["completion_ids"]),
+            completion_mask=None if drawn is None or all(drawn) else drawn,
+            reward=_reward(data["rewards"], settings.reward_weights),
+            sampler_logprobs=logprobs("sampler_logprobs", data.get("sampler_logprobs")),
+            group=f"{batch}.{group}",
+            step=step,
+            temperature=settings.temperature,
+        )
+
+    return sequences
+
+
+def _reward(values: Any, weights: list[float]) -> float | None:
+    """TRL's sum of rewards by their weights; None where none judged. Raises ValueError for other rewards than the run's."""
+    if not isinstance(values, list) or len(values) != len(weights):
+        raise ValueError(f"has {len(values) if isinstance(values, list) else 'no'} rewards, the run had {len(weights)}")
+    judged = [(number("rewards", v), w) for v, w in zip(values, weights, strict=True) if v is not None]
+    return sum((v or 0.0) * w for v, w in judged) if judged else None
+
+
+def notes(rows: list[RolloutRow], path: Path) -> list[str]:
+    """What has to be said of all of them: where the step's loss had other sequences than were generated in it."""
+    generated, trained, masked = Counter[Any](), Counter[Any](), 0
+    for _, row in rows_of(path, ("part", "prompt_ids", "completion_ids", "mask")):
+        if isinstance(row, dict) and row["part"] in (GENERATED, LOSS):
+            key = (tuple(row["prompt_ids"]), tuple(row["completion_ids"]))
+            (generated if row["part"] == GENERATED else trained)[key] += 1
+            masked += row["part"] == LOSS and not any(row["mask"])
+    said = []
+    if trained and trained != generated:
+        said.append(
+            f"{path.name}: the step's loss had {trained.total()} sequences and {generated.total()} were generated in it, "
+            f"{(trained & generated).total()} of them the same (steps_per_generation, num_iterations): those generated are taken"
+        )
+    if masked:
+        said.append(
+            f"{path.name}: {masked} sequences were masked out of the loss as a whole, and are weighed here as any other"
+        )
+    return said
