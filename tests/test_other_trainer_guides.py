@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -17,6 +18,11 @@ from entropy_experiments import cli
 from entropy_experiments.buffers.dumps.read import import_rollouts
 from entropy_experiments.config import FisherAnalysisConfig
 from rl_training.configuration import load_config
+from tests.entropy_experiments.checkpoints.readers.conftest import formats as formats
+from tests.entropy_experiments.conftest import tiny_run as tiny_run
+from tests.entropy_experiments.console.test_cli import run
+from tests.entropy_experiments.small_analysis import OFF
+from tests.runs_of_guides import LONGEST, Runs
 
 GUIDES = sorted(Path("docs/guides/other-trainers").resolve().glob("*.md"))
 BLOCK = re.compile(r"(<!-- needs: [^>]+ -->\n\n)?```(\w+)\n(.*?)```", re.S)
@@ -79,3 +85,39 @@ def test_commands_are_those_of_the_program(path: Path) -> None:
         overrides = [a for a in arguments if "=" in a]
         if name == "analyze":
             load_config(FisherAnalysisConfig, None, overrides)
+
+
+def settings_of(path: Path) -> dict:
+    """The guide's analysis.yaml, of a size that the tiny policy bears and with a reward that it sometimes has."""
+    found = next(data for _, code in blocks(path, "yaml") if "entropy_analysis" in (data := yaml.safe_load(code)))
+    if "task" in found["checkpoint"]:
+        found["checkpoint"]["task"]["reward"] = "tests.tiny_policy:even_start_reward"
+    analysis = found["entropy_analysis"]
+    analysis["sampling"]["max_completion_length"] = LONGEST
+    off = dict.fromkeys(OFF, False) | {"fresh_scales": [], "step_scales": [0.25, 1.0, 2.0]}
+    return {**found, "entropy_analysis": {**analysis, "eval_batch_size": 16, "train_batch_size": 16, "analysis": off}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
+def test_its_commands_are_typed_as_they_are_written(path: Path, formats: Path, tiny_run: Path, tmp_path: Path) -> None:
+    Runs(formats, tiny_run / "checkpoint-4", tmp_path).of(path.stem)
+    (tmp_path / "analysis.yaml").write_text(yaml.safe_dump(settings_of(path)))
+    lines = re.findall(r"^    entropy-experiments (.+)$", path.read_text(), re.M)
+    names = [shlex.split(line)[0] for line in lines]
+    assert names[:1] == ["doctor"] and {"import", "analyze"} <= set(names)
+    for line in lines:
+        name, *rest = shlex.split(line)
+        done = run(name, *rest, cwd=tmp_path)
+        assert "Traceback" not in done.stderr and done.stdout.strip(), done.stderr
+        assert done.returncode == 0 or (name == "doctor" and "can be imported" in done.stdout), (
+            line,
+            done.stdout,
+            done.stderr,
+        )
+    reports = list((tmp_path / "results").rglob("report.html"))
+    assert len(reports) == names.count("analyze")
+    notes = json.loads((reports[0].parent / "summary.json").read_text())["sampling"]["notes"]
+    given = "train_sequences_path" in settings_of(path)["entropy_analysis"]["sampling"]
+    assert any("training sequences are" in note for note in notes) == given, notes
+    assert len(path.read_text().split()) < 700, "two pages at most"

@@ -65,7 +65,13 @@ _TESTS: tuple[tuple[ForeignLayout, Callable[[_Names], bool]], ...] = (
             or bool(names & {"ckpt_contents.json", "dist_ckpt"})
         ),
     ),
-    (_UNIVERSAL, lambda names: "latest_universal" in names or ("zero" in names and _any(names, r".*model_states\.pt"))),
+    (
+        _UNIVERSAL,
+        lambda names: (
+            ("latest_universal" in names and not _any(names, r"global_step\d+"))
+            or ("zero" in names and _any(names, r".*model_states\.pt"))
+        ),
+    ),
     (
         _DEEPSPEED,
         lambda names: (

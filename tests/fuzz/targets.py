@@ -150,7 +150,16 @@ _ROWS = (
     {"prompt": "1+1=", "completion": "2", "reward": 1.0, "advantage": 0.5, "prompt_index": 0, "step": 3},
     {"step": 1, "prompt": "a", "completion": "b", "even_reward": 1.0, "advantage": -0.5},
     {"input": "a", "output": "b", "score": 1.0, "step": 2, "gts": "2"},
-    {"prompt_ids": [3, 4], "completion_ids": [5, 6], "logprobs": [-0.5, -1.0], "mask": [True, False], "weight": 0.1},
+    {"input": "a", "output": "b", "score": 1.0, "step": 2, "gts": None, "uid": "a-b_0_0"},
+    {"prompt_ids": [3], "completion_ids": [5, 6], "sampler_logprobs": [-0.5, None], "completion_mask": [1, 0], "weight": 0.1},
+    {"step": 1, "sample_idx": 0, "prompt_idx": 0, "prompt_tokens": [3], "response_tokens": [4, 1], "reward": 1.0,
+     "advantage": 0.5, "finish_reason": "stop", "logprobs": [-0.1, 0.0], "request_info": {"num_calls": 1}},
+    {"task": {}, "group": {"id": "g"}, "traces": [{"ok": True, "calls": [{"sampling": {"temperature": 1.0}}], "rewards": {
+        "a": {"score": 1.0, "weight": 2.0}}, "nodes": [
+            {"token_ids": [3], "mask": [False]},
+            {"parent": 0, "sampled": True, "token_ids": [4], "mask": [True], "logprobs": [-0.1], "advantages": [0.5]},
+            {"parent": 1, "sampled": True, "token_ids": [5], "mask": [True], "logprobs": [-0.1], "advantages": [0.5]},
+            {"parent": 1, "sampled": True, "token_ids": [6], "mask": [True], "logprobs": [-0.2], "advantages": [0.5]}]}]},
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}], "reward": 0},
 )  # fmt: skip
 

@@ -231,6 +231,10 @@ def _weight_notes(
             f"{int(sizes.max())}: those of the run differ where it divides by a standard deviation, weighs reward functions or "
             "subtracts another baseline"
         )
+        if int(sizes.min()) < int(sizes.max()):
+            notes.append(
+                "groups have several sizes: where a part of one is not in the dump, its baseline is the mean of what is left"
+            )
     if advantages is not None and weights is None:
         notes.append("weights are the recorded advantages over N L, as in Dr-GRPO's loss, whatever loss the run had")
     if advantages is not None:

@@ -7,7 +7,7 @@ prompt_idx counts anew in every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,22 @@ FILES = r".+_rollouts_\d+\.jsonl"
 def matches(keys: set[str]) -> bool:
     """Whether a row of these keys is one of open-instruct's."""
     return {"prompt_tokens", "response_tokens", "advantage", "prompt_idx"} <= keys
+
+
+def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iterator[RolloutRow]]:
+    """Reads the rows of one file, in order; a step that stands in it twice is refused (a resumed run appends to the shard)."""
+    seen: set[tuple[Any, Any]] = set()
+
+    def of_file(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
+        key = (data.get("step"), str(data.get("sample_idx")))
+        if data.get("sample_idx") is not None and key in seen:
+            raise ValueError(
+                f"sample {key[1]} of step {key[0]} stands twice: the run was resumed; keep the lines of one attempt"
+            )
+        seen.add(key)
+        yield from sequences(data, place, step)
+
+    return of_file
 
 
 def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:

@@ -34,6 +34,20 @@ _KEYS = (*SCHEMA.names, "already_templated", "prompt_index")
 # What the stored rollouts of this project's trainer have beside the schema, and what is made of it.
 _STORED = ("round", "rank", "status", "draw_probability")
 KNOWN = frozenset((*_KEYS, *_STORED))
+# Of other trainers: a mask or log-probabilities that were passed over would change numbers without a word.
+_OTHER_NAMES = {
+    **dict.fromkeys(
+        ("response_mask", "loss_mask", "action_mask", "tool_mask", "mask", "labels", "assistant_masks"),
+        "completion_mask",
+    ),
+    **dict.fromkeys(
+        ("logprobs", "log_probs", "rollout_log_probs", "old_log_probs", "per_token_logps"), "sampler_logprobs"
+    ),
+    **dict.fromkeys(("input_ids", "prompt_tokens"), "prompt_ids"),
+    **dict.fromkeys(("response_ids", "response_tokens", "output_ids"), "completion_ids"),
+    **dict.fromkeys(("uid", "prompt_uid", "group_index"), "group"),
+    **dict.fromkeys(("score", "scores", "rewards"), "reward"),
+}
 _TELLING = set(_KEYS) - {"prompt", "completion", "reward", "weight", "prompt_index"}
 
 
@@ -50,6 +64,10 @@ def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[Ro
     for key in data:
         if key not in known and (near := get_close_matches(str(key), known, n=1, cutoff=0.75)):
             raise ValueError(f"unknown key {key!r}: did you mean {near[0]!r}?")
+        if (meant := _OTHER_NAMES.get(str(key))) is not None and data.get(meant) is None:
+            raise ValueError(
+                f"{key!r} is not read here: write it as {meant!r} (docs/guides/rollouts.md), or leave it out"
+            )
     if stored and data["status"] == "rejected":
         return
     prompt, form = _prompt(data)

@@ -124,6 +124,8 @@ def _first_match(file: Path) -> ModuleType | None:
 def _reader_of(file: Path) -> ModuleType:
     regular_file(file, str(file))
     reader = _first_match(file)
+    if reader is None and (why := _no_rows(file)) is not None:
+        raise UserError(f"{file} {why}")
     if reader is None:
         raise UserError(
             f"{file} is no dump of rollouts that is known (of {_KNOWN}): write prompt_ids and completion_ids of each sequence, "
@@ -132,12 +134,28 @@ def _reader_of(file: Path) -> ModuleType:
     return reader
 
 
+def _no_rows(file: Path) -> str | None:
+    """Why a file has no rows at all, with the remedy; None where it has some."""
+    if is_parquet(file):
+        return None
+    with file.open("rb") as handle:
+        start = handle.read(4)
+    if start.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK", b"BZh")):
+        return "is compressed: unpack it"
+    first = next((data for _, data in rows_of(file)), "has no line")
+    return (
+        None
+        if isinstance(first, dict)
+        else f"is no dump of rollouts: its first line is {first}; write one JSON object a line"
+    )
+
+
 def _read(file: Path, reader: ModuleType, file_step: int | None, step: int | None) -> RolloutTable:
     mistakes = Mistakes(file, unit_of(file))
     rows: list[RolloutRow] = []
     numbers: list[int] = []
     unused: Counter[str] = Counter()
-    sequences = recorded_steps.sequences_of(file) if reader is recorded_steps else reader.sequences
+    sequences = reader.sequences_of(file) if hasattr(reader, "sequences_of") else reader.sequences
     for number, data in rows_of(file):
         if isinstance(data, str):
             mistakes.add(number, data)

@@ -35,16 +35,19 @@ def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iter
     counts: Counter[int] = Counter()
 
     def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
-        if data["part"] != GENERATED:
+        prompt, completion = (tokens(name, data[name]) for name in ("prompt_ids", "completion_ids"))
+        drawn = mask("mask", data["mask"])
+        if data["part"] not in (GENERATED, LOSS) or prompt is None or completion is None or drawn is None:
+            raise ValueError("is no row that record_steps writes: the file is damaged; copy it again")
+        if data["part"] == LOSS:
             return
         batch = whole("batch", data["batch"]) or 0
         group, counts[batch] = counts[batch] // settings.completions_per_prompt, counts[batch] + 1
-        drawn = mask("mask", data["mask"])
         yield RolloutRow(
             place=place,
-            prompt_ids=tokens("prompt_ids", data["prompt_ids"]),
-            completion_ids=tokens("completion_ids", data["completion_ids"]),
-            completion_mask=None if drawn is None or all(drawn) else drawn,
+            prompt_ids=prompt,
+            completion_ids=completion,
+            completion_mask=None if all(drawn) else drawn,
             reward=_reward(data["rewards"], settings.reward_weights),
             sampler_logprobs=logprobs("sampler_logprobs", data.get("sampler_logprobs")),
             group=f"{batch}.{group}",

@@ -17,6 +17,7 @@ from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
 from rl_training.sampling import SamplingConfig
 
+_LONG_ENOUGH = 4  # tokens of prompts that no policy repeats by chance, in every row
 _SENTINELS = ("entropysentinelone", "entropysentineltwo")
 
 
@@ -68,8 +69,37 @@ def tokenize_rows(
         found.drawn.append(None if drawn is None or all(drawn) else drawn)
         found.prompts.append(prompts.shown(row, prompt))
     mistakes.refuse()
+    begins = (*sampling_config.eos_token_ids, getattr(tokenizer, "bos_token_id", None))
+    _refuse_padding(table, found, sampling_config.pad_token_id, begins)
     found.notes = [*table.notes, *counts.notes(len(table), sampling_config, table.format)]
     return found
+
+
+def _refuse_padding(table: RolloutTable, found: TokenizedRows, pad: int, begins: Sequence[int | None]) -> None:
+    """Raises UserError for rows cut out of padded batches, and for completions that begin with their prompt.
+
+    begins: tokens with which a prompt may begin, the padding token among them or not.
+    """
+    given = [i for i, row in enumerate(table.rows) if row.completion_ids is not None]
+    prompts, completions = ([of[i] for i in given] for of in (found.prompt_ids, found.completion_ids))
+    left = sum(p[0] == pad and (pad not in begins or p[:2] == [pad, pad]) for p in prompts)
+    if left:
+        raise UserError(
+            f"{table.path}: prompt_ids of {left} rows begin with the padding token {pad}, which the policy would be given as "
+            "text: leave padding out"
+        )
+    one_width = len({len(c) for c in completions}) == 1
+    padded = sum(found.drawn[i] is None and c[-2:] == [pad, pad] for i, c in zip(given, completions, strict=True))
+    if len(given) > 1 and one_width and padded:
+        raise UserError(
+            f"{table.path}: completion_ids of {padded} rows end in the padding token {pad}, and all are {len(completions[0])} "
+            "long, as in a padded batch: leave padding out, or mark it in completion_mask"
+        )
+    inside = [c[: len(p)] == p for p, c in zip(prompts, completions, strict=True)]
+    if given and all(inside) and sum(map(len, prompts)) >= _LONG_ENOUGH:
+        raise UserError(
+            f"{table.path}: completion_ids begin with prompt_ids in every row: leave the prompt out of them"
+        )
 
 
 def _place_number(place: str, otherwise: int) -> int:

@@ -94,4 +94,4 @@ def _refuse_evaluations(path: Path, steps: set[int]) -> None:
 
 def _contents(path: Path) -> list[tuple[Any, ...]]:
     names = ("prompt", "completion", "advantage")
-    return [tuple(row[name] for name in names) for _, row in rows_of(path, names) if isinstance(row, dict)]
+    return [tuple(row.get(name) for name in names) for _, row in rows_of(path, names) if isinstance(row, dict)]

@@ -21,6 +21,7 @@ _STEPS = re.compile(r"(?:checkpoint-|global_steps?_?|step[-_])(\d{1,9})")
 _RUN_FOLDERS = ("", "checkpoints", "checkpoint", "ckpts")
 # Parts that mean nothing alone: the checkpoint is the folder they lie in.
 _PARTS = ("pytorch_model_fsdp_0", "optimizer_0")
+_BESIDE_RANKS = ("huggingface", "lora_adapter")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def find_source(folder: Path) -> Source | None:
     """The checkpoint in a folder; None where there is none of a layout that is read."""
     if not folder.is_dir():
         return None
-    if folder.name in _PARTS:
+    if folder.name in _PARTS or (folder.name in _BESIDE_RANKS and rank_files_folder(folder.parent) == folder.parent):
         folder = folder.parent
     if (folder / "optimizer.pt").exists():
         return Source(folder, lambda: read_saved_model(folder))
@@ -89,5 +90,11 @@ def _only_named_inside(folder: Path) -> bool:
     """Whether the folder is a run with a saved model beside its steps, as trainers leave it at the
     end.
     """
-    steps = [child for child in folder.iterdir() if child.is_dir() and re.fullmatch(r"checkpoint-\d{1,9}", child.name)]
-    return bool(steps) and not (folder / "trainer_state.json").exists() and not (folder / "optimizer.pt").exists()
+    names = [child.name for child in folder.iterdir() if child.is_dir()]
+    steps = [name for name in names if re.fullmatch(r"checkpoint-\d{1,9}", name)]
+    zero = [name for name in names if re.fullmatch(r"global_step\d{1,9}", name)]  # OpenRLHF keeps several in one folder
+    return (
+        (bool(steps) or len(zero) > 1)
+        and not (folder / "trainer_state.json").exists()
+        and not (folder / "optimizer.pt").exists()
+    )

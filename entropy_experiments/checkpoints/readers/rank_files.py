@@ -24,6 +24,7 @@ from entropy_experiments.checkpoints.readers.flat_units import is_flat, unflatte
 from entropy_experiments.checkpoints.readers.rank_shards import join
 from entropy_experiments.checkpoints.readers.torch_file import read_torch_file
 from entropy_experiments.checkpoints.readers.trained_state import AdamState, LazyTensor, TrainedState
+from entropy_experiments.checkpoints.readers.trainer_files import SAVED_WEIGHTS
 from rl_training.errors import UserError
 
 _PATTERN = re.compile(r"(model|optim|extra_state)_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
@@ -48,21 +49,26 @@ def read_rank_files(folder: Path) -> TrainedState:
         UserError: For a missing process, files of two numbers of processes, parts that do not fit
             together, files that are damaged or hold anything but tensors and plain data.
     """
-    model, ranks = _files(folder, "model")
-    weights = joined_weights(model)
-    optim, _ = _files(folder, "optim", ranks)
+    # verl saves an adapter beside the shards, and names no configuration of it in huggingface/.
+    adapter = folder / "lora_adapter"
+    beside = adapter if (adapter / "adapter_config.json").is_file() else folder / "huggingface"
+    saved = any((beside / name).exists() for name in SAVED_WEIGHTS)
+    model, ranks = _files(folder, "model", may_lack=saved)
+    weights = joined_weights(model) if model else {}
+    optim, ranks = _files(folder, "optim", ranks or None)
     extra, notes = _extra(folder, ranks)
     adam = joined_adam(optim, weights) if optim else None
     if adam is not None and not adam.entries:
         adam = None
     step = extra.get("global_step") if type(extra.get("global_step")) is int else _step_of(folder)
     scheduler = extra.get("lr_scheduler")
-    # verl saves an adapter beside the shards, and names no configuration of it in huggingface/.
-    adapter = folder / "lora_adapter"
-    beside = adapter if (adapter / "adapter_config.json").is_file() else folder / "huggingface"
-    origins = {"weights": f"model_world_size_{ranks}_rank_*.pt"} | (
-        {"moments": f"optim_world_size_{ranks}_rank_*.pt"} if adam else {}
-    )
+    if step is None and adam is not None:
+        notes = (
+            *notes,
+            f"no folder's name says its training step: {adam.step}, the optimizer's count, may be larger; rename it",
+        )
+    kinds = {"weights": "model" if model else "", "moments": "optim" if adam else ""}
+    origins = {what: f"{kind}_world_size_{ranks}_rank_*.pt" for what, kind in kinds.items() if kind}
     return TrainedState(
         layout=f"verl or SkyRL, FSDP{_version(folder)}, {ranks} process{'es' if ranks > 1 else ''}",
         folder=folder,
@@ -142,16 +148,16 @@ def _same_keys(paths: list[Path], contents: list[Any]) -> list[Any]:
     return list(contents[0])
 
 
-def _files(folder: Path, kind: str, ranks: int | None = None) -> tuple[list[Path], int]:
-    """A kind's files by rank, and the number of processes. Raises UserError where one is missing,
-    or a rank too many is there.
+def _files(folder: Path, kind: str, ranks: int | None = None, may_lack: bool = False) -> tuple[list[Path], int]:
+    """A kind's files by rank, and the number of processes; may_lack: there need be none of the model. Raises UserError where one
+    is missing, or a rank too many is there.
     """
     found: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         matched = _PATTERN.fullmatch(path.name)
         if matched and matched[1] == kind:
             found.setdefault(int(matched[2]), {})[int(matched[3])] = path
-    if not found and kind != "model":
+    if not found and (may_lack or kind != "model"):
         return [], ranks or 0
     if not found:
         raise UserError(

@@ -48,6 +48,8 @@ def _files_in(place: Path) -> Path | None:
         if latest.is_file() and latest.stat().st_size < 1000
         else ""
     )
+    if _STEP_FOLDER.fullmatch(tag) and tag not in steps:
+        raise UserError(f"{latest} names {tag}, which is missing: copy it as well, or name the folder of another step")
     chosen = tag if tag in steps else max(steps, key=lambda name: steps[name], default=None)
     inside = None if chosen is None else place / chosen
     return (

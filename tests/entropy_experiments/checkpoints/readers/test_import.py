@@ -97,15 +97,48 @@ def summary_of(tmp_path_factory):
     return summary
 
 
+def assert_same(found: dict, wanted: dict) -> None:
+    """Every number but those of time and memory."""
+    numbers_found, numbers_wanted = numbers(found), numbers(wanted)
+    skipped = ("seconds", "memory", "bytes", "/timing", "date", "time")
+    compared = {k for k in numbers_wanted if not any(word in k for word in skipped)}
+    assert len(compared) > 100 and compared <= numbers_found.keys()
+    for key in compared:
+        pair = numbers_found[key], numbers_wanted[key]
+        assert math.isclose(*pair, rel_tol=1e-5, abs_tol=1e-9), (key, *pair)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*ANALYSED, *(pytest.param(n, marks=pytest.mark.long) for n in _ALL)])
 def test_one_policy_in_every_format_gives_the_same_summary(formats, runs, summary_of, name):
-    wanted, found = (numbers(summary_of(path)) for path in (formats / written.TRAINER, runs[name] / "checkpoint-4"))
-    skipped = ("seconds", "memory", "bytes", "/timing", "date", "time")
-    compared = {k for k in wanted if not any(word in k for word in skipped)}
-    assert len(compared) > 100 and compared <= found.keys()
-    for key in compared:
-        assert math.isclose(found[key], wanted[key], rel_tol=1e-5, abs_tol=1e-9), (key, found[key], wanted[key])
+    assert_same(summary_of(runs[name] / "checkpoint-4"), summary_of(formats / written.TRAINER))
+
+
+def one_group(run: Path) -> Path:
+    """The run imported from FSDP2 with its parameters in one group, as the flat vectors of FSDP1 have to be."""
+    path = run / "checkpoint-4" / IMPORT_RECORD
+    record = json.loads(path.read_text())
+    names = [name for group in record["groups"] for name in group["names"]]
+    path.write_text(json.dumps({**record, "groups": [{**record["groups"][0], "names": names}]}))
+    return run / "checkpoint-4"
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["FSDP1", "adapter", "8 bits"])
+def test_and_so_do_formats_of_other_moments(formats, summary_of, tmp_path, kind):
+    """FSDP1's flat vectors (one group), an adapter's by verl and by accelerate, 8 bits in place and imported."""
+    if kind == "8 bits":
+        pair = [eight_bit_copy(formats, tmp_path / "checkpoint-4")[0]]
+        pair += [import_run(pair[0], tmp_path / "run")[0].folder]
+    elif kind == "adapter":
+        sources = (written.VERL_LORA, written.LORA)
+        pair = [import_run(formats / s, tmp_path / s, str(formats / "policy"))[0].folder for s in sources]
+    else:
+        pair = [import_run(formats / written.FSDP1_SAME, tmp_path / "flat")[0].folder]
+        import_run(formats / written.VERL, tmp_path / "cut")
+        pair += [one_group(tmp_path / "cut")]
+    assert_same(*(summary_of(path) for path in pair))
 
 
 def test_the_record_says_where_each_thing_came_from(formats, runs):

@@ -89,6 +89,20 @@ def partition(content: dict) -> None:
     content["optimizer_state_dict"]["partition_count"] = 4
 
 
+def shorter(content: dict) -> None:
+    entry = content["state"][1]
+    entry.update({key: entry[key][:-1].clone() for key in ("exp_avg", "exp_avg_sq")})
+
+
+def without_a_unit(content: dict) -> None:
+    content["state"].pop(1)
+
+
+def of_four(folder: Path) -> None:
+    path = first(folder, "fsdp_config.json")
+    path.write_text(json.dumps({"FSDP_version": 1, "world_size": 4}))
+
+
 def renamed_shapes(content: dict) -> None:
     shuffled(content["param_shapes"][0])
 
@@ -105,6 +119,34 @@ CASES = {
         remove("optim_*_rank_0.pt"),
         "optim_world_size_2_rank_1.pt|rank_0.pt is missing",
     ),
+    "FSDP1, another run's process": (written.FSDP1, world("optim_*_rank_1.pt"), "files of 2 and 3 processes"),
+    "FSDP1, another world": (written.FSDP1, of_four, "fsdp_config.json is of 4 processes, the files are of 2"),
+    "FSDP1, cut short": (written.FSDP1, cut("optim_*_rank_1.pt"), "optim_world_size_2_rank_1.pt cannot be read"),
+    "FSDP1, another order": (written.FSDP1, other_order, "same parameters in the same order"),
+    "FSDP1, a vector cut": (written.FSDP1, resave("optim_*_rank_1.pt", shorter), "as units do not explain"),
+    "FSDP1, a unit missing": (
+        written.FSDP1,
+        resave("optim_*_rank_0.pt", without_a_unit),
+        "differ between processes, or some are missing",
+    ),
+    "VeOmni, a process missing": (
+        written.VEOMNI,
+        remove("optim_*_rank_1.pt"),
+        "optim_world_size_2_rank_1.pt is missing",
+    ),
+    "VeOmni, cut short": (
+        written.VEOMNI,
+        cut("optim_*_rank_0.pt"),
+        "optim_world_size_2_rank_1.pt|rank_0.pt cannot be read",
+    ),
+    "NeMo-RL, a process missing": (written.NEMO, remove("optimizer/__1_0.distcp"), "optimizer/__1_0.distcp is missing"),
+    "NeMo-RL, the optimizer's description missing": (
+        written.NEMO,
+        remove("optimizer/.metadata"),
+        "metadata cannot be read",
+    ),
+    "NeMo-RL, cut short": (written.NEMO, cut("weights/__0_0.distcp"), "weights/__0_0.distcp has .* it was cut short"),
+    "save_state, cut short": (written.STATE, cut("optimizer.bin"), "optimizer.bin cannot be read"),
     "prime-rl, a process missing": (written.PRIME, remove("__1_0.distcp"), "__1_0.distcp is missing"),
     "prime-rl, cut short": (written.PRIME, cut("__1_0.distcp"), "__1_0.distcp has .* it was cut short"),
     "prime-rl, description cut short": (written.PRIME, cut(".metadata"), ".metadata cannot be read: .* cut short"),

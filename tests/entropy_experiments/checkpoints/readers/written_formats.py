@@ -40,7 +40,7 @@ VERL, PRIME, TITAN, OPENRLHF = (
     "openrlhf/global_step_4",
 )
 FULL, SHARDED, RANKED, FSDP1 = "full/checkpoint-4", "sharded/checkpoint-4", "ranked/checkpoint-4", "verl1/global_step_4"
-TRAINER = "trainer/checkpoint-4"
+TRAINER, FSDP1_SAME = "trainer/checkpoint-4", "verl1_same/global_step_4"
 NEMO, VEOMNI, STATE = "nemo/step_4", "veomni/global_step_4", "state/save_state"
 VERL_LORA, LORA = "verl_lora/global_step_4", "lora/checkpoint-4"
 
@@ -109,6 +109,7 @@ def write_formats() -> None:
             _trainer_state(root / name)
     _adapter(root, mesh)
     _fsdp1(root, mesh)
+    _fsdp1_same(root, mesh)
 
 
 def _adapter(root: Path, mesh: Any) -> None:
@@ -149,6 +150,29 @@ def _fsdp1(root: Path, mesh: Any) -> None:
     configs = ShardedStateDictConfig(offload_to_cpu=False), ShardedOptimStateDictConfig(offload_to_cpu=False)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, *configs):
         _rank_files(root / FSDP1 / "actor", model, optimizer, schedule, 1)
+
+
+def _fsdp1_same(root: Path, mesh: Any) -> None:
+    """The reference's own weights and moments under FSDP1: vectors of moments are a model's that has them as weights."""
+    found = torch.load(root / "reference.pt")
+
+    def cut(values: dict[str, Any]) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(root / "policy", dtype=torch.float32)
+        model.load_state_dict(values, strict=False)
+        wrap = ModuleWrapPolicy({LlamaDecoderLayer})
+        return FullyShardedDataParallel(model, auto_wrap_policy=wrap, device_id=torch.device("cpu"), device_mesh=mesh)
+
+    model = cut(found["weights"])
+    first, second = (
+        list(cut({name: e[k] for name, e in found["moments"].items()}).parameters()) for k in ("exp_avg", "exp_avg_sq")
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for p, m, v in zip(model.parameters(), first, second, strict=True):
+        optimizer.state[p] = {"step": torch.tensor(float(STEPS)), "exp_avg": m.data, "exp_avg_sq": v.data}
+    configs = ShardedStateDictConfig(offload_to_cpu=False), ShardedOptimStateDictConfig(offload_to_cpu=False)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, *configs):
+        _rank_files(root / FSDP1_SAME / "actor", model, optimizer, schedule, 1)
 
 
 def _rank_files(
