@@ -38,7 +38,9 @@ def test_an_import_knows_what_the_run_recorded(tiny_run: Path, source: Path, tmp
     made = import_run(source, tmp_path / "run")[0]
     assert made.record.origins[SIDECAR_NAME] == str(source / SIDECAR_NAME) and made.to_give is None
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*not verified.*")  # the witness was held against the policy
+        warnings.filterwarnings(
+            "error", message=".*that the policy is the one.*"
+        )  # the witness was held against the policy
         found = load_checkpoint(made.folder, device="cpu")
     wanted = load_checkpoint(tiny_run / "checkpoint-4", device="cpu")
     assert found.record.learning_rates == wanted.record.learning_rates != ()
