@@ -91,15 +91,7 @@ def fill_checkpoint(
         raise UserError(
             f"{state.folder} holds no weights: copy the files of save_pretrained (model.safetensors) into it"
         )
-    groups: list[ImportedGroup] = []
-    steps: dict[str, int] = {}
-    named = True
-    if state.adam is not None:
-        named = state.adam.named
-        adam = _under_own_names(state, folder, model)
-        groups, steps = _groups(adam), {str(name): entry.step for name, entry in adam.entries.items()}
-        write_tensors(folder / MOMENTS_FILE, _moment_tensors(adam))
-        origins[MOMENTS_FILE] = f"{state.folder}: {state.origins.get('moments', 'its optimizer')}"
+    groups, steps = _write_moments(state, folder, model, origins)
     if (carried := carry_record(state.folder, folder, groups)) is not None:
         origins[SIDECAR_NAME] = carried
     record = ImportRecord(
@@ -107,7 +99,7 @@ def fill_checkpoint(
         source=str(source),
         layout=state.layout,
         step=state.step or 0,
-        named_by="files" if named else "order",
+        named_by="files" if state.adam is None or state.adam.named else "order",
         quantised=state.adam is not None and state.adam.quantised,
         groups=groups,
         steps=steps,
@@ -120,6 +112,18 @@ def fill_checkpoint(
     write_json_whole(folder / IMPORT_RECORD, record.model_dump(mode="json"))
     count = len(weights) or sum(len(weight_shapes(folder / name)) for name in linked if name.endswith(".safetensors"))
     return Imported(folder, record, count, len(steps))
+
+
+def _write_moments(
+    state: TrainedState, folder: Path, model: str | None, origins: dict[str, str]
+) -> tuple[list[ImportedGroup], dict[str, int]]:
+    """Write the moments by name; the optimizer's groups, and the steps that each parameter's moments have seen."""
+    if state.adam is None:
+        return [], {}
+    adam = _under_own_names(state, folder, model)
+    write_tensors(folder / MOMENTS_FILE, _moment_tensors(adam))
+    origins[MOMENTS_FILE] = f"{state.folder}: {state.origins.get('moments', 'its optimizer')}"
+    return _groups(adam), {str(name): entry.step for name, entry in adam.entries.items()}
 
 
 def _configuration(state: TrainedState, folder: Path, model: str | None, origins: dict[str, str]) -> None:

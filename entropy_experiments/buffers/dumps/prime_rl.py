@@ -113,11 +113,9 @@ def _sequence(
         recorded += [next(place_of) if own_one else None for own_one in own_mask]
         ids, drawn = ids + own, drawn + own_mask
         if sampled:
-            given = node.get("advantages")
-            if given is not None and (not isinstance(given, list) or len(given) != sampled):
-                raise ValueError(f"a node has {sampled} drawn tokens and other advantages than one for each")
-            without += given is None
-            credits += [number("advantages", v) or 0.0 for v in given or []]
+            own_credits = _credits(node, sampled)
+            without += not own_credits
+            credits += own_credits
     if True not in drawn:
         raise ValueError("no token was drawn by the policy")
     if credits and without:
@@ -137,6 +135,14 @@ def _sequence(
         temperature=_temperature(calls),
         truncated=trace.get("stop_condition") in _CUT or bool(calls and calls[-1].get("finish_reason") == "length"),
     )
+
+
+def _credits(node: dict[str, Any], sampled: int) -> list[float]:
+    """Advantages of a node's drawn tokens; [] where none were assigned."""
+    given = node.get("advantages")
+    if given is not None and (not isinstance(given, list) or len(given) != sampled):
+        raise ValueError(f"a node has {sampled} drawn tokens and other advantages than one for each")
+    return [number("advantages", v) or 0.0 for v in given or []]
 
 
 def _one_advantage(credits: list[float]) -> float:

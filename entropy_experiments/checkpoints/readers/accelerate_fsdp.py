@@ -43,14 +43,8 @@ def read_accelerate_fsdp(folder: Path) -> TrainedState:
         UserError: For a missing process, files that are damaged, or hold anything but tensors and
             plain data.
     """
+    _refuse_several(folder)
     ranked = _by_rank(folder)
-    second = next(
-        (n for n in ("optimizer_1", "optimizer_1.bin", "pytorch_model_fsdp_1") if (folder / n).exists()), None
-    )
-    if second is not None:
-        raise UserError(
-            f"{folder} holds several models or optimizers ({second}), and nothing says which is the policy's"
-        )
     origins: dict[str, str] = {}
     beside = weights_beside(folder)
     weights: dict[str, LazyTensor] = {}
@@ -89,6 +83,14 @@ def read_accelerate_fsdp(folder: Path) -> TrainedState:
         scheduler=schedule_beside(folder),
         origins=origins,
     )
+
+
+def _refuse_several(folder: Path) -> None:
+    for name in ("optimizer_1", "optimizer_1.bin", "pytorch_model_fsdp_1"):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} holds several models or optimizers ({name}), and nothing says which is the policy's"
+            )
 
 
 def _full_weights(path: Path) -> dict[str, LazyTensor]:
