@@ -94,7 +94,7 @@ class EntropyController:
     def __init__(self, config: EntropyControllerConfig, model: nn.Module) -> None:
         self._config, self._model = config, model
         self._prefixes, self._passes = PrefixSharing(model, Processes()), PassState(model, true_derivatives=True)
-        self.level = EntropyLevel(config.level_gain, config.bias_gain, config.bias_limit)
+        self.level = EntropyLevel(config.level_gain, config.bias_gain, config.bias_limit, config.pool_age)
         self.target = TargetPath(config)
         self.missed = MissedDistance(config.horizon, config.horizon * config.bias_limit)
         self._last_alpha = 0.0
@@ -129,7 +129,7 @@ class EntropyController:
         seen, gradient = self._look(watched, look)
         found = seen.entropy()
         own = self._own
-        level = self.level.see(found.value, own)
+        level = self.level.see(found.value, found.standard_error, own)
         self.target.begin(level)
         parameters = trainable_parameters(self._model)
         states = read_adamw_state(optimizer, parameters, others=True)

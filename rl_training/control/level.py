@@ -1,13 +1,11 @@
 """What the entropy is, from noisy looks at it and from predictions of each step that are a little off.
 
     expected   e_t = h_{t-1} + d_{t-1} + b_{t-1}          d: predicted change of the step, b: its running bias
-    seen       y_t = x_t - o_t                            x: on the step's own completions, which are many and new at every step
-    offset     o_t = o_{t-1} + w_t (x_t - z_t - o_{t-1})  z: on sequences of held-out prompts, few and the same for some steps
+    seen       y_t = x_t - o_t                            x: on the step's own completions; o: their offset (offset.py)
     level      h_t = e_t + k (y_t - e_t)
     bias       b_t = b_{t-1} + i (y_t - e_t) , |b| <= limit
 
-The level is that of held-out prompts: what a trainer draws by difficulty, or drops, is in the offset, which is learned slowly
-(w_t falls to 0.02). The bias is the integral term: first-order predictions leave out curvature and what momentum and P do later.
+Where no own completions are known, y is the look at held-out sequences. The bias: first-order predictions leave out curvature.
 Source: alpha-beta filter, Bar-Shalom, Li & Kirubarajan 2001, 6.5.
 """
 
@@ -16,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-_SLOWEST, _AT_FIRST = 0.02, 10
+from rl_training.control.offset import OwnOffset
 
 
 class EntropyLevel:
@@ -24,30 +22,26 @@ class EntropyLevel:
 
     Args:
         gain, bias_gain: k and i. bias_limit: nats per token and step.
+        lasting: steps for which held-out sequences stay.
     """
 
-    def __init__(self, gain: float, bias_gain: float, bias_limit: float) -> None:
+    def __init__(self, gain: float, bias_gain: float, bias_limit: float, lasting: int) -> None:
         self._gain, self._bias_gain, self._bias_limit = gain, bias_gain, bias_limit
         self.value: float | None = None
         """Nats per token; None before the first look."""
         self.bias = 0.0
         """Nats per token and step."""
-        self._offset = self._predicted = 0.0
-        self._looks = 0
+        self._offset, self._predicted = OwnOffset(lasting), 0.0
 
-    def see(self, held: float, own: float = math.nan) -> float:
+    def see(self, held: float, standard_error: float = math.nan, own: float = math.nan) -> float:
         """Take in a look before a step, and return the level; what is not finite changes nothing.
 
         Args:
-            held: of sequences of held-out prompts, nats per token.
+            held: of sequences of held-out prompts, nats per token, with its standard error.
             own: of the step's own completions; NaN where they are not known.
         """
-        seen = held
-        if math.isfinite(own):
-            if math.isfinite(held):
-                self._offset += max(_SLOWEST, 1 / (self._looks + _AT_FIRST)) * (own - held - self._offset)
-                self._looks += 1
-            seen = own - self._offset
+        self._offset.learn(own, held, standard_error)
+        seen = own - self._offset.value if math.isfinite(own) else held
         if self.value is None:
             self.value = seen if math.isfinite(seen) else None
         else:
@@ -65,10 +59,9 @@ class EntropyLevel:
 
     def state(self) -> dict[str, Any]:
         """For `load`."""
-        numbers = {"value": self.value, "bias": self.bias, "predicted": self._predicted}
-        return {**numbers, "offset": self._offset, "looks": self._looks}
+        return {"value": self.value, "bias": self.bias, "predicted": self._predicted, **self._offset.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.value, self.bias, self._predicted = state["value"], state["bias"], state["predicted"]
-        self._offset, self._looks = state["offset"], state["looks"]
+        self._offset.load(state)
