@@ -4,9 +4,9 @@
     s_t^2 = (1 - w_t)^2 s_{t-1}^2 + w_t^2 K se_t^2       se: of z, whose sequences stay for some steps: K of them count as one
     used  = o_t max(0, 1 - (2 s_t / o_t)^2)
 
-Own completions are many and new at every step; held-out sequences are few. A trainer that draws its prompts by difficulty, or drops
-some, sees another entropy than held-out prompts have; most do not, and an offset that is not told from 0 would only move the
-level by its own error. So it is shrunk, to 0 within two standard errors.
+Own completions are many and new at every step; held-out sequences are few. A trainer that draws its prompts by difficulty,
+or drops some, sees another entropy than held-out prompts have; most do not, and an offset that is not told from 0 would only
+move the level by its own error. So it is shrunk, to 0 within two standard errors.
 Source: positive-part shrinkage, Efron & Morris 1973.
 """
 
