@@ -13,7 +13,6 @@ import yaml
 from matplotlib.figure import Figure
 
 from rl_training.files import write_whole
-from rl_training.intervals import t_quantile
 
 FIGURE = "entropy.png"
 _BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -76,10 +75,11 @@ def _sentences(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float
     found = [f"Entropy was {before:.3f} nats per token at step {first} and {after:.3f} at step {last}, on {where}."]
     sums = [f"{words} changes add up to {told}" for name, words in _SUMS if (told := _sum(rows, name))]
     if sums:
-        found.append(f"While training, the probe's {', its '.join(sums)} nats per token.")
+        found.append(f"While training, the probe's {', its '.join(sums)} nats per token ({_INTERVALS}).")
     return found
 
 
+_INTERVALS = "their intervals: `entropy-experiments analyze` of a checkpoint"
 _SUMS = (("predicted", "predicted"), ("watched", "measured"), ("measured", "measured"))
 
 
@@ -90,15 +90,7 @@ def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> str | None:
     row = next((row for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
     if row is None:
         return None
-    error, freedom = row.get(f"{key}_se"), row.get(f"{key}_df")
-    value = f"{row[key]:+.3f}"
-    if isinstance(error, int | float) and math.isfinite(error):
-        if isinstance(freedom, int | float):
-            reach = t_quantile(freedom) * error
-            value += f" (95% interval {row[key] - reach:+.3f} to {row[key] + reach:+.3f})"
-        else:
-            value += f" (standard error {error:.3f})"
-    return value.replace("-", "−")
+    return f"{row[key]:+.3f}".replace("-", "−")
 
 
 def _figure(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float]]) -> bytes:

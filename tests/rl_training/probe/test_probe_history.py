@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
+from tqdm.auto import tqdm
 
 from entropy_core.measurement import EntropyMeasurement
 from entropy_core.uncertainty import Estimate
@@ -231,3 +233,18 @@ def test_the_console_marks_them(make, capsys):
         lines.append(capsys.readouterr().err)
     assert "low ESS" in lines[0] and "\x1b[2m" in lines[0] and "+0.3170" in lines[0]
     assert "low ESS" not in lines[1] and "\x1b[2m" not in lines[1]
+
+
+def test_a_line_of_the_probe_stands_above_the_trainers_progress_bar(capsys):
+    with tqdm(total=2, file=sys.stderr, desc="training", mininterval=0, ncols=60) as bar:
+        callback = ProbeConsole("the probe")
+        bar.update(1)
+        callback.on_log(
+            None, SimpleNamespace(is_world_process_zero=True, global_step=1), None, logs={"entropy_probe/entropy": 1.5}
+        )
+    shown = capsys.readouterr().err
+    before, line, after = shown.partition("    1    1.500")
+    assert line and before.endswith("\r"), "the line begins behind a half-drawn bar"
+    assert "training:  50%" in before and "training:  50%" in after.split("\n", 1)[1], (
+        "the bar is not drawn again below it"
+    )
