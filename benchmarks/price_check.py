@@ -25,8 +25,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.probe_replay.small_policy import make_policy
 from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
+from entropy_core.interventions import TrainingTokens, reference_statistics
 from entropy_core.scores import token_statistics
-from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
 from entropy_experiments.analyses.price_steps import PriceInputs
 from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.ledger.run_again import RunAgain

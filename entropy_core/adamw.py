@@ -305,6 +305,28 @@ def split_parameter_step(
     return batch, momentum, -before.lr * before.weight_decay * theta
 
 
+def changed_step(
+    states: Mapping[str, AdamWParameterState],
+    parameters: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor | None],
+    learning_rate_factor: float = 1.0,
+    keeps_momentum: bool = True,
+) -> dict[str, Tensor]:
+    """theta_after - theta_before of the step that AdamW takes with another gradient, rate or first moment.
+
+    Args:
+        states: before the step. gradient: as the optimizer would get it, clipped; None: passed over.
+        keeps_momentum: False puts zeros in place of the first moments; step counts stay.
+    """
+    found = {}
+    for name, state in states.items():
+        first = state.exp_avg if keeps_momentum else torch.zeros_like(state.exp_avg)
+        state = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
+        batch, momentum, decay = split_parameter_step(state, gradient[name], parameters[name])
+        found[name] = batch + momentum + decay
+    return found
+
+
 def preconditioner_after(before: AdamWParameterState, gradient: Tensor) -> Tensor:
     """P_t of the step that takes `gradient`, the parameter's shape: `preconditioner` of `after_gradient`."""
 

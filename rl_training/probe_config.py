@@ -39,7 +39,8 @@ class EntropyProbeConfig(StrictModel):
     preset: Literal["default", "light", "accurate", "held_out"] = "default"
     """Settings that belong together, by measurement; single keys may be set beside them. `held_out` is of `mode: simple`."""
     mode: Literal["watch", "simple", "attribution"] = "watch"
-    """`watch`: measured by forward passes, predicted now and then; `simple`: predicted every step; `attribution`: with shares."""
+    """`watch`: measured by forward passes, predicted now and then; `simple`: predicted every step; `attribution`: with shares;
+    `prices`: `watch` with prices_every=4."""
     log_every: PositiveInt = 1
     """Steps between two that are probed."""
     preconditioning: Literal["actual", "previous_step", "none"] = "actual"
@@ -66,6 +67,8 @@ class EntropyProbeConfig(StrictModel):
     """`mode: watch`: with each prediction the shares of the training sequences, as under `mode: attribution`."""
     parts_every: NonNegativeInt = 0
     """`mode: watch`: probed steps between two splits into batch, momentum and decay by trial moves of the weights (0: none)."""
+    prices_every: NonNegativeInt = 0
+    """`mode: watch`: predictions between two price lists of the coming step (0: none); `mode: prices` sets 4."""
     advantage_decay: float = Field(default=0.9, ge=0.0, le=1.0)
     """`mode: watch`: lambda of the advantages of the entropy to go; less is quieter and nearer to 0 than the truth."""
     critic_keep: float = Field(default=0.9, ge=0.0, le=1.0)
@@ -92,6 +95,8 @@ class EntropyProbeConfig(StrictModel):
     def _fill_in_the_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if data.get("mode") == "prices":
+            data = {"prices_every": 4, "predict_every": 16, **data, "mode": "watch"}
         preset = data.get("preset", "default")
         mode = data.get("mode", "simple" if preset == "held_out" else "watch")
         watching = mode == "watch"
@@ -149,9 +154,13 @@ class EntropyProbeConfig(StrictModel):
         ):
             if asked and not watching:
                 raise ValueError(f"{name} belongs to mode=watch; with mode={self.mode} leave it out or set it to null")
-        if not watching and (self.parts_every or self.shares):
+        if not watching and (self.parts_every or self.shares or self.prices_every):
             raise ValueError(
-                f"parts_every and shares belong to mode=watch; with mode={self.mode} set them to 0 and false"
+                f"parts_every, shares and prices_every belong to mode=watch; with mode={self.mode} set them to 0, false and 0"
+            )
+        if self.prices_every and self.predict_every is None:
+            raise ValueError(
+                "prices_every counts predictions, and there are none: set predict_every, or prices_every=0"
             )
         if self.shares and self.predict_every is None:
             raise ValueError("shares come with predictions: set predict_every as well")

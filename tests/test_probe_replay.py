@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.probe_replay import rivals
+from benchmarks.probe_replay import rivals, score
 from benchmarks.probe_replay.agreement import Pairs, agreement
 from benchmarks.probe_replay.estimators import Estimator, momentum_scale, statistic
+from benchmarks.probe_replay.page import rival_table
 from benchmarks.probe_replay.recorder import Recorder, RecordSettings
+from benchmarks.probe_replay.replay import RESULTS
 from benchmarks.probe_replay.schedules import Filter, Gradient, LocalLevel, choose
 from benchmarks.probe_replay.tape import Estimated, RecordedStep, Sequences, Tape, load_tape
 from entropy_core.adamw import AdamWParameterState, split_adamw_update
@@ -277,3 +281,42 @@ def test_the_pool_is_never_older_than_its_age(recorded: Tape) -> None:
     changed = [[j for j in range(8) if keys[t][j] != keys[t - 1][j]] for t in (1, 2)]
     assert changed == [[1], [2]]
     assert np.allclose(recorded.steps[0].pool.omega, 1.0)
+
+
+def by_level(step: score.BeforeStep) -> float:
+    return -step.own.h
+
+
+def test_a_record_holds_what_is_known_before_a_step_and_scores_a_function(recorded: Tape, tmp_path: Path) -> None:
+    score.pack(recorded, tmp_path / "tiny-0.npz")
+    record = score.load(tmp_path / "tiny-0.npz")
+    assert [t.value for t in record.truth] == pytest.approx([t.value for t in recorded.truth], rel=1e-6)
+    for step, of_tape in zip(record.steps, recorded.steps, strict=True):
+        assert step.own.logprob_after.isnan().all() and step.own.logprob_along is None, (
+            "a predictor sees the step's outcome"
+        )
+        expected = rivals.token_rivals(of_tape.own, of_tape.numbers["learning_rate"])
+        found = rivals.token_rivals(step.own, step.learning_rate)
+        scale = max(map(abs, expected.values()))
+        assert found == {name: pytest.approx(value, rel=0.02, abs=1e-3 * scale) for name, value in expected.items()}
+    assert [len(step.earlier) for step in record.steps] == [0, 1, 2]
+    by_truth = dict(zip(map(id, record.steps), record.truth, strict=True))
+    perfect = score.score(lambda step: by_truth[id(step)].value, [record])
+    assert perfect["r"] == pytest.approx(1.0) and perfect["slope"] == pytest.approx(1.0)
+    rows = score.table(
+        {**score.rivals(), "mine": score.find("tests.test_probe_replay:by_level")}, [record]
+    ).splitlines()
+    assert len(rows) == 2 + 7 and sum(row.startswith("| mine |") for row in rows) == 1
+
+
+def test_a_predictor_that_is_missing_or_says_no_number_is_told_in_a_line(recorded: Tape, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="module:function"):
+        score.find("tests.test_probe_replay:nobody")
+    score.pack(recorded, tmp_path / "tiny-0.npz")
+    with pytest.raises(SystemExit, match="step 0 is predicted as no finite number"):
+        score.score(lambda step: float("nan"), [score.load(tmp_path / "tiny-0.npz")])
+
+
+def test_the_documented_table_of_rivals_is_of_the_stored_replay() -> None:
+    shown = Path("docs/study/predictors.md").read_text()
+    assert rival_table(json.loads((RESULTS / "replay.json").read_text())) in shown

@@ -1,4 +1,7 @@
-"""python -m benchmarks.probe_replay record RUN... | replay | page. See the package's docstring."""
+"""python -m benchmarks.probe_replay record RUN... | replay | page | pack RUN... | score [MODULE:FUNCTION...]
+
+See the package's docstring.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,19 @@ def main(arguments: list[str]) -> None:
         from benchmarks.probe_replay.page import write_page
 
         write_page()
+    elif command == "pack" and rest:
+        from benchmarks.probe_replay.runs import find_run
+        from benchmarks.probe_replay.score import RECORDS, pack
+        from benchmarks.probe_replay.tape import load_tape
+
+        for name in rest:
+            pack(load_tape(name, find_run(name).folder), RECORDS / f"{name}.npz")
+    elif command == "score":
+        from benchmarks.probe_replay.score import main as score
+
+        score(rest)
     else:
-        raise SystemExit("usage: python -m benchmarks.probe_replay record RUN... | replay | page")
+        raise SystemExit("usage: " + (__doc__ or "").splitlines()[0])
 
 
 if __name__ == "__main__":

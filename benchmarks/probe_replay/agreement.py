@@ -14,13 +14,15 @@ Intervals: 95%, blocks of BLOCK successive steps drawn with replacement from all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from benchmarks.probe_replay.pooled import Measured
 from benchmarks.probe_replay.schedules import Series
-from benchmarks.probe_replay.tape import Tape
+from benchmarks.probe_replay.tape import Estimated, Tape
 
 BLOCK, DRAWS = 10, 600
 NAMES = ("r", "partial", "slope", "sum")
@@ -42,7 +44,17 @@ class Pairs:
         return Pairs(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
-def pairs_of(tapes: list[Tape], series: list[Series]) -> Pairs:
+class Truths(Protocol):
+    """A run with what each of its steps truly did."""
+
+    @property
+    def truth(self) -> list[Estimated]: ...
+
+    def __len__(self) -> int: ...
+
+
+def pairs_of(tapes: Sequence[Truths], series: Sequence[Series]) -> Pairs:
+    """Predictions of each run beside its truths."""
     rows = []
     for number, (tape, predictions) in enumerate(zip(tapes, series, strict=True)):
         for t in range(1, len(tape)):

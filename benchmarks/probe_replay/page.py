@@ -82,6 +82,20 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rival_table(found: dict[str, Any]) -> str:
+    """Rivals and the probe's default, the highest correlation of the three seeds first: docs/study/predictors.md."""
+    rows = [row for row in found["rows"] if row["group"] == "rival" or row["name"].startswith("default:")]
+    lines = [
+        "| predictor | small policy: r | beyond persistence | turning run: r | beyond persistence |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["kinds"]["small"]["r"]):
+        cells = [_with_interval(row["kinds"][k], name) for k in ("small", "turning") for name in ("r", "partial")]
+        name = f"this probe, {row['name']}" if row["group"] == "watch" else row["name"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _run_table(runs: dict[str, Any]) -> list[str]:
     lines = [
         "| run | steps | h first, last | truth's spread, error | ceiling of r, partial | step residual | CPU s a step |",

@@ -160,7 +160,7 @@ def rival_series(tape: Tape) -> dict[str, tuple[Series, str]]:
         "persistence": (rivals.persistence(tape), ""),
         "slope of the logged entropy": (rivals.entropy_slope(tape), ""),
     }
-    found |= {name: (series, "") for name, series in rivals.token_rivals(tape).items()}
+    found |= {name: (series, "") for name, series in rivals.token_rival_series(tape).items()}
     if tape.has("along"):
         score = Watch(Estimator("along", "score")).series(tape)
         found |= {"score function": (score, "along"), "no momentum": (rivals.without_momentum(tape), "along")}

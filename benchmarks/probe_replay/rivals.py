@@ -61,22 +61,22 @@ def _covariances(s: Sequences) -> Tensor:
     return (s.logprob - s.logprob[s.mask].mean()) * (a - a[s.mask].mean()) * s.mask
 
 
-def token_rivals(tape: Tape) -> dict[str, Series]:
-    """The rivals that need token statistics of the trained sequences alone."""
-    out: dict[str, Series] = {name: [] for name in ("covariance", "covariance, natural", "S*", "STEER", "REPO")}
-    for step in tape.steps:
-        s, rate = step.own, step.numbers["learning_rate"]
-        a, tokens = s.extra["advantage"], float(s.mask.sum())
-        found = {
-            "covariance": covariance_predictor(s.logprob, s.mask, a, rate),
-            "covariance, natural": covariance_predictor(s.logprob, s.mask, a, rate, natural_gradient=True),
-            "S*": rate * float(discriminator_tokens(s).sum()) / tokens,
-            "STEER": steer_predictor(s.logprob, s.entropy, s.mask, a, rate),
-            "REPO": rate * float(repo_tokens(s).sum()) / tokens,
-        }
-        for name, value in found.items():
-            out[name].append(Estimated(value, NAN))
-    return out
+def token_rivals(s: Sequences, rate: float) -> dict[str, float]:
+    """The rivals that need token statistics of the trained sequences alone. rate: learning rate."""
+    a, tokens = s.extra["advantage"], float(s.mask.sum())
+    return {
+        "covariance": covariance_predictor(s.logprob, s.mask, a, rate),
+        "covariance, natural": covariance_predictor(s.logprob, s.mask, a, rate, natural_gradient=True),
+        "S*": rate * float(discriminator_tokens(s).sum()) / tokens,
+        "STEER": steer_predictor(s.logprob, s.entropy, s.mask, a, rate),
+        "REPO": rate * float(repo_tokens(s).sum()) / tokens,
+    }
+
+
+def token_rival_series(tape: Tape) -> dict[str, Series]:
+    """`token_rivals` of every step."""
+    found = [token_rivals(step.own, step.numbers["learning_rate"]) for step in tape.steps]
+    return {name: [Estimated(values[name], NAN) for values in found] for name in found[0]}
 
 
 def without_momentum(tape: Tape) -> Series:

@@ -9,6 +9,7 @@ import torch
 
 from entropy_core.cut_weights import any_of
 from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
+from entropy_core.interventions import TrainingTokens, reference_statistics
 from entropy_core.passes.settings import PassSettings
 from entropy_core.predictors import covariance_predictor, steer_predictor
 from entropy_core.scores import TokenStatistics
@@ -21,7 +22,6 @@ from entropy_experiments.analyses.entropy_prediction import compare_prediction, 
 from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.inputs import AnalysisInputs
 from entropy_experiments.analyses.intervention import Halves, SharePrediction, half_subsets, prove_by_intervention
-from entropy_experiments.analyses.interventions import TrainingTokens, reference_statistics
 from entropy_experiments.analyses.price_steps import PriceInputs
 from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from entropy_core.weighting import LengthNormalizer, WeightingScheme, sequence_weights
+from entropy_core.interventions import SCHEMES
+from entropy_core.weighting import sequence_weights
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.text.numbers import counted
 
@@ -19,14 +20,6 @@ MASKED_FRACTION, BAND_FRACTION = 0.1, 0.25
 """Of all sequences, how many KL-Cov masks (those of highest covariance), and from how many of the highest Clip-Cov draws as
 many at random; its weights here are the mean over those draws."""
 
-SCHEMES: dict[str, tuple[str, WeightingScheme, LengthNormalizer]] = {
-    "dr_grpo": ("Dr. GRPO, constant length", "dr_grpo", "constant"),
-    "dr_grpo_longest": ("Dr. GRPO, longest of the prompt", "dr_grpo", "prompt_longest"),
-    "grpo": ("GRPO", "grpo", "constant"),
-    "dapo": ("DAPO", "dapo", "constant"),
-    "rloo": ("RLOO", "rloo", "constant"),
-    "reinforce": ("REINFORCE", "reinforce", "constant"),
-}
 _FILTERS = ("positives_only", "negatives_only", "clip_cov", "kl_cov")  # and a drop_top_k for each k
 DROP_TOP = (1, 5, 10)
 MOST_ROWS = 1 + len(SCHEMES) + len(_FILTERS) + len(DROP_TOP)

@@ -23,10 +23,10 @@ from entropy_core.directional import weights_moved
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.formed import dot
 from entropy_core.gradients import batch_gradients
+from entropy_core.interventions import Added, Intervention, Objective, TrainingTokens
 from entropy_core.measurement import snis_entropy_change
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
-from entropy_experiments.analyses.interventions import Added, Intervention, Objective, TrainingTokens
 from entropy_experiments.kernel.contraction import RowKind
 from entropy_experiments.records.price_results import MeasuredStep
 from entropy_experiments.step.evaluation_products import EvaluationSide

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_core.interventions import LEFT_OUT, Intervention, interventions
+from entropy_core.reward import reward_derivative
 from entropy_core.scores import TokenStatistics
 from entropy_core.uncertainty import jackknife_standard_error
-from entropy_experiments.analyses.interventions import LEFT_OUT, Intervention, interventions
 from entropy_experiments.analyses.price_steps import Priced, PriceInputs, steps_and_products
 from entropy_experiments.kernel.contraction import RowKind
 from entropy_experiments.records.estimates import StudentEstimate
@@ -136,15 +137,13 @@ def _changes(inputs: PriceInputs, products: Mapping[RowKind, Tensor], kept: Tens
     rows = kept.nonzero().flatten().to(inputs.evaluation.batch.device)
     prompts = inputs.evaluation.batch.prompt_index[rows]
     subsets = [rows[prompts != prompt] for prompt in prompts.unique()]
-    scores, rewards = products["score"].cpu().numpy(), inputs.rewards.numpy()
+    scores, rewards = products["score"].cpu(), inputs.rewards
 
     def entropy(some: Tensor) -> np.ndarray:
         return side.contributions(some, estimator, True).double().mean(0).cpu().numpy()
 
     def reward(some: Tensor) -> np.ndarray:
-        at = some.cpu().numpy()
-        centred = rewards[at] - rewards[at].mean()
-        return centred @ scores[at] / (len(at) - 1)
+        return reward_derivative(rewards[some.cpu()], scores[some.cpu()]).numpy()
 
     def of(formula: Callable[[Tensor], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         value = formula(rows)

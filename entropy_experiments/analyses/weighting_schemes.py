@@ -32,9 +32,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from entropy_core.interventions import SCHEMES
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
-from entropy_experiments.analyses.candidate_weights import DROP_TOP, SCHEMES, labelled_weights, most_lowering
+from entropy_experiments.analyses.candidate_weights import DROP_TOP, labelled_weights, most_lowering
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.weighting_results import (
     ChangesBesideRun,

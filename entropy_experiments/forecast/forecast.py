@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from entropy_core.batch import ENOUGH_TOKENS
+from entropy_core.interventions import MOST_INTERVENTIONS, TOKEN_GRADIENTS
 from entropy_core.passes.forward import input_device
 from entropy_core.passes.settings import PassSettings
 from entropy_experiments.analyses.candidate_weights import MOST_ROWS
-from entropy_experiments.analyses.interventions import MOST_INTERVENTIONS, TOKEN_GRADIENTS
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import load_as_configured

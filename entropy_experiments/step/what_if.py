@@ -9,12 +9,11 @@ Source: docs/theory/adamw-step.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from entropy_core.adamw import split_parameter_step
+from entropy_core.adamw import changed_step
 from entropy_experiments.step.optimizer_step import AnalysedStep, NextStep, clip_coefficient, without_gradient
 
 
@@ -39,14 +38,8 @@ class StepMaker:
         clip, _ = clip_coefficient(gradient, self.max_grad_norm)
         if not isinstance(self.step, NextStep):
             return {name: -learning_rate_factor * self.step.learning_rate * clip * g for name, g in gradient.items()}
-        found = {}
         # A parameter that never had a gradient and has none now is passed over, as torch does.
         idle = without_gradient(gradient, [name for name in self.parameters if not self.step.state[name].step])
-        for name, theta in self.parameters.items():
-            state = self.step.state[name]
-            first = state.exp_avg if keeps_momentum else torch.zeros_like(state.exp_avg)
-            state = replace(state, exp_avg=first, lr=learning_rate_factor * state.lr)
-            seen = None if name in idle else (clip * gradient[name]).to(theta.dtype)
-            batch, momentum, decay = split_parameter_step(state, seen, theta)
-            found[name] = batch + momentum + decay
-        return found
+        seen = {n: None if n in idle else (clip * gradient[n]).to(p.dtype) for n, p in self.parameters.items()}
+        states = {name: self.step.state[name] for name in self.parameters}
+        return changed_step(states, self.parameters, seen, learning_rate_factor, keeps_momentum)

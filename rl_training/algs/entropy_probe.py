@@ -75,6 +75,7 @@ from rl_training.probe.step_prediction import (
     token_predictors,
     without_critic,
 )
+from rl_training.probe.step_prices import PRICE_VECTORS
 from rl_training.probe.surprisal import DrawnSequences
 
 
@@ -128,7 +129,7 @@ class SimpleEntropyProbe:
         """The most held beside activations: gradients in folds (newest, average), the step's parts, what shares need but rows."""
         size = sum(p.numel() * max(p.element_size(), 4) for p in trainable_parameters(self._model).values())
         averages = 2 if self._config.averaging else 1
-        shares = VECTORS if self._config.wants_shares else 0
+        shares = max(VECTORS if self._config.wants_shares else 0, PRICE_VECTORS if self._config.prices_every else 0)
         return size * (averages * max(1, self.folds) * len(objectives_of(self._config)) + 5 + shares)
 
     # ------------------------------------------------------------------ one call

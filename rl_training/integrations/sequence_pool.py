@@ -93,6 +93,11 @@ class SequencePool:
         """Of the sequences that `turn` returned, in their order."""
         return [m.name for m in self._members]
 
+    @property
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Of the same, the rows that their prompts are from."""
+        return [self._rows[m.row] for m in self._members]
+
     def scored(self, scores: Tensor) -> Tensor:
         """Of today's (N,) log-probabilities, which new sequences were drawn at, the (N,) ones at drawing of all."""
         values = zip(self._members, scores.tolist(), strict=True)

@@ -11,20 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.entropy import normalized_weights
+from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import input_device
 from entropy_core.processes import Processes
+from entropy_core.token_ratios import TokenRatioChange
 from entropy_core.watched_pass import WatchedPass
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.known_pass import LastPass
+from rl_training.integrations.pool_rewards import rewards_of
 from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import is_spread, refuse_unwatchable
+from rl_training.probe.shares import TrainingSequences
 from rl_training.probe.spans import CALM, Spans
 from rl_training.probe.step_errors import Along
+from rl_training.probe.step_parts import why_not_split
 from rl_training.probe.step_prediction import Objective
+from rl_training.probe.step_prices import HeldOut, metrics_of_prices, price_step
 from rl_training.probe.still_weights import StillWeights
 from rl_training.probe.watch import EntropyWatch, WatchedChange
 from rl_training.probe.watch_state import WatchHistory
@@ -50,6 +57,7 @@ class StepWatch:
         pool: SequencePool | None = None,
     ) -> None:
         self._config, self._model, self._sharing, self._pool = config, model, sharing, pool
+        self._trainer, self._sequences = trainer, list[RolloutSequence]()
         self._said: set[str] = set()
         self._watch = EntropyWatch(config, model, sharing)
         self._trainer_pass, self._last_pass = TrainerPass(trainer, model, sharing), LastPass()
@@ -132,6 +140,7 @@ class StepWatch:
             What is watched, and `drawn_scores` (those of the pool, where there is one).
         """
         refuse_unwatchable(self._model)
+        self._sequences = sequences
 
         def ours(some: SequenceBatch) -> WatchedPass:
             return self._watch.look(some, with_hidden=True)
@@ -172,6 +181,39 @@ class StepWatch:
             return
         refuse_beyond(self._config.memory_limit, self._watch.parts_bytes(), "parts_every", "set parts_every=0")
         self._watch.try_parts(optimizer)
+
+    def prices(
+        self, optimizer: torch.optim.Optimizer, training: TrainingSequences, tolerance: float
+    ) -> dict[str, float]:
+        """Metrics of the price list of the coming step (rl_training.probe.step_prices); none where it cannot be made, said once.
+
+        Args:
+            training: the step's sequences with their weights. tolerance: as in `price_step`.
+        """
+        seen = self._watch.seen
+        why = why_not_split(trainable_parameters(self._model), optimizer)
+        if why is None and self._pool is None:
+            why = "the sequences watched are the step's own"
+        if why is not None or seen is None or self._pool is None:
+            self._say(f"{why or 'nothing was watched'}: there is no price list")
+            return {}
+        rewards = rewards_of(self._trainer, self._sequences, self._pool.prompt_rows)
+        weights = torch.ones(len(seen.batch), dtype=torch.float64)
+        weights = weights if seen.log_weights is None else normalized_weights(seen.log_weights).cpu()
+
+        def along(direction: Mapping[str, Tensor]) -> tuple[TokenRatioChange, Tensor]:
+            change, scores = self._watch.derivatives(direction)
+            return change, scores.cpu()
+
+        held_out = HeldOut(along, rewards, weights, seen.batch.prompt_index.cpu())
+        statistics = self._watch.look(training.batch).statistics
+        limit = self._trainer.args.max_grad_norm
+        try:
+            found = price_step(self._model, optimizer, training, statistics, held_out, limit, self._sharing, tolerance)
+        except ValueError as error:
+            self._say(f"{error}: there is no price list of such a step")
+            return {}
+        return metrics_of_prices(found)
 
     def after(self, step: int) -> WatchedChange | None:
         """Look at the policy after the step (counted from 1), which ends the span, and note it for the trainer's state."""

@@ -114,7 +114,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._sharing = Processes.world()
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
-        self._probe = SimpleEntropyProbe(config, self._model, self._sharing, allowed.gradient, check_sampler=False)
+        self._tolerance = allowed.gradient
+        self._probe = SimpleEntropyProbe(config, self._model, self._sharing, self._tolerance, check_sampler=False)
         self._fused = FusedScoreTerm(self._model, self._probe.folds, self._sharing) if config.fused else None
         self._fresh = FreshCompletions(trainer, self._model, self._sampling_config, self._sharing)
         self._watch: StepWatch | None = None
@@ -280,13 +281,12 @@ class EntropyProbeCallback(TrainerCallback):
         if self._watch is not None and plan.splits:
             self._watch.parts(optimizer)
         if plan.predicts:
-            asked = config.predictors or config.wants_shares
-            training = (
-                to_training_sequences(trained, self._sampling_config, self._trainer.accelerator.device)
-                if asked
-                else None
-            )
+            training = None
+            if config.predictors or config.wants_shares or plan.prices:
+                training = to_training_sequences(trained, self._sampling_config, self._trainer.accelerator.device)
             self._probe.before_step(optimizer, training, score, self._watch and self._watch.derivative)
+            if plan.prices and self._watch is not None and training is not None:
+                self._splits |= self._watch.prices(optimizer, training, self._tolerance)
 
     def _watched(self, step: int, generated: list[RolloutSequence], rng: np.random.Generator) -> Watched:
         if self._first_prompts is not None:

@@ -11,7 +11,7 @@ class StepPlan(NamedTuple):
     """Attributes:
     predicts: a prediction is made. watches: sequences are watched across the step, or from it on. refreshes: a gradient of
     entropy is taken. measures: under the modes that predict every step, the change is measured after it. splits: trial moves of
-    the step's parts.
+    the step's parts. prices: a price list of the step is made.
     """
 
     predicts: bool
@@ -19,6 +19,7 @@ class StepPlan(NamedTuple):
     refreshes: bool
     measures: bool
     splits: bool
+    prices: bool = False
 
 
 NOTHING = StepPlan(False, False, False, False, False)
@@ -39,7 +40,9 @@ def plan_of(config: EntropyProbeConfig, step: int) -> StepPlan:
         splits = config.parts_every > 0 and phase % config.parts_every == 0
         # Held-out sequences are watched on and on; a step's own are of that step.
         watches = config.rollouts in ("pool", "fresh") or phase % (config.measure_every or 1) == 0
-        return StepPlan(predicts, watches or predicts or splits, predicts, False, splits)
+        every = config.prices_every * (config.predict_every or 1)
+        prices = predicts and every > 0 and phase % every == 0
+        return StepPlan(predicts, watches or predicts or splits, predicts, False, splits, prices)
     refreshes = phase % config.refresh_every == 0
     measures = phase % (config.measure_every or config.refresh_every) == 0
     return StepPlan(True, refreshes or measures, refreshes, measures, False)

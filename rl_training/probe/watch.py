@@ -222,6 +222,10 @@ class EntropyWatch:
         Raises:
             RuntimeError: where nothing was seen.
         """
+        return self.derivatives(direction)[0]
+
+    def derivatives(self, direction: Mapping[str, Tensor]) -> tuple[TokenRatioChange, Tensor]:
+        """`derivative`, and the (N,) derivatives of the sequences' log-probabilities."""
         if self._seen is None:
             raise RuntimeError("derivatives are of the sequences that before_step was given: call it first")
         batch, statistics = self._seen.batch, self._seen.statistics
@@ -232,7 +236,8 @@ class EntropyWatch:
             logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
         along = TokenStatistics(self._sharing.sum(logprobs), self._sharing.sum(entropies))
         decay = self._config.advantage_decay
-        return token_ratio_derivative(statistics, along, batch, self._values, decay, self._seen.log_weights)
+        change = token_ratio_derivative(statistics, along, batch, self._values, decay, self._seen.log_weights)
+        return change, along.scores()
 
     def after_step(self, with_hidden: bool = False, steps: int = 1) -> WatchedChange | None:
         """Look at the policy after so many steps of the optimizer.

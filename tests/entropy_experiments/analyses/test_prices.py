@@ -14,10 +14,7 @@ from scipy import stats
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import Estimator, score_coefficients
 from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
-from entropy_core.passes.settings import DEFAULT_PASSES
-from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.analyses import price_steps
-from entropy_experiments.analyses.interventions import (
+from entropy_core.interventions import (
     MOST_INTERVENTIONS,
     ON_POLICY,
     TOKEN_GRADIENTS,
@@ -26,6 +23,9 @@ from entropy_experiments.analyses.interventions import (
     TrainingTokens,
     interventions,
 )
+from entropy_core.passes.settings import DEFAULT_PASSES
+from entropy_core.scores import TokenStatistics, token_statistics
+from entropy_experiments.analyses import price_steps
 from entropy_experiments.analyses.price_steps import PriceInputs
 from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.records.price_results import PriceRow, PricesResult

@@ -53,7 +53,6 @@ def forced(callback, alpha):
         {"max_grad_norm": 0.01},
         {"max_grad_norm": 0.0},
         {"loss_type": "grpo", "scale_rewards": "group"},
-        {"bf16": True},
         {"gradient_checkpointing": True},
         {"num_iterations": 2},
         {"lora": True},
@@ -76,8 +75,41 @@ def test_what_is_added_is_the_trainers_own_entropy_bonus(tiny_policy, tmp_path, 
         return math.sqrt(sum(float((w - b[name]).square().sum()) for name, w in a.items()))
 
     far = distance(weights(plain), weights(own))
-    assert distance(weights(trainer), weights(own)) < (0.2 if settings.get("bf16") else 0.01) * far
+    assert distance(weights(trainer), weights(own)) < 0.01 * far
     assert far > 0.02 * distance(weights(own), start), "the bonus makes no difference here"
+
+
+def test_under_bf16_what_is_added_is_nearer_to_the_exact_bonus_than_the_trainers_own(tiny_policy, tmp_path):
+    """bf16 rounds a backward pass by 0.4%: TRL's of loss and bonus together, ours of the bonus alone, which loses less."""
+
+    def gradient(name, coefficient, bf16, ours=False):
+        settings = {**DR_GRPO, "bf16": bf16, "max_steps": 1, "entropy_coef": 0.0 if ours else coefficient}
+        trainer, seen = make_trainer(tiny_policy, tmp_path / name, **settings), {}
+        clip = trainer.accelerator.clip_grad_norm_
+
+        def noted(*arguments, **options):
+            seen.update({n: p.grad.detach().clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+            return clip(*arguments, **options)
+
+        trainer.accelerator.clip_grad_norm_ = noted
+        if ours:
+            forced(
+                attach_entropy_controller(trainer, None, EntropyControllerConfig(**QUICK), console=False), coefficient
+            )
+        trainer.train()
+        return seen
+
+    def difference(a, b):
+        return {name: a[name].double() - b[name].double() for name in a}
+
+    def size(a):
+        return math.sqrt(sum(float(g.square().sum()) for g in a.values()))
+
+    exact = difference(gradient("a", 0.3, False), gradient("b", 0.0, False))
+    without = gradient("c", 0.0, True)
+    trl = size(difference(difference(gradient("d", 0.3, True), without), exact)) / size(exact)
+    ours = size(difference(difference(gradient("e", 0.3, True, ours=True), without), exact)) / size(exact)
+    assert ours < 0.015 and ours < trl < 0.06, (ours, trl)
 
 
 def test_inside_the_band_training_is_bit_identical(tiny_policy, tmp_path):

@@ -26,13 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.entropy import TokenCoefficients
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_core.weighting import sequence_weights
-from entropy_experiments.analyses.candidate_weights import SCHEMES
-from entropy_experiments.analyses.token_rules import RULES, RuleTokens, kl_pull
+from entropy_core.token_rules import RULES, RuleTokens, kl_pull
+from entropy_core.weighting import LengthNormalizer, WeightingScheme, sequence_weights
 
+SCHEMES: dict[str, tuple[str, WeightingScheme, LengthNormalizer]] = {
+    "dr_grpo": ("Dr. GRPO, constant length", "dr_grpo", "constant"),
+    "dr_grpo_longest": ("Dr. GRPO, longest of the prompt", "dr_grpo", "prompt_longest"),
+    "grpo": ("GRPO", "grpo", "constant"),
+    "dapo": ("DAPO", "dapo", "constant"),
+    "rloo": ("RLOO", "rloo", "constant"),
+    "reinforce": ("REINFORCE", "reinforce", "constant"),
+}
 BONUSES = (0.001, 0.01)
 KL_COEFFICIENTS = (0.001, 0.04)
 FACTORS = (0.1, 0.5)
@@ -59,6 +66,22 @@ class Added:
 
 Objective = Tensor | TokenCoefficients | Added
 """What a step ascends: (n_train,) weights of sequences, token coefficients, or the run's own weights and a term."""
+
+
+def loss_coefficients(objective: Objective, batch: SequenceBatch, run: Tensor) -> TokenCoefficients:
+    """What a step ascends, by token. run: (n_train,) the step's own weights, to which a term is added.
+
+    Raises:
+        ValueError: a term whose coefficient is still to be solved for.
+    """
+    if isinstance(objective, Tensor):
+        return score_coefficients(batch, objective)
+    if isinstance(objective, TokenCoefficients):
+        return objective
+    if objective.coefficient is None:
+        raise ValueError("the coefficient of this term is not known: solve for it first")
+    own, added = score_coefficients(batch, run), objective.term.scaled(objective.coefficient)
+    return TokenCoefficients(own.entropy + added.entropy, own.logprob + added.logprob)
 
 
 @dataclass(frozen=True)

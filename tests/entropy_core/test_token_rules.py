@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from entropy_experiments.analyses.token_rules import REPO_ZETA
+from entropy_core.token_rules import REPO_ZETA
 from tests.entropy_experiments.analyses.test_prices import (
     assert_same,
     autograd_of,

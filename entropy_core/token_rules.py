@@ -20,10 +20,10 @@ Source: docs/analyses/prices.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +112,7 @@ def decorrelated(tokens: RuleTokens) -> Tensor | str:
     own, mask = tokens.logprob + tokens.entropy, tokens.mask
     centred = own - own[mask].mean()
     beta = float((centred[mask] * tokens.weights[mask]).sum() / centred[mask].square().sum())
-    if not np.isfinite(beta):
+    if not math.isfinite(beta):
         return "all tokens have the same surprisal beside their entropy"
     return tokens.weights - beta * own
 
