@@ -69,13 +69,7 @@ def pack(tape: Tape, path: Path) -> None:
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_TOKENS, *_EACH, *_STEP)}
     for step, truth in zip(tape.steps, tape.truth, strict=True):
         own = step.own
-        known = {
-            "logprob": own.logprob,
-            "entropy": own.entropy,
-            "prompt": own.prompt,
-            "length": own.length,
-            **own.extra,
-        }
+        known = {name: getattr(own, name) for name in ("logprob", "entropy", "prompt", "length", "omega")} | own.extra
         for name in _TOKENS:
             columns[name].append(padded(known[name]))
         for name in _EACH:
