@@ -84,7 +84,7 @@ def test_the_page_says_what_the_runs_are(tiny_task, monkeypatch) -> None:
     ours = next(run for run in rows if run["arm"] == "controller")
     assert f"| controller (ours) | 1 | {distance(ours):.3f} |" in text and "| Dr. GRPO | 2 |" in text
     assert "nan to nan" in text.replace("+", ""), "one common seed has no interval"
-    assert (study_page.RESULTS / "study.png").stat().st_size > 10_000
+    assert (study_page.RESULTS / "tiny.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.study.runs import STEPS
 from benchmarks.study.summary import by_arm, distance, load, noise, paired
-from benchmarks.study.tasks import ROOT
+from benchmarks.study.tasks import ROOT, TASKS
 from benchmarks.study.tuning import SEED as TUNING_SEED
 from entropy_experiments.records.writer import describe_environment
 
@@ -30,6 +30,7 @@ NAMES = {
     "clip_cov": "Clip-Cov",
     "kl_cov": "KL-Cov",
 }
+TITLES = {"sums": "Short sums", "chains": "Longer answers: five numbers, every partial sum shown"}
 COLOURS = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))
 
 
@@ -41,24 +42,38 @@ def write_page() -> None:
         (RESULTS / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in found))
         (RESULTS / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n")
     runs = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] != TUNING_SEED and run["steps"] == STEPS]
-    (RESULTS / "README.md").write_text(page(runs))
-    draw(runs)
+    by_task = {task: [run for run in runs if run["task"] == task] for task in TASKS}
+    (RESULTS / "README.md").write_text(page({task: mine for task, mine in by_task.items() if mine}))
+    for task, mine in by_task.items():
+        if mine:
+            draw(mine, RESULTS / f"{task}.png")
 
 
-def page(runs: list[dict[str, Any]]) -> str:
-    """The page of one task's runs."""
-    arms, target = by_arm(runs), runs[0]["target"]
-    order = [arm for arm in NAMES if arm in arms]
-    floor = float(np.mean([noise(run) for run in runs if run["arm"] == "controller"]))
+def page(by_task: dict[str, list[dict[str, Any]]]) -> str:
+    """The page of all tasks' runs."""
     lines = [
         "# The reference study: what holds entropy, and at what reward",
         "",
         "`make study` (`python -m benchmarks.study tune`, `run`, `page`). A small policy that learned sums from worked answers, "
-        f"then {STEPS} steps of reinforcement learning in real trainers of TRL; the arms: `benchmarks/study/arms.py`. "
-        f"Target {target:g} nats per token; entropy and reward on 256 fresh completions of held-out prompts at every tenth step. "
-        "*Distance*: root mean square of h − target from step 50 on; a run exactly at the target would have "
-        f"{floor:.3f}, the error of a look. *Reward*: the last five looks and the last measurement. Mean over seeds ± standard "
-        "deviation.",
+        f"then {STEPS} steps of reinforcement learning in real trainers of TRL; tasks and arms: `benchmarks/study/tasks.py` and "
+        "`arms.py`. Entropy and reward on 256 fresh completions of held-out prompts at every tenth step. *Distance*: root mean "
+        "square of h − target from step 50 on, with the error of looks. *Reward*: the last five looks and the last measurement. "
+        "Mean over seeds ± standard deviation.",
+        "",
+    ]
+    for task, runs in by_task.items():
+        lines += _section(task, runs)
+    return "\n".join(lines)
+
+
+def _section(task: str, runs: list[dict[str, Any]]) -> list[str]:
+    arms, target = by_arm(runs), runs[0]["target"]
+    order = [arm for arm in NAMES if arm in arms]
+    floor = float(np.mean([noise(run) for run in runs if run["arm"] == order[0]]))
+    lines = [
+        f"## {TITLES.get(task, task)}",
+        "",
+        f"Target {target:g} nats per token. A run exactly at the target would have a distance of {floor:.3f}.",
         "",
         "| arm | seeds | distance | final entropy | reward | pass@4 | pass@16 | distinct of 16 | s a step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -68,8 +83,9 @@ def page(runs: list[dict[str, Any]]) -> str:
         cells += [_cell([n[name] for n in arms[arm].values()], 2) for name in ("pass_at_4", "pass_at_16", "distinct")]
         seconds = np.mean([n["step_seconds"] for n in arms[arm].values()])
         lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} | {seconds:.2f} |")
-    lines += ["", *_tests(arms, order), "", "![entropy and reward of the arms](study.png)", ""]
-    tuning = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["arm"] == "bonus"]
+    lines += ["", *_tests(arms, order), "", f"![entropy and reward of the arms, {task}]({task}.png)", ""]
+    stored = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["task"] == task]
+    tuning = sorted((run for run in stored if run["arm"] == "bonus"), key=lambda run: run["overrides"]["entropy_coef"])
     if tuning:
         grid = ", ".join(f"{run['overrides']['entropy_coef']:g}: {distance(run):.3f}" for run in tuning)
         lines += [
@@ -77,7 +93,7 @@ def page(runs: list[dict[str, Any]]) -> str:
             f"seed {TUNING_SEED}, which no arm has (coefficient: distance): {grid}.",
             "",
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def _tests(arms: dict[str, dict[int, dict[str, float]]], order: list[str]) -> list[str]:
@@ -111,7 +127,7 @@ def _cell(values: list[float], digits: int = 3) -> str:
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def draw(runs: list[dict[str, Any]]) -> None:
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Entropy and reward against steps: the mean over seeds, and the band from the lowest to the highest."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for arm, name in NAMES.items():
@@ -130,5 +146,5 @@ def draw(runs: list[dict[str, Any]]) -> None:
         axis.set_xlabel("optimizer step")
     axes[0].legend(fontsize=8, title="arm (seeds); band: lowest to highest", title_fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "study.png", dpi=130)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
