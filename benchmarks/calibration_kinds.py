@@ -74,6 +74,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     "leave_one_out.agreements": (RULE,),
     "leave_one_out.largest_parts": (PARTS,),
     "training_course._one": (COURSE,),
+    "training_course._mean_error": (COURSE,),
     "training_course.course": (COURSE,),
     "summarize._parts": (PREDICTED,),
     "summarize._scaled": (PREDICTED,),

@@ -1,7 +1,9 @@
 """What entropy and reward did over training, with an error: the mean of the last third of the steps minus that of the first.
 
     change = mean over the last m steps of x - mean over the first m,     m = floor(T/3),  T recorded steps, at least six
-    from sequences    se^2 = sum se_k^2 / m^2 over both thirds: each step has sequences of its own
+    from sequences    se^2 = sum_kl rho_kl se_k se_l / m^2 within either third,   rho_kl = max(0, 1 - |k - l| / s):
+                      sequences that are watched for s steps are in both k and l, and err alike there; s = 1 where each step
+                      has its own. What both thirds have in common would make the error smaller, and is left out
     from scatter      se^2 = s_first^2/m + s_last^2/m: where steps carry no errors; a trend inside a third makes it larger
 
 Degrees of freedom by Welch. Two single steps are not compared: each is a sample of a few prompts. Entropy is that of the
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from entropy_experiments.records.history_rows import HistoryRow, values_of
 from entropy_experiments.statistics.confidence import BRACKETS, Known, change_word
 from entropy_experiments.text.numbers import counted, plain
 from rl_training.intervals import interval, welch_freedom
+from rl_training.probe_config import EntropyProbeConfig
 
 FEWEST_STEPS = 6
 _UNIT = "nats per token"
@@ -52,12 +55,18 @@ class Column:
     freedoms: np.ndarray
     watched: bool
     """Of sequences before any was left out."""
+    kept: int = 1
+    """Steps that a sequence is watched for at most; 1: each step has its own."""
 
 
 def entropy_column(history: Sequence[HistoryRow]) -> Column:
     """Entropy, nats per token: of the sequences that the probe watched, or what the trainer logged."""
     probed = _column(history, "probe_entropy", "probe_entropy_se", "probe_measured_df", True)
     logged = _column(history, "entropy", "entropy_se", "entropy_df", False)
+    if any(
+        row.probe_measured_over is not None for row in history
+    ):  # under `mode: watch`: a pool's, unless told otherwise
+        probed = replace(probed, kept=EntropyProbeConfig().pool_age)
     return probed if len(probed.steps) >= min(FEWEST_STEPS, len(logged.steps)) and len(probed.steps) else logged
 
 
@@ -91,7 +100,7 @@ def course(column: Column) -> Course | None:
         "sequences" if (column.errors[used] >= 0).all() and np.isfinite(column.freedoms[used]).all() else "scatter"
     )
     if source == "sequences":
-        terms = [(column.errors[k] / m, column.freedoms[k]) for k in used]
+        terms = [_mean_error(column, end) for end in ends]
     else:
         terms = [(float(column.values[end].std(ddof=1)) / math.sqrt(m), m - 1) for end in ends]
     start, end = (float(column.values[e].mean()) for e in ends)
@@ -99,6 +108,16 @@ def course(column: Column) -> Course | None:
     low, high = interval(end - start, error, welch_freedom(terms))
     first, last = ((float(column.steps[e][0]), float(column.steps[e][-1])) for e in ends)
     return Course(start, end, Known(end - start, low, high), first, last, source)
+
+
+def _mean_error(column: Column, end: slice) -> tuple[float, float]:
+    """(standard error, degrees of freedom) of the mean over some steps."""
+    steps, errors, freedoms = column.steps[end], column.errors[end], column.freedoms[end]
+    shared = np.clip(1 - np.abs(steps[:, None] - steps) / column.kept, 0, None)
+    error = math.sqrt(float(errors @ shared @ errors)) / len(errors)
+    alone = math.sqrt(float(errors @ errors)) / len(errors)
+    freedom = welch_freedom([(e, f) for e, f in zip(errors.tolist(), freedoms.tolist(), strict=True)])
+    return error, freedom if error == 0 else max(float(freedoms.min()), freedom * (alone / error) ** 2)
 
 
 def entropy_course_words(history: Sequence[HistoryRow]) -> tuple[str, bool]:

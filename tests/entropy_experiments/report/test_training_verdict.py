@@ -58,6 +58,33 @@ def test_a_fall_is_the_last_third_against_the_first_with_its_interval():
     assert (found.change.low, found.change.high) == pytest.approx((change - reach, change + reach))
 
 
+@pytest.mark.parametrize("steps", [12, 30, 60])
+def test_sequences_that_are_watched_for_many_steps_are_no_new_ones_in_each(steps):
+    """A pool of 16, of which a half is drawn anew every eighth step. Taken for new at each step its errors are up to 3 times
+    too small: the intervals held the change, of nothing at all, in 82, 52 and 42% of runs of these lengths, in place of 95%."""
+    rng, held, runs = np.random.default_rng(steps), 0, 400
+    for _ in range(runs):
+        pool, entropies, errors = rng.normal(size=16), [], []
+        for k in range(steps):
+            if k and k % 8 == 0:
+                pool = np.r_[pool[8:], rng.normal(size=8)]
+            entropies.append(float(pool.mean()))
+            errors.append(float(pool.std(ddof=1) / 4))
+        rows = [
+            {
+                "step": k,
+                "probe/entropy": h,
+                "probe/entropy_se": e,
+                "probe/measured_df": 15.0,
+                "probe/measured_over": 1.0,
+            }
+            for k, (h, e) in enumerate(zip(entropies, errors, strict=True))
+        ]
+        change = course(entropy_column(history_of(rows))).change
+        held += change.low <= 0 <= change.high
+    assert held / runs > 0.93
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_nothing_is_said_of_fewer_than_six_steps(count):
     (text,) = words(probed(np.linspace(1.9, 0.2, count)))
