@@ -34,7 +34,7 @@ from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import run_analyses
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
-from entropy_experiments.buffers.scored_alone import refuse_dependence
+from entropy_experiments.buffers.scored_alone import refuse_dependence, refuse_other_drawing
 from entropy_experiments.checkpoint_loader import Checkpoint
 from entropy_experiments.checkpoints.folder import checkpoint_step, resolve_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
@@ -275,6 +275,8 @@ def analyze_buffers(
     kernel = kernel or kernel_options(config.entropy_analysis.fisher_kernel, reporter=reporter)
     try:
         refuse_dependence(checkpoint.model, [eval_batch, train_batch])
+        if config.entropy_analysis.sampling.rows_are_drawn and config.checkpoint.sharding is None:
+            refuse_other_drawing(checkpoint.model, eval_batch)
         found = analyze_batches(
             checkpoint.model,
             checkpoint.optimizer,

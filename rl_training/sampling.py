@@ -200,11 +200,41 @@ def generate_completions(
     of equal length where padding changes what the model draws. Deterministic for the same model,
     prompts, batch size and seed.
     """
+    completions: list[list[int]] = [[] for _ in prompt_ids]
+    for part, tokens, _ in _drawn(model, prompt_ids, sampling_config, seed, batch_size):
+        for i, row in zip(part, tokens, strict=True):
+            completions[i] = _until_eos(row, sampling_config)
+    return completions
+
+
+def generate_scored(
+    model: nn.Module, prompt_ids: Sequence[Sequence[int]], sampling_config: SamplingConfig, seed: int
+) -> list[tuple[list[int], list[float]]]:
+    """Completions as `generate_completions` draws them, each with the log-probabilities (nats) that its tokens had when they
+    were drawn: memory for logits of all of them at once.
+    """
+    found: list[tuple[list[int], list[float]]] = [([], []) for _ in prompt_ids]
+    for part, tokens, logprobs in _drawn(model, prompt_ids, sampling_config, seed, len(prompt_ids), scored=True):
+        for i, row, values in zip(part, tokens, logprobs, strict=True):
+            kept = _until_eos(row, sampling_config)
+            found[i] = kept, values[: len(kept)]
+    return found
+
+
+def _drawn(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling_config: SamplingConfig,
+    seed: int,
+    batch_size: int,
+    scored: bool = False,
+) -> Iterator[tuple[list[int], list[list[int]], list[list[float]]]]:
+    """(places among the prompts, tokens of each, their log-probabilities where `scored`), a batch at a time."""
     _refuse_too_long(model, prompt_ids, sampling_config)
     config, device, pad = _generation_config(sampling_config), input_device(model), sampling_config.pad_token_id
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    completions: list[list[int]] = [[] for _ in prompt_ids]
     devices = sorted({str(p.device) for p in model.parameters() if p.device.type == "cuda"})
+    config.return_dict_in_generate = config.output_scores = scored
     with (
         torch.random.fork_rng(devices=devices),
         torch.no_grad(),
@@ -214,11 +244,14 @@ def generate_completions(
         torch.manual_seed(seed)
         _check_logits(model, prompt_ids[order[0]])  # the shortest
         for part in _parts(model, prompt_ids, order, batch_size, pad):
-            ids, mask = _left_padded([prompt_ids[i] for i in part], pad)
-            drawn = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-            for i, tokens in zip(part, drawn[:, ids.shape[1] :].tolist(), strict=True):
-                completions[i] = _until_eos(tokens, sampling_config)
-    return completions
+            ids, mask = (t.to(device) for t in _left_padded([prompt_ids[i] for i in part], pad))
+            out: Any = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            tokens = (out.sequences if scored else out)[:, ids.shape[1] :]
+            logprobs: list[list[float]] = []
+            if scored:
+                scores = torch.stack(out.scores, 1).float().log_softmax(-1)
+                logprobs = scores.gather(2, tokens[..., None].to(scores.device))[..., 0].tolist()
+            yield part, tokens.tolist(), logprobs
 
 
 def _generation_config(sampling_config: SamplingConfig) -> Any:
@@ -230,7 +263,7 @@ def _generation_config(sampling_config: SamplingConfig) -> Any:
         top_k=sampling_config.top_k,
         top_p=sampling_config.top_p,
         max_new_tokens=sampling_config.max_completion_length,
-        eos_token_id=list(sampling_config.eos_token_ids),
+        eos_token_id=list(sampling_config.eos_token_ids) or None,
         pad_token_id=sampling_config.pad_token_id,
     )
 

@@ -16,6 +16,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.scores import token_statistics
 from rl_training.errors import UserError
 from rl_training.premises.batch_dependence import LongestSequence
+from rl_training.premises.drawn_as_scored import generation_finding
 from rl_training.premises.full_precision import agreement, coarsest_dtype
 
 _ROWS, _TOKENS = 4, 8
@@ -40,6 +41,21 @@ def refuse_dependence(model: nn.Module, batches: Sequence[SequenceBatch]) -> Non
     found = LongestSequence(model, tokens).finding(int(longest.scored_lengths.max()))
     if found is not None:
         raise UserError(f"{found}; {_SHORTER}")
+
+
+def refuse_other_drawing(model: nn.Module, batch: SequenceBatch) -> None:
+    """Raises UserError where `generate` draws from another distribution than sequences are scored by.
+
+    Args:
+        model: the policy, whole in this process.
+        batch: a prompt to draw of, on the model's device, and the temperature.
+    """
+    prompt = batch.input_ids[0][batch.attention_mask[0] & ~batch.completion_mask[0]].tolist()
+    found = generation_finding(model, prompt[-_TOKENS:], batch.temperature)
+    if found is not None:
+        raise UserError(
+            f"{found}: its completions say nothing of the policy that is differentiated; train a model with a plain cache"
+        )
 
 
 def _refuse_company(model: nn.Module, batch: SequenceBatch) -> None:

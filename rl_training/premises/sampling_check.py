@@ -14,10 +14,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from rl_training.errors import UserError
+from rl_training.errors import UserError, first_line
 from rl_training.generation.description import SamplingDescription, SettledSampling, describe_sampling
 from rl_training.generation.training_noise import silence_training_noise, train_mode_change, training_noise
 from rl_training.premises.batch_dependence import LongestSequence
+from rl_training.premises.drawn_as_scored import generation_finding
 from rl_training.premises.full_precision import without_autocast
 from rl_training.premises.gradient_premise import NOISE, PADDING, GradientPremise, is_sharded
 from rl_training.premises.loss_reading import LossReader
@@ -37,6 +38,7 @@ _UNMARKED = (
     "rollout_func returned no env_mask: every token of its completions is taken for drawn by the policy; where it writes some "
     "itself, return env_mask, a list of 0 and 1 for each completion, with 0 on these"
 )
+_OTHER_MODEL = "train a model that draws what one forward pass gives (any with rotary positions and a plain cache does)"
 _SHARDED = "the model is sharded over processes: whether training mode or left padding changes it was not checked"
 
 
@@ -64,6 +66,14 @@ def longest_finding(trainer: Any, watch: LongestSequence | None, length: int) ->
         return None
     with without_autocast(trainer.accelerator.unwrap_model(trainer.model)):
         return watch.finding(length)
+
+
+def drawing_finding(trainer: Any, temperature: float) -> str | None:
+    """Whether the trainer's model draws by what it is scored by; see rl_training.premises.drawn_as_scored."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    pad = text_tokenizer(trainer.processing_class).pad_token_id or 0
+    with without_autocast(model):
+        return generation_finding(model, _some_tokens(trainer), temperature, pad)
 
 
 def train_mode_finding(trainer: Any) -> str | None:
@@ -138,6 +148,8 @@ class SamplingGuard(TrainerCallback):
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         if (noise := train_mode_finding(self._trainer)) is not None:
             raise UserError(f"{noise}: the loss would be that of another policy than the one that draws; take that out")
+        if (drawn := drawing_finding(self._trainer, self.description.temperature)) is not None:
+            raise UserError(f"{drawn}: no number would be the policy's; {_OTHER_MODEL}")
         effect = padding_effect(self._trainer)
         if effect.kind == "positions" and self._positions is None:
             self._positions = pass_positions(model)
@@ -195,7 +207,7 @@ class SamplingWatcher(TrainerCallback):
         self._trainer, self._told = trainer, set()
         self._of_padding: str | None = None
         self._longest: LongestSequence | None = None
-        self._masks_seen = False
+        self._masks_seen, self._plain = False, True
         self._reader = LossReader.of(trainer)
         self._kept = any(isinstance(callback, SamplingGuard) for callback in trainer.callback_handler.callbacks)
         self._tell([departure.sentence() for departure in description.departures])
@@ -205,16 +217,35 @@ class SamplingWatcher(TrainerCallback):
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         if self._kept:
             return
-        try:
-            found = [departure.sentence() for departure in describe_sampling(self._trainer).departures]
-            found += [_SHARDED] if is_sharded(self._trainer) else self._of_the_model()
-        except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
-            found = [
-                f"whether completions follow the sampling configuration could not be checked ({type(error).__name__}: {error})"
-            ]
+        found: list[str] = []
+        for look in (self._of_the_settings, self._of_the_model, self._of_the_drawing):
+            try:
+                found += look()
+            except Exception as error:  # the probe stops nothing but itself; it says so where it could not look
+                found.append(
+                    "whether completions follow the sampling configuration could not be checked "
+                    f"({type(error).__name__}: {first_line(error)})"
+                )
         self._tell(found)
 
+    def _of_the_settings(self) -> list[str]:
+        departures = describe_sampling(self._trainer).departures
+        self._plain = not any(departure.name.startswith("model.") for departure in departures)
+        return [departure.sentence() for departure in departures]
+
+    def _of_the_drawing(self) -> list[str]:
+        if is_sharded(self._trainer) or not self._plain:  # a `generate` of one's own is named already
+            return []
+        found = drawing_finding(self._trainer, describe_sampling(self._trainer).temperature)
+        return (
+            []
+            if found is None
+            else [f"{found}: predicted and measured changes are those of the latter; {_OTHER_MODEL}"]
+        )
+
     def _of_the_model(self) -> list[str]:
+        if is_sharded(self._trainer):
+            return [_SHARDED]
         found = []
         self._longest = longest_sequence(self._trainer)
         if (noise := train_mode_finding(self._trainer)) is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from entropy_core import SequenceBatch
-from entropy_experiments.buffers.scored_alone import refuse_dependence
+from entropy_experiments.buffers.scored_alone import refuse_dependence, refuse_other_drawing
 from rl_training.errors import UserError
 
 SIZES = {
@@ -106,3 +106,13 @@ def test_sequences_of_one_length_beyond_it_are_refused_too(kind):
     torch.manual_seed(0)
     with pytest.raises(UserError, match="another distribution than it was drawn from"):
         refuse_dependence(MODELS[kind](), [batch(40, 40), batch(40, 40)])
+
+
+def test_a_model_that_draws_otherwise_than_it_is_scored_is_refused():
+    """XLM's `generate` puts a token behind what it has, at which it reads the next one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 0, "mask_token_id": 2}
+    xlm = _scaled(XLMWithLMHeadModel(XLMConfig(**sizes, causal=True, dropout=0.0, attention_dropout=0.0)))
+    refuse_other_drawing(MODELS["plain"](), batch(14, 12))
+    with pytest.raises(UserError, match="draws by another distribution.*train a model with a plain cache"):
+        refuse_other_drawing(xlm, batch(14, 12))
