@@ -38,6 +38,7 @@ from rl_training.integrations.whole_saves import remove_unfinished, save_whole
 from rl_training.premises.full_precision import agreement, coarsest_dtype, without_autocast
 from rl_training.premises.probe_premise import ProbePremise
 from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
+from rl_training.premises.step_alone import StepAlone
 from rl_training.premises.surprisal_check import SamplerWatch
 from rl_training.probe.change import EntropyChange
 from rl_training.probe.forecast import FORECAST, EntropyForecast
@@ -85,8 +86,8 @@ def attach_entropy_probe(
     trainer.add_callback(SamplingWatcher(trainer, description))
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
-    trainer.add_callback(callback)
-    trainer.add_callback(TensorBoardLayout(trainer))
+    for more in (callback, StepAlone(trainer, callback._model, callback), TensorBoardLayout(trainer)):
+        trainer.add_callback(more)
     if console:
         trainer.add_callback(ProbeConsole(callback.describe()))
     return callback
@@ -128,6 +129,7 @@ class EntropyProbeCallback(TrainerCallback):
         self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts in OF_PROMPTS else None
         self._sampler, self._settled = SamplerWatch(trainer), SettledSampling(trainer)
+        self._rounding = RoundingNoise(self._model)
         self._sequences = WatchedSequences(trainer, config, self._sampling_config, self._probe)
         self._generated = GeneratedSequences(trainer)
         layouts = (self._probe.prefixes, *([] if self._watch is None else [self._watch.layout]))
@@ -135,7 +137,6 @@ class EntropyProbeCallback(TrainerCallback):
         self._kept = ProbeCheckpoint(trainer, config, probed, self._sharing)
         self._splits: dict[str, float] = {}
         self._trained: list[RolloutSequence] = []
-        self._rounding = RoundingNoise(self._model)
         self._failed = self._probing = False
         self._plan = NOTHING
         self._seen: Observation | None = None

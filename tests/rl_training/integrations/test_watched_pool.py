@@ -140,6 +140,12 @@ def _shrink(model):
         p.data.mul_(1.1)  # .data: torch counts no change of the parameter
 
 
+def _scale_base(model):
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data.mul_(1.05)
+
+
 def _scale_adapters(model):
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
@@ -147,7 +153,13 @@ def _scale_adapters(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "lora", "steps"), [(_shrink, False, (3, 6)), (_shrink, False, (1,)), (_scale_adapters, True, (3,))]
+    ("change", "lora", "steps"),
+    [
+        (_shrink, False, (3, 6)),
+        (_shrink, False, (1,)),
+        (_scale_adapters, True, (3,)),
+        (_scale_base, True, (3,)),
+    ],
 )
 def test_what_something_else_does_to_the_policy_between_steps_is_not_measured(
     tiny_policy, tmp_path, change, lora, steps
