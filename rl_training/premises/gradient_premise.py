@@ -39,6 +39,12 @@ from rl_training.premises.loss_terms import ENTROPY, KL, ROUTER, further_terms, 
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
+_PADDED = (
+    "; or the gradient, if not the logits, depends on positions that the trainer counts through the padding before short prompts "
+    "(norms behind rotary positions): use prompts of one length, or pass positions "
+    "(rl_training.prompts.left_padding.pass_positions(trainer.model) before training)"
+)
+
 NOISE, PADDING = "noise", "padding"
 """Causes that are looked for when training begins as well (rl_training.premises.sampling_check)."""
 
@@ -246,6 +252,7 @@ class GradientPremise:
         return (
             f"{error:.1%} of the gradient comes from no log-probability of the step's sequences (most of it in {worst!r}): "
             "compute_loss adds a term of its own, or gradients are changed after the backward pass"
+            f"{_PADDED if any(not bool(r.attention_mask[:, 0].all()) for r in readings) else ''}"
         ), None
 
 

@@ -40,10 +40,12 @@ class ProbePremise:
             raise UserError(
                 f"fused=true: the tokens of a sequence have unequal weights in the loss, by {unequal[0]}; {self._instead}"
             )
+        self._trainer, self._preconditioning = trainer, config.preconditioning
         self._premise = GradientPremise.of(trainer)
 
     def hold(self) -> None:
         """Raises ValueError where the step is not what `fused` or `mode: attribution` need."""
+        self._refuse_scaled()
         check = self._premise.settle()
         trouble = self._premise.trouble_of_weights()
         if self._asked is not None:
@@ -69,3 +71,16 @@ class ProbePremise:
                 f"fused=true are refused for such a loss{f' (for them set {remedy})' if remedy else ''}"
             )
         warnings.warn(f"entropy probe: {said}", RuntimeWarning, stacklevel=2)
+
+    def _refuse_scaled(self) -> None:
+        """Without clipping a gradient scaler divides by its scale in the optimizer's step alone. What AdamW makes of that
+        is held against the step; what a plain step would make of it is not.
+        """
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        scale = 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+        if self._preconditioning != "actual" and scale != 1.0 and not self._trainer.args.max_grad_norm:
+            raise ValueError(
+                f"preconditioning={self._preconditioning}: gradients are still {scale:g} times too large, since the gradient "
+                "scaler of mixed precision divides them in the optimizer's step: set max_grad_norm (a large number clips "
+                "nothing), train in bf16 or float32, or use preconditioning=actual"
+            )

@@ -22,6 +22,7 @@ Source: docs/theory/entropy-critic.md.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ from entropy_core.token_ratios import (
 from entropy_core.uncertainty import Estimate, jackknife_standard_error
 from entropy_core.watched_pass import WatchedPass, watched_pass
 from rl_training.config import EntropyProbeConfig
+from rl_training.probe.foretold_step import ForetoldStep
 from rl_training.probe.local_level import LocalLevel
 from rl_training.probe.observation import Observation
 from rl_training.probe.prefix_sharing import PrefixSharing
@@ -121,7 +123,7 @@ class EntropyWatch:
         self._critic = EntropyCritic(keep=config.critic_keep)
         self._correction = None if config.bias_keep is None else BiasCorrection(config.bias_keep)
         self._sum, self._level, self._drawn = RunningSum(), LocalLevel(), DrawnSequences()
-        self._steps_since = 1
+        self._steps_since, self._said_other = 1, False
         self.forget_step()
 
     def forget_step(self) -> None:
@@ -132,6 +134,7 @@ class EntropyWatch:
         self._values: Tensor | None = None
         self._explained = math.nan
         self._trials: list[TokenStatistics] = []
+        self._foretold: ForetoldStep | None = None
 
     # ------------------------------------------------------------------ passes
     def look(self, batch: SequenceBatch, with_hidden: bool = False, with_variances: bool = False) -> WatchedPass:
@@ -199,7 +202,7 @@ class EntropyWatch:
             for part in (update.batch, update.momentum):
                 trial.move(part)
                 found.append(self.look(self._seen.batch).statistics)
-        self._trials = found
+        self._trials, self._foretold = found, ForetoldStep(parameters, update)
 
     @property
     def seen(self) -> Observation | None:
@@ -250,7 +253,8 @@ class EntropyWatch:
             None where nothing was seen before.
         """
         self._steps_since += steps
-        seen, values, trials, explained = self._seen, self._values, self._trials, self._explained
+        seen, values, explained = self._seen, self._values, self._explained
+        trials = self._trials if self._as_foretold(steps) else []
         self.forget_step()
         if seen is None:
             return None
@@ -285,6 +289,22 @@ class EntropyWatch:
             filtered=self._level.add(corrected.scaled(1 / steps), h),
             parts=_parts([*(change(trial, decay) for trial in trials), quiet]) if trials else {},
         )
+
+    def _as_foretold(self, steps: int) -> bool:
+        """Whether the trial moves were those of the step taken; said once where they were not."""
+        if self._foretold is None or steps != 1:
+            return steps == 1
+        off = self._foretold.off(trainable_parameters(self._model))
+        if off is not None and not self._said_other:
+            self._said_other = True
+            warnings.warn(
+                "the entropy probe: the optimizer took another step than its state and gradients foretold (relative difference "
+                f"{off:.2g}): gradients changed after they were read, or a gradient scaler had not divided them yet; `measured` "
+                "of such a step has no parts (batch, momentum, decay)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return off is None
 
     # ------------------------------------------------------------------ for a trainer's state
     def state(self) -> dict[str, Any]:

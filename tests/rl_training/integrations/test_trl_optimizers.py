@@ -101,3 +101,22 @@ def test_rates_of_ones_own_for_each_group_are_predicted_in_parts(tiny_policy, tm
     trainer, _ = train_with(tiny_policy, tmp_path, lora_plus, lora=True)
     trainer.train()
     check_same_tokens(logged(trainer))
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_gradients_that_a_scaler_has_not_divided_are_no_plain_step(tiny_policy, tmp_path, clipped):
+    """They are 1024 times too large where nothing clips them; so was what `preconditioning: none` said of the step."""
+    trainer = make_trainer(
+        tiny_policy, tmp_path, optim="sgd", learning_rate=1e-3, max_grad_norm=1e9 if clipped else 0.0
+    )
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    config = EntropyProbeConfig(preset="held_out", eval_sequences=8, on_error="raise", preconditioning="none")
+    attach_entropy_probe(trainer, config, console=False)
+    if not clipped:
+        with pytest.raises(ValueError, match="1024 times too large.*set max_grad_norm"):
+            trainer.train()
+        return
+    trainer.train()
+    for entry in logged(trainer):
+        error = max(0.1 * abs(entry["measured"]), 0.05 * entry["measured_se"], 5e-7)
+        assert abs(entry["predicted"] - entry["measured"]) < error, entry

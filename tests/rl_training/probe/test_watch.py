@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -81,6 +82,27 @@ def test_parts_add_up_and_are_those_of_the_step(trained: Setting) -> None:
         assert part.value == pytest.approx(along, rel=0.05, abs=2e-6), name
         assert math.isfinite(part.standard_error)
     assert seen.change.value == pytest.approx(setting.entropy() - start, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 3.0, 1.0])
+def test_parts_of_another_step_than_was_foretold_are_dropped_and_that_is_said_once(
+    trained: Setting, factor: float
+) -> None:
+    setting = trained.twin()
+    watch = make_watch(setting, advantage_decay=1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in (7, 8):
+            watch.before_step(setting.batch, watch.look(setting.batch).statistics.scores())
+            setting.backward(seed)
+            watch.try_parts(setting.optimizer)
+            for p in setting.model.parameters():
+                p.grad.mul_(factor)
+            setting.optimizer.step()
+            seen = watch.after_step()
+            assert bool(seen.parts) == (factor == 1.0)
+    said = [w for w in caught if "another step than its state and gradients foretold" in str(w.message)]
+    assert len(said) == (factor != 1.0)
 
 
 def test_watching_and_trying_leave_training_bit_by_bit_as_it_was(trained: Setting) -> None:
