@@ -37,6 +37,11 @@ PARTS = {
     "weight_decay": "weight decay",
 }
 _UNIT = "nats per token"
+_LOSS_UNKNOWN = (
+    "The checkpoint does not say which loss its run had: the step analysed is Dr. GRPO's (advantages not divided by their "
+    "deviation, a constant length, no KL term), on groups whose rewards differ. Where the run had another, give its own "
+    "sequences with their weights (entropy_analysis.sampling.train_sequences_path)."
+)
 
 
 def prediction_sentences(summary: Summary) -> list[Sentence]:
@@ -58,6 +63,8 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
             "The training sequences have neither weights nor rewards, so there is no step: the kernel is all there is."
         )
         return [*found, Sentence(text)]
+    if summary.policy.training is None and summary.sampling.training.rounds:
+        found.append(Sentence(_LOSS_UNKNOWN, "warning"))
     buffer = "the training sequences of this analysis" if notes else "a fresh training buffer"
     where = f"The next step from checkpoint {summary.checkpoint.step}, on {buffer},"
     value = None if summary.prediction is None else summary.prediction.total.known()

@@ -80,6 +80,19 @@ def test_results_that_do_not_hold_the_paired_error_say_nothing_of_agreement(summ
     )
 
 
+def test_a_run_that_recorded_no_loss_is_said_to_be_analysed_as_dr_grpo(summary):
+    def told(changed):
+        return any(
+            "does not say which loss its run had: the step analysed is Dr. GRPO's" in s.text for s in said_of(changed)
+        )
+
+    assert not told(summary)
+    plain_trl = {**summary, "policy": {**summary["policy"], "training": None}}
+    assert told(plain_trl)
+    training = {**summary["sampling"]["training"], "rounds": 0}  # sequences that the user gave, with their weights
+    assert not told({**plain_trl, "sampling": {**summary["sampling"], "training": training}})
+
+
 def test_a_wide_interval_of_the_difference_is_not_agreement(summary):
     """A gap of 0 ± 40% of the change holds 0 and says nothing; it was called agreement, in green."""
     summary["agreement"]["rao_blackwell"] = paired_agreement(0.0, 0.016 * SERIES).as_dict()
