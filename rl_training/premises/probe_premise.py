@@ -78,7 +78,10 @@ class ProbePremise:
         """
         scaler = getattr(self._trainer.accelerator, "scaler", None)
         scale = 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
-        if self._preconditioning != "actual" and scale != 1.0 and not self._trainer.args.max_grad_norm:
+        divided = (
+            self._trainer.accelerator.mixed_precision == "fp16" and self._trainer.args.max_grad_norm
+        )  # clipping does
+        if self._preconditioning != "actual" and scale != 1.0 and not divided:
             raise ValueError(
                 f"preconditioning={self._preconditioning}: gradients are still {scale:g} times too large, since the gradient "
                 "scaler of mixed precision divides them in the optimizer's step: set max_grad_norm (a large number clips "
