@@ -70,13 +70,15 @@ class StepAlone(TrainerCallback):
         self._hooks = []
 
     def _compare(self, event: str) -> None:
-        if not self._weights.moved():
+        if (
+            not self._suspects[event] or not self._weights.moved()
+        ):  # an optimizer may be wrapped, and move more by itself
             return
         self._end()
         where = "after" if event == _AFTER else "before"
         order = "after the probe was attached" if event == _AFTER else "before the probe is attached"
         warnings.warn(
-            f"the entropy probe: {' or '.join(self._suspects[event]) or 'a callback'} moves the policy in {event}, between the "
+            f"the entropy probe: {' or '.join(self._suspects[event])} moves the policy in {event}, between the "
             f"probe's look {where} the optimizer's step and that step: `measured` and `predicted` hold what it does as well; add "
             f"that callback {order}, and they are of the optimizer's steps alone",
             RuntimeWarning,
