@@ -86,10 +86,9 @@ def attach_entropy_probe(
     trainer.add_callback(SamplingWatcher(trainer, description))
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
-    for more in (callback, StepAlone(trainer, callback._model, callback), TensorBoardLayout(trainer)):
-        trainer.add_callback(more)
-    if console:
-        trainer.add_callback(ProbeConsole(callback.describe()))
+    last = [ProbeConsole(callback.describe())] if console else []
+    for each in (callback, StepAlone(trainer, callback._model, callback), TensorBoardLayout(trainer), *last):
+        trainer.add_callback(each)
     return callback
 
 
