@@ -10,10 +10,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 
 from entropy_experiments.compare import tables
 from entropy_experiments.compare.differences import Point, compare_sides
@@ -24,14 +24,16 @@ from entropy_experiments.records.comparison_record import COMPARISON_FORMAT, Com
 from entropy_experiments.records.outcome_record import SentenceRecord
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.writer import write_json
+from entropy_experiments.report.content import Page, PageFigure, Section
 from entropy_experiments.report.figures.comparison import (
     plot_compared_changes,
     plot_compared_checkpoints,
     plot_compared_histories,
 )
-from entropy_experiments.report.figures.style import caption_of, png_bytes
+from entropy_experiments.report.figures.style import page_figure
 from entropy_experiments.report.interactive.comparison import compared_changes, compared_checkpoints, compared_histories
-from entropy_experiments.report.interactive.page import PageFigure, render_page
+from entropy_experiments.report.interactive.drawing import Plot
+from entropy_experiments.report.interactive.page import render_page
 from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
 from rl_training.files import refuse_link, replace_folder, strange_files, write_whole, write_whole_by
@@ -44,16 +46,28 @@ _READING = {
         "Changes of entropy in the analysed step",
         "Left, each side; right, each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 is not "
         "significant.",
+        "comparison.parquet: measured_change, predicted_change",
     ),
     "checkpoints": (
         "The analysed checkpoints",
         "Left, what was found at each checkpoint; right, the difference from A at the steps that both sides have.",
+        "comparison.parquet: entropy, measured_change, predicted_change",
     ),
     "courses": (
         "Entropy and reward in training",
         "One line a run, on its own training buffers. There are no error bars: another seed would give another line.",
+        "each side's training_history.json",
     ),
 }
+
+
+_HOW_TO_READ = (
+    "A is what the others are compared with; every difference is the other side minus A. A difference further than two standard "
+    "errors from 0 is taken for one. “Paired over n prompts” means that both sides were measured on the same n evaluation "
+    "prompts, so that what a prompt does to both cancels; “unpaired” differences have the two standard errors added in "
+    "quadrature, which is too wide where some prompts are shared. Standard errors cover the choice of evaluation prompts and "
+    "completions: another training buffer, or another seed of training, would move the numbers too."
+)
 
 
 def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite: bool = False) -> ComparisonRecord:
@@ -94,9 +108,9 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
                 shutil.rmtree(part)
             (part / "figures").mkdir(parents=True)
             figures = draw_comparison(sides, points)
-            for name, figure in figures.items():
-                write_whole(part / "figures" / f"{name}.png", figure.png)
-            write_whole(part / REPORT, _page(sides, points, verdict, figures))
+            for figure in figures:
+                write_whole(part / figure.file, figure.png)
+            write_whole(part / REPORT, render_page(_page(sides, points, verdict, figures)))
             write_tidy(part / "comparison.parquet", sides, points)
             write_json(part / "comparison.json", json_of(record))
             replace_folder(part, output)
@@ -116,44 +130,46 @@ def _record(sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Se
     )
 
 
-def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> dict[str, PageFigure]:
-    """The figures by name, those without anything to show left out."""
-    found: dict[str, PageFigure] = {}
-
-    def add(name: str, picture: Any, plot: Any) -> None:
-        heading, reading = _READING[name]
-        found[name] = PageFigure(
-            name, heading, reading, caption_of(picture), png_bytes(picture), plot, f"figures/{name}.png"
-        )
-
+def draw_comparison(sides: Sequence[Side], points: Sequence[Point]) -> list[PageFigure]:
+    """The figures, those without anything to show left out."""
+    found: dict[str, tuple[Figure, Plot]] = {}
     if sides[0].kind == "sweep":
         checkpoints = tables.compared_checkpoints(sides, points)
-        add("checkpoints", plot_compared_checkpoints(checkpoints), compared_checkpoints(checkpoints))
+        found["checkpoints"] = plot_compared_checkpoints(checkpoints), compared_checkpoints(checkpoints)
     if points and (changes := tables.compared_changes(sides, points[-1])) is not None:
-        add("changes", plot_compared_changes(changes), compared_changes(changes))
+        found["changes"] = plot_compared_changes(changes), compared_changes(changes)
     histories, labels = [side.points[-1].history for side in sides], [side.label for side in sides]
-    courses = compared_histories(histories, labels)
-    if courses is not None:
-        add("courses", plot_compared_histories(histories, labels), courses)
-    return found
+    if (courses := compared_histories(histories, labels)) is not None:
+        found["courses"] = plot_compared_histories(histories, labels), courses
+    return [
+        page_figure(name, _READING[name], figure, plot, f"figures/{name}.png") for name, (figure, plot) in found.items()
+    ]
 
 
 def _page(
-    sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence], figures: dict[str, PageFigure]
-) -> str:
+    sides: Sequence[Side], points: Sequence[Point], verdict: Sequence[Sentence], figures: Sequence[PageFigure]
+) -> Page:
     heading = f"Comparison of {len(sides)} {'sweeps' if sides[0].kind == 'sweep' else 'analyses'}"
     last = points[-1] if points else None
-    return render_page(
-        "compare_report.html.j2",
+    numbers = tables.comparison_tables(sides, points)
+    sections = [
+        Section(
+            "sides", "What is compared", "folders, models, steps, buffers", tables=[tables.side_table(sides, last)]
+        ),
+        Section("figures", "Figures", "; ".join(figure.heading.lower() for figure in figures[1:]), figures=figures[1:]),
+        Section(
+            "tables", "Numbers side by side", "; ".join(table.caption.lower() for table in numbers), tables=numbers
+        ),
+        Section("reading", "How to read this", "what ± covers, and what “paired” means", text=_HOW_TO_READ),
+    ]
+    return Page(
         title=heading,
-        figures=figures,
-        shown=list(figures),
         heading=heading,
-        labels=[side.label for side in sides],
-        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in verdict],
-        headline=tables.headline(sides, last),
-        sides=tables.side_table(sides, last),
-        tables=tables.comparison_tables(sides, points),
+        about=f"{' · '.join(side.label for side in sides)}. A is what the others are compared with.",
+        verdict=verdict,
+        tiles=tables.headline(sides, last),
+        lead_figure=figures[0] if figures else None,
+        sections=[section for section in sections if section.figures or section.tables or section.text],
     )
 
 

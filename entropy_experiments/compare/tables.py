@@ -10,7 +10,7 @@ from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.comparison_record import DifferenceRecord, QuantityRecord
 from entropy_experiments.records.estimates import Estimate, Mean, StudentEstimate
 from entropy_experiments.records.summary import Summary
-from entropy_experiments.report.analysis_tables import Table
+from entropy_experiments.report.content import Table, Tile
 from entropy_experiments.report.figures.comparison import ComparedChanges, ComparedCheckpoints
 from entropy_experiments.report.outcome import same_prompt_effect
 from entropy_experiments.statistics.confidence import Known
@@ -28,17 +28,16 @@ _CHANGES = {
 _PANELS = {"entropy": "entropy h", "measured": "measured Δh", "predicted": "predicted Δh"}
 
 
-def headline(sides: Sequence[Side], point: Point | None) -> list[dict[str, str]]:
+def headline(sides: Sequence[Side], point: Point | None) -> list[Tile]:
     """The tiles at the head of the page: the measured (or predicted) change of each side minus A's."""
     row = None if point is None else point.row("measured") or point.row("predicted")
     if row is None:
         return []
-    tiles = []
-    for side, gap in zip(sides, row.differences, strict=True):
-        if gap is not None:
-            label = f"{row.quantity.label}, {side.letter} minus A"
-            tiles.append({"label": label, "value": _gap(gap), "unit": row.quantity.unit})
-    return tiles
+    return [
+        Tile(f"{row.quantity.label}, {side.letter} minus A", _gap(gap), row.quantity.unit, "comparison.parquet")
+        for side, gap in zip(sides, row.differences, strict=True)
+        if gap is not None
+    ]
 
 
 def side_table(sides: Sequence[Side], point: Point | None) -> Table:
@@ -61,7 +60,7 @@ def side_table(sides: Sequence[Side], point: Point | None) -> Table:
         model = one_line(results.summary.checkpoint.model, 60)
         counts = [f"{len(rows_)} sequences" for rows_ in (results.evaluation, results.training)]
         rows.append([side.letter, clip(str(side.path), 200, "end"), model, step, *counts])
-    return Table("What is compared", columns, rows)
+    return Table("", columns, rows, "each side's run.json and sequences.parquet")
 
 
 def comparison_tables(sides: Sequence[Side], points: Sequence[Point]) -> list[Table]:
@@ -84,7 +83,7 @@ def _differences(sides: Sequence[Side], point: Point) -> Table:
         for gap in row.differences[1:]:
             cells += ["not known", "–", "–"] if gap is None else [_gap(gap), _distance(gap), _how(gap)]
         rows.append(cells)
-    return Table(f"Values ± standard errors and differences{step}", tuple(columns), rows)
+    return Table(f"Values ± standard errors and differences{step}", columns, rows, "comparison.parquet")
 
 
 def _cell(number: Estimate | StudentEstimate | None, plus: bool = True) -> str:
@@ -133,7 +132,7 @@ def _plain_numbers(sides: Sequence[Side], point: Point) -> Table:
         if any(cosine is not None for cosine in cosines):
             rows.append([f"Mean cosine of gradients, {label}", *(signed(cosine) for cosine in cosines)])
     columns = (("Quantity", False), *((side.letter, True) for side in sides))
-    return Table("Numbers without a standard error, side by side", columns, rows)
+    return Table("Numbers without a standard error, side by side", columns, rows, "each side's summary.json")
 
 
 def _weightings(sides: Sequence[Side], point: Point) -> Table:
@@ -150,8 +149,9 @@ def _weightings(sides: Sequence[Side], point: Point) -> Table:
         for label in labels
         if sum(label in rows for rows in by_side) > 1
     ]
+    source = "each side's summary.json: analyses.weighting_schemes"
     columns = (("Weighting", False), *((side.letter, True) for side in sides))
-    return Table(f"Predicted change by weighting, each in a step as long as the run's, {_UNIT}", columns, table)
+    return Table(f"Predicted change by weighting, each in a step as long as the run's, {_UNIT}", columns, table, source)
 
 
 _NAMES = {
@@ -170,7 +170,7 @@ def _settings(sides: Sequence[Side], point: Point) -> Table:
         )
         rows.append([one_line(label, 80), *(_setting(value) for value in values)])
     columns = (("Setting", False), *((side.letter, False) for side in sides))
-    return Table("Recorded settings that differ", columns, rows)
+    return Table("Recorded settings that differ", columns, rows, "each side's run.json and summary.json")
 
 
 def _setting(value: object) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from entropy_experiments.compare.differences import Compared, Difference, Point
 from entropy_experiments.compare.sides import Side
 from entropy_experiments.records.training_course import entropy_column, entropy_course_words
-from entropy_experiments.report.verdict import PARTS
+from entropy_experiments.report.verdict import PARTS, with_source
 from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, NOT_FROM_ZERO, UNTOLD, Sentence
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import counted, plain
@@ -21,26 +21,31 @@ _UNIT = "nats per token"
 
 def comparison_verdict(sides: Sequence[Side], points: Sequence[Point], caveats: Sequence[str]) -> list[Sentence]:
     """The sentences; `points` as `compare_sides` gives them, the last of which is the one that is told in detail."""
-    checks = _failed_checks(sides)
-    warnings = [Sentence(text, "warning") for text in [*(text for side in sides for text in side.missing), *caveats]]
+    checks = with_source("each side's run.json: self_checks", _failed_checks(sides))
+    texts = [*(text for side in sides for text in side.missing), *caveats]
+    warnings = with_source(
+        "each side's run.json and summary.json", [Sentence(text, "warning") for text in texts], len(texts)
+    )
     if not points:
         alone = "The sweeps share no training step, so only their courses can be compared."
-        return [*checks, Sentence(alone, "warning"), *warnings]
+        return [*checks, Sentence(alone, "warning", "each side's sweep.json: checkpoints", lead=True), *warnings]
     point, found = points[-1], []
     alone = sides[0].kind == "analysis"
     first = "" if alone else f"At step {plain(point.step)}, the last that all have: "
     at = "" if alone else f"At step {plain(point.step)}: "
     for place, side in enumerate(sides[1:], start=1):
-        found += [
-            _step_sentence(point, place, side.letter, first),
-            _level_sentence(point, place, side.letter, at),
-            _part_sentence(point, place, side.letter, at),
-            _reward_sentence(point, place, side.letter, at),
-            _course_sentence(points, place, side.letter),
-        ]
-    found.append(_training_sentence(sides, point))
-    found.append(_error_sentence(point, sides))
-    return [*checks, *filter(None, found), *warnings]
+        step = _step_sentence(point, place, side.letter, first)
+        level = _level_sentence(point, place, side.letter, at)
+        part = _part_sentence(point, place, side.letter, at)
+        reward = _reward_sentence(point, place, side.letter, at)
+        found += with_source("comparison.parquet: measured_change, predicted_change", [step], 1)
+        found += with_source("comparison.parquet: entropy", [level], 1)
+        found += with_source("comparison.parquet: predicted_change", [part], 1)
+        found += with_source("comparison.parquet: reward", [reward])
+        found += with_source("comparison.parquet: entropy", [_course_sentence(points, place, side.letter)])
+    found += with_source("each side's training_history.json", [_training_sentence(sides, point)])
+    found += with_source("comparison.parquet: standard_error, paired_prompts", [_error_sentence(point, sides)])
+    return [*checks, *found, *warnings]
 
 
 def _step_sentence(point: Point, place: int, letter: str, at: str) -> Sentence:

@@ -67,7 +67,7 @@ def print_prices(console: Console, result: PricesResult) -> None:
     console.print(FINDINGS["prices"](result), markup=False, soft_wrap=True)
     for table in TABLES["prices"](result):
         if not console.is_terminal:
-            for row in table.rows:
+            for row in table.texts:
                 named = zip(table.columns[1:], row[1:], strict=True)
                 cells = "; ".join(
                     f"{heading} {cell}" if cell[:1] in "+−–0" else cell for (heading, _), cell in named if cell
@@ -77,6 +77,6 @@ def print_prices(console: Console, result: PricesResult) -> None:
         drawn = Table(box=box.SIMPLE_HEAD, title=table.caption, title_justify="left", pad_edge=False)
         for heading, number in table.columns:
             drawn.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for row in table.rows:
+        for row in table.texts:
             drawn.add_row(*(Text(cell) for cell in row))
         console.print(drawn)

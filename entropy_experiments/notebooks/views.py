@@ -6,6 +6,7 @@ Text of prompts and completions is made visible and escaped here: nothing in it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.plots import caption_of, no_data_figure, plot_kernel_heatmap, png_bytes
 from entropy_experiments.report.page import figure_makers
-from entropy_experiments.report.tables import buffer_rows, check_rows, entropy_rows, estimator_rows
+from entropy_experiments.report.tables import buffer_table, check_table, entropy_table, estimator_table
 from entropy_experiments.report.verdict import write_verdict
 from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import one_line, prompt_frame, visible
@@ -212,30 +213,15 @@ def summaries_html(results: ResultsFolder, prompt: int | None = None) -> str:
     own = sequences_of(results, "training", prompt)
     which = "training buffer" if prompt is None else f"training sequences of prompt {prompt}"
     sampling = results.summary.sampling if prompt is None else None
-    parts = [
-        table_html(("", "evaluation buffer", which), buffer_rows(results.evaluation, own, sampling)),
-        table_html(("Entropy before the step", ""), entropy_rows(results.summary)),
-        table_html(
-            (
-                "Estimator, nats per token",
-                "predicted",
-                "batch",
-                "momentum",
-                "weight decay",
-                "measured",
-                "t of their difference",
-            ),
-            [
-                [row[key] for key in ("label", "total", "batch", "momentum", "weight_decay", "measured", "z")]
-                for row in estimator_rows(results.summary)
-            ],
-        ),
-        table_html(
-            ("Self-check", "passed", "value", "allowed"),
-            [
-                [row["name"], "yes" if row["passed"] else "NO", row["value"], row["tolerance"]]
-                for row in check_rows(results.run.self_checks)
-            ],
-        ),
-    ]
-    return "".join(parts)
+    buffers = buffer_table(results.evaluation, own, sampling)
+    named = replace(buffers, columns=[(heading, True) for heading in ("", "evaluation buffer", which)])
+    tables = (
+        named,
+        entropy_table(results.summary),
+        estimator_table(results.summary),
+        check_table(results.run.self_checks),
+    )
+    return "".join(
+        f"<p>{escape(table.caption)}</p>" + table_html([heading for heading, _ in table.columns], table.texts)
+        for table in tables
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from entropy_experiments.records.attribution_results import AttributionResult
@@ -26,6 +25,7 @@ from entropy_experiments.records.step_results import (
     ShareScore,
 )
 from entropy_experiments.records.weighting_results import MeasuredChange, WeightingResult
+from entropy_experiments.report.content import Table
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
@@ -36,15 +36,6 @@ _QUANTITIES: dict[Quantity, str] = {
     "reward": "Reward",
     "truncated": "Share cut at the maximum length",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """columns: (heading, whether it holds numbers). rows: cells, as many as columns."""
-
-    caption: str
-    columns: tuple[tuple[str, bool], ...]
-    rows: list[list[str]]
 
 
 def _table(caption: str, headings: Sequence[str], rows: list[list[str]]) -> list[Table]:

@@ -1,50 +1,18 @@
-"""What a reader sees first: the sentences that lead, one figure, the way down, and what to do next where that can be said."""
+"""What the first screen of an analysis shows beside its verdict: which figure, what to do next, how large the change is."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 from entropy_experiments.records.analysis_results import finished
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
-from entropy_experiments.report.interactive.page import PageFigure
+from entropy_experiments.report.content import NextStep
 from entropy_experiments.report.price_finding import NEXT, next_step_sentence
-from entropy_experiments.statistics.confidence import Sentence
-from entropy_experiments.text.numbers import counted, plain, signed
-
-LEAD_HEIGHT = 560
-"""Pixels of the figure beside the verdict."""
-
-
-@dataclass(frozen=True)
-class NextStep:
-    """What to do, and where in the page its reason stands. section: the id of an element."""
-
-    text: str
-    section: str
-    source: str
+from entropy_experiments.text.numbers import plain, signed
 
 
 def lead_figure(results: ResultsFolder) -> str:
     """The name of the figure beside the verdict: the run's course where it was recorded, else the analysed step."""
     return "training_history" if len(results.history) > 1 else "predicted_vs_actual"
-
-
-def lower(figure: PageFigure) -> PageFigure:
-    """The figure, no higher than the sentences beside it."""
-    if figure.plot is None or figure.height <= LEAD_HEIGHT:
-        return figure
-    layout = {**figure.plot.get("layout", {}), "height": LEAD_HEIGHT}
-    return replace(figure, plot={**figure.plot, "layout": layout})
-
-
-def rest_words(sentences: Sequence[Sentence]) -> str:
-    """What a closed list of the sentences after the leading ones holds: "7 more sentences, 1 of them a warning"."""
-    rest = [sentence for sentence in sentences if not sentence.lead]
-    warnings = sum(sentence.tone == "warning" for sentence in rest)
-    words = counted(len(rest), "more sentence")
-    return f"{words}, {warnings} of them {'a warning' if warnings == 1 else 'warnings'}" if warnings else words
 
 
 def next_steps(results: ResultsFolder) -> list[NextStep]:

@@ -5,7 +5,7 @@ and on paper (``interactive/page.py``); everything that a model or a file contri
 same bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from entropy_experiments.records.reader import ResultsFolder, read_results_folde
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report import first_screen, tables
+from entropy_experiments.report.content import Page, PageFigure, Section
 from entropy_experiments.report.figures.kernel import Quantity
 from entropy_experiments.report.figures.plots import (
     caption_of,
@@ -29,14 +30,14 @@ from entropy_experiments.report.figures.plots import (
 )
 from entropy_experiments.report.interactive.history import training_history
 from entropy_experiments.report.interactive.kernels import kernel_explorer
-from entropy_experiments.report.interactive.page import PageFigure, render_page
+from entropy_experiments.report.interactive.page import render_page
 from entropy_experiments.report.interactive.predicted import entropy_split, predicted_vs_actual
 from entropy_experiments.report.interactive.sequences import sequence_details
 from entropy_experiments.report.interactive.shares import sequence_shares
 from entropy_experiments.report.interactive.weightings import weighting_schemes
 from entropy_experiments.report.sections import PRESENTATIONS, analysis_figure_makers, analysis_sections
 from entropy_experiments.report.verdict import write_verdict
-from entropy_experiments.text.display import one_line, prompt_frame
+from entropy_experiments.text.display import PromptFrame, one_line, prompt_frame
 from entropy_experiments.text.numbers import series
 from rl_training.files import write_all_whole
 from rl_training.run.disk import disk_errors_explained
@@ -91,6 +92,21 @@ _FIGURES = {
         "change (exactly so where the kernel was made with the step's own P, preconditioning: step).",
     ),
 }
+
+
+_ABOUT = (
+    "Entropy says how undecided the model is about its next token; when it drains away, exploration ends. This page: what "
+    "entropy did in training, whether one optimizer step's change of it was predicted, and which training sequences made that "
+    "change."
+)
+_DRAWN_BUFFERS = (
+    "Entropy is measured on the evaluation buffer, drawn without looking at rewards; the update comes from the training "
+    "buffer, which prefers prompts that still teach something. The two are independent draws."
+)
+_GIVEN_BUFFERS = (
+    "The evaluation sequences are given texts, not drawn from the policy: what is said of entropy is said of their "
+    "tokens."
+)
 
 
 def draw_figures(results: ResultsFolder) -> dict[str, Figure]:
@@ -157,58 +173,127 @@ def _split(summary: Summary) -> dict[str, Any]:
     return {"predicted": summary.prediction, "actual": summary.measured}
 
 
-def render_report(results: ResultsFolder, images: dict[str, tuple[bytes, str]]) -> str:
+def render_report(results: ResultsFolder, images: Mapping[str, tuple[bytes, str]]) -> str:
     """The page for ``results`` as HTML; ``images`` maps a figure's name to (PNG, alternative text)."""
-    summary, checks = results.summary, results.run.self_checks
-    frame = prompt_frame([row["prompt"] for row in results.evaluation + results.training])
-    prompt_table, prompts_left_out = tables.prompt_rows(results.training, frame)
-    plots = interactive_figures(results)
+    summary, plots, lead = results.summary, interactive_figures(results), first_screen.lead_figure(results)
     figures = {
-        name: PageFigure(
-            name, heading, reading, alternative, png, plots.get(name), f"figures/{name}.png", _SOURCES[name]
-        )
+        name: PageFigure(name, *words, alternative, png, plots.get(name), f"figures/{name}.png", _SOURCES[name])
         for name, (png, alternative) in images.items()
-        for heading, reading in [_FIGURES.get(name, ("", ""))]
+        for words in [_FIGURES.get(name, ("", ""))]
     }
-    verdict, lead = write_verdict(results), first_screen.lead_figure(results)
+    frame = prompt_frame([row["prompt"] for row in results.evaluation + results.training])
     clustering = finished(summary.analyses.sequence_clustering)
     kernels = kernel_explorer(results.kernels, results.evaluation, results.training, clustering)
     details = sequence_details(results.evaluation, results.training, frame)
-    rows = tables.training_rows(results.training, frame)
     model, step = one_line(summary.checkpoint.model, 120), summary.checkpoint.step
-    return render_page(
-        "report.html.j2",
-        title=f"Entropy analysis: {model}" + f", step {step}",
-        figures=figures,
+    page = Page(
+        title=f"Entropy analysis: {model}, step {step}",
+        heading=f"What moved entropy: {model}, training step {step}",
+        about=_ABOUT,
+        verdict=write_verdict(results),
+        tiles=tables.headline(summary, results.run.self_checks),
+        lead_figure=figures[lead],
+        next_steps=first_screen.next_steps(results),
+        sections=[
+            Section(
+                "figures",
+                "Figures",
+                "the step at other lengths; its parts; which sequences moved entropy",
+                figures=[figures[name] for name in _FIGURES if not name.startswith("kernel_") and name != lead],
+            ),
+            Section(
+                "kernels",
+                "Which sequences move which: the kernels",
+                "every training sequence against every evaluation sequence; a cell shows both texts",
+                "Kernels",
+                body="report_kernels.html.j2",
+                figures=[figure for name, figure in figures.items() if name.startswith("kernel_")],
+            ),
+            _sequences(results, frame, details["left_out"]),
+            *_numbers(results, figures),
+        ],
+        new_readers="first-reading",
         data={"sequences": details} | ({} if kernels is None else {"kernels": kernels}),
         scripts=("sequences.js", "kernel.js"),
-        model=model,
-        step=str(step),
-        verdict=verdict,
-        rest_words=first_screen.rest_words(verdict),
-        next_steps=first_screen.next_steps(results),
-        lead_figure=first_screen.lower(figures[lead]),
-        scale=first_screen.scale_of_the_change(summary),
-        headline=tables.headline(summary, checks),
-        overview=[figures[name] for name in _FIGURES if not name.startswith("kernel_") and name != lead],
-        kernels=[figure for name, figure in figures.items() if name.startswith("kernel_")],
-        analyses=analysis_sections(summary.analyses, figures),
-        given_rows=not summary.rows_drawn,
-        estimators=tables.estimator_rows(summary),
-        entropy=tables.entropy_rows(summary),
-        training=rows,
-        long_table=len(rows) > 4 * tables.ENDS_SHOWN,
-        ends=tables.ENDS_SHOWN,
-        details_left_out=details["left_out"],
-        frame={"prefix": one_line(frame.prefix, 400, "both"), "suffix": one_line(frame.suffix, 200, "both")},
-        has_frame=bool(frame.prefix or frame.suffix),
-        prompts=prompt_table,
-        prompts_left_out=prompts_left_out,
-        buffers=tables.buffer_rows(results.evaluation, results.training, summary.sampling),
-        checks=tables.check_rows(checks),
-        provenance=tables.provenance_rows(results.run, summary),
-        horizon=tables.plain(summary.attribution.horizon_factor),
     )
+    return render_page(page)
+
+
+def _sequences(results: ResultsFolder, frame: PromptFrame, details_left_out: int) -> Section:
+    rows = tables.training_rows(results.training, frame)
+    values = {
+        "frame": {
+            "prefix": frame.prefix and one_line(frame.prefix, 400, "both"),
+            "suffix": frame.suffix and one_line(frame.suffix, 200, "both"),
+        },
+        "rows": rows,
+        "long": len(rows) > 4 * tables.ENDS_SHOWN,
+        "ends": tables.ENDS_SHOWN,
+        "details_left_out": details_left_out,
+    }
+    return Section(
+        "sequences",
+        "Training sequences",
+        "all of them by their share of the change, searchable, with their texts",
+        body="report_sequences.html.j2",
+        values=values,
+        tables=[tables.prompt_table(results.training, frame)],
+    )
+
+
+def _numbers(results: ResultsFolder, figures: Mapping[str, PageFigure]) -> list[Section]:
+    """The questions, all tables, and what helps to read them."""
+    summary, run = results.summary, results.run
+    analyses = analysis_sections(summary.analyses, figures)
+    questions = Section("analyses", "Questions", "what else was asked of this step, and the answers", parts=analyses)
+    estimators = [tables.estimator_table(summary), tables.entropy_table(summary)]
+    buffers = [tables.buffer_table(results.evaluation, results.training, summary.sampling)]
+    return [
+        *([questions] if analyses else []),
+        Section(
+            "estimators",
+            "Predicted and measured, estimator by estimator",
+            "four ways to predict, beside what was measured of the same quantity",
+            "Estimators",
+            tables=estimators,
+        ),
+        Section(
+            "buffers",
+            "The two buffers",
+            "what the step learns from, and what entropy is measured on",
+            "Buffers",
+            text=_DRAWN_BUFFERS if summary.rows_drawn else _GIVEN_BUFFERS,
+            tables=buffers,
+        ),
+        Section(
+            "checks",
+            "Self-checks",
+            "what the analysis checked about itself",
+            tables=[tables.check_table(run.self_checks)],
+        ),
+        Section(
+            "provenance",
+            "Provenance",
+            "checkpoint, command, versions, machine, seconds",
+            tables=[tables.provenance_table(run, summary)],
+        ),
+        Section(
+            "legend",
+            "Symbols and signs",
+            "what every letter stands for",
+            "Symbols",
+            body="report_legend.html.j2",
+            values={"horizon": tables.plain(summary.attribution.horizon_factor)},
+        ),
+        Section(
+            "first-reading",
+            "First reading: questions and answers",
+            "what was done, which step is meant, what the intervals cover, what to do when numbers disagree",
+            "First reading",
+            body="report_first_reading.html.j2",
+            values={"scale": first_screen.scale_of_the_change(summary)},
+        ),
+    ]
 
 
 def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:

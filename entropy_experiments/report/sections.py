@@ -1,19 +1,20 @@
-"""A section of a page: a heading, sentences, tables and figures; and the sections on the analyses of a results folder.
+"""The sections of a report on the analyses of a results folder, and their figures.
 
-Of the analyses, what was switched off does not appear; what did not apply says why; what failed is red and named.
+What was switched off does not appear; what did not apply says why; what failed is red and named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from entropy_experiments.records.analysis_results import AnalysesRecord, Failed, Skipped
 from entropy_experiments.records.reader import ResultsFolder
-from entropy_experiments.report.analysis_tables import TABLES, Table
+from entropy_experiments.report.analysis_tables import TABLES
+from entropy_experiments.report.content import PageFigure, Section
 from entropy_experiments.report.figures.plots import (
     plot_baselines,
     plot_buffers,
@@ -26,31 +27,11 @@ from entropy_experiments.report.figures.plots import (
     plot_weighting_schemes,
 )
 from entropy_experiments.report.findings import FINDINGS
-from entropy_experiments.report.interactive.page import PageFigure
-from entropy_experiments.statistics.confidence import Sentence, Tone
+from entropy_experiments.statistics.confidence import Sentence
 from entropy_experiments.text.display import clip
-from entropy_experiments.text.numbers import counted
 
 Draw = Callable[[Any, ResultsFolder], Figure]
 _SENTENCE_CHARACTERS = 2000
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a page says under one heading. name: its element's id is section-NAME. source: the file and field of its numbers."""
-
-    name: str
-    title: str
-    sentences: list[Sentence] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    figures: list[PageFigure] = field(default_factory=list)
-    source: str = ""
-
-    @property
-    def inside(self) -> str:
-        """What its closed part holds: "1 figure, 2 tables"."""
-        held = ((len(self.figures), "figure"), (len(self.tables), "table"))
-        return ", ".join(counted(number, noun) for number, noun in held if number)
 
 
 @dataclass(frozen=True)
@@ -116,18 +97,15 @@ def analysis_sections(analyses: AnalysesRecord, figures: Mapping[str, PageFigure
     """One section for each analysis that was asked for, in the report's order. figures: by name, those of all analyses."""
     sections = []
     for name, entry in analyses.entries():
-        question, drawn = PRESENTATIONS[name].question, PRESENTATIONS[name].figures
-        source = f"summary.json: analyses.{name}"
+        source, tone, shown, tables = f"summary.json: analyses.{name}", "plain", [], []
         if isinstance(entry, Skipped):
-            sections.append(Section(name, question, [_finding(f"Not analysed: {entry.skipped}.", source)]))
+            text = f"Not analysed: {entry.skipped}."
         elif isinstance(entry, Failed):
-            sections.append(Section(name, question, [_finding(f"FAILED: {entry.error}", source, "bad")]))
+            text, tone = f"FAILED: {entry.error}", "bad"
         else:
-            pictures = [figures[figure] for figure in drawn]
-            finding = _finding(FINDINGS[name](entry), source)
-            sections.append(Section(name, question, [finding], TABLES[name](entry), pictures, source))
+            text = FINDINGS[name](entry)
+            shown = [figures[figure] for figure in PRESENTATIONS[name].figures]
+            tables = [replace(table, source=source) for table in TABLES[name](entry)]
+        finding = Sentence(clip(text, _SENTENCE_CHARACTERS), tone, source)
+        sections.append(Section(name, PRESENTATIONS[name].question, sentences=[finding], figures=shown, tables=tables))
     return sections
-
-
-def _finding(text: str, source: str, tone: Tone = "plain") -> Sentence:
-    return Sentence(clip(text, _SENTENCE_CHARACTERS), tone, source)

@@ -17,6 +17,7 @@ from entropy_experiments.records.run_record import CheckRecord, RunRecord
 from entropy_experiments.records.step_results import Estimator
 from entropy_experiments.records.summary import SamplingRecord, Summary
 from entropy_experiments.report.check_words import check_value
+from entropy_experiments.report.content import Cell, Table, Tile
 from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.text.display import PromptFrame, clip, one_line
@@ -26,6 +27,7 @@ _PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
 _MOST_PROMPTS_EACH_END = 10
 ENDS_SHOWN = 15
 """Training sequences at each end of the table that are printed where it is long."""
+_UNIT = "nats per token"
 _ESTIMATORS: dict[Estimator, str] = {
     "rao_blackwell": "Rao–Blackwell (the default)",
     "split": "Split (derivative of the reweighted measurement, same sample)",
@@ -34,100 +36,70 @@ _ESTIMATORS: dict[Estimator, str] = {
 }
 
 
-def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[dict[str, str]]:
-    """The few numbers at the head of the page: label, value, unit, tone; of a step only where one was analysed."""
+def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[Tile]:
+    """The few numbers at the head of the page; of a step only where one was analysed."""
     passed = sum(check.passed for check in checks)
-    tiles = [
-        {
-            "label": "Entropy before the step" if summary.rows_drawn else "Entropy on the given tokens",
-            "value": _estimate(summary.entropy.per_token, plus=False),
-            "unit": "nats per token",
-            "source": "summary.json: entropy.per_token",
-        }
+    level = "Entropy before the step" if summary.rows_drawn else "Entropy on the given tokens"
+    tone = "" if checks and passed == len(checks) else "bad"
+    return [
+        Tile(level, _estimate(summary.entropy.per_token, plus=False), _UNIT, "summary.json: entropy.per_token"),
+        *(_step_tiles(summary) if summary.step_analysed else []),
+        Tile("Self-checks passed", f"{passed} of {len(checks)}", "", "run.json: self_checks", tone),
     ]
-    if summary.step_analysed:
-        tiles += _step_tiles(summary)
-    tiles.append(
-        {
-            "label": "Self-checks passed",
-            "value": f"{passed} of {len(checks)}",
-            "unit": "",
-            "source": "run.json: self_checks",
-            "tone": "" if checks and passed == len(checks) else "bad",
-        }
-    )
-    return tiles
 
 
-def _step_tiles(summary: Summary) -> list[dict[str, str]]:
+def _step_tiles(summary: Summary) -> list[Tile]:
     total, measured = None if summary.prediction is None else summary.prediction.total, summary.measured
-    estimator = summary.estimator
+    actual = f"summary.json: actual.{summary.estimand.measure}"
     tiles = [
-        {
-            "label": "Predicted change",
-            "value": _estimate(total),
-            "unit": "nats per token",
-            "source": f"summary.json: predicted.{estimator}.total",
-        },
-        {
-            "label": "Measured change",
-            "value": _estimate(measured),
-            "unit": "nats per token",
-            "source": f"summary.json: actual.{summary.estimand.measure}",
-        },
+        Tile("Predicted change", _estimate(total), _UNIT, f"summary.json: predicted.{summary.estimator}.total"),
+        Tile("Measured change", _estimate(measured), _UNIT, actual),
     ]
     if not summary.rows_drawn:  # nothing is reweighted
         return tiles
     effective, n = (None, None) if measured is None else (measured.effective_sample_size, measured.n)
     weak = effective is not None and n is not None and effective < 0.5 * n
-    return [
-        *tiles,
-        {
-            "label": "Effective sample",
-            "value": f"{plain(effective)} of {plain(n)}",
-            "unit": "sequences",
-            "source": f"summary.json: actual.{summary.estimand.measure}.effective_sample_size",
-            "tone": "warning" if weak else "",
-        },
-    ]
+    source, tone = f"{actual}.effective_sample_size", "warning" if weak else ""
+    return [*tiles, Tile("Effective sample", f"{plain(effective)} of {plain(n)}", "sequences", source, tone)]
 
 
-def estimator_rows(summary: Summary) -> list[dict[str, str]]:
+def estimator_table(summary: Summary) -> Table:
     """One row an estimator: its total and parts, the measurement of the same quantity, and their distance z."""
     rows = []
     for name, label in _ESTIMATORS.items():
         parts = summary.predicted.get(name)
         if parts is None:
             continue
-        measured = getattr(summary.actual, measure_of(name))
         stored = summary.agreement.get(name)
         compared = None if stored is None else stored.known()
-        row = {part: _estimate(getattr(parts, part)) for part in ("total", *PARTS)}
-        row |= {
-            "label": label,
-            "measured": _estimate(measured),
-            "z": "not known" if compared is None else f"{compared.z:.1f}",
-            "tone": "bad" if compared is not None and not compared.agrees else "",
-        }
-        rows.append(row)
-    return rows
+        z = Cell("not known")
+        if compared is not None:
+            z = Cell(f"{compared.z:.1f}", look="" if compared.agrees else "bad")
+        predicted = [_estimate(getattr(parts, part)) for part in ("total", *PARTS)]
+        rows.append([label, *predicted, _estimate(getattr(summary.actual, measure_of(name))), z])
+    numbers = ("Total predicted", "of it batch", "momentum", "weight decay", "Measured", "z")
+    return Table(
+        "Change of entropy over the full step, nats per token. z: distance of total and measured in standard errors of their "
+        "difference; red where its 95% interval does not hold 0.",
+        [("Estimator", False), *((heading, True) for heading in numbers)],
+        rows,
+        "summary.json: predicted, actual, agreement",
+    )
 
 
-def entropy_rows(summary: Summary) -> list[tuple[str, str]]:
+def entropy_table(summary: Summary) -> Table:
     """The policy's entropy before the step in its three readings."""
     entropy = summary.entropy
-    if not summary.rows_drawn:
-        return [
-            ("Entropy on the tokens of the given texts, nats per token", _estimate(entropy.per_token, plus=False)),
-        ]
-    return [
-        ("Entropy per token h, nats per token", _estimate(entropy.per_token, plus=False)),
-        ("Entropy per completion H, nats per completion", _estimate(entropy.per_completion, plus=False)),
-        (
-            "Mean surprisal −S per completion, nats (estimates the same H)",
-            _estimate(entropy.surprisal_per_completion, plus=False),
-        ),
-    ]
+    if summary.rows_drawn:
+        readings = {
+            "Entropy per token h, nats per token": entropy.per_token,
+            "Entropy per completion H, nats per completion": entropy.per_completion,
+            "Mean surprisal −S per completion, nats (estimates the same H)": entropy.surprisal_per_completion,
+        }
+    else:
+        readings = {"Entropy on the tokens of the given texts, nats per token": entropy.per_token}
+    rows = [[label, _estimate(value, plus=False)] for label, value in readings.items()]
+    return Table("The policy's entropy before the step, on the evaluation buffer.", (), rows, "summary.json: entropy")
 
 
 def training_rows(rows: Sequence[Mapping[str, Any]], frame: PromptFrame) -> list[dict[str, Any]]:
@@ -162,41 +134,41 @@ def _training_row(row: Mapping[str, Any], frame: PromptFrame) -> dict[str, Any]:
     }
 
 
-def prompt_rows(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> tuple[list[dict[str, str]], int]:
-    """Prompts with the sums of their sequences' shares, the most lowering first, and how many in the middle were
-    left out.
-    """
+def prompt_table(training: Sequence[Mapping[str, Any]], frame: PromptFrame) -> Table:
+    """Prompts with the sums of their sequences' shares, the most lowering first; those in the middle are left out."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for row in training:
         groups.setdefault(row["prompt_index"], []).append(row)
     sums = {prompt: float(np.nansum(series(rows, "delta_h"))) for prompt, rows in groups.items()}
     order = sorted(groups, key=lambda prompt: (sums[prompt], prompt))
-    left_out = max(0, len(order) - 2 * _MOST_PROMPTS_EACH_END)
-    if left_out:
+    caption = "Sums over the sequences of each prompt, the most lowering first."
+    if (left_out := len(order) - 2 * _MOST_PROMPTS_EACH_END) > 0:
         order = order[:_MOST_PROMPTS_EACH_END] + order[-_MOST_PROMPTS_EACH_END:]
+        caption += f" The {left_out} prompts in the middle are left out."
     rows = [
-        {
-            "prompt_index": str(prompt),
-            "prompt": one_line(frame.own_part(groups[prompt][0]["prompt"]), _PROMPT_CHARACTERS, "both"),
-            "sequences": str(len(groups[prompt])),
-            "reward": plain(_mean(series(groups[prompt], "reward"))),
-            "share": _thousandths(sums[prompt]),
-            "effect": _thousandths(float(series(groups[prompt], "effect_of_leaving_out").sum())),
-        }
+        [
+            str(prompt),
+            Cell(one_line(frame.own_part(groups[prompt][0]["prompt"]), _PROMPT_CHARACTERS, "both"), look="text"),
+            str(len(groups[prompt])),
+            plain(_mean(series(groups[prompt], "reward"))),
+            _thousandths(sums[prompt]),
+            _thousandths(float(series(groups[prompt], "effect_of_leaving_out").sum())),
+        ]
         for prompt in order
     ]
-    return rows, left_out
+    sums_of = ("Sum of accounting shares (×10⁻³ nats/token)", "Effect of leaving out, sum (×10⁻³ nats/token)")
+    numbers = ("Sequences", "Mean reward", *sums_of)
+    columns = [("Prompt", False), ("Prompt text", False), *((heading, True) for heading in numbers)]
+    return Table(caption, columns, rows, "sequences.parquet: sums over the training rows of one prompt")
 
 
-def buffer_rows(
+def buffer_table(
     evaluation: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]], sampling: SamplingRecord | None
-) -> list[tuple[str, str, str]]:
-    """(what, evaluation buffer, training buffer), computed from the sequences; then what the sampler
-    counted.
-    """
+) -> Table:
+    """The two buffers side by side, computed from the sequences; then what the sampler counted."""
 
-    def both(label: str, measure) -> tuple[str, str, str]:
-        return label, measure(evaluation), measure(training)
+    def both(label: str, measure) -> list[str]:
+        return [label, measure(evaluation), measure(training)]
 
     def per_token(key: str, sign: float):
         return lambda rows: plain(sign * _ratio(series(rows, key), series(rows, "length")))
@@ -217,26 +189,37 @@ def buffer_rows(
         "kept": "Kept",
         "filler": "Filler (kept although without advantage)",
     }
-    counts = {} if sampling is None else {key: plain(getattr(sampling.training, key)) for key in words}
-    return rows + [(words[key], "–", count) for key, count in counts.items()]
+    if sampling is not None:
+        rows += [[label, "–", plain(getattr(sampling.training, key))] for key, label in words.items()]
+    columns = (("Quantity", False), ("Evaluation", True), ("Training", True))
+    source = "sequences.parquet, both buffers; what the sampler counted from summary.json: sampling"
+    return Table("The two buffers side by side.", columns, rows, source)
 
 
-def check_rows(checks: Sequence[CheckRecord]) -> list[dict[str, Any]]:
+def check_table(checks: Sequence[CheckRecord]) -> Table:
     """Self-checks, the failed ones first."""
+    ordered = sorted(checks, key=lambda check: check.passed)
     rows = [
-        {
-            "passed": check.passed,
-            "name": clip(check.name, 80),
-            "value": check_value(check),
-            "tolerance": plain(check.tolerance),
-            "explanation": clip(check.explanation, _FACT_CHARACTERS),
-        }
-        for check in checks
+        [
+            clip(check.name, 80),
+            "passed" if check.passed else "FAILED",
+            check_value(check),
+            plain(check.tolerance),
+            clip(check.explanation, _FACT_CHARACTERS),
+        ]
+        for check in ordered
     ]
-    return sorted(rows, key=lambda row: row["passed"])
+    columns = (("Check", False), ("Result", False), ("Value", True), ("Tolerance", True), ("What it compares", False))
+    return Table(
+        "What the analysis checked about itself while it ran; failed checks come first.",
+        columns,
+        rows,
+        "run.json: self_checks",
+        failed=frozenset(place for place, check in enumerate(ordered) if not check.passed),
+    )
 
 
-def provenance_rows(run: RunRecord, summary: Summary) -> list[tuple[str, str]]:
+def provenance_table(run: RunRecord, summary: Summary) -> Table:
     """Where the numbers come from: checkpoint, command, code, versions, machine, timings."""
     rows = summary.gradient_rows
     facts = [
@@ -260,7 +243,7 @@ def provenance_rows(run: RunRecord, summary: Summary) -> list[tuple[str, str]]:
         ("Stages", ", ".join(f"{stage.name} {plain(stage.seconds)} s" for stage in run.stages)),
         ("Seconds in all", plain(run.seconds)),
     ]
-    return [(label, clip(fact or "not recorded", _FACT_CHARACTERS)) for label, fact in facts]
+    return Table("", (), [[label, clip(fact or "not recorded", _FACT_CHARACTERS)] for label, fact in facts], "run.json")
 
 
 def _estimate(estimate: Estimate | None, plus: bool = True) -> str:

@@ -170,24 +170,26 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
     largest part, who cost most, and what to do next.
     """
     summary = results.summary
-    checks = _from("run.json: self_checks", check_sentences(results.run.self_checks))
-    failed = _from("summary.json: analyses", [failure_sentence(summary.analyses.failed())])
-    found = _from("training_history.json", training_sentences(results.history), lead=1)
-    found += _from("summary.json: predicted, actual, agreement", prediction_sentences(summary), lead=4)
-    found += _from("summary.json: predicted, largest_part", [part_sentence(summary)], lead=1)
+    checks = with_source("run.json: self_checks", check_sentences(results.run.self_checks))
+    failed = with_source("summary.json: analyses", [failure_sentence(summary.analyses.failed())])
+    found = with_source("training_history.json", training_sentences(results.history), lead=1)
+    found += with_source("summary.json: predicted, actual, agreement", prediction_sentences(summary), lead=4)
+    found += with_source("summary.json: predicted, largest_part", [part_sentence(summary)], lead=1)
     if summary.step_analysed:
         prompts = [row["prompt"] for row in [*results.training, *results.evaluation]]
         costs = cost_sentences(results.training, prompts, summary.leaving_out)
-        found += _from("summary.json: training_noise", [training_noise_sentence(summary)])
-        found += _from("sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1)
+        found += with_source("summary.json: training_noise", [training_noise_sentence(summary)])
+        found += with_source(
+            "sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1
+        )
     prices = finished(summary.analyses.prices)
     if prices is not None:
-        found += _from("summary.json: analyses.prices", [next_step_sentence(prices)])
-    found += _from("training_history.json: entropy_probe/predicted, measured", [probe_sentence(results.history)])
+        found += with_source("summary.json: analyses.prices", [next_step_sentence(prices)])
+    found += with_source("training_history.json: entropy_probe/predicted, measured", [probe_sentence(results.history)])
     return [*checks, *failed, *found] if checks[0].tone == "bad" else [*failed, *found, *checks]
 
 
-def _from(source: str, sentences: Iterable[Sentence | None], lead: int = 0) -> list[Sentence]:
+def with_source(source: str, sentences: Iterable[Sentence | None], lead: int = 0) -> list[Sentence]:
     """Those that there are, with their source; the first `lead` of them, and what is bad, are for the first screen."""
     there = [sentence for sentence in sentences if sentence is not None]
     return [

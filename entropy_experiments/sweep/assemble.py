@@ -18,12 +18,11 @@ from entropy_experiments.records.reader import ResultsFolder, read_results_folde
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.sweep_record import SWEEP_FORMAT, SweepEntry, SweepRecord
 from entropy_experiments.records.writer import describe_environment, write_json
-from entropy_experiments.report.figures.plots import png_bytes
+from entropy_experiments.report.interactive.page import render_page
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
-from entropy_experiments.sweep.figures import draw_sweep_figures
 from entropy_experiments.sweep.folder import SweepFolder
-from entropy_experiments.sweep.page import write_sweep_report
+from entropy_experiments.sweep.page import sweep_figures, sweep_page
 from entropy_experiments.sweep.targets import Target
 from entropy_experiments.sweep.tidy_table import write_table
 from rl_training.errors import UserError
@@ -68,12 +67,13 @@ def assemble_sweep(
             place.path / "evolution.json", {run: json_of(evolution) for run, (evolution, _) in evolutions.items()}
         )
         write_table(place.path / "results.parquet", evolutions)
-        figures = draw_sweep_figures(evolutions)
-        pictures = {name: png_bytes(figure) for name, figure in figures.items()}
-        folder = own_folder(place.path / "figures")
-        for name, png in pictures.items():
-            write_whole(folder / f"{name}.png", png)
-        report = write_sweep_report(place.path, sweep, evolutions, figures, pictures)
+        figures = sweep_figures(evolutions)
+        own_folder(place.path / "figures")
+        for figure in (one for of_a_run in figures.values() for one in of_a_run):
+            write_whole(place.path / figure.file, figure.png)
+        found = {run: evolution for run, (evolution, _) in evolutions.items()}
+        report = place.path / "report.html"
+        write_whole(report, render_page(sweep_page(sweep, found, figures)))
     write_json(place.sweep_file, json_of(sweep))
     write_sums(place.path, [name for name in _DATA if (place.path / name).is_file()])
     return report

@@ -7,30 +7,30 @@ The page needs no network; what a model or a file contributed is shown as text. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from matplotlib.figure import Figure
-
 from entropy_experiments.records.estimates import Estimate
-from entropy_experiments.records.evolution import Evolution
+from entropy_experiments.records.evolution import CheckpointRow, Evolution
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.sweep_record import SweepEntry, SweepRecord
+from entropy_experiments.report.content import Cell, Page, PageFigure, Section, Table, Tile
 from entropy_experiments.report.evolution_words import comparable_sentence
-from entropy_experiments.report.figures.plots import caption_of
+from entropy_experiments.report.figures.style import caption_of, page_figure
 from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
 from entropy_experiments.report.interactive.drawing import Plot
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
-from entropy_experiments.report.interactive.page import PageFigure, render_page
 from entropy_experiments.statistics.confidence import ALIKE
 from entropy_experiments.sweep.config import SweepConfig
-from entropy_experiments.sweep.figures import CHARTS, Runs
+from entropy_experiments.sweep.figures import CHARTS, Runs, draw_sweep_figures
 from entropy_experiments.sweep.verdict import write_sweep_verdict
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import plus_minus
-from rl_training.files import write_whole
 
+_ABOUT = (
+    "Entropy says how undecided the model is about its next token; when it drains away, exploration ends. This page: what "
+    "entropy did over the run, whether the changes of it by the analysed steps were predicted, what caused them, and how the "
+    "Fisher kernel changed."
+)
 _TEXTS = {
     "evolution": (
         "Entropy, reward, and the change that each next step makes",
@@ -66,86 +66,115 @@ _TEXTS = {
 }
 
 
-def write_sweep_report(
-    folder: Path, sweep: SweepRecord, evolutions: Runs, figures: Mapping[str, Figure], pictures: Mapping[str, bytes]
-) -> Path:
-    """Write report.html into `folder` and return its path. figures, pictures: `<run>_<chart>` -> figure and its PNG."""
-    found = {run: evolution for run, (evolution, _) in evolutions.items()}
-    page_figures: dict[str, PageFigure] = {}
-    runs = []
+_SOURCES = {
+    "evolution": "evolution.json: checkpoints, path",
+    "changes": "evolution.json: checkpoints, path",
+    "law": "evolution.json: law.training",
+    "kernel": "evolution.json: checkpoints, changes",
+    "kernels": "checkpoints/*/kernel.safetensors: fisher; checkpoints/*/sequences.parquet: delta_h",
+    "clusters": "evolution.json: changes",
+}
+
+
+def sweep_figures(evolutions: Runs) -> dict[str, list[PageFigure]]:
+    """Every run's figures in the order of the page, with their files under figures/."""
+    drawn = draw_sweep_figures(evolutions)
+    found: dict[str, list[PageFigure]] = {}
     for number, (run, (evolution, folders)) in enumerate(evolutions.items(), start=1):
-        plots = _plots(evolution, folders)
-        drawn = [
-            _figure(f"{chart}-{number}", f"{run}_{chart}", chart, plots.get(chart), figures, pictures)
-            for chart in CHARTS
-        ]
-        page_figures |= {figure.name: figure for figure in drawn}
-        runs.append(
-            {
-                "id": f"run-{number}",
-                "heading": "Figures" if len(evolutions) == 1 else one_line(run, 80),
-                "comparable": comparable_sentence(evolution),
-                "figures": drawn,
-            }
-        )
-    page = render_page(
-        "sweep_report.html.j2",
-        title=f"Entropy over training: {one_line(', '.join(found), 80)}",
-        title_runs=one_line(", ".join(found), 160),
-        figures=page_figures,
-        verdict=[{"tone": sentence.tone, "text": sentence.text} for sentence in write_sweep_verdict(sweep, found)],
-        headline=[tile for evolution in found.values() for tile in _headline(evolution)] if len(found) == 1 else [],
-        done=sum(entry.status == "done" for entry in sweep.checkpoints),
-        runs=runs,
-        checkpoints=[_checkpoint(entry, found.get(entry.run)) for entry in sweep.checkpoints],
-        provenance=_provenance(sweep),
+        plots, found[run] = _plots(evolution, folders), []
+        for chart in CHARTS:
+            figure, (heading, reading), file = drawn[f"{run}_{chart}"], _TEXTS[chart], f"{run}_{chart}.png"
+            reading = reading if chart in plots else f"{reading} {caption_of(figure)}"
+            words = heading, reading, _SOURCES[chart]
+            found[run].append(page_figure(f"{chart}-{number}", words, figure, plots.get(chart), f"figures/{file}"))
+    return found
+
+
+def sweep_page(
+    sweep: SweepRecord, evolutions: Mapping[str, Evolution], figures: Mapping[str, list[PageFigure]]
+) -> Page:
+    """The page of a sweep. figures: as from `sweep_figures`."""
+    done, runs, one = sum(e.status == "done" for e in sweep.checkpoints), ", ".join(evolutions), len(evolutions) == 1
+    lead = next(iter(figures.values()))[0] if one else None
+    return Page(
+        title=f"Entropy over training: {one_line(runs, 80)}",
+        heading=f"Entropy over training: {one_line(runs, 160)}",
+        about=f"{done} of {len(sweep.checkpoints)} checkpoints, analysed alike. {_ABOUT}",
+        verdict=write_sweep_verdict(sweep, evolutions),
+        tiles=[tile for evolution in evolutions.values() for tile in _headline(evolution)] if one else [],
+        lead_figure=lead,
+        sections=[
+            *(
+                Section(
+                    f"run-{number}",
+                    "Figures" if one else one_line(run, 80),
+                    "the parts of each step; the law; the kernels, checkpoint by checkpoint",
+                    text=comparable_sentence(evolution),
+                    figures=[figure for figure in figures[run] if figure is not lead],
+                )
+                for number, (run, evolution) in enumerate(evolutions.items(), start=1)
+            ),
+            Section(
+                "checkpoints",
+                "Checkpoints",
+                "a row each, with its own report",
+                tables=[_checkpoints(sweep.checkpoints, evolutions)],
+            ),
+            Section(
+                "provenance",
+                "Provenance",
+                "runs, command, buffers, versions, minutes",
+                tables=[_provenance(sweep)],
+            ),
+        ],
     )
-    report = folder / "report.html"
-    write_whole(report, page)
-    return report
 
 
-def _plots(evolution: Evolution, folders: Sequence[ResultsFolder]) -> dict[str, Plot | None]:
-    return {
+def _plots(evolution: Evolution, folders: Sequence[ResultsFolder]) -> dict[str, Plot]:
+    plots = {
         "evolution": evolution_plot(evolution),
         "law": law_plot(evolution.law.training),
         "kernel": kernel_plot(evolution),
         "kernels": checkpoint_slider(folders, evolution.checkpoints),
     }
+    return {chart: plot for chart, plot in plots.items() if plot is not None}
 
 
-def _figure(
-    name: str, file: str, chart: str, plot: Plot | None, figures: Mapping[str, Figure], pictures: Mapping[str, bytes]
-) -> PageFigure:
-    heading, reading = _TEXTS[chart]
-    alt = caption_of(figures[file])
-    reading = f"{reading} {alt}" if plot is None else reading
-    return PageFigure(name, heading, reading, alt, pictures[file], plot, f"figures/{one_line(file, 80)}.png")
-
-
-def _headline(evolution: Evolution) -> list[dict[str, Any]]:
+def _headline(evolution: Evolution) -> list[Tile]:
     whole, rows, prediction = evolution.whole, evolution.checkpoints, evolution.whole.prediction
-    checks = sum(bool(row.failed_checks) for row in rows)
+    failed = sum(bool(row.failed_checks) for row in rows)
     agree = f"{prediction.agreeing} of {prediction.compared}" if prediction.compared else "not measured"
     moved = whole.observed.shown() if len(rows) > 1 else "one checkpoint"
+    passed, tone = (f"FAILED at {failed}", "bad") if failed else ("all passed", "good")
+    unit, source = "nats per token", "evolution.json: whole"
     compared = f"checkpoints where it and the measurement {ALIKE}"
-    passed = "all passed" if not checks else f"FAILED at {checks}"
     return [
-        {"label": "Entropy over the run", "value": moved, "unit": "nats per token", "tone": ""},
-        {"label": "Predicted steps added up", "value": whole.expected.shown(), "unit": "nats per token", "tone": ""},
-        {"label": "Next step predicted", "value": agree, "unit": compared, "tone": ""},
-        {
-            "label": "Self-checks",
-            "value": passed,
-            "unit": f"{len(rows)} checkpoints",
-            "tone": "bad" if checks else "good",
-        },
+        Tile("Entropy over the run", moved, unit, f"{source}.observed"),
+        Tile("Predicted steps added up", whole.expected.shown(), unit, f"{source}.expected"),
+        Tile("Next step predicted", agree, compared, f"{source}.prediction"),
+        Tile("Self-checks", passed, f"{len(rows)} checkpoints", "evolution.json: checkpoints, failed_checks", tone),
     ]
 
 
-def _checkpoint(entry: SweepEntry, evolution: Evolution | None) -> dict[str, Any]:
-    rows = () if evolution is None else evolution.checkpoints
-    row = next((row for row in rows if row.step == entry.step), None)
+def _checkpoints(entries: Sequence[SweepEntry], evolutions: Mapping[str, Evolution]) -> Table:
+    rows_of = {(run, row.step): row for run, found in evolutions.items() for row in found.checkpoints}
+    pairs = [(entry, rows_of.get((entry.run, entry.step))) for entry in entries]
+    numbers = ("Step", "Entropy", "Mean reward", "Predicted Δh", "Measured Δh")
+    return Table(
+        "Every checkpoint with its own report. Entropies and their changes in nats per token.",
+        [("Run", False), *((heading, True) for heading in numbers), ("Checks", False), ("Report", False)],
+        [_checkpoint(entry, row) for entry, row in pairs],
+        "evolution.json: checkpoints; states from sweep.json",
+        noun="checkpoints",
+        failed=frozenset(
+            place
+            for place, (entry, row) in enumerate(pairs)
+            if entry.missing is not None or (row is not None and row.failed)
+        ),
+    )
+
+
+def _checkpoint(entry: SweepEntry, row: CheckpointRow | None) -> list[str | Cell]:
     numbers: list[Estimate | None] = [None] * 4
     if row is not None:
         total = None if row.predicted is None else row.predicted.total
@@ -154,24 +183,19 @@ def _checkpoint(entry: SweepEntry, evolution: Evolution | None) -> dict[str, Any
     for place, number in enumerate(numbers):
         value, error = (None, None) if number is None else (number.value, number.standard_error)
         text = "" if row is None else plus_minus(value, error, plus=place > 1)
-        cells.append({"text": text, "sort_by": "" if value is None else f"{value:.9g}"})
-    failed = [] if row is None else row.failed
-    return {
-        "run": one_line(entry.run, 60),
-        "step": entry.step,
-        "cells": cells,
-        "failed": bool(failed) or entry.missing is not None,
-        "checks": "" if row is None else f"FAILED: {', '.join(failed)}" if failed else "all passed",
-        "link": "" if entry.missing is not None else quote(f"{entry.folder}/report.html"),
-        "why": one_line(entry.missing or "", 300),
-    }
+        cells.append(Cell(text, "" if value is None else f"{value:.9g}"))
+    checks = "" if row is None else f"FAILED: {', '.join(row.failed)}" if row.failed else "all passed"
+    report = Cell("report", link=quote(f"{entry.folder}/report.html"))
+    if entry.missing is not None:
+        report = Cell(one_line(entry.missing, 300))
+    return [one_line(entry.run, 60), Cell(str(entry.step), str(entry.step)), *cells, checks, report]
 
 
-def _provenance(sweep: SweepRecord) -> list[tuple[str, str]]:
+def _provenance(sweep: SweepRecord) -> Table:
     config = SweepConfig.model_validate(sweep.config)
     analysis = config.entropy_analysis
     seconds = sum(entry.seconds or 0 for entry in sweep.checkpoints)
-    return [
+    facts = [
         ("Made", sweep.created),
         ("Command", one_line(sweep.command, 400)),
         *((f"Run {one_line(name, 60)}", one_line(path, 300)) for name, path in sweep.runs.items()),
@@ -182,3 +206,4 @@ def _provenance(sweep: SweepRecord) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {number}" for name, number in sweep.versions.items())),
         ("Git commit", sweep.git_sha or "none"),
     ]  # fmt: skip
+    return Table("", (), facts, "sweep.json")

@@ -7,6 +7,7 @@ statement.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from entropy_experiments.analyses.who_was_first import BOOTSTRAPS
@@ -14,7 +15,7 @@ from entropy_experiments.records.evolution import Evolution, PromptSum
 from entropy_experiments.records.files import read_record
 from entropy_experiments.records.sweep_record import SWEEP_REMEDY, SweepRecord, read_sweep
 from entropy_experiments.report.evolution_words import law_sentence
-from entropy_experiments.report.verdict import PARTS, parts_sentence
+from entropy_experiments.report.verdict import PARTS, parts_sentence, with_source
 from entropy_experiments.statistics.confidence import (
     AGREE,
     ALIKE,
@@ -47,27 +48,31 @@ def read_sweep_verdict(folder: Path) -> list[Sentence]:
 
 def write_sweep_verdict(sweep: SweepRecord, evolutions: Mapping[str, Evolution]) -> list[Sentence]:
     """Most important first: what is missing, then run by run; with several runs each sentence says whose it is."""
-    found = _missing(sweep)
+    found = with_source("sweep.json: checkpoints", _missing(sweep))
+    if len(evolutions) == 1:
+        return found + [sentence for evolution in evolutions.values() for sentence in run_sentences(evolution)]
     for run, evolution in evolutions.items():
-        lead = f"{run}: " if len(evolutions) > 1 else ""
-        found += [Sentence(lead + sentence.text, sentence.tone) for sentence in run_sentences(evolution)]
+        for place, sentence in enumerate(run_sentences(evolution)):
+            lead = sentence.lead and (place == 0 or sentence.tone == "bad")
+            found.append(replace(sentence, text=f"{run}: {sentence.text}", lead=lead))
     return found
 
 
 def run_sentences(evolution: Evolution) -> list[Sentence]:
     """What entropy did, how well it was predicted, what caused it, what it bought, the law, the kernel, the checks."""
-    sentences = [
-        *_entropy(evolution),
-        *_predicted(evolution),
-        *_added_up(evolution),
-        _caused(evolution),
-        _sequences(evolution),
-        _price(evolution),
-        Sentence(law_sentence(evolution.law.training)),
-        _kernel(evolution),
+    sources: list[tuple[str, list[Sentence | None], int]] = [
+        ("whole.observed", [*_entropy(evolution)], 2),
+        ("whole.prediction; checkpoints: predicted, actual", [*_predicted(evolution)], 1),
+        ("whole.expected, whole.difference", [*_added_up(evolution)], 1),
+        ("whole.parts", [_caused(evolution)], 1),
+        ("checkpoints: by_advantage; whole.most_lowering_prompts", [_sequences(evolution)], 0),
+        ("whole.price", [_price(evolution)], 0),
+        ("law.training", [Sentence(law_sentence(evolution.law.training))], 0),
+        ("changes: alignment; checkpoints: effective_rank", [_kernel(evolution)], 0),
     ]
-    known, checks = [sentence for sentence in sentences if sentence is not None], _checks(evolution)
-    return [checks, *known] if checks.tone == "bad" else [*known, checks]
+    known = [one for field, said, lead in sources for one in with_source(f"evolution.json: {field}", said, lead)]
+    checks = with_source("evolution.json: checkpoints, failed_checks", [_checks(evolution)])
+    return [*checks, *known] if checks[0].tone == "bad" else [*known, *checks]
 
 
 def _missing(sweep: SweepRecord) -> list[Sentence]:

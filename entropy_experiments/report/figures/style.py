@@ -7,16 +7,17 @@ state are not used, and a user's matplotlibrc changes nothing, so the same numbe
 
 import functools
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from entropy_experiments.report.content import PageFigure
 from rl_training.files import write_whole
 
 PREDICTED = "#0072B2"
@@ -195,3 +196,11 @@ def save_png(figure: Figure, path: Path) -> Path:
     """Write ``figure`` to ``path`` as PNG and return the path."""
     write_whole(path, png_bytes(figure))
     return path
+
+
+def page_figure(
+    name: str, words: tuple[str, str, str], figure: Figure, plot: Mapping[str, Any] | None, file: str
+) -> PageFigure:
+    """`figure` as a page shows it. words: (heading, how to read it, source). plot, file: as of PageFigure."""
+    heading, reading, source = words
+    return PageFigure(name, heading, reading, caption_of(figure), png_bytes(figure), plot, file, source)

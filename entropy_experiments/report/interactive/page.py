@@ -1,38 +1,23 @@
-"""The shell of a report: one self-contained HTML file of sections, tables and figures that one can hover, zoom and filter.
+"""A page as one self-contained HTML file of sections, tables and figures that one can hover, zoom and filter.
 
-How to build a page
--------------------
-1. A template of its own under ``entropy_experiments/templates`` that fills the shell's one block::
+A `report.content.Page` is rendered by templates/page.html.j2. A figure's ``plot`` is plotly's own JSON, from a function that is
+tested on its data::
 
-       {% extends "page.html.j2" %}
-       {% import "parts.html.j2" as parts %}
-       {% block content %}
-       <section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>
-       {{ parts.verdict(verdict, headline) }}</section>                 list of {"tone", "text"}, list of tiles
-       {% call parts.chapter("kernels", "Kernels", "what is inside") %}…{% endcall %}    closed until a link or print opens it
-       {{ parts.figure(figures.evolution) }}                            a PageFigure
-       {{ parts.table(table) }}                                         an analysis_tables.Table
-       {% endblock %}
+    {"data": [...traces...], "layout": {...}}                        one picture
+    {"slider": {"label": "Checkpoint", "start": 0},                  one picture a step, chosen by a native slider (keyboard,
+     "steps": [{"label": "step 8", "data": [...], "layout": {...}}]}     screen reader); steps share what "layout" beside says
 
-2. Its figures as ``PageFigure``: the PNG, and ``plot``, plotly's own JSON, from a function that is tested on its data::
-
-       {"data": [...traces...], "layout": {...}}                        one picture
-       {"slider": {"label": "Checkpoint", "start": 0},                  one picture a step, chosen by a native slider (keyboard,
-        "steps": [{"label": "step 8", "data": [...], "layout": {...}}]}     screen reader); steps share what "layout" beside says
-
-   The PNG is in the page too: it is what is seen without JavaScript, in print, and where plotly fails. ``plot=None`` leaves
-   the PNG alone. ``layout.height`` (pixels, default 420) is reserved before the figure is drawn. Figures are drawn when they
-   come near the window, follow the theme, and take the window's width.
-
-3. ``render_page("sweep_report.html.j2", title=..., figures={name: PageFigure}, data={...}, scripts=("sweep.js",), **context)``.
-   ``data`` lands in ``<script type="application/json" id="data-NAME">``, read in JavaScript by ``report.data("NAME")``.
+The PNG is in the page too: it is what is seen without JavaScript, in print, and where plotly fails. ``plot=None`` leaves the
+PNG alone. ``layout.height`` (pixels) is reserved before the figure is drawn. Figures are drawn when they come near the window,
+follow the theme, and take the window's width. ``Page.data`` lands in ``<script type="application/json" id="data-NAME">``, read
+in JavaScript by ``report.data("NAME")``.
 
 Colours that differ between the light and the dark page are written as names in a plot's JSON ("$ink", "$soft", "$line",
 "$page", "$predicted", "$measured", "$neutral", "$fixed", "$fixed-measured", "$entropy", "$reward", "$diverging" for a colour
 scale that is neutral at its middle): the page puts the theme's colour in their place. Text in a plot goes through
 ``plot_text``, because plotly reads some HTML in it; arrays through ``numbers``, because JSON has no NaN.
 
-A table becomes sortable, searchable and filterable by attributes alone, see templates/tables.js::
+A table of a section's body becomes sortable, searchable and filterable by attributes alone, see templates/tables.js::
 
     <table data-table data-search="Search prompts">
     <th data-sort="number" data-filter="Prompt">  <td data-value="-0.5">−0.500</td>
@@ -47,8 +32,6 @@ from __future__ import annotations
 import json
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from html import escape
@@ -59,46 +42,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from entropy_experiments.report.content import Page
 from entropy_experiments.text.display import clip, one_line
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 _MOST_CHARACTERS = 4000
-_DEFAULT_HEIGHT = 420
 # Escapes that JSON knows and that no HTML parser reads as the end of a script or the start of a comment.
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """One figure of a page. name: its element's id is figure-NAME. heading: may be "". reading: how to read it, may be "".
-    alt: what the figure says in words. png: the picture. plot: see above, None for a picture only. file: where the PNG lies,
-    relative to the page, "" for none. source: the files and fields that it draws.
-    """
-
-    name: str
-    heading: str
-    reading: str
-    alt: str
-    png: bytes
-    plot: Mapping[str, Any] | None = None
-    file: str = ""
-    source: str = ""
-
-    @property
-    def uri(self) -> Markup:
-        """The PNG as a data: address; base64 needs no escaping and must not be cut."""
-        return Markup("data:image/png;base64," + b64encode(self.png).decode("ascii"))
-
-    @property
-    def json(self) -> Markup:
-        """``plot`` for a script element."""
-        return json_for_script(self.plot)
-
-    @property
-    def height(self) -> int:
-        """Pixels that the figure takes."""
-        layout = (self.plot or {}).get("layout") or {}
-        return int(layout.get("height", _DEFAULT_HEIGHT))
 
 
 def json_for_script(value: Any) -> Markup:
@@ -148,23 +98,17 @@ def _visible_value(value: object) -> object:
     return clip(value, _MOST_CHARACTERS) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def render_page(
-    template: str,
-    *,
-    title: str,
-    figures: Mapping[str, PageFigure],
-    data: Mapping[str, Any] | None = None,
-    scripts: Sequence[str] = (),
-    styles: Sequence[str] = (),
-    **context: Any,
-) -> str:
+def _data_address(png: bytes) -> Markup:
+    """The PNG as a data: address; base64 needs no escaping and must not be cut."""
+    return Markup("data:image/png;base64," + b64encode(png).decode("ascii"))
+
+
+def render_page(page: Page) -> str:
     """The finished page.
 
-    template: a file of ``templates`` that extends page.html.j2. title: of the window. figures: in the template's ``figures``.
-    data: name -> JSON-able. scripts, styles: further files of ``templates``, after the page's own. context: what else the
-    template needs.
-
-    Raises ValueError for NaN in ``data`` or a plot; jinja2.UndefinedError where the template needs more than it got.
+    Raises:
+        ValueError: There is a NaN in the page's data or in a plot.
+        jinja2.UndefinedError: A section's body needs more than the section's values.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -174,8 +118,8 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = any(figure.plot is not None for figure in figures.values()) or bool(data)
-    names = [*(["plotly"] if drawn else []), "page.js", "figures.js", "tables.js", *scripts]
+    environment.filters |= {"data_address": _data_address, "script_json": json_for_script}
+    names = [*(["plotly"] if page.draws else []), "page.js", "figures.js", "tables.js", *page.scripts]
     early, early_hash = _script(_file("theme.js"), "theme.js")
     late = [_script(_plotly() if name == "plotly" else _file(name), name) for name in names]
     sources = " ".join([early_hash, *(source for _, source in late)])
@@ -183,13 +127,10 @@ def render_page(
         f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template(template).render(
-        title=title,
+    return environment.get_template("page.html.j2").render(
+        page=page,
         policy=Markup(policy),
-        style=Markup("\n".join(_file(name) for name in ("page.css", "figures.css", *styles))),
+        style=Markup("\n".join(_file(name) for name in ("page.css", "figures.css"))),
         early_script=early,
         late_scripts=[text for text, _ in late],
-        data={name: json_for_script(value) for name, value in (data or {}).items()},
-        figures=figures,
-        **context,
     )

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from entropy_experiments.compare.differences import settings_that_differ
 from entropy_experiments.records.preconditioner_labels import of_shares
-from entropy_experiments.report.tables import provenance_rows
+from entropy_experiments.report.tables import provenance_table
 from tests.entropy_experiments.planted_run import planted_run
 
 
 def test_shares_are_labelled_with_the_p_they_are_made_with():
     (found,), _ = planted_run(1)
-    rows = dict(provenance_rows(found.run, found.summary))
+    rows = dict(provenance_table(found.run, found.summary).rows)
     assert "P_t" in rows["P of shares and step"] and "checkpoint" in rows["P of the kernel"]
 
 

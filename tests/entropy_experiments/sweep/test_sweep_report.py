@@ -18,15 +18,15 @@ from entropy_experiments.report.figures.plots import (
     plot_entropy_law,
     plot_fisher_evolution,
     plot_kernel_evolution,
-    png_bytes,
 )
 from entropy_experiments.report.interactive import checkpoint_slider as slider_module
 from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
+from entropy_experiments.report.interactive.page import render_page
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
-from entropy_experiments.sweep.figures import CHARTS, draw_sweep_figures
-from entropy_experiments.sweep.page import write_sweep_report
+from entropy_experiments.sweep.figures import CHARTS
+from entropy_experiments.sweep.page import sweep_figures, sweep_page
 from entropy_experiments.sweep.verdict import read_sweep_verdict, write_sweep_verdict
 from rl_training.errors import UserError
 from tests.entropy_experiments.browser_visit import Visit
@@ -69,9 +69,10 @@ def sweep_of(entries, runs=("planted",)):
 
 
 def write_page(target, evolutions, entries):
-    figures = draw_sweep_figures(evolutions)
-    pictures = {name: png_bytes(figure) for name, figure in figures.items()}
-    return write_sweep_report(target, sweep_of(entries, evolutions), evolutions, figures, pictures)
+    found = {run: evolution for run, (evolution, _) in evolutions.items()}
+    report = target / "report.html"
+    report.write_text(render_page(sweep_page(sweep_of(entries, evolutions), found, sweep_figures(evolutions))))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -248,11 +249,11 @@ def test_the_page_in_a_browser(browser, page):
     tab.wait_for_function(f"{title}.startsWith('Step 1:')")
     heat = "document.querySelector('#figure-kernels-1 .plot')._fullData[0]"
     assert tab.evaluate(f"[{heat}.z.length, {heat}.z[0].length]") == [24, 24]
-    assert tab.locator("#checkpoints ~ div tbody tr").count() == 9
+    assert tab.locator("#checkpoints tbody tr").count() == 9
     tab.locator("th", has_text="Predicted").locator("button").click()
-    steps = tab.locator("#checkpoints ~ div tbody tr td:nth-child(2)").all_inner_texts()
+    steps = tab.locator("#checkpoints tbody tr td:nth-child(2)").all_inner_texts()
     assert steps[:8] != [str(k) for k in range(8)], "sorted by the predicted change"
-    assert HOSTILE[0] in tab.locator("#checkpoints ~ div tbody").inner_text(), "shown as text"
+    assert HOSTILE[0] in tab.locator("#checkpoints tbody").inner_text(), "shown as text"
     ground = "window.getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(ground)
     tab.click("#theme")
