@@ -12,7 +12,7 @@ Source: docs/theory/fisher-kernel.md, docs/theory/adamw-step.md, docs/theory/mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from entropy_core.formed import Formed
 from entropy_core.gradients import batch_gradients, dot
 from entropy_core.passes.settings import PassSettings
 from entropy_experiments.kernel.contraction import STEP_VECTORS, OtherMetric, Products
+from entropy_experiments.kernel.engine import KernelEngine
 from entropy_experiments.kernel.sketched import check_sketch
 from entropy_experiments.kernel.store.preconditioner_file import write_preconditioner
 from entropy_experiments.kernel.store.row_storage import StoredRows
@@ -98,19 +99,51 @@ def analyze_batches(
         raise UserError(
             "the training sequences have no weights, so the kernel is all there is: set fisher_kernel.compute_full=true"
         )
-    kinds = len(EvaluationSide.kinds_of(settings.estimand))
-    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes, settings.compute_full, kinds)
-    engine.settle(eval_batch)
-    matrix = engine.setup.plan.strategy != "directions"
-    reporter.stage("training gradients, one row per sequence" if matrix else "gradient of the training loss")
+    engine = _settled_engine(model, eval_batch, train_batch, settings)
+    rows = engine.setup.plan.strategy != "directions"
+    reporter.stage("training gradients, one row per sequence" if rows else "gradient of the training loss")
     training = prepare_training_side(model, optimizer, train_batch, weights, settings, engine)
     reporter.stage("token statistics")
     side = EvaluationSide(eval_batch, engine.statistics(eval_batch, with_variances=True), settings.estimand)
-    products = None
+    products, kernels = _matrices(side, training, settings, reporter)
+    checks = [*training.checks, *_storage_checks(engine, training, kernels, eval_batch)]
+    predictions = None if training.step is None else _predictions(model, side, training, products, settings, reporter)
+    gradients = _entropy_gradients(model, side, settings.passes)
+    attribution = _attribution(settings, training, gradients)
+    reporter.stage("checking the kernel against finite differences")
+    checks += _number_checks(model, side, training, kernels, attribution, gradients, settings)
+    step = None
+    if training.step is not None and predictions is not None and attribution is not None:
+        measured = ()
+        if settings.measure:
+            measured, check = _measured(model, side, training.step, predictions, settings, reporter)
+            checks.append(check)
+        headline, taken = None if products is None else _headline(training, products), training.step
+        step = StepNumbers(predictions, attribution, headline, measured, taken.gradient_norm, taken.clip)
+    numbers = AnalysisNumbers(settings.estimand, side.statistics, training.statistics, kernels, step, tuple(checks))
+    return FisherComputation(numbers, training, gradients)
+
+
+def _settled_engine(
+    model: nn.Module, eval_batch: SequenceBatch, train_batch: SequenceBatch, settings: AnalysisSettings
+) -> KernelEngine:
+    kinds = len(EvaluationSide.kinds_of(settings.estimand))
+    engine = settings.kernel.engine(model, train_batch, len(eval_batch), settings.passes, settings.compute_full, kinds)
+    engine.settle(eval_batch)
+    return engine
+
+
+def _matrices(
+    side: EvaluationSide, training: TrainingSide, settings: AnalysisSettings, reporter: Reporter
+) -> tuple[Products | None, Kernels | None]:
+    """Products of the evaluation rows, and the kernels; rows are stored where that is asked. None: not asked for.
+
+    Raises ShareDone in every process but the first.
+    """
+    products = train_products = kernels = None
     if training.kernel.rows.forms_rows:
         reporter.stage("evaluation gradients and kernels")
         products = _evaluation_products(side, training, settings.compute_full)
-    train_products = None
     if settings.compute_full:
         reporter.stage("the training buffer's own kernel")
         train_products = _training_products(side, training)
@@ -119,41 +152,45 @@ def analyze_batches(
         _store_evaluation(side, training, settings)
     if not settings.kernel.processes.is_root:
         raise ShareDone
-    kernels = None
     if products is not None and train_products is not None:
         kernels = _kernels(side, products, *train_products)
-    checks, passes = list(training.checks), engine.setup.passes
+    return products, kernels
+
+
+def _storage_checks(
+    engine: KernelEngine, training: TrainingSide, kernels: Kernels | None, eval_batch: SequenceBatch
+) -> Iterator[SelfCheck]:
+    """What a sketch and a store on disk lost of the rows."""
     if engine.setup.plan.strategy == "sketch" and kernels is not None:
         exact = training.kernel.exact_tile(eval_batch)
-        checks.append(check_sketch(kernels.fisher[: exact.shape[0], : exact.shape[1]], exact))
+        yield check_sketch(kernels.fisher[: exact.shape[0], : exact.shape[1]], exact)
     if training.kernel.rows.store is not None:
-        checks.append(check_storage(training.kernel.rows.store.storage_error()))
-    predictions = None if training.step is None else _predictions(model, side, training, products, settings, reporter)
-    gradients = _entropy_gradients(model, side, settings.passes)
+        yield check_storage(training.kernel.rows.store.storage_error())
+
+
+def _number_checks(
+    model: nn.Module,
+    side: EvaluationSide,
+    training: TrainingSide,
+    kernels: Kernels | None,
+    attribution: StepShares | None,
+    gradients: Gradients,
+    settings: AnalysisSettings,
+) -> Iterator[SelfCheck]:
+    """Kernels and shares against gradients, kernels against finite differences, the sampler against the policy."""
+    restrict = training.kernel.setup.passes.restrict
     if kernels is not None:
-        towards = training.under_p(passes.restrict(gradients[settings.estimand.gradient]))
-        checks.append(check_entropy_kernel(kernels.entropy_fisher, training.true_rows.products(towards)))
-    attribution = _attribution(settings, training, gradients)
+        towards = training.under_p(restrict(gradients[settings.estimand.gradient]))
+        yield check_entropy_kernel(kernels.entropy_fisher, training.true_rows.products(towards))
     if attribution is not None:
-        checks.append(check_attribution(attribution.shares, attribution.batch_change))
-    reporter.stage("checking the kernel against finite differences")
+        yield check_attribution(attribution.shares, attribution.batch_change)
     if kernels is not None:
-        towards = training.under_p(passes.restrict(training.true_gradient))
+        towards = training.under_p(restrict(training.true_gradient))
         weights, own = training.effective_weights, (kernels.fisher, kernels.train_fisher)
-        checks += check_kernel(model, eval_batch, towards, weights, *own, settings.passes)
+        yield from check_kernel(model, side.batch, towards, weights, *own, settings.passes)
     if settings.estimand.rows_drawn:
-        checks += [_check_sampler(side), check_estimators(side.batch.device)]
-    step = None
-    if training.step is not None and predictions is not None and attribution is not None:
-        measured = ()
-        if settings.measure:
-            measured, check = _measured(model, side, training.step, predictions, settings, reporter)
-            checks.append(check)
-        norm, clip = training.step.gradient_norm, training.step.clip
-        headline = None if products is None else _headline(training, products)
-        step = StepNumbers(predictions, attribution, headline, measured, norm, clip)
-    numbers = AnalysisNumbers(settings.estimand, side.statistics, training.statistics, kernels, step, tuple(checks))
-    return FisherComputation(numbers, training, gradients)
+        yield _check_sampler(side)
+        yield check_estimators(side.batch.device)
 
 
 def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_full: bool) -> Products | None:

@@ -45,7 +45,7 @@ from entropy_experiments.step.effects_of_leaving_out import (
     own_part_of_second_moment,
 )
 from entropy_experiments.step.evaluation_products import EvaluationSide
-from entropy_experiments.step.fresh_samples import measure_with_fresh_samples
+from entropy_experiments.step.fresh_samples import draw_after_step, fresh_entropy_change
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
 from entropy_experiments.step.measured_changes import entropy_change, resolution
 from entropy_experiments.step.numbers import StepNumbers
@@ -96,17 +96,16 @@ def entropy_prediction(inputs: AnalysisInputs) -> EntropyPredictionResult:
     wanted = [s for s in settings.analysis.fresh_scales if s in measured] if anew else []
     fresh = {}
     for number, scale in enumerate(wanted):
-        fresh[scale] = measure_with_fresh_samples(
+        drawn = draw_after_step(
             inputs.model,
             inputs.side.known_step.parameter_delta,
             scale,
             inputs.evaluation,
-            inputs.eval_batch,
-            numbers.eval_statistics,
             inputs.plan.sampling_config,
             inputs.config.seed + _FRESH_STREAM + number,
             PassSettings(settings.fisher_kernel.token_batch_size),
         )
+        fresh[scale] = fresh_entropy_change(numbers.eval_statistics, inputs.eval_batch, *drawn)
     smallest = resolution(step.measured[0].fixed_prefix.before)
     return compare_prediction(predicted, prediction_rows(step.measured, fresh), smallest)
 

@@ -56,17 +56,13 @@ def sequence_clusters(
     level: float = 0.05,
     seed: int = 0,
 ) -> ClusteringResult:
-    """The whole analysis. What cannot be computed is None, with a reason beside it.
+    """What summary.json holds; clusters are numbered from 1 along the order of the leaves. What is not known has a reason.
 
     Args:
         kernels: with the training sequences' own K1.
         k_max: largest number of clusters, at most half the distinct sequences; default: the number of prompts + 2, at least 8.
-        rotations: how many clouds the best silhouette is compared with, at `level`.
+        rotations, level: how many clouds the best silhouette is compared with, at which level.
         resamples, permutations: pairs of them for the stability, and those of what clusters share, all by `seed`.
-
-    Returns:
-        The record that summary.json holds; clusters are numbered from 1 along the order of the leaves.
-
     Raises:
         ValueError: a train_fisher that is not finite or not symmetric.
     """
@@ -77,9 +73,8 @@ def sequence_clusters(
     found = _too_few(points) if len(distinct.first) < _FEWEST_SEQUENCES else _clusters(points, limit, chance)
     correct = agreeing(correctness(kernels.training.reward, kernels.training.prompt_index), whole)
     training, once = replace(kernels.training, prompt_index=whole.prompts), distinct.first
-    shared = found.count > 1 and shared_by_clusters(
-        found.labels[once], rows[once], training, correct, permutations, chance.rng, distinct.copies
-    )
+    own = found.labels[once], rows[once], training, correct
+    shared = found.count > 1 and shared_by_clusters(*own, permutations, chance.rng, distinct.copies)
     return ClusteringResult(
         n_train=n,
         duplicates=distinct.counts(),

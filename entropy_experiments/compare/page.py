@@ -44,13 +44,13 @@ _WRITTEN = (REPORT, "comparison.json", "comparison.parquet", "figures")
 _READING = {
     "changes": (
         "Changes of entropy in the analysed step",
-        "Left, each side; right, each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 is not "
+        "Each side, then each side minus A. Bars are 95% intervals: a difference whose bar crosses 0 is not "
         "significant.",
         "comparison.parquet: measured_change, predicted_change",
     ),
     "checkpoints": (
         "The analysed checkpoints",
-        "Left, what was found at each checkpoint; right, the difference from A at the steps that both sides have.",
+        "What was found at each checkpoint, then the difference from A at the steps that both sides have.",
         "comparison.parquet: entropy, measured_change, predicted_change",
     ),
     "courses": (

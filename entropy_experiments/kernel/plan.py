@@ -142,14 +142,7 @@ def plan_kernel(
             raise UserError(_no_room_for_factors(size, memory, save_gradients))
         return factored
     if left < least:
-        remedy = "raise entropy_analysis.fisher_kernel.memory_budget, or restrict the rows with filter_modules"
-        if size.factors is not None and size.n_train * size.factors.row_bytes() > disk:
-            room = _gib(1.05 * size.n_train * size.factors.row_bytes())
-            remedy = f"allow their factors on disk (entropy_analysis.fisher_kernel.disk_budget, {room}), {remedy}"
-        raise UserError(
-            f"a memory budget that leaves {_gib(max(memory, 0))} for gradients is too small for one row a side: with "
-            f"{size.parameters:,} parameters it takes {_gib(fixed_bytes(size) + least)}; {remedy}"
-        )
+        raise UserError(_no_room_for_rows(size, memory, disk, least))
     store, in_memory = size.n_train * size.stored_row_bytes, size.n_train * size.row_bytes
     if save_gradients:  # the evaluation side's rows as well, of two kinds: a shard of both is held while it is written
         if strategy == "tiles":
@@ -169,27 +162,40 @@ def plan_kernel(
             f"the gradient store takes {_gib(store)} on disk, and disk_budget is {_gib(disk)}: raise "
             "entropy_analysis.fisher_kernel.disk_budget, store in bfloat16 (gradient_dtype), or leave save_gradients out"
         )
-    stored = store if strategy == "disk" or save_gradients else 0
+    if strategy == "memory" and not fits:
+        need = f"all training rows take {_gib(in_memory)}, and {_gib(left)} are left for them"
+        raise UserError(f"{need}: let the plan choose (strategy=auto)")
     if strategy == "memory":
-        if not fits:
-            raise UserError(
-                f"all training rows take {_gib(in_memory)}, and {_gib(left)} are left for them: let the plan choose "
-                "(strategy=auto)"
-            )
-        chunk = min(BLOCK_ROWS, size.n_eval)
+        chunk, stored = min(BLOCK_ROWS, size.n_eval), store if save_gradients else 0
         return KernelPlan("memory", size.n_train, chunk, in_memory, stored, size.n_eval + size.n_train, 0)
-    if strategy == "disk":
-        tile = min(size.n_train, BLOCK_ROWS, max(1, int(0.3 * left / size.row_bytes)))
-        chunk = min(size.n_eval, max(1, int((left / size.row_bytes - tile) / size.objectives)))
-        held = (chunk * size.objectives + tile) * size.row_bytes
-        reading = math.ceil(size.n_eval / chunk) * size.n_train * size.stored_row_bytes
-        return KernelPlan("disk", tile, chunk, held, stored, size.n_eval + size.n_train, reading)
+    return _plan_disk(size, left, store) if strategy == "disk" else _plan_tiles(size, left)
+
+
+def _plan_disk(size: KernelSize, left: int, store: int) -> KernelPlan:
+    tile = min(size.n_train, BLOCK_ROWS, max(1, int(0.3 * left / size.row_bytes)))
+    chunk = min(size.n_eval, max(1, int((left / size.row_bytes - tile) / size.objectives)))
+    held = (chunk * size.objectives + tile) * size.row_bytes
+    reading = math.ceil(size.n_eval / chunk) * size.n_train * size.stored_row_bytes
+    return KernelPlan("disk", tile, chunk, held, store, size.n_eval + size.n_train, reading)
+
+
+def _plan_tiles(size: KernelSize, left: int) -> KernelPlan:
     tile = min(size.n_train, max(1, int((left - _streaming(size)) / size.row_bytes)))
     tiles = math.ceil(size.n_train / tile)
     tile = math.ceil(size.n_train / tiles)
-    chunk = min(BLOCK_ROWS, size.n_eval)
     passes = size.n_train + tiles * size.n_eval
-    return KernelPlan("tiles", tile, chunk, tile * size.row_bytes, 0, passes, 0)
+    return KernelPlan("tiles", tile, min(BLOCK_ROWS, size.n_eval), tile * size.row_bytes, 0, passes, 0)
+
+
+def _no_room_for_rows(size: KernelSize, memory: int, disk: int, least: int) -> str:
+    remedy = "raise entropy_analysis.fisher_kernel.memory_budget, or restrict the rows with filter_modules"
+    if size.factors is not None and size.n_train * size.factors.row_bytes() > disk:
+        room = _gib(1.05 * size.n_train * size.factors.row_bytes())
+        remedy = f"allow their factors on disk (entropy_analysis.fisher_kernel.disk_budget, {room}), {remedy}"
+    return (
+        f"a memory budget that leaves {_gib(max(memory, 0))} for gradients is too small for one row a side: with "
+        f"{size.parameters:,} parameters it takes {_gib(fixed_bytes(size) + least)}; {remedy}"
+    )
 
 
 def _plan_factored(size: KernelSize, memory: int, disk: int) -> KernelPlan | None:

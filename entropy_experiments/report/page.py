@@ -37,8 +37,8 @@ from entropy_experiments.report.interactive.shares import sequence_shares
 from entropy_experiments.report.interactive.weightings import weighting_schemes
 from entropy_experiments.report.sections import PRESENTATIONS, analysis_figure_makers, analysis_sections
 from entropy_experiments.report.verdict import write_verdict
-from entropy_experiments.text.display import PromptFrame, one_line, prompt_frame
-from entropy_experiments.text.numbers import series
+from entropy_experiments.text.display import one_line, prompt_frame
+from entropy_experiments.text.numbers import plain, series
 from rl_training.files import write_all_whole
 from rl_training.run.disk import disk_errors_explained
 
@@ -99,6 +99,34 @@ _ABOUT = (
     "entropy did in training, whether one optimizer step's change of it was predicted, and which training sequences made that "
     "change."
 )
+# section -> (title, what it holds, its name in the contents where that is another)
+_HEADINGS = {
+    "figures": ("Figures", "the step at other lengths; its parts; which sequences moved entropy"),
+    "kernels": (
+        "Which sequences move which: the kernels",
+        "every training sequence against every evaluation sequence; a cell shows both texts",
+        "Kernels",
+    ),
+    "sequences": ("Training sequences", "all of them by their share of the change, searchable, with their texts"),
+    "analyses": ("Questions", "what else was asked of this step, and the answers"),
+    "estimators": (
+        "Predicted and measured, estimator by estimator",
+        "four ways to predict, beside what was measured of the same quantity",
+        "Estimators",
+    ),
+    "buffers": ("The two buffers", "what the step learns from, and what entropy is measured on", "Buffers"),
+    "checks": ("Self-checks", "what the analysis checked about itself"),
+    "provenance": ("Provenance", "checkpoint, command, versions, machine, seconds"),
+    "legend": ("Symbols and signs", "what every letter stands for", "Symbols"),
+    "first-reading": (
+        "First reading: questions and answers",
+        "what was done, which step is meant, what the intervals cover, what to do when numbers disagree",
+        "First reading",
+    ),
+}
+_BODIES = {
+    name: f"report_{name.replace('-', '_')}.html.j2" for name in ("kernels", "sequences", "legend", "first-reading")
+}
 _DRAWN_BUFFERS = (
     "Entropy is measured on the evaluation buffer, drawn without looking at rewards; the update comes from the training "
     "buffer, which prefers prompts that still teach something. The two are independent draws."
@@ -194,24 +222,7 @@ def render_report(results: ResultsFolder, images: Mapping[str, tuple[bytes, str]
         tiles=tables.headline(summary, results.run.self_checks),
         lead_figure=figures[lead],
         next_steps=first_screen.next_steps(results),
-        sections=[
-            Section(
-                "figures",
-                "Figures",
-                "the step at other lengths; its parts; which sequences moved entropy",
-                figures=[figures[name] for name in _FIGURES if not name.startswith("kernel_") and name != lead],
-            ),
-            Section(
-                "kernels",
-                "Which sequences move which: the kernels",
-                "every training sequence against every evaluation sequence; a cell shows both texts",
-                "Kernels",
-                body="report_kernels.html.j2",
-                figures=[figure for name, figure in figures.items() if name.startswith("kernel_")],
-            ),
-            _sequences(results, frame, details["left_out"]),
-            *_numbers(results, figures),
-        ],
+        sections=_sections(results, figures, lead, details["left_out"]),
         new_readers="first-reading",
         data={"sequences": details} | ({} if kernels is None else {"kernels": kernels}),
         scripts=("sequences.js", "kernel.js"),
@@ -219,81 +230,41 @@ def render_report(results: ResultsFolder, images: Mapping[str, tuple[bytes, str]
     return render_page(page)
 
 
-def _sequences(results: ResultsFolder, frame: PromptFrame, details_left_out: int) -> Section:
-    rows = tables.training_rows(results.training, frame)
-    values = {
-        "frame": {
-            "prefix": frame.prefix and one_line(frame.prefix, 400, "both"),
-            "suffix": frame.suffix and one_line(frame.suffix, 200, "both"),
-        },
-        "rows": rows,
-        "long": len(rows) > 4 * tables.ENDS_SHOWN,
-        "ends": tables.ENDS_SHOWN,
-        "details_left_out": details_left_out,
-    }
-    return Section(
-        "sequences",
-        "Training sequences",
-        "all of them by their share of the change, searchable, with their texts",
-        body="report_sequences.html.j2",
-        values=values,
-        tables=[tables.prompt_table(results.training, frame)],
-    )
-
-
-def _numbers(results: ResultsFolder, figures: Mapping[str, PageFigure]) -> list[Section]:
-    """The questions, all tables, and what helps to read them."""
+def _sections(
+    results: ResultsFolder, figures: Mapping[str, PageFigure], lead: str, details_left_out: int
+) -> list[Section]:
+    """Everything below the first screen."""
     summary, run = results.summary, results.run
-    analyses = analysis_sections(summary.analyses, figures)
-    questions = Section("analyses", "Questions", "what else was asked of this step, and the answers", parts=analyses)
-    estimators = [tables.estimator_table(summary), tables.entropy_table(summary)]
-    buffers = [tables.buffer_table(results.evaluation, results.training, summary.sampling)]
-    return [
-        *([questions] if analyses else []),
-        Section(
-            "estimators",
-            "Predicted and measured, estimator by estimator",
-            "four ways to predict, beside what was measured of the same quantity",
-            "Estimators",
-            tables=estimators,
-        ),
-        Section(
-            "buffers",
-            "The two buffers",
-            "what the step learns from, and what entropy is measured on",
-            "Buffers",
-            text=_DRAWN_BUFFERS if summary.rows_drawn else _GIVEN_BUFFERS,
-            tables=buffers,
-        ),
-        Section(
-            "checks",
-            "Self-checks",
-            "what the analysis checked about itself",
-            tables=[tables.check_table(run.self_checks)],
-        ),
-        Section(
-            "provenance",
-            "Provenance",
-            "checkpoint, command, versions, machine, seconds",
-            tables=[tables.provenance_table(run, summary)],
-        ),
-        Section(
-            "legend",
-            "Symbols and signs",
-            "what every letter stands for",
-            "Symbols",
-            body="report_legend.html.j2",
-            values={"horizon": tables.plain(summary.attribution.horizon_factor)},
-        ),
-        Section(
-            "first-reading",
-            "First reading: questions and answers",
-            "what was done, which step is meant, what the intervals cover, what to do when numbers disagree",
-            "First reading",
-            body="report_first_reading.html.j2",
-            values={"scale": first_screen.scale_of_the_change(summary)},
-        ),
+    kernels = [figure for name, figure in figures.items() if name.startswith("kernel_")]
+    frame = prompt_frame([row["prompt"] for row in results.evaluation + results.training])
+    sections = {
+        "figures": {"figures": [figures[name] for name in _FIGURES if name != lead and figures[name] not in kernels]},
+        "kernels": {"figures": kernels},
+        "sequences": {
+            "values": {
+                "prefix": frame.prefix and one_line(frame.prefix, 400, "both"),
+                "suffix": frame.suffix and one_line(frame.suffix, 200, "both"),
+                "rows": tables.training_rows(results.training, frame),
+                "ends": tables.ENDS_SHOWN,
+                "details_left_out": details_left_out,
+            },
+            "tables": [tables.prompt_table(results.training, frame)],
+        },
+        "analyses": {"parts": analysis_sections(summary.analyses, figures)},
+        "estimators": {"tables": [tables.estimator_table(summary), tables.entropy_table(summary)]},
+        "buffers": {
+            "text": _DRAWN_BUFFERS if summary.rows_drawn else _GIVEN_BUFFERS,
+            "tables": [tables.buffer_table(results.evaluation, results.training, summary.sampling)],
+        },
+        "checks": {"tables": [tables.check_table(run.self_checks)]},
+        "provenance": {"tables": [tables.provenance_table(run, summary)]},
+        "legend": {"values": {"horizon": plain(summary.attribution.horizon_factor)}},
+        "first-reading": {"values": {"scale": first_screen.scale_of_the_change(summary)}},
+    }
+    made = [
+        Section(name, *_HEADINGS[name], body=_BODIES.get(name, ""), **content) for name, content in sections.items()
     ]
+    return [section for section in made if section.name != "analyses" or section.parts]
 
 
 def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:

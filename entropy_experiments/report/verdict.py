@@ -7,16 +7,18 @@ measured changes agree in entropy_experiments.statistics.agreement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.estimates import Measurement
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.check_words import check_sentences
 from entropy_experiments.report.price_finding import next_step_sentence
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
 from entropy_experiments.report.verdict_attribution import cost_sentences, training_noise_sentence
+from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.confidence import (
     AGREE,
     BRACKETS,
@@ -46,16 +48,12 @@ _LOSS_UNKNOWN = (
 
 def prediction_sentences(summary: Summary) -> list[Sentence]:
     """How well the analysed step's change was predicted, and what weakens the comparison."""
-    found: list[Sentence] = []
+    found, notes = [], summary.sampling.notes
     if not summary.rows_drawn:
-        found.append(
-            Sentence(
-                "The evaluation sequences are given texts, not drawn from the policy: changes are of the entropy on "
-                "their tokens, not of the policy's.",
-                "warning",
-            )
+        text = (
+            "The evaluation sequences are given texts, not drawn from the policy: changes are of the entropy on their "
         )
-    notes = summary.sampling.notes
+        found.append(Sentence(f"{text}tokens, not of the policy's.", "warning"))
     if notes:
         found.append(Sentence(f"Sequences were recorded, not drawn here: {'; '.join(notes)}.", "warning"))
     if not summary.step_analysed:
@@ -68,7 +66,7 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
     buffer = "the training sequences of this analysis" if notes else "a fresh training buffer"
     where = f"The next step from checkpoint {summary.checkpoint.step}, on {buffer},"
     value = None if summary.prediction is None else summary.prediction.total.known()
-    measured, compared = summary.measured, summary.compared
+    measured = summary.measured
     actual = None if measured is None else measured.known()
     if value is None:
         return [*found, Sentence(f"{where} has no predicted change of entropy in this folder.", "bad")]
@@ -77,37 +75,38 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
     text = f"{where} was predicted to change entropy by {value.text()} {_UNIT}"
     if actual is None or measured is None:
         return [*found, Sentence(f"{text}; what it did change was not measured.", "warning")]
-    text += f"; measured was {actual.text()} ({BRACKETS})."
-    if compared is None:
-        unknown = value.holds_zero is None or actual.holds_zero is None
-        why = "Without standard errors of both" if unknown else "Without the error of their difference"
-        found.append(Sentence(f"{text} {why}, whether they {AGREE} cannot be said.", "warning"))
-    else:
-        found.append(
-            Sentence(f"{text} {agreement_sentence(compared, actual.value)}", agreement_tone(compared, actual.value))
-        )
+    compared = _compared_sentence(
+        f"{text}; measured was {actual.text()} ({BRACKETS}).", value, actual, summary.compared
+    )
+    return [*found, compared, *(Sentence(words, "warning") for words in _weaknesses(summary, value, measured))]
+
+
+def _compared_sentence(text: str, value: Known, actual: Known, compared: Agreement | None) -> Sentence:
+    """`text`, and whether the two numbers in it agree."""
+    if compared is not None:
+        return Sentence(f"{text} {agreement_sentence(compared, actual.value)}", agreement_tone(compared, actual.value))
+    unknown = value.holds_zero is None or actual.holds_zero is None
+    why = "Without standard errors of both" if unknown else "Without the error of their difference"
+    return Sentence(f"{text} {why}, whether they {AGREE} cannot be said.", "warning")
+
+
+def _weaknesses(summary: Summary, value: Known, measured: Measurement) -> Iterator[str]:
+    """What weakens the comparison of the predicted change with the measured one."""
     if value.holds_zero:
-        found.append(
-            Sentence(
-                f"The prediction itself {NOT_FROM_ZERO} (its 95% interval holds it), so that agreement says little: analyse "
-                "with more evaluation prompts.",
-                "warning",
-            )
+        yield (
+            f"The prediction itself {NOT_FROM_ZERO} (its 95% interval holds it), so that agreement says little: analyse with "
+            "more evaluation prompts."
         )
     effective, n = measured.effective_sample_size, measured.n
     if effective is not None and n and effective < 0.5 * n:
-        found.append(
-            Sentence(
-                f"The measured change is not to be trusted: reweighting left an effective sample of {plain(effective)} "
-                f"of {n} sequences, less than half.",
-                "warning",
-            )
+        yield (
+            f"The measured change is not to be trusted: reweighting left an effective sample of {plain(effective)} of {n} "
+            "sequences, less than half."
         )
     numbers = {"predicted": summary.prediction and summary.prediction.total, "measured": measured}
     freedoms = {name: number and number.degrees_of_freedom for name, number in numbers.items()}
     if warning := few_prompts_sentence(summary.sampling.evaluation.prompts, freedoms):
-        found.append(Sentence(warning, "warning"))
-    return found
+        yield warning
 
 
 def part_sentence(summary: Summary) -> Sentence | None:

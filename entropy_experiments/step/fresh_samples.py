@@ -47,24 +47,16 @@ def _ratio(statistics: TokenStatistics, batch: SequenceBatch) -> tuple[float, Te
     return float(total[0] / total[1]), left_out[:, 0] / left_out[:, 1]
 
 
-def measure_with_fresh_samples(
-    model: nn.Module,
-    direction: dict[str, Tensor],
-    scale: float,
-    evaluation: Rollouts,
-    eval_batch: SequenceBatch,
-    eval_statistics: TokenStatistics,
-    sampling_config: SamplingConfig,
-    seed: int,
-    passes: PassSettings,
-) -> EntropyMeasurement:
-    """Draw one completion for each evaluation sequence's prompt at theta + scale * direction, and compare entropies.
+def draw_after_step(
+    model: nn.Module, direction: dict[str, Tensor], scale: float, evaluation: Rollouts,
+    sampling_config: SamplingConfig, seed: int, passes: PassSettings,
+) -> tuple[TokenStatistics, SequenceBatch]:  # fmt: skip
+    """One completion for each evaluation sequence's prompt, drawn and scored at theta + scale * direction.
 
     The model is restored bit by bit.
     """
     with weights_moved(model, direction, scale):
         drawn = generate_completions(model, evaluation.prompt_ids, sampling_config, seed)
         fresh = evaluation.with_values(completion_ids=map(tuple, drawn), drawn=[None] * len(drawn))
-        batch = fresh.to_batch(sampling_config).to(eval_batch.device)
-        after = token_statistics(model, batch, passes)
-    return fresh_entropy_change(eval_statistics, eval_batch, after, batch)
+        batch = fresh.to_batch(sampling_config).to(next(model.parameters()).device)
+        return token_statistics(model, batch, passes), batch

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_core.adamw import Moments, read_adamw_state
+from entropy_core.adamw import AdamWParameterState, Moments, read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.formed import Formed
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import masks_padding
+from entropy_core.passes.settings import PassSettings
 from entropy_core.passes.state import PassState
+from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoints.missing_entries import checkpoint_preconditioner
 from entropy_experiments.kernel.engine import Kernel, KernelEngine
+from entropy_experiments.kernel.strategy import TrainingRows as KernelRows
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
 from entropy_experiments.step.kernel_checks import (
@@ -122,10 +125,54 @@ def prepare_training_side(
         UserError: for a missing optimizer or learning rate, and for a P that needs a step where there are no weights.
         ValueError: where rows cannot be formed.
     """
-    preconditioning, passes = settings.preconditioning, settings.passes
+    optimizer, passes = _asked_of(optimizer, weights, settings.preconditioning), settings.passes
+    formed = engine.prepare()
+    used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
+    masked = masks_padding(model) or PassState.of(model).stops_gradients
+    kept = None if formed.columns is None or engine.setup.passes.restricted else KeptRows(formed.columns)
+    rows, true_rows, shared = _rows(model, batch, passes, engine.setup.processes, kept, masked)
+    gradient = shared.weighted_gradient(used)
+    checks, sample = [], None
+    if formed.forms_rows:
+        sample, check = _first_rows(model, batch, formed, used, passes)
+        checks.append(check)
+    step = None if weights is None else _step(model, optimizer, gradient, settings)
+    p: Mapping[str, Tensor] | None = None
+    if optimizer is not None:
+        taken = step if isinstance(step, NextStep) else None
+        state = read_adamw_state(optimizer, trainable_parameters(model)) if taken is None else taken.state
+        if taken is not None:
+            checks.extend(check_optimizer(taken, gradient, settings.optimizer_record))
+        elif sample is not None:
+            checks.append(_check_second_moments(sample, state, settings))
+        if sample is not None:  # P is the kernel's alone
+            if taken is None or settings.preconditioning != "step":
+                p = checkpoint_preconditioner(state, gradient)
+            else:
+                p = taken.step_preconditioner
+            p = formed.held(hold_unmoved_padding(model, state, p) if masked else p)
+            if settings.preconditioning == "checkpoint":
+                checks.append(check_unseen_parameters(state, sample, p))
+    return TrainingSide(
+        batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step,
+        settings.max_grad_norm, settings.learning_rate, checks,
+    )  # fmt: skip
+
+
+def _step(
+    model: nn.Module, optimizer: Moments | None, gradient: dict[str, Tensor], settings: AnalysisSettings
+) -> AnalysedStep:
+    lengths = settings.max_grad_norm, settings.learning_rate
+    if optimizer is None:
+        return plain_step(gradient, *lengths)
+    return take_next_step(model, optimizer, gradient, *lengths)
+
+
+def _asked_of(optimizer: Moments | None, weights: Tensor | None, preconditioning: str) -> Moments | None:
+    """The optimizer where P or a step is made of it. Raises UserError where it, or the weights, are missing."""
     if preconditioning == "none":
-        optimizer = None
-    elif optimizer is None:
+        return None
+    if optimizer is None:
         raise UserError(
             "the checkpoint has no optimizer state: set entropy_analysis.fisher_kernel.preconditioning=none"
         )
@@ -134,50 +181,43 @@ def prepare_training_side(
             "fisher_kernel.preconditioning=step takes P from a step, but the training sequences have neither weights nor "
             "rewards: give them, or set preconditioning=checkpoint"
         )
-    parameters = trainable_parameters(model)
-    formed = engine.prepare()
-    used = torch.full((len(batch),), 1 / len(batch), dtype=torch.float64) if weights is None else weights
-    # Kept rows are true derivatives: not what the trainer's step is made of where torch masks a padding token's embedding, or a
-    # module stops gradients.
-    masked = masks_padding(model) or PassState.of(model).stops_gradients
-    kept = None if formed.columns is None or engine.setup.passes.restricted else KeptRows(formed.columns)
-    # What is asked after this function, one process asks alone.
-    true_rows: TrainingRows = kept or RecomputedRows(model, batch, passes, as_trained=False)
+    return optimizer
+
+
+def _rows(
+    model: nn.Module,
+    batch: SequenceBatch,
+    passes: PassSettings,
+    processes: Processes,
+    kept: KeptRows | None,
+    masked: bool,
+) -> tuple[TrainingRows, TrainingRows, TrainingRows]:
+    """Rows as the trainer has them, as they are, and as the trainer has them with the work shared by all processes.
+
+    Kept rows are true derivatives: not what the trainer's step is made of where torch masks a padding token's embedding, or a
+    module stops gradients. What is asked of the first two later, one process asks alone.
+    """
+    true_rows = kept or RecomputedRows(model, batch, passes, as_trained=False)
     rows = RecomputedRows(model, batch, passes) if masked else true_rows
-    shared = RecomputedRows(model, batch, passes, engine.setup.processes)
-    gradient = (shared if masked or kept is None else kept).weighted_gradient(used)
-    checks, sample = [], None
-    if formed.forms_rows:
-        span, sample = formed.sample()
-        some = used[span.start : span.stop]
-        part = KeptRows(sample).weighted_gradient(some)
-        checks.append(check_gradient(model, batch.select(list(span)), some, part, passes))
-        del part
-    step: AnalysedStep | None = None
-    if weights is not None:
-        norm, rate = settings.max_grad_norm, settings.learning_rate
-        if optimizer is None:
-            step = plain_step(gradient, norm, rate)
-        else:
-            step = take_next_step(model, optimizer, gradient, norm, rate)
-    p: Mapping[str, Tensor] | None = None
-    if optimizer is not None:
-        state = step.state if isinstance(step, NextStep) else read_adamw_state(optimizer, parameters)
-        if isinstance(step, NextStep):
-            checks.extend(check_optimizer(step, gradient, settings.optimizer_record))
-        elif sample is not None:  # the squares of rows have the profile of second moments too
-            root_mean_square = Formed(sample, lambda name: mean_squares(sample[name]).sqrt().to(sample[name]))
-            own = Formed(sample, lambda name: state[name])
-            checks.append(check_optimizer_entries(own, root_mean_square, settings.optimizer_record))
-        if sample is not None:  # P is the kernel's alone
-            if preconditioning == "step" and isinstance(step, NextStep):
-                p = step.step_preconditioner
-            else:
-                p = checkpoint_preconditioner(state, gradient)
-            p = formed.held(hold_unmoved_padding(model, state, p) if masked else p)
-            if preconditioning == "checkpoint":
-                checks.append(check_unseen_parameters(state, sample, p))
-    return TrainingSide(
-        batch, engine.statistics(batch), Kernel(formed, p), rows, true_rows, weights, gradient, step,
-        settings.max_grad_norm, settings.learning_rate, checks,
-    )  # fmt: skip
+    shared = RecomputedRows(model, batch, passes, processes) if masked or kept is None else kept
+    return rows, true_rows, shared
+
+
+def _first_rows(
+    model: nn.Module, batch: SequenceBatch, formed: KernelRows, weights: Tensor, passes: PassSettings
+) -> tuple[Mapping[str, Tensor], SelfCheck]:
+    """Some rows, and whether they add up to a gradient."""
+    span, sample = formed.sample()
+    some = weights[span.start : span.stop]
+    part = KeptRows(sample).weighted_gradient(some)
+    return sample, check_gradient(model, batch.select(list(span)), some, part, passes)
+
+
+def _check_second_moments(
+    sample: Mapping[str, Tensor], state: Mapping[str, AdamWParameterState], settings: AnalysisSettings
+) -> SelfCheck:
+    """The squares of rows have the profile of second moments too."""
+    root_mean_square = Formed(sample, lambda name: mean_squares(sample[name]).sqrt().to(sample[name]))
+    return check_optimizer_entries(
+        Formed(sample, lambda name: state[name]), root_mean_square, settings.optimizer_record
+    )

@@ -60,6 +60,27 @@ class Visit:
             self.page.locator(f"#figure-{name}").scroll_into_view_if_needed()
             self.page.wait_for_selector(f"#figure-{name}[data-drawn]", state="attached")
 
+    def says_where_from(self, folder):
+        """Every number names a file of `folder`, or of a folder that is compared, and every figure what it is drawn from."""
+        without = """[...document.querySelectorAll('td.number, .headline dd, .verdict li, .finding, .facts td')]
+            .filter(e => !e.closest('[title]')).map(e => e.textContent.slice(0, 60))"""
+        assert self.page.evaluate(without) == []
+        figures = self.page.evaluate("[...document.querySelectorAll('figcaption')].map(caption => caption.textContent)")
+        assert figures and all("drawn from" in caption for caption in figures)
+        titles = self.page.evaluate("[...document.querySelectorAll('[title^=\"From \"]')].map(e => e.title)")
+        named = {title.removeprefix("From ").split(":")[0].split(",")[0] for title in titles}
+        own = {name for name in named if not name.startswith("each side's ")}
+        assert own <= {path.name for path in folder.iterdir()}, own
+
+    def first_screen(self):
+        """The leading sentences; everything below the figure beside them is closed, and the page is no wider than the window."""
+        assert self.page.locator("details[open]").count() == 0 and self.page.locator(".first figure").count() == 1
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.page.viewport_size["width"]
+        targets = self.page.evaluate("[...document.querySelectorAll('.chapters a')].map(a => a.getAttribute('href'))")
+        there = self.page.evaluate("[...document.querySelectorAll('.chapter-body')].map(body => '#' + body.id)")
+        assert targets == there
+        return self.page.locator(".first .verdict li").all_inner_texts()
+
     def draw_kernel(self):
         self.reveal("kernel-explorer")
         self.page.evaluate("document.getElementById('kernel-explorer').scrollIntoView()")

@@ -76,59 +76,51 @@ def plot_kernel_heatmap(
 ) -> Figure:
     """Heat map of a kernel, rows and columns ordered by prompt, or as `order` says.
 
-    Parameters
-    ----------
-    kernel: (n_eval, n_train), signed; entries that are not finite are drawn grey and counted in the caption.
-    eval_prompt_index, train_prompt_index: (n_eval,) and (n_train,), the prompt of every row and column.
-    quantity: which kernel this is ("fisher" for K₁, "entropy_fisher" for K_H); sets names and units.
-    percentile: the symmetric colour scale ends at this percentile of |kernel|; the colour bar says so.
-    order: (what by, rows in order, columns in order), in place of groups by prompt.
-    row_buffer: the buffer that rows are of: "training" for a kernel with the training sequences on both sides.
+    Args:
+        kernel: (n_eval, n_train), signed; entries that are not finite are drawn grey and counted in the caption.
+        eval_prompt_index, train_prompt_index: (n_eval,) and (n_train,), the prompt of every row and column.
+        quantity: which kernel this is ("fisher" for K₁, "entropy_fisher" for K_H); sets names and units.
+        percentile: the symmetric colour scale ends at this percentile of |kernel|; the colour bar says so.
+        order: (what by, rows in order, columns in order), in place of groups by prompt.
+        row_buffer: the buffer that rows are of: "training" for a kernel with the training sequences on both sides.
 
-    Raises
-    ------
-    ValueError: a prompt index whose length is not the kernel's, or a percentile outside (0, 100].
+    Raises:
+        ValueError: a prompt index whose length is not the kernel's, or a percentile outside (0, 100].
     """
     values = np.asarray(kernel, dtype=np.float64)
     rows, columns = np.asarray(eval_prompt_index), np.asarray(train_prompt_index)
-    if values.ndim != 2 or values.shape != (len(rows), len(columns)):
-        raise ValueError(
-            f"kernel of shape {values.shape} with {len(rows)} evaluation and {len(columns)} training prompts"
-        )
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"a kernel {values.shape} with {len(rows)} evaluation and {len(columns)} training prompts")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile {percentile} is outside (0, 100]")
-    finite = np.isfinite(values)
-    if not finite.any():
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return style.no_data_figure(_TITLES[quantity], "the kernel has no finite entry.")
-    row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
-    if order is not None:
-        row_order, column_order = np.asarray(order[1]), np.asarray(order[2])
-    magnitudes = np.abs(values[finite])
-    limit = color_limit(values, percentile)
-    beyond = int((magnitudes > limit).sum())
-
-    n_eval, n_train = values.shape
+    limit, (n_eval, n_train) = color_limit(values, percentile), values.shape
+    beyond = int((np.abs(finite) > limit).sum())
     figure = style.new_figure(8.6, float(np.clip(7.0 * n_eval / n_train, 3.2, 6.5)))
     axes = figure.add_subplot()
+    if order is None:
+        row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
+        labels = "training sequence i, grouped by prompt (number: prompt index)", f"{row_buffer} sequence t, by prompt"
+    else:
+        row_order, column_order = np.asarray(order[1]), np.asarray(order[2])
+        labels = f"place of training sequence i, ordered {order[0]}", f"place of {row_buffer} sequence t"
     picture = _heat(axes, values[row_order][:, column_order], limit)
     if order is None:
         _prompt_axis(axes, columns[column_order], "x")
         _prompt_axis(axes, rows[row_order], "y")
-        axes.set_xlabel("training sequence i, grouped by prompt (number: prompt index)")
-        axes.set_ylabel(f"{row_buffer} sequence t, by prompt")
-    else:
-        axes.set_xlabel(f"place of training sequence i, ordered {order[0]}")
-        axes.set_ylabel(f"place of {row_buffer} sequence t")
-    bar = figure.colorbar(picture, ax=axes, extend="both" if beyond else "neither", pad=0.015)
-    symbol, end = _SYMBOLS[quantity], plain(limit)
-    bar.set_label(
-        f"{symbol}(t, i)  in {_UNITS}\nscale ends at ±{end}, percentile {percentile:g} of |{symbol}|",
-        fontsize=8.5,
-    )
-    bar.ax.grid(False)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    _colour_bar(figure, axes, picture, quantity, f"scale ends at ±{plain(limit)}, percentile {percentile:g}", beyond)
     sides = (n_eval, len(np.unique(rows)), row_buffer), (n_train, len(np.unique(columns)), "training")
-    caption = _caption(values, sides, quantity, beyond, grouped=order is None)
-    return style.finish(figure, _TITLES[quantity], caption)
+    return style.finish(figure, _TITLES[quantity], _caption(values, sides, quantity, beyond, grouped=order is None))
+
+
+def _colour_bar(figure: Figure, axes: Axes, picture: AxesImage, quantity: Quantity, ends: str, beyond: int) -> None:
+    bar = figure.colorbar(picture, ax=axes, extend="both" if beyond else "neither", pad=0.015)
+    symbol = _SYMBOLS[quantity]
+    bar.set_label(f"{symbol}(t, i)  in {_UNITS}\n{ends} of |{symbol}|", fontsize=8.5)
+    bar.ax.grid(False)
 
 
 def _heat(axes: Axes, values: np.ndarray, limit: float) -> AxesImage:

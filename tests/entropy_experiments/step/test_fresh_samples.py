@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from entropy_core.batch import SequenceBatch
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.step.fresh_samples import fresh_entropy_change, measure_with_fresh_samples
+from entropy_experiments.step.fresh_samples import draw_after_step, fresh_entropy_change
 from rl_training.sampling import draw, make_sampling_config
 from tests.tiny_policy import character_tokenizer, save_tiny_policy
 
@@ -62,13 +62,14 @@ def test_fresh_completions_come_from_the_moved_policy(tmp_path):
     before = token_statistics(model, batch)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     direction = {name: -p for name, p in weights.items()}
-    found = measure_with_fresh_samples(
-        model, direction, 1.0, evaluation, batch, before, sampling_config, seed=1, passes=PassSettings(512)
-    )
+
+    def measured(scale, seed):
+        drawn = draw_after_step(model, direction, scale, evaluation, sampling_config, seed, PassSettings(512))
+        return fresh_entropy_change(before, batch, *drawn)
+
+    found = measured(1.0, seed=1)
     assert found.after == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
     assert found.change == pytest.approx(found.after - found.before) and found.before < found.after
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    same = measure_with_fresh_samples(
-        model, direction, 0.0, evaluation, batch, before, sampling_config, seed=2, passes=PassSettings(512)
-    )
+    same = measured(0.0, seed=2)
     assert abs(same.change) < 4 * same.standard_error and same.change != 0.0, "the same policy, other completions"

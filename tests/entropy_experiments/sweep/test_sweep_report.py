@@ -231,8 +231,15 @@ def test_a_malformed_sweep_is_refused_in_one_line(run, tmp_path, file, change, w
 @pytest.mark.long
 def test_the_page_in_a_browser(browser, page):
     """Figures are drawn, the slider moves by key, the table sorts and leads on, it is dark on demand."""
+    closed = Visit(browser, page, opened=False, viewport={"width": 390, "height": 800})
+    sentences = closed.first_screen()
+    assert "MISSING" in sentences[0] and "entropy fell" in sentences[1] and len(sentences) <= 6
+    closed.close()
     visit = Visit(browser, page)
     tab = visit.page
+    for name in ("sweep.json", "evolution.json"):
+        (page.parent / name).touch()  # written beside the page, see sweep/assemble.py
+    visit.says_where_from(page.parent)
     assert tab.locator(".verdict li").count() >= 8 and tab.locator(".verdict .bad").count() == 1
     visit.draw("evolution-1", "law-1", "kernel-1", "kernels-1")
     slider = tab.locator("#figure-kernels-1 input[type=range]")
