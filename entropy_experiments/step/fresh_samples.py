@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
 from entropy_core.measurement import EntropyMeasurement
+from entropy_core.passes.forward import input_device
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_core.uncertainty import jackknife_standard_error, sums_over_prompts
@@ -58,5 +59,5 @@ def draw_after_step(
     with weights_moved(model, direction, scale):
         drawn = generate_completions(model, evaluation.prompt_ids, sampling_config, seed)
         fresh = evaluation.with_values(completion_ids=map(tuple, drawn), drawn=[None] * len(drawn))
-        batch = fresh.to_batch(sampling_config).to(next(model.parameters()).device)
+        batch = fresh.to_batch(sampling_config).to(input_device(model))
         return token_statistics(model, batch, passes), batch
