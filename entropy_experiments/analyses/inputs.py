@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import Moments
 from entropy_core.batch import SequenceBatch
+from entropy_core.formed import Formed
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
@@ -19,11 +21,10 @@ from entropy_experiments.analyses.left_out_evaluation_prompts import LeftOutNumb
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import Buffers, TrainingBuffer
-from entropy_experiments.step.effects_of_leaving_out import effects_of_leaving_out
+from entropy_experiments.step.effects_of_leaving_out import effect_metric, effects_of_leaving_out
 from entropy_experiments.step.gradient_rows import KeptRows
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.real_steps import token_shares
-from entropy_experiments.step.shares import attribute
 from entropy_experiments.step.training_noise import TrainingNoise
 from entropy_experiments.step.training_side import TrainingSide
 from rl_training.sampling import Policy, Rollouts
@@ -101,9 +102,14 @@ class AnalysisInputs:
         if weights is None or step is None or not isinstance(rows, KeptRows):
             return None
 
+        # Two vectors that are the same for every prompt: formed once, since rows are kept beside them anyway.
+        ones = Formed(side.gradient, lambda name: torch.ones_like(side.gradient[name]))
+        share, effect = dict(step.share_direction(ones)), dict(effect_metric(side.gradient, step))
+        first = next(factor for factor in step.share_factors().values() if factor)  # as in `attribute`
+
         def numbers_of(gradient: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            effects = effects_of_leaving_out(gradient, side.gradient, rows, weights, step)
-            return attribute(gradient, rows, weights, step).products, effects
+            products = rows.products(Formed(gradient, lambda name: share[name] * gradient[name] / first))
+            return products, effects_of_leaving_out(gradient, side.gradient, rows, weights, step, effect)
 
         passes = PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size)
         statistics, estimator = self.numbers.eval_statistics, self.numbers.estimand.gradient

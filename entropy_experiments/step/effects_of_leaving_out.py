@@ -56,6 +56,7 @@ def effects_of_leaving_out(
     rows: TrainingRows,
     weights: Tensor,
     step: AnalysedStep,
+    metric: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """What leaving each training sequence out of the step does: one more direction of products.
 
@@ -63,11 +64,12 @@ def effects_of_leaving_out(
         entropy_gradient: name -> gradient of h.
         loss_gradient: name -> g before clipping.
         weights: (n_train,) w_i.
+        metric: that of `effect_metric`, where it is at hand.
 
     Returns:
         (n_train,) float64 r_i, nats per token.
     """
-    metric, clip = effect_metric(loss_gradient, step), step.clip
+    metric, clip = effect_metric(loss_gradient, step) if metric is None else metric, step.clip
     q = Formed(metric, lambda name: metric[name] * entropy_gradient[name])
     direction = answering_clip(q, Formed(loss_gradient, lambda name: clip * loss_gradient[name]), clip)
     return clip * weights.double().cpu() * rows.products(direction)

@@ -14,7 +14,7 @@ from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import config, whole_config
 from tests.shared_artefacts import made_once
 from tests.tiny_policy import save_tiny_policy, tiny_train_config
-from tests.unpainted import paint, paint_nothing, painted
+from tests.unpainted import drawn, paint, paint_nothing, painted
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +44,17 @@ def _trust_in_rewards_of_the_tests():
 
 @pytest.fixture(scope="session", autouse=True)
 def _unpainted():
-    """Reports of tests draw their figures and do not paint them: who looks at pictures asks for `pictures`."""
+    """Analyses of tests draw no figures, and reports do not paint theirs: see `drawn_figures`, `pictures`."""
     paint_nothing()
     yield
     paint()
+
+
+@pytest.fixture(scope="module")
+def drawn_figures():
+    """Analyses draw their figures."""
+    with drawn():
+        yield
 
 
 @pytest.fixture(scope="module")
