@@ -125,6 +125,7 @@ def test_core_needs_torch_alone() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.long  # a module of ours that imports TRL is seen by the import contracts too
 def test_analysis_imports_without_trl() -> None:
     """Everything but the trainer, its integration and train.py imports where TRL is not installed."""
     modules = [name for name in module_names() if name not in TRL_MODULES]
