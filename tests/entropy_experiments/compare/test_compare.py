@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from entropy_core.uncertainty import jackknife_standard_error
 from entropy_experiments.compare.differences import compare_sides
 from entropy_experiments.compare.page import write_comparison
 from entropy_experiments.compare.sides import caveats, open_sides
@@ -17,11 +18,11 @@ from entropy_experiments.compare.verdict import comparison_verdict
 from entropy_experiments.records.comparison_record import ComparisonRecord
 from entropy_experiments.records.record import json_of, validated
 from rl_training.errors import UserError
-from tests.entropy_experiments.browser_visit import Visit
 from tests.entropy_experiments.comparison_fixture import (
     build_side,
     build_sweep,
     edit_summary,
+    leave_out_means,
     prompt_effects,
 )
 from tests.entropy_experiments.small_analysis import config
@@ -104,11 +105,7 @@ def test_the_paired_error_is_that_of_repeated_draws_of_prompts(tmp_path):
     for _ in range(400):
         common = generator.normal(0, 0.1, 24)
         a, b = (-0.1 + common + generator.normal(0, 0.02, 24) for _ in range(2))
-        from tests.entropy_experiments.comparison_fixture import leave_out_means
-
         series = torch.tensor(leave_out_means(b)) - torch.tensor(leave_out_means(a))
-        from entropy_core.uncertainty import jackknife_standard_error
-
         found.append(b.mean() - a.mean())
         errors.append(jackknife_standard_error(series))
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)
@@ -378,21 +375,6 @@ def test_hostile_names_and_texts_are_shown_as_text(tmp_path):
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page and "<img src=x" not in page and "\x00" not in page and "\u202e" not in page
     assert "&lt;script&gt;alert(1)" in page
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["analyses", "sweeps"])
-def test_the_page_in_a_browser(browser, kind, pair, sweeps, tmp_path):
-    out = tmp_path / "out"
-    write_comparison(pair if kind == "analyses" else sweeps, out)
-    for view in ({"viewport": {"width": 390, "height": 800}}, {"color_scheme": "dark"}):
-        visit = Visit(browser, out / "comparison.html", opened=False, **view)
-        assert "B loses" in visit.first_screen()[0]
-        visit.close()
-    visit = Visit(browser, out / "comparison.html")
-    visit.draw("changes")
-    visit.says_where_from(out)
-    visit.close()
 
 
 def test_a_single_prompt_has_no_paired_error(tmp_path):
