@@ -15,7 +15,7 @@ def test_the_page_in_a_browser(browser, kind, tmp_path):
         sides = [build_side(tmp_path / "a", 1), build_side(tmp_path / "b", 2, shift=0.05)]
     else:
         sides = [
-            build_sweep(tmp_path / name, {4: 0.0, 8: shift}, seed)
+            build_sweep(tmp_path / name, {4: 0.0, 8: shift}, seed=seed)
             for name, shift, seed in (("a", 0.0, 1), ("b", 0.05, 2))
         ]
     out = tmp_path / "out"
