@@ -41,6 +41,8 @@ MODES = {
     "simple, fused": {"mode": "simple", "fused": True, "estimator": "split"},
     "attribution": {"mode": "attribution", "preset": "accurate"},
 }  # fmt: skip
+QUICK = ("watch, with parts and shares", "watch, averaged", "light", "simple, everything", "attribution")
+"""One of every kind of state; the other modes keep the same in other combinations."""
 
 
 def trainer_of(tiny_policy: Path, folder: Path, probe: dict, **settings: object) -> Any:
@@ -67,7 +69,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return dict(trainer.model.named_parameters())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.long) for m in MODES])
 def test_plain_trl(tiny_policy, tmp_path, mode) -> None:
     whole, _ = trainer_of(tiny_policy, tmp_path / "run", MODES[mode])
     whole.train()
