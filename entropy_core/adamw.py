@@ -147,7 +147,7 @@ def _pairs(named: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> list[t
 
 def _check_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
     kind = type(optimizer).__name__
-    # Relatives keep the same keys but take another step; RAdam's state cannot be told from Adam's
+    # Relatives keep the same keys but take another step; RAdam's state looks like Adam's
     # but by its class.
     relative = isinstance(optimizer, torch.optim.NAdam | torch.optim.RAdam | torch.optim.Adamax)
     if relative or not {"betas", "eps", "lr", "weight_decay"} <= group.keys():

@@ -62,7 +62,7 @@ def load_checkpoint(
     the analysed step, in place of the last step's; that of the first parameter group, to which others keep their ratio.
 
     Raises UserError for a missing, partial or changed checkpoint, an adapter whose base model is missing, optimizer state that
-    is absent or not AdamW's, or whose entries cannot be matched to parameters beyond doubt, a learning rate that is not
+    is absent or not AdamW's, or whose entries cannot be matched to parameters with certainty, a learning rate that is not
     recorded; a policy that is not the one that was saved (entropy_experiments.checkpoints.loaded_policy); a device
     map that does not fit, or that would offload what is trained.
     """

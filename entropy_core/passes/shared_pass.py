@@ -64,7 +64,7 @@ class Cotangents:
         inputs: the layer's number of inputs, which the products are as wide as.
 
     Attributes:
-        part: (tokens, out), those to multiply. Products are written by the caller into `room` and told apart by `spread`.
+        part: (tokens, out), those to multiply. Products are written by the caller into `room` and separated by `spread`.
     """
 
     def __init__(self, layer: nn.Module, current: SharedPass, dy: Tensor, inputs: int) -> None:

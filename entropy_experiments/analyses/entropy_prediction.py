@@ -58,7 +58,7 @@ def compare_prediction(
             "standard_error", "left_out", "effective_sample_size", "sequences"} (the last two for snis), a number, or None.
             left_out: (B,) with each evaluation prompt left out; without those of both sides nothing is said of their agreement,
             but against exact numbers.
-        resolution: the smallest change that is told from rounding, nats per token.
+        resolution: the smallest change that exceeds rounding, nats per token.
 
     Returns:
         The record that summary.json holds, scales ascending. trustworthy says whether the effective sample size is at least half

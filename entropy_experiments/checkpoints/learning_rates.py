@@ -32,7 +32,7 @@ def rates_of_last_step(
 ) -> list[float]:
     """One rate per group. groups: of the saved optimizer; scheduler: its saved state; most_steps: the run's planned length.
 
-    Raises UserError where the rate is not recorded and cannot be had from the schedule beyond doubt.
+    Raises UserError where the rate is not recorded and cannot be computed from the schedule with certainty.
     """
     after = [float(group["lr"]) for group in groups]
     base = _base_rates(groups, scheduler)

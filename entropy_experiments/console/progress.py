@@ -17,7 +17,7 @@ from rich.text import Text
 
 from entropy_experiments.run.reporter import Reporter
 
-_ENOUGH = 0.02  # of the whole, below which nothing is foretold: the seconds of loading say little about the rest
+_ENOUGH = 0.02  # of the whole, below which nothing is predicted: the seconds of loading say little about the rest
 _NARROW = 90  # columns below which the bar leaves rate and elapsed time out
 
 

@@ -84,7 +84,7 @@ class KernelSetup:
 class Piece(NamedTuple):
     """Columns that are computed at a time.
 
-    columns: how many. open: forms or loads what their blocks need. whole: all blocks in one process, since `open` is dear.
+    columns: how many. open: forms or loads what their blocks need. whole: all blocks in one process, since `open` is expensive.
     """
 
     columns: int

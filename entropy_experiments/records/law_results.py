@@ -1,4 +1,4 @@
-"""Stored result of the law R = -a e^H + b over training: its fit, and what the first third of the run foretold."""
+"""Stored result of the law R = -a e^H + b over training: its fit, and what the first third of the run predicted."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def check_sentences(self_checks: Sequence[CheckRecord]) -> list[Sentence]:
     those that passed would have let much through.
     """
     if not self_checks:
-        return [Sentence("No self-checks were recorded: nothing vouches for these numbers.", "warning")]
+        return [Sentence("No self-checks were recorded: these numbers have not been checked.", "warning")]
     failed = [check for check in self_checks if not check.passed]
     if failed:
         described = [_against(check) for check in failed]

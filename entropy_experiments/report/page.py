@@ -132,8 +132,7 @@ _DRAWN_BUFFERS = (
     "buffer, which prefers prompts that still teach something. The two are independent draws."
 )
 _GIVEN_BUFFERS = (
-    "The evaluation sequences are given texts, not drawn from the policy: what is said of entropy is said of their "
-    "tokens."
+    "The evaluation sequences are given texts, not drawn from the policy: entropy here is that of their tokens."
 )
 
 

@@ -73,7 +73,7 @@ def shard_of_process(shard: str | None, environ: Mapping[str, str] | None = None
         index, off = divmod(number - first, max(1, stride))
         if off or not 0 <= index < tasks:
             raise UserError(
-                "the SLURM array's task numbers have gaps, so that shards cannot be told from them: use --array=0-7 or give "
+                "the SLURM array's task numbers have gaps, so the shards cannot be derived from them: use --array=0-7 or give "
                 "--shard i/n"
             )
         return Shard(index, tasks, "array")

@@ -35,7 +35,7 @@ class Target:
 
 
 def name_runs(runs: Sequence[str | Path]) -> dict[str, Path]:
-    """Run name -> folder, in the order given; runs of one name are told apart by the folder above them.
+    """Run name -> folder, in the order given; runs of one name are distinguished by the folder above them.
 
     Raises UserError for no run, a path that is no run folder, a run given twice, or names that stay the same.
     """

@@ -1,4 +1,4 @@
-"""Whether completions come from the distribution that they are scored by, told from the completions
+"""Whether completions come from the distribution that they are scored by, judged from the completions
 alone.
 
     x_k = -log pi(a_k | c_k) - H(c_k) ,        E[x_k | c_k] = 0  where a_k ~ pi(. | c_k) ,

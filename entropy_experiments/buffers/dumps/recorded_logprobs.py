@@ -179,7 +179,7 @@ def _figures(own: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> tuple[fl
 
 
 def drawn_by(model: nn.Module, batch: SequenceBatch, passes: PassSettings) -> SurprisalCheck:
-    """Whether the policy can have drawn these completions, told from their surprisal and entropy alone."""
+    """Whether the policy can have drawn these completions, from their surprisal and entropy alone."""
     check = SurprisalCheck()
     statistics = token_statistics(model, batch, passes, with_variances=True)
     check.add(*map(float, surprisal_sums(statistics, batch).tolist()))

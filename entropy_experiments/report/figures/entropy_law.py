@@ -1,4 +1,4 @@
-"""Reward against entropy over training, the curve R = −a·e^H + b with its band, and what its first third foretold.
+"""Reward against entropy over training, the curve R = −a·e^H + b with its band, and what its first third predicted.
 
 Numbers of evolution.json (records.law_results); docs/analyses/evolution.md.
 """

@@ -1,6 +1,6 @@
 """One look for every chart: legible in print, on a dark page and to the colour-blind.
 
-Colours are Okabe and Ito's, told apart by lightness as well as by hue; whatever a colour says, a marker, a
+Colours are Okabe and Ito's, which differ in lightness as well as in hue; whatever a colour says, a marker, a
 hatch or a label says again. Charts are plain ``matplotlib.figure.Figure`` objects: pyplot and its global
 state are not used, and a user's matplotlibrc changes nothing, so the same numbers give the same picture.
 """
