@@ -3,8 +3,8 @@
 In a causal model the hidden states of a token depend on the tokens before it and on nothing else, so that sequences with
 equal beginnings (the completions of one prompt) have equal hidden states there, in every layer. A frozen layer y = x W^T
 multiplies these once and copies the products. In the backward pass they are separate again: the cotangent at a shared token is
-its own sequence's, which gradient rows need; only tokens whose cotangents are zero are left out (padding, the last token, and in the
-last layer all that predict nothing).
+its own sequence's, which gradient rows need; only tokens whose cotangents are zero are left out (padding, the last token, and
+in the last layer all that predict nothing).
 
 Numbers are those of the ordinary pass but for rounding. That sequences do agree where their tokens do is checked at every
 layer of every pass, on the last shared token of every sequence; a model where they do not (one that looks ahead) is passed

@@ -186,7 +186,7 @@ def _failed_checks(sides: Sequence[Side]) -> list[Sentence]:
                 )
             elif not checks:
                 found.append(
-                    Sentence(f"{where}: no self-checks were recorded: its numbers have not been checked.", "warning")
+                    Sentence(f"{where}: no self-checks were recorded, so its numbers have not been checked.", "warning")
                 )
     return found
 
