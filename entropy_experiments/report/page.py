@@ -267,14 +267,13 @@ def _sections(
 
 
 def write_report(results_dir: Path | str, unfinished: bool = False) -> Path:
-    """Write ``figures/*.png`` and ``report.html`` into the results folder ``results_dir``; return the
-    page's path. ``unfinished`` is for the writer of a ``….part`` folder, which is refused otherwise.
+    """Write ``figures/*.png`` and ``report.html`` into a results folder, in place of existing ones; return the page's path.
 
-    Existing figures of the same names and an existing page are replaced.
+    Args:
+        unfinished: For the writer of a ``….part`` folder, which is refused otherwise.
 
-    Raises
-    ------
-    rl_training.errors.UserError: the folder is not a whole results folder, or cannot be written to.
+    Raises:
+        UserError: The folder is not a whole results folder, or cannot be written to.
     """
     results = read_results_folder(results_dir, unfinished)
     images = {name: (png_bytes(figure), caption_of(figure)) for name, figure in draw_figures(results).items()}
