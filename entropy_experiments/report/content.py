@@ -30,13 +30,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with more than its text.
-
-    Attributes:
-        text: What it says.
-        sort_by: What a page sorts it by, "" where the number is not known.
-        link: An address, "" for none.
-        look: A class of page.css: "bad", "text" (what a person or a model wrote), "".
+    """A cell with more than its text. sort_by: what a page sorts it by, "" where the number is not known. link: an address.
+    look: a class of page.css: "bad", or "text" for what a person or a model wrote.
     """
 
     text: str
@@ -47,15 +42,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings, or a list of facts.
+    """Rows under `columns`, (heading, whether it holds numbers); without columns a list of facts, rows of a label and a value.
 
-    Attributes:
-        caption: May be "".
-        columns: (heading, whether it holds numbers); () for facts: rows of a label and a value.
-        rows: Cells, as many as columns.
-        source: Of its numbers.
-        noun: What a row is, where a page may sort and search the rows; "" where it may not.
-        failed: Places of rows that are shown in red.
+    noun: what a row is, where a page may sort and search the rows. failed: places of rows that are shown in red.
     """
 
     caption: str
@@ -78,17 +67,10 @@ class Table:
 
 @dataclass(frozen=True)
 class PageFigure:
-    """One figure of a page.
+    """One figure of a page; its element's id is figure-NAME.
 
-    Attributes:
-        name: Its element's id is figure-NAME.
-        heading: May be "".
-        reading: How to read it; may be "".
-        alt: What the figure says in words.
-        png: The picture.
-        plot: plotly's data and layout, see report.interactive.page; None for a picture only.
-        file: Where the PNG lies, relative to the page; "" for none.
-        source: Of what it draws.
+    reading: how to read it. alt: what it says in words. plot: plotly's data and layout, see report.interactive.page; None for a
+    picture only. file: where the PNG lies, relative to the page.
     """
 
     name: str
@@ -117,17 +99,11 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """What a page says under one heading, in the order of the fields. On a page it is closed until it is asked for.
+    """What a page says under one heading, in the order of the fields. It is closed until it is asked for.
 
-    Attributes:
-        name: Its element's id; of a part, section-NAME.
-        title: The heading.
-        within: What it holds, in a few words beside the heading.
-        short: What the page's contents call it; "" for the title.
-        text: A paragraph, "" for none.
-        sentences, figures, tables: What it says.
-        body: A file of report/templates for what needs elements of its own; it is given `values`.
-        parts: Sections within it, which its own contents list.
+    name: its element's id; of a part, section-NAME. within: what it holds, beside the heading. short: what the page's contents
+    call it, where not by its title. body: a file of report/templates for what needs elements of its own, which is given `values`.
+    parts: sections within it, listed at its head.
     """
 
     name: str
@@ -160,19 +136,10 @@ class NextStep:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page.
+    """A whole page: a first screen (about: what it answers; tiles; leading sentences beside a figure; what to do next), sections.
 
-    Attributes:
-        title: Of the window.
-        heading, about: At its head: its name, and what it answers.
-        verdict: Sentences; those with `lead` stand on the first screen, the others in a section "Whole verdict".
-        tiles: The few numbers that stand on the first screen.
-        lead_figure: Beside the leading sentences; None where there is nothing to draw.
-        next_steps: What to do; may be empty.
-        sections: All else, in order.
-        new_readers: The id of the section for those who see such a page for the first time; "" where there is none.
-        data: name -> what JSON can hold, for scripts.
-        scripts: Files of report/templates beside the page's own.
+    verdict: sentences; those without `lead` go into a section of their own. new_readers: id of the section for those who see such
+    a page for the first time. data: name -> JSON for `scripts`, which are files of report/templates beside the page's own.
     """
 
     title: str
