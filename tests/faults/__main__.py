@@ -60,8 +60,11 @@ def all_cases(kept: Path, kills: int, disks: int, chosen: list[str]) -> Iterator
         yield from surroundings.environment_cases(run, results)
     foreign = kept / "foreign"
     sound = Undisturbed(commands(kept / "policy", run, results, foreign), kept / "undisturbed")
+    found = [] if not kills else _kills(sound, names, kills)
+    if disks and os.environ.get(MOUNTS):
+        found += [disk_cases(sound, name) for name in names]
+    yield from _taking_turns(found)
     if kills:
-        yield from _taking_turns(_kills(sound, names, kills))
         yield from surroundings.concurrency_cases(sound)
     if disks:
         yield from _taking_turns(_disks(sound, names, disks))
@@ -100,8 +103,7 @@ def _kills(sound: Undisturbed, names: list[str], kills: int) -> list[Iterator[Ca
 
 
 def _disks(sound: Undisturbed, names: list[str], disks: int) -> list[Iterator[Case]]:
-    found = [disk_cases(sound, name) for name in names] if os.environ.get(MOUNTS) else []
-    found += [size_cases(sound, name) for name in names]
+    found = [size_cases(sound, name) for name in names]
     found += [
         point_cases(sound, name, fault, count) for name in names for fault, count in (("full", disks), ("term", 2))
     ]
@@ -187,10 +189,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         areas[row["area"]].append(row)
     bad = [row for row in rows if row["trouble"]]
+    kills = [row for row in rows if "kill" in row["area"]]
+    same = sum(not row["trouble"] for row in kills)
     lines = [
         "# What was tried to break it", "",
-        f"`make faults`, {datetime.date.today().isoformat()}, {_versions(rows)}: {len(rows)} cases, "
-        f"{len(rows) - len(bad)} ended as they must, {len(bad)} did not.", "",
+        f"`make faults`, {datetime.date.today().isoformat()}, {_versions(rows)}: {len(rows):,} cases, "
+        f"{len(rows) - len(bad)} ended as they must, {len(bad)} did not. "
+        f"{len(kills)} are kills: {same} of them were gone on with to the bits of an undisturbed run.", "",
         "| area | cases | as they must | seconds |", "| --- | ---: | ---: | ---: |",
     ]  # fmt: skip
     for area, found in areas.items():

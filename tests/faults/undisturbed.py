@@ -205,8 +205,8 @@ def go_on(command: Command, arguments: list[str], count: int, folder: Path, whol
     A training that had begun and had no checkpoint yet must say that it begins anew.
     """
     run = folder / "run"
-    begun = command.name == "train" and run.is_dir() and any(p.name != ".lock" for p in run.iterdir())
-    anew = begun and not any(p.name.removeprefix("checkpoint-").isdigit() for p in run.iterdir())
+    begun = command.name == "train" and (run / "config.yaml").exists()  # which appears with the first step
+    anew = begun and not any(path.name.removeprefix("checkpoint-").isdigit() for path in run.iterdir())
     ended = wait_for(start([*arguments, *command.again], count))
     # Where it was whole already, that is said, and the bits tell.
     done = all(code == 0 or (code == 2 and "exists already" in said) for code, said in ended)

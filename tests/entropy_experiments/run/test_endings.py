@@ -119,6 +119,35 @@ def test_a_signal_closes_what_is_open_and_ends_in_one_line(number, status):
     assert err.count("\n") == 1 and "--resume" in err, err
 
 
+SLOW_IMPORT = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "entropy_experiments.cli":
+            print("ready", flush=True)
+            time.sleep(600)
+sys.meta_path.insert(0, Slow())
+from entropy_experiments.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_during_imports_ends_in_one_line(number, status):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_IMPORT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and err.count("\n") == 1 and err.startswith(("interrupted", "ended by")), err
+
+
 def test_a_closed_pipe_is_no_error():
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     script = (
