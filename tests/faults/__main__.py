@@ -123,7 +123,7 @@ def _taking_turns(found: list[Iterator[Case]]) -> Iterator[Case]:
 
 def main() -> int:
     options = argparse.ArgumentParser(prog="python -m tests.faults")
-    options.add_argument("--kills", type=int, default=12)
+    options.add_argument("--kills", type=int, default=16)
     options.add_argument("--disks", type=int, default=10)
     options.add_argument("--commands", default="")
     options.add_argument("--part", default="1/1")
