@@ -77,11 +77,16 @@ def trainer_arguments(config: TrainConfig, on_cpu: bool) -> DrGRPOConfig:
     """TRL's arguments for a configuration.
 
     Raises:
-        UserError: the buffer does not divide into micro-batches.
+        UserError: the buffer does not divide among processes, or into micro-batches.
     """
     processes = world_size()
     rollouts, optimizer, buffer, run = config.rollouts, config.optimizer, config.training_buffer, config.training
     sequences = rollouts.prompts_per_step * rollouts.completions_per_prompt
+    if rollouts.prompts_per_step % processes:
+        raise UserError(
+            f"{processes} processes cannot share {rollouts.prompts_per_step} prompts a step evenly: set "
+            "rollouts.prompts_per_step to a multiple of their number"
+        )
     micro = min(optimizer.micro_batch_size, sequences // processes)
     if micro < 1 or sequences % (micro * processes):
         raise UserError(

@@ -50,7 +50,7 @@ def commands(policy: Path, run: Path, results: Path, foreign: Path) -> dict[str,
     task = sums(policy.with_name("sums.jsonl"))
 
     def train(folder: Path) -> list[str]:
-        small = {"prompts_per_step": 3, "completions_per_prompt": 4, "max_completion_length": 4}
+        small = {"prompts_per_step": 6, "completions_per_prompt": 2, "max_completion_length": 4}
         config = tiny_train_config(
             policy, folder / "run", training={"steps": 3, "save_every": 1}, rollouts=small, task=task,
             optimizer={"micro_batch_size": 2},
@@ -165,7 +165,8 @@ class Undisturbed:
         ended = wait_for(start(arguments, count, FAULT_COUNT=str(counted)))
         assert all(code == 0 for code, _ in ended), ended
         seconds = (warm_python.cpu_seconds[0] - before_seconds) / count
-        return Whole(int(counted.read_text()), seconds, used_bytes(folder) - before, command.bits(folder))
+        points = int(counted.read_text()) if count == 1 else 0  # several end by os._exit, and count nothing
+        return Whole(points, seconds, used_bytes(folder) - before, command.bits(folder))
 
 
 def used_bytes(folder: Path) -> int:

@@ -16,7 +16,7 @@ from rl_training.run.folder_lock import LOCK_NAME, holds_something, locked, run_
 from rl_training.run.resume import check_resumable
 from rl_training.run.rollouts import SCHEMA, read_rollouts, rollouts_path, write_rollouts
 from rl_training.run.sidecar import read_sidecar
-from rl_training.train import run_training
+from rl_training.train import run_training, trainer_arguments
 from tests.tiny_policy import tiny_train_config
 
 ROOT = Path(__file__).parents[3]
@@ -152,3 +152,17 @@ def test_the_record_of_a_steps_sequences_is_held_against_its_digest(finished):
         check_resumable(checkpoint, finished, 3)  # a run goes on without the records of its past
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro", "words"),
+    [("2", 1, "set rollouts.prompts_per_step"), ("1", 5, "change optimizer.micro_batch_size")],
+)
+def test_a_step_that_processes_or_passes_cannot_share_names_our_keys(
+    monkeypatch, tmp_path, processes, micro, words
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    shape = {"prompts_per_step": 3, "completions_per_prompt": 4}
+    config = tiny_train_config(tmp_path, tmp_path / "run", rollouts=shape, optimizer={"micro_batch_size": micro})
+    with pytest.raises(UserError, match=words):
+        trainer_arguments(config, on_cpu=True)
