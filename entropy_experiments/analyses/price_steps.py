@@ -46,7 +46,8 @@ class PriceInputs:
     """rows: of the training sequences. gradient_of_h: name -> tensor, by the estimand's estimator on the evaluation sequences.
 
     rewards: (n_eval,) float64, NaN where unknown. judged: (n_eval,) bool, the sequences that the costliest training sequences
-    were not chosen on.
+    were not chosen on. measured_on: sequences and rewards that real steps are measured on; None: the evaluation sequences.
+    measured_part: of each step that is taken, the change divided by it: the smaller, the less curvature.
     """
 
     model: nn.Module
@@ -58,6 +59,8 @@ class PriceInputs:
     rewards: Tensor
     judged: Tensor
     passes: PassSettings
+    measured_on: tuple[EvaluationSide, Tensor] | None = None
+    measured_part: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -184,13 +187,13 @@ def _solved(one: Intervention, gradients: _Gradients) -> Priced | str:
 
 
 def _measured(inputs: PriceInputs, delta: Mapping[str, Tensor]) -> MeasuredStep:
-    side = inputs.evaluation
-    with weights_moved(inputs.model, delta, 1.0):
+    side, rewards = inputs.measured_on or (inputs.evaluation, inputs.rewards)
+    with weights_moved(inputs.model, delta, inputs.measured_part):
         after = token_statistics(inputs.model, side.batch, inputs.passes)
     weights = normalized_weights((after.scores() - side.statistics.scores()).cpu())
-    reward = float((weights * inputs.rewards).mean() - inputs.rewards.mean())
+    reward = float((weights * rewards).mean() - rewards.mean()) / inputs.measured_part
     return MeasuredStep(
-        entropy=snis_entropy_change(side.statistics, after, side.batch).change,
+        entropy=snis_entropy_change(side.statistics, after, side.batch).change / inputs.measured_part,
         reward=reward if np.isfinite(reward) else None,
         effective_sample_size=effective_sample_size(weights),
     )
