@@ -82,14 +82,20 @@ def notes(rows: list[RolloutRow], path: Path) -> list[str]:
 
 def _refuse_evaluations(path: Path, steps: set[int]) -> None:
     """An evaluation at a logged step goes to that step's file, in place of what the step was made of."""
-    for folder in path.absolute().parent.parent.glob("checkpoint-*") if path.parent.name == "completions" else ():
-        rows = read_trainer_state(folder).get("log_history", [])
-        evaluated = {row.get("step") for row in rows if any(str(key).startswith("eval_") for key in row)}
-        if found := sorted(steps & evaluated):
-            raise UserError(
-                f"{path} is of an evaluation at step {found[0]} ({folder.name}/trainer_state.json), which TRL writes over that "
-                "step's own sequences: take another step, and train with eval_strategy='no' or evaluate between logs"
-            )
+    run = path.absolute().parent.parent
+    numbered = {int(m[1]): p for p in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d{1,9})", p.name))}
+    if path.parent.name != "completions" or not numbered or not steps:
+        return
+    folder = numbered[
+        min((n for n in numbered if n >= max(steps)), default=max(numbered))
+    ]  # its log has all rows until then
+    rows = read_trainer_state(folder).get("log_history", [])
+    evaluated = {row.get("step") for row in rows if any(str(key).startswith("eval_") for key in row)}
+    if found := sorted(steps & evaluated):
+        raise UserError(
+            f"{path} is of an evaluation at step {found[0]} ({folder.name}/trainer_state.json), which TRL writes over that "
+            "step's own sequences: take another step, and train with eval_strategy='no' or evaluate between logs"
+        )
 
 
 def _contents(path: Path) -> list[tuple[Any, ...]]:
