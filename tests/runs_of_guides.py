@@ -145,6 +145,11 @@ def zero_at_step(folder: Path, step: int) -> None:
     with deepspeed_names():
         content = torch.load(place / "mp_rank_00_model_states.pt", weights_only=False)
         torch.save({**content, "global_steps": step}, place / "mp_rank_00_model_states.pt")
+        for path in place.glob("*optim_states.pt"):
+            content = torch.load(path, weights_only=False)
+            for entry in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+                entry["step"] = torch.tensor(float(step))
+            torch.save(content, path)
 
 
 def as_bitsandbytes(path: Path) -> None:
