@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from entropy_experiments.checkpoint_loader import load_checkpoint
-from entropy_experiments.checkpoints.learning_rates import rates_of_last_step
+from entropy_experiments.checkpoints.learning_rates import rates_after, rates_of_last_step
 from entropy_experiments.cli import app
 from entropy_experiments.console.doctor import diagnose, examine
 from rl_training.errors import UserError
@@ -49,6 +49,11 @@ def test_a_schedule_of_ones_own_is_no_schedule_of_transformers(schedule, step: i
         rates(schedule, step)
     logged = rates(schedule, step, [{"step": step - 1, "learning_rate": 1e-3}, {"step": step, "learning_rate": 7e-4}])
     assert logged == [7e-4], "the row of that very step settles it"
+
+
+def test_a_rate_that_is_given_needs_no_optimizer() -> None:
+    """Of an optimizer that is refused, or was not saved, there are no groups: what is wrong with it is said, not this."""
+    assert rates_after([], 1e-3, None) == [] and rates_after([], 1e-3, {"base_lrs": [1e-3]}) == []
 
 
 def test_a_constant_rate_is_known_by_its_rows() -> None:
