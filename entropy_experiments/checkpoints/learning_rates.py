@@ -80,7 +80,7 @@ def logged_rate(step: int, log_history: Sequence[Mapping[str, Any]]) -> float | 
 
 
 def rates_after(groups: Sequence[Mapping[str, Any]], first: float, scheduler: Mapping[str, Any] | None) -> list[float]:
-    """`first` for the first group, and the others in their ratio to it; [] of no groups. Raises UserError where it is not known."""
+    """`first` for the first group, others in their ratio to it; [] of no groups. Raises UserError where it is not known."""
     if not groups:
         return []
     return _scaled_to(first, [float(group["lr"]) for group in groups], _base_rates(groups, scheduler))
