@@ -29,7 +29,7 @@ def test_commands_take_a_run_that_was_imported(formats: Path, copied, tmp_path: 
         assert done.returncode == 0, done.stderr
 
     typed("sweep", tmp_path / "run", *REAL, *TOLD, "--folder", tmp_path / "out")
-    analyses = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    analyses = sorted(path for path in (tmp_path / "out" / "checkpoints").iterdir() if path.is_dir())
     assert [path.name for path in analyses] == ["run_checkpoint-4", "run_checkpoint-8"]
     typed("compare", *analyses, "--output", tmp_path / "compared")
     found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
