@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.price_check import small_run
@@ -131,7 +130,7 @@ def page() -> str:
         groups=GROUPS,
         first=kept["steps"][0],
         last=kept["steps"][1],
-        score=float(spearmanr(share, effect)[0]),
+        score=float(np.corrcoef(ranks)[0, 1]),
         low=low,
         high=high,
         verdict=verdict,

@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def pack(tape: Tape, path: Path) -> None:
             columns[name].append(np.array(value))
     kinds = {**_TOKENS, **_EACH, **_STEP}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **{name: np.stack(values).astype(kinds[name]) for name, values in columns.items()})
+    arrays: dict[str, Any] = {name: np.stack(values).astype(kinds[name]) for name, values in columns.items()}
+    np.savez_compressed(path, **arrays)
 
 
 def load(path: Path) -> Record:
