@@ -40,6 +40,7 @@ def cost_sentences(
     name = "effects of leaving them out" if by_effect else "accounting shares"
     text = (
         f"Of {counted(len(rows), 'training sequence')}, {lowering} lowered entropy in this step and {raising} raised it"
+        f"{_told(rows, 'effect' if by_effect else 'delta_h')}"
     )
     text += f" (by their {name}"
     own = 0.0 if leaving_out is None else leaving_out.own_part_of_second_moment
@@ -62,6 +63,15 @@ def cost_sentences(
             tone = "warning"
         found.append(Sentence(f"{of_prompts}.", tone))
     return found
+
+
+def _told(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Of how many rows the sign is told: the columns `name`_low and `name`_high; nothing where they are not known."""
+    ends = [(as_number(row.get(f"{name}_low")), as_number(row.get(f"{name}_high"))) for row in rows]
+    known = [(low, high) for low, high in ends if low is not None and high is not None]
+    if not known:
+        return ""
+    return f", {sum(high < 0 for _, high in known)} and {sum(low > 0 for low, _ in known)} of them beyond their 95% intervals"
 
 
 class _Teller:

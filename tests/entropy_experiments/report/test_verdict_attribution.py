@@ -131,3 +131,12 @@ def test_the_verdict_holds_these_sentences():
     texts = [str(s) for s in write_verdict(results_of(summary, make_history(), make_run()["self_checks"], ROWS))]
     assert np.sum(["Another draw of this training buffer" in text for text in texts]) == 1
     assert np.sum(["first in 73%" in text for text in texts]) == 1
+
+
+def test_of_how_many_the_sign_is_told_is_said():
+    rows = [
+        row | {"effect_low": row["effect_of_leaving_out"] - 2e-3, "effect_high": row["effect_of_leaving_out"] + 1.5e-3}
+        for row in ROWS
+    ]
+    text = costs(leaving_out(), rows)[0].text
+    assert "4 lowered entropy in this step and 1 raised it, 3 and 0 of them beyond their 95% intervals (by their" in text
