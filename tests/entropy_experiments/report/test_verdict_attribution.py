@@ -139,4 +139,6 @@ def test_of_how_many_the_sign_is_told_is_said():
         for row in ROWS
     ]
     text = costs(leaving_out(), rows)[0].text
-    assert "4 lowered entropy in this step and 1 raised it, 3 and 0 of them beyond their 95% intervals (by their" in text
+    assert (
+        "4 lowered entropy in this step and 1 raised it, 3 and 0 of them beyond their 95% intervals (by their" in text
+    )
