@@ -298,6 +298,7 @@ def _attribution(settings: AnalysisSettings, training: TrainingSide, gradients: 
         batch_change=dot(towards, step.parts()["batch"]),
         effects=effects_of_leaving_out(towards, training.gradient, rows, weights, step),
         own_part_of_second_moment=own_part_of_second_moment(step),
+        tokens=own.tokens,
     )
 
 

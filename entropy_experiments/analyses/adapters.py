@@ -128,6 +128,7 @@ def higher_order(inputs: AnalysisInputs) -> HigherOrderResult:
         inputs.eval_batch,
         inputs.numbers.eval_statistics,
         passes=PassSettings(settings.fisher_kernel.token_batch_size),
+        known={m.scale: m.after for m in step_numbers(inputs).measured if m.after is not None},
     )
     split = step_numbers(inputs).predictions.per_token["split"]["total"]
     return measure_orders(

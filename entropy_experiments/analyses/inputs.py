@@ -78,10 +78,13 @@ class AnalysisInputs:
     def token_shares(self) -> Tensor:
         """(n_train, L) float64 on the CPU: the shares of completion tokens, nats per token; a row adds up to its sequence's.
 
-        One pass over the training sequences, made once. There must be a step.
+        One pass over the training sequences, made once, unless that of the shares told them. There must be a step.
         """
-        side = self.side
+        side, step = self.side, self.numbers.step
         assert side.weights is not None
+        assert step is not None
+        if step.attribution.tokens is not None:
+            return step.attribution.tokens
         gradient = self.gradients[self.numbers.estimand.gradient]
         return token_shares(
             self.model,

@@ -3,8 +3,9 @@
     g' = run's g + coefficient x term's g, or of weights, or of token coefficients  ->  dtheta'  ->  <row_t, dtheta'>
 
 One forward pass over the training sequences serves all objectives that are no weights of sequences, and one pass over the
-evaluation sequences all steps, as many as memory holds. The bonus that holds entropy is the coefficient c of
-<grad h, dtheta'(c)> = 0 (entropy_core.bonus): its gradient is linear in c, its step is not.
+evaluation sequences all steps, as many as memory holds; of a model whose rows are as large as itself one at a time. The bonus
+that holds entropy is the coefficient c of <grad h, dtheta'(c)> = 0 (entropy_core.bonus): its gradient is linear in c, its step is
+not.
 Source: docs/analyses/prices.md; steps: step/what_if.py.
 """
 
@@ -21,7 +22,7 @@ from entropy_core.bonus import solve_bonus
 from entropy_core.cut_weights import total_of
 from entropy_core.directional import weights_moved
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
-from entropy_core.formed import dot
+from entropy_core.formed import Formed, dot
 from entropy_core.gradients import batch_gradients
 from entropy_core.interventions import Added, Intervention, Objective, TrainingTokens
 from entropy_core.measurement import snis_entropy_change
@@ -30,8 +31,8 @@ from entropy_core.scores import token_statistics
 from entropy_experiments.kernel.contraction import RowKind
 from entropy_experiments.records.price_results import MeasuredStep
 from entropy_experiments.step.evaluation_products import EvaluationSide
-from entropy_experiments.step.gradient_rows import TrainingRows
-from entropy_experiments.step.row_products import products_with_steps
+from entropy_experiments.step.gradient_rows import KeptRows, TrainingRows
+from entropy_experiments.step.row_products import products_with_steps, rows_are_large
 from entropy_experiments.step.what_if import StepMaker
 
 _STEPS_HELD = 2**30  # bytes of steps beside each other; of gradients as many again
@@ -73,17 +74,29 @@ class Priced:
 
 
 class _Gradients:
-    """Loss gradients before clipping; those of token coefficients come from one forward pass for all objectives of `of`."""
+    """Loss gradients before clipping; those of token coefficients come from one forward pass for all objectives that are made
+    ready together, and are held until others are. That of the run is the analysed step's, where no rows are kept to sum up.
+    """
 
-    def __init__(self, inputs: PriceInputs, of: Iterable[Objective | None]) -> None:
+    def __init__(self, inputs: PriceInputs) -> None:
         self._inputs = inputs
-        self.run = inputs.rows.weighted_gradient(inputs.tokens.weights)
-        found = {id(term): term for objective in of if (term := _term(objective)) is not None}
+        again = isinstance(inputs.rows, KeptRows)
+        self.run = inputs.rows.weighted_gradient(inputs.tokens.weights) if again else inputs.steps.step.gradient
+        self._of_term: dict[int, dict[str, Tensor]] = {}
+
+    def ready(self, objectives: Iterable[Objective | None]) -> None:
+        """Make what these objectives need beside the run's gradient."""
+        inputs, found = self._inputs, {id(t): t for one in objectives if (t := _term(one)) is not None}
+        if found and found.keys() <= self._of_term.keys():
+            return
+        self._of_term.clear()
         losses = [term.scaled(-1.0) for term in found.values()]
         made = batch_gradients(inputs.model, inputs.tokens.batch, losses, inputs.passes, True) if losses else []
-        self._of_term = dict(zip(found, made, strict=True))
+        self._of_term.update(zip(found, made, strict=True))
 
-    def of(self, objective: Objective) -> dict[str, Tensor]:
+    def of(self, objective: Objective) -> Mapping[str, Tensor]:
+        if objective is self._inputs.tokens.weights:
+            return self.run
         if isinstance(objective, Tensor):
             return self._inputs.rows.weighted_gradient(objective)
         if isinstance(objective, TokenCoefficients):
@@ -91,10 +104,10 @@ class _Gradients:
         assert objective.coefficient is not None
         return self.plus(objective.term, objective.coefficient)
 
-    def plus(self, term: TokenCoefficients, coefficient: float) -> dict[str, Tensor]:
-        """The run's gradient plus `coefficient` times that of a term's loss."""
+    def plus(self, term: TokenCoefficients, coefficient: float) -> Mapping[str, Tensor]:
+        """The run's gradient plus `coefficient` times that of a term's loss, formed when it is read."""
         of_term = self._of_term[id(term)]
-        return {name: g + coefficient * of_term[name] for name, g in self.run.items()}
+        return Formed(self.run, lambda name: self.run[name] + coefficient * of_term[name])
 
     def solved(self, term: TokenCoefficients) -> float | str:
         """The coefficient with which the predicted change of entropy is 0, or why there is none: the gradient is linear in it,
@@ -150,13 +163,15 @@ def steps_and_products(
     """
     wanted = [one for one in listed if one.objective is not None]
     (size,) = total_of(sum(p.numel() * p.element_size() for p in inputs.steps.parameters.values()))
-    many = max(1, int(_STEPS_HELD // max(1, size)))
+    many = 1 if rows_are_large(inputs.model) else max(1, int(_STEPS_HELD // max(1, size)))
+    gradients = _Gradients(inputs)
     priced: list[Priced] = []
     parts: list[dict[RowKind, Tensor]] = []
     refused: dict[str, str] = {}
     for start in range(0, len(wanted), many):
         some = wanted[start : start + many]
-        gradients, deltas = _Gradients(inputs, [one.objective for one in some]), []
+        gradients.ready(one.objective for one in some)
+        deltas: list[Mapping[str, Tensor]] = []
         for one in some:
             found = _solved(one, gradients)
             if isinstance(found, str):
@@ -165,10 +180,12 @@ def steps_and_products(
             assert found.one.objective is not None
             gradient = gradients.of(found.one.objective)
             deltas.append(inputs.steps.delta(gradient, one.learning_rate_factor, one.keeps_momentum))
+            del gradient  # of a model that is as large as its rows one vector more
             if one.name == "run":
                 _check(inputs, deltas[-1])
             priced.append(replace(found, measured=_measured(inputs, deltas[-1]) if measure else None))
-        del gradients
+        if many > 1:
+            gradients.ready(())
         if deltas:
             parts.append(products_with_steps(inputs.model, inputs.evaluation, deltas, inputs.passes))
     return priced, {kind: torch.cat([part[kind] for part in parts], 1) for kind in parts[0]}, refused

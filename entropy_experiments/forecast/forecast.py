@@ -29,6 +29,7 @@ from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
 from entropy_experiments.kernel.factor_sizes import Lengths
 from entropy_experiments.kernel.options import LOGIT_BYTES, describe_plan, held_memory, kernel_options
 from entropy_experiments.kernel.plan import KernelPlan, fixed_bytes
+from entropy_experiments.step.row_products import rows_are_large
 from rl_training.errors import UserError
 
 _GIB = 2**30
@@ -137,7 +138,7 @@ def forecast_analysis(checkpoint_path: str | Path, config: FisherAnalysisConfig,
         ),
         StageForecast("drawing the evaluation buffer", 0, drawn),
     ]
-    stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train)]
+    stages = [*loaded, *_stages(config, plan, pilot, n_eval, n_train, rows_are_large(model))]
     one_pass = (_ALLOCATOR if on_cpu else 1.0) * pilot.pass_bytes * tokens + LOGIT_BYTES
     memory = held + fixed_bytes(size, plan.strategy) + plan.memory + int(one_pass)
     kernels = 4 * 2 * (size.n_eval * size.n_train + size.n_train**2) if settings.fisher_kernel.compute_full else 0
@@ -213,7 +214,7 @@ def _of_gradients(
 
 
 def _stages(
-    config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int
+    config: FisherAnalysisConfig, plan: KernelPlan, pilot: Pilot, n_eval: int, n_train: int, large: bool
 ) -> list[StageForecast]:
     settings = config.entropy_analysis
     analysis, kernel = settings.analysis, settings.fisher_kernel
@@ -229,17 +230,22 @@ def _stages(
         fresh = len(analysis.fresh_scales)
         drawn = fresh * draw(n_eval) + evaluation.seconds(fresh * n_eval, 0)
         out.append(StageForecast("analysis: entropy prediction", fresh * n_eval, drawn))
-    if analysis.higher_order:
-        out.append(passes("analysis: higher order", 2 * n_eval * sum(s <= 1 for s in {*analysis.step_scales, 1.0}), 0))
-    if analysis.attribution:
+    if analysis.higher_order:  # back along the step; forth is measured above
+        out.append(passes("analysis: higher order", n_eval * sum(s <= 1 for s in {*analysis.step_scales, 1.0}), 0))
+    if plan.strategy != "memory":
+        out.append(StageForecast("noise of the training side", n_train, training.seconds(n_train, 1)))
+    if analysis.attribution and plan.strategy == "memory":  # otherwise the shares' own pass has the tokens'
         out.append(StageForecast("analysis: attribution", n_train, n_train * training.derivatives))
     if analysis.intervention:
         out.append(passes("analysis: intervention", (analysis.intervention_subsets + 16) * n_eval, 0))
     if analysis.weighting_schemes and analysis.weighting_steps:
         out.append(passes("analysis: weighting schemes", (1 + MOST_ROWS) * n_eval, 0))
     if analysis.prices:
-        seconds = training.seconds(n_train, TOKEN_GRADIENTS) + evaluation.seconds(n_eval, 4)
+        seconds, count = training.seconds(n_train, TOKEN_GRADIENTS) + evaluation.seconds(n_eval, 4), 1
+        if large:  # a gradient and a pass in forward mode for each
+            count = MOST_INTERVENTIONS
+            seconds = count * (training.seconds(n_train, 1) + n_eval * evaluation.derivatives)
         if analysis.price_steps:
             seconds += MOST_INTERVENTIONS * evaluation.seconds(n_eval, 0)
-        out.append(StageForecast("analysis: prices", n_train + n_eval, seconds))
+        out.append(StageForecast("analysis: prices", count * (n_train + n_eval), seconds))
     return out

@@ -23,7 +23,7 @@ from torch import Tensor
 from entropy_core.batch import SequenceBatch, length_buckets
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import entropy_coefficients, score_coefficients
-from entropy_core.gradients import stream_rows, trainable_parameters
+from entropy_core.gradients import batch_gradients, stream_rows, trainable_parameters
 from entropy_core.passes.forward import evaluation_mode, input_device
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.row_formation import RowFormation
@@ -40,6 +40,7 @@ from entropy_experiments.double_sampling import (
     sample_training_batch,
 )
 from entropy_experiments.kernel.modules import chosen_parameters, only_trainable
+from entropy_experiments.step.row_products import rows_are_large
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts
 from rl_training.sampling import Rollouts, draw
@@ -47,6 +48,7 @@ from rl_training.sequences import RolloutSequence
 
 PILOT = 16  # sequences a side
 _PASSED = 64  # at most, where passes without gradients are timed: these go in larger batches
+_SLOW = 2.0  # seconds of a forward pass over the pilot: larger batches would tell nothing more
 _FEW = 4  # of the smaller drawing
 _RECORDED_STEPS = 4  # whose lengths and rejected groups are looked at
 _DRAWN_AT_A_TIME = 64  # as in rl_training.sampling
@@ -268,16 +270,21 @@ def _time_passes(
         chosen_parameters(model, settings.filter_modules),
         PassSettings(settings.token_batch_size, formation),
     )
-    many = more_of_the_kind(batch, count)
-    token_statistics(model, many, passes)  # first calls are slower, and run in memory that is not there yet
+    # first calls are slower, and run in memory that is not there yet
+    warm, statistics = _timed(lambda: token_statistics(model, batch, passes))
+    many = batch if warm > _SLOW else more_of_the_kind(batch, count)
+    if many is not batch:
+        token_statistics(model, many, passes)
     forward, _ = _timed(lambda: token_statistics(model, many, passes))
-    statistics = token_statistics(model, batch, passes)
-    one = [score_coefficients(batch)]
-    four = [*one, entropy_coefficients(statistics, batch, "rao_blackwell")] * 2
+    large, one = rows_are_large(model), [score_coefficients(batch)]
+    four = [*one, entropy_coefficients(statistics, batch, "rao_blackwell")] * (1 if large else 2)
 
     def rows_of(objectives: list[Any]) -> None:
+        if not settings.compute_full:
+            batch_gradients(model, batch, objectives, passes)
+            return
         with only_trainable(model, names):
-            stream_rows(model, batch, objectives, lambda *_: None, passes, restart=lambda: None)
+            stream_rows(model, batch, objectives, lambda *_: None, passes, lambda: None, factored=large)
 
     with torch.enable_grad(), evaluation_mode(model), _kept_for_backward(model) as kept:
         bucket = max(length_buckets(batch, passes.token_batch_size, fewest=False), key=lambda b: b.input_ids.numel())

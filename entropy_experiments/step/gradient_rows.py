@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
 from entropy_core.cut_weights import total as total_over_parameters
-from entropy_core.directional import sequence_derivatives
+from entropy_core.directional import SequenceDerivatives, sequence_derivatives
 from entropy_core.entropy import score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
@@ -98,5 +98,8 @@ class RecomputedRows:
         return batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
-        found = sequence_derivatives(self._model, self._batch, direction, self._passes, hold_padding=self._as_trained)
-        return found.sequences.double().cpu()
+        return self.along(direction).sequences.double().cpu()
+
+    def along(self, direction: Mapping[str, Tensor]) -> SequenceDerivatives:
+        """`products`, and every token's part of them."""
+        return sequence_derivatives(self._model, self._batch, direction, self._passes, hold_padding=self._as_trained)

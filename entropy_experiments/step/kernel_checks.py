@@ -46,7 +46,7 @@ def check_gradient(
 def check_optimizer(step: NextStep, gradient: Mapping[str, Tensor], record: OptimizerRecord) -> list[SelfCheck]:
     """The split against the optimizer's own step, and moments against gradients (`check_optimizer_entries`)."""
     entries = check_optimizer_entries(step.state, gradient, record)
-    split = step.update.total()
+    split = step.sum_of_parts
     found, rounded = (relative_error_of_dicts(split, one) for one in (step.unrounded_delta, step.parameter_delta))
     return [
         SelfCheck(

@@ -46,7 +46,7 @@ def measure_scales(
         with weights_moved(model, step, scale):
             after = token_statistics(model, side.batch, passes)
         snis = snis_entropy_change(before, after, side.batch) if side.estimand.measure == "snis" else None
-        found.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, side.batch)))
+        found.append(MeasuredScale(scale, snis, fixed_prefix_entropy_change(before, after, side.batch), after))
     return tuple(found)
 
 

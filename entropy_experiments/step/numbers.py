@@ -73,7 +73,8 @@ class StepShares:
     shares: dH_i, which add up to batch_change and are step_factor * weights * products, products = <grad h, P_t dS_i>.
     measurement_shares: the same with the gradient of the estimand's `derivative`, so that they add up to the derivative of what
     is measured. effects: what leaving each sequence out of the step does (entropy_experiments.step.effects_of_leaving_out);
-    own_part_of_second_moment: (1 - beta2)/(1 - beta2^t), which decides whether effects or shares name who is first.
+    own_part_of_second_moment: (1 - beta2)/(1 - beta2^t), which decides whether effects or shares name who is first. tokens: as of
+    entropy_experiments.step.shares.Attribution.
     """
 
     shares: Tensor
@@ -84,15 +85,19 @@ class StepShares:
     batch_change: float
     effects: Tensor
     own_part_of_second_moment: float
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class MeasuredScale:
-    """Measured changes at `scale` times the step, on the evaluation tokens. snis: None where these were not drawn."""
+    """Measured changes at `scale` times the step, on the evaluation tokens. snis: None where these were not drawn. after: their
+    statistics there, for what else is asked of them.
+    """
 
     scale: float
     snis: EntropyMeasurement | None
     fixed_prefix: EntropyMeasurement
+    after: TokenStatistics | None = None
 
 
 @dataclass(frozen=True)

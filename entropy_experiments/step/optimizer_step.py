@@ -61,6 +61,16 @@ class NextStep:
         return AdamWUpdate(*(Formed(self.parameters, lambda name, k=k: split(name)[k]) for k in range(3)))
 
     @cached_property
+    def sum_of_parts(self) -> Mapping[str, Tensor]:
+        """`update`'s total, its parts formed together."""
+
+        def form(name: str) -> Tensor:
+            batch, momentum, decay = split_parameter_step(self.state[name], self.clipped(name), self.parameters[name])
+            return batch.add_(momentum).add_(decay)
+
+        return Formed(self.parameters, form)
+
+    @cached_property
     def parameter_delta(self) -> Mapping[str, Tensor]:
         """theta_after - theta_before of torch's own optimizer."""
         return Formed(self.parameters, lambda name: _taken(self.state[name], self.clipped(name), self.parameters[name]))

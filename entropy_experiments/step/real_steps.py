@@ -235,10 +235,11 @@ def measure_curve(
     eval_statistics: TokenStatistics,
     log_weights: Tensor | None = None,
     passes: PassSettings = DEFAULT_PASSES,
+    known: Mapping[float, TokenStatistics] | None = None,
 ) -> MeasuredCurve:
     """The reweighted change of entropy on the same tokens along a direction, forwards and backwards (negative scales).
 
-    log_weights: as in `snis_entropy_change`. The model is restored bit by bit.
+    log_weights: as in `snis_entropy_change`. known: statistics at some of the scales. The model is restored bit by bit.
     """
     prompts, index = eval_batch.prompt_index.unique(return_inverse=True)
     count = len(prompts)
@@ -248,8 +249,11 @@ def measure_curve(
     measured: list[EntropyMeasurement] = []
     left_out = torch.zeros((count, len(scales)), dtype=torch.float64)
     for column, scale in enumerate(scales):
-        with weights_moved(model, direction, scale):
-            after = _totals(token_statistics(model, eval_batch, passes))
+        if known is not None and scale in known:
+            after = _totals(known[scale])
+        else:
+            with weights_moved(model, direction, scale):
+                after = _totals(token_statistics(model, eval_batch, passes))
         for row, rows in enumerate([everything, *kept]):
             found = snis_entropy_change(
                 _select(before, rows),

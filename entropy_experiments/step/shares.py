@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState
 from entropy_core.formed import Formed
-from entropy_experiments.step.gradient_rows import TrainingRows
+from entropy_experiments.step.gradient_rows import RecomputedRows, TrainingRows
 from entropy_experiments.step.optimizer_step import AnalysedStep
 
 
@@ -26,12 +26,14 @@ class Attribution:
     """Shares (n_train,) float64 dH_i = step_factor * w_i * products, nats per token, products = <grad h, P_t dS_i>.
 
     Where groups of parameters have different rates, step_factor is the first group's, and the others' ratios to it are in
-    the products.
+    the products. tokens: (n_train, L) float64 parts of completion tokens, nats per token, which add up to shares; None where rows
+    were kept.
     """
 
     shares: Tensor
     products: Tensor
     step_factor: float
+    tokens: Tensor | None = None
 
 
 def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tensor, step: AnalysedStep) -> Attribution:
@@ -45,9 +47,14 @@ def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tenso
     # at least one factor is not 0: a step without is refused
     first = next(factor for factor in step.share_factors().values() if factor)
     direction = step.share_direction(gradient)
-    products = rows.products(Formed(direction, lambda name: direction[name] / first))
-    factor = first * step.clip
-    return Attribution(factor * weights.double().cpu() * products, products, factor)
+    towards, factor, tokens = Formed(direction, lambda name: direction[name] / first), first * step.clip, None
+    if isinstance(rows, RecomputedRows):  # the one pass has both
+        along = rows.along(towards)
+        products = along.sequences.double().cpu()
+        tokens = factor * weights.double().cpu()[:, None] * along.tokens.double().cpu()
+    else:
+        products = rows.products(towards)
+    return Attribution(factor * weights.double().cpu() * products, products, factor, tokens)
 
 
 def horizon_factor(state_before: AdamWParameterState) -> float:

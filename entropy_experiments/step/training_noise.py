@@ -81,7 +81,7 @@ def step_change(
         if state is None:
             return dot(entropy_gradient, plain_step(gradient, max_norm, learning_rate).parameter_delta)
         clip, norm = clip_coefficient(gradient, max_norm)
-        return dot(entropy_gradient, NextStep(parameters, gradient, clip, norm, state, frozenset()).update.total())
+        return dot(entropy_gradient, NextStep(parameters, gradient, clip, norm, state, frozenset()).sum_of_parts)
 
     return change
 

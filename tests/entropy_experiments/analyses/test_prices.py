@@ -36,8 +36,9 @@ from entropy_experiments.report.figures.prices import price_points
 from entropy_experiments.report.figures.style import png_bytes
 from entropy_experiments.report.price_finding import price_finding
 from entropy_experiments.statistics.estimand import POLICY
+from entropy_experiments.step import row_products
 from entropy_experiments.step.evaluation_products import EvaluationSide
-from entropy_experiments.step.gradient_rows import KeptRows
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.optimizer_step import take_next_step
 from entropy_experiments.step.what_if import StepMaker
 from tests.entropy_experiments.analyses.tiny_step import LONGEST, TinyStep, make_step
@@ -360,3 +361,24 @@ def test_table_and_figure_hold_every_row():
     reach *= stats.f.ppf(0.95, 2, found.entropy_minus_run.degrees_of_freedom - 1)  # type: ignore[operator, union-attr]
     assert reach > stats.chi2.ppf(0.95, 2)
     assert area == pytest.approx(np.pi * np.sqrt(s**2 * t**2 - c**2) * reach)  # type: ignore[operator]
+
+
+def test_large_rows_give_the_same_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows are as large as the model steps are made one at a time, and looked at in forward mode."""
+    inputs, wanted = priced()
+    monkeypatch.setattr(row_products, "LARGE_ROW", 0)
+    large = dataclasses.replace(inputs, rows=RecomputedRows(inputs.model, inputs.tokens.batch))
+    monkeypatch.setattr(row_products, "stream_rows", None)
+    found = price_list(
+        large, lambda: TokenStatistics(inputs.tokens.statistics.logprobs - 0.1, inputs.tokens.statistics.entropies)
+    )
+    assert [one.name for one in found.rows if one.reason is None] == [
+        one.name for one in wanted.rows if one.reason is None
+    ]
+    for one, other in zip(found.rows, wanted.rows, strict=True):
+        for key in ("entropy", "reward"):
+            a, b = getattr(one, key), getattr(other, key)
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.value == pytest.approx(b.value, rel=1e-6, abs=1e-12)
+                assert a.standard_error == pytest.approx(b.standard_error, rel=1e-5, abs=1e-12)

@@ -1,0 +1,233 @@
+"""Analyses of models of which all weights are trained, and of large adapters: memory, time, disk and errors, beside the targets.
+
+    python benchmarks/large_models.py train                the two runs that are analysed, a few steps each (runs/large/)
+    python benchmarks/large_models.py run CASE ...         analyses in a process of their own, stage by stage
+    python benchmarks/large_models.py check CASE ...       8 x 8 entries of a kernel again: float64, plain autograd
+    python benchmarks/large_models.py page                 benchmarks/results/large_models/README.md, from what both left
+
+CPU seconds are user and system time of the process: half of them are what two cores that nothing else uses take at least. Memory
+is the largest resident set that the system has seen, disk the largest size of the unfinished folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_training.files import write_whole
+
+RESULTS = Path(__file__).parent / "results" / "large_models"
+ROOT = Path("runs/large")
+CONFIG = Path(__file__).parents[1] / "rl_training" / "cfg" / "testconfig.yaml"
+_K = "entropy_analysis."
+_FEW = (f"{_K}analysis.intervention=false", f"{_K}analysis.weighting_steps=false", f"{_K}analysis.prices=false")
+_CORES = 2
+_GIB = 2**30
+ENTRIES = 8
+TRAINED = {
+    "full": ("lora.enabled=false", "optimizer.learning_rate=5e-6", "training.steps=6", "training.save_every=6"),
+    "lora-288": ("lora.r=288", "lora.alpha=576", "training.steps=2", "training.save_every=2"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """run: of TRAINED. n_eval, n_train: sequences. gib, minutes, disk: targets, GiB in memory, minutes on two cores, GiB on disk."""
+
+    run: str
+    n_eval: int
+    n_train: int
+    gib: float | None
+    minutes: float | None
+    disk: float | None
+    matrix: bool = True
+
+    def overrides(self) -> list[str]:
+        """Of the configuration."""
+        kernel = [f"{_K}fisher_kernel.compute_full=false"] if not self.matrix else []
+        kernel += [f"{_K}fisher_kernel.memory_budget={self.gib:g}GiB"] if self.gib else []
+        kernel += [f"{_K}fisher_kernel.disk_budget={self.disk:g}GiB"] if self.disk else []
+        sizes = [f"{_K}eval_batch_size={self.n_eval}", f"{_K}train_batch_size={self.n_train}"]
+        return [*sizes, *kernel, *_FEW]
+
+
+CASES = {
+    "full-64-without": Case("full", 64, 64, 5, 6, None, matrix=False),
+    "full-64": Case("full", 64, 64, 10, 20, 10),
+    "full-128": Case("full", 128, 256, 12, 40, 40),
+    "lora-128": Case("lora-288", 128, 256, 8, 15, 40),
+    "full-8": Case("full", 8, 16, 10, None, 10),
+    "full-8-without": Case("full", 8, 16, 5, None, None, matrix=False),
+}
+"""The sizes that were asked for, and two small ones whose stages show what time follows."""
+
+
+def train(names: list[str]) -> None:
+    """The runs; one that is there is left alone."""
+    for name in names or list(TRAINED):
+        if not (ROOT / name).exists():
+            common = (f"training.output_dir={ROOT / name}", "training.report_to=[]", "entropy_probe.enabled=false")
+            arguments = ["train", str(CONFIG), *common, *TRAINED[name]]
+            subprocess.run([sys.executable, "-m", "entropy_experiments", *arguments], check=True)
+
+
+def run(name: str, folder: Path | None) -> None:
+    """Analyse, and add a line to measurements.jsonl."""
+    case, out = CASES[name], ROOT / "results" / name
+    arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides()]
+    begun, stages, disk = time.time(), list[dict[str, Any]](), 0
+    command = [sys.executable, "-m", "entropy_experiments", "analyze", *arguments, "--overwrite"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.startswith("analysis: "):
+            disk = max(disk, _size(out))
+            stages.append(
+                {"line": line.removeprefix("analysis: ").strip(), "wall": time.time() - begun, **_so_far(child.pid)}
+            )
+    status, used = child.wait(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = next(iter(sorted(out.glob("analysis_*/*/run.json"))), None)
+    record = {} if found is None else json.loads(found.read_text())
+    _add(
+        {
+            "case": name, "status": status, "wall": time.time() - begun, "cpu": used.ru_utime + used.ru_stime,
+            "peak": used.ru_maxrss * 1024, "disk": disk, "stages": stages, "self_checks": record.get("self_checks"),
+            "environment": {key: record.get(key) for key in ("versions", "git_sha", "hardware")},
+            "command": f"analyze {' '.join(arguments)}", "load": os.getloadavg()[1],
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
+    )  # fmt: skip
+
+
+def _so_far(process: int) -> dict[str, float]:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":" in line
+    )
+    return {"cpu": (int(fields[11]) + int(fields[12])) / ticks, "peak": 1024 * int(status["VmHWM"].split()[0])}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _add(line: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / "measurements.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def check(name: str, folder: Path | None) -> None:
+    """K1 of the first sequences in float64: one sequence at a time, plain autograd, P by its formula."""
+    import torch
+
+    from entropy_experiments.checkpoint_loader import load_checkpoint
+    from entropy_experiments.records.reader import read_results_folder
+
+    case = CASES[name]
+    results = next(iter(sorted((ROOT / "results" / name).glob("analysis_*/*_checkpoint-*"))))
+    loaded = read_results_folder(results)
+    checkpoint = load_checkpoint(folder or ROOT / case.run, dtype="float64")
+    model, moments = checkpoint.model, checkpoint.optimizer
+    assert moments is not None
+    parameters, temperature = (
+        {n: p for n, p in model.named_parameters() if p.requires_grad},
+        loaded.summary.policy.sampling_config.temperature,
+    )
+
+    def row(sequence: dict[str, Any]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[*sequence["prompt_ids"], *sequence["completion_ids"]]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(sequence["prompt_ids"]) - 1 : -1]
+        logprobs = torch.log_softmax(logits / temperature, -1)
+        score = logprobs.gather(1, torch.tensor(sequence["completion_ids"])[:, None]).sum()
+        return dict(zip(parameters, torch.autograd.grad(score, list(parameters.values())), strict=True))
+
+    columns = [{n: g.float() for n, g in row(s).items()} for s in loaded.training[:ENTRIES]]
+    exact = torch.zeros(ENTRIES, len(columns), dtype=torch.float64)
+    for t, sequence in enumerate(loaded.evaluation[:ENTRIES]):
+        for n, g in row(sequence).items():
+            s = moments[n]
+            left = g / ((s.exp_avg_sq.double() / (1 - s.beta2**s.step)).sqrt() + s.eps)
+            for i, column in enumerate(columns):
+                exact[t, i] += torch.dot(left.flatten(), column[n].double().flatten())
+    part = torch.from_numpy(loaded.kernels["fisher"][:ENTRIES, : len(columns)]).double()
+    error = float((part - exact).norm() / exact.norm())
+    print(f"{name}: {ENTRIES} x {len(columns)} entries, relative Frobenius error {error:.1e}")
+    _add({"case": name, "entries": ENTRIES * len(columns), "error": error})
+
+
+def page() -> None:
+    """The latest of every case that ended, and its error."""
+    lines = [json.loads(line) for line in (RESULTS / "measurements.jsonl").read_text().splitlines()]
+    latest = {line["case"]: line for line in lines if line.get("status") == 0}
+    errors = {line["case"]: line["error"] for line in lines if "error" in line}
+    write_whole(RESULTS / "README.md", "\n".join(_page(latest, errors)) + "\n")
+
+
+def _page(latest: dict[str, dict[str, Any]], errors: dict[str, float]) -> Iterator[str]:
+    yield "# Models that are trained whole, and large adapters"
+    yield ""
+    yield "`python benchmarks/large_models.py`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least that"
+    yield "nothing else uses. Wall time is of a machine that others were using."
+    yield ""
+    yield "| case | evaluation × training | memory, GiB | CPU s | minutes | wall, min | disk, GiB | error of K₁ | checks |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for name, case in CASES.items():
+        size = f"{case.n_eval} × {case.n_train}" + ("" if case.matrix else ", no matrix")
+        line = latest.get(name)
+        if line is None:
+            targets = (f"[{_number(value)}]" for value in (case.gib, case.minutes, case.disk))
+            yield "| `{}` | {} | not run {} | | {} | | {} | | |".format(name, size, *targets)
+            continue
+        checks = line["self_checks"] or []
+        passed = sum(one["passed"] for one in checks)
+        error = f"{errors[name]:.1e}" if name in errors else "–"
+        yield (
+            f"| `{name}` | {size} | {line['peak'] / _GIB:.2f} [{_number(case.gib)}] | {line['cpu']:.0f} | "
+            f"{line['cpu'] / 60 / _CORES:.1f} [{_number(case.minutes)}] | {line['wall'] / 60:.0f} | "
+            f"{line['disk'] / _GIB:.2f} [{_number(case.disk)}] | {error} | {passed} of {len(checks)} |"
+        )
+    for name, line in latest.items():
+        yield from ["", f"## {name}", "", f"`{line['command']}`", ""]
+        versions, hardware = line["environment"]["versions"], line["environment"]["hardware"]
+        yield f"torch {versions['torch']}, {line['threads']} threads on {hardware['processor']}, load {line['load']:.0f}."
+        yield from ["", "| stage | CPU s | peak so far, GiB |", "|---|---|---|"]
+        ends = [*(stage["cpu"] for stage in line["stages"][1:]), line["cpu"]]
+        for stage, end in zip(line["stages"], ends, strict=True):
+            if "(stage " in stage["line"]:
+                yield f"| {stage['line'].partition(' (stage')[0]} | {end - stage['cpu']:.0f} | {stage['peak'] / _GIB:.2f} |"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def main() -> None:
+    """One of the commands."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=("train", "run", "check", "page"))
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--run", type=Path, default=None, help="a training run in place of that under runs/large")
+    options = parser.parse_args()
+    if options.command == "train":
+        train(options.cases)
+    elif options.command == "page":
+        page()
+    else:
+        for name in options.cases:
+            (run if options.command == "run" else check)(name, options.run)
+
+
+if __name__ == "__main__":
+    main()
