@@ -41,7 +41,7 @@ TRAINED = {
 
 @dataclass(frozen=True)
 class Case:
-    """run: of TRAINED. n_eval, n_train: sequences. gib, minutes, disk: targets, GiB in memory, minutes on two cores, GiB on disk."""
+    """run: of TRAINED. n_eval, n_train: sequences. gib, minutes, disk: targets, GiB and minutes of two cores."""
 
     run: str
     n_eval: int
@@ -178,8 +178,8 @@ def page() -> None:
 def _page(latest: dict[str, dict[str, Any]], errors: dict[str, float]) -> Iterator[str]:
     yield "# Models that are trained whole, and large adapters"
     yield ""
-    yield "`python benchmarks/large_models.py`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least that"
-    yield "nothing else uses. Wall time is of a machine that others were using."
+    yield "`python benchmarks/large_models.py`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least"
+    yield "that nothing else uses. Wall time is of a machine that others were using."
     yield ""
     yield "| case | evaluation × training | memory, GiB | CPU s | minutes | wall, min | disk, GiB | error of K₁ | checks |"
     yield "|---|---|---|---|---|---|---|---|---|"

@@ -260,6 +260,8 @@ def _line(error: Exception) -> str:
 
 def _unflatten(tensor: Tensor, bucket: Bucket) -> Tensor:
     """(m, ...) of completion tokens -> (n, most tokens of a row, ...), zero elsewhere (a zero cotangent adds nothing)."""
+    if len(bucket.input_ids) == 1:  # on the meta device too, where nothing can be counted
+        return tensor.unsqueeze(0)
     rows = bucket.rows.to(tensor.device)  # ascending
     counts = torch.bincount(rows, minlength=len(bucket.input_ids))
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]

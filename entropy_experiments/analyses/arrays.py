@@ -29,13 +29,10 @@ class SequenceLabels:
         return len(self.prompt_index)
 
 
-@dataclass(frozen=True)
-class KernelArrays:
-    """Kernels of one analysis, float64.
+@dataclass(frozen=True, kw_only=True)
+class StepArrays:
+    """One analysed step, float64.
 
-    fisher, entropy_fisher: (n_eval, n_train), K1(t, i) and KH(t, i).
-    train_fisher, train_entropy_fisher: (n_train, n_train), the same with the training buffer on both sides (the first is
-    symmetric and positive semi-definite; the second has E of the training sequence as its row).
     weights, advantages, shares: (n_train,) w_i, A_i and dH_i (nats per token, adding up to the step's batch part).
     products: (n_train,) <grad h, P_t dS_i>, so that shares = step_factor * weights * products, step_factor = lr (1 - beta1)/
     (1 - beta1^t) c. left_out_products: (B, n_train) the same with each evaluation prompt left out, in ascending order of index;
@@ -44,13 +41,24 @@ class KernelArrays:
 
     evaluation: SequenceLabels
     training: SequenceLabels
-    fisher: np.ndarray
-    entropy_fisher: np.ndarray
-    train_fisher: np.ndarray
-    train_entropy_fisher: np.ndarray
     weights: np.ndarray
     advantages: np.ndarray
     shares: np.ndarray
     products: np.ndarray
     step_factor: float
     left_out_products: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelArrays(StepArrays):
+    """The step with the kernels of its analysis.
+
+    fisher, entropy_fisher: (n_eval, n_train), K1(t, i) and KH(t, i).
+    train_fisher, train_entropy_fisher: (n_train, n_train), the same with the training buffer on both sides (the first is
+    symmetric and positive semi-definite; the second has E of the training sequence as its row).
+    """
+
+    fisher: np.ndarray
+    entropy_fisher: np.ndarray
+    train_fisher: np.ndarray
+    train_entropy_fisher: np.ndarray

@@ -13,7 +13,7 @@ import torch
 
 from entropy_core.interventions import SCHEMES
 from entropy_core.weighting import sequence_weights
-from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.arrays import SequenceLabels, StepArrays
 from entropy_experiments.text.numbers import counted
 
 MASKED_FRACTION, BAND_FRACTION = 0.1, 0.25
@@ -29,7 +29,7 @@ LabelledWeights = dict[str, tuple[str, np.ndarray | str]]  # name -> label, and 
 
 
 def labelled_weights(
-    arrays: KernelArrays, max_completion_length: int | None, drop_top: tuple[int, ...] = DROP_TOP
+    arrays: StepArrays, max_completion_length: int | None, drop_top: tuple[int, ...] = DROP_TOP
 ) -> LabelledWeights:
     """`run` first, then the schemes in the order of SCHEMES, then the filters.
 
@@ -50,7 +50,7 @@ def _schemes(labels: SequenceLabels, max_completion_length: int | None) -> Label
     return table
 
 
-def _filters(arrays: KernelArrays, drop_top: tuple[int, ...]) -> LabelledWeights:
+def _filters(arrays: StepArrays, drop_top: tuple[int, ...]) -> LabelledWeights:
     own, count = arrays.weights, len(arrays.weights)
 
     def without(indices: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.formed import Formed
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
-from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels, StepArrays
 from entropy_experiments.analyses.left_out_evaluation_prompts import LeftOutNumbers, without_each_prompt
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
@@ -123,20 +123,23 @@ class AnalysisInputs:
 
         Raises ValueError where kernels, or the step, are missing.
         """
-        kernels, step, nothing = self.numbers.kernels, self.numbers.step, np.zeros(len(self.training.rollouts))
-        if kernels is None or (step is None and step_needed):
+        kernels = self.numbers.kernels
+        if kernels is None or (self.numbers.step is None and step_needed):
             raise ValueError("this analysis has no kernels, or no step")
+        names = ("fisher", "entropy_fisher", "train_fisher", "train_entropy_fisher")
+        matrices = {name: getattr(kernels, name).double().cpu().numpy() for name in names}
+        return KernelArrays(**vars(self.step_arrays()), **matrices)
+
+    def step_arrays(self) -> StepArrays:
+        """The analysed step; zeros where there is none."""
+        step, nothing = self.numbers.step, np.zeros(len(self.training.rollouts))
 
         def array(values: Tensor | None) -> np.ndarray:
             return nothing if values is None else values.double().cpu().numpy()
 
-        return KernelArrays(
+        return StepArrays(
             evaluation=self.evaluation_labels(),
             training=self.training_labels(),
-            fisher=array(kernels.fisher),
-            entropy_fisher=array(kernels.entropy_fisher),
-            train_fisher=array(kernels.train_fisher),
-            train_entropy_fisher=array(kernels.train_entropy_fisher),
             weights=array(self.side.weights),
             advantages=nothing if step is None else self.advantages(),
             shares=array(None if step is None else step.attribution.shares),

@@ -19,6 +19,9 @@ Standard errors: jackknife over evaluation prompts (of a gain from the training 
 recomputed whole, the step held as it is: the run's own change has the interval of the step's batch part. (Where training rows are
 not in memory, the spread of dh comes from KH, under the kernel's P.) A gain whose 95% interval
 holds 0 is no denominator: what would divide by it is None and says why.
+
+Without kernels their products with w come from derivatives along P sum_i w_i dS_i, a gradient and a pass in forward mode for
+each w; what needs entries of their own (gain from the training side, choices judged on other prompts) is missing.
 Source: docs/analyses/weighting-schemes.md; the weights themselves: candidate_weights.py.
 """
 
@@ -34,7 +37,7 @@ import torch
 
 from entropy_core.interventions import SCHEMES
 from entropy_core.uncertainty import jackknife_over_prompts, jackknife_standard_error
-from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
+from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels, StepArrays
 from entropy_experiments.analyses.candidate_weights import DROP_TOP, labelled_weights, most_lowering
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.weighting_results import (
@@ -61,15 +64,37 @@ class _Statistic:
     same_prompts: bool = True  # whether those B prompts are the evaluation prompts
 
 
+@dataclass(frozen=True)
+class Responses:
+    """What the kernels make of m weightings. entropy, score: (n_eval, m) sum_i KH(t, i) w_i, and of K1. squares: (m,) w^T K w.
+    with_run: (m,) the same with the run's own weights, the first column, on the left.
+    """
+
+    entropy: np.ndarray
+    score: np.ndarray
+    squares: np.ndarray
+    with_run: np.ndarray
+
+
+def kernel_responses(arrays: KernelArrays, columns: np.ndarray) -> Responses:
+    """Of (n_train, m) columns, from the matrices."""
+    inner = columns.T @ arrays.train_fisher @ columns
+    return Responses(arrays.entropy_fisher @ columns, arrays.fisher @ columns, np.diag(inner), inner[0])
+
+
 def weighting_schemes(
-    arrays: KernelArrays, max_completion_length: int | None = None, drop_top: tuple[int, ...] = DROP_TOP
+    arrays: StepArrays,
+    max_completion_length: int | None = None,
+    drop_top: tuple[int, ...] = DROP_TOP,
+    respond: Callable[[np.ndarray], Responses] | None = None,
 ) -> WeightingResult:
     """The table of all schemes and filters.
 
     Args:
-        arrays: kernels, labels and the step's own weights.
+        arrays: labels and the step's own weights, with kernels.
         max_completion_length: what dr_grpo's constant normaliser divides by.
         drop_top: numbers of sequences to leave out.
+        respond: where there are no kernels, in their place.
 
     Returns:
         The record that summary.json holds, the run's own weights first. A row without weights has a reason in place of numbers.
@@ -81,15 +106,21 @@ def weighting_schemes(
     table = labelled_weights(arrays, max_completion_length, drop_top)
     known = {name: weights for name, (_, weights) in table.items() if not isinstance(weights, str)}
     columns = np.stack(list(known.values()), axis=1)
-    gain, side, note = _reward_gain(arrays, columns)
-    numbers = dict(zip(known, _numbers(arrays, columns, gain, note), strict=True))
+    if respond is not None:
+        found = respond(columns)
+    elif isinstance(arrays, KernelArrays):
+        found = kernel_responses(arrays, columns)
+    else:
+        raise ValueError("without kernels somebody must respond to weightings in their place")
+    gain, side, note = _reward_gain(arrays, columns, found)
+    numbers = dict(zip(known, _numbers(arrays, columns, found, gain, note), strict=True))
     rows = []
     for name, (label, weights) in table.items():
         kind = "run" if name == "run" else "scheme" if name in SCHEMES else "filter"
-        found = numbers.get(name, {"reason": weights})
+        entry = numbers.get(name, {"reason": weights})
         if name in known and name.startswith("drop_top_"):
-            found["spared"] = _spared(arrays, int(name.removeprefix("drop_top_")))
-        rows.append(WeightingRow(name=name, label=label, kind=kind, **found))
+            entry["spared"] = _spared(arrays, int(name.removeprefix("drop_top_")))
+        rows.append(WeightingRow(name=name, label=label, kind=kind, **entry))
     return WeightingResult(
         rows=rows,
         weights={name: weights.tolist() for name, weights in known.items()},
@@ -135,9 +166,10 @@ def _against(predicted: EntropyChanges | None, key: Normalisation, value: float,
     return MeasuredChange(value=value, standard_error=error, ratio=value / expected if expected else None, z=None)
 
 
-def _check(arrays: KernelArrays) -> None:
+def _check(arrays: StepArrays) -> None:
     rows, columns = len(arrays.evaluation), len(arrays.training)
-    shapes = {"fisher": (rows, columns), "entropy_fisher": (rows, columns), "train_fisher": (columns, columns)}
+    kernels = {"fisher": (rows, columns), "entropy_fisher": (rows, columns), "train_fisher": (columns, columns)}
+    shapes = kernels if isinstance(arrays, KernelArrays) else {}
     shapes |= dict.fromkeys(("weights", "advantages", "shares", "products"), (columns,))
     for name, shape in shapes.items():
         values = np.asarray(getattr(arrays, name))
@@ -147,14 +179,14 @@ def _check(arrays: KernelArrays) -> None:
             raise ValueError(f"{name} holds {int((~np.isfinite(values)).sum())} entries that are not finite")
 
 
-def _entropy_changes(arrays: KernelArrays, columns: np.ndarray) -> _Statistic:
+def _entropy_changes(arrays: StepArrays, columns: np.ndarray, found: Responses) -> _Statistic:
     """dh under P_t, recomputed whole without each prompt; where products without it are not known, it moves by what the mean over
     KH's rows moves, the entropy that these are centred with held.
     """
     value = arrays.products @ columns
     if arrays.left_out_products is not None:
         return _Statistic(arrays.step_factor * value, arrays.step_factor * (arrays.left_out_products @ columns))
-    rows = arrays.entropy_fisher @ columns
+    rows = found.entropy
     left_out = [value + rows[kept].mean(0) - rows.mean(0) for kept in _leave_one_out(arrays.evaluation) if kept.any()]
     return _Statistic(arrays.step_factor * value, arrays.step_factor * np.array(left_out).reshape(-1, columns.shape[1]))
 
@@ -163,15 +195,19 @@ def _leave_one_out(labels: SequenceLabels) -> list[np.ndarray]:
     return [labels.prompt_index != prompt for prompt in np.unique(labels.prompt_index)]
 
 
-def _reward_gain(arrays: KernelArrays, columns: np.ndarray) -> tuple[_Statistic | None, str | None, str]:
+def _reward_gain(
+    arrays: StepArrays, columns: np.ndarray, found: Responses
+) -> tuple[_Statistic | None, str | None, str]:
     """The statistic, its side, and in words where it comes from."""
     reward, known = arrays.evaluation.reward, np.isfinite(arrays.evaluation.reward)
     if np.unique(reward[known]).size > 1:
-        responses = arrays.step_factor * (arrays.fisher @ columns)
+        responses = arrays.step_factor * found.score
         left_out = [_covariance(reward, responses, known & kept) for kept in _leave_one_out(arrays.evaluation)]
         note = f"predicted gain of mean reward on {counted(int(known.sum()), 'evaluation sequence')}"
         return _Statistic(_covariance(reward, responses, known), np.array(left_out)), "evaluation", note
     why = "are all equal" if known.any() else "are missing"
+    if not isinstance(arrays, KernelArrays):
+        return None, None, f"evaluation rewards {why}, and without kernels training rewards cannot stand in"
     reward, several = arrays.training.reward, len(np.unique(arrays.training.prompt_index)) > 1
     if np.isfinite(reward).all() and np.ptp(reward) > 0 and several:
         note = (
@@ -208,14 +244,15 @@ def _gain_on_training(arrays: KernelArrays, columns: np.ndarray) -> _Statistic:
     return _Statistic(gain(np.ones(len(labels), dtype=bool)), left_out, same_prompts=False)
 
 
-def _numbers(arrays: KernelArrays, columns: np.ndarray, gain: _Statistic | None, note: str) -> list[dict[str, Any]]:
+def _numbers(
+    arrays: StepArrays, columns: np.ndarray, found: Responses, gain: _Statistic | None, note: str
+) -> list[dict[str, Any]]:
     """The numbers of a row for each column; column 0 is the run's own."""
-    entropy = _entropy_changes(arrays, columns)
-    inner = columns.T @ arrays.train_fisher @ columns
-    length = arrays.step_factor * np.sqrt(np.clip(np.diag(inner), 0.0, None))
+    entropy = _entropy_changes(arrays, columns, found)
+    length = arrays.step_factor * np.sqrt(np.clip(found.squares, 0.0, None))
     with np.errstate(divide="ignore", invalid="ignore"):
         to_length = length[0] / length
-        cosine = inner[0] / np.sqrt(inner[0, 0] * np.diag(inner))
+        cosine = found.with_run / np.sqrt(found.squares[0] * found.squares)
         to_gain = None if gain is None else gain.value[0] / gain.value
     everywhere = [""] * len(length)
     no_length = ["" if min(length[0], one) > 0 else "the update, or that of the run, has no length" for one in length]
@@ -312,12 +349,14 @@ def why_not_a_gain(entry: StudentEstimate) -> str:
     return "" if gain.value > 0 else f"it is predicted to lower reward ({gain.text()})"
 
 
-def _spared(arrays: KernelArrays, k: int) -> StudentEstimate:
+def _spared(arrays: StepArrays, k: int) -> StudentEstimate:
     """-sum dH_i of the k sequences that lower entropy most, chosen on one half of the evaluation prompts and judged on the other.
 
     Judged where it was chosen, a choice is flattered: part of what made a share the lowest was noise. Mean of both ways
     round, under the kernel's P; standard error with the choice held.
     """
+    if not isinstance(arrays, KernelArrays):
+        return _nothing("it needs the kernel, which was not computed")
     labels = arrays.evaluation
     prompts, place = np.unique(labels.prompt_index, return_inverse=True)
     if len(prompts) < 4:

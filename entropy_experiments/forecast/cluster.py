@@ -14,14 +14,15 @@ from typing import Any
 
 from entropy_experiments.checkpoints.folder import resolve_checkpoint
 from entropy_experiments.checkpoints.validation import examine_checkpoint
-from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.config import FisherAnalysisConfig, FisherKernelConfig
 from entropy_experiments.cut_checkpoint import layers_gathered_alone
 from entropy_experiments.forecast.cluster_plan import OPERATIONS, ClusterPlan
-from entropy_experiments.forecast.pass_costs import PassCosts, count_passes
-from entropy_experiments.kernel.contraction import ROW_KINDS
+from entropy_experiments.forecast.pass_costs import PassCosts, count_passes, short_pass
+from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
+from entropy_experiments.kernel.factor_sizes import Lengths, factor_sizes
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.options import LOGIT_BYTES
-from entropy_experiments.kernel.plan import KernelPlan, KernelSize, fixed_bytes, plan_kernel
+from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, fixed_bytes, plan_directions, plan_kernel
 from rl_training.errors import UserError
 
 DEVICE_MEMORY = 80 << 30
@@ -66,23 +67,43 @@ def plan_model(
     settings = config.entropy_analysis
     kernel = settings.fisher_kernel
     n_eval, n_train = settings.eval_batch_size, settings.train_batch_size
-    costs = count_passes(model, prompt, completion, set(chosen_parameters(model, kernel.filter_modules)))
-    size = KernelSize(n_eval, n_train, costs.parameters, len(ROW_KINDS), kernel.gradient_dtype, costs.largest)
-    each = int(kernel.memory_budget or DEVICE_MEMORY)
-    one_pass = max(1, kernel.token_batch_size // costs.tokens) * costs.graph_bytes + LOGIT_BYTES
-    needed = costs.weight_bytes + one_pass + fixed_bytes(size) + 4 * size.row_bytes
-    group = next((k for k in range(1, devices + 1) if k * each >= needed), None)
-    if group is None:
-        raise UserError(
-            f"one model with a pass and a row a side takes {needed / 2**30:.0f} GiB, and {devices} devices have "
-            f"{devices * each / 2**30:.0f} GiB together: more devices, or fewer parameters (filter_modules)"
-        )
-    memory = group * each - costs.weight_bytes - one_pass
-    plan = plan_kernel(size, memory, int(kernel.disk_budget), strategy=_wanted(kernel.strategy))
+    names = set(chosen_parameters(model, kernel.filter_modules))
+    costs = count_passes(model, prompt, completion, names)
+    together = max(1, kernel.token_batch_size // costs.tokens)
+    lengths = Lengths(costs.tokens, completion, costs.tokens, completion, together * costs.tokens)
+    factors = factor_sizes(model, names, lengths, short_pass(model))
+    shape = (n_eval, n_train, costs.parameters, len(ROW_KINDS), kernel.gradient_dtype, costs.largest)
+    size = KernelSize(*shape, factors)
+    each, taken = (
+        int(kernel.memory_budget or DEVICE_MEMORY),
+        costs.weight_bytes + together * costs.graph_bytes + LOGIT_BYTES,
+    )
+    group, plan = _smallest_group(size, kernel, each, taken, devices)
+    memory = group * each - taken
     workers = devices // group
     seconds = _seconds(costs, plan, size, workers, bandwidth, kernel.compute_full)
-    left = memory - fixed_bytes(size)
+    left = memory - fixed_bytes(size, plan.strategy)
     return ClusterPlan(costs, plan, n_eval, n_train, devices, bandwidth, group, group * each, left, seconds)
+
+
+def _smallest_group(
+    size: KernelSize, kernel: FisherKernelConfig, each: int, taken: int, devices: int
+) -> tuple[int, KernelPlan]:
+    """As few devices as hold one model with `taken` bytes of weights and a pass, and a plan that fits beside them."""
+    for group in range(max(1, -(-taken // each)), devices + 1):
+        memory = group * each - taken
+        try:
+            if not kernel.compute_full:
+                return group, plan_directions(size, memory)
+            return group, plan_kernel(size, memory, int(kernel.disk_budget), strategy=_wanted(kernel.strategy))
+        except UserError:
+            continue
+    strategy: Strategy = "factored" if kernel.compute_full else "directions"
+    needed = taken + fixed_bytes(size, strategy)
+    raise UserError(
+        f"one model with a pass and what is held beside it takes {needed / 2**30:.0f} GiB and more, and {devices} devices have "
+        f"{devices * each / 2**30:.0f} GiB together: more devices, or fewer parameters (filter_modules)"
+    )
 
 
 def _wanted(strategy: str) -> Any:
@@ -95,15 +116,22 @@ def _seconds(
     """By what they go to. Tiles are formed by every worker, for blocks of one tile are dealt out to all."""
     tiles = math.ceil(size.n_train / plan.tile) if plan.strategy == "tiles" else 1
     row = costs.forward + costs.backward
-    several = costs.forward + len(ROW_KINDS) * costs.backward
+    several = costs.forward + (len(ROW_KINDS) if full else 2) * costs.backward
     forming = size.n_train * row / (1 if plan.strategy == "tiles" else workers)
     rows = size.n_eval + (size.n_train if full else 0)  # those that stream past the training rows
     entries = rows * size.n_train * len(ROW_KINDS) if full else 0
     passes = (tiles if full else 1) * rows * several
+    if (
+        plan.strategy == "directions"
+    ):  # values and derivatives along the step's vectors, and along the shares' on the other side
+        passes += 3 * costs.forward * (len(STEP_VECTORS) * size.n_eval + 3 * size.n_train)
     moved = size.n_train * size.row_bytes if plan.strategy == "memory" and workers > 1 else 0
     read = 0
     if plan.strategy == "disk":
         read = math.ceil(rows / plan.chunk) * size.n_train * size.stored_row_bytes
+    if plan.strategy == "factored":  # rows anew for every chunk, at about a forward pass's operations
+        forming += math.ceil(rows / plan.chunk) * size.n_train * costs.forward / workers
+        read = math.ceil(rows / plan.chunk) * plan.disk
     return {
         "forming training rows": forming / OPERATIONS,
         "passes of the sides that stream past them": passes / workers / OPERATIONS,

@@ -238,8 +238,13 @@ def _stages(
         out.append(StageForecast("analysis: attribution", n_train, n_train * training.derivatives))
     if analysis.intervention:
         out.append(passes("analysis: intervention", (analysis.intervention_subsets + 16) * n_eval, 0))
-    if analysis.weighting_schemes and analysis.weighting_steps:
-        out.append(passes("analysis: weighting schemes", (1 + MOST_ROWS) * n_eval, 0))
+    if analysis.weighting_schemes and (analysis.weighting_steps or not kernel.compute_full):
+        count = (1 + MOST_ROWS) * n_eval if analysis.weighting_steps else 0
+        seconds = evaluation.seconds(count, 0)
+        if not kernel.compute_full:  # a gradient and a pass in forward mode for each
+            count += MOST_ROWS * (n_eval + n_train)
+            seconds += MOST_ROWS * (training.seconds(n_train, 1) + n_eval * evaluation.derivatives)
+        out.append(StageForecast("analysis: weighting schemes", count, seconds))
     if analysis.prices:
         seconds, count = training.seconds(n_train, TOKEN_GRADIENTS) + evaluation.seconds(n_eval, 4), 1
         if large:  # a gradient and a pass in forward mode for each

@@ -6,6 +6,7 @@ that form rows (entropy_core.passes.gradient_hooks), the bytes that its graph ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,12 @@ def count_passes(
     return PassCosts(
         prompt + completion, forward, backward, seen.bytes, 4 * sum(counts), weights, sum(counts), max(counts)
     )
+
+
+def short_pass(model: nn.Module) -> Callable[[], object]:
+    """A forward pass of two tokens, on the meta device."""
+    bucket = _bucket(1, 1)
+    return lambda: call_model(model, bucket)
 
 
 def _bucket(prompt: int, completion: int) -> Bucket:

@@ -84,7 +84,8 @@ class KernelOptions:
         """
         size = self.size(model, n_eval, n_train, kinds, lengths if matrix else None)
         tokens = passes.token_batch_size if lengths is None else lengths.a_pass
-        left = self._room(model, pass_bytes(model, tokens))
+        one_pass = pass_bytes(model, tokens)
+        left = self._room(model, one_pass)
 
         def make() -> KernelPlan:
             kept = None if self.workspace is None else self.workspace.kept("plan")
@@ -92,7 +93,7 @@ class KernelOptions:
                 return KernelPlan(**kept)
             sketch = self._sketch(model)
             if not matrix and not self.save_gradients:
-                plan = plan_directions(size, left)
+                plan = plan_directions(size, left, one_pass)
             elif sketch is not None:
                 plan = plan_sketch(size, left, sketch.size)
             else:

@@ -108,13 +108,16 @@ def fixed_bytes(size: KernelSize, strategy: Strategy | None = None) -> int:
     return vectors * size.row_bytes + BLOCK_ROWS * 4 * size.largest
 
 
-def plan_directions(size: KernelSize, memory: int) -> KernelPlan:
-    """The plan without a matrix. Raises UserError where the vectors that it holds do not fit into `memory` bytes."""
+def plan_directions(size: KernelSize, memory: int, one_pass: int = 0) -> KernelPlan:
+    """The plan without a matrix. Raises UserError where the vectors that it holds do not fit into `memory` bytes, those of a pass
+    (`one_pass`) left out.
+    """
     held = fixed_bytes(size, "directions")
     if held > memory:
         raise UserError(
             f"{sum(HELD_VECTORS.values())} vectors over {size.parameters:,} parameters take {_gib(held)}, and "
-            f"{_gib(max(memory, 0))} are left for them: raise entropy_analysis.fisher_kernel.memory_budget"
+            f"{_gib(max(memory, 0))} are left for them beside the model and a pass of {_gib(one_pass)}: raise "
+            "entropy_analysis.fisher_kernel.memory_budget, or lower its token_batch_size, which bounds a pass"
         )
     return KernelPlan("directions", size.n_train, size.n_eval, 0, 0, size.n_eval + size.n_train, 0)
 

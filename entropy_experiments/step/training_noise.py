@@ -111,6 +111,7 @@ def training_noise(
             effects.append(whole - change(rest))
         factor = sequences / (sequences - len(rows))
         left_out.append(change(Formed(rest, lambda name, rest=rest, factor=factor: factor * rest[name])))
+        del part, rest  # the next part is formed where this one was
     values = torch.tensor(left_out, dtype=torch.float64)
     if not math.isfinite(whole) or not bool(values.isfinite().all()):
         return None

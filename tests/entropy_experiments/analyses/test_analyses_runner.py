@@ -289,9 +289,7 @@ def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     skipped = {
         name: result["skipped"] for name, result in json_of(small.summary)["analyses"].items() if "skipped" in result
     }
-    assert set(skipped) == {
-        "intervention", "prompt_structure", "sequence_clustering", "weighting_schemes",
-    }  # fmt: skip
+    assert set(skipped) == {"intervention", "prompt_structure", "sequence_clustering"}
     assert "compute_full=false" in skipped["prompt_structure"] and "halved in 2 ways only" in skipped["intervention"]
     assert "Not analysed: the kernel was not computed" in (small.folder / "report.html").read_text()
 

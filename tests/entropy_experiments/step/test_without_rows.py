@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from entropy_experiments.step.weighted_directions import products_with_weightings
 from torch import Tensor, nn
 
 from entropy_core import row_stream
+from entropy_core.entropy import Estimator
 from entropy_core.gradients import trainable_parameters
+from entropy_core.kernel import compute_kernels
+from entropy_core.passes.settings import DEFAULT_PASSES
 from entropy_experiments.fisher_analyzer import FisherComputation, analyze_batches
 from entropy_experiments.kernel.options import KernelOptions
-from entropy_experiments.statistics.estimand import Estimand
-from entropy_experiments.step.gradient_rows import KeptRows
+from entropy_experiments.statistics.estimand import POLICY, Estimand
+from entropy_experiments.step.evaluation_products import EvaluationSide
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.real_steps import StepMeasurement
 from entropy_experiments.step.settings import AnalysisSettings
 from tests.entropy_experiments.analyses.tiny_step import make_step, sample_batch
@@ -127,3 +133,22 @@ def test_response_shares_under_a_clip_survive_entries_without_gradient() -> None
     )
     torch.testing.assert_close(found, numerical, rtol=1e-4, atol=1e-4 * float(numerical.abs().max()))
     assert not math.isclose(float(found.abs().max()), 0.0)
+
+
+@pytest.mark.parametrize("estimator", ["split", "rao_blackwell"])
+def test_other_weights_without_rows_are_those_of_kernels(estimator: Estimator) -> None:
+    step = make_step(learning_rate=1e-3, max_norm=0.01, settled=False)
+    p = dict(step.step.step_preconditioner)
+    side = EvaluationSide(step.evaluation, step.statistics, dataclasses.replace(POLICY, gradient=estimator))
+    weightings = [step.weights, step.weights.clamp(min=0), step.weights.roll(1)]
+    rows = RecomputedRows(step.model, step.train)
+    found = products_with_weightings(step.model, side, rows, weightings, p, DEFAULT_PASSES)
+    kernels, columns = (
+        compute_kernels(step.model, step.evaluation, step.train, p, estimator),
+        torch.stack(weightings, 1),
+    )
+    flat = {name: part.flatten(1) for name, part in step.columns.items()}
+    inner = columns.T @ sum(part * p[name].flatten() @ part.T for name, part in flat.items()) @ columns
+    wanted = (kernels.entropy_fisher.double() @ columns, kernels.fisher.double() @ columns, inner.diag(), inner[0])
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
