@@ -22,7 +22,15 @@ from entropy_experiments.kernel.contraction import ROW_KINDS, STEP_VECTORS
 from entropy_experiments.kernel.factor_sizes import Lengths, factor_sizes
 from entropy_experiments.kernel.modules import chosen_parameters
 from entropy_experiments.kernel.options import LOGIT_BYTES
-from entropy_experiments.kernel.plan import KernelPlan, KernelSize, Strategy, fixed_bytes, plan_directions, plan_kernel
+from entropy_experiments.kernel.plan import (
+    HELD_LATER,
+    KernelPlan,
+    KernelSize,
+    Strategy,
+    fixed_bytes,
+    plan_directions,
+    plan_kernel,
+)
 from rl_training.errors import UserError
 
 DEVICE_MEMORY = 80 << 30
@@ -82,7 +90,8 @@ def plan_model(
     memory = group * each - taken
     workers = devices // group
     seconds = _seconds(costs, plan, size, workers, bandwidth, kernel.compute_full)
-    left = memory - fixed_bytes(size, plan.strategy)
+    later = HELD_LATER * size.row_bytes if plan.strategy == "factored" and plan.disk else 0
+    left = memory - fixed_bytes(size, plan.strategy) + later
     return ClusterPlan(costs, plan, n_eval, n_train, devices, bandwidth, group, group * each, left, seconds)
 
 

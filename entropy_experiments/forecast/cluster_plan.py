@@ -66,12 +66,20 @@ class ClusterPlan:
             f"rows of {c.parameters:,} parameters: {c.row_bytes / 2**20:.0f} MiB each, "
             f"{self.n_train * c.row_bytes / 1e12:.3g} TB for the training side",
             f"{self._placed()}, {self.left / 2**30:.1f} GiB left for rows in each",
-            f"strategy {self.kernel.strategy}: {math.ceil(self.n_train / self.kernel.tile)} tiles of {self.kernel.tile:,} "
-            f"training rows, {self.kernel.passes:.3g} passes for the evaluation side, {self.kernel.disk / 1e12:.3g} TB on disk",
+            f"strategy {self._kept()}, {self.kernel.passes:.3g} passes for the evaluation side, "
+            f"{self.kernel.disk / 1e12:.3g} TB on disk",
         ]
         out += [f"  {name:<44} {_duration(value):>12}" for name, value in self.seconds.items()]
         out.append(f"limited by {self.limit}, {_duration(sum(self.seconds.values()))} in all")
         return out
+
+    def _kept(self) -> str:
+        plan = self.kernel
+        if plan.strategy == "directions":
+            return "directions: no row"
+        if plan.strategy == "factored":
+            return f"factored: rows formed of their factors for every {plan.chunk} evaluation sequences"
+        return f"{plan.strategy}: {math.ceil(self.n_train / plan.tile)} tiles of {plan.tile:,} training rows"
 
     def _placed(self) -> str:
         weights = f"{self.costs.weight_bytes / 2**30:.3g} GiB"

@@ -75,6 +75,24 @@ def test_what_limits_a_plan_follows_from_its_sizes() -> None:
         plan(64, memory=small.costs.weight_bytes // 8)
 
 
+def test_a_model_that_is_trained_whole_is_planned_by_its_factors() -> None:
+    config = LlamaConfig(**SHAPE, hidden_size=64, num_hidden_layers=2, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    sizes = ("entropy_analysis.eval_batch_size=8", "entropy_analysis.train_batch_size=200")
+
+    def plan(*more: str):
+        return plan_model(model, whole_config(*sizes, *more), 2, 1e9, 2, 2)
+
+    row = count_passes(model, 2, 2).row_bytes
+    kernel = "entropy_analysis.fisher_kernel."
+    vectors = plan(f"{kernel}compute_full=false")
+    assert vectors.kernel.strategy == "directions" and "no row" in "".join(vectors.lines())
+    factored = plan(f"{kernel}strategy=factored")
+    assert factored.kernel.strategy == "factored" and factored.kernel.memory < 200 * row / 2
+    assert "of their factors" in "".join(factored.lines())
+
+
 def test_a_cut_model_has_its_part_of_weights_and_rows_in_each_device() -> None:
     model = adapted("meta", 256, 4)
     whole, part = count_passes(model, 16, 16), count_passes(model, 16, 16, processes=4)
