@@ -25,8 +25,8 @@ from entropy_experiments.analyses.intervention import Halves, SharePrediction, h
 from entropy_experiments.analyses.price_steps import PriceInputs
 from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
+from entropy_experiments.analyses.weighting_schemes import Responses, with_measurements
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
-from entropy_experiments.analyses.weighting_schemes import with_measurements
 from entropy_experiments.records.attribution_results import AttributionResult
 from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.records.kernel_results import BuffersResult, PromptStructureResult
@@ -50,8 +50,11 @@ from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, Tra
 from entropy_experiments.step.measured_changes import entropy_change, resolution
 from entropy_experiments.step.numbers import StepNumbers
 from entropy_experiments.step.real_steps import StepMeasurement, measure_curve
+from entropy_experiments.step.training_side import preconditioner_of
+from entropy_experiments.step.weighted_directions import products_with_weightings
 from entropy_experiments.step.what_if import StepMaker
 from entropy_experiments.text.tokens import token_texts
+from rl_training.errors import UserError
 
 _FRESH_STREAM = 3_000_003  # apart from the streams of both buffers
 _RESPONSE_SUBSETS = 16  # halves over which response shares are averaged; their standard error falls slowly beyond
@@ -219,8 +222,13 @@ def _rest(inputs: AnalysisInputs, estimator: str) -> float:
 
 def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
     """analyses/weighting_schemes.py; with `weighting_steps` each weighting's real step at equal length is measured."""
-    arrays = inputs.kernel_arrays()
-    table = table_of_weightings(arrays, inputs.plan.sampling_config.max_completion_length)
+    longest = inputs.plan.sampling_config.max_completion_length
+    if inputs.numbers.kernels is None:
+        arrays = inputs.step_arrays()
+        table = table_of_weightings(arrays, longest, respond=lambda columns: _responses(inputs, columns))
+    else:
+        arrays = inputs.kernel_arrays()
+        table = table_of_weightings(arrays, longest)
     if not np.isfinite(arrays.training.reward).all():
         why = {"reason": "not all training sequences have rewards"}
         rows = tuple(row.model_copy(update=why) if row.kind == "scheme" else row for row in table.rows)
@@ -250,6 +258,21 @@ def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
         error = jackknife_standard_error(difference[1:]) if len(difference) > 2 else None
         measured[row.name] = {"equal_length": (float(difference[0]), error)}
     return with_measurements(table, measured)
+
+
+def _responses(inputs: AnalysisInputs, columns: np.ndarray) -> Responses:
+    """In place of kernels."""
+    side, settings, p = inputs.side, inputs.config.entropy_analysis.fisher_kernel, None
+    step = side.adam_step
+    if step is not None:
+        try:
+            p = preconditioner_of(inputs.model, settings.preconditioning, step, step.state, side.gradient)
+        except UserError as error:  # the step itself needs no such P
+            raise NotApplicable(str(error)) from error
+    evaluation = EvaluationSide(inputs.eval_batch, inputs.numbers.eval_statistics, inputs.numbers.estimand)
+    weightings, passes = list(torch.from_numpy(columns).T), PassSettings(settings.token_batch_size)
+    found = products_with_weightings(inputs.model, evaluation, side.true_rows, weightings, p, passes)
+    return Responses(*(values.cpu().numpy() for values in found))
 
 
 def baselines(inputs: AnalysisInputs) -> BaselinesResult:

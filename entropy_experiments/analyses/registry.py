@@ -37,7 +37,7 @@ ANALYSES = (
     Analysis("intervention", steps.intervention, ("step",)),
     Analysis("prompt_structure", steps.prompt_structure, ("kernel", "step")),
     Analysis("sequence_clustering", steps.sequence_clustering, ("kernel",)),
-    Analysis("weighting_schemes", steps.weighting_schemes, ("kernel", "step", "drawn rows")),
+    Analysis("weighting_schemes", steps.weighting_schemes, ("step", "drawn rows")),
     Analysis("prices", steps.prices, ("step", "drawn rows")),
     Analysis("baselines", steps.baselines, ("step", "drawn rows")),
 )

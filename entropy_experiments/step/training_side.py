@@ -146,11 +146,7 @@ def prepare_training_side(
         elif sample is not None:
             checks.append(_check_second_moments(sample, state, settings))
         if sample is not None:  # P is the kernel's alone
-            if taken is None or settings.preconditioning != "step":
-                p = checkpoint_preconditioner(state, gradient)
-            else:
-                p = taken.step_preconditioner
-            p = formed.held(hold_unmoved_padding(model, state, p) if masked else p)
+            p = formed.held(preconditioner_of(model, settings.preconditioning, taken, state, gradient))
             if settings.preconditioning == "checkpoint":
                 checks.append(check_unseen_parameters(state, sample, p))
     return TrainingSide(
@@ -221,3 +217,28 @@ def _check_second_moments(
     return check_optimizer_entries(
         Formed(sample, lambda name: state[name]), root_mean_square, settings.optimizer_record
     )
+
+
+def preconditioner_of(
+    model: nn.Module,
+    preconditioning: str,
+    step: AnalysedStep | None,
+    state: Mapping[str, AdamWParameterState],
+    gradient: Mapping[str, Tensor],
+) -> Mapping[str, Tensor]:
+    """Name -> the kernel's P, formed when it is read.
+
+    Args:
+        preconditioning: of the configuration, not "none".
+        state: the moments before the step.
+        gradient: of the loss.
+
+    Raises:
+        UserError: where P at the checkpoint is not defined for a parameter.
+    """
+    if preconditioning == "step" and isinstance(step, NextStep):
+        p = step.step_preconditioner
+    else:
+        p = checkpoint_preconditioner(state, gradient)
+    masked = masks_padding(model) or PassState.of(model).stops_gradients
+    return hold_unmoved_padding(model, state, p) if masked else p
