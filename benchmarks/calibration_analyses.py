@@ -70,7 +70,9 @@ def weighting_tests(repeats: int) -> Rates:
             kh = entropies @ rows.T
             products = kh.mean(0)
             arrays = KernelArrays(
-                evaluation, training, scores @ rows.T, kh, inner, inner, weights, reward - 0.5, weights * products, products, 1.0
+                evaluation=evaluation, training=training, weights=weights, advantages=reward - 0.5,
+                shares=weights * products, products=products, step_factor=1.0,
+                fisher=scores @ rows.T, entropy_fisher=kh, train_fisher=inner, train_entropy_fisher=inner,
             )  # fmt: skip
             table = weighting_schemes(arrays, 8, drop_top=(1,))
             run = np.asarray(table.weights["run"])

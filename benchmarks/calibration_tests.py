@@ -69,17 +69,17 @@ def _kernels(rng: np.random.Generator, prompts: int, each: int, copies: int) -> 
     n = len(training)
     ones = np.ones(n)
     return KernelArrays(
-        evaluation,
-        training,
-        left @ right.T,
-        left @ right.T,
-        right @ right.T,
-        right @ right.T,
-        ones / n,
-        ones,
-        ones,
-        ones,
-        1.0,
+        evaluation=evaluation,
+        training=training,
+        fisher=left @ right.T,
+        entropy_fisher=left @ right.T,
+        train_fisher=right @ right.T,
+        train_entropy_fisher=right @ right.T,
+        weights=ones / n,
+        advantages=ones,
+        shares=ones,
+        products=ones,
+        step_factor=1.0,
     )
 
 
