@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from entropy_experiments.step.weighted_directions import products_with_weightings
 from torch import Tensor, nn
 
 from entropy_core import row_stream
@@ -22,6 +21,7 @@ from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.real_steps import StepMeasurement
 from entropy_experiments.step.settings import AnalysisSettings
+from entropy_experiments.step.weighted_directions import products_with_weightings
 from tests.entropy_experiments.analyses.tiny_step import make_step, sample_batch
 from tests.oracle.model_cases import CASES
 
