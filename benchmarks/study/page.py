@@ -75,14 +75,13 @@ def _section(task: str, runs: list[dict[str, Any]]) -> list[str]:
         "",
         f"Target {target:g} nats per token. A run exactly at the target would have a distance of {floor:.3f}.",
         "",
-        "| arm | seeds | distance | final entropy | reward | pass@4 | pass@16 | distinct of 16 | s a step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | seeds | distance | final entropy | reward | pass@4 | pass@16 | distinct of 16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in order:
         cells = [_cell([n[name] for n in arms[arm].values()]) for name in ("distance", "entropy", "reward")]
         cells += [_cell([n[name] for n in arms[arm].values()], 2) for name in ("pass_at_4", "pass_at_16", "distinct")]
-        seconds = np.mean([n["step_seconds"] for n in arms[arm].values()])
-        lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} | {seconds:.2f} |")
+        lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} |")
     lines += ["", *_tests(arms, order), "", f"![entropy and reward of the arms, {task}]({task}.png)", ""]
     stored = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["task"] == task]
     tuning = sorted((run for run in stored if run["arm"] == "bonus"), key=lambda run: run["overrides"]["entropy_coef"])
@@ -144,7 +143,18 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes[1].set_ylabel("mean reward")
     for axis in axes:
         axis.set_xlabel("optimizer step")
-    axes[0].legend(fontsize=8, title="arm (seeds); band: lowest to highest", title_fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    title = "arm (seeds); band: from the lowest seed to the highest"
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.legend(
+        handles,
+        labels,
+        fontsize=8,
+        title=title,
+        title_fontsize=8,
+        ncols=5,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+    )
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

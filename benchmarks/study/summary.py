@@ -46,7 +46,6 @@ def numbers(stored: dict[str, Any]) -> dict[str, float]:
         "pass_at_4": stored["last"]["pass_at_4"],
         "pass_at_16": stored["last"]["pass_at_16"],
         "distinct": stored["last"]["distinct"],
-        "step_seconds": float(np.median([s for s in stored["logged"]["step_time"] if s is not None])),
     }
 
 
