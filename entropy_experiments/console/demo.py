@@ -18,7 +18,7 @@ from rl_training.errors import UserError
 TRAIN_CONFIG = Path(__file__).parents[2] / "rl_training" / "cfg" / "testconfig.yaml"
 ANALYSIS_CONFIG = Path(__file__).parents[1] / "configs" / "fisher_analysis.yaml"
 
-# Three quarters of the configuration's sequences, to be done sooner, and twice its learning rate: so few would drain less in a step.
+# Three quarters of the configuration's sequences, to be done sooner, and twice its learning rate: so few drain less in a step.
 TRAIN_OVERRIDES = (
     "optimizer.learning_rate=4e-4",
     "rollouts.prompts_per_step=6",
