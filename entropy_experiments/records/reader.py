@@ -29,7 +29,9 @@ from rl_training.run.sums import SUMS_NAME, check_sums
 
 _TOKENS, _ENDS = {"prompt_ids", "completion_ids", "completion_mask", "ending"}, ("_low", "_high")
 _COLUMNS = [c.name for c in SEQUENCES if c.name not in _TOKENS and not c.name.endswith(_ENDS)]
-"""Of sequences.parquet, those that readers use."""
+"""Of sequences.parquet, those that readers need."""
+_INTERVALS = [c.name for c in SEQUENCES if c.name.endswith(_ENDS)]
+"""Those that older folders lack."""
 _KERNELS = ("fisher", "entropy_fisher")
 _TRAIN_KERNELS = ("train_fisher", "train_entropy_fisher")
 
@@ -59,7 +61,7 @@ def _read_sequences(path: Path) -> list[dict[str, Any]]:
         missing = [name for name in _COLUMNS if name not in names]
         if missing:
             raise UserError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {REMEDY}")
-        return pq.read_table(path, columns=_COLUMNS).to_pylist()
+        return pq.read_table(path, columns=_COLUMNS + [name for name in _INTERVALS if name in names]).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file ({first_line(error)[:200]}): {REMEDY}") from error
 

@@ -71,7 +71,7 @@ def _told(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     known = [(low, high) for low, high in ends if low is not None and high is not None]
     if not known:
         return ""
-    return f", {sum(high < 0 for _, high in known)} and {sum(low > 0 for low, _ in known)} of them beyond their 95% intervals"
+    return f", with zero outside the 95% interval for {sum(e < 0 for _, e in known)} and {sum(b > 0 for b, _ in known)} of them"
 
 
 class _Teller:

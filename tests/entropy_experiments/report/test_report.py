@@ -329,6 +329,15 @@ def test_reading_keeps_the_kernel_axes(tmp_path):
     np.testing.assert_array_equal(results.kernels["fisher"], load_file(folder / "kernel.safetensors")["fisher"])
 
 
+def test_intervals_of_shares_are_read_where_a_folder_has_them(tmp_path):
+    folder = build_results(tmp_path)
+    rows, _ = training_rows()
+    write_sequences(folder, [row | {"delta_h_low": -2.0, "delta_h_high": -1.0} for row in rows])
+    assert read_results_folder(folder).training[0]["delta_h_high"] == -1.0
+    write_sequences(folder, rows)
+    assert read_results_folder(folder).training[0].get("delta_h_high") is None
+
+
 def test_text_display():
     assert visible("a\tb\nc") == "a\tb\nc" and visible("\u2066x\ud83d") == "⟨U+2066⟩x⟨U+D83D⟩"
     assert clip("abcdefgh", 4, "end") == "[… 4 characters left out …] efgh"

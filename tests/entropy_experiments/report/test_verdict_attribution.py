@@ -140,5 +140,6 @@ def test_of_how_many_the_sign_is_told_is_said():
     ]
     text = costs(leaving_out(), rows)[0].text
     assert (
-        "4 lowered entropy in this step and 1 raised it, 3 and 0 of them beyond their 95% intervals (by their" in text
+        "4 lowered entropy in this step and 1 raised it, with zero outside the 95% interval for 3 and 0 of them (by their"
+        in text
     )
