@@ -91,7 +91,7 @@ def test_what_only_looks_like_padding_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(json.dumps(ROW).encode()), "is compressed: unpack it"),
+        (gzip.compress(json.dumps(ROW).encode(), mtime=0), "is compressed: unpack it"),
         (json.dumps(TWO).encode(), "first line is not a JSON object; write one JSON object a line"),
         (b"prompt,completion,advantage\na,b,1\n", "first line is not JSON"),
         (json.dumps(ROW).encode("utf-16"), "UTF-16: save it as UTF-8"),
