@@ -53,6 +53,7 @@ def train() -> list[list[dict[str, Any]]]:
     trainer._generate_and_score_completions, trainer.compute_loss = generating, computing
     record_steps(trainer)
     trainer.train()
+    assert trainer.model is not None
     weights = next(trainer.model.parameters())
     assert hasattr(weights, "placements") == ("ACCELERATE_USE_FSDP" in os.environ), type(weights)
     return had
