@@ -39,8 +39,7 @@ class EntropyProbeConfig(StrictModel):
     preset: Literal["default", "light", "accurate", "held_out"] = "default"
     """Settings that belong together, by measurement; single keys may be set beside them. `held_out` is of `mode: simple`."""
     mode: Literal["watch", "simple", "attribution"] = "watch"
-    """`watch`: measured by forward passes, predicted now and then; `simple`: predicted every step; `attribution`: with shares;
-    `prices`: `watch` with prices_every=4."""
+    """`watch`: measured by forward passes, predicted now and then; `simple`: predicted every step; `attribution`: with shares."""
     log_every: PositiveInt = 1
     """Steps between two that are probed."""
     preconditioning: Literal["actual", "previous_step", "none"] = "actual"

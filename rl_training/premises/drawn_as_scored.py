@@ -19,6 +19,9 @@ from rl_training.premises.full_precision import agreement, coarsest_dtype
 from rl_training.sampling import SamplingConfig, generate_scored
 
 _DRAWN = 4  # tokens of each prompt
+_LONGER = (
+    6  # tokens of the longer prompt: with those drawn a batch so short that what starts at a length (LongRoPE) has not
+)
 
 
 def generation_finding(
@@ -27,10 +30,10 @@ def generation_finding(
     """What is wrong where `model` draws otherwise than it is scored; None within rounding. No random stream is moved.
 
     Args:
-        token_ids: a prompt; its first half is the short one.
+        token_ids: a prompt, of which the beginning is used.
         temperature: of the distribution.
     """
-    prompts = [list(token_ids), list(token_ids)[: max(1, len(token_ids) // 2)]]
+    prompts = [list(token_ids)[:_LONGER], list(token_ids)[: max(1, min(_LONGER, len(token_ids)) // 2)]]
     config = SamplingConfig(temperature, _DRAWN, (), pad_token_id)
     drawn = generate_scored(model, prompts, config, seed=0)
     completions = [tokens for tokens, _ in drawn]

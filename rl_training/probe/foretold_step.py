@@ -46,4 +46,4 @@ class ForetoldStep:
 
 def _some(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // _ELEMENTS)].double()
+    return flat[:: max(1, len(flat) // _ELEMENTS)].to(torch.float64, copy=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -40,6 +39,8 @@ def test_a_step_that_is_rounded_away_does_not_pass() -> None:
 def test_a_batch_part_that_is_off_does_not_pass(rate: float) -> None:
     of = step(rate, 1.0)
     update = of.update
-    wrong = replace(update, batch=Formed(update.batch, lambda name: 1.05 * update.batch[name]))
-    of.__dict__["update"] = wrong  # where a cached property lies
+    off = Formed(
+        update.batch, lambda name: 1.05 * update.batch[name] + update.momentum[name] + update.weight_decay[name]
+    )
+    of.__dict__["sum_of_parts"] = off  # where a cached property lies
     assert not checked(of).passed
