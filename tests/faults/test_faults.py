@@ -1,5 +1,6 @@
 """The quick part of `make faults`, and that the harness sees what is not as it must be."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_results(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_interruptions(tiny_policy: Path, tmp_path: Path) -> None:
-    sound = Undisturbed(commands(tiny_policy, tmp_path, tmp_path, tmp_path), tmp_path)
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")  # the task is written beside it
+    sound = Undisturbed(commands(policy, tmp_path, tmp_path, tmp_path), tmp_path)
     assert not troubles([*point_cases(sound, "train", "kill", 4), *point_cases(sound, "train", "full", 2)])
     assert not troubles(kill_cases(sound, "train", 2, 2))

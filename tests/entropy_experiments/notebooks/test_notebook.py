@@ -212,7 +212,7 @@ def test_in_a_browser(hostile):
             errors: list[str] = []
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(f"http://127.0.0.1:{port}")
-            page.get_by_text("Self-check", exact=True).wait_for(timeout=180_000)
+            page.get_by_text("What it compares", exact=True).first.wait_for(timeout=180_000)
             assert page.locator("img[alt*='evaluation sequences']").count() == 1
             page.get_by_label("evaluation", exact=True).check()
             page.get_by_text(re.compile(r"Sequence \d+ of the evaluation buffer")).wait_for(timeout=120_000)
