@@ -50,6 +50,7 @@ def all_cases(kept: Path, kills: int, disks: int, chosen: list[str]) -> Iterator
     if not (kept / "made").exists():
         for left in kept.glob("*"):  # of a call that was ended while it made them
             shutil.rmtree(left)
+        kept.mkdir(parents=True, exist_ok=True)
         _make(kept, run, results)
         (kept / "made").touch()
     if not chosen:
