@@ -125,6 +125,19 @@ class SweepFolder:
                 return
             yield True
 
+    def held(self, name: str) -> bool | None:
+        """Whether a live process has the lock `name`; None where the file system has no locks."""
+        path = self.path / "locks" / f"{name}.lock"
+        refuse_link(path)
+        try:
+            with open(path, encoding="utf-8") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError) as error:
+            return isinstance(error, BlockingIOError)
+        except OSError:
+            return None
+        return False
+
     def remove(self) -> None:
         """Delete the sweep. Raises UserError where the folder is not one."""
         if self.path.exists() and not self.plan_file.exists():

@@ -13,12 +13,13 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from entropy_experiments.buffers.recorded_task import check_trust
 from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.run.launch import JOINING
 from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.sweep.assemble import assemble_sweep
 from entropy_experiments.sweep.config import SweepConfig
@@ -26,7 +27,7 @@ from entropy_experiments.sweep.folder import SweepFolder
 from entropy_experiments.sweep.shards import Shard, shard_of_process, single_process
 from entropy_experiments.sweep.targets import Target, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config
-from rl_training.errors import UserError
+from rl_training.errors import ResumableError, UserError
 from rl_training.files import strange_files, write_json_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
@@ -148,7 +149,7 @@ def _do(work: _Work) -> Sweep:
     place, started = work.place, time.time()
     if not work.assemble:
         _prepare(work)
-        with single_process():
+        with single_process(), place.locked(_lock_of(work.shard.index), wait=False):
             _use_own_device(work.shard)
             _analyze_shard(work)
         if work.waits:
@@ -234,17 +235,41 @@ def _analyze_shard(work: _Work) -> None:
         gc.collect()
 
 
+def _lock_of(process: int) -> str:
+    """The lock that a process of a launch holds while it analyses."""
+    return f"process-{process + 1}"
+
+
 def _wait_for_the_others(work: _Work, started: float) -> None:
-    """Until every checkpoint of the other launched processes is done, or failed in this launch."""
-    place, reminded = work.place, 0.0
+    """Until every checkpoint of the other launched processes is done, or failed in this launch.
+
+    Raises ResumableError where one of them ended, or never came, and has left some: a launcher ends all when one dies, but not
+    every launch has a launcher that is alive.
+    """
+    place, reminded, seen = work.place, 0.0, set[int]()
     while True:
-        errors = {target: place.error_of(target) for target in work.targets if not place.results(target).is_dir()}
-        left = [
-            t.name for t, error in errors.items() if error is None or error["time"] < started - _START_SPREAD_SECONDS
-        ]
+        held = {index: place.held(_lock_of(index)) for index in range(1, work.shard.count)}
+        seen |= {index for index, is_held in held.items() if is_held}
+        left = _left(work, started)  # after the locks were looked at: one that ended in between has left nothing
         if not left:
             return
+        late = time.time() - started > JOINING.total_seconds()
+        gone = [index for index, is_held in held.items() if is_held is False and (late or index in seen)]
+        for index in gone:
+            for target in replace(work.shard, index=index).of(work.targets):
+                if target in left:
+                    raise ResumableError(
+                        f"process {index + 1} of this sweep died or was stopped, and left {target.name}: its own output "
+                        "says why. What is finished is kept: the same command with --resume goes on, with any number of processes"
+                    )
         if time.monotonic() - reminded > _REMIND_SECONDS:
             reminded = time.monotonic()
-            work.reporter.stage(f"waiting for other processes: {', '.join(left[:3])}{', …' if len(left) > 3 else ''}")
+            names = [target.name for target in left]
+            work.reporter.stage(f"waiting for other processes: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
         time.sleep(_POLL_SECONDS)
+
+
+def _left(work: _Work, started: float) -> list[Target]:
+    """Checkpoints that are neither done nor failed in this launch."""
+    errors = {target: work.place.error_of(target) for target in work.targets if not work.place.results(target).is_dir()}
+    return [t for t, error in errors.items() if error is None or error["time"] < started - _START_SPREAD_SECONDS]

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ def arm() -> None:
     """Count points in this process, and fail at the one that the environment names."""
     import torch
 
+    from entropy_experiments.run import launch
+    from entropy_experiments.sweep import run as sweep
+
+    launch.JOINING = sweep.JOINING = timedelta(seconds=60)  # all are on this machine: nobody comes later
     paint_nothing()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

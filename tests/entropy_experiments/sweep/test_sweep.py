@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +17,12 @@ from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.sweep import run as sweep_module
 from entropy_experiments.sweep.assemble import read_metrics
 from entropy_experiments.sweep.config import SweepConfig
+from entropy_experiments.sweep.folder import SweepFolder
 from entropy_experiments.sweep.run import run_sweep, sweep_folder_for
 from entropy_experiments.sweep.shards import Shard, shard_of_process, single_process
 from entropy_experiments.sweep.targets import choose_checkpoints, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config, load_config
-from rl_training.errors import UserError
+from rl_training.errors import ResumableError, UserError
 from tests.entropy_experiments.checkpoint_edits import edit_optimizer
 from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, SMALL
@@ -275,6 +278,35 @@ def test_a_part_can_be_put_together(quick, small_run, tmp_path):
     assert [entry["status"] for entry in entries] == ["done", "open", "done", "open", "done"]
     with pytest.raises(UserError, match="no sweep at"):
         run_sweep([small_run], folder=tmp_path / "nothing", assemble=True)
+
+
+@pytest.mark.parametrize("came", [True, False])
+def test_a_process_that_died_is_not_waited_for(quick, small_run, tmp_path, monkeypatch, came):
+    """Launched without a launcher that is alive: the other process was seen and has ended, or never came."""
+    monkeypatch.setattr(sweep_module, "_POLL_SECONDS", 0.01)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    place, ended = SweepFolder(tmp_path / "out"), threading.Event()
+
+    def other() -> None:
+        with place.locked("process-2", wait=False):
+            ended.wait(1.0)
+
+    if came:
+        thread = threading.Thread(target=other)
+        thread.start()
+    else:
+        monkeypatch.setattr(sweep_module, "JOINING", timedelta(0))
+    with pytest.raises(
+        ResumableError, match=r"process 2 of this sweep died or was stopped, and left \S+-\d+: .*--resume"
+    ):
+        run_sweep([small_run], folder=tmp_path / "out")
+    if came:
+        thread.join()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    sweep = run_sweep([small_run], folder=tmp_path / "out", resume=True)
+    assert sweep.report is not None and not sweep.failed
 
 
 def test_processes_of_other_settings_are_refused(quick, small_run, tmp_path):
