@@ -273,14 +273,9 @@ def doctor(
     refuse_absent_folder(checkpoint)
     with stdout_kept_for_results():
         quiet_libraries()
-        from entropy_experiments.console.doctor import checkpoints_inside, examine, examine_many
-        from entropy_experiments.console.import_source import describe, importable
+        from entropy_experiments.console.doctor import examine_all
 
-        many = checkpoints_inside(checkpoint)
-        if importable(checkpoint):
-            lines, healthy = describe(checkpoint)
-        else:
-            lines, healthy = examine_many(checkpoint, trust) if many else examine(checkpoint, trust)
+        lines, healthy = examine_all(checkpoint, trust)
     print(visible("\n".join(line.replace("\n", " ") for line in lines)))  # a stranger's record may hold anything
     if not healthy:
         raise typer.Exit(1)

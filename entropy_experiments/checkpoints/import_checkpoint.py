@@ -143,11 +143,21 @@ def _configuration(state: TrainedState, folder: Path, model: str | None, origins
         and named is None
     ):
         _from_the_hub(model, folder, origins)
+    if model is not None and (folder / ADAPTER_CONFIG).exists():
+        _base_as_told(folder / ADAPTER_CONFIG, str(named.resolve()) if named is not None else model, origins)
     if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
         raise UserError(
             f"{state.folder} has no configuration of its model (config.json): give --model, a folder of save_pretrained "
             "or a name on the hub, from which the run started"
         )
+
+
+def _base_as_told(path: Path, model: str, origins: dict[str, str]) -> None:
+    """Let the adapter's configuration name the base model that --model names: where it was trained is another place."""
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("base_model_name_or_path") != model:
+        write_json_whole(path, {**content, "base_model_name_or_path": model})
+        origins[path.name] = f"{origins[path.name]}, its base model by --model"
 
 
 def _from_the_hub(model: str, folder: Path, origins: dict[str, str]) -> None:

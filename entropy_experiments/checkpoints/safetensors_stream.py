@@ -21,17 +21,19 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write them whole or not at all, in the order given.
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], about: Mapping[str, str] | None = None) -> None:
+    """Write them whole or not at all, in the order given: equal content is equal bytes, which safetensors itself, whose metadata
+    have no order, does not promise.
 
     Args:
         path: The file.
         tensors: By name; each is read once, written, and let go.
+        about: The file's metadata; by default its format alone.
 
     Raises:
         UserError: For a type that safetensors has not, and whatever reading raises.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(about or {"format": "pt"})}
     start = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:

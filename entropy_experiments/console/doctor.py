@@ -25,6 +25,7 @@ from entropy_experiments.checkpoints.foreign import foreign_layout
 from entropy_experiments.checkpoints.loaded_policy import check_witness
 from entropy_experiments.checkpoints.validation import Examined, examine_checkpoint, vocabulary_size
 from entropy_experiments.config import FisherAnalysisConfig
+from entropy_experiments.console.describe_source import describe, importable
 from rl_training.config import BUILT_IN_REWARDS, TaskConfig
 from rl_training.errors import UserError
 from rl_training.models.load import read_tokenizer
@@ -37,6 +38,7 @@ from rl_training.tasks.task import load_task
 
 YES = "yes"
 WITHOUT_ADAM = "without Adam"
+AFTER_IMPORT = "after import"
 NO = "no"
 _TO_GIVE = "checkpoint.task, sampling.temperature and sampling.max_completion_length"
 
@@ -217,6 +219,17 @@ def _verdict_line(diagnosis: Diagnosis) -> str:
 
 
 # ---------------------------------------------------------------------- a folder of many
+def examine_all(path: Path, trust: bool = False) -> tuple[list[str], bool]:
+    """Lines for a person, and whether nothing is missing: of a checkpoint, of a run's latest one, or of a folder of many.
+
+    Raises UserError where the path holds none of these.
+    """
+    if importable(path):
+        source = describe(path)
+        return source.lines, source.healthy
+    return examine_many(path, trust) if checkpoints_inside(path) else examine(path, trust)
+
+
 def checkpoints_inside(folder: Path) -> list[Path]:
     """Folders directly inside that hold a checkpoint or a run; [] where `folder` is one itself, or there are none."""
     if not folder.is_dir() or _is_one(folder):
@@ -228,7 +241,7 @@ def _is_one(folder: Path) -> bool:
     try:
         resolve_checkpoint(folder)
     except (UserError, OSError):
-        return False
+        return importable(folder)
     return True
 
 
@@ -241,15 +254,24 @@ def examine_many(folder: Path, trust: bool = False) -> tuple[list[str], bool]:
     rows = [("checkpoint", "what it is", "can be analysed", "what to do")]
     healthy = True
     for child in inside:
-        diagnosis = diagnose(child, trust)
-        healthy = healthy and diagnosis.healthy
-        rows.append((child.name, diagnosis.kind, diagnosis.verdict, _what_to_do(diagnosis)))
+        row, whole = _row(child, trust)
+        rows.append(row)
+        healthy = healthy and whole
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(row[c].ljust(widths[c]) for c in range(3)), row[3]]).rstrip() for row in rows]
     others = sum(child.is_dir() and child not in inside for child in folder.iterdir())
     if others:
         lines.append(f"{others} other folder{'s' if others > 1 else ''} without a checkpoint")
     return lines, healthy
+
+
+def _row(child: Path, trust: bool) -> tuple[tuple[str, str, str, str], bool]:
+    if importable(child):
+        source = describe(child)
+        can = AFTER_IMPORT if source.to_do.startswith("entropy-experiments ") else NO
+        return (child.name, source.layout, can, re.sub(r"\s+", " ", source.to_do)), source.healthy
+    diagnosis = diagnose(child, trust)
+    return (child.name, diagnosis.kind, diagnosis.verdict, _what_to_do(diagnosis)), diagnosis.healthy
 
 
 def _what_to_do(diagnosis: Diagnosis) -> str:

@@ -1,6 +1,4 @@
-"""`import`: a run of ours out of another trainer's checkpoints; and what `doctor` says of these
-before they are imported.
-"""
+"""`import`: a run of ours out of another trainer's checkpoints."""
 
 from __future__ import annotations
 
@@ -17,9 +15,8 @@ from entropy_experiments.checkpoints.folder import existing_folder
 from entropy_experiments.checkpoints.foreign import foreign_layout
 from entropy_experiments.checkpoints.import_checkpoint import Imported, fill_checkpoint
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD
-from entropy_experiments.checkpoints.readers.layouts import Source, find_source, find_sources
+from entropy_experiments.checkpoints.readers.layouts import Source, find_sources
 from entropy_experiments.checkpoints.readers.trained_state import TrainedState
-from entropy_experiments.checkpoints.readers.trainer_files import SAVED_WEIGHTS
 from entropy_experiments.checkpoints.validation import examine_checkpoint
 from rl_training.errors import UserError
 from rl_training.files import PART, own_folder, refuse_link, rename_whole
@@ -174,66 +171,4 @@ def import_lines(made: list[Imported]) -> list[str]:
                 f"  sequences: {one.record.origins[ROLLOUTS_FILE]}; analyse them with "
                 f"entropy_analysis.sampling.train_sequences_path={one.folder / ROLLOUTS_FILE}"
             )
-    return lines
-
-
-def importable(folder: Path) -> bool:
-    """Whether `doctor` should speak of importing: a layout that is read, and no checkpoint that is
-    analysed as it is.
-    """
-    if not folder.is_dir() or (folder / "optimizer.pt").exists() or (folder / IMPORT_RECORD).exists():
-        return False
-    foreign = foreign_layout(folder)
-    if foreign is not None:
-        return foreign.imported
-    source = find_source(folder)
-    return source is not None and not any((folder / name).exists() for name in (*SAVED_WEIGHTS, "adapter_config.json"))
-
-
-def describe(folder: Path, outermost: Path | None = None) -> tuple[list[str], bool]:
-    """What a foreign checkpoint holds and lacks, and whether it can be imported whole. No tensor is
-    read but for checks.
-
-    Raises:
-        UserError: Where it is no layout that is read.
-    """
-    source = find_sources(folder)[-1]
-    lines = [f"checkpoint {source.folder}"]
-    try:
-        state = source.read()
-    except UserError as error:
-        return [*lines, f"  MISSING {error}", "cannot be imported as it is"], False
-    lines += [f"  {state.layout}", f"  step {'unknown' if state.step is None else state.step}", *_parts(state)]
-    missing = _missing(state)
-    lines += [f"  {note}" for note in (*state.notes, *((state.adam.notes) if state.adam else ()))]
-    lines += [f"  MISSING {line}" for line in missing]
-    command = f"entropy-experiments import {outermost or folder} --output RUN"
-    lines.append(f"can be imported: {command}{' --model FOLDER' if missing and state.adam else ''}")
-    return lines, not missing
-
-
-def _parts(state: TrainedState) -> list[str]:
-    saved = state.weights_folder is not None and any((state.weights_folder / n).exists() for n in SAVED_WEIGHTS)
-    lines = [
-        f"  weights: {'saved by save_pretrained' if saved else f'{len(state.weights)} tensors, gathered at import'}"
-    ]
-    if state.adam is None:
-        return [
-            *lines,
-            "  optimizer: none; analyse with fisher_kernel.preconditioning=none and checkpoint.learning_rate",
-        ]
-    rates = ", ".join(f"{group.settings.get('lr', 0):g}" for group in state.adam.groups)
-    names = "named in the files" if state.adam.named else "numbered; named by the model's order at import, and verified"
-    lines.append(f"  AdamW: moments of {len(state.adam.entries)} parameters at step {state.adam.step}, {names}")
-    lines.append(f"  parameter groups: {len(state.adam.groups)}, learning rates in the file {rates}")
-    return lines
-
-
-def _missing(state: TrainedState) -> list[str]:
-    places = [place for place in (state.weights_folder, state.folder) if place is not None]
-    lines = []
-    if not any((place / name).exists() for place in places for name in ("config.json", "adapter_config.json")):
-        lines.append("config.json and a tokenizer: give --model, a folder of save_pretrained or a name on the hub")
-    elif not any((place / name).exists() for place in places for name in ("tokenizer.json", "tokenizer_config.json")):
-        lines.append("a tokenizer (tokenizer.json): give --model, a folder of save_pretrained or a name on the hub")
     return lines

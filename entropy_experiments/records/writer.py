@@ -12,6 +12,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.checkpoint_loader import Checkpoint
+from entropy_experiments.checkpoints.readers.trained_state import LazyTensor
+from entropy_experiments.checkpoints.safetensors_stream import write_tensors
 from entropy_experiments.double_sampling import Buffers
 from entropy_experiments.records.columns import SEQUENCES, schema_of
 from entropy_experiments.records.history_rows import HistoryRow
@@ -149,8 +152,6 @@ def _of_drawn(values: list[float], drawn: Sequence[bool] | None) -> list[float |
 
 def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, preconditioning: str) -> None:
     """The matrices that were computed, with what one must know to use them."""
-    from safetensors.torch import save_file
-
     names = ("fisher", "entropy_fisher", "train_fisher", "train_entropy_fisher")
     if numbers.kernels is None:
         return
@@ -173,7 +174,8 @@ def write_kernels(path: Path, numbers: AnalysisNumbers, checkpoint: Checkpoint, 
         "sign": "delta h_i = +lr (1-beta1)/(1-beta1^t) c w_i mean_eval(entropy_fisher[:, i]), exact with the step's own P",
     }
     content = {k: v.contiguous().cpu().float() for k, v in tensors.items()}
-    write_whole_by(path, lambda part: save_file(content, part, metadata))
+    written = {k: LazyTensor(tuple(v.shape), v.dtype, k, partial(content.__getitem__, k)) for k, v in content.items()}
+    write_tensors(path, written, metadata)
 
 
 def describe_environment() -> dict[str, Any]:

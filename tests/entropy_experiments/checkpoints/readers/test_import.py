@@ -17,8 +17,9 @@ from entropy_core.gradients import trainable_parameters
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, read_import_record
 from entropy_experiments.checkpoints.validation import examine_checkpoint
-from entropy_experiments.console.doctor import examine
-from entropy_experiments.console.import_source import describe, import_lines, import_run, importable
+from entropy_experiments.console.describe_source import describe, importable
+from entropy_experiments.console.doctor import examine, examine_all
+from entropy_experiments.console.import_source import import_lines, import_run
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
@@ -202,6 +203,8 @@ def test_an_adapter_under_fsdp_is_imported(formats, tmp_path, name):
     """verl hands frozen parameters to the optimizer too, and numbers them; accelerate saves the adapter's shards alone."""
     made = import_run(formats / name, tmp_path / "run", str(formats / "policy"))[0]
     assert made.moments == 8 and sum(len(group.names) for group in made.record.groups) == 8
+    base = json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((formats / "policy").resolve()), "--model is remembered: an analysis finds it again"
     loaded = load_checkpoint(made.folder, device="cpu", learning_rate=1e-3)
     expected, trained = torch.load(formats / "reference_lora.pt"), trainable_parameters(loaded.model)
     assert len(trained) == 8 and all("lora_" in key for key in trained)
@@ -253,18 +256,31 @@ def test_an_import_is_whole_or_absent_and_overwrites_nothing(formats, runs, tmp_
 
 
 def test_doctor_says_what_a_source_is_and_what_an_import_is(formats, runs):
-    lines, healthy = describe(formats / written.VERL)
-    text = "\n".join(lines)
-    assert (
-        healthy
-        and "moments of 20 parameters at step 4" in text
-        and "can be imported: entropy-experiments import" in text
-    )
-    lines, healthy = describe(formats / written.PRIME)
-    assert not healthy and "MISSING config.json and a tokenizer: give --model" in "\n".join(lines)
+    found = describe(formats / written.VERL)
+    text = "\n".join(found.lines)
+    assert found.healthy and "moments of 20 parameters at step 4" in text
+    assert "can be imported: entropy-experiments import" in text
+    found = describe(formats / written.PRIME)
+    assert not found.healthy and "MISSING config.json and a tokenizer: give --model" in "\n".join(found.lines)
     assert importable(formats / written.SHARDED) and not importable(formats / written.TRAINER)
     lines, _ = examine(runs[written.VERL])
     assert "imported from verl or SkyRL, FSDP2, 2 processes" in lines[1] and "can be analysed" in lines[-1]
+
+
+def test_doctor_finds_the_checkpoints_of_a_run_and_tells_of_a_folder_of_many(formats):
+    """A run is described by its last checkpoint, wherever the trainer put it; in a table each row says how to go on."""
+    for name in (written.PRIME, written.OPENRLHF, written.NEMO, written.RANKED, written.LORA, written.TITAN):
+        run = formats / name.split("/")[0]
+        lines, _ = examine_all(run)
+        assert lines[0] == f"checkpoint {formats / name}"
+        assert f"can be imported: entropy-experiments import {run} --output RUN" in lines[-1]
+    lines, healthy = examine_all(formats)
+    rows = {line.split()[0]: line for line in lines[1:]}
+    for name in ("full", "lora", "ranked", "sharded", "prime", "openrlhf", "nemo", "titan", "verl", "verl_lora"):
+        assert (
+            "  after import  " in rows[name] and f"entropy-experiments import {formats / name} --output" in rows[name]
+        ), name
+    assert "  yes  " in rows["trainer"] and not healthy
 
 
 @pytest.mark.long

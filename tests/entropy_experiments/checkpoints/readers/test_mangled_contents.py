@@ -17,7 +17,8 @@ import torch
 
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, imported_optimizer, read_import_record
 from entropy_experiments.checkpoints.readers.layouts import find_source
-from entropy_experiments.console.import_source import describe, import_run
+from entropy_experiments.console.describe_source import describe
+from entropy_experiments.console.import_source import import_run
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
 from tests.entropy_experiments.checkpoints.readers.zero_layout import deepspeed_names

@@ -9,7 +9,8 @@ import torch
 
 from entropy_experiments.checkpoints.foreign import foreign_layout
 from entropy_experiments.checkpoints.readers.layouts import find_source, find_sources
-from entropy_experiments.console.import_source import describe, import_run
+from entropy_experiments.console.describe_source import describe
+from entropy_experiments.console.import_source import import_run
 from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoints.readers import written_formats as written
 from tests.entropy_experiments.checkpoints.readers.test_refusals import resave
@@ -142,8 +143,8 @@ def test_a_state_by_another_name_is_said(formats: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(formats / "policy", tmp_path / "epoch_0"))
     for name in ("recipe_state.pt", "optimizer_state.pt"):
         torch.save({}, folder / name)
-    lines, whole = describe(folder)
-    text = "\n".join(lines)
-    assert whole and "optimizer: none" in text
+    found = describe(folder)
+    text = "\n".join(found.lines)
+    assert found.healthy and "optimizer: none" in text
     assert "recipe_state.pt may hold the optimizer's state, and is of no layout that is read" in text
     assert "optimizer_state.pt may hold" in text
