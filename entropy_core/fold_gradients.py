@@ -1,17 +1,14 @@
-"""The gradient of entropy in a few parts, one for each fold of the prompts, so that what it
-predicts has an error.
+"""The gradient of entropy in a few parts, one for each fold of the prompts, so that what it predicts has an error.
 
     g = sum_f g_f ,    g_f = sum of the rows E_t / n over the sequences t whose prompt is in fold f
     <g, d> = sum_f c_f = c ,    c_f = <g_f, d> ,    se^2 = sum_f (c_f - p_f c)^2 / (1 - sum_f p_f^2) ,    p_f = n_f / n
 
-for any direction d, a step or a part of one. n_f of the n sequences are in fold f, so that c_f is
-expected to be p_f c: for equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over
-folds, and with as many folds as prompts the jackknife over prompts. Taking unequal folds for equal
-ones would count their sizes as noise. Memory: F times the trainable parameters.
+for any direction d, a step or a part of one. n_f of the n sequences are in fold f, so that c_f is expected to be p_f c: for
+equal folds this is F/(F - 1) sum_f (c_f - mean c)^2, the jackknife over folds, and with as many folds as prompts the jackknife
+over prompts. Taking unequal folds for equal ones would count their sizes as noise. Memory: F times the trainable parameters.
 
-g_f comes from per-sequence rows in one pass over all folds (which is checked against autograd,
-entropy_core.passes.fold_rows), or, where a model has no such rows, from a plain backward pass over
-each fold's own prompts: as many tokens, in F pieces.
+g_f comes from per-sequence rows in one pass over all folds (which is checked against autograd, entropy_core.passes.fold_rows),
+or, where a model has no such rows, from a plain backward pass over each fold's own prompts: as many tokens, in F pieces.
 
 Source: docs/theory/measurement-and-uncertainty.md.
 """
@@ -52,10 +49,8 @@ class FoldGradients:
     """A gradient of entropy in F parts, one for each fold of the prompts.
 
     Attributes:
-        folds: name -> (F, *shape), this process's part; `processes` adds up what several processes
-            hold.
-        shares: (F,) float64, the part of all sequences that each fold has, adding up to 1; None:
-            equal parts.
+        folds: name -> (F, *shape), this process's part; `processes` adds up what several processes hold.
+        shares: (F,) float64, the part of all sequences that each fold has, adding up to 1; None: equal parts.
     """
 
     folds: dict[str, Tensor]
@@ -300,9 +295,7 @@ def _statistics(
     model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket], with_variances: bool
 ) -> TokenStatistics:
     """Statistics of the tokens in these buckets, zero elsewhere."""
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    types = (dtype, torch.float64, dtype)[: 2 + with_variances]
-    full = [torch.zeros(batch.input_ids.shape, dtype=t, device=batch.device) for t in types]
+    full = _nothing_known(model, batch, with_variances)
     with open_passes(model), torch.no_grad():
         for bucket in pieces:
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
@@ -310,6 +303,13 @@ def _statistics(
                 assert values is not None
                 tensor[bucket.sequences, bucket.columns] = values.to(tensor)
     return TokenStatistics(*full)
+
+
+def _nothing_known(model: nn.Module, batch: SequenceBatch, with_variances: bool) -> list[Tensor]:
+    """Statistics of zeros, whose types do not depend on how they are going to be had: processes add theirs up."""
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    types = (dtype, torch.float64, dtype)[: 2 + with_variances]
+    return [torch.zeros(batch.input_ids.shape, dtype=t, device=batch.device) for t in types]
 
 
 def _summed(own: TokenStatistics, processes: Processes) -> TokenStatistics:
@@ -339,6 +339,7 @@ class _Forward:
         with_variances: bool,
     ) -> None:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
+        self._full = _nothing_known(model, batch, with_variances)
         self._hooks = RowHooks(model, parameters) if rows else None
         try:
             if self._hooks is not None:
@@ -352,10 +353,9 @@ class _Forward:
         self._values = [v.detach() for v in found if v is not None]
 
     def statistics(self) -> TokenStatistics:
-        full = [torch.zeros(self._batch.input_ids.shape, dtype=v.dtype, device=v.device) for v in self._values]
-        for tensor, values in zip(full, self._values, strict=True):
-            tensor[self._bucket.sequences, self._bucket.columns] = values
-        return TokenStatistics(*full)
+        for tensor, values in zip(self._full, self._values, strict=True):
+            tensor[self._bucket.sequences, self._bucket.columns] = values.to(tensor)
+        return TokenStatistics(*self._full)
 
     def backward(
         self,

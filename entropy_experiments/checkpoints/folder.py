@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from entropy_experiments.checkpoints.foreign import foreign_layout
+from entropy_experiments.checkpoints.foreign import ForeignLayout, foreign_layout
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, ImportRecord, read_import_record
+from entropy_experiments.checkpoints.readers.layouts import find_sources
 from rl_training.errors import UserError
 from rl_training.run.sidecar import SIDECAR_NAME, Sidecar, read_sidecar, refuse_special_file
 
@@ -79,7 +80,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return numbered[-1][1]
     if _is_model_folder(folder) or foreign_layout(folder) is not None:
         return folder
-    raise UserError(f"{folder} is neither a checkpoint (no trainer_state.json) nor a run with checkpoint-* folders")
+    try:
+        find_sources(folder)
+    except UserError:
+        raise UserError(
+            f"{folder} is neither a checkpoint (no trainer_state.json) nor a run with checkpoint-* folders"
+        ) from None
+    raise UserError(f"{folder} holds checkpoints of another trainer: {import_it(folder)}")
 
 
 def _is_model_folder(folder: Path) -> bool:
@@ -160,13 +167,10 @@ def missing_parts(folder: Path) -> list[str]:
         )
     if adapters:
         if not any((a / ADAPTER_WEIGHTS).exists() for a in adapters):
-            missing.append(f"{ADAPTER_WEIGHTS} (adapter weights): {_without_adapter_weights(adapters)}")
+            advice = _without_adapter_weights(adapters) if foreign is None else _how_else(foreign, folder)
+            missing.append(f"{ADAPTER_WEIGHTS} (adapter weights): {advice}")
     elif not any((folder / name).exists() for name in _WEIGHT_FILES):
-        advice = "the checkpoint is partial"
-        if foreign is not None:
-            advice = (
-                f"{foreign.what}: {import_it(folder)}" if foreign.imported else f"{foreign.what}. {foreign.weights}"
-            )
+        advice = "the checkpoint is partial" if foreign is None else _how_else(foreign, folder)
         missing.append(f"model weights (adapter_config.json or model.safetensors): {advice}")
     trained = not sidecar_missing or any((folder / name).exists() for name in _LEFT_BY_THE_TRAINER)
     if not (folder / "trainer_state.json").exists() and trained:
@@ -174,6 +178,10 @@ def missing_parts(folder: Path) -> list[str]:
     if not (folder / "optimizer.pt").exists() and not (imported and (folder / MOMENTS_FILE).exists()):
         missing.append(f"optimizer.pt (Adam's moments): {_without_optimizer(folder, trained)}")
     return missing
+
+
+def _how_else(foreign: ForeignLayout, folder: Path) -> str:
+    return f"{foreign.what}: {import_it(folder)}" if foreign.imported else f"{foreign.what}. {foreign.weights}"
 
 
 def import_it(folder: Path) -> str:

@@ -82,7 +82,9 @@ _TESTS: tuple[tuple[ForeignLayout, Callable[[_Names], bool]], ...] = (
     ),
     (
         _FSDP_SHARDED,
-        lambda names: _any(names, r"optimizer_\d+|pytorch_model_fsdp_\d+|(optimizer|pytorch_model_fsdp)_rank\d+\.bin"),
+        lambda names: _any(
+            names, r"optimizer_\d+|pytorch_model_fsdp_\d+|(optimizer|pytorch_model_fsdp)(_\d+)?_rank\d+\.bin"
+        ),
     ),
     (_FSDP_FULL, lambda names: "optimizer.bin" in names or "pytorch_model_fsdp.bin" in names),
     (_DCP, lambda names: ".metadata" in names or _any(names, r"__\d+_\d+\.distcp")),

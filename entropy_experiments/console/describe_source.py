@@ -18,10 +18,10 @@ def importable(folder: Path) -> bool:
     and not one that is analysed as it is.
     """
     try:
-        last = find_sources(folder)[-1].folder if folder.is_dir() else None
-    except UserError:
+        last = find_sources(folder)[-1].folder
+    except (UserError, OSError):  # no folder, or one of no layout that is read
         return False
-    if last is None or (last / "optimizer.pt").exists() or (last / IMPORT_RECORD).exists():
+    if (last / "optimizer.pt").exists() or (last / IMPORT_RECORD).exists():
         return False
     foreign = foreign_layout(last)
     if foreign is not None:
@@ -32,13 +32,14 @@ def importable(folder: Path) -> bool:
 @dataclass(frozen=True)
 class SourceDiagnosis:
     """What is in a foreign checkpoint, or a run's last one. lines: for a person. layout: in words. healthy: whether it can be
-    imported without more. to_do: the command, or why there is none.
+    imported without more. command: how; None where it cannot. moments: whether Adam's come with it.
     """
 
     lines: list[str]
     layout: str
     healthy: bool
-    to_do: str
+    command: str | None
+    moments: bool = False
 
 
 def describe(folder: Path) -> SourceDiagnosis:
@@ -57,14 +58,14 @@ def describe(folder: Path) -> SourceDiagnosis:
     except UserError as error:
         lines += [f"  MISSING {error}", "cannot be imported as it is"]
         foreign = foreign_layout(source.folder)
-        return SourceDiagnosis(lines, "unreadable" if foreign is None else foreign.name, False, str(error))
+        return SourceDiagnosis(lines, "unreadable" if foreign is None else foreign.name, False, None)
     lines += [f"  {state.layout}", f"  step {'unknown' if state.step is None else state.step}", *_parts(state)]
     missing = _missing(state)
     lines += [f"  {note}" for note in (*state.notes, *((state.adam.notes) if state.adam else ()))]
     lines += [f"  MISSING {line}" for line in missing]
     command = f"entropy-experiments import {folder} --output RUN{' --model FOLDER' if missing and state.adam else ''}"
     lines.append(f"can be imported: {command}")
-    return SourceDiagnosis(lines, state.layout, not missing, command)
+    return SourceDiagnosis(lines, state.layout, not missing, command, state.adam is not None)
 
 
 def _parts(state: TrainedState) -> list[str]:

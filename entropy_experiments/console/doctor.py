@@ -266,10 +266,9 @@ def examine_many(folder: Path, trust: bool = False) -> tuple[list[str], bool]:
 
 
 def _row(child: Path, trust: bool) -> tuple[tuple[str, str, str, str], bool]:
-    if importable(child):
-        source = describe(child)
-        can = AFTER_IMPORT if source.to_do.startswith("entropy-experiments ") else NO
-        return (child.name, source.layout, can, re.sub(r"\s+", " ", source.to_do)), source.healthy
+    source = describe(child) if importable(child) else None
+    if source is not None and source.command is not None and source.moments:
+        return (child.name, source.layout, AFTER_IMPORT, source.command), source.healthy
     diagnosis = diagnose(child, trust)
     return (child.name, diagnosis.kind, diagnosis.verdict, _what_to_do(diagnosis)), diagnosis.healthy
 

@@ -165,16 +165,20 @@ class GradientPremise:
         self._fresh = self._found is None and not any(bool(g.any()) for g in gradients)
 
     def _examine(self, readings: list[LossReading]) -> None:
-        """Only a micro-batch that starts a step: afterwards `p.grad` holds its gradient alone."""
-        if not (self._fresh and readings):
-            return
+        """Only a micro-batch that starts a step: afterwards `p.grad` holds its gradient alone.
+
+        Where the backward pass has averaged over processes, all of them must have started: a process whose earlier
+        micro-batches had no gradient is at its first when the others are at their last.
+        """
         accelerator = self._trainer.accelerator
         parameters = trainable_parameters(self._model)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        size = _norm(gradients.values())
-        if not 0.0 < size < math.inf:  # nothing to see yet, or for others to complain of
-            return
+        starts = self._fresh and bool(readings)
+        size = _norm(gradients.values()) if starts else 0.0
+        starts = starts and 0.0 < size < math.inf  # else nothing to see yet, or for others to complain of
         averaged = Processes.world() if accelerator.sync_gradients else ALONE
+        if averaged.any(not starts, accelerator.device):
+            return
         rebuilt, difference, by_padding, failure = {}, math.nan, (0.0, 0.0), None
         try:
             with without_autocast(self._model), _without_gradient_hooks(parameters.values()):

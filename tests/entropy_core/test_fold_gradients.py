@@ -200,6 +200,16 @@ def test_gradients_of_unequal_folds_know_their_shares() -> None:
     assert math.isnan(one_fold.predict({"a": torch.ones(5)}).standard_error), "all sequences in one fold: no error"
 
 
+@pytest.mark.parametrize("folds", [1, 3])
+def test_the_types_of_statistics_do_not_depend_on_the_way_they_are_had(folds: int) -> None:
+    """Processes add theirs up, one of which may have one bucket, another several, or none."""
+    model, batch = LLAMA.make().float(), right_padded(random_sequences(VOCABULARY))
+    objectives = objectives_of(batch, wanted=[("rao_blackwell", True)])
+    for buckets in (length_buckets, lambda b: length_buckets(b, 1), lambda b: []):
+        _, statistics = fold_gradients(model, batch, objectives, buckets, folds)
+        assert (statistics.logprobs.dtype, statistics.entropies.dtype) == (torch.float32, torch.float64)
+
+
 def test_no_more_folds_than_prompts_and_one_prompt_has_no_error() -> None:
     model, batch = LLAMA.make(), right_padded(random_sequences(VOCABULARY))
     wanted = [("rao_blackwell", True)]

@@ -274,6 +274,8 @@ def test_doctor_finds_the_checkpoints_of_a_run_and_tells_of_a_folder_of_many(for
         lines, _ = examine_all(run)
         assert lines[0] == f"checkpoint {formats / name}"
         assert f"can be imported: entropy-experiments import {run} --output RUN" in lines[-1]
+        with pytest.raises(UserError, match="entropy-experiments import .* --output RUN"):
+            load_checkpoint(run)
     lines, healthy = examine_all(formats)
     rows = {line.split()[0]: line for line in lines[1:]}
     for name in ("full", "lora", "ranked", "sharded", "prime", "openrlhf", "nemo", "titan", "verl", "verl_lora"):
