@@ -100,7 +100,7 @@ class StepRecorder(TrainerCallback):
 
     def _before_loss(self, model: Any, inputs: dict[str, Any], *_args: Any, **_kwargs: Any) -> None:
         if model.training:  # turned into lists after the step: training is not held up by copies from the device
-            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages")
             self._micro_batches.append({name: inputs[name] for name in names if inputs.get(name) is not None})
 
     # ------------------------------------------------------------------ the run
@@ -129,6 +129,8 @@ def _loss_rows(number: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """
     in_loss, attended = loss_mask(inputs).cpu(), inputs["completion_mask"].bool().cpu()
     prompts, prompt_masks = inputs["prompt_ids"].cpu(), inputs["prompt_mask"].bool().cpu()
+    advantages = inputs.get("advantages")
+    of_sequences = advantages.tolist() if advantages is not None and advantages.dim() == 1 else [None] * len(prompts)
     rows = []
     for n, ids in enumerate(inputs["completion_ids"].cpu()):
         kept = attended[n] if bool(attended[n].any()) else attended[n] | True
@@ -140,6 +142,7 @@ def _loss_rows(number: int, inputs: dict[str, Any]) -> list[dict[str, Any]]:
                 "completion_ids": ids[kept].tolist(),
                 "mask": in_loss[n][kept].tolist(),
                 "width": len(ids),
+                "advantage": _number(of_sequences[n]),
             }
         )
     return rows

@@ -9,6 +9,7 @@
 mask: which tokens of completion_ids count: in a generated row those that the policy drew, in a loss row those in the loss (none
 where the trainer masked the completion out). width: columns of the micro-batch's padded completions. rewards: one for each reward
 function, null where it did not judge. sampler_logprobs: those that the generator returned, null where it returned none.
+advantage: in a loss row A_i as the trainer's loss had it, null where each token had its own, and in files of earlier releases.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ SCHEMA = pa.schema(
         ("width", pa.int64()),
         ("rewards", pa.list_(pa.float64())),
         ("sampler_logprobs", pa.list_(pa.float64())),
+        ("advantage", pa.float64()),
     ]
 )
+_EARLIER = SCHEMA.remove(SCHEMA.get_field_index("advantage"))
 
 
 class RunSettings(StrictModel):
@@ -119,6 +122,6 @@ def read_step(run_dir: Path, step: int) -> list[dict[str, Any]] | None:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} cannot be read ({error}): it is damaged") from error
-    if table.schema != SCHEMA:
+    if table.schema not in (SCHEMA, _EARLIER):
         raise UserError(f"{path} has other columns than this release writes: it is damaged, or of another release")
     return table.to_pylist()

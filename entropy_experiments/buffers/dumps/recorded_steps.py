@@ -1,12 +1,13 @@
 """What `record_steps(trainer)` of this project writes beside a run of TRL: `<output_dir>/recorded_steps/step-<step>.parquet`.
 
 Token ids as they were drawn, masks of tools, rewards and the sampler's log-probabilities (rl_training/run/step_record.py).
-Advantages are not in it. Prompts follow each other in groups of `num_generations`, over processes too, as TRL draws them.
+Advantages are those of the loss, where it had the very sequences that were generated. Prompts follow each other in groups of
+`num_generations`, over processes too, as TRL draws them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iter
             f"{file.parent}/run.json is missing, which says how rewards and groups were made: copy it as well"
         )
     counts: Counter[int] = Counter()
+    advantages = _advantages(file)
 
     def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
         prompt, completion = (tokens(name, data[name]) for name in ("prompt_ids", "completion_ids"))
@@ -49,6 +51,7 @@ def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iter
             completion_ids=completion,
             completion_mask=None if all(drawn) else drawn,
             reward=_reward(data["rewards"], settings.reward_weights),
+            advantage=advantages[_key(data)].pop() if advantages else None,
             sampler_logprobs=logprobs("sampler_logprobs", data.get("sampler_logprobs")),
             group=f"{batch}.{group}",
             step=step,
@@ -56,6 +59,30 @@ def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iter
         )
 
     return sequences
+
+
+_Key = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _key(row: dict[str, Any]) -> _Key:
+    return tuple(row["prompt_ids"]), tuple(row["completion_ids"])
+
+
+def _advantages(file: Path) -> dict[_Key, list[float]]:
+    """Those of the loss by sequence (equal sequences are interchangeable); {} where they are not known of every generated one, or
+    the loss had other sequences.
+    """
+    generated, found, unknown = Counter[_Key](), defaultdict[_Key, list[float]](list), False
+    for place, row in rows_of(file, ("part", "prompt_ids", "completion_ids", "advantage")):
+        if not isinstance(row, dict) or None in (row.get("prompt_ids"), row.get("completion_ids")):
+            return {}  # said where the rows are read
+        value = number(f"{place}: advantage", row.get("advantage"))
+        generated[_key(row)] += row["part"] == GENERATED
+        if row["part"] == LOSS and value is not None:
+            found[_key(row)].append(value)
+        unknown = unknown or (row["part"] == LOSS and value is None)
+    same = +generated == Counter({key: len(values) for key, values in found.items()})
+    return {} if unknown or not same else found
 
 
 def _reward(values: Any, weights: list[float]) -> float | None:

@@ -94,6 +94,8 @@ def test_one_record_holds_what_both_trained_on(way: str, tmp_path: Path, monkeyp
         names = ("rank", "batch", "prompt_ids", "completion_ids")
         in_loss = [tuple(row[n] for n in names) for row in rows if row["part"] == LOSS]
         assert len(trained) == 12 and in_loss == [sequence[:4] for sequence in trained]
+        kept = [round(row["advantage"], 3) for row in rows if row["part"] == LOSS]
+        assert kept == [sequence[4] for sequence in trained]
         generated = [row for row in rows if row["part"] == GENERATED]
         rewards = torch.tensor([row["rewards"][0] for row in generated]).view(-1, 4)
         scaled = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()

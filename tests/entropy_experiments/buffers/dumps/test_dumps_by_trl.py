@@ -115,6 +115,10 @@ def test_the_record_beside_it_gives_the_ids_themselves(run: Path) -> None:
     assert [r.prompt_ids for r in table.rows] == [row["prompt_ids"] for row in known]
     assert [r.completion_ids for r in table.rows] == [row["completion_ids"] for row in known]
     assert [r.reward for r in table.rows] == [r.reward for r in texts.rows]
+    logged = [r.advantage for r in texts.rows]
+    assert len(set(logged)) > 2 and [r.advantage for r in table.rows] == pytest.approx(logged, abs=1e-6), (
+        "the loss's own A_i"
+    )
     assert {r.temperature for r in table.rows} == {1.0} and all(r.completion_mask is None for r in table.rows)
     groups = [r.group for r in table.rows]
     assert groups == [f"0.{k // 4}" for k in range(16)]
@@ -128,6 +132,7 @@ def test_a_generation_batch_of_several_steps_is_told(policy: Path, tmp_path: Pat
     note = next(n for n in import_rollouts(run / "completions", 2).notes if "generation batch" in n)
     assert note.startswith("completions_00002.parquet has the sequences of completions_00001.parquet")
     record = import_rollouts(run / "recorded_steps", 1)
+    assert all(row.advantage is None for row in record.rows), "of half of them nothing is known: rewards are taken"
     assert len(record) == 32 and "loss had 16 sequences and 32 were generated in it, 16 of them" in record.notes[0]
     with pytest.raises(UserError, match="holds no sequences of step 2"):
         import_rollouts(run / "recorded_steps", 2)
