@@ -4,9 +4,12 @@ import os
 import signal
 import sys
 
+from entropy_experiments.run.launcher_watch import end_with_the_launcher
+
 
 def main() -> None:
     """Run the command line. A signal while it is still being imported ends in one line, as later."""
+    end_with_the_launcher()
     early = _caught_early() if os.environ.get("WORLD_SIZE", "1") == "1" else []
     try:
         from entropy_experiments.cli import main as run

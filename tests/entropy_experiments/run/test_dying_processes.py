@@ -165,3 +165,23 @@ def test_long_work_of_one_is_waited_for():
     )
     for process in start_two([["-c", script], ["-c", script]]):
         assert said(process, 300.0) == [] and process.returncode == 0
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_ends_with_its_launcher_and_only_then(launched, tmp_path):
+    """A parent that is killed starts one process, which would sleep on."""
+    child = (
+        "import time; from entropy_experiments.run import launcher_watch as w; w._POLL_SECONDS = 0.05; "
+        "w.end_with_the_launcher(); print('there', flush=True); time.sleep(2); print('on its own', flush=True)"
+    )
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"} | {"PYTHONPATH": os.getcwd()}
+    environment |= {"TORCHELASTIC_RUN_ID": "1"} if launched else {}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None and launcher.stdout.readline() == "there\n"
+    launcher.kill()
+    out, error = launcher.communicate(timeout=60)  # until the process lets go of both
+    assert out == ("" if launched else "on its own\n")
+    assert error.startswith("ended: the launcher of this process is gone") == launched and error.count("\n") == launched
