@@ -166,6 +166,13 @@ def _said(values: Sequence[object]) -> str:
     return " and ".join(one_line(str(value), 80) for value in values)
 
 
+def _base_model(point: ResultsFolder) -> str:
+    """What the model is called; of a whole one, which is named by its own checkpoint, how large it is."""
+    of = point.summary.checkpoint
+    whole = Path(of.model) == Path(of.path)
+    return f"a whole model of {point.summary.kernel_modules.trainable:,} trained parameters" if whole else of.model
+
+
 def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]:
     """What the reader must know besides the numbers; `points`: the analysis of each side that is compared."""
     found: list[str] = []
@@ -175,7 +182,7 @@ def caveats(sides: Sequence[Side], points: Sequence[ResultsFolder]) -> list[str]
             return None
         return ", ".join(f"{side.letter} {_shown(value)}" for side, value in zip(sides, values, strict=True))
 
-    models = differing([point.summary.checkpoint.model for point in points])
+    models = differing([_base_model(point) for point in points])
     if models:
         found.append(f"Different models with the same tokenizer: {models}.")
     configs = [point.summary.policy.sampling_config for point in points]

@@ -218,6 +218,23 @@ def test_caveats_name_what_does_not_match(pair):
         assert words in text
 
 
+def test_two_checkpoints_of_a_whole_model_are_one_model(pair):
+    """A fully fine-tuned policy is named by its checkpoint's path."""
+
+    def named(size: int):
+        def change(summary):
+            summary["checkpoint"]["model"] = summary["checkpoint"]["path"]
+            summary["kernel_modules"]["trainable"] = size
+
+        return change
+
+    for folder in pair:
+        edit_summary(folder, named(1000))
+    assert "Different models" not in " ".join(sentences(*pair))
+    edit_summary(pair[1], named(2000))
+    assert "A a whole model of 1,000 trained parameters, B a whole model of 2,000" in " ".join(sentences(*pair))
+
+
 def refused(*folders, match):
     with pytest.raises(UserError, match=match) as error:
         open_sides(folders)
