@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from typing import Any
 
 from entropy_experiments.run.launcher_watch import end_with_the_launcher
 
@@ -10,27 +11,31 @@ from entropy_experiments.run.launcher_watch import end_with_the_launcher
 def main() -> None:
     """Run the command line. A signal while it is still being imported ends in one line, as later."""
     end_with_the_launcher()
-    early = _caught_early() if os.environ.get("WORLD_SIZE", "1") == "1" else []
+    early = _caught_early() if os.environ.get("WORLD_SIZE", "1") == "1" else {}
     try:
         from entropy_experiments.cli import main as run
 
-        for number in early:  # from here on it has handlers of its own
-            signal.signal(number, signal.SIG_DFL)
+        for number, before in early.items():  # from here on it has handlers of its own
+            signal.signal(number, before)
         run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # in a launch: nothing was caught early
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _caught_early() -> list[int]:
-    """SIGTERM and SIGHUP, where nobody ignores them (nohup); nothing is open yet that would have to be closed."""
+def _caught_early() -> dict[int, Any]:
+    """The signals that end a process, where nobody ignores them (nohup), with the handlers before; nothing is open yet that would
+    have to be closed.
+    """
 
     def end(number: int, frame: object) -> None:
-        os.write(2, f"ended by {signal.Signals(number).name}\n".encode())
+        line = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        os.write(2, f"{line}\n".encode())
         os._exit(128 + number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [n for n in (getattr(signal, name) for name in names) if signal.getsignal(n) is signal.SIG_DFL]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = {n: signal.getsignal(n) for n in numbers}
+    taken = {n: before for n, before in taken.items() if before in (signal.SIG_DFL, signal.default_int_handler)}
     for number in taken:
         signal.signal(number, end)
     return taken

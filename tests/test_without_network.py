@@ -1,6 +1,7 @@
 """No command reaches for a network where all that it is given is local: sockets are closed, and nothing misses them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,17 +50,46 @@ def assert_alone(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.long
-def test_train_analyze_and_doctor(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps with their checkpoints, trained without a network."""
     from rl_training.configuration import dump_config
 
-    config = tiny_train_config(save_tiny_policy(tmp_path / "policy"), tmp_path / "run", task={"reward": "default"})
-    (tmp_path / "train.yaml").write_text(dump_config(config))
-    assert_alone(command("train", tmp_path / "train.yaml", "--quiet"))
-    assert_alone(command("doctor", tmp_path / "run"))
-    off = [f"entropy_analysis.analysis.{name}=false" for name in OFF]
+    folder = tmp_path_factory.mktemp("offline")
+    config = tiny_train_config(
+        save_tiny_policy(folder / "policy"), folder / "run", task={"reward": "default"},
+        training={"steps": 3, "save_every": 1},
+    )  # fmt: skip
+    (folder / "train.yaml").write_text(dump_config(config))
+    assert_alone(command("train", folder / "train.yaml", "--quiet"))
+    return folder / "run"
+
+
+_FEW = [*SMALL, *(f"entropy_analysis.analysis.{name}=false" for name in OFF)]
+
+
+@pytest.mark.long
+def test_train_analyze_and_doctor(run: Path, tmp_path: Path) -> None:
+    assert_alone(command("doctor", run))
     kept = ["entropy_analysis.sampling.train_prompts=from_run", f"output_dir={tmp_path / 'results'}"]
-    assert_alone(command("analyze", tmp_path / "run", "--quiet", *SMALL, *off, *kept))
+    assert_alone(command("analyze", run, "--quiet", *_FEW, *kept))
+
+
+@pytest.mark.long
+def test_sweep_price_ledger_and_audit(run: Path, tmp_path: Path) -> None:
+    assert_alone(command("sweep", run, "--quiet", "--folder", tmp_path / "sweep", "checkpoints.steps=[2,3]", *_FEW))
+    assert_alone(command("price", run, "--quiet", *_FEW, f"output_dir={tmp_path / 'results'}"))
+    assert_alone(command("ledger", run, "--quiet", "--sequences", "8"))
+    assert_alone(command("audit", run))
+
+
+@pytest.mark.long
+def test_import(run: Path, tmp_path: Path) -> None:
+    """A checkpoint of the Trainer as any other trainer leaves it."""
+    source = shutil.copytree(run / "checkpoint-3", tmp_path / "checkpoint-3")
+    (source / "entropy_experiments.json").unlink()
+    assert_alone(command("doctor", source))
+    assert_alone(command("import", source, "--output", tmp_path / "imported"))
 
 
 @pytest.mark.long

@@ -30,14 +30,15 @@ _ALONE = (
         for name, field in AnalysisConfig.model_fields.items()
         if field.annotation is bool and name not in ("prices", "price_steps")
     ),
-    "entropy_analysis.analysis.prices=true",
 )
 
 
 def price_config(config: Path | None, overrides: list[str], measure: bool) -> FisherAnalysisConfig:
     """The configuration of an analysis that asks for prices alone, unless `overrides` ask for more."""
     steps = f"entropy_analysis.analysis.price_steps={'true' if measure else 'false'}"
-    return load_config(FisherAnalysisConfig, config, [*_ALONE, steps, *overrides])
+    return load_config(
+        FisherAnalysisConfig, config, [*_ALONE, steps, *overrides, "entropy_analysis.analysis.prices=true"]
+    )
 
 
 def price_folder(checkpoint: Path, config: FisherAnalysisConfig) -> Path:

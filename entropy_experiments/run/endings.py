@@ -50,7 +50,9 @@ class _ForeignExit(Exception):
 
 @contextmanager
 def terminating_signals() -> Iterator[None]:
-    """Raise `Terminated` in the main thread at SIGTERM or SIGHUP; a second signal ends the process at once.
+    """Raise `Terminated` in the main thread at SIGTERM or SIGHUP, `KeyboardInterrupt` at Ctrl-C; a second signal ends the process
+    at once, and so does one that comes while a module is being imported: libraries may swallow what is raised there, and go on
+    with half a module.
 
     Where the caller ignores a signal (nohup) it stays ignored. Processes of a launch keep the system's action: they may be
     waiting inside a communication library, where no Python code runs.
@@ -59,19 +61,39 @@ def terminating_signals() -> Iterator[None]:
         yield
         return
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [n for n in (getattr(signal, name) for name in names) if signal.getsignal(n) is signal.SIG_DFL]
+    taken = {
+        n: signal.SIG_DFL for n in (getattr(signal, name) for name in names) if signal.getsignal(n) is signal.SIG_DFL
+    }
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        taken[signal.SIGINT] = signal.default_int_handler
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated(number)
+        signal.signal(number, taken[number])
+        ending: BaseException = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        if _importing(frame):
+            _end_at_once(*_status_and_line(ending))
+        raise ending
 
     for number in taken:
         signal.signal(number, handle)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, before in taken.items():
+            signal.signal(number, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _end_at_once(status: int, line: str) -> None:
+    os.write(2, f"{line}\n".encode())
+    os._exit(status)
 
 
 def run_to_the_end(app: Callable[..., Any]) -> None:

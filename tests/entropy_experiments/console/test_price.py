@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from entropy_experiments.console.price import price_config
 from tests.entropy_experiments.console.test_cli import assert_one_clear_line, run
 
 FEW = ["entropy_analysis.eval_batch_size=8", "entropy_analysis.train_batch_size=8", "checkpoint.device=cpu"]
@@ -29,3 +30,8 @@ def test_the_list_is_printed_and_kept(tiny_run, tmp_path):
 
 def test_a_missing_checkpoint_is_one_line(tmp_path):
     assert_one_clear_line(run("price", tmp_path / "nothing"), "does not exist")
+
+
+def test_prices_are_what_the_command_is_for():
+    config = price_config(None, ["entropy_analysis.analysis.prices=false"], measure=False)
+    assert config.entropy_analysis.analysis.prices, "settings of another analysis may have turned them off"

@@ -148,6 +148,43 @@ def test_a_signal_during_imports_ends_in_one_line(number, status):
     assert process.returncode == status and err.count("\n") == 1 and err.startswith(("interrupted", "ended by")), err
 
 
+SWALLOWING_IMPORT = """
+import sys, time
+from entropy_experiments import cli
+class Swallowing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "half_a_module":
+            try:
+                print("ready", flush=True)
+                time.sleep(600)
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Swallowing())
+def command(**options):
+    import half_a_module
+cli.app = command
+sys.argv = ["entropy-experiments", "analyze"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_during_an_import_of_a_command_is_not_swallowed(number, status):
+    """Libraries catch whatever is raised while they try their optional parts, and go on with half a module."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWING_IMPORT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and err.count("\n") == 1 and "--resume" in err, err
+
+
 def test_a_closed_pipe_is_no_error():
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     script = (
