@@ -38,6 +38,7 @@ from entropy_experiments.statistics.confidence import Sentence
 from rl_training.errors import UserError
 from rl_training.files import refuse_link, replace_folder, strange_files, write_whole, write_whole_by
 from rl_training.run.disk import disk_errors_explained
+from rl_training.run.folder_lock import LOCK_NAME, locked
 
 REPORT = "comparison.html"
 _WRITTEN = (REPORT, "comparison.json", "comparison.parquet", "figures")
@@ -81,22 +82,35 @@ def write_comparison(paths: Sequence[Path | str], output: Path | str, overwrite:
             written to.
     """
     output = Path(output)
-    if output.exists() and not overwrite:
+    with locked(output.with_name(f".{output.name}{LOCK_NAME}"), str(output)):
+        _refuse_what_is_there(output, overwrite)
+        sides = open_sides(paths)
+        inside = next(
+            (s for s in sides if output.resolve() == s.path.resolve() or output.resolve() in s.path.resolve().parents),
+            None,
+        )
+        if inside is not None:
+            raise UserError(f"--output {output} holds {inside.path}, which is compared: choose another --output")
+        return _write(sides, output)
+
+
+def _refuse_what_is_there(output: Path, overwrite: bool) -> None:
+    """Raises UserError unless `output` is free, or what `compare` wrote and may replace."""
+    if not output.exists():
+        return
+    if not overwrite:
         raise UserError(f"{output} exists already: pass --overwrite to replace it, or choose another --output")
-    if output.exists() and not (output / "comparison.json").is_file():
+    if not (output / "comparison.json").is_file():
         raise UserError(
             f"{output} is not a folder that compare wrote, so it is not overwritten: choose another --output"
         )
-    if output.exists() and (strange := strange_files(output, _WRITTEN)):
+    if strange := strange_files(output, _WRITTEN):
         raise UserError(
             f"{output} holds {strange[0]}, which compare did not write, so it is not overwritten: move that away"
         )
-    sides = open_sides(paths)
-    inside = next(
-        (s for s in sides if output.resolve() == s.path.resolve() or output.resolve() in s.path.resolve().parents), None
-    )
-    if inside is not None:
-        raise UserError(f"--output {output} holds {inside.path}, which is compared: choose another --output")
+
+
+def _write(sides: Sequence[Side], output: Path) -> ComparisonRecord:
     points = compare_sides(sides)
     verdict = comparison_verdict(sides, points, caveats(sides, points[-1].analyses) if points else [])
     record = _record(sides, points, verdict)

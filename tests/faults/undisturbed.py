@@ -160,18 +160,26 @@ class Undisturbed:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         command = self.commands[name]
-        arguments, before, before_seconds = command.prepare(folder), used_bytes(folder), warm_python.cpu_seconds[0]
+        arguments, before, before_seconds = command.prepare(folder), _files(folder), warm_python.cpu_seconds[0]
         counted = self._folder / f"{name}-{count}.points"
         ended = wait_for(start(arguments, count, FAULT_COUNT=str(counted)))
         assert all(code == 0 for code, _ in ended), ended
         seconds = (warm_python.cpu_seconds[0] - before_seconds) / count
         points = int(counted.read_text()) if count == 1 else 0  # several end by os._exit, and count nothing
-        return Whole(points, seconds, used_bytes(folder) - before, command.bits(folder))
+        return Whole(points, seconds, _bytes(_files(folder) - before), command.bits(folder))
 
 
-def used_bytes(folder: Path) -> int:
-    """What its files take of a file system with pages of 4 KiB."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+_File = tuple[Path, int, int]
+
+
+def _files(folder: Path) -> set[_File]:
+    """Path, inode and size: one that was written anew, under the same name, is another."""
+    return {(p, p.stat().st_ino, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+def _bytes(files: set[_File]) -> int:
+    """What they take of a file system with pages of 4 KiB."""
+    return sum(-(-size // 4096) * 4096 for _, _, size in files)
 
 
 def start(arguments: list[str], count: int = 1, **environment: str) -> list[WarmProcess]:
