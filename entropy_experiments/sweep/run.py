@@ -28,7 +28,7 @@ from entropy_experiments.sweep.shards import Shard, shard_of_process, single_pro
 from entropy_experiments.sweep.targets import Target, name_runs, plan_sweep, sweep_name
 from rl_training.configuration import dump_config
 from rl_training.errors import ResumableError, UserError
-from rl_training.files import strange_files, write_json_whole, write_whole
+from rl_training.files import remove_leftovers, strange_files, write_json_whole, write_whole
 from rl_training.run.disk import disk_is_full
 from rl_training.run.folder_lock import LOCK_NAME, locked
 
@@ -159,6 +159,8 @@ def _do(work: _Work) -> Sweep:
     if work.assemble or (not left and (work.waits or work.shard.kind != "rank")):
         work.reporter.stage("putting the sweep together")
         with place.locked("assemble", wait=True):
+            if not left:  # nobody analyses any more: what is unfinished is a killed process's
+                remove_leftovers(place.path)
             report = assemble_sweep(place, work.runs, work.targets, work.config)
     failed = {t.name: error["error"] for t in work.targets if (error := place.error_of(t)) is not None}
     return Sweep(place.path, tuple(work.targets), report, failed, tuple(t.name for t in left), work.shard)

@@ -280,6 +280,20 @@ def test_a_part_can_be_put_together(quick, small_run, tmp_path):
         run_sweep([small_run], folder=tmp_path / "nothing", assemble=True)
 
 
+def test_what_a_killed_process_was_writing_is_removed_in_the_end(quick, small_run, tmp_path):
+    run_sweep([small_run], folder=tmp_path / "out", shard="1/2")
+    left = [
+        tmp_path / "out" / f".sweep_plan.json.{'a' * 16}.part",
+        tmp_path / "out/checkpoints" / f".x.json.{'b' * 16}.part",
+    ]
+    for path in left:
+        path.touch()
+    run_sweep([small_run], folder=tmp_path / "out", assemble=True)
+    assert all(path.exists() for path in left), "others may be at work"
+    run_sweep([small_run], folder=tmp_path / "out", shard="2/2")
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("came", [True, False])
 def test_a_process_that_died_is_not_waited_for(quick, small_run, tmp_path, monkeypatch, came):
     """Launched without a launcher that is alive: the other process was seen and has ended, or never came."""
