@@ -290,7 +290,7 @@ def test_what_a_killed_process_was_writing_is_removed_in_the_end(quick, small_ru
         path.touch()
     run_sweep([small_run], folder=tmp_path / "out", assemble=True)
     assert all(path.exists() for path in left), "others may be at work"
-    run_sweep([small_run], folder=tmp_path / "out", shard="2/2")
+    run_sweep([small_run], folder=tmp_path / "out", shard="2/2", resume=True)
     assert not any(path.exists() for path in left)
 
 
