@@ -91,6 +91,18 @@ class Processes:
         """Whether `condition` holds in any process. device: where the group can send from."""
         return bool(self.sum(torch.tensor(float(condition), device=device)) > 0)
 
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """Those of all processes, in the order of their ranks; each may have any number."""
+        if self.size == 1:
+            return list(items)
+        own, found = (
+            pickle.dumps(list(items)),
+            [b""] * self.size,
+        )  # what cannot be sent fails before the others wait for it
+        with self._explaining():
+            dist.all_gather_object(found, own, group=self._waiting or self._group)
+        return [item for some in found for item in pickle.loads(some)]
+
     def send_around(self, values: Tensor, owner: int) -> None:
         """Fill `values` in every process with what stands in it in process `owner`.
 

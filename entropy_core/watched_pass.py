@@ -58,7 +58,7 @@ def watched_pass(
         Numbers of the whole batch, in every process.
 
     Raises:
-        ValueError: logits that are not finite, naming the sequence.
+        ValueError: logits that are not finite, naming the sequence; in every process, once all have made their passes.
     """
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     shape, device = batch.input_ids.shape, batch.device
@@ -67,10 +67,15 @@ def watched_pass(
     variances = torch.zeros(shape, dtype=dtype, device=device) if with_variances else None
     hidden = torch.zeros((*shape, PROJECTED), device=device) if with_hidden else None
     unseen = False
+    trouble: ValueError | None = None
     with evaluation_mode(model), torch.no_grad():
         for bucket, counts in _rounds(batch, buckets, processes, lockstep):
-            with noted_hidden_states(model) as states:
-                found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
+            try:
+                with noted_hidden_states(model) as states:
+                    found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
+            except ValueError as error:
+                trouble = trouble or error
+                continue
             if not counts:
                 continue
             assert found.entropies is not None
@@ -86,6 +91,8 @@ def watched_pass(
             state = states[-1]
             rows = state[bucket.rows.to(state.device), bucket.positions.to(state.device)]
             hidden[at] = projected(rows, hidden_projection(rows.shape[1])).to(device)
+    if processes.any(trouble is not None, device):
+        raise trouble or ValueError("another process cannot score its sequences, and its own output says why")
     if hidden is not None and processes.any(unseen, device):
         hidden = None
     sums = [processes.sum(values) for values in (logprobs, entropies, variances) if values is not None]

@@ -175,13 +175,12 @@ def run_fisher_analysis(
     processes, clock = join_launch(on_cpu=config.checkpoint.on_cpu), StageTimes(reporter)
     if config.checkpoint.sharding is not None:
         refuse_sharding(processes, options.get("resume", False))
-    path = resolve_checkpoint(checkpoint_path)
+    path = processes.from_root(
+        lambda: resolve_checkpoint(checkpoint_path)
+    )  # of a run that trains on, one latest for all
     run = _Run(path=path, config=config, processes=processes, clock=clock, **options)
     target = processes.from_root(run.target)
-    if target.exists() and not run.overwrite:
-        raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
-    if target.exists():
-        processes.from_root(lambda: refuse_replacing(target))
+    processes.from_root(lambda: _refuse_taken(target, run.overwrite))
     with contextlib.ExitStack() as held:
         lock = locked(target.with_name(f".{target.name}{LOCK_NAME}"), str(target))
         processes.from_root(lambda: held.enter_context(lock))
@@ -189,6 +188,13 @@ def run_fisher_analysis(
         clock.stage("loading the checkpoint")
         checkpoint = held.enter_context(opened_checkpoint(path, config, processes))
         return _analyze_into(own, replace(run, processes=sharing), checkpoint)
+
+
+def _refuse_taken(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists already: pass --overwrite to replace it, or choose another output_dir")
+    if target.exists():
+        refuse_replacing(target)
 
 
 def _analyze_into(target: Path, run: _Run, checkpoint: Checkpoint) -> FisherAnalysis:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
+from entropy_core.processes import Processes
 from rl_training.algs.dr_grpo import DrGRPOConfig, DrGRPOTrainer
 from rl_training.config import TrainConfig
 from rl_training.configuration import dump_config
@@ -180,5 +181,7 @@ def _train(config: TrainConfig, folder: Path, quiet: bool, resume: bool) -> Path
 
 
 def _save_last(trainer: Any, folder: Path) -> None:
-    if not (folder / f"checkpoint-{trainer.state.global_step}").exists():
+    """Where the first process does not find the last step's checkpoint: all save, or none, whatever disk each of them sees."""
+    saved = Processes.world().from_root((folder / f"checkpoint-{trainer.state.global_step}").exists)
+    if not saved:
         trainer._save_checkpoint(trainer.model, trial=None)

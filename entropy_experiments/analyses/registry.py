@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from entropy_core.cut_weights import open_cut
 from entropy_experiments.analyses import adapters as steps
 from entropy_experiments.analyses.adapters import NotApplicable
 from entropy_experiments.analyses.inputs import AnalysisInputs
@@ -94,5 +95,8 @@ def run_analyses(
         except ValidationError as error:  # a number that is not finite, or not in its range
             results[analysis.name] = Failed(error=f"its result is not whole: {explained(error)}")
         except Exception as error:  # whatever it is: the others still run, and the run says which one failed, and how
+            # What only one process of a cut model meets (memory, a full disk) it must not go on from: the others are in this one.
+            if open_cut() is not None and not isinstance(error, ValueError):
+                raise
             results[analysis.name] = Failed(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return AnalysesRecord(**results)

@@ -60,7 +60,10 @@ class KernelEngine:
             return
         factored = setup.plan.strategy == "factored"
         setup.passes.settle(setup.batch, other, factored=factored)
-        if factored and setup.passes.formation.looping and setup.without_factors is not None:
+        if not factored or setup.without_factors is None:
+            return
+        # One process may have run out of memory where the others have not: they plan anew together.
+        if setup.processes.any(setup.passes.formation.looping, torch.device("cpu")):
             self.setup = replace(setup, plan=setup.without_factors())
 
     def statistics(self, batch: SequenceBatch, with_variances: bool = False) -> TokenStatistics:

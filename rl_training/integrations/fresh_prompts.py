@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 from torch import nn
 
 from entropy_core.processes import Processes
@@ -53,5 +52,5 @@ class FreshCompletions:
             drawn = [RolloutSequence(s.prompt_ids, s.completion_ids) for s in found]  # a row may hold anything
         blocks = [drawn[i : i + each] for i in range(0, len(drawn), each)]
         places = range(rank, len(rows), size)
-        gathered = gather_object(list(zip(places, blocks, strict=True)))
+        gathered = self._sharing.gather(list(zip(places, blocks, strict=True)))
         return [sequence for _, block in sorted(gathered, key=lambda pair: pair[0]) for sequence in block]

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate.utils import gather_object
-
+from entropy_core.processes import Processes
 from rl_training.sequences import RolloutSequence
 
 
@@ -20,7 +19,8 @@ class GeneratedSequences:
     generates unseen.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, sharing: Processes) -> None:
+        self._sharing = sharing
         self._sequences: list[RolloutSequence] = []
         generate = getattr(trainer, "_generate", None)
         if generate is None:
@@ -53,4 +53,4 @@ class GeneratedSequences:
     def take(self) -> list[RolloutSequence]:
         """Those generated since the last call, of all processes; call it in each."""
         taken, self._sequences = self._sequences, []
-        return gather_object(taken)
+        return self._sharing.gather(taken)

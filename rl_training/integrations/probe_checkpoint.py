@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from entropy_core.gradients import trainable_parameters
 from entropy_core.processes import Processes
@@ -96,24 +96,45 @@ class ProbeCheckpoint:
             return
         self._probe.reset()
         self.carried = []
-        path = state_path(folder, self._trainer.accelerator.process_index)
+        path, device = state_path(folder, self._trainer.accelerator.process_index), self._trainer.accelerator.device
+        there, anew = path.exists(), self._learned()
+        if not self._sharing.any(there, device) and not (self._own or self._config.keeps_gradients):
+            return
         trouble = None
         try:
-            if path.exists():
+            if there:
                 self._load(path, step)
-            elif self._own or self._config.keeps_gradients:
+            else:
                 trouble = "the checkpoint holds no record of the probe's averages (it is of an older release, or was not probed)"
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             trouble = f"the checkpoint's record {path.name} cannot be gone on from ({error})"
-        if self._sharing.any(trouble is not None, self._trainer.accelerator.device):  # all processes, or none
+        if self._sharing.any(
+            trouble is not None, device
+        ):  # all processes, or none: they decide alike only from the same
             self._probe.reset()
             self.carried = []
+            self._learn(anew)
             warnings.warn(
                 f"the entropy probe: {trouble or 'the record of another process is damaged'}: averages of gradients begin anew, "
                 "so that the first predictions differ from those of a run that was not stopped",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _learned(self) -> tuple[list[Any], list[Any], tuple[dict[str, Tensor], dict[str, Any]]]:
+        """What passes and steps have taught, but for gradients."""
+        return (
+            [layout.state() for layout in self._probed.layouts],
+            self._probed.sampler.state(),
+            self._sequences.state(),
+        )
+
+    def _learn(self, learned: tuple[list[Any], list[Any], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        layouts, sampler, sequences = learned
+        for layout, known in zip(self._probed.layouts, layouts, strict=True):
+            layout.load(known)
+        self._probed.sampler.load(sampler)
+        self._sequences.load(*sequences)
 
     def _load(self, path: Path, step: int) -> None:
         parameters = trainable_parameters(self._probed.model)

@@ -13,7 +13,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.generation.description import SamplingDescription, SettledSampling, describe_sampling
@@ -26,6 +25,7 @@ from rl_training.generation.rollout_sequences import (
     to_training_sequences,
 )
 from rl_training.integrations.dashboards import TensorBoardLayout
+from rl_training.integrations.failing_together import FailingTogether
 from rl_training.integrations.fresh_prompts import FreshCompletions
 from rl_training.integrations.generated_sequences import GeneratedSequences
 from rl_training.integrations.probe_checkpoint import ProbeCheckpoint, Probed
@@ -99,7 +99,7 @@ class EntropyProbeCallback(TrainerCallback):
     held-out prompts, generated beside training with random streams of their own. Training is bit-identical with it and without.
     Several processes share the work; each logs the same numbers.
 
-    on_error "warn": the first failure is one warning, and the probe stays off from then on; "raise": it stops the run.
+    on_error "warn": the first failure in any process is one warning in each, and turns the probe off; "raise": it stops the run.
     """
 
     def __init__(
@@ -112,7 +112,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._trainer, self._prompts, self._config = trainer, prompts, config
         self._sampling_config = description.sampling_config()
         self._model = trainer.accelerator.unwrap_model(trainer.model)
-        self._sharing = Processes.world()
+        self._fate = FailingTogether(trainer.accelerator.device)
+        self._sharing = self._fate.processes
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._tolerance = allowed.gradient
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, self._tolerance, check_sampler=False)
@@ -124,13 +125,13 @@ class EntropyProbeCallback(TrainerCallback):
             if config.rollouts == "pool":
                 pool = SequencePool(prompts, config.eval_sequences, config.pool_age, self._fresh.draw)
             self._watch = StepWatch(trainer, self._model, config, self._sharing, pool)
-        self._premise = ProbePremise(trainer, config)
-        self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None)
+        self._premise = ProbePremise(trainer, config, self._sharing)
+        self._rollouts = StepRollouts(trainer, self._begin_micro_batch if config.fused else None, self._sharing)
         self._first_prompts = FirstPrompts(trainer, description) if config.rollouts in OF_PROMPTS else None
         self._sampler, self._settled = SamplerWatch(trainer), SettledSampling(trainer)
         self._rounding = RoundingNoise(self._model)
         self._sequences = WatchedSequences(trainer, config, self._sampling_config, self._probe)
-        self._generated = GeneratedSequences(trainer)
+        self._generated = GeneratedSequences(trainer, self._sharing)
         layouts = (self._probe.prefixes, *([] if self._watch is None else [self._watch.layout]))
         probed = Probed(self._model, self._probe, self._sequences, self._sampler, layouts)
         self._kept = ProbeCheckpoint(trainer, config, probed, self._sharing)
@@ -246,9 +247,8 @@ class EntropyProbeCallback(TrainerCallback):
         if config.rollouts != "current" or self._watch is not None:
             self._sampler.look(generated, self._sampling_config, self._probe.statistics)
         rng = np.random.default_rng((seed, step, 0, 0, 1))  # a stream that no round of training has
-        plan = self._plan
+        plan, nothing = self._plan, Watched([], None)
         self._trained, self._splits, self._seen = trained, {}, None
-        nothing = Watched([], None)
         if not fresh:  # unprobed steps as well: a later step may train on their sequences again
             self._sequences.begin(step, self._rollouts.new_generation(self._sequences.reused))
         if plan.refreshes:
@@ -365,7 +365,7 @@ class EntropyProbeCallback(TrainerCallback):
             return
         self._since = _clocks()
         try:
-            with without_autocast(self._model):
+            with without_autocast(self._model), self._fate.together():
                 action(*arguments)
         except Exception as error:
             self._probe.reset()

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from entropy_core.processes import Processes
 from rl_training.generation.drawn_tokens import GeneratedMasks, drawn_completions, loss_mask
 from rl_training.generation.model_inputs import ModelInputs, refusal
 from rl_training.premises.loss_reading import LossReader
@@ -29,11 +29,17 @@ class StepRollouts:
     """Collects what `trainer`, a GRPOTrainer, trains on; `take` hands over the step's sequences and
     begins anew.
 
-    on_micro_batch is called with the inputs of each micro-batch before its forward pass.
+    on_micro_batch is called with the inputs of each micro-batch before its forward pass. sharing: the
+    processes that train; by default all of the launch.
     """
 
-    def __init__(self, trainer: Any, on_micro_batch: Callable[[dict[str, Any]], None] | None = None) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        trainer: Any,
+        on_micro_batch: Callable[[dict[str, Any]], None] | None = None,
+        sharing: Processes | None = None,
+    ) -> None:
+        self._trainer, self._sharing = trainer, sharing or Processes.world()
         self._micro_batches: list[dict[str, Any]] = []
         self._generation: Tensor | None = None
         self._masks, self._beyond_text = GeneratedMasks(trainer), set[str]()
@@ -80,12 +86,12 @@ class StepRollouts:
         except ValueError as error:
             trouble, read = str(error), []
         self.clear()
-        everywhere = gather_object([(trouble, sum(sum(m["lengths"]) for m in read))])
+        everywhere = self._sharing.gather([(trouble, sum(sum(m["lengths"]) for m in read))])
         if troubles := [found for found, _ in everywhere if found is not None]:
             raise ValueError(troubles[0])
-        trained = gather_object(self._trained(read, sum(tokens for _, tokens in everywhere)))
+        trained = self._sharing.gather(self._trained(read, sum(tokens for _, tokens in everywhere)))
         unfiltered = getattr(self._trainer, "unfiltered_rollouts", None)
-        generated = trained if unfiltered is None else gather_object(list(unfiltered))
+        generated = trained if unfiltered is None else self._sharing.gather(unfiltered)
         return generated, trained
 
     def new_generation(self, read: bool) -> list[list[RolloutSequence]] | None:
@@ -101,7 +107,7 @@ class StepRollouts:
             return None
         self._generation = newest  # held, so that no later one can be taken for it
         micro_batches = [self._read(inputs) for inputs in kept] if read else []
-        return [gather_object(self._trained([m], sum(m["lengths"]))) for m in micro_batches]
+        return [self._sharing.gather(self._trained([m], sum(m["lengths"]))) for m in micro_batches]
 
     def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
         longest = self._trainer.args.max_completion_length

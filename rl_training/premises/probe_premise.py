@@ -11,8 +11,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from accelerate.utils import gather_object
-
+from entropy_core.processes import Processes
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.premises.gradient_premise import GradientPremise
@@ -27,13 +26,13 @@ class ProbePremise:
         UserError: the trainer's settings rule out what the configuration asks for.
     """
 
-    def __init__(self, trainer: Any, config: EntropyProbeConfig) -> None:
+    def __init__(self, trainer: Any, config: EntropyProbeConfig, sharing: Processes) -> None:
         shares = "mode=attribution" if config.mode == "attribution" else "shares=true" if config.shares else None
         self._asked = "fused=true" if config.fused else shares
         self._instead = (
             "set fused=false" if config.fused else "set shares=false" if config.shares else "use mode=simple"
         )
-        self._said = False
+        self._said, self._sharing = False, sharing
         if self._asked is not None and (terms := further_terms(trainer)):
             raise UserError(f"{self._asked}: the loss holds {terms[0]}; {remedy(terms[0])}, or {self._instead}")
         if config.fused and (unequal := unequal_weights(trainer)):
@@ -49,7 +48,7 @@ class ProbePremise:
         check = self._premise.settle()
         trouble = self._premise.trouble_of_weights()
         if self._asked is not None:
-            everywhere = next(filter(None, gather_object([trouble])), None)
+            everywhere = next(filter(None, self._sharing.gather([trouble])), None)
             if everywhere is not None:
                 raise ValueError(f"{self._asked} cannot be had from this loss: {everywhere}; {self._instead}")
         if self._said or check is None or (check.made and trouble is None):

@@ -72,14 +72,15 @@ class FusedScore:
         The f-th entry pairs G_f with the score term of the other folds' sequences alone, normalised as theirs.
         """
         count = self.gradient.count
-        products = torch.zeros((count, count), dtype=torch.float64)
-        lengths = torch.zeros((count, count), dtype=torch.float64)
+        device = next(iter(self.update.folds.values())).device  # where the processes' group can send from
+        products = torch.zeros((count, count), dtype=torch.float64, device=device)
+        lengths = torch.zeros_like(products)
         for name, update in self.update.folds.items():
             step = (-clip * step_per_gradient[name] * update).flatten(1).double()
-            products += (self._weighted[name].flatten(1).double() @ step.T).cpu()
-            lengths += (self._lengths[name].flatten(1).double() @ step.T).cpu()
+            products += (self._weighted[name].flatten(1).double() @ step.T).to(products)
+            lengths += (self._lengths[name].flatten(1).double() @ step.T).to(lengths)
         sharing = self.gradient.processes
-        products, lengths = sharing.sum(products), sharing.sum(lengths)
+        products, lengths = sharing.sum(products).cpu(), sharing.sum(lengths).cpu()
         total_entropy, total_tokens = self._entropy.sum() - self._entropy, self._tokens.sum() - self._tokens
         others = 1.0 - torch.eye(count, dtype=torch.float64)
         h = total_entropy / total_tokens
@@ -230,11 +231,15 @@ class FusedScoreTerm:
                 kept.index_add_(0, micro.folds.cpu(), values)
             if any(len(kinds) > 1 for kinds in live.values()):
                 trouble = "some completions of a prompt have no weight in the loss while others do"
-        if self._sharing.any(trouble is not None, torch.device("cpu")):
+        device = next(self._model.parameters()).device  # where the processes' group can send from
+        if self._sharing.any(trouble is not None, device):
             raise ValueError(
                 f"fused=true cannot take the score term from this step: {trouble or 'another process refuses'}; set fused=false"
             )
-        kept = self._sharing.sum(kept)
+        kept = self._sharing.sum(kept.to(device)).cpu()
+        sums = {
+            name: sums[name] for name in self._names.values()
+        }  # layers are reached in another order by other tokens
         entropy, tokens = kept[:, 0], kept[:, 1]
         if float(tokens.sum()) == 0:
             raise ValueError("fused=true cannot take the score term from this step: no sequence has weight in the loss")

@@ -159,12 +159,16 @@ def _each(
 def _loss_gradients(
     model: nn.Module, batch: SequenceBatch, losses: list[TokenCoefficients], mine: Tensor, sharing: Processes
 ) -> list[dict[str, Tensor]]:
-    """Minus the gradient of each sum, the sequences shared out over processes."""
+    """Minus the gradient of each sum, the sequences shared out over processes. Raises ValueError in all of them or in none."""
+    found, trouble = [{n: torch.zeros_like(p) for n, p in trainable_parameters(model).items()} for _ in losses], None
     if len(mine):
         some = [TokenCoefficients(-loss.entropy[mine], -loss.logprob[mine]) for loss in losses]
-        found = batch_gradients(model, batch.select(mine), some, as_trained=True)
-    else:
-        found = [{n: torch.zeros_like(p) for n, p in trainable_parameters(model).items()} for _ in losses]
+        try:
+            found = batch_gradients(model, batch.select(mine), some, as_trained=True)
+        except ValueError as error:
+            trouble = str(error)
+    if sharing.any(trouble is not None, batch.device):
+        raise ValueError(trouble or "another process could not take the gradient of its sequences' losses")
     return [{name: sharing.sum(g) for name, g in gradient.items()} for gradient in found]
 
 

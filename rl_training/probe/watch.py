@@ -228,15 +228,21 @@ class EntropyWatch:
         return self.derivatives(direction)[0]
 
     def derivatives(self, direction: Mapping[str, Tensor]) -> tuple[TokenRatioChange, Tensor]:
-        """`derivative`, and the (N,) derivatives of the sequences' log-probabilities."""
+        """`derivative`, and the (N,) derivatives of the sequences' log-probabilities. ValueError: in all processes or in none."""
         if self._seen is None:
             raise RuntimeError("derivatives are of the sequences that before_step was given: call it first")
         batch, statistics = self._seen.batch, self._seen.statistics
         mine = self._sharing.my_sequences(batch.prompt_index)
         logprobs, entropies = torch.zeros_like(statistics.logprobs), torch.zeros_like(statistics.entropies)
+        trouble: ValueError | None = None
         if len(mine):
-            found = token_derivatives(self._model, batch.select(mine), direction)
-            logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
+            try:
+                found = token_derivatives(self._model, batch.select(mine), direction)
+                logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
+            except ValueError as error:
+                trouble = error
+        if self._sharing.any(trouble is not None, batch.device):
+            raise trouble or ValueError("another process could not take derivatives of its sequences")
         along = TokenStatistics(self._sharing.sum(logprobs), self._sharing.sum(entropies))
         decay = self._config.advantage_decay
         change = token_ratio_derivative(statistics, along, batch, self._values, decay, self._seen.log_weights)
