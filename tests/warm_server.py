@@ -6,6 +6,7 @@ It forks while it has a single thread: a fork takes no other thread along, and w
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -77,7 +78,8 @@ def become(order: dict) -> None:
         module, _, function = order["prelude"].partition(":")
         getattr(importlib.import_module(module), function)()
     kind, what, *arguments = order["arguments"]
-    sys.path[0] = "" if kind == "-c" else os.getcwd()
+    with contextlib.suppress(FileNotFoundError):  # a working folder that is gone
+        sys.path[0] = "" if kind == "-c" else os.getcwd()
     sys.argv = [kind, *arguments]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -6,13 +6,14 @@ nothing in a checkpoint says how completions were sampled. The sidecar `entropy_
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
-from rl_training.files import read_regular, write_whole
+from rl_training.files import read_regular, write_json_whole
 from rl_training.run import record_ranges as of
 
 SIDECAR_NAME = "entropy_experiments.json"
@@ -118,13 +119,21 @@ class Sidecar(StrictModel):
     """None where no step had a gradient yet, or the release did not check."""
     entropy_controller: of.LongText | None = None
     """What an entropy controller added to the gradient, which no sequence's weight says; None where there was none."""
+    own_sha256: of.Digest | None = None
+    """Digest of this record without this field; None in records of earlier releases, or that a person changed."""
 
 
 def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
-    """Write it whole or not at all; flushed to disk before it gets its name."""
+    """Write it, with its own digest, whole or not at all; flushed to disk before it gets its name."""
     path = folder / SIDECAR_NAME
-    write_whole(path, sidecar.model_dump_json(indent=1))
+    content = json.loads(sidecar.model_dump_json())
+    write_json_whole(path, {**content, "own_sha256": _own_digest(content)})
     return path
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != "own_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_special_file(path: Path) -> None:
@@ -149,4 +158,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         raise UserError(
             f"{path} is of format {str(found)[:40]}, this release reads formats 1 and 2: use the release that wrote it"
         )
-    return validate_config(Sidecar, data, str(path))
+    found = validate_config(Sidecar, data, str(path))
+    if found.own_sha256 is not None and found.own_sha256 != _own_digest(data):
+        raise UserError(
+            f"{path} is not as it was written (its SHA-256 differs from its own_sha256): it is damaged, copy the checkpoint "
+            "again; or, if you changed it, delete its line own_sha256"
+        )
+    return found

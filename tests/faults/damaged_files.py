@@ -61,6 +61,10 @@ JSON_CONTENTS = {
 _UNREAD = ("README.md", "training_args.bin")
 
 
+_WITH_WARNING = ("tokenizer", "special", "chat", "added", "vocab", "generation", "entropy_probe")
+"""Files whose content may be legal, or is warned of by who reads it: a probe's averages begin anew."""
+
+
 def checkpoint_cases(run: Path, step: int) -> Iterator[Case]:
     """run: a finished run of ours. Each case copies the checkpoint, damages one file and reads it as `doctor` or `train` do."""
     checkpoint = run / f"checkpoint-{step}"
@@ -73,9 +77,7 @@ def checkpoint_cases(run: Path, step: int) -> Iterator[Case]:
                 yield Case(f"checkpoint, {reader}", f"{name}: {what}", act, _named(name))
             if name == SIDECAR or name in _UNREAD:
                 continue
-            must = (
-                EITHER if name.startswith(("tokenizer", "special", "chat", "added", "vocab", "generation")) else REFUSED
-            )
+            must = EITHER if name.startswith(_WITH_WARNING) else REFUSED
             may_be_unread = EITHER if reader == "doctor" and name.startswith(("rng_state", "scaler")) else must
             may_be_unread = EITHER if reader == "resume" and "adapter" in name else may_be_unread
             for what in RESEALED:

@@ -5,9 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -17,14 +15,12 @@ from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.sweep import run as sweep_module
 from entropy_experiments.sweep.assemble import read_metrics
 from entropy_experiments.sweep.config import SweepConfig
-from entropy_experiments.sweep.folder import SweepFolder
 from entropy_experiments.sweep.run import run_sweep, sweep_folder_for
 from entropy_experiments.sweep.shards import Shard, shard_of_process, single_process
 from entropy_experiments.sweep.targets import choose_checkpoints, name_runs, plan_sweep, sweep_name
-from rl_training.configuration import dump_config, load_config
-from rl_training.errors import ResumableError, UserError
+from rl_training.configuration import load_config
+from rl_training.errors import UserError
 from tests.entropy_experiments.checkpoint_edits import edit_optimizer
-from tests.entropy_experiments.results_fixture import build_results
 from tests.entropy_experiments.small_analysis import OFF, SMALL
 from tests.warm_python import UNPAINTED, WarmProcess, warm_run
 
@@ -130,37 +126,6 @@ def test_two_launched_processes_share_without_a_word(tiny_run, tmp_path):
     assert outs[0][0].strip() == str(tmp_path / "out/report.html") and outs[1][0] == ""
     assert "mine_checkpoint-4 (1 of 1)" in outs[0][1] and "mine_checkpoint-5 (1 of 1)" in outs[1][1]
     assert json.loads((tmp_path / "out/sweep.json").read_text())["complete"]
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Analyses that write a synthetic results folder at once; calls are counted, steps in `broken` raise."""
-    calls, broken = [], set()
-
-    def analyse(path, config, *, folder, resume, keep_going, trust, reporter):
-        step = int(Path(path).name.rpartition("-")[2])
-        calls.append(step)
-        assert "WORLD_SIZE" not in os.environ, "an analysis would take this for a process group to join"
-        if step in broken:
-            raise RuntimeError("this one\nis broken")
-        part = build_results(folder.with_name(folder.name + ".part"), seed=step)
-        summary = json.loads((part / "summary.json").read_text())
-        summary["checkpoint"]["step"] = step
-        (part / "summary.json").write_text(json.dumps(summary))
-        (part / "config.yaml").write_text(dump_config(config))
-        part.rename(folder)
-
-    monkeypatch.setattr(sweep_module, "run_fisher_analysis", analyse)
-    return calls, broken
-
-
-@pytest.fixture
-def small_run(tmp_path):
-    run = tmp_path / "mine"
-    for step in (2, 4, 6, 8, 10):
-        (run / f"checkpoint-{step}").mkdir(parents=True)
-        (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return run
 
 
 def steps_of(run, **selection):
@@ -278,49 +243,6 @@ def test_a_part_can_be_put_together(quick, small_run, tmp_path):
     assert [entry["status"] for entry in entries] == ["done", "open", "done", "open", "done"]
     with pytest.raises(UserError, match="no sweep at"):
         run_sweep([small_run], folder=tmp_path / "nothing", assemble=True)
-
-
-def test_what_a_killed_process_was_writing_is_removed_in_the_end(quick, small_run, tmp_path):
-    run_sweep([small_run], folder=tmp_path / "out", shard="1/2")
-    left = [
-        tmp_path / "out" / f".sweep_plan.json.{'a' * 16}.part",
-        tmp_path / "out/checkpoints" / f".x.json.{'b' * 16}.part",
-    ]
-    for path in left:
-        path.touch()
-    run_sweep([small_run], folder=tmp_path / "out", assemble=True)
-    assert all(path.exists() for path in left), "others may be at work"
-    run_sweep([small_run], folder=tmp_path / "out", shard="2/2", resume=True)
-    assert not any(path.exists() for path in left)
-
-
-@pytest.mark.parametrize("came", [True, False])
-def test_a_process_that_died_is_not_waited_for(quick, small_run, tmp_path, monkeypatch, came):
-    """Launched without a launcher that is alive: the other process was seen and has ended, or never came."""
-    monkeypatch.setattr(sweep_module, "_POLL_SECONDS", 0.01)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    place, ended = SweepFolder(tmp_path / "out"), threading.Event()
-
-    def other() -> None:
-        with place.locked("process-2", wait=False):
-            ended.wait(1.0)
-
-    if came:
-        thread = threading.Thread(target=other)
-        thread.start()
-    else:
-        monkeypatch.setattr(sweep_module, "JOINING", timedelta(0))
-    with pytest.raises(
-        ResumableError, match=r"process 2 of this sweep died or was stopped, and left \S+-\d+: .*--resume"
-    ):
-        run_sweep([small_run], folder=tmp_path / "out")
-    if came:
-        thread.join()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name)
-    sweep = run_sweep([small_run], folder=tmp_path / "out", resume=True)
-    assert sweep.report is not None and not sweep.failed
 
 
 def test_processes_of_other_settings_are_refused(quick, small_run, tmp_path):
