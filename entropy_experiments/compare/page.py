@@ -63,11 +63,11 @@ _READING = {
 
 
 _HOW_TO_READ = (
-    "A is what the others are compared with; every difference is the other side minus A. A difference further than two standard "
-    "errors from 0 is taken for one. “Paired over n prompts” means that both sides were measured on the same n evaluation "
-    "prompts, so that what a prompt does to both cancels; “unpaired” differences have the two standard errors added in "
-    "quadrature, which is too wide where some prompts are shared. Standard errors cover the choice of evaluation prompts and "
-    "completions: another training buffer, or another seed of training, would move the numbers too."
+    "A is what the others are compared with; every difference is the other side minus A. Where 0 lies outside a difference's 95% "
+    "interval, the sides are taken to differ. “Paired over n prompts” means that both sides were measured on the same n "
+    "evaluation prompts, so that what a prompt does to both cancels; “unpaired” differences have the squares of the two standard "
+    "errors added up, and their intervals are too wide where some prompts are shared. Intervals cover the choice of evaluation "
+    "prompts and completions: another training buffer, or another seed of training, would move the numbers too."
 )
 
 
