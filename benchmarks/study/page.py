@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.study.foretold import made, section
 from benchmarks.study.runs import STEPS
 from benchmarks.study.summary import by_arm, distance, load, noise, paired
 from benchmarks.study.tasks import ROOT, TASKS
@@ -19,6 +20,7 @@ from benchmarks.study.tuning import SEED as TUNING_SEED
 from entropy_experiments.records.writer import describe_environment
 
 RESULTS = Path("benchmarks/results/study")
+PRICES = RESULTS / "foretold.json"
 NAMES = {
     "controller": "controller (ours)",
     "adaptive": "use_adaptive_entropy (TRL)",
@@ -40,6 +42,8 @@ def write_page() -> None:
     found = [json.loads(path.read_text()) for path in sorted((ROOT / "runs").glob("*.json"))]
     if found:
         (RESULTS / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in found))
+        if prices := made():
+            PRICES.write_text(json.dumps(prices, indent=1) + "\n")
         (RESULTS / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n")
     runs = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] != TUNING_SEED and run["steps"] == STEPS]
     by_task = {task: [run for run in runs if run["task"] == task] for task in TASKS}
@@ -83,6 +87,8 @@ def _section(task: str, runs: list[dict[str, Any]]) -> list[str]:
         cells += [_cell([n[name] for n in arms[arm].values()], 2) for name in ("pass_at_4", "pass_at_16", "distinct")]
         lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} |")
     lines += ["", *_tests(arms, order), "", f"![entropy and reward of the arms, {task}]({task}.png)", ""]
+    read = json.loads(PRICES.read_text()).get(task) if PRICES.exists() else None
+    lines += section(runs, read) if read else []
     stored = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["task"] == task]
     tuning = sorted((run for run in stored if run["arm"] == "bonus"), key=lambda run: run["overrides"]["entropy_coef"])
     if tuning:

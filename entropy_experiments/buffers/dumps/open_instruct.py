@@ -24,10 +24,10 @@ def matches(keys: set[str]) -> bool:
 
 def sequences_of(file: Path) -> Callable[[dict[str, Any], str, int | None], Iterator[RolloutRow]]:
     """Reads the rows of one file, in order; a step that stands in it twice is refused (a resumed run appends to the shard)."""
-    seen: set[tuple[Any, Any]] = set()
+    seen: set[tuple[str, str]] = set()
 
     def of_file(data: dict[str, Any], place: str, step: int | None) -> Iterator[RolloutRow]:
-        key = (data.get("step"), str(data.get("sample_idx")))
+        key = (str(data.get("step")), str(data.get("sample_idx")))
         if data.get("sample_idx") is not None and key in seen:
             raise ValueError(
                 f"sample {key[1]} of step {key[0]} stands twice: the run was resumed; keep the lines of one attempt"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from entropy_experiments.buffers.dumps.rows import RolloutRow, logprobs, mask, number, positive, tokens
+from entropy_experiments.buffers.dumps.rows import RolloutRow, listed, logprobs, mapping, mask, number, positive, tokens
 
 NAME = "prime-rl"
 FILES = r"traces\.jsonl"
@@ -46,7 +46,7 @@ def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[Ro
     for count, trace in enumerate(traces):
         if not isinstance(trace, dict) or not isinstance(trace.get("nodes"), list):
             raise ValueError(f"trace {count} has no nodes")
-        agent = trace.get("agent") or {}
+        agent = mapping("agent", trace.get("agent"))
         if trace.get("ok") is False or agent.get("trainable") is False:
             continue
         trained: set[int] = set()
@@ -59,7 +59,7 @@ def sequences(data: dict[str, Any], place: str, step: int | None) -> Iterator[Ro
 
 def _context(node: dict[str, Any]) -> dict[str, Any]:
     """A reply that trained in an earlier path."""
-    mask_off = [False] * len(node.get("token_ids") or [])
+    mask_off = [False] * len(listed("token_ids", node.get("token_ids")))
     return {"token_ids": node.get("token_ids"), "mask": mask_off, "loss_weights": node.get("loss_weights")}
 
 
@@ -100,9 +100,7 @@ def _sequence(
         if node.get("sampled") and not any(own_mask):
             raise ValueError("a reply has no token ids of its own: the run's client did not record them")
         if weights := node.get("loss_weights"):
-            raise ValueError(
-                f"the loss weighs single tokens ({', '.join(map(str, weights))[:40]}): not a weight a sequence"
-            )
+            raise ValueError(f"the loss weighs single tokens ({str(weights)[:40]}): not a weight a sequence")
         sampled = sum(own_mask)
         values = logprobs("logprobs", node.get("logprobs") or [])
         assert values is not None
@@ -121,7 +119,7 @@ def _sequence(
     if credits and without:
         raise ValueError("some of its replies have advantages and others none: not a weight a sequence")
     start = drawn.index(True)
-    calls = [call for call in trace.get("calls") or [] if isinstance(call, dict) and not call.get("error")]
+    calls = [call for call in listed("calls", trace.get("calls")) if isinstance(call, dict) and not call.get("error")]
     return RolloutRow(
         place=place,
         prompt_ids=ids[:start],
@@ -154,7 +152,7 @@ def _one_advantage(credits: list[float]) -> float:
 
 
 def _reward(trace: dict[str, Any]) -> float | None:
-    judged = [r for r in (trace.get("rewards") or {}).values() if isinstance(r, dict)]
+    judged = [r for r in mapping("rewards", trace.get("rewards")).values() if isinstance(r, dict)]
     if not judged:
         return None
     return sum(
@@ -165,7 +163,7 @@ def _reward(trace: dict[str, Any]) -> float | None:
 def _temperature(calls: list[dict[str, Any]]) -> float | None:
     found = set()
     for call in calls:
-        sampling = call.get("sampling") or {}
+        sampling = mapping("sampling", call.get("sampling"))
         for name, harmless in _TRUNCATING.items():
             if sampling.get(name) not in harmless:
                 raise ValueError(

@@ -261,6 +261,20 @@ def text(name: str, value: Any) -> str | None:
     return value
 
 
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """An object; an empty one for null. Raises ValueError for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, found {_shown(value)}")
+    return value or {}
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """A list; an empty one for null. Raises ValueError for anything else."""
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{name} must be a list, found {_shown(value)}")
+    return value or []
+
+
 def messages(name: str, value: Any) -> list[dict[str, str]]:
     """Chat messages of texts. Raises ValueError for anything else, and for an empty list."""
     if not isinstance(value, list) or not value:
