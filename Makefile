@@ -154,6 +154,7 @@ bench-replay: $(STAMP)
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study tune
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study foretold
 	$(BIN)/python -m benchmarks.study page
 
 # The peers' environment. torch first and alone, then the project as everywhere; the peers themselves without their

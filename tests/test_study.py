@@ -14,6 +14,7 @@ from benchmarks.study import page as study_page
 from benchmarks.study import runs, summary, tasks
 from benchmarks.study.arms import ARMS
 from benchmarks.study.covariance import CovarianceTrainer
+from benchmarks.study.foretold import section
 from benchmarks.study.measure import _pass_at
 from benchmarks.study.summary import distance, load, paired
 from benchmarks.study.tasks import right
@@ -33,6 +34,24 @@ def test_numbers() -> None:
     assert found["seeds"] == 3 and found["mean"] == pytest.approx(2.0)
     assert found["high"] - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
     assert math.isnan(paired({0: {"x": 1.0}}, zeros, "x")["low"])
+
+
+def test_prices_beside_outcomes() -> None:
+    """Differences to Dr. GRPO of the same seed, rows by their part; what is not priced is foretold to change nothing."""
+
+    def run(arm: str, seed: int, entropy: float) -> dict:
+        rows = [{"step": 300, "entropy": entropy, "reward": 1 - entropy}]
+        last = {"entropy": entropy, "reward": 1 - entropy, "pass_at_4": 0.0, "pass_at_16": 0.0, "distinct": 0.0}
+        return {"task": "x", "arm": arm, "seed": seed, "target": 0.3, "rows": rows, "last": last}
+
+    arms = {"dr_grpo": 0.2, "controller": 0.4, "bonus": 0.3, "rloo": 0.2, "clip_cov": 0.25}
+    stored = [run(arm, seed, entropy) for arm, entropy in arms.items() for seed in (0, 1)]
+    rows = {"entropy_bonus_that_holds": [0.01, -0.02], "entropy_bonus_0.01": [0.002, -0.001], "clip_cov": [0.1, None]}
+    lines = section(stored, {"0": rows, "1": rows, "7": rows})
+    assert "over the 4 arms (95% interval): entropy 1.00 (1.00 to 1.00)" in lines[0]
+    assert "| bonus | entropy_bonus_0.01, × 2.5 | 2 | +5.0e-03 | -2.5e-03 | +0.100 | -0.100 |" in lines
+    assert "| clip_cov | clip_cov, × 0.01 | 2 | +1.0e-03 | +0.0e+00 | +0.050 | -0.050 |" in lines
+    assert "| rloo | 0 | 2 | +0.0e+00 | +0.0e+00 | +0.000 | +0.000 |" in lines
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +102,7 @@ def test_the_page_says_what_the_runs_are(tiny_task, monkeypatch) -> None:
     text = (study_page.RESULTS / "README.md").read_text()
     ours = next(run for run in rows if run["arm"] == "controller")
     assert f"| controller (ours) | 1 | {distance(ours):.3f} |" in text and "| Dr. GRPO | 2 |" in text
-    assert "nan to nan" in text.replace("+", ""), "one common seed has no interval"
+    assert "nan" not in text and "| Dr. GRPO | 1 | +0.000 |" in text.replace("-0.000", "+0.000"), "one common seed has no interval"
     assert (study_page.RESULTS / "tiny.png").stat().st_size > 10_000
 
 

@@ -89,10 +89,10 @@ def _changes(row: Any) -> list[float | None]:
     return [None if estimate is None else estimate.value for estimate in estimates]
 
 
-def made() -> dict[str, dict[str, Prices]]:
+def made(root: Path) -> dict[str, dict[str, Prices]]:
     """Task -> seed -> prices, of those that were read."""
     found: dict[str, dict[str, Prices]] = {}
-    for path in sorted((ROOT / "foretold").glob("*.json")):
+    for path in sorted((root / "foretold").glob("*.json")):
         task, _, seed = path.stem.rpartition("-")
         found.setdefault(task, {})[seed] = json.loads(path.read_text())
     return found

@@ -20,7 +20,7 @@ from benchmarks.study.tuning import SEED as TUNING_SEED
 from entropy_experiments.records.writer import describe_environment
 
 RESULTS = Path("benchmarks/results/study")
-PRICES = RESULTS / "foretold.json"
+PRICES = "foretold.json"
 NAMES = {
     "controller": "controller (ours)",
     "adaptive": "use_adaptive_entropy (TRL)",
@@ -42,8 +42,8 @@ def write_page() -> None:
     found = [json.loads(path.read_text()) for path in sorted((ROOT / "runs").glob("*.json"))]
     if found:
         (RESULTS / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in found))
-        if prices := made():
-            PRICES.write_text(json.dumps(prices, indent=1) + "\n")
+        if prices := made(ROOT):
+            (RESULTS / PRICES).write_text(json.dumps(prices, indent=1) + "\n")
         (RESULTS / "environment.json").write_text(json.dumps(describe_environment(), indent=1) + "\n")
     runs = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] != TUNING_SEED and run["steps"] == STEPS]
     by_task = {task: [run for run in runs if run["task"] == task] for task in TASKS}
@@ -87,8 +87,8 @@ def _section(task: str, runs: list[dict[str, Any]]) -> list[str]:
         cells += [_cell([n[name] for n in arms[arm].values()], 2) for name in ("pass_at_4", "pass_at_16", "distinct")]
         lines.append(f"| {NAMES[arm]} | {len(arms[arm])} | {' | '.join(cells)} |")
     lines += ["", *_tests(arms, order), "", f"![entropy and reward of the arms, {task}]({task}.png)", ""]
-    read = json.loads(PRICES.read_text()).get(task) if PRICES.exists() else None
-    lines += section(runs, read) if read else []
+    stored = json.loads((RESULTS / PRICES).read_text()) if (RESULTS / PRICES).exists() else {}
+    lines += section(runs, stored[task]) if task in stored else []
     stored = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] == TUNING_SEED and run["task"] == task]
     tuning = sorted((run for run in stored if run["arm"] == "bonus"), key=lambda run: run["overrides"]["entropy_coef"])
     if tuning:
@@ -122,7 +122,10 @@ def _tests(arms: dict[str, dict[int, dict[str, float]]], order: list[str]) -> li
         ratio = np.mean([arms["controller"][s]["distance"] for s in common]) / np.mean(
             [arms[arm][s]["distance"] for s in common]
         )
-        cells = [f"{f['mean']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})" for f in found.values()]
+        cells = [
+            f"{f['mean']:+.3f}" + (f" ({f['low']:+.3f} to {f['high']:+.3f})" if len(common) > 1 else "")
+            for f in found.values()
+        ]
         lines.append(f"| {NAMES[arm]} | {len(common)} | {cells[0]} | {ratio:.2f} | {' | '.join(cells[1:])} |")
     return lines
 
