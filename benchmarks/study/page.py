@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.study.advice import draw_advice
 from benchmarks.study.foretold import made, section
 from benchmarks.study.runs import STEPS
 from benchmarks.study.summary import by_arm, distance, load, noise, paired
@@ -48,9 +49,12 @@ def write_page() -> None:
     runs = [run for run in load(RESULTS / "runs.jsonl") if run["seed"] != TUNING_SEED and run["steps"] == STEPS]
     by_task = {task: [run for run in runs if run["task"] == task] for task in TASKS}
     (RESULTS / "README.md").write_text(page({task: mine for task, mine in by_task.items() if mine}))
+    read = json.loads((RESULTS / PRICES).read_text()) if (RESULTS / PRICES).exists() else {}
     for task, mine in by_task.items():
         if mine:
             draw(mine, RESULTS / f"{task}.png")
+        if mine and task in read:
+            draw_advice(mine, read[task], RESULTS / f"{task}-advice.png")
 
 
 def page(by_task: dict[str, list[dict[str, Any]]]) -> str:
