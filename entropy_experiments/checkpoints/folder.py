@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from entropy_experiments.checkpoints.foreign import ForeignLayout, foreign_layout
+from entropy_experiments.checkpoints.foreign import ForeignLayout, foreign_layout, is_foreign_run
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, ImportRecord, read_import_record
-from entropy_experiments.checkpoints.readers.layouts import find_sources
 from rl_training.errors import UserError
 from rl_training.run.sidecar import SIDECAR_NAME, Sidecar, read_sidecar, refuse_special_file
 
@@ -80,13 +79,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return numbered[-1][1]
     if _is_model_folder(folder) or foreign_layout(folder) is not None:
         return folder
-    try:
-        find_sources(folder)
-    except UserError:
-        raise UserError(
-            f"{folder} is neither a checkpoint (no trainer_state.json) nor a run with checkpoint-* folders"
-        ) from None
-    raise UserError(f"{folder} holds checkpoints of another trainer: {import_it(folder)}")
+    if is_foreign_run(folder):
+        raise UserError(f"{folder} holds checkpoints of another trainer: {import_it(folder)}")
+    raise UserError(f"{folder} is neither a checkpoint (no trainer_state.json) nor a run with checkpoint-* folders")
 
 
 def _is_model_folder(folder: Path) -> bool:

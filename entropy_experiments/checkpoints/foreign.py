@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+STEP_FOLDER = re.compile(r"(?:checkpoint-|global_steps?_?|step[-_])(\d{1,9})")
+"""Names that trainers give to the folder of a step."""
+RUN_FOLDERS = ("", "checkpoints", "checkpoint", "ckpts")
+"""Where they put these inside a run."""
+_DEEPEST = 3  # levels from a step's folder to its files: dcp_checkpoint/_actor, policy/weights
 # Where verl, SkyRL, Megatron and prime-rl put the policy, beside a critic and the state of the data.
 _POLICY_FOLDERS = ("actor", "policy", "model", "dist_ckpt", "trainer")
 
@@ -105,3 +110,22 @@ def foreign_layout(folder: Path) -> ForeignLayout | None:
         if found is not None:
             return found
     return None
+
+
+def is_foreign_run(folder: Path) -> bool:
+    """Whether a folder of steps inside looks like another system's, by names alone."""
+    places = [place for name in RUN_FOLDERS if (place := folder / name).is_dir()]
+    steps = [
+        child for place in places for child in place.iterdir() if STEP_FOLDER.fullmatch(child.name) and child.is_dir()
+    ]
+    return any(_looks_foreign(step, _DEEPEST) for step in steps)
+
+
+def _looks_foreign(folder: Path, levels: int) -> bool:
+    inside = list(folder.iterdir())
+    names = {path.name for path in inside}
+    if any(test(names) for _, test in _TESTS):
+        return True
+    return levels > 1 and any(
+        _looks_foreign(path, levels - 1) for path in inside if path.is_dir() and not path.is_symlink()
+    )

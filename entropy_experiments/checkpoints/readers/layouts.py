@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from entropy_experiments.checkpoints.foreign import RUN_FOLDERS, STEP_FOLDER
 from entropy_experiments.checkpoints.readers.accelerate_fsdp import is_accelerate_fsdp, read_accelerate_fsdp
 from entropy_experiments.checkpoints.readers.dcp_trees import dcp_tree_folder, read_dcp_tree, tree_in_two_folders
 from entropy_experiments.checkpoints.readers.deepspeed_zero import read_zero
@@ -16,9 +17,6 @@ from entropy_experiments.checkpoints.readers.trained_state import TrainedState
 from entropy_experiments.checkpoints.readers.zero_files import zero_folder
 from rl_training.errors import UserError
 
-_STEPS = re.compile(r"(?:checkpoint-|global_steps?_?|step[-_])(\d{1,9})")
-# Where trainers put the folders of steps inside a run.
-_RUN_FOLDERS = ("", "checkpoints", "checkpoint", "ckpts")
 # Parts that mean nothing alone: the checkpoint is the folder they lie in.
 _PARTS = ("pytorch_model_fsdp_0", "optimizer_0")
 _BESIDE_RANKS = ("huggingface", "lora_adapter")
@@ -70,9 +68,9 @@ def find_sources(folder: Path) -> list[Source]:
     if one is not None and not _only_named_inside(folder):
         return [one]
     numbered = []
-    for place in (folder / name for name in _RUN_FOLDERS):
+    for place in (folder / name for name in RUN_FOLDERS):
         for child in sorted(place.iterdir()) if place.is_dir() else []:
-            matched = _STEPS.fullmatch(child.name)
+            matched = STEP_FOLDER.fullmatch(child.name)
             source = find_source(child) if matched else None
             if matched and source is not None:
                 numbered.append((int(matched[1]), source))

@@ -150,7 +150,7 @@ def test_foreign_tokens_of_a_run_that_named_no_environment(run: Path, tmp_path) 
     shutil.copytree(run, copy)
     path = copy / "checkpoint-2" / "entropy_experiments.json"
     record = json.loads(path.read_text())
-    record["sampling"]["environment"] = None
+    record["sampling"]["environment"] = record["own_sha256"] = None
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="tokens that the policy did not draw"):
         run_fisher_analysis(copy / "checkpoint-2", config(FROM_RUN[0]), folder=tmp_path / "no")

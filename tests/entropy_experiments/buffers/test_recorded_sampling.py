@@ -89,7 +89,7 @@ def test_prompts_that_are_not_those_of_the_run_are_refused(run, tmp_path):
     path = run / SIDECAR_NAME
     text = path.read_text()
     data = json.loads(text)
-    data["task"]["system_prompt"] = "Be brief."
+    data["task"]["system_prompt"], data["own_sha256"] = "Be brief.", None
     try:
         path.write_text(json.dumps(data))
         with pytest.raises(UserError, match=r"prompt \d+ of the task.*not what the run trained on"):

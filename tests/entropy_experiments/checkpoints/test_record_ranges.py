@@ -65,6 +65,7 @@ MEANINGFUL: dict[str, tuple[str, ...]] = {
     "algorithm.difficulty_weighting": ("True", "False"),
     "algorithm.reject_zero_advantage": ("True", "False"),
     "algorithm.max_refill_rounds": ("0", "1"),
+    "own_sha256": _NOT_RECORDED,
     "gradient_premise.step": ("0", "1"),
     "gradient_premise.made": ("True", "False"),
     "gradient_premise.trouble": _NOT_RECORDED,

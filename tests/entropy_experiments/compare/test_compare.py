@@ -18,7 +18,6 @@ from entropy_experiments.compare.verdict import comparison_verdict
 from entropy_experiments.records.comparison_record import ComparisonRecord
 from entropy_experiments.records.record import json_of, validated
 from rl_training.errors import UserError
-from rl_training.run.folder_lock import locked
 from tests.entropy_experiments.comparison_fixture import (
     build_side,
     build_sweep,
@@ -217,31 +216,6 @@ def test_caveats_name_what_does_not_match(pair):
     text = " ".join(sentences(*pair))
     for words in ("temperature: A 1, B 0.7", "training steps: A 8, B 16", "Different models", "plain gradient step"):
         assert words in text
-
-
-def test_a_second_comparison_into_one_folder_is_refused_while_the_first_is_written(pair, tmp_path):
-    with locked(tmp_path / ".out.lock", "x"), pytest.raises(UserError, match=r"out is in use by process \d+"):
-        write_comparison(pair, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    write_comparison(pair, tmp_path / "out")
-    assert not list(tmp_path.glob(".out*")), "nothing is left beside it"
-
-
-def test_two_checkpoints_of_a_whole_model_are_one_model(pair):
-    """A fully fine-tuned policy is named by its checkpoint's path."""
-
-    def named(size: int):
-        def change(summary):
-            summary["checkpoint"]["model"] = summary["checkpoint"]["path"]
-            summary["kernel_modules"]["trainable"] = size
-
-        return change
-
-    for folder in pair:
-        edit_summary(folder, named(1000))
-    assert "Different models" not in " ".join(sentences(*pair))
-    edit_summary(pair[1], named(2000))
-    assert "A a whole model of 1,000 trained parameters, B a whole model of 2,000" in " ".join(sentences(*pair))
 
 
 def refused(*folders, match):

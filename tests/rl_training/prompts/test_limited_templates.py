@@ -151,7 +151,7 @@ def test_a_checkpoints_template_ends_doctor_and_analyze_in_one_line(
     (checkpoint / "chat_template.jinja").write_text(template)
     record = json.loads((checkpoint / "entropy_experiments.json").read_text())
     record["sampling"]["chat_template_sha256"] = None
-    record["task"]["reward"] = "default"
+    record["task"]["reward"], record["own_sha256"] = "default", None
     record["sha256"].pop("chat_template.jinja", None)  # whoever writes a template can write its digest
     (checkpoint / "entropy_experiments.json").write_text(json.dumps(record))
     found = CliRunner().invoke(app, ["doctor", str(checkpoint)])
