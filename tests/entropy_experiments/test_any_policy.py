@@ -15,6 +15,8 @@ from tests.entropy_experiments.made_checkpoint import make_checkpoint
 from tests.entropy_experiments.small_analysis import config
 from tests.tiny_policy import character_tokenizer
 
+pytestmark = pytest.mark.long
+
 VOCABULARY = len(character_tokenizer())
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 1}

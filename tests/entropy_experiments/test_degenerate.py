@@ -13,7 +13,7 @@ from tests.entropy_experiments.checkpoint_edits import SIDECAR, edit_json
 from tests.entropy_experiments.small_analysis import whole_config
 from tests.tiny_policy import character_tokenizer
 
-pytestmark = pytest.mark.usefixtures("drawn_figures")  # of what is degenerate too
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("drawn_figures")]  # figures of what is degenerate too
 
 
 def analyse(run, folder, *overrides):

@@ -12,6 +12,8 @@ from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.kernel.options import LOGIT_BYTES, pass_bytes
 from tests.entropy_experiments.small_analysis import config, whole_config
 
+pytestmark = pytest.mark.long
+
 
 def batch(seed: int) -> SequenceBatch:
     tokens = torch.randint(3, 90, (6, 12), generator=torch.Generator().manual_seed(seed)).tolist()

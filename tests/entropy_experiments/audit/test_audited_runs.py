@@ -27,6 +27,8 @@ from tests.rl_training.integrations.test_trl_integration import make_trainer
 from tests.rl_training.two_turns import two_turns
 from tests.tiny_policy import even_start_reward, tiny_train_config
 
+pytestmark = pytest.mark.long
+
 
 def changed(run, change):
     """`run` with another log: change(row) -> new values."""

@@ -29,6 +29,8 @@ from rl_training.train import build_trainer
 from tests.entropy_experiments.small_analysis import OFF, SMALL, whole_config
 from tests.tiny_policy import save_tiny_policy, tiny_train_config
 
+pytestmark = pytest.mark.long
+
 HALF = {
     "model.embed_tokens": "cpu",
     "model.layers.0": "cpu",

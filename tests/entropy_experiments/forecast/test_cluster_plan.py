@@ -21,6 +21,8 @@ from entropy_experiments.forecast.pass_costs import count_passes
 from rl_training.errors import UserError
 from tests.entropy_experiments.small_analysis import whole_config
 
+pytestmark = pytest.mark.long
+
 SHAPE = {"vocab_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -29,6 +29,8 @@ from entropy_experiments.step.real_steps import StepMeasurement
 from entropy_experiments.step.settings import AnalysisSettings
 from tests.two_devices import FAR, second_device
 
+pytestmark = pytest.mark.long
+
 NEAR, THERE = "cpu", str(FAR)
 PARTS = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 SECOND_LAYER = dict.fromkeys(PARTS, NEAR) | {"model.layers.1": THERE}
@@ -148,7 +150,6 @@ def test_rows_of_all_weights_over_two_devices(modules):
         assert relative_error(found[name].to("cpu"), rows) <= 1e-5, name
 
 
-@pytest.mark.long
 def test_sketches_and_real_steps_over_two_devices(adapter, comparable):
     found = []
     for modules in (None, SECOND_LAYER):

@@ -24,6 +24,8 @@ from rl_training.errors import UserError
 from rl_training.run.optimizer_state import check_optimizer_state, read_tensor_file
 from tests.live_tensors import LiveTensors
 
+pytestmark = pytest.mark.long
+
 MOST_VECTORS = 5
 # activations of a few short sequences, and one parameter's tensors while it is worked on
 SLACK = 0.6
@@ -106,7 +108,6 @@ def test_an_analysis_without_a_matrix_holds_five_vectors(wide: Wide) -> None:
     assert wide.vectors(lambda: wide.analyze(moments, compute_full=False)) <= MOST_VECTORS
 
 
-@pytest.mark.long
 def test_what_is_asked_afterwards_holds_five_vectors_in_all(wide: Wide) -> None:
     """Other weights' steps, response shares, curves, shares of tokens, noise of the training side: three vectors are there before
     (the loss's gradient and two of entropy).
@@ -135,7 +136,6 @@ def test_what_is_asked_afterwards_holds_five_vectors_in_all(wide: Wide) -> None:
     )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["tiles", "memory"])
 def test_with_a_matrix_the_plan_says_what_is_held(wide: Wide, strategy: str) -> None:
     """Beside the rows that the plan keeps, no more vectors than it counts."""

@@ -22,6 +22,8 @@ from tests.entropy_experiments.buffers.dumps.conftest import STORED, Recorded
 from tests.entropy_experiments.buffers.dumps.files_of_trainers import WRITERS, Sequence, lines, ours
 from tests.entropy_experiments.small_analysis import config
 
+pytestmark = pytest.mark.long
+
 SAMPLING = "entropy_analysis.sampling"
 BOTH = "entropy_analysis.eval_batch_size=24"
 
@@ -139,7 +141,6 @@ def whole_texts(sequences: list[Sequence], tokenizer, longest: int) -> list[Sequ
     return kept
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("trainer", ["verl", "trl"])
 def test_text_dumps_give_the_numbers_of_the_same_tokens(trainer: str, recorded: Recorded, tmp_path: Path) -> None:
     tokenizer, longest = recorded.checkpoint.tokenizer, recorded.plan.sampling_config.max_completion_length
