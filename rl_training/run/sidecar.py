@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rl_training.configuration import StrictModel, validate_config
 from rl_training.errors import UserError
-from rl_training.files import read_regular, write_json_whole
+from rl_training.files import read_regular, write_whole
 from rl_training.run import record_ranges as of
 
 SIDECAR_NAME = "entropy_experiments.json"
@@ -127,7 +127,8 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
     """Write it, with its own digest, whole or not at all; flushed to disk before it gets its name."""
     path = folder / SIDECAR_NAME
     content = json.loads(sidecar.model_dump_json())
-    write_json_whole(path, {**content, "own_sha256": _own_digest(content)})
+    content["own_sha256"] = _own_digest(content)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))  # which ends in a bracket: cut short, it is no JSON
     return path
 
 
