@@ -11,6 +11,7 @@ from entropy_experiments.run.launcher_watch import end_with_the_launcher
 def main() -> None:
     """Run the command line. A signal while it is still being imported ends in one line, as later."""
     end_with_the_launcher()
+    _refuse_gone_folder()
     early = _caught_early() if os.environ.get("WORLD_SIZE", "1") == "1" else {}
     try:
         from entropy_experiments.cli import main as run
@@ -21,6 +22,15 @@ def main() -> None:
     except KeyboardInterrupt:  # in a launch: nothing was caught early
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse_gone_folder() -> None:
+    """Libraries look for themselves from the working folder, and end the process in words of their own where it is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        print("error: the working folder is gone: change to one that exists", file=sys.stderr)
+        sys.exit(2)
 
 
 def _caught_early() -> dict[int, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,12 +41,17 @@ def _ended(
         where = run if name == "doctor" else Path(shutil.copytree(results, folder / "analysis"))
         here = folder / "here"
         here.mkdir()
-        process = WarmProcess(
-            "-m", "entropy_experiments", name, str(where), prelude=PRELUDE, env={**os.environ, **environment}, cwd=here
-        )
-        if gone:
-            here.rmdir()
-        code, said = wait_for([process])[0]
+        arguments = ["-m", "entropy_experiments", name, str(where)]
+        if gone:  # before the process is there: a warm one would not find its folder
+            script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+            ran = subprocess.run(
+                ["sh", "-c", script, "sh", str(here), sys.executable, *arguments], capture_output=True, text=True,
+                env={**os.environ, "PYTHONPATH": os.getcwd()},
+            )  # fmt: skip
+            code, said = ran.returncode, ran.stderr
+        else:
+            ended = WarmProcess(*arguments, prelude=PRELUDE, env={**os.environ, **environment}, cwd=here)
+            code, said = wait_for([ended])[0]
         assert code in (0, 1, 2) and "Traceback" not in said, (code, said[-600:])
         if code == 2:
             refused_in_one_line(said)

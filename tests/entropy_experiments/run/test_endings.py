@@ -148,6 +148,16 @@ def test_a_signal_during_imports_ends_in_one_line(number, status):
     assert process.returncode == status and err.count("\n") == 1 and err.startswith(("interrupted", "ended by")), err
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+    script = 'mkdir "$1" && cd "$1" && rmdir "$1" && shift && exec "$@"'
+    arguments = [sys.executable, "-m", "entropy_experiments", "doctor", "/tmp"]
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", str(tmp_path / "gone"), *arguments], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: the working folder is gone: change to one that exists\n")
+
+
 SWALLOWING_IMPORT = """
 import sys, time
 from entropy_experiments import cli
