@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def page(rows: list[tuple[Fault, str, str]]) -> str:
         "| fault | in a user's run | first test that fails |", "| --- | --- | --- |",
     ]  # fmt: skip
     for fault, by_user, by_test in rows:
+        by_user = re.sub(r"/\S*/sound/run", "RUN", by_user)
         cell = by_user.replace("|", "\\|") or (f"not seen: {fault.unseen}" if fault.unseen else "**not seen**")
         lines.append(f"| {fault.name} | {cell} | {by_test.replace('|', chr(92) + '|') or '**none**'} |")
     return "\n".join(lines) + "\n"
