@@ -34,7 +34,7 @@ _CORES = 2
 _GIB = 2**30
 ENTRIES = 8
 TRAINED = {
-    "full": ("lora.enabled=false", "optimizer.learning_rate=5e-6", "training.steps=6", "training.save_every=6"),
+    "full": ("lora.enabled=false", "optimizer.learning_rate=5e-6", "training.steps=2", "training.save_every=2"),
     "lora-288": ("lora.r=288", "lora.alpha=576", "training.steps=2", "training.save_every=2"),
 }
 
@@ -53,7 +53,8 @@ class Case:
 
     def overrides(self) -> list[str]:
         """Of the configuration."""
-        kernel = [f"{_K}fisher_kernel.compute_full=false"] if not self.matrix else []
+        without = [f"{_K}fisher_kernel.compute_full=false", f"{_K}fisher_kernel.token_batch_size=512"]
+        kernel = [] if self.matrix else without
         kernel += [f"{_K}fisher_kernel.memory_budget={self.gib:g}GiB"] if self.gib else []
         kernel += [f"{_K}fisher_kernel.disk_budget={self.disk:g}GiB"] if self.disk else []
         sizes = [f"{_K}eval_batch_size={self.n_eval}", f"{_K}train_batch_size={self.n_train}"]
