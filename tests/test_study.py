@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,3 +140,17 @@ def _own_trainer():
     from trl import GRPOTrainer
 
     return GRPOTrainer
+
+
+def test_documents_quote_the_stored_figures() -> None:
+    """Correlations of prices with outcomes, and of a ledger's shares with runs without the group."""
+    root = Path(__file__).resolve().parents[1]
+    stored = (root / "benchmarks/results/study/README.md").read_text()
+    told = re.search(r"entropy (0\.\d\d \(\S+ to \S+\)), reward (0\.\d\d \(\S+ to \S+\))\.", stored)
+    assert told is not None
+    study = (root / "docs/study/index.md").read_text()
+    assert all(figure in study for figure in told.groups()), told.groups()
+    guide = (root / "docs/guides/my-entropy-collapses.md").read_text()
+    assert all(figure.replace("(", "[").replace(" to ", ", ").replace(")", "]") in guide for figure in told.groups())
+    ledger = re.search(r"\*\*(0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text())
+    assert ledger is not None and ledger[1] in (root / "docs/analyses/ledger.md").read_text()
