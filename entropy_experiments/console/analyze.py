@@ -32,11 +32,13 @@ _WITHOUT_ROWS = {
     "checking the kernel against finite differences": 0.1,
 }
 _REMOVALS, _WEIGHTINGS, _PRICES = 8, 15, 17
+_OF_A_WEIGHTING = 8.2
+"""Without kernels: a gradient, and a pass in forward mode."""
 
 
 def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
     """Expected time of every stage of an analysis with this configuration, relative to the others, in their order."""
-    settings = config.entropy_analysis.analysis
+    settings, full = config.entropy_analysis.analysis, config.entropy_analysis.fisher_kernel.compute_full
     scales = sorted({*settings.step_scales, 1.0})
     passes = {  # in the order of analyses_runner.ANALYSES
         "buffers": 0.1,
@@ -46,11 +48,12 @@ def expected_shares(config: FisherAnalysisConfig) -> dict[str, float]:
         "intervention": settings.intervention_subsets + _REMOVALS,
         "prompt_structure": 0.1,
         "sequence_clustering": 0.1,
-        "weighting_schemes": _WEIGHTINGS if settings.weighting_steps else 0.1,
+        "weighting_schemes": (_WEIGHTINGS if settings.weighting_steps else 0.1)
+        + (0.0 if full else _OF_A_WEIGHTING * _WEIGHTINGS),
         "prices": _PRICES + (_WEIGHTINGS if settings.price_steps else 0),
         "baselines": 0.1,
     }
-    stages = _BEFORE if config.entropy_analysis.fisher_kernel.compute_full else _WITHOUT_ROWS
+    stages = dict(_BEFORE if full else _WITHOUT_ROWS)
     if settings.entropy_prediction:
         stages |= {f"measuring at {s:g} x the step": _FORWARD for s in scales} | {"checking the slope": 2.1}
     stages["noise of the training side"] = 2.0

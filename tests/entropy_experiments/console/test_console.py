@@ -25,6 +25,7 @@ from entropy_experiments.records.outcome_record import ChecksOutcome, NoOutcome,
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.outcome import read_outcome
 from entropy_experiments.run.reporter import Reporter
+from rl_training.configuration import load_config
 from rl_training.run.sums import write_sums
 from tests.entropy_experiments.comparison_fixture import build_side
 from tests.entropy_experiments.results_fixture import build_results
@@ -257,6 +258,11 @@ def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path, matrix):
     run_fisher_analysis(tiny_run, settings, folder=tmp_path / "out", reporter=Announced())
     assert stages == list(expected_shares(settings))
     assert "the training buffer's own kernel" in expected_shares(FisherAnalysisConfig())
+    name = "analysis: weighting schemes"
+    without = load_config(FisherAnalysisConfig, None, ["entropy_analysis.fisher_kernel.compute_full=false"])
+    assert expected_shares(without)[name] > 100 + expected_shares(FisherAnalysisConfig())[name], (
+        "a pass for each weighting"
+    )
 
 
 def run(*arguments, **environment):
