@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -147,12 +148,10 @@ def fold_gradients(
     """Gradients of every objective, and token statistics: one forward, a backward pass each.
 
     Args:
-        objectives: from the statistics of the whole batch to coefficients whose *mean over
-            sequences* is meant (entropy_core.entropy).
+        objectives: from the whole batch's statistics to coefficients whose *mean over sequences* is meant (entropy_core.entropy).
         buckets: how rows are laid out (length_buckets, or shared_prefix_buckets).
         folds: at most as many as there are prompts are used; below 2 there is no error.
-        rows: what is known of this model's rows, for several calls; afterwards `rows.failure` says
-            why plain passes over each fold were made, if they were.
+        rows: what is known of this model's rows, for several calls; then `rows.failure` says why plain passes were made, if any.
         with_variances: the statistics hold `surprisal_variances` as well. (Coefficients need the
             whole batch's statistics, so several buckets take a forward pass for them first.)
     """
@@ -295,7 +294,7 @@ def _statistics(
     model: nn.Module, batch: SequenceBatch, pieces: Sequence[Bucket], with_variances: bool
 ) -> TokenStatistics:
     """Statistics of the tokens in these buckets, zero elsewhere."""
-    full = _nothing_known(model, batch, with_variances)
+    full = _blank_statistics(model, batch, with_variances)
     with open_passes(model), torch.no_grad():
         for bucket in pieces:
             found = completion_values(model, bucket, batch.temperature, with_variances=with_variances)
@@ -305,8 +304,8 @@ def _statistics(
     return TokenStatistics(*full)
 
 
-def _nothing_known(model: nn.Module, batch: SequenceBatch, with_variances: bool) -> list[Tensor]:
-    """Statistics of zeros, whose types do not depend on how they are going to be had: processes add theirs up."""
+def _blank_statistics(model: nn.Module, batch: SequenceBatch, with_variances: bool) -> list[Tensor]:
+    """Zeros, of types that do not depend on how the batch is passed: processes add theirs up."""
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     types = (dtype, torch.float64, dtype)[: 2 + with_variances]
     return [torch.zeros(batch.input_ids.shape, dtype=t, device=batch.device) for t in types]
@@ -339,7 +338,7 @@ class _Forward:
         with_variances: bool,
     ) -> None:
         self._parameters, self._batch, self._bucket = parameters, batch, bucket
-        self._full = _nothing_known(model, batch, with_variances)
+        self._blank = partial(_blank_statistics, model, batch, with_variances)
         self._hooks = RowHooks(model, parameters) if rows else None
         try:
             if self._hooks is not None:
@@ -353,9 +352,10 @@ class _Forward:
         self._values = [v.detach() for v in found if v is not None]
 
     def statistics(self) -> TokenStatistics:
-        for tensor, values in zip(self._full, self._values, strict=True):
+        full = self._blank()
+        for tensor, values in zip(full, self._values, strict=True):
             tensor[self._bucket.sequences, self._bucket.columns] = values.to(tensor)
-        return TokenStatistics(*self._full)
+        return TokenStatistics(*full)
 
     def backward(
         self,

@@ -95,10 +95,8 @@ class Processes:
         """Those of all processes, in the order of their ranks; each may have any number."""
         if self.size == 1:
             return list(items)
-        own, found = (
-            pickle.dumps(list(items)),
-            [b""] * self.size,
-        )  # what cannot be sent fails before the others wait for it
+        own = pickle.dumps(list(items))  # what cannot be sent fails before the others wait for it
+        found = [b""] * self.size
         with self._explaining():
             dist.all_gather_object(found, own, group=self._waiting or self._group)
         return [item for some in found for item in pickle.loads(some)]

@@ -74,7 +74,7 @@ class RunningSum:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises ValueError for anything but what `state` gives."""
         if not isinstance(state, Mapping):
-            raise ValueError("a running sum is no record of one")
+            raise ValueError("a running sum is recorded as something that is no object")
         numbers = [state.get(name) for name in ("value", "variance", "fourth")]
         live = state.get("live")
         if not isinstance(live, Mapping) or not isinstance(state.get("known"), bool):

@@ -175,9 +175,8 @@ def run_fisher_analysis(
     processes, clock = join_launch(on_cpu=config.checkpoint.on_cpu), StageTimes(reporter)
     if config.checkpoint.sharding is not None:
         refuse_sharding(processes, options.get("resume", False))
-    path = processes.from_root(
-        lambda: resolve_checkpoint(checkpoint_path)
-    )  # of a run that trains on, one latest for all
+    # One answer for all: a run that trains on may have another latest checkpoint a moment later.
+    path = processes.from_root(lambda: resolve_checkpoint(checkpoint_path))
     run = _Run(path=path, config=config, processes=processes, clock=clock, **options)
     target = processes.from_root(run.target)
     processes.from_root(lambda: _refuse_taken(target, run.overwrite))

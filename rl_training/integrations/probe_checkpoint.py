@@ -108,9 +108,8 @@ class ProbeCheckpoint:
                 trouble = "the checkpoint holds no record of the probe's averages (it is of an older release, or was not probed)"
         except (ValueError, TypeError, OSError) as error:
             trouble = f"the checkpoint's record {path.name} cannot be gone on from ({error})"
-        if self._sharing.any(
-            trouble is not None, device
-        ):  # all processes, or none: they decide alike only from the same
+        # All processes, or none: they decide alike only from the same.
+        if self._sharing.any(trouble is not None, device):
             self._probe.reset()
             self.carried = []
             self._learn(anew)

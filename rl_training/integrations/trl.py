@@ -112,8 +112,8 @@ class EntropyProbeCallback(TrainerCallback):
         self._trainer, self._prompts, self._config = trainer, prompts, config
         self._sampling_config = description.sampling_config()
         self._model = trainer.accelerator.unwrap_model(trainer.model)
-        self._fate = FailingTogether(trainer.accelerator.device)
-        self._sharing = self._fate.processes
+        self._failing = FailingTogether(trainer.accelerator.device)
+        self._sharing = self._failing.processes
         allowed = agreement(coarsest_dtype(self._model), str(trainer.accelerator.mixed_precision))
         self._tolerance = allowed.gradient
         self._probe = SimpleEntropyProbe(config, self._model, self._sharing, self._tolerance, check_sampler=False)
@@ -365,7 +365,7 @@ class EntropyProbeCallback(TrainerCallback):
             return
         self._since = _clocks()
         try:
-            with without_autocast(self._model), self._fate.together():
+            with without_autocast(self._model), self._failing.together():
                 action(*arguments)
         except Exception as error:
             self._probe.reset()

@@ -237,9 +237,8 @@ class FusedScoreTerm:
                 f"fused=true cannot take the score term from this step: {trouble or 'another process refuses'}; set fused=false"
             )
         kept = self._sharing.sum(kept.to(device)).cpu()
-        sums = {
-            name: sums[name] for name in self._names.values()
-        }  # layers are reached in another order by other tokens
+        # In the model's order: other tokens reach layers in another, and processes sum one after the other.
+        sums = {name: sums[name] for name in self._names.values()}
         entropy, tokens = kept[:, 0], kept[:, 1]
         if float(tokens.sum()) == 0:
             raise ValueError("fused=true cannot take the score term from this step: no sequence has weight in the loss")

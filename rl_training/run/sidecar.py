@@ -128,9 +128,8 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> Path:
     path = folder / SIDECAR_NAME
     content = json.loads(sidecar.model_dump_json())
     content["own_sha256"] = _own_digest(content)
-    write_whole(
-        path, json.dumps(content, indent=1, ensure_ascii=False)
-    )  # which ends in a bracket: cut short, it is no JSON
+    # Without a line end: cut short by a single byte it is no JSON.
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
     return path
 
 

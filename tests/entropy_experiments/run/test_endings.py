@@ -101,21 +101,31 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_closes_what_is_open_and_ends_in_one_line(number, status):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"}
+SIGNALS = pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+
+
+def ended_by(number: int, script: str) -> tuple[int, str, str]:
+    """(exit status, rest of stdout, stderr) of a script that gets a signal once it has said that it is ready."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITS],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"},
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (status, "closed\n"), err
+    return process.returncode, out, err
+
+
+@SIGNALS
+def test_a_signal_closes_what_is_open_and_ends_in_one_line(number, status):
+    code, out, err = ended_by(number, WAITS)
+    assert (code, out) == (status, "closed\n"), err
     assert err.count("\n") == 1 and "--resume" in err, err
 
 
@@ -132,20 +142,10 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@SIGNALS
 def test_a_signal_during_imports_ends_in_one_line(number, status):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_IMPORT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"},
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status and err.count("\n") == 1 and err.startswith(("interrupted", "ended by")), err
+    code, _, err = ended_by(number, SLOW_IMPORT)
+    assert code == status and err.count("\n") == 1 and err.startswith(("interrupted", "ended by")), err
 
 
 def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
@@ -178,21 +178,11 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@SIGNALS
 def test_a_signal_during_an_import_of_a_command_is_not_swallowed(number, status):
     """Libraries catch whatever is raised while they try their optional parts, and go on with half a module."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SWALLOWING_IMPORT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "1"},
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == status and err.count("\n") == 1 and "--resume" in err, err
+    code, _, err = ended_by(number, SWALLOWING_IMPORT)
+    assert code == status and err.count("\n") == 1 and "--resume" in err, err
 
 
 def test_a_closed_pipe_is_no_error():
