@@ -203,8 +203,6 @@ def test_an_adapter_under_fsdp_is_imported(formats, tmp_path, name):
     """verl hands frozen parameters to the optimizer too, and numbers them; accelerate saves the adapter's shards alone."""
     made = import_run(formats / name, tmp_path / "run", str(formats / "policy"))[0]
     assert made.moments == 8 and sum(len(group.names) for group in made.record.groups) == 8
-    base = json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str((formats / "policy").resolve()), "--model is remembered: an analysis finds it again"
     loaded = load_checkpoint(made.folder, device="cpu", learning_rate=1e-3)
     expected, trained = torch.load(formats / "reference_lora.pt"), trainable_parameters(loaded.model)
     assert len(trained) == 8 and all("lora_" in key for key in trained)
@@ -212,6 +210,18 @@ def test_an_adapter_under_fsdp_is_imported(formats, tmp_path, name):
         assert torch.equal(trained[key], expected["weights"][key]), key
         assert torch.equal(m, expected["moments"][key]["exp_avg"]), key
         assert torch.equal(v, expected["moments"][key]["exp_avg_sq"]), key
+
+
+@pytest.mark.parametrize("name", [written.VERL_LORA, written.LORA])
+def test_the_base_model_that_is_named_is_remembered(formats, copied, tmp_path, name):
+    """Where the adapter was trained its base model lay elsewhere; an analysis finds what `--model` named."""
+    source = copied(name)
+    for path in source.rglob("adapter_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/another/machine/base"}))
+    made = import_run(source, tmp_path / "run", str(formats / "policy"))[0]
+    base = json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((formats / "policy").resolve())
+    assert made.record.origins["adapter_config.json"].endswith("adapter_config.json, its base model by --model")
 
 
 @pytest.mark.filterwarnings("ignore")
