@@ -7,6 +7,7 @@ sequences with heavy tails, rewards that go with them, curves of entropy along a
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels
 from entropy_experiments.analyses.candidate_weights import most_lowering
@@ -19,6 +20,7 @@ from entropy_experiments.records.training_course import Column, course
 from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
 from entropy_experiments.statistics.largest_part import largest_part
+from entropy_experiments.step.effects_of_leaving_out import Contributions
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
 from entropy_experiments.sweep.evolution.reward_price import price_between
 
@@ -208,9 +210,9 @@ def first_tests(repeats: int) -> Rates:
             true = -rng.gamma(2.0, size=train)
             seen = true + 3.0 * rng.exponential(size=(prompts, 1)) * rng.standard_t(5, size=(prompts, train))
             ones = np.ones(prompts)
-            draws = numbers_of_draws(
-                bootstrap_counts(prompts, 200, int(rng.integers(2**31))), np.arange(prompts), seen, None, ones, ones
-            )
+            parts = Contributions(torch.from_numpy(seen), None)
+            counts = bootstrap_counts(prompts, 200, int(rng.integers(2**31)))
+            draws = numbers_of_draws(counts, parts, np.arange(prompts), ones, ones)
             left_out = (seen.sum(0) - seen) / (prompts - 1)
             units = {"sequence": np.arange(train)}
             result = who_was_first(seen.mean(0), draws, units, left_out)["sequence"]["lowering"]

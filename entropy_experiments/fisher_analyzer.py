@@ -32,10 +32,10 @@ from entropy_experiments.kernel.store.row_storage import StoredRows
 from entropy_experiments.run.reporter import SILENT, Reporter
 from entropy_experiments.run.self_checks import SelfCheck, smallest_seen_gap, surprisal_z_score
 from entropy_experiments.step.effects_of_leaving_out import (
-    HeadlineProducts,
+    NumbersByEvaluation,
     effects_of_leaving_out,
-    headline_metric,
-    headline_products,
+    metrics_by_evaluation,
+    numbers_by_evaluation,
     own_part_of_second_moment,
 )
 from entropy_experiments.step.estimator_check import check_estimators
@@ -118,8 +118,8 @@ def analyze_batches(
         if settings.measure:
             measured, check = _measured(model, side, training.step, predictions, settings, reporter)
             checks.append(check)
-        headline, taken = None if products is None else _headline(training, products), training.step
-        step = StepNumbers(predictions, attribution, headline, measured, taken.gradient_norm, taken.clip)
+        parts, taken = None if products is None else _by_evaluation(training, products), training.step
+        step = StepNumbers(predictions, attribution, parts, measured, taken.gradient_norm, taken.clip)
     numbers = AnalysisNumbers(settings.estimand, side.statistics, training.statistics, kernels, step, tuple(checks))
     return FisherComputation(numbers, training, gradients)
 
@@ -195,7 +195,7 @@ def _number_checks(
 
 def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_full: bool) -> Products | None:
     """Of the evaluation rows with training rows and step, in the first process; None in the others."""
-    other = _headline_metric(side, training) if compute_full else None
+    others = _other_metrics(side, training) if compute_full else ()
     steps: Mapping[str, Tensor] | None = None
     if training.step is not None:
         vectors = training.step_vectors()
@@ -204,7 +204,7 @@ def _evaluation_products(side: EvaluationSide, training: TrainingSide, compute_f
             lambda name: torch.stack([vectors[v][name] for v in STEP_VECTORS]),
         )
     kinds = side.kernel_kinds if compute_full else ()
-    return training.kernel.contract("evaluation", side.batch, side.coefficients(), kinds, steps, other)
+    return training.kernel.contract("evaluation", side.batch, side.coefficients(), kinds, steps, others)
 
 
 def _predictions(
@@ -230,18 +230,19 @@ def _predictions(
     return predictions_by_derivatives(model, side, vectors, settings.passes, kernel_part)
 
 
-def _headline_metric(side: EvaluationSide, training: TrainingSide) -> OtherMetric | None:
-    """Of the products that decide who is named first; None without a step, and where the step's own rows are not kept."""
+def _other_metrics(side: EvaluationSide, training: TrainingSide) -> tuple[OtherMetric, ...]:
+    """Of shares and effects by evaluation sequence; none without a step, and where the step's own rows are not kept."""
     if training.step is None or not isinstance(training.rows, KeptRows):
-        return None
-    return OtherMetric(headline_metric(training.gradient, training.step), side.headline_kinds)
+        return ()
+    found = metrics_by_evaluation(training.gradient, training.step)
+    return tuple(OtherMetric(metric, side.headline_kinds) for metric in found)
 
 
-def _headline(training: TrainingSide, products: Products) -> HeadlineProducts | None:
-    if not products.other or training.weights is None or training.step is None:
+def _by_evaluation(training: TrainingSide, products: Products) -> NumbersByEvaluation | None:
+    if not products.others or training.weights is None or training.step is None:
         return None
-    kernels = list(products.other.values())
-    return headline_products(kernels, training.gradient, training.rows, training.weights, training.step)
+    shares, effects = (list(other.values()) for other in products.others)
+    return numbers_by_evaluation((shares, effects), training.gradient, training.rows, training.weights, training.step)
 
 
 def _training_products(side: EvaluationSide, training: TrainingSide) -> tuple[Tensor, Tensor] | None:

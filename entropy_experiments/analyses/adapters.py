@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from entropy_core.batch import SequenceBatch
 from entropy_core.cut_weights import any_of
 from entropy_core.gradients import entropy_gradient, per_sequence_gradients, trainable_parameters
 from entropy_core.interventions import TrainingTokens, reference_statistics
@@ -27,6 +28,7 @@ from entropy_experiments.analyses.prices import price_list
 from entropy_experiments.analyses.prompt_structure import prompt_structure as structure_of_prompts
 from entropy_experiments.analyses.weighting_schemes import Responses, with_measurements
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes as table_of_weightings
+from entropy_experiments.analyses.who_was_first import numbers_of_draws
 from entropy_experiments.records.attribution_results import AttributionResult
 from entropy_experiments.records.clustering_results import ClusteringResult
 from entropy_experiments.records.kernel_results import BuffersResult, PromptStructureResult
@@ -346,14 +348,35 @@ def _costliest(inputs: AnalysisInputs, chosen_on: torch.Tensor, passes: PassSett
     batch = inputs.eval_batch.select(rows.tolist())
     if len(batch.prompt_index.unique()) < 2 or bool(chosen_on.all()):
         return None
-    side, estimator = inputs.side, inputs.numbers.estimand.gradient
-    assert side.weights is not None
-    statistics = inputs.numbers.eval_statistics.select(rows)
-    gradient = entropy_gradient(inputs.model, batch, estimator, statistics=statistics, passes=passes)
-    if decided_by_effect(own_part_of_second_moment(side.known_step)):
-        cost = effects_of_leaving_out(gradient, side.gradient, side.rows, side.weights, side.known_step)
-    else:
-        products = side.rows.products(side.known_step.share_direction(gradient))
-        cost = side.known_step.clip * side.weights.double().cpu() * products
+    cost = _cost_by_contributions(inputs, chosen_on)
+    if cost is None:
+        cost = _cost_by_gradient(inputs, batch, inputs.numbers.eval_statistics.select(rows), passes)
     order = cost.argsort(stable=True)
     return order[cost[order] < 0]
+
+
+def _cost_by_contributions(inputs: AnalysisInputs, chosen_on: torch.Tensor) -> torch.Tensor | None:
+    """(n_train,) effects or shares from the sums that the kernel's pass left; None where it left none."""
+    if inputs.decisive is None:
+        return None
+    prompts, statistics = inputs.eval_batch.prompt_index.cpu(), inputs.numbers.eval_statistics
+    counts = np.isin(prompts.unique(), prompts[chosen_on])[None].astype(float)
+    side = (
+        prompts.numpy(),
+        statistics.entropy_sums().cpu().numpy(),
+        inputs.eval_batch.completion_lengths.cpu().numpy(),
+    )
+    return torch.from_numpy(numbers_of_draws(counts, inputs.decisive, *side)[0])
+
+
+def _cost_by_gradient(
+    inputs: AnalysisInputs, batch: SequenceBatch, statistics: TokenStatistics, passes: PassSettings
+) -> torch.Tensor:
+    """(n_train,) the same by the gradient of entropy on `batch`."""
+    side, estimator = inputs.side, inputs.numbers.estimand.gradient
+    assert side.weights is not None
+    gradient = entropy_gradient(inputs.model, batch, estimator, statistics=statistics, passes=passes)
+    if decided_by_effect(own_part_of_second_moment(side.known_step)):
+        return effects_of_leaving_out(gradient, side.gradient, side.rows, side.weights, side.known_step)
+    products = side.rows.products(side.known_step.share_direction(gradient))
+    return side.known_step.clip * side.weights.double().cpu() * products

@@ -21,7 +21,7 @@ from entropy_experiments.analyses.who_was_first import (
     why_not_these,
 )
 from entropy_experiments.run.reporter import SILENT, Reporter
-from entropy_experiments.step.effects_of_leaving_out import EARLY, HeadlineProducts, decided_by_effect
+from entropy_experiments.step.effects_of_leaving_out import EARLY, Contributions, decided_by_effect
 from entropy_experiments.step.training_noise import step_change, training_noise
 
 
@@ -74,7 +74,7 @@ def leaving_out_summary(inputs: AnalysisInputs) -> dict[str, Any] | None:
         "headline": "effect" if early else "share",
         "by_prompt": rows,
         "slope_of_real": _slope(np.array([row["effect"] for row in rows]), real),
-        "first": _first(inputs, inputs.numbers.step.headline, effects if early else shares),
+        "first": _first(inputs, inputs.decisive, effects if early else shares),
     }
 
 
@@ -125,9 +125,9 @@ def _slope(effects: np.ndarray, real: np.ndarray | None) -> float | None:
     return float(effects @ real / np.square(effects).sum())
 
 
-def _first(inputs: AnalysisInputs, headline: HeadlineProducts | None, values: np.ndarray) -> dict[str, Any]:
+def _first(inputs: AnalysisInputs, decisive: Contributions | None, values: np.ndarray) -> dict[str, Any]:
     kernels = inputs.numbers.kernels
-    if headline is None or kernels is None:
+    if decisive is None or kernels is None:
         return {"reason": "the training rows were not kept in memory, or the kernel was not computed"}
     evaluation, training = inputs.evaluation_labels(), inputs.training_labels()
     _, prompts = np.unique(
@@ -137,8 +137,7 @@ def _first(inputs: AnalysisInputs, headline: HeadlineProducts | None, values: np
     count = int(prompts.max()) + 1
     if count < 2:
         return {"reason": "there is one evaluation prompt"}
-    per_token = None if headline.per_token is None else headline.per_token.cpu().numpy()
-    arrays = (prompts, headline.per_completion.cpu().numpy(), per_token, evaluation.entropy_sum, evaluation.length)
+    arrays = (decisive, prompts, evaluation.entropy_sum, evaluation.length)
     why = why_not_these(values, numbers_of_draws(np.ones((1, count)), *arrays)[0])
     if why is not None:
         return {"reason": why}

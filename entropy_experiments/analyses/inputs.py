@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from entropy_core.adamw import Moments
 from entropy_core.batch import SequenceBatch
-from entropy_core.formed import Formed
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics
 from entropy_experiments.analyses.arrays import KernelArrays, SequenceLabels, StepArrays
@@ -21,8 +18,7 @@ from entropy_experiments.analyses.left_out_evaluation_prompts import LeftOutNumb
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import Buffers, TrainingBuffer
-from entropy_experiments.step.effects_of_leaving_out import effect_metric, effects_of_leaving_out
-from entropy_experiments.step.gradient_rows import KeptRows
+from entropy_experiments.step.effects_of_leaving_out import Contributions, decided_by_effect
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.real_steps import token_shares
 from entropy_experiments.step.training_noise import TrainingNoise
@@ -98,25 +94,24 @@ class AnalysisInputs:
     @cached_property
     def left_out(self) -> LeftOutNumbers | None:
         """Products and effects of training sequences with each evaluation prompt left out, made once; None without a step, with a
-        single prompt, and where training rows are not kept in memory.
+        single prompt, where training rows are not kept in memory, and where no kernel was asked for.
         """
-        side, step = self.side, self.side.step
-        weights, rows = side.weights, side.rows
-        if weights is None or step is None or not isinstance(rows, KeptRows):
+        step, statistics = self.numbers.step, self.numbers.eval_statistics
+        if step is None or step.by_evaluation is None:
             return None
+        return without_each_prompt(step.by_evaluation, self.eval_batch, statistics.entropy_sums())
 
-        # Two vectors that are the same for every prompt: formed once, since rows are kept beside them anyway.
-        ones = Formed(side.gradient, lambda name: torch.ones_like(side.gradient[name]))
-        share, effect = dict(step.share_direction(ones)), dict(effect_metric(side.gradient, step))
-        first = next(factor for factor in step.share_factors().values() if factor)  # as in `attribute`
-
-        def numbers_of(gradient: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-            products = rows.products(Formed(gradient, lambda name: share[name] * gradient[name] / first))
-            return products, effects_of_leaving_out(gradient, side.gradient, rows, weights, step, effect)
-
-        passes = PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size)
-        statistics, estimator = self.numbers.eval_statistics, self.numbers.estimand.gradient
-        return without_each_prompt(self.model, self.eval_batch, statistics, estimator, numbers_of, passes)
+    @cached_property
+    def decisive(self) -> Contributions | None:
+        """By evaluation sequence, of the number that decides who is named first: effects early in training, later shares."""
+        step, weights = self.numbers.step, self.side.weights
+        if step is None or weights is None or step.by_evaluation is None:
+            return None
+        if decided_by_effect(step.attribution.own_part_of_second_moment):
+            return step.by_evaluation.effects
+        found, scale = step.by_evaluation.products, step.attribution.step_factor * weights.double()
+        scale = scale.to(found.per_completion.device)
+        return Contributions(scale * found.per_completion, None if found.per_token is None else scale * found.per_token)
 
     def kernel_arrays(self, step_needed: bool = True) -> KernelArrays:
         """step_needed=False puts zeros where there is no step, for analyses that look at kernels alone.

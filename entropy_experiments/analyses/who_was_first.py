@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from entropy_experiments.statistics.jackknife_interval import ends_of
+from entropy_experiments.step.effects_of_leaving_out import Contributions
 
 BOOTSTRAPS = 1000
 SET_LEVEL = 0.9
@@ -28,18 +29,14 @@ _SAME_NUMBER = 1e-2
 
 
 def numbers_of_draws(
-    counts: np.ndarray,
-    prompts: np.ndarray,
-    per_completion: np.ndarray,
-    per_token: np.ndarray | None,
-    entropy_sums: np.ndarray,
-    lengths: np.ndarray,
+    counts: np.ndarray, parts: Contributions, prompts: np.ndarray, entropy_sums: np.ndarray, lengths: np.ndarray
 ) -> np.ndarray:
     """(R, N) the numbers of N training sequences by R draws of evaluation prompts, nats per token.
 
-    counts: (R, B) how often each of B prompts was drawn, prompts in ascending order; prompts: (n,) of each evaluation sequence.
-    per_completion, per_token: (n, N) of effects_of_leaving_out.HeadlineProducts; entropy_sums, lengths: (n,).
+    counts: (R, B) how often each of B prompts was drawn, prompts in ascending order; prompts, entropy_sums, lengths: (n,) of each
+    evaluation sequence.
     """
+    per_completion = parts.per_completion.cpu().numpy()
     _, group = np.unique(prompts, return_inverse=True)
 
     def summed(values: np.ndarray) -> np.ndarray:
@@ -49,10 +46,10 @@ def numbers_of_draws(
 
     tokens = counts @ summed(lengths)
     found = counts @ summed(per_completion)
-    if per_token is not None:
+    if parts.per_token is not None:
         h = entropy_sums.sum() / lengths.sum()
         # (A - h B) n / sum T is what was contracted per token
-        taken_off = (per_completion - per_token * lengths.mean()) / max(h, 1e-300)
+        taken_off = (per_completion - parts.per_token.cpu().numpy() * lengths.mean()) / max(h, 1e-300)
         found -= (counts @ summed(entropy_sums) / tokens)[:, None] * (counts @ summed(taken_off))
     return found / tokens[:, None]
 

@@ -37,13 +37,13 @@ class OtherMetric:
 class Products:
     """Inner products of one side's rows, kind -> (N, columns) float32.
 
-    kernel: with the training rows under P; steps: with vectors as they are; other: with the training rows under another metric.
-    A kind that was not asked for is missing.
+    kernel: with the training rows under P; steps: with vectors as they are; others: with the training rows under each other
+    metric. A kind that was not asked for is missing.
     """
 
     kernel: Mapping[RowKind, Tensor]
     steps: Mapping[RowKind, Tensor]
-    other: Mapping[RowKind, Tensor]
+    others: tuple[Mapping[RowKind, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Wanted:
     kinds: tuple[RowKind, ...]
     kernel: tuple[RowKind, ...] = ()
     steps: Mapping[str, Tensor] | None = None
-    other: OtherMetric | None = None
+    others: tuple[OtherMetric, ...] = ()
 
     def numbers(self, kinds: tuple[RowKind, ...]) -> tuple[int, ...]:
         """Where these kinds stand among all."""

@@ -95,7 +95,7 @@ class Kernel:
         rows: Mapping[RowKind, TokenCoefficients],
         kernel: Sequence[RowKind] = (),
         steps: Mapping[str, Tensor] | None = None,
-        other: OtherMetric | None = None,
+        others: Sequence[OtherMetric] = (),
     ) -> Products | None:
         """Rows of `batch`, of every kind in `rows`, multiplied with the training rows and with `steps`.
 
@@ -103,7 +103,7 @@ class Kernel:
             matrix: the name its blocks are kept under.
             kernel: kinds whose products with the training rows are wanted.
             steps: name -> (n_steps, *shape) over all trainable parameters, or those of the kernel; P has no part in it.
-            other: answered where training rows are kept in memory and `kernel` is not empty.
+            others: answered where training rows are kept in memory and `kernel` is not empty.
 
         Returns:
             The products in the root process, None in the others.
@@ -111,20 +111,25 @@ class Kernel:
         setup = self.setup
         if steps is not None:
             steps = self.rows.held(Formed(setup.passes.names, lambda name, steps=steps: steps[name]))
-        other = other if kernel and self.rows.columns is not None else None
-        if other is not None:
-            other = OtherMetric(self.rows.held(other.metric), other.kinds)
-        wanted = Wanted(tuple(rows), tuple(kernel), steps, other)
+        if not kernel or self.rows.columns is None:
+            others = ()
+        held = tuple(OtherMetric(self.rows.held(other.metric), other.kinds) for other in others)
+        wanted = Wanted(tuple(rows), tuple(kernel), steps, held)
         found = self._blocks(matrix, batch, list(rows.values()), self._cut(wanted))
         if found is None:
             return None
         n = len(setup.batch) if kernel else 0
         end = n + sum(one.count for one in wanted.step_columns)
-        kinds = () if other is None else other.kinds
         return Products(
             {kind: found[number][:, :n] for kind, number in zip(kernel, wanted.numbers(wanted.kernel), strict=True)},
             {kind: one[:, n:end] for kind, one in zip(rows, found, strict=True)},
-            {kind: found[number][:, end:] for kind, number in zip(kinds, wanted.numbers(kinds), strict=True)},
+            tuple(
+                {
+                    kind: found[number][:, end + place * n : end + (place + 1) * n]
+                    for kind, number in zip(other.kinds, wanted.numbers(other.kinds), strict=True)
+                }
+                for place, other in enumerate(held)
+            ),
         )
 
     def exact_tile(self, batch: SequenceBatch, count: int = 16) -> Tensor:

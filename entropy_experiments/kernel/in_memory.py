@@ -16,7 +16,7 @@ from entropy_experiments.kernel.strategy import KernelSetup, Piece, Precondition
 
 
 class InMemory(TrainingRows):
-    """The only strategy that answers for another metric than P. With a store in the plan, rows are stored as well."""
+    """The only strategy that answers for other metrics than P. With a store in the plan, rows are stored as well."""
 
     columns: Rows
 
@@ -35,8 +35,8 @@ class InMemory(TrainingRows):
     def _cut(self, p: Preconditioner) -> Callable[[Wanted], list[Piece]]:
         def pieces(wanted: Wanted) -> list[Piece]:
             columns = [Columns(self.columns, p, wanted.numbers(wanted.kernel)), *wanted.step_columns]
-            if wanted.other is not None:
-                columns.append(Columns(self.columns, wanted.other.metric, wanted.numbers(wanted.other.kinds)))
+            for other in wanted.others:
+                columns.append(Columns(self.columns, other.metric, wanted.numbers(other.kinds)))
             width, passes = sum(one.count for one in columns), self.setup.passes
             return [Piece(width, lambda: lambda batch, objectives: passes.products(batch, objectives, columns))]
 

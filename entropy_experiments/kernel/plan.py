@@ -46,7 +46,7 @@ HELD_LATER = 2
 VECTORS_BESIDE_ROWS = {
     "P": 1,
     "the step, its parts": len(STEP_VECTORS),
-    "metric of the number that decides who is first": 1,
+    "metrics of shares and of effects of leaving out": 2,
 }
 """More of them where all rows are kept: formed once, since every pass is multiplied with them."""
 

@@ -23,6 +23,7 @@ from entropy_core.formed import Formed, dot
 from entropy_core.leaving_out import answering_clip, clip_response, gradient_weight, leaving_out_metric
 from entropy_experiments.step.gradient_rows import TrainingRows
 from entropy_experiments.step.optimizer_step import AnalysedStep, PlainStep
+from entropy_experiments.step.shares import first_share_factor
 
 EARLY = 0.1
 """While (1 - beta2)/(1 - beta2^t) is above it, the effect of leaving out decides who is named first."""
@@ -76,49 +77,65 @@ def effects_of_leaving_out(
 
 
 @dataclass(frozen=True)
-class HeadlineProducts:
-    """By evaluation sequence, what decides who is named first.
+class Contributions:
+    """(n_eval, n_train) float64 contributions of evaluation sequences to a number of each training sequence, whose combination is
+    the number of *any* set of evaluation sequences (entropy_experiments.step.evaluation_products).
 
-    by_effect: whether it is the effect of leaving out, else the accounting share. per_completion, per_token: (n_eval, n_train)
-    float64 contributions to each training sequence's number whose combination is the number of *any* set of evaluation sequences
-    (entropy_experiments.step.evaluation_products): nats per completion and, with this buffer's own entropy taken off, per token.
-    per_token is None where evaluation sequences are given texts.
+    per_completion: nats per completion; per_token: with this buffer's own entropy taken off, None where evaluation sequences are
+    given texts.
     """
 
-    by_effect: bool
     per_completion: Tensor
     per_token: Tensor | None
 
 
-def headline_metric(loss_gradient: Mapping[str, Tensor], step: AnalysedStep) -> Mapping[str, Tensor]:
-    """Name -> what stands between E_t and dS_i in the number that decides who is named first."""
-    if decided_by_effect(own_part_of_second_moment(step)):
-        return effect_metric(loss_gradient, step)
-    return step.share_direction(Formed(loss_gradient, lambda name: torch.ones_like(loss_gradient[name])))
+@dataclass(frozen=True)
+class NumbersByEvaluation:
+    """What accounting shares and effects are made of, by evaluation sequence.
+
+    products: <E_t, P_t dS_i>, of which shares are step_factor * weights * products; effects: of leaving out.
+    """
+
+    products: Contributions
+    effects: Contributions
 
 
-def headline_products(
-    kernels: list[Tensor],
+def metrics_by_evaluation(
+    loss_gradient: Mapping[str, Tensor], step: AnalysedStep
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Name -> what stands between E_t and dS_i: of accounting shares, and of effects while the clip coefficient is held."""
+    ones = Formed(loss_gradient, lambda name: torch.ones_like(loss_gradient[name]))
+    return step.share_direction(ones), effect_metric(loss_gradient, step)
+
+
+def numbers_by_evaluation(
+    kernels: tuple[list[Tensor], list[Tensor]],
     loss_gradient: Mapping[str, Tensor],
     rows: TrainingRows,
     weights: Tensor,
     step: AnalysedStep,
-) -> HeadlineProducts:
-    """What decides who is named first, by evaluation sequence.
+) -> NumbersByEvaluation:
+    """Out of products of evaluation rows with the training rows.
 
     Args:
-        kernels: (n_eval, n_train) E_t^T diag(a) dS_i with a of `headline_metric`: per token and per completion, in this order, or
-            those of given tokens alone.
+        kernels: for each of `metrics_by_evaluation`, (n_eval, n_train) E_t^T diag(a) dS_i: per token and per completion, in this
+            order, or those of given tokens alone.
         loss_gradient: name -> g before clipping.
         weights: (n_train,) w_i.
     """
-    by_effect, clip = decided_by_effect(own_part_of_second_moment(step)), step.clip
-    scale = clip * weights.double().to(kernels[0].device)
-    found = [scale * k.double() for k in kernels]
-    if by_effect and clip < 1.0:
+    shares, effects = ([k.double() for k in found] for found in kernels)
+    clip = step.clip
+    scale = clip * weights.double().to(effects[0].device)
+    effects = [scale * k for k in effects]
+    if clip < 1.0:
         clipped = Formed(loss_gradient, lambda name: clip * loss_gradient[name])
         norm = dot(clipped, clipped) ** 0.5
         along = rows.products(clipped).to(scale.device) * scale * clip_response(norm, clip)
         # <E_t, a gh>, with gh = -sum_i c w_i dS_i, is minus the sum of a row
-        found = [k + k.sum(1, keepdim=True) * along for k in found]
-    return HeadlineProducts(by_effect, found[-1], found[0] if len(found) == 2 else None)
+        effects = [k + k.sum(1, keepdim=True) * along for k in effects]
+    first = first_share_factor(step)
+    return NumbersByEvaluation(_contributions([k / first for k in shares]), _contributions(effects))
+
+
+def _contributions(found: list[Tensor]) -> Contributions:
+    return Contributions(found[-1], found[0] if len(found) == 2 else None)

@@ -14,7 +14,7 @@ from entropy_core.scores import TokenStatistics
 from entropy_experiments.kernel.contraction import PARTS as PARTS
 from entropy_experiments.run.self_checks import SelfCheck
 from entropy_experiments.statistics.estimand import Estimand
-from entropy_experiments.step.effects_of_leaving_out import HeadlineProducts
+from entropy_experiments.step.effects_of_leaving_out import NumbersByEvaluation
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ class MeasuredScale:
 class StepNumbers:
     """The analysed step.
 
-    headline: what decides who is named first, by evaluation sequence; None where training rows are not kept, or kernels were not
-    asked for. measured: in ascending order of scale, 1 among them; empty where nothing was to be measured. gradient_norm: before
+    by_evaluation: what shares and effects are made of; None where training rows are not kept, or kernels were not asked for.
+    measured: in ascending order of scale, 1 among them; empty where nothing was to be measured. gradient_norm: before
     clipping by `clip`.
     """
 
     predictions: Predictions
     attribution: StepShares
-    headline: HeadlineProducts | None
+    by_evaluation: NumbersByEvaluation | None
     measured: tuple[MeasuredScale, ...]
     gradient_norm: float
     clip: float

@@ -44,8 +44,7 @@ def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tenso
         rows: the training sequences' dS_i.
         weights: (n_train,) w_i.
     """
-    # at least one factor is not 0: a step without is refused
-    first = next(factor for factor in step.share_factors().values() if factor)
+    first = first_share_factor(step)
     direction = step.share_direction(gradient)
     towards, factor, tokens = Formed(direction, lambda name: direction[name] / first), first * step.clip, None
     if isinstance(rows, RecomputedRows):  # the one pass has both
@@ -55,6 +54,11 @@ def attribute(gradient: Mapping[str, Tensor], rows: TrainingRows, weights: Tenso
     else:
         products = rows.products(towards)
     return Attribution(factor * weights.double().cpu() * products, products, factor, tokens)
+
+
+def first_share_factor(step: AnalysedStep) -> float:
+    """The first group's that moves; there is one, since a step without is refused."""
+    return next(factor for factor in step.share_factors().values() if factor)
 
 
 def horizon_factor(state_before: AdamWParameterState) -> float:

@@ -258,7 +258,7 @@ def test_a_metric_between_rows_and_vectors_leaves_both_as_they_are(m: int, n: in
 
 @pytest.mark.parametrize("plan", ["memory", "tiles", "disk"])
 def test_products_are_of_the_kinds_that_were_asked_for(plan: str, tmp_path: Path) -> None:
-    """Kernel, steps and another metric side by side, each held against the rows themselves."""
+    """Kernel, steps and other metrics side by side, each held against the rows themselves."""
     model, train, evaluation, p = world()
     setup = KernelSetup(
         RowPasses(model, tuple(p), PassSettings(64)), train, PLANS[plan], workspace=KernelWorkspace(tmp_path / "work"),
@@ -268,7 +268,8 @@ def test_products_are_of_the_kinds_that_were_asked_for(plan: str, tmp_path: Path
     rows = {"score": score, "own_tokens": TokenCoefficients(score.logprob, score.entropy)}
     steps, other = {name: torch.stack([part, -part]) for name, part in p.items()}, {n: q.square() for n, q in p.items()}
     kernel = Kernel(KernelEngine(setup).prepare(), p)
-    found = kernel.contract("one", evaluation, rows, ("score",), steps, OtherMetric(other, ("own_tokens",)))
+    others = (OtherMetric(other, ("own_tokens",)), OtherMetric(p, ("score", "own_tokens")))
+    found = kernel.contract("one", evaluation, rows, ("score",), steps, others)
     assert found is not None
     left = {kind: gradient_rows(model, evaluation, c) for kind, c in rows.items()}
     right = gradient_rows(model, train, score_coefficients(train))
@@ -278,12 +279,14 @@ def test_products_are_of_the_kinds_that_were_asked_for(plan: str, tmp_path: Path
 
     ones = {name: torch.ones_like(part) for name, part in p.items()}
     assert set(found.kernel) == {"score"} and set(found.steps) == set(rows)
-    assert set(found.other) == ({"own_tokens"} if plan == "memory" else set()), "answered where rows are kept"
+    kinds = [set(one) for one in found.others]
+    assert kinds == ([{"own_tokens"}, {"score", "own_tokens"}] if plan == "memory" else []), "answered where rows are kept"
     assert_close(found.kernel["score"], reference("score", p, right), 1e-5, "kernel")
     for kind in rows:
         assert_close(found.steps[kind], reference(kind, ones, steps), 1e-5, f"steps of {kind}")
-    for kind, matrix in found.other.items():
-        assert_close(matrix, reference(kind, other, right), 1e-5, "another metric")
+    for one, metric in zip(found.others, (other, p), strict=False):
+        for kind, matrix in one.items():
+            assert_close(matrix, reference(kind, metric, right), 1e-5, "another metric")
     alone = kernel.contract("two", evaluation, rows, (), steps)
     assert alone is not None and not alone.kernel
     assert_close(alone.steps["score"], found.steps["score"], 1e-6, "steps alone")

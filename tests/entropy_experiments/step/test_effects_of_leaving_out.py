@@ -14,7 +14,11 @@ from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers
 from entropy_experiments.fisher_analyzer import analyze_batches
 from entropy_experiments.statistics.estimand import Estimand
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
-from entropy_experiments.step.effects_of_leaving_out import effects_of_leaving_out, own_part_of_second_moment
+from entropy_experiments.step.effects_of_leaving_out import (
+    decided_by_effect,
+    effects_of_leaving_out,
+    own_part_of_second_moment,
+)
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.settings import AnalysisSettings
 from entropy_experiments.step.shares import attribute
@@ -118,14 +122,16 @@ def test_a_bootstrap_is_the_analysis_of_the_evaluation_sequences_drawn(settled: 
         tiny.model, tiny.optimizer, evaluation, tiny.train, tiny.weights,
         AnalysisSettings(Estimand.of(drawn), max_grad_norm=1e-3, measure=False),
     )  # fmt: skip
-    numbers, headline = found.numbers.step.attribution, found.numbers.step.headline
-    assert headline is not None and headline.by_effect == (not settled)
-    values = numbers.effects if headline.by_effect else numbers.shares
-    assert values is not None and (headline.per_token is None) == (not drawn)
+    numbers, parts = found.numbers.step.attribution, found.numbers.step.by_evaluation
+    assert parts is not None
+    by_effect = decided_by_effect(numbers.own_part_of_second_moment)
+    assert by_effect == (not settled)
+    values = numbers.effects if by_effect else numbers.products
+    decisive = parts.effects if by_effect else parts.products
+    assert (decisive.per_token is None) == (not drawn)
     statistics = token_statistics(tiny.model, evaluation)
     arrays = (
-        evaluation.prompt_index.numpy(), headline.per_completion.numpy(),
-        None if headline.per_token is None else headline.per_token.numpy(),
+        decisive, evaluation.prompt_index.numpy(),
         statistics.entropy_sums().numpy(), evaluation.completion_lengths.double().numpy(),
     )  # fmt: skip
     size = float(values.abs().max())
@@ -135,10 +141,10 @@ def test_a_bootstrap_is_the_analysis_of_the_evaluation_sequences_drawn(settled: 
     for row, count in zip(numbers_of_draws(counts, *arrays), counts, strict=True):
         again = [t for t in range(18) for _ in range(int(count[int(evaluation.prompt_index[t])]))]
         gradient = entropy_gradient(tiny.model, evaluation.select(again), estimator)
-        if headline.by_effect:
+        if by_effect:
             expected = effects_of(tiny, gradient)
         else:
-            expected = attribute(gradient, KeptRows(tiny.columns), tiny.weights, tiny.step).shares
+            expected = attribute(gradient, KeptRows(tiny.columns), tiny.weights, tiny.step).products
         assert row == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-3 * size)
     assert np.ptp(numbers_of_draws(counts, *arrays), axis=0).max() > 0.01 * size, "draws differ"
 
