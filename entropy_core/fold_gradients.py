@@ -30,6 +30,7 @@ from entropy_core.passes.fold_rows import FoldRows
 from entropy_core.passes.forward import true_embedding_gradients
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowHooks
+from entropy_core.passes.prefix_sharing import Buckets
 from entropy_core.passes.state import open_passes
 from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
@@ -41,7 +42,6 @@ _STRETCH = 2**15
 # How a model says that hooks and row-wise derivatives do not suit it (vmap raises RuntimeError).
 _ROWS_FAIL = (ValueError, RuntimeError, TypeError, NotImplementedError)
 
-Buckets = Callable[[SequenceBatch], list[Bucket]]
 Objectives = Callable[[TokenStatistics], Sequence[TokenCoefficients]]
 
 

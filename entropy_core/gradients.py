@@ -27,6 +27,7 @@ from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficie
 from entropy_core.formed import dot as dot
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
 from entropy_core.passes.forward import true_embedding_gradients
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.passes.state import PassState, open_passes
 from entropy_core.row_stream import RowSink, RowStream
@@ -69,6 +70,7 @@ def batch_gradients(
     coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
     passes: PassSettings = DEFAULT_PASSES,
     as_trained: bool = False,
+    sharing: PrefixSharing | None = None,
 ) -> list[dict[str, Tensor]]:
     """One gradient (name -> tensor of the parameter's shape) for each objective, by plain autograd,
     from one forward pass.
@@ -76,12 +78,13 @@ def batch_gradients(
     Args:
         coefficients, as_trained: as in `stream_rows`. A trainable parameter that the model did not
             use has a gradient of zeros. `p.grad` is not touched.
+        sharing: as in `entropy_core.graph_passes.GraphPasses`.
     """
     refuse_unopened(model)
     parameters = trainable_parameters(model)
     totals: list[dict[str, Tensor]] = []
     with open_passes(model), gradient_rule(model, as_trained), torch.enable_grad():
-        for _, objectives in GraphPasses(model, batch, coefficients, passes).run():
+        for _, objectives in GraphPasses(model, batch, coefficients, passes, sharing=sharing).run():
             for number, objective in enumerate(objectives):
                 if number == len(totals):
                     totals.append({name: torch.zeros_like(p) for name, p in parameters.items()})

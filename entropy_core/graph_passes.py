@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import Bucket, SequenceBatch, length_buckets
+from entropy_core.cut_weights import open_cut
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.passes.frozen_head import CompletionValues, completion_values
 from entropy_core.passes.position_table import check_length
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.settings import PassSettings
+from entropy_core.passes.shared_prefix import shared_prefix_buckets
 from entropy_core.passes.token_plan import TokenPlan
 from entropy_core.scores import TokenStatistics, scatter_statistics, token_statistics
 
@@ -35,6 +38,8 @@ class GraphPasses:
     Args:
         smallest_first: otherwise in the order of `length_buckets`. Where coefficients are a
             function, the largest come first.
+        sharing: asked whether a prompt passes once for all its completions; not asked where
+            coefficients are a function. For sums over sequences, not for rows.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class GraphPasses:
         coefficients: Sequence[TokenCoefficients] | CoefficientsOf,
         settings: PassSettings,
         smallest_first: bool = False,
+        sharing: PrefixSharing | None = None,
     ) -> None:
         self._model, self._batch, self._coefficients = model, batch, coefficients
         self._settings = settings
@@ -58,6 +64,8 @@ class GraphPasses:
                 if 2 * len(plan.distinct) <= len(plan.seen):
                     self._buckets = few
             self._buckets.sort(key=lambda bucket: -bucket.input_ids.numel())
+        elif sharing is not None and open_cut(model) is None and sharing.shares(batch):
+            self._buckets = shared_prefix_buckets(batch, settings.token_batch_size)
         elif smallest_first:
             self._buckets.sort(key=lambda bucket: bucket.input_ids.numel())
 

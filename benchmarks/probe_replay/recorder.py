@@ -58,13 +58,13 @@ from entropy_core.directional import token_derivatives, weights_moved
 from entropy_core.entropy import score_coefficients
 from entropy_core.fold_gradients import shared_statistics
 from entropy_core.gradients import batch_gradients, dot, entropy_gradient, trainable_parameters
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.shared_prefix import common_prefix_buckets
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.generation.description import describe_sampling
 from rl_training.generation.rollout_sequences import to_batch
 from rl_training.integrations.trl_rollouts import StepRollouts
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.sampling import draw
 from rl_training.sequences import RolloutSequence
 

@@ -26,12 +26,13 @@ from entropy_core.formed import Formed, dot
 from entropy_core.gradients import batch_gradients
 from entropy_core.interventions import Added, Intervention, Objective, TrainingTokens
 from entropy_core.measurement import snis_entropy_change
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import token_statistics
 from entropy_experiments.kernel.contraction import RowKind
 from entropy_experiments.records.price_results import MeasuredStep
 from entropy_experiments.step.evaluation_products import EvaluationSide
-from entropy_experiments.step.gradient_rows import KeptRows, TrainingRows
+from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows, TrainingRows
 from entropy_experiments.step.row_products import products_with_steps, rows_are_large
 from entropy_experiments.step.what_if import StepMaker
 
@@ -81,6 +82,7 @@ class _Gradients:
     def __init__(self, inputs: PriceInputs) -> None:
         self._inputs = inputs
         again = isinstance(inputs.rows, KeptRows)
+        self._sharing = inputs.rows.sharing if isinstance(inputs.rows, RecomputedRows) else PrefixSharing(inputs.model)
         self.run = inputs.rows.weighted_gradient(inputs.tokens.weights) if again else inputs.steps.step.gradient
         self._of_term: dict[int, dict[str, Tensor]] = {}
 
@@ -91,7 +93,8 @@ class _Gradients:
             return
         self._of_term.clear()
         losses = [term.scaled(-1.0) for term in found.values()]
-        made = batch_gradients(inputs.model, inputs.tokens.batch, losses, inputs.passes, True) if losses else []
+        batch, passes = inputs.tokens.batch, inputs.passes
+        made = batch_gradients(inputs.model, batch, losses, passes, True, self._sharing) if losses else []
         self._of_term.update(zip(found, made, strict=True))
 
     def of(self, objective: Objective) -> Mapping[str, Tensor]:

@@ -22,14 +22,14 @@ ANALYSIS_CONFIG = Path(__file__).parents[1] / "configs" / "fisher_analysis.yaml"
 TRAIN_OVERRIDES = (
     "optimizer.learning_rate=3e-4",
     "rollouts.prompts_per_step=6",
-    "training_buffer.max_refill_rounds=1",
-    "entropy_probe.eval_sequences=20",
+    "training_buffer.max_refill_rounds=0",
+    "entropy_probe.eval_sequences=18",
 )
 
-# Five eighths of the usual size, and none of the many real steps that are measured, so that two cores are done in time.
+# Half of the usual size, and none of the many real steps that are measured, so that two cores are done in time.
 ANALYSIS_OVERRIDES = (
-    "entropy_analysis.eval_batch_size=40",
-    "entropy_analysis.train_batch_size=40",
+    "entropy_analysis.eval_batch_size=32",
+    "entropy_analysis.train_batch_size=32",
     "entropy_analysis.analysis.step_scales=[0.25, 0.5, 1.0, 2.0]",
     "entropy_analysis.analysis.fresh_scales=[]",
     "entropy_analysis.analysis.intervention=false",

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core.batch import SequenceBatch
+from entropy_core.cut_weights import open_cut
 from entropy_core.cut_weights import total as total_over_parameters
 from entropy_core.directional import SequenceDerivatives, sequence_derivatives
-from entropy_core.entropy import score_coefficients
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.processes import Processes
 
@@ -66,7 +68,8 @@ class RecomputedRows:
     """Rows that are not kept: every question costs a pass over the training sequences.
 
     processes: who share the gradients' passes, all calling at once; products are everyone's own. as_trained: by torch's rule
-    for padding embeddings, as in the training step; False: the true derivatives, of which kernels are made.
+    for padding embeddings, as in the training step; False: the true derivatives, of which kernels are made. sharing: what is
+    known of prompts that pass once for all their completions, as gradients let them.
     """
 
     def __init__(
@@ -81,13 +84,14 @@ class RecomputedRows:
         self._as_trained = as_trained
         self._processes = processes or Processes()
         self.sequences = len(batch)
+        self.sharing = PrefixSharing(model)
 
     def weighted_gradient(self, weights: Tensor) -> dict[str, Tensor]:
         mine = self._processes.mine(range(self.sequences))
         if mine:
             part = self._batch.select(mine)
             objective = score_coefficients(part, -weights[mine].to(part.device))
-            own = batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
+            own = self._gradient(part, objective)
         else:  # more processes than sequences
             own = {name: torch.zeros_like(p) for name, p in trainable_parameters(self._model).items()}
         return {name: self._processes.sum(gradient) for name, gradient in own.items()}
@@ -95,7 +99,12 @@ class RecomputedRows:
     def gradient_of(self, sequences: Tensor, weights: Tensor) -> dict[str, Tensor]:
         part = self._batch.select(sequences.tolist())
         objective = score_coefficients(part, -weights[sequences.to(weights.device)].to(part.device))
-        return batch_gradients(self._model, part, [objective], self._passes, self._as_trained)[0]
+        return self._gradient(part, objective)
+
+    def _gradient(self, part: SequenceBatch, objective: TokenCoefficients) -> dict[str, Tensor]:
+        if open_cut(self._model) is None:
+            self.sharing.shares(self._batch)  # tried on its longest sequences, once for all parts
+        return batch_gradients(self._model, part, [objective], self._passes, self._as_trained, self.sharing)[0]
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         return self.along(direction).sequences.double().cpu()

@@ -31,6 +31,7 @@ from entropy_core.bonus import BonusResponse, BonusSolution, solve_bonus
 from entropy_core.entropy import TokenCoefficients, normalized_weights
 from entropy_core.fold_gradients import fold_gradients
 from entropy_core.gradients import trainable_parameters
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
@@ -40,7 +41,6 @@ from rl_training.control.missed import MissedDistance
 from rl_training.control.target import TargetPath
 from rl_training.controller_config import EntropyControllerConfig
 from rl_training.probe.observation import Observation
-from rl_training.probe.prefix_sharing import PrefixSharing
 
 _KEEP = 0.9  # of what loss gradients usually do, a step
 

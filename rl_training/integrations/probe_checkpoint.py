@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from entropy_core.gradients import trainable_parameters
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.processes import Processes
 from rl_training.algs.entropy_probe import SimpleEntropyProbe
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.watched_sequences import WatchedSequences
 from rl_training.premises.surprisal_check import SamplerWatch
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.probe_state import ProbeState, read_state, state_path, write_state
 from rl_training.sequences import RolloutSequence
 

@@ -14,6 +14,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import normalized_weights
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.forward import input_device
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.processes import Processes
 from entropy_core.token_ratios import TokenRatioChange
 from entropy_core.watched_pass import WatchedPass
@@ -24,7 +25,6 @@ from rl_training.integrations.sequence_pool import SequencePool
 from rl_training.integrations.trainer_pass import TrainerPass
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import is_spread, refuse_unwatchable
 from rl_training.probe.shares import TrainingSequences
 from rl_training.probe.spans import CALM, Spans

@@ -10,11 +10,11 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients, normalized_weights
 from entropy_core.fold_gradients import FoldGradients, fold_gradients, shared_statistics
 from entropy_core.passes.fold_rows import FoldRows
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.probe.observation import Observation, joint_log_weights
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.step_prediction import Objective, Wanted, coefficients_of, without_critic
 
 

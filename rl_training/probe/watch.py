@@ -36,6 +36,7 @@ from entropy_core.critic import EntropyCritic, centred, explained_variance, prom
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.gradients import trainable_parameters
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.processes import Processes
 from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
@@ -51,7 +52,6 @@ from rl_training.config import EntropyProbeConfig
 from rl_training.probe.foretold_step import ForetoldStep
 from rl_training.probe.local_level import LocalLevel
 from rl_training.probe.observation import Observation
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.sharded_weights import give_back, is_spread
 from rl_training.probe.step_errors import by_fold, prompt_names
 from rl_training.probe.step_parts import upcoming_step, why_not_split

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from entropy_core.batch import length_buckets
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.processes import Processes
 from rl_training.config import EntropyProbeConfig
 from rl_training.integrations.failing_together import FailingTogether, OtherProcessFailedError
 from rl_training.integrations.probe_checkpoint import ProbeCheckpoint, Probed
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.premises.surprisal_check import SamplerWatch
-from rl_training.probe.prefix_sharing import PrefixSharing
 from rl_training.probe.probe_state import ProbeState, state_path, write_state
 from rl_training.train import _save_last
 from tests.entropy_core.attention_policy import DistanceAttention
