@@ -1,9 +1,10 @@
-"""`python -m benchmarks.study tune | run | foretold | page`; see the package's docstring."""
+"""`python -m benchmarks.study tune | run | foretold | smollm2 | page`; see the package's docstring."""
 
 from __future__ import annotations
 
 import argparse
 
+from benchmarks.study import smollm2
 from benchmarks.study.arms import ARMS
 from benchmarks.study.foretold import prices_at
 from benchmarks.study.page import write_page
@@ -15,7 +16,7 @@ from benchmarks.study.tuning import tune, tuned
 def main() -> None:
     """Seeds are the outer loop, so that what is stopped early has all arms of its seeds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study")
-    parser.add_argument("what", choices=("tune", "run", "foretold", "page"))
+    parser.add_argument("what", choices=("tune", "run", "foretold", "smollm2", "page"))
     parser.add_argument("--task", choices=sorted(TASKS), default="sums")
     parser.add_argument("--arms", nargs="*", choices=sorted(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
@@ -26,6 +27,8 @@ def main() -> None:
     elif given.what == "foretold":
         for seed in given.seeds:
             print(seed, prices_at(TASKS[given.task], seed), flush=True)
+    elif given.what == "smollm2":
+        smollm2.main()
     elif given.what == "page":
         write_page()
     else:

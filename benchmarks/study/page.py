@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.study import smollm2
 from benchmarks.study.advice import draw_advice
 from benchmarks.study.foretold import made, section
 from benchmarks.study.runs import STEPS
@@ -71,7 +72,7 @@ def page(by_task: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for task, runs in by_task.items():
         lines += _section(task, runs)
-    return "\n".join(lines)
+    return "\n".join(lines + smollm2.section())
 
 
 def _section(task: str, runs: list[dict[str, Any]]) -> list[str]:

@@ -108,7 +108,7 @@ def entropy_prediction(inputs: AnalysisInputs) -> EntropyPredictionResult:
             inputs.evaluation,
             inputs.plan.sampling_config,
             inputs.config.seed + _FRESH_STREAM + number,
-            PassSettings(settings.fisher_kernel.token_batch_size),
+            inputs.passes,
         )
         fresh[scale] = fresh_entropy_change(numbers.eval_statistics, inputs.eval_batch, *drawn)
     smallest = resolution(step.measured[0].fixed_prefix.before)
@@ -132,7 +132,7 @@ def higher_order(inputs: AnalysisInputs) -> HigherOrderResult:
         [sign * s for s in forward for sign in (1, -1)],
         inputs.eval_batch,
         inputs.numbers.eval_statistics,
-        passes=PassSettings(settings.fisher_kernel.token_batch_size),
+        passes=inputs.passes,
         known={m.scale: m.after for m in step_numbers(inputs).measured if m.after is not None},
     )
     split = step_numbers(inputs).predictions.per_token["split"]["total"]
@@ -186,7 +186,7 @@ def step_measurement(inputs: AnalysisInputs) -> StepMeasurement:
         max_grad_norm=side.max_grad_norm,
         learning_rate=side.learning_rate,
         measure=entropy_change(numbers.estimand),
-        passes=PassSettings(inputs.config.entropy_analysis.fisher_kernel.token_batch_size),
+        passes=inputs.passes,
     )
 
 
@@ -247,7 +247,7 @@ def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
             (1.0,),
             inputs.eval_batch,
             inputs.numbers.eval_statistics,
-            passes=PassSettings(inputs.config.entropy_analysis.fisher_kernel.token_batch_size),
+            passes=inputs.passes,
         )
         return curve.changes if curve.left_out is None else torch.cat([curve.changes, curve.left_out[:, 0]])
 
@@ -272,7 +272,7 @@ def _responses(inputs: AnalysisInputs, columns: np.ndarray) -> Responses:
         except UserError as error:  # the step itself needs no such P
             raise NotApplicable(str(error)) from error
     evaluation = EvaluationSide(inputs.eval_batch, inputs.numbers.eval_statistics, inputs.numbers.estimand)
-    weightings, passes = list(torch.from_numpy(columns).T), PassSettings(settings.token_batch_size)
+    weightings, passes = list(torch.from_numpy(columns).T), inputs.passes
     found = products_with_weightings(inputs.model, evaluation, side.true_rows, weightings, p, passes)
     return Responses(*(values.cpu().numpy() for values in found))
 
@@ -300,7 +300,7 @@ def prices(inputs: AnalysisInputs) -> PricesResult:
     numbers, side, settings = inputs.numbers, inputs.side, inputs.config.entropy_analysis
     step_numbers(inputs)
     assert side.weights is not None
-    passes = PassSettings(settings.fisher_kernel.token_batch_size)
+    passes = inputs.passes
     prompts = inputs.eval_batch.prompt_index
     chosen_on = (torch.searchsorted(prompts.unique(), prompts) % 2 == 0).cpu()
     rewards, truncated = inputs.training_labels().reward, inputs.truncated()[1]

@@ -54,6 +54,12 @@ class AnalysisInputs:
         """Who drew them."""
         return Policy(self.model, self.tokenizer, self.plan.sampling_config)
 
+    @property
+    def passes(self) -> PassSettings:
+        """How passes are cut, with what the kernel's have learnt of the model's rows where these are of all parameters."""
+        known = self.side.kernel.setup.passes
+        return PassSettings(known.settings.token_batch_size) if known.restricted else known.settings
+
     def evaluation_labels(self) -> SequenceLabels:
         """Of the rows."""
         return label_sequences(self.evaluation, self.numbers.eval_statistics)
@@ -88,7 +94,7 @@ class AnalysisInputs:
             side.known_step.share_direction(gradient),
             side.weights,
             side.known_step.clip,
-            PassSettings(self.config.entropy_analysis.fisher_kernel.token_batch_size),
+            self.passes,
         ).cpu()
 
     @cached_property

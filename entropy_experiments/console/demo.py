@@ -22,8 +22,9 @@ ANALYSIS_CONFIG = Path(__file__).parents[1] / "configs" / "fisher_analysis.yaml"
 TRAIN_OVERRIDES = (
     "optimizer.learning_rate=3e-4",
     "rollouts.prompts_per_step=6",
-    "training_buffer.max_refill_rounds=0",
-    "entropy_probe.eval_sequences=18",
+    "training_buffer.max_refill_rounds=1",
+    "training.steps=5",
+    "entropy_probe.eval_sequences=20",
 )
 
 # Half of the usual size, and none of the many real steps that are measured, so that two cores are done in time.
