@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_core import row_stream
+from entropy_core.directional import token_derivatives
 from entropy_core.entropy import Estimator
 from entropy_core.gradients import trainable_parameters
 from entropy_core.kernel import compute_kernels
@@ -17,6 +18,7 @@ from entropy_core.passes.settings import DEFAULT_PASSES
 from entropy_experiments.fisher_analyzer import FisherComputation, analyze_batches
 from entropy_experiments.kernel.options import KernelOptions
 from entropy_experiments.statistics.estimand import POLICY, Estimand
+from entropy_experiments.step import weighted_directions
 from entropy_experiments.step.evaluation_products import EvaluationSide
 from entropy_experiments.step.gradient_rows import KeptRows, RecomputedRows
 from entropy_experiments.step.real_steps import StepMeasurement
@@ -136,12 +138,20 @@ def test_response_shares_under_a_clip_survive_entries_without_gradient() -> None
 
 
 @pytest.mark.parametrize("estimator", ["split", "rao_blackwell"])
-def test_other_weights_without_rows_are_those_of_kernels(estimator: Estimator) -> None:
+def test_other_weights_without_rows_are_those_of_kernels(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(learning_rate=1e-3, max_norm=0.01, settled=False)
     p = dict(step.step.step_preconditioner)
     side = EvaluationSide(step.evaluation, step.statistics, dataclasses.replace(POLICY, gradient=estimator))
-    weightings = [step.weights, step.weights.clamp(min=0), step.weights.roll(1)]
-    rows = RecomputedRows(step.model, step.train)
+    positive, rolled = step.weights.clamp(min=0), step.weights.roll(1)
+    combined = [step.weights - positive, 0.3 * rolled - 2.0 * positive, torch.zeros_like(rolled)]
+    weightings = [step.weights, positive, combined[0], rolled, *combined[1:]]
+    rows, passed = RecomputedRows(step.model, step.train), list[int]()
+
+    def counted(*arguments, **options):
+        passed.append(1)
+        return token_derivatives(*arguments, **options)
+
+    monkeypatch.setattr(weighted_directions, "token_derivatives", counted)
     found = products_with_weightings(step.model, side, rows, weightings, p, DEFAULT_PASSES)
     kernels, columns = (
         compute_kernels(step.model, step.evaluation, step.train, p, estimator),
@@ -152,3 +162,9 @@ def test_other_weights_without_rows_are_those_of_kernels(estimator: Estimator) -
     wanted = (kernels.entropy_fisher.double() @ columns, kernels.fisher.double() @ columns, inner.diag(), inner[0])
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    assert len(passed) == 3, "what is a combination of others takes no pass"
+
+
+def test_weights_of_nothing_are_a_basis_of_one() -> None:
+    basis, combinations = weighted_directions.independent(torch.zeros(4, 2, dtype=torch.float64))
+    assert len(basis) == 1 and combinations.shape == (1, 2) and bool(torch.isfinite(combinations).all())
