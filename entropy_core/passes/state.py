@@ -27,7 +27,7 @@ from entropy_core.passes.lora import adapted, is_adapter_layer, is_frozen_linear
 from entropy_core.passes.replaced_forward import ReplacedForward, own_forward
 from entropy_core.passes.shared_pass import Findings, SharedPass
 from entropy_core.passes.shared_tokens import compact
-from entropy_core.passes.stopped_gradients import AttachedNorms, stopping_modules
+from entropy_core.passes.stopped_gradients import stopping_modules, true_gradients
 
 
 class PassState:
@@ -115,10 +115,10 @@ class PassState:
         return own_forward(layer, *args, **kwargs)
 
     def _norm(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of one of DoRA's modules."""
+        """The output of a module that stops gradients, DoRA's or C3A's."""
         if not self._norms_attached:
             return own_forward(module, *args, **kwargs)
-        with AttachedNorms():
+        with true_gradients(module):
             return own_forward(module, *args, **kwargs)
 
     @contextmanager

@@ -40,7 +40,7 @@ LORA_OPTIONS = frozenset(
 )
 """Options of LoRA under which a policy is loaded as it was trained; any other must be off."""
 SUPPORTED = frozenset(
-    "ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR LORA MISS OFT PEANUT "
+    "ADALORA BEFT BOFT DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT PEANUT "
     "PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
 )
 """Kinds of adapter that are loaded as they were trained (a test does it with each); any other is refused."""
@@ -54,6 +54,8 @@ _REFUSED = {
     **dict.fromkeys("XLORA POLY SHADOW".split(), _MIXED),
     "PVERA": "its forward pass is random in training",
     "OSF": "its gradients are projected in training",
+    "C3A": "its backward pass is not the derivative of its forward pass, so that shares of a step do not add up to what it did",
+    "LILY": "it averages over all tokens of a batch, so that a sequence is scored by what stands beside it",
     "ADAMSS": "what it trains is chosen from the base model's values",
 }
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out")

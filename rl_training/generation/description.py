@@ -35,6 +35,10 @@ _NO_IMAGES = (
     "by as much as it would have been drawn"
 )
 _CAST = "completions are drawn from weights rounded to half precision"
+_INVOKED = (
+    "the adapter acts from the last of these tokens on: a completion that draws them again is scored without it up to there, "
+    "though it was drawn with it, so that log-probabilities and gradients are not those of the policy that drew"
+)
 _SOURCES = {
     "vllm_structured_outputs_regex": "completions are forced to match an expression",
 }
@@ -136,6 +140,7 @@ def describe_sampling(trainer: Any) -> SamplingDescription:
                 *_of_settings(trainer, base, settings),
                 *_of_parameters(args, temperature, longest, stops, cut_at),
                 *_of_model(base),
+                *_of_adapters(model),
             ]
         ),
     )
@@ -264,6 +269,14 @@ def _of_model(base: Any) -> list[Departure]:
             where = getattr(method, "__module__", None) or type(method).__name__
             found.append(Departure(f"model.{name}", f"of {where}", _OTHER_ENGINE, "use transformers' own"))
     return found
+
+
+def _of_adapters(model: Any) -> list[Departure]:
+    """Adapters that act on a sequence by what stands later in it (aLoRA)."""
+    name = "alora_invocation_tokens"
+    active = getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ()
+    tokens = [getattr(model.peft_config[adapter], name, None) for adapter in active]
+    return [Departure(name, t, _INVOKED, "train LoRA without them, as an analysis needs it") for t in tokens if t]
 
 
 class SettledSampling:

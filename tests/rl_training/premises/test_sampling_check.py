@@ -2,6 +2,7 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -191,6 +192,18 @@ def test_a_generate_of_ones_own_is_not_known_to_draw_from_the_softmax(model, tmp
     assert len(told) == 1 and "model.generate" in told[0]
     with pytest.raises(UserError, match="generate"):
         make_trainer(model, tmp_path, DrGRPOTrainer)
+
+
+def test_an_adapter_that_acts_by_what_is_drawn_later_is_named(model, tmp_path):
+    """aLoRA: `generate` goes by the tokens of the prompt, a forward pass by the last ones of the whole sequence."""
+    adapted = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    invoked = peft.get_peft_model(model, peft.LoraConfig(**adapted, alora_invocation_tokens=[9]))
+    _, told = attached(make_trainer(invoked, tmp_path))
+    assert len(told) == 1 and "alora_invocation_tokens=[9]" in told[0] and "scored without it" in told[0]
+    with pytest.raises(UserError, match=r"alora_invocation_tokens=\[9\].*train LoRA without"):
+        make_trainer(invoked, tmp_path, DrGRPOTrainer)
+    plain = peft.get_peft_model(invoked.unload(), peft.LoraConfig(**adapted))
+    assert attached(make_trainer(plain, tmp_path))[1] == []
 
 
 def test_a_rollout_function_is_named(model, tmp_path):
