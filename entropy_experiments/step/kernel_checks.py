@@ -52,7 +52,7 @@ def check_optimizer(step: NextStep, gradient: Mapping[str, Tensor], record: Opti
         SelfCheck(
             "AdamW split = optimizer's step", max(found, rounded * _SPLIT_TOLERANCE / _MOST_ROUNDED), _SPLIT_TOLERANCE,
             "batch + momentum + decay against the step that torch.optim.AdamW takes with weights in float64, relative "
-            f"({found:.1e}). Rounding to the run's own weights puts the step off by {rounded:.1e}, where {_MOST_ROUNDED} is allowed; "
+            f"({found:.1e}). Rounding to the run's own weights puts the step off by {rounded:.1e} ({_MOST_ROUNDED} is allowed): "
             "the value is the larger of the two, this one scaled to the tolerance.",
         ),
         entries,
