@@ -40,6 +40,10 @@ def every_command(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.steps=20")
 ]
+AnalysisOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. entropy_analysis.eval_batch_size=64"),
+]
 
 Trust = Annotated[
     bool,
@@ -70,17 +74,17 @@ def train(
 @app.command()
 def analyze(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder (its latest checkpoint)")],
-    overrides: Overrides = None,
+    overrides: AnalysisOverrides = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML configuration of the analysis")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results folder if it exists")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: memory, disk, passes and time")] = False,
     devices: Annotated[
         int | None,
-        typer.Option("--devices", min=1, help="With --dry-run: on paper, for so many devices; loads nothing"),
+        typer.Option("--devices", min=1, help="With --dry-run: plan for so many devices, without loading anything"),
     ] = None,
     bandwidth: Annotated[
-        float, typer.Option("--bandwidth", min=1.0, help="With --devices: bytes a second of each to others and to disk")
+        float, typer.Option("--bandwidth", min=1.0, help="With --devices: bytes per second of each, to others and disk")
     ] = 50e9,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Write results even if a self-check fails")] = False,
     trust: Trust = False,
@@ -120,7 +124,7 @@ def analyze(
 @app.command()
 def price(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder (its latest checkpoint)")],
-    overrides: Overrides = None,
+    overrides: AnalysisOverrides = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML configuration of an analysis")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Take and measure every real step as well")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results folder if it exists")] = False,
@@ -350,7 +354,7 @@ def schema(
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs and results")] = Path("runs"),
 ) -> None:
-    """Train a small model until its entropy falls, analyse the checkpoint, write the report. Ten to 15 minutes on two cores."""
+    """Train a small model until its entropy falls, analyse the checkpoint, write the report: ten minutes on two cores."""
     quiet_libraries()
     from entropy_experiments.console.demo import run_demo
 

@@ -40,6 +40,11 @@ class Quantity:
     label: str
     unit: str
 
+    @property
+    def is_change(self) -> bool:
+        """Whether its sign says which way something moved."""
+        return self.key.startswith(("actual.", "predicted."))
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -76,10 +76,18 @@ def _differences(sides: Sequence[Side], point: Point) -> Table:
     columns = [("Quantity", False), ("Unit", False)]
     columns += [(side.letter, True) for side in sides]
     for side in sides[1:]:
-        columns += [(f"{side.letter} minus A", True), (f"Standard errors from 0, {side.letter}", True), ("How", False)]
+        columns += [
+            (f"{side.letter} minus A", True),
+            (f"{side.letter} minus A in standard errors", True),
+            ("How", False),
+        ]
     rows = []
     for row in point.rows:
-        cells = [row.quantity.label, row.quantity.unit, *(_cell(number, plus=False) for number in row.numbers)]
+        cells = [
+            row.quantity.label,
+            row.quantity.unit,
+            *(_cell(number, row.quantity.is_change) for number in row.numbers),
+        ]
         for gap in row.differences[1:]:
             cells += ["not known", "–", "–"] if gap is None else [_gap(gap), _distance(gap), _how(gap)]
         rows.append(cells)

@@ -158,13 +158,13 @@ def _course_sentence(points: Sequence[Point], place: int, letter: str) -> Senten
 def _training_sentence(sides: Sequence[Side], point: Point) -> Sentence | None:
     """What entropy did in training on each side, up to the analysed checkpoint."""
     told = [
-        f"of {side.letter} {entropy_course_words(analysis.history)[0]}"
+        f"entropy of {side.letter} {entropy_course_words(analysis.history)[0]}"
         for side, analysis in zip(sides, point.analyses, strict=True)
         if len(entropy_column(analysis.history).steps)
     ]
     if not told:
         return None
-    text = f"In training entropy {'; '.join(told)}"
+    text = f"In training {'; '.join(told)}"
     return Sentence(f"{text}. These are single runs: how much another seed would change them is not known.")
 
 

@@ -183,7 +183,8 @@ def examine(path: str | Path, trust: bool = False) -> tuple[list[str], bool]:
         if found.sidecar.task is None:
             lines.append("  task: not recorded; give checkpoint.task in the analysis configuration")
     if found.learning_rates:
-        lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in found.learning_rates)}")
+        groups = "" if len(found.learning_rates) == 1 else ", one a parameter group"
+        lines.append(f"  learning rate of its last step: {', '.join(f'{r:g}' for r in found.learning_rates)}{groups}")
     lines += [f"  {note}" for note in found.notes]
     lines += [f"  MISSING {_without_folder(line, found.folder)}" for line in diagnosis.remedies]
     lines.append(_verdict_line(diagnosis))

@@ -89,8 +89,8 @@ def outcome_facts(outcome: Outcome) -> list[tuple[str, str, str]]:
     if outcome.measured.value is not None:
         facts.append(_measured(outcome, outcome.measured.value))
     if noise is not None:
-        ends = f"95%: {signed(noise.low, 2)} to {signed(noise.high, 2)}"
-        text = f"±{plain(noise.standard_error, 2)} {unit} ({ends}), on top of the errors above"
+        text = f"±{plain(noise.standard_error, 2)} {unit} (standard error), on top of the errors above; 95% interval of the "
+        text += f"predicted change: {signed(noise.low, 2)} to {signed(noise.high, 2)}"
         facts.append(("Another training buffer", text, "plain"))
     same = _same_prompt(outcome)
     if same:
@@ -116,8 +116,8 @@ def _same_prompt(outcome: Outcome) -> str:
     same = outcome.same_prompt
     if same.cosine is None or same.cosine_other_prompts is None:
         return ""
-    text = f"mean cosine of gradients {signed(same.cosine, 2)} with one prompt, "
-    text += f"{signed(same.cosine_other_prompts, 2)} with two"
+    text = f"mean cosine of gradients {signed(same.cosine, 2)} between sequences of one prompt, "
+    text += f"{signed(same.cosine_other_prompts, 2)} of two"
     text = text if same.p_value is None else f"{text} (p = {plain(same.p_value, 2)})"
     return f"{text}; raw K₁ differs the other way, so nothing follows" if same.signs_agree is False else text
 
@@ -173,17 +173,21 @@ def print_comparison(console: Console, comparison: ComparisonRecord) -> None:
     ]
     if not console.is_terminal:
         for label, letter, gap, unit, how in rows:
-            console.print(f"{label}, {letter} minus A: {gap} {unit} ({how})", markup=False, soft_wrap=True)
+            console.print(f"{label}, {letter} minus A: {gap} {unit}, {how}", markup=False, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("Quantity", "left"), ("minus A", "right"), ("Unit", "left"), ("", "left")):
         table.add_column(name, justify=justify, overflow="fold")
     for label, letter, gap, unit, how in rows:
-        table.add_row(Text(label), Text(f"{letter} {gap}"), Text(unit), Text(how))
+        table.add_row(Text(label), Text(f"{letter} {gap}"), Text(unit), Text(how.removeprefix("which ")))
     console.print(table)
 
 
 def _certainty(gap: DifferenceRecord) -> str:
     how = f"paired over {gap.paired_prompts} prompts" if gap.paired_prompts else "unpaired"
-    words = {True: "0 outside its interval", False: NOT_FROM_ZERO, None: "no interval"}[gap.differs_from_zero]
-    return f"{words}, {how}"
+    if gap.value == 0.0 and not gap.standard_error:
+        return f"the same number ({how})"
+    words = {True: "0 outside its interval", False: f"which {NOT_FROM_ZERO}", None: "no interval"}[
+        gap.differs_from_zero
+    ]
+    return f"{words} ({how})"

@@ -6,6 +6,7 @@ now. The server answers this machine alone, to the two addresses that the page n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +26,18 @@ _HOSTS = ("127.0.0.1", "localhost")
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Watching a run</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{font-family:system-ui,sans-serif;margin:1.5rem auto;max-width:60rem;padding:0 1rem}#said{color:#555}</style>
 <script src="/plotly.js"></script></head>
 <body><h1>Entropy of a run in training</h1><p id="said" role="status">waiting for the first step</p><div id="figure"></div>
+<p>Bars are 95% intervals. A negative change is a loss of entropy.</p>
 <script>
 async function draw() {
   const said = document.getElementById("said");
   try {
     const found = await (await fetch("/history.json")).json();
     said.textContent = found.words;
-    const layout = {height: 640, ...found.plot?.layout};
+    const layout = {height: 640, ...found.plot?.layout, legend: {orientation: "h", y: 1.03, yanchor: "bottom"}};
     if (found.plot) Plotly.react("figure", found.plot.data, layout, {responsive: true, displaylogo: false});
   } catch (error) { said.textContent = "the run is no longer watched: start the command again"; }
 }
@@ -136,7 +139,8 @@ def _handler(history: Callable[[], dict[str, Any]]) -> type[BaseHTTPRequestHandl
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # the page was closed meanwhile
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Requests are not worth a line."""

@@ -225,7 +225,7 @@ def describe_plan(plan: KernelPlan, n_train: int) -> str:
     size = f"{plan.memory / _GIBIBYTE:.2f} GiB of gradients in memory"
     if plan.strategy == "memory":
         stored = f", stored as well ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else ""
-        return f"kernel: all {n_train} training rows in memory, {size}{stored}"
+        return f"kernel: all {n_train} training rows, {size}{stored}"
     if plan.strategy == "sketch":
         return f"kernel: {n_train} training rows as random projections, {plan.memory / _GIBIBYTE:.2f} GiB in memory"
     if plan.strategy == "disk":

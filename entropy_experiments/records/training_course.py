@@ -124,13 +124,13 @@ def entropy_course_words(history: Sequence[HistoryRow]) -> tuple[str, bool]:
     """What entropy did, as the end of a sentence "In training entropy ...", and whether anything is claimed."""
     entropy = entropy_column(history)
     found = course(entropy)
-    if found is None:
-        return _too_few(entropy, _UNIT), False
     where = (
-        "on sequences drawn before any was left out"
+        "on the probe's sequences, none left out for its reward"
         if entropy.watched
         else "as the trainer logged it, which is of the sequences it trained on"
     )
+    if found is None:
+        return _too_few(entropy, _UNIT, where), False
     return f"{_moved(found, _UNIT)}, {where}", found.change.holds_zero is False
 
 
@@ -150,12 +150,13 @@ def _moved(found: Course, unit: str) -> str:
     return f"{word}: {means}, a change of {size} ({BRACKETS}{by})"
 
 
-def _too_few(column: Column, unit: str) -> str:
+def _too_few(column: Column, unit: str, where: str = "") -> str:
     count = len(column.steps)
     if not count:
         return "was not recorded"
     ends = [0] if count == 1 else [0, count - 1]
     said = " and ".join(f"{_one(column, k)} {unit}".rstrip() + f" at step {column.steps[k]:g}" for k in ends)
+    said = f"{said}, {where}" if where else said
     return f"was {said}; {counted(count, 'recorded step')} {'is' if count == 1 else 'are'} too few to say what it did"
 
 

@@ -25,24 +25,29 @@ from entropy_experiments.records.step_results import (
     ShareScore,
 )
 from entropy_experiments.records.weighting_results import MeasuredChange, WeightingResult
-from entropy_experiments.report.content import Table
+from entropy_experiments.report.content import Cell, Table
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
 _PROMPTS_SHOWN = 5
 _QUANTITIES: dict[Quantity, str] = {
     "length": "Completion length, tokens",
-    "entropy": "Token entropy, nats per token",
+    "entropy": "Mean token entropy of a completion, nats per token",
     "reward": "Reward",
     "truncated": "Share cut at the maximum length",
 }
 
 
-def _table(caption: str, headings: Sequence[str], rows: list[list[str]]) -> list[Table]:
-    """One table whose first column holds words and the others numbers; none without rows."""
+def _table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> list[Table]:
+    """One table whose first column holds words and the others numbers, or notes (`_note`); none without rows."""
     if not rows:
         return []
     return [Table(caption, tuple((heading, place > 0) for place, heading in enumerate(headings)), rows)]
+
+
+def _note(text: str) -> Cell:
+    """Words in a column of numbers, which may take several lines."""
+    return Cell(text, look="note")
 
 
 def _estimate(estimate: Estimate | Mean | StudentEstimate | None) -> str:
@@ -69,7 +74,7 @@ def _buffers(result: BuffersResult) -> list[Table]:
         verdict = "differ" if quantity.differs else quantity.reason or "may be chance"
         larger = _percent(quantity.probability_larger.value)
         rows.append(
-            [heading, *means, signed(quantity.standardised_difference, 2), larger, _p(quantity.p_value), verdict]
+            [heading, *means, signed(quantity.standardised_difference, 2), larger, _p(quantity.p_value), _note(verdict)]
         )
     headings = (
         "", "Evaluation, mean", "Training, mean", "Difference in standard deviations", "Training larger in … of pairs", "p", "",
@@ -135,9 +140,13 @@ def _attribution(result: AttributionResult) -> list[Table]:
     ]
     headings = (
         "Training sequences", "Number", "Sum of accounting shares (×10⁻³ nats/token)", f"Mass of the top {shares.all.top}",
-        "Hold half the mass", "Gini", "Effective number",
+        "Number that hold half the mass", "Gini coefficient", "Effective number",
     )  # fmt: skip
-    found = _table("How far a few sequences make up the step's change.", headings, rows)
+    note = (
+        "How far a few sequences make up the step's change. Mass: the sum of absolute shares. Gini coefficient: 0 where all "
+        "shares are equally large. Effective number: the square of the mass over the sum of squared shares."
+    )
+    found = _table(note, headings, rows)
     groups = [
         [
             f"{row.side}: {row.group}" + " advantage" * (row.by == "advantage"),
@@ -250,8 +259,8 @@ def _prompt_structure(result: PromptStructureResult) -> list[Table]:
     counts = result.duplicates
     if counts.equal_pairs:
         note += (
-            f" {counts.distinct} of {counts.sequences} training sequences are distinct: {counts.equal_pairs} pairs of "
-            "equal ones are left out."
+            f" {counts.distinct} of {counts.sequences} training sequences are distinct: pairs of equal ones, "
+            f"{counts.equal_pairs} in number, are left out."
         )
     found = _table(note, headings, rows)
     single = result.single_batch
@@ -265,7 +274,10 @@ def _prompt_structure(result: PromptStructureResult) -> list[Table]:
         ["By the evaluation buffer", _thousandths(single.evaluation_value)],
     ]
     headings = ("What the training buffer alone would predict", "δh of the batch part (×10⁻³ nats/token)")
-    return found + _table("Where a single batch's prediction comes from.", headings, parts)
+    note = (
+        "Where a single batch's prediction comes from; every row with the kernel's P, which need not be the step's own."
+    )
+    return found + _table(note, headings, parts)
 
 
 def _sequence_clustering(result: ClusteringResult) -> list[Table]:
@@ -300,7 +312,7 @@ def _weighting_schemes(result: WeightingResult) -> list[Table]:
     rows = []
     for row in result.rows:
         if row.delta_h is None:
-            rows.append([row.label, f"no weights: {row.reason or 'not known'}", *[""] * 5])
+            rows.append([row.label, _note(f"no weights: {row.reason or 'not known'}"), *[""] * 5])
             continue
         cost = row.entropy_cost_per_reward
         rows.append(
@@ -325,13 +337,15 @@ def _prices(result: PricesResult) -> list[Table]:
     rows = []
     for row in result.rows:
         if row.entropy is None:
-            rows.append([row.label, f"not priced: {row.reason or 'not known'}", *[""] * 4])
+            rows.append([row.label, _note(f"not priced: {row.reason or 'not known'}"), *[""] * 4])
             continue
         price, shown = row.reward_per_nat, (row.entropy, row.entropy_minus_run, row.reward, row.reward_minus_run)
         cells = ["–" if one is None else one.shown() for one in shown]
         rows.append([row.label, *cells, "–" if price is None or price.value is None else price.shown()])
-    headings = ("In place of the step", "δh", "beside as trained", "δJ", "beside as trained", "Reward for a nat kept")
-    return _table("Predicted change of entropy (nats per token) and of mean reward in this step.", headings, rows)
+    headings = ("In place of the step", "δh", "δh less as trained", "δJ", "δJ less as trained", "Reward for a nat kept")
+    return _table(
+        "Predicted change of entropy, δh (nats per token), and of mean reward, δJ, in this step.", headings, rows
+    )
 
 
 def _baselines(result: BaselinesResult) -> list[Table]:
@@ -344,7 +358,7 @@ def _baselines(result: BaselinesResult) -> list[Table]:
             plain(row.ratio) if row.comparable_in_scale else "–",
             "–" if row.z is None else f"{row.z:.1f}",
             signs[row.sign_agrees],
-            row.reason,
+            _note(row.reason),
         ]
         for row in result.rows
     ]

@@ -16,6 +16,8 @@ def comparable_sentence(evolution: Evolution) -> str:
     """What comparisons between checkpoints rest on."""
     prompts, checkpoints = evolution.comparable, counted(len(evolution.checkpoints), "checkpoint")
     text = f"All {checkpoints} have the same {counted(prompts.prompts, 'evaluation prompt')}"
+    if len(evolution.checkpoints) == 1:
+        return f"{checkpoints} on {counted(prompts.prompts, 'evaluation prompt')}: what entropy did over the run needs two."
     if not prompts.same_everywhere:
         of = counted(prompts.of, "evaluation prompt")
         text = f"{prompts.prompts} of {of} are in every checkpoint; comparisons rest on these"

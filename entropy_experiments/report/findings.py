@@ -96,15 +96,15 @@ def higher_order_finding(result: HigherOrderResult) -> str:
         return f"The second order was not measured: {result.reason}."
     text = (
         f"For the step as taken the second order is {second.shown()} {_UNIT} "
-        f"beside a first order of {result.first_order.shown()} ({BRACKETS})"
+        f"beside a first order of {result.first_order.shown()} by the split estimator ({BRACKETS})"
     )
     if equal.value is None:
         return f"{text}; {result.reason}."
     text += f"; the two are equal in size at s* = {plain(equal.value, 2)} times the step"
     if second.total_error is None:
         return text + "."
-    upper = f"and {plain(equal.high, 2)}" if equal.high is not None else "and any larger one"
-    return f"{text} (between {plain(equal.low, 2)} {upper})."
+    upper = f"to {plain(equal.high, 2)}" if equal.high is not None else "upwards without an end"
+    return f"{text} (95% interval: {plain(equal.low, 2)} {upper})."
 
 
 def attribution_finding(result: AttributionResult) -> str:
@@ -113,17 +113,19 @@ def attribution_finding(result: AttributionResult) -> str:
     if shares.all.top_mass is None:
         return "No training sequence has a share of the step's change: every weight or every product is 0."
     text = (
-        f"{counted(shares.lowering.count, 'training sequence')} lowered entropy by {signed(shares.lowering.sum)} and "
-        f"{shares.raising.count} raised it by {signed(shares.raising.sum)} (accounting shares, which add up), "
-        f"together {signed(result.total)} {_UNIT} in this "
-        f"step ({signed(result.horizon_total)} over the life of the momentum buffer); the top {shares.all.top} of "
-        f"{shares.all.count} hold {shares.all.top_mass:.0%} of the mass"
+        f"By accounting shares, which add up, {counted(shares.lowering.count, 'training sequence')} lowered entropy (together "
+        f"{signed(shares.lowering.sum)}) and {shares.raising.count} raised it ({signed(shares.raising.sum)}): in all "
+        f"{signed(result.total)} {_UNIT} in this step, and {signed(result.horizon_total)} over all steps in which momentum still "
+        f"holds this gradient; the {shares.all.top} largest of {shares.all.count} shares hold {shares.all.top_mass:.0%} of the "
+        "sum of absolute shares"
     )
     if result.sum_of_effects is not None:
-        text += f"; the effects of leaving each out, which do not add up, come to {signed(result.sum_of_effects)}"
+        text += (
+            f"; the effects of leaving each out, which need not add up to it, sum to {signed(result.sum_of_effects)}"
+        )
     side = result.evaluation
     if side is not None:
-        text += f"; {side.lowering} of {counted(len(side.contribution), 'evaluation sequence')} contribute a loss"
+        text += f"; {side.lowering} of {counted(len(side.contribution), 'evaluation sequence')} lose entropy"
     return text + "."
 
 
@@ -157,18 +159,18 @@ def baselines_finding(result: BaselinesResult) -> str:
     judged = [row for row in result.rows if row.z is not None and row.name != "fixed_prefix_on_given_tokens"]
     if judged:
         near, far = ([row for row in judged if row.agrees is within] for within in (True, False))
-        text += f"; it and the predictor {ALIKE}: {_listed(near)}; they {DISAGREE}: {_listed(far)}"
+        text += f"; it and these predictions {ALIKE}: {_listed(near)}; it and these {DISAGREE}: {_listed(far)}"
     scaled = [row for row in result.rows if not row.comparable_in_scale and row.predicted is not None]
     right, wrong = ([row for row in scaled if row.sign_agrees is same] for same in (True, False))
     if right or wrong:
-        text += f". Of those on another scale, with its sign: {_listed(right)}; with the other: {_listed(wrong)}"
+        text += f". Of those on another scale, these have its sign: {_listed(right)}; these the opposite sign: {_listed(wrong)}"
     elif scaled:
         text += ", too near to 0 for its sign to be compared"
     return text + "."
 
 
 def _listed(rows: Sequence[BaselineRow]) -> str:
-    return ", ".join(row.label for row in rows) if rows else "none"
+    return ", ".join(f"“{row.label}”" if "," in row.label else row.label for row in rows) or "none"
 
 
 FINDINGS: dict[str, Callable[[Any], str]] = {

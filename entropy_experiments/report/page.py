@@ -62,22 +62,21 @@ _FIGURES = {
     ),
     "predicted_vs_actual": (
         "Was the step's change predicted?",
-        "The step that was taken, scaled down to s times its length. Measured must follow predicted for "
-        "small s; on the "
-        "right, a ratio of 1 is a perfect prediction. “Given tokens only” leaves out that other prefixes "
-        "become likelier.",
+        "The step that was taken, at s times its length. Measured must follow predicted for small s; on the right, a ratio "
+        "of 1 is a perfect prediction. “Reweighted”: measured on the tokens drawn before the step, each sequence weighted by how "
+        "much likelier the step makes it. “Same sample on both sides”: the measurement over its own derivative, where chance "
+        "cancels. “Given tokens only” leaves out that other prefixes become likelier.",
     ),
     "entropy_split": (
         "Which part of the update moved entropy?",
-        "Adam's step mixes this batch with earlier ones (momentum) and weight decay. Each part's bar is "
-        "the change of "
+        "Adam's step mixes this batch with earlier ones (momentum) and weight decay. Each part's bar is the change of "
         "entropy it makes on its own, to first order.",
     ),
     "attribution": (
         "Which training sequences moved entropy?",
-        "Every bar is one training sequence's accounting share of the batch part. A rewarded answer that the policy "
-        "already "
-        "prefers lowers entropy when it is reinforced; an unusual one can raise it.",
+        "Every bar is one training sequence's accounting share of the batch part. A rewarded answer that the policy already "
+        "prefers lowers entropy when it is reinforced; an unusual one can raise it. Where the verdict says that shares mislead, "
+        "read the effects of leaving out, in the table of training sequences.",
     ),
     "kernel_fisher": (
         "Fisher kernel",

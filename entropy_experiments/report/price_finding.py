@@ -29,15 +29,15 @@ def price_finding(result: PricesResult) -> str:
     best, *others = (rows[name] for name in result.alike)
     assert best.reward_per_nat is not None
     price = f"reward changes by {best.reward_per_nat.shown()} for a nat kept ({BRACKETS})"
-    text += f". To keep at least {result.keeps:.0%} of that, {best.label} has the best price: {price}"
+    text += f". To keep at least {result.keeps:.0%} of that, “{best.label}” has the best price: {price}"
     known = best.reward_per_nat.known()
     if known is not None and known.holds_zero:
         text += f", which {NOT_FROM_ZERO}"
     if not others:
         return f"{text}."
-    named = ", ".join(row.label for row in others[:_NAMED])
+    named = ", ".join(f"“{row.label}”" for row in others[:_NAMED])
     more = f" and {counted(len(others) - _NAMED, 'other')}" if len(others) > _NAMED else ""
-    return f"{text}; it and {named}{more} {ALIKE} by it."
+    return f"{text}; it and {named}{more} {ALIKE} by price."
 
 
 def next_step_sentence(result: PricesResult) -> Sentence | None:
@@ -59,10 +59,14 @@ def next_step_sentence(result: PricesResult) -> Sentence | None:
         return Sentence(f"{NEXT}no intervention of the price list is predicted to keep {share}.")
     best, *others = (rows[name] for name in result.alike)
     assert best.reward_per_nat is not None
-    text = f"{NEXT}to keep {share}, {best.label} costs least reward here"
-    text += f" ({best.reward_per_nat.shown()} for a nat kept)"
+    text = (
+        f"{NEXT}to keep {share}, “{best.label}” costs least reward here: {best.reward_per_nat.shown()} for a nat kept"
+    )
+    known = best.reward_per_nat.known()
+    if known is not None and known.holds_zero:
+        text += f", which {NOT_FROM_ZERO}"
     if others:
-        named = [row.label for row in others[:_NAMED]]
+        named = [f"“{row.label}”" for row in others[:_NAMED]]
         if len(others) > _NAMED:
             named.append(counted(len(others) - _NAMED, "other"))
         text += f"; {_listed(named)} {ALIKE} from it by price"

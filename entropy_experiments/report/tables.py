@@ -23,11 +23,12 @@ from entropy_experiments.statistics.estimand import measure_of
 from entropy_experiments.text.display import PromptFrame, clip, one_line
 from entropy_experiments.text.numbers import as_number, plain, plus_minus, series, signed, with_interval
 
-_PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 400
+_PROMPT_CHARACTERS, _COMPLETION_CHARACTERS, _FACT_CHARACTERS = 240, 320, 2000
 _MOST_PROMPTS_EACH_END = 10
 ENDS_SHOWN = 15
 """Training sequences at each end of the table that are printed where it is long."""
 _UNIT = "nats per token"
+_TILE_UNIT = f"{_UNIT}, ± standard error"
 _ESTIMATORS: dict[Estimator, str] = {
     "rao_blackwell": "Rao–Blackwell (the default)",
     "split": "Split (derivative of the reweighted measurement, same sample)",
@@ -42,7 +43,7 @@ def headline(summary: Summary, checks: Sequence[CheckRecord]) -> list[Tile]:
     level = "Entropy before the step" if summary.rows_drawn else "Entropy on the given tokens"
     tone = "" if checks and passed == len(checks) else "bad"
     return [
-        Tile(level, _estimate(summary.entropy.per_token, plus=False), _UNIT, "summary.json: entropy.per_token"),
+        Tile(level, _estimate(summary.entropy.per_token, plus=False), _TILE_UNIT, "summary.json: entropy.per_token"),
         *(_step_tiles(summary) if summary.step_analysed else []),
         Tile("Self-checks passed", f"{passed} of {len(checks)}", "", "run.json: self_checks", tone),
     ]
@@ -52,15 +53,18 @@ def _step_tiles(summary: Summary) -> list[Tile]:
     total, measured = None if summary.prediction is None else summary.prediction.total, summary.measured
     actual = f"summary.json: actual.{summary.estimand.measure}"
     tiles = [
-        Tile("Predicted change", _estimate(total), _UNIT, f"summary.json: predicted.{summary.estimator}.total"),
-        Tile("Measured change", _estimate(measured), _UNIT, actual),
+        Tile("Predicted change", _estimate(total), _TILE_UNIT, f"summary.json: predicted.{summary.estimator}.total"),
+        Tile("Measured change", _estimate(measured), _TILE_UNIT, actual),
     ]
     if not summary.rows_drawn:  # nothing is reweighted
         return tiles
     effective, n = (None, None) if measured is None else (measured.effective_sample_size, measured.n)
     weak = effective is not None and n is not None and effective < 0.5 * n
     source, tone = f"{actual}.effective_sample_size", "warning" if weak else ""
-    return [*tiles, Tile("Effective sample", f"{plain(effective)} of {plain(n)}", "sequences", source, tone)]
+    return [
+        *tiles,
+        Tile("Effective sample", f"{plain(effective)} of {plain(n)}", "sequences, for the measurement", source, tone),
+    ]
 
 
 def estimator_table(summary: Summary) -> Table:

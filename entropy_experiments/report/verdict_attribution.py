@@ -49,7 +49,7 @@ def cost_sentences(
             "; at the optimizer's first step its sign alone counts, and no share says what leaving a sequence out does"
         )
     elif by_effect:
-        text += f"; shares mislead here, since {own:.0%} of the second moment is this step's own gradient"
+        text += f"; shares mislead here, since {own:.0%} of Adam's second moment is this step's own gradient"
     text += ")"
     if not lowering:
         return [Sentence(f"{text}; none cost entropy.")]
@@ -95,7 +95,7 @@ class _Teller:
 
     def sequence(self) -> str:
         """The end of the first sentence."""
-        kind = "effect of leaving it out" if self._by_effect else "accounting share"
+        kind = "effect of leaving it out: entropy with it minus without it" if self._by_effect else "accounting share"
         found = None if self._first is None else self._first.sequences.lowering
         worst = min(self._rows, key=lambda row: row[self._key])
         if found is not None and not _named(found):
@@ -180,9 +180,9 @@ def training_noise_sentence(summary: Summary) -> Sentence | None:
     units = f"{noise.prompts} prompts" + ("" if noise.groups == noise.prompts else f" in {noise.groups} groups")
     text = (
         f"Another draw of this training buffer ({units}) would have moved the predicted change by "
-        f"±{plain(noise.standard_error, 2)} {_UNIT} (standard error; 95% interval {signed(noise.low, 2)} to "
-        f"{signed(noise.high, 2)}, P, momentum and clipping re-derived). The other "
-        "errors cover which evaluation sequences entropy was looked at with, for this very step, and not that"
+        f"±{plain(noise.standard_error, 2)} {_UNIT} (standard error; 95% interval of the change: {signed(noise.low, 2)} "
+        f"to {signed(noise.high, 2)}; P, momentum and clipping re-derived). The other errors on this page cover the choice of "
+        "evaluation sequences for this one step, not that of the training buffer"
     )
     if noise.low <= 0 <= noise.high:
         return Sentence(text + "; with another buffer the step could have moved entropy the other way.", "warning")

@@ -25,8 +25,8 @@ def weighting_finding(result: WeightingResult) -> str:
         changes = [(row.label, row.delta_h.equal_length) for row in rows if row.delta_h is not None]
         span, order = _extremes(changes)
         return (
-            f"{named}none has a predicted gain of reward whose 95% interval excludes 0, so entropy has no price in reward; in a "
-            f"step of the run's length entropy changes {span} nats per token ({BRACKETS}){order}."
+            f"{named}none has a predicted gain of reward whose 95% interval excludes 0, so what a unit of reward costs in "
+            f"entropy is not given; in a step of the run's length entropy changes {span} nats per token ({BRACKETS}){order}."
         )
     gains = (
         f"{len(costs)} {'has' if len(costs) == 1 else 'have'} a predicted gain of reward whose 95% interval excludes 0"

@@ -132,7 +132,7 @@ def _call(app: Callable[..., Any]) -> int:
         return status if isinstance(status, int) else 0
     except SystemExit as ending:
         where = _frame_of(ending, ours=False)
-        if where is not None and where[0] == "typer":  # a closed pipe
+        if where is not None and where[0] in ("typer", "rich"):  # a closed pipe
             raise BrokenPipeError(errno.EPIPE, "closed") from ending
         raise _ForeignExit(f"sys.exit({ending.code!r}) was called{_at(where)}") from ending
 

@@ -52,8 +52,8 @@ def check_optimizer(step: NextStep, gradient: Mapping[str, Tensor], record: Opti
         SelfCheck(
             "AdamW split = optimizer's step", max(found, rounded * _SPLIT_TOLERANCE / _MOST_ROUNDED), _SPLIT_TOLERANCE,
             "batch + momentum + decay against the step that torch.optim.AdamW takes with weights in float64, relative "
-            f"({found:.1e}). The run's own weights round the step: it is off by {rounded:.1e}, of which the {_MOST_ROUNDED} that "
-            "are allowed count as much as the tolerance.",
+            f"({found:.1e}). Rounding to the run's own weights puts the step off by {rounded:.1e} ({_MOST_ROUNDED} is allowed): "
+            "the value is the larger of the two, this one scaled to the tolerance.",
         ),
         entries,
     ]  # fmt: skip

@@ -41,7 +41,7 @@ _TEXTS = {
     ),
     "changes": (
         "What moved entropy over the run",
-        "The same as two pictures for paper: the parts of every next step, and the path of entropy.",
+        "The lower two panels of “Entropy, reward, and the change that each next step makes” as a picture of their own.",
     ),
     "law": (
         "Reward against entropy",

@@ -113,8 +113,9 @@ def _predicted(evolution: Evolution) -> list[Sentence]:
     if prediction.compared:
         alike, count = prediction.agreeing, prediction.compared
         text = (
-            f"The next step from each checkpoint: predicted and measured {ALIKE} at {alike} of {count}, to the error of their "
-            f"difference (sums: predicted {prediction.predicted.shown()}, measured {prediction.actual.shown()} {_UNIT}"
+            f"The next step from each checkpoint: predicted and measured {ALIKE} at {alike} of {counted(count, 'checkpoint')} "
+            f"by the error of their difference (sums: predicted {prediction.predicted.shown()}, measured "
+            f"{prediction.actual.shown()} {_UNIT}"
         )
         if prediction.steps > 1:
             text += f"; {correlation_words(prediction.correlation_found, prediction.steps)}"
@@ -141,8 +142,8 @@ def _added_up(evolution: Evolution) -> list[Sentence]:
         close = difference.largest <= CLOSE * abs(observed.value)
         word = DISAGREE if difference.holds_zero is False else AGREE if close else ALIKE
         text += (
-            f": they {word}, differing by {difference.text()}, where predictions are of one fresh batch a checkpoint, first "
-            "order, and the run took its own batches"
+            f": they {word}, differing by {difference.text()}; predictions are to first order and of one fresh batch a "
+            "checkpoint, and the run took its own batches"
         )
     return [Sentence(f"{text} ({BRACKETS}).")]
 
@@ -185,7 +186,7 @@ def _price(evolution: Evolution) -> Sentence | None:
         return None
     value = price.price.known()
     if value is None:
-        return Sentence(f"Entropy has no price in reward over this run: {price.reason}.")
+        return Sentence(f"What reward cost in entropy over this run is not given: {price.reason}.")
     if value.holds_zero is not False:
         text = f"The price of one unit of mean reward in entropy {NOT_FROM_ZERO}: {value.text(plus=False)}"
         return Sentence(f"{text} {_UNIT} ({BRACKETS}).")

@@ -115,7 +115,14 @@ def with_interval(value: object, low: object, high: object, plus: bool = True) -
     if not reach > 0:
         return f"{signed(number) if plus else plain(number)} (exact)"
     decimals = _decimals_for(reach, 2)
-    return f"{_format(number, decimals, plus)} [{_format(start, decimals, plus)}, {_format(end, decimals, plus)}]"
+    ends = ", ".join(_end(one, decimals, plus) for one in (start, end))
+    return f"{_format(number, decimals, plus)} [{ends}]"
+
+
+def _end(number: float, decimals: int, plus: bool) -> str:
+    """An end of an interval; one that would be rounded to 0 keeps a digit, so that its sign is seen."""
+    text = _format(number, decimals, plus)
+    return text if number == 0 or float(text.replace(_MINUS, "-")) else _format(number, _decimals_for(number, 1), plus)
 
 
 def counted(count: int, noun: str) -> str:

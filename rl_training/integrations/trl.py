@@ -152,7 +152,7 @@ class EntropyProbeCallback(TrainerCallback):
         whose = "held-out prompts" if c.rollouts == "pool" else f"{str(c.rollouts).replace('_', ' ')} rollouts"
         if self._watch is not None:
             every = "" if (n := c.measure_every or 1) == 1 else f" {n}"
-            predicted = f"; predicted every {c.predict_every}, with up to {megabytes:,.0f} MB beside activations"
+            predicted = f"; predicted every {c.predict_every} step(s), up to {megabytes:,.0f} MB beside activations"
             return (
                 f"entropy probe ({c.preset}): {c.eval_sequences} sequences of {whose}, measured every{every} step{'s' * (n > 1)} "
                 f"by forward passes{predicted if c.predict_every else ''}"

@@ -139,7 +139,9 @@ class ConsoleCallback(TrainerCallback):
         columns = f"{'step':>5} {'entropy':>8} {'reward':>7} {'buffer':>14}"
         if self._probe:
             columns += _PROBE_COLUMNS
-        self._console.print(columns + f" {'sec':>5}   (entropies in nats per token)", soft_wrap=True)
+        what = "entropies in nats per token; buffer: sequences kept of those drawn"
+        what += "; batch, moment.: parts of predicted" if self._probe else ""
+        self._console.print(columns + f" {'sec':>5}   ({what})", soft_wrap=True)
         self._progress.start()
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
 

@@ -174,7 +174,9 @@ def _caption(clustering: ClusteringResult, limit: float | None) -> str:
         )
     caption += "Top right: the ring marks the best cut of the tree" if silhouette else ""
     caption += (
-        ", the dotted line what structureless clouds of the same spectrum reach at their best. " if silhouette else ""
+        ", the dotted line the 95th percentile of the tree's best cut in clouds without groups, of the same spectrum. "
+        if silhouette
+        else ""
     )
     caption += "Bottom right: eigenvalues added up; a curve that rises late says many independent directions."
     if missing:

@@ -85,16 +85,26 @@ def kernel_panels(evolution: Evolution) -> list[Panel]:
     ]
     pairs = [_without_interval(row.same_prompt_pairs) for row in rows]
     within = [
-        line("of squared cosines", Look("predicted", "diamond"), [row.same_prompt_share for row in rows]),
-        line_of("of pairs", Look("neutral", "none", "dot"), steps, pairs, plus=False),
+        line(
+            "share of squared cosines within prompts",
+            Look("predicted", "diamond"),
+            [row.same_prompt_share for row in rows],
+        ),
+        line_of("share of pairs within prompts", Look("neutral", "none", "dot"), steps, pairs, plus=False),
     ]
     aligned, cosines = (
         [change.alignment.known() for change in changes],
         [_without_interval(change.cosine.value) for change in changes],
     )
     alignment = [
-        line_of("of evaluation prompts (debiased CKA)", Look("predicted", "triangle-up"), later, aligned, plus=False),
-        line_of("cosine, shared training prompts", dashed, later, cosines, plus=False),
+        line_of(
+            "alignment on evaluation prompts (debiased CKA)",
+            Look("predicted", "triangle-up"),
+            later,
+            aligned,
+            plus=False,
+        ),
+        line_of("cosine of kernels, shared training prompts", dashed, later, cosines, plus=False),
     ]
     return [
         Panel("size of an entry of K₁\n(nats² × P)", [norms]),

@@ -33,9 +33,9 @@ def history_panels(rows: Sequence[HistoryRow]) -> list[Panel]:
     ]
     momentum = history_line("momentum's part of predicted", Look("neutral", "none", "dot"), rows, "probe_momentum")
     entropies = [
-        history_line("entropy in training", Look("entropy"), rows, "entropy", plus=False),
+        history_line("entropy, sequences trained on", Look("entropy"), rows, "entropy", plus=False),
         history_line(
-            "entropy on the probe's tokens", Look("neutral", "triangle-up", "dot"), rows, "probe_entropy", watched, plus=False
+            "entropy, probe's sequences", Look("neutral", "triangle-up", "dot"), rows, "probe_entropy", watched, plus=False
         ),
     ]  # fmt: skip
     reward = history_line("reward", Look("reward", "diamond"), rows, "reward", ("reward_se", "reward_df"), plus=False)

@@ -73,7 +73,9 @@ def plot_prices(result: PricesResult) -> Figure:
             width, height, angle = point.ellipse
             centre = (point.entropy, point.reward)
             axes.add_patch(
-                Ellipse(centre, width, height, angle=angle, facecolor=color, alpha=0.06, edgecolor=color, linewidth=0.5)
+                Ellipse(
+                    centre, width, height, angle=angle, fill=False, alpha=0.9 if point.best else 0.35, edgecolor=color
+                )
             )
         axes.plot(point.entropy, point.reward, marker="o", markersize=5, color=color, linestyle="")
         axes.annotate(str(number), (point.entropy, point.reward), textcoords="offset points", xytext=(4, 4), fontsize=8)
@@ -82,7 +84,7 @@ def plot_prices(result: PricesResult) -> Figure:
         values = [0.0, *(getattr(p, name) for p in points)]
         limit(min(values) - 0.35 * span, max(values) + 0.35 * span)
     axes.set_xlabel("change of h beside the step as trained (nats per token)")
-    axes.set_ylabel("change of mean reward beside it")
+    axes.set_ylabel("change of mean reward beside the step as trained")
     names = "\n".join(f"{number:>2}  {point.label}" for number, point in enumerate(points, 1))
     axes.text(1.02, 1.0, names, transform=axes.transAxes, va="top", fontsize=8)
     caption = (

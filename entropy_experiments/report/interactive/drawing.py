@@ -15,6 +15,8 @@ Plot = dict[str, Any]
 """{"data", "layout"} and perhaps "narrow", what changes on a narrow window."""
 _GAP = 0.07
 _MOST_CHARACTERS = 80
+_EVERY_STEP = 8
+"""Training steps from the first to the last up to which each has a tick: steps are whole numbers."""
 
 
 def colour_of(name: str) -> str:
@@ -102,6 +104,9 @@ def stacked(panels: Sequence[Panel], mark: tuple[float, str] | None = None) -> P
         "shapes": [],
     }
     data = []
+    steps = np.concatenate([line.x for panel in panels for line in panel.shown])
+    if np.ptp(steps) <= _EVERY_STEP:
+        layout["xaxis"]["dtick"] = 1
     for place, panel in enumerate(panels):
         top = 1 - place * (height + _GAP)
         layout[f"yaxis{suffix(place)}"] = {

@@ -31,7 +31,7 @@ def sequence_shares(training: Sequence[Mapping[str, Any]]) -> Plot | None:
         traces.append(
             {
                 "type": "bar",
-                "name": f"{side.words}: {counted(len(members), 'sequence')}, sum {signed(ranked.total(side))}",
+                "name": f"{side.words}:<br>{counted(len(members), 'sequence')}, sum {signed(ranked.total(side))} × 10⁻³",
                 "x": (places + 1).tolist(),
                 "y": numbers(ranked.shares[members]),
                 "marker": {"color": colour_of(side.colour), "pattern": {"shape": side.hatch, "solidity": 0.3}},

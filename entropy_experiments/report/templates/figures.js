@@ -19,7 +19,7 @@
   }
 
   function axis() {
-    return { gridcolor: "$line", zerolinecolor: "$soft", linecolor: "$soft", automargin: true, title: { standoff: 12 } };
+    return { gridcolor: "$line", zerolinecolor: "$soft", linecolor: "$soft", automargin: true, exponentformat: "power", title: { standoff: 12 } };
   }
 
   // The house's layout under a figure's own, in the theme's colours.

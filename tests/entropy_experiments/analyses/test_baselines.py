@@ -104,10 +104,10 @@ def test_sentence_says_who_is_near() -> None:
     near = {name: row_of(table, name).agrees for name in ("rao_blackwell", "split", "score_function")}
     assert near == {"rao_blackwell": True, "split": True, "score_function": True}, "change the numbers of this test"
     assert baselines_finding(table) == (
-        "The measured change was −0.250 [−0.325, −0.151] nats per token (brackets: 95% intervals); it and the predictor "
-        "cannot be distinguished: Rao–Blackwell, split, score function; they do NOT agree: fixed prefix, without momentum. Of "
-        "those on another scale, with its sign: without P (plain gradient), covariance (Cui et al.), STEER; with the other: "
-        "covariance, natural gradient."
+        "The measured change was −0.250 [−0.325, −0.151] nats per token (brackets: 95% intervals); it and these "
+        "predictions cannot be distinguished: Rao–Blackwell, split, score function; it and these do NOT agree: fixed prefix, "
+        "without momentum. Of those on another scale, these have its sign: without P (plain gradient), covariance (Cui et al.), "
+        "STEER; these the opposite sign: “covariance, natural gradient”."
     )
 
 

@@ -280,7 +280,9 @@ def test_products_are_of_the_kinds_that_were_asked_for(plan: str, tmp_path: Path
     ones = {name: torch.ones_like(part) for name, part in p.items()}
     assert set(found.kernel) == {"score"} and set(found.steps) == set(rows)
     kinds = [set(one) for one in found.others]
-    assert kinds == ([{"own_tokens"}, {"score", "own_tokens"}] if plan == "memory" else []), "answered where rows are kept"
+    assert kinds == ([{"own_tokens"}, {"score", "own_tokens"}] if plan == "memory" else []), (
+        "answered where rows are kept"
+    )
     assert_close(found.kernel["score"], reference("score", p, right), 1e-5, "kernel")
     for kind in rows:
         assert_close(found.steps[kind], reference(kind, ones, steps), 1e-5, f"steps of {kind}")

@@ -143,7 +143,9 @@ def test_weightings_show_what_is_known(whole_report):
 def test_history_has_a_panel_for_each_quantity():
     history = make_history()
     plot = training_history(history_of(history), 8)
-    assert named(plot, "entropy in training")["y"] == pytest.approx([row["entropy"] for row in history], rel=1e-5)
+    assert named(plot, "entropy, sequences trained on")["y"] == pytest.approx(
+        [row["entropy"] for row in history], rel=1e-5
+    )
     assert named(plot, "predicted")["error_y"]["array"] == [pytest.approx(float(stats.t.ppf(0.975, 3)) * 0.02)] * 13
     assert "error_y" not in named(plot, "measured"), "no standard error was stored"
     assert [trace["yaxis"] for trace in plot["data"]] == ["y", "y", "y2", "y3", "y3", "y3"]

@@ -199,7 +199,7 @@ def change(summary):
 def test_history_draws_every_series():
     history = make_history()
     top, middle, bottom = plot_training_history(history_of(history), analysed_step=8).axes
-    np.testing.assert_allclose(line(top, "entropy in training")[1], [row["entropy"] for row in history])
+    np.testing.assert_allclose(line(top, "entropy, sequences trained on")[1], [row["entropy"] for row in history])
     np.testing.assert_allclose(line(middle, "reward")[1], [row["reward"] for row in history])
     np.testing.assert_allclose(line(bottom, "predicted change")[1], [row["probe/predicted"] for row in history])
     np.testing.assert_allclose(line(bottom, "measured change")[1], [row["probe/measured"] for row in history])
@@ -212,7 +212,7 @@ def test_history_with_gaps_keeps_the_other_points():
     history = make_history()
     history[3]["probe/predicted"], history[4]["entropy"], history[5] = None, None, {"step": 5}
     top, _, bottom = plot_training_history(history_of(history)).axes
-    assert np.isnan(line(top, "entropy in training")[1][[4, 5]]).all()
+    assert np.isnan(line(top, "entropy, sequences trained on")[1][[4, 5]]).all()
     assert np.isfinite(line(bottom, "predicted change")[1]).sum() == len(history) - 2
 
 

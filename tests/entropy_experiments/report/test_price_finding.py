@@ -49,7 +49,8 @@ def test_the_sentence_says_no_more_than_the_intervals():
     assert "no intervention is predicted to keep 25%" in spoken(-0.1)
     text = spoken(-0.1, ("first", -0.5), ("second", -0.6), alike=("first", "second"))
     assert (
-        "the first has the best price: reward changes by −0.5" in text and "the second cannot be distinguished" in text
+        "“the first” has the best price: reward changes by −0.5" in text
+        and "“the second” cannot be distinguished" in text
     )
     assert "is not significantly different from 0" in spoken(-0.1, ("first", 0.1), alike=("first",))
     assert "cannot be said: no rewards" in spoken(-0.1, ("first", 0.1), note="no rewards")
@@ -61,11 +62,11 @@ def test_the_head_of_the_report_says_what_to_do_next():
     priced = [("first", -0.5), ("second", -0.6), ("third", -0.7)]
     text = next_step(-0.1, *priced, alike=("first", "second", "third"))
     assert text == (
-        "What to do next: to keep at least 25% of the entropy that this step loses, the first costs least reward here (−0.50 "
-        "[−0.70, −0.30] for a nat kept); the second and the third cannot be distinguished from it by price."
+        "What to do next: to keep at least 25% of the entropy that this step loses, “the first” costs least reward here: "
+        "−0.50 [−0.70, −0.30] for a nat kept; “the second” and “the third” cannot be distinguished from it by price."
     )
     assert next_step(-0.1, *priced, alike=("first",)) == f"{str(text).split(';')[0]}."
     many = [(str(n), -0.5) for n in range(9)]
-    assert "the 4 and 4 others cannot" in str(next_step(-0.1, *many, alike=tuple(name for name, _ in many)))
+    assert "“the 4” and 4 others cannot" in str(next_step(-0.1, *many, alike=tuple(name for name, _ in many)))
     unknown = str(next_step(-0.1, ("first", 0.1), note="no rewards"))
     assert "the first is predicted to keep most; what it costs in reward cannot be said" in unknown

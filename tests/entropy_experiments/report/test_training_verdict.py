@@ -39,7 +39,7 @@ def test_entropy_is_that_of_unfiltered_sequences_and_a_noisy_pair_of_ends_is_no_
     (text,) = words(probed([1.9, 1.6, 1.8, 1.7, 1.9, 1.6], error=0.2))
     assert "showed no clear change" in text
     assert "fell" not in text and "75%" not in text and "2 " not in text.split("nats")[0]
-    assert "drawn before any was left out" in text
+    assert "on the probe's sequences, none left out for its reward" in text
 
 
 def test_a_fall_is_the_last_third_against_the_first_with_its_interval():

@@ -60,9 +60,12 @@ def noise_sentence(**content):
 def test_early_the_effect_names_and_late_the_share_does():
     early, late = (costs(leaving_out(by)) for by in ("effect", "share"))
     assert "4 lowered entropy in this step and 1 raised it (by their effects of leaving them out" in early[0].text
-    assert "25% of the second moment is this step's own gradient" in early[0].text
+    assert "25% of Adam's second moment is this step's own gradient" in early[0].text
     assert "sequence 2 of prompt 19 with its 1 equal ones" in early[0].text
-    assert "−12.00 ×10⁻³" in early[0].text.replace("−12.0 ", "−12.00 ") and "effect of leaving it out" in early[0].text
+    assert (
+        "−12.00 ×10⁻³" in early[0].text.replace("−12.0 ", "−12.00 ")
+        and "entropy with it minus without it" in early[0].text
+    )
     assert "first in 73% of 1000 bootstraps over evaluation prompts" in early[0].text
     assert "prompt 19 cost most" in early[1].text and "first in 81%" in early[1].text
     assert "sequence 0 of prompt 3 (" in late[0].text and "(accounting share; first in 73%" in late[0].text
@@ -113,9 +116,7 @@ def test_training_noise_says_what_it_covers_and_what_not():
     assert (
         "Another draw of this training buffer (8 prompts) would have moved the predicted change by ±0.012" in told.text
     )
-    assert (
-        "95% interval −0.10 to −0.046" in told.text and "The other errors cover which evaluation sequences" in told.text
-    )
+    assert "95% interval of the change: −0.10 to −0.046" in told.text and "not that of the training buffer" in told.text
     other_way = noise_sentence(training_noise=NOISE | {"high": 0.01}, leaving_out=leaving_out())
     assert other_way is not None and other_way.tone == "warning" and "the other way" in other_way.text
     unknown = noise_sentence(training_noise=None, leaving_out=leaving_out())
