@@ -83,6 +83,8 @@ def load_model_and_tokenizer(
         for key, value in vars(config).items():
             if is_dropout(key) and isinstance(value, float):
                 setattr(config, key, 0.0)
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # as trainers of experts save it: generation fails under it
         placed = {} if device_map is None else device_map.arguments(config)
         model = _read_model(source, config=config, dtype=DTYPES[dtype], **placed)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -333,3 +333,21 @@ def test_what_a_killed_conversion_left_is_removed_and_another_machines_is_not(gg
     rl_training.models.gguf._remove_leftovers(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [f"mine.part-{host}-{os.getpid()}-x", "own.part-x", "theirs.part-00000000-1-x"]
+
+
+def test_experts_whose_configuration_asks_for_router_logits_generate(tmp_path):
+    """Trainers with a router's auxiliary loss save it so; transformers' generation then fails on a prompt that is padded."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from rl_training.sampling import SamplingConfig, generate_completions
+    from tests.tiny_policy import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "output_router_logits": True}
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **shape, **experts, **ends)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_model_and_tokenizer(str(tmp_path), device="cpu")
+    drawn = generate_completions(model, [[4, 5, 6], [4]], SamplingConfig(1.0, 3, (1,), 0), seed=0)
+    assert [len(tokens) > 0 for tokens in drawn] == [True, True]
