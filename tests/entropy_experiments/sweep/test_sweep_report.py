@@ -107,7 +107,7 @@ def test_figures_hold_the_numbers(run):
     assert "nats per token" in left.get_ylabel() and right.get_xlabel() == "training step"
     kernel = plot_kernel_evolution(evolution)
     aligned = [change.alignment.value for change in evolution.changes]
-    assert values(kernel.axes[3], "of evaluation prompts (debiased CKA)") == pytest.approx(aligned)
+    assert values(kernel.axes[3], "alignment on evaluation prompts (debiased CKA)") == pytest.approx(aligned)
     assert values(kernel.axes[1], "rank of training gradients") == pytest.approx([r.training_rank.value for r in rows])
     overview = plot_fisher_evolution(evolution)
     assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row.entropy.value for row in rows])
@@ -152,7 +152,9 @@ def test_plots_hold_the_numbers(run):
     assert traces["predicted, all parts"]["y"] == pytest.approx([row.predicted.total.value for row in rows], rel=1e-5)
     t23 = float(stats.t.ppf(0.975, 23))
     assert traces["measured"]["error_y"]["array"] == pytest.approx([t23 * 0.02] * 8), "bars are not 95% intervals"
-    aligned = {trace["name"]: trace for trace in kernel_plot(evolution)["data"]}["of evaluation prompts (debiased CKA)"]
+    aligned = {trace["name"]: trace for trace in kernel_plot(evolution)["data"]}[
+        "alignment on evaluation prompts (debiased CKA)"
+    ]
     assert aligned["x"] == [change.to_step for change in evolution.changes]
     points = {trace["name"]: trace for trace in law_plot(evolution.law.training)["data"] if "name" in trace}
     assert points["steps after them"]["customdata"] == (4, 5, 6, 7)
