@@ -100,8 +100,8 @@ class TrainedAtAll(TrainerCallback):
         if self._steps and not self._trained and state.is_world_process_zero:
             warnings.warn(
                 f"nothing was trained: in {self._steps} steps no sequence had weight in the loss, because the rewards of every "
-                "prompt's completions were equal; take an easier or harder task, more completions of a prompt, or a reward that "
-                "tells completions apart",
+                "prompt's completions were equal (as float32 holds them), or missing (None or NaN); take an easier or harder "
+                "task, more completions of a prompt, or a reward that tells completions apart",
                 RuntimeWarning,
                 stacklevel=2,
             )

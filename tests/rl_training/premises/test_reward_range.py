@@ -79,6 +79,14 @@ def test_sequences_without_weight_are_not_counted_as_trained_and_a_run_of_them_s
     assert {row.status for row in read_rollouts(tmp_path / "run", 1)} == {"filler"}
 
 
+def test_rewards_that_are_missing_are_not_called_equal(tiny_policy, tmp_path):
+    trainer = with_rewards(
+        tiny_policy, tmp_path / "run", float("nan"), training_buffer={"reject_zero_advantage": False}
+    )
+    with pytest.warns(RuntimeWarning, match=r"nothing was trained: .* or missing \(None or NaN\)"):
+        trainer.train()
+
+
 def test_one_function_among_several_is_named(tiny_policy, tmp_path):
     with pytest.raises(UserError, match="reward function 'second'"):
         with_rewards(tiny_policy, tmp_path / "run", 1.0, second=-1e38).train()
