@@ -11,7 +11,7 @@ Source: docs/theory/fisher-kernel.md, "Properties that are checked".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,8 @@ def products_with_weightings(
 
 def independent(columns: Tensor) -> tuple[list[int], Tensor]:
     """Numbers of columns of (n, m), one at least and ascending, whose combinations all are; and (as many, m) coefficients."""
-    _, triangle, order = qr(columns.numpy(), mode="economic", pivoting=True)
+    factors: Any = qr(columns.numpy(), mode="economic", pivoting=True)
+    _, triangle, order = factors
     size = np.abs(np.diag(triangle))
     basis = sorted(order[: max(1, int((size > _DEPENDENT * size[0]).sum()))].tolist())
     return basis, torch.linalg.lstsq(columns[:, basis], columns, driver="gelsd").solution
