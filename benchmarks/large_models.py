@@ -30,6 +30,8 @@ ROOT = Path("runs/large")
 CONFIG = Path(__file__).parents[1] / "rl_training" / "cfg" / "testconfig.yaml"
 _K = "entropy_analysis."
 _FEW = (f"{_K}analysis.intervention=false", f"{_K}analysis.weighting_steps=false", f"{_K}analysis.prices=false")
+_NO_SCHEMES = f"{_K}analysis.weighting_schemes=false"
+"""Without the matrix each of some fifteen weightings is a gradient and a forward-mode pass; from the matrix they cost nothing."""
 _CORES = 2
 _GIB = 2**30
 ENTRIES = 8
@@ -53,7 +55,7 @@ class Case:
 
     def overrides(self) -> list[str]:
         """Of the configuration."""
-        without = [f"{_K}fisher_kernel.compute_full=false", f"{_K}fisher_kernel.token_batch_size=512"]
+        without = [f"{_K}fisher_kernel.compute_full=false", f"{_K}fisher_kernel.token_batch_size=512", _NO_SCHEMES]
         kernel = [] if self.matrix else without
         kernel += [f"{_K}fisher_kernel.memory_budget={self.gib:g}GiB"] if self.gib else []
         kernel += [f"{_K}fisher_kernel.disk_budget={self.disk:g}GiB"] if self.disk else []
@@ -130,22 +132,39 @@ def _add(line: dict[str, Any]) -> None:
 
 
 def check(name: str, folder: Path | None) -> None:
-    """K1 of the first sequences in float64: one sequence at a time, plain autograd, P by its formula."""
+    """K1 of the first sequences in float64, and how far the kernel and plain autograd in float32 are from it."""
+    import pyarrow.parquet as pq
     import torch
 
-    from entropy_experiments.checkpoint_loader import load_checkpoint
     from entropy_experiments.records.reader import read_results_folder
 
     case = CASES[name]
     results = next(iter(sorted((ROOT / "results" / name).glob("analysis_*/*_checkpoint-*"))))
     loaded = read_results_folder(results)
-    checkpoint = load_checkpoint(folder or ROOT / case.run, dtype="float64")
+    tokens = pq.read_table(results / "sequences.parquet", columns=["buffer", "row", "prompt_ids", "completion_ids"])
+    evaluation, training = (
+        sorted((s for s in tokens.to_pylist() if s["buffer"] == side), key=lambda s: s["row"])[:ENTRIES]
+        for side in ("evaluation", "training")
+    )
+    run, temperature = folder or ROOT / case.run, loaded.summary.policy.sampling_config.temperature
+    exact, plain = (_by_autograd(run, dtype, temperature, evaluation, training) for dtype in ("float64", "float32"))
+    ours = torch.from_numpy(loaded.kernels["fisher"][:ENTRIES, : len(training)]).double()
+    error, of_float32 = (float((found - exact).norm() / exact.norm()) for found in (ours, plain))
+    print(f"{name}: {exact.numel()} entries, relative Frobenius error {error:.1e}, of plain autograd in float32 {of_float32:.1e}")
+    _add({"case": name, "entries": exact.numel(), "error": error, "float32": of_float32})
+
+
+def _by_autograd(run: Path, dtype: str, temperature: float, evaluation: list[Any], training: list[Any]) -> Any:
+    """(n_eval, n_train) K1, one sequence at a time, P by its formula; products in float64."""
+    import torch
+
+    from entropy_experiments.checkpoint_loader import load_checkpoint
+
+    checkpoint = load_checkpoint(run, dtype=dtype)
     model, moments = checkpoint.model, checkpoint.optimizer
     assert moments is not None
-    parameters, temperature = (
-        {n: p for n, p in model.named_parameters() if p.requires_grad},
-        loaded.summary.policy.sampling_config.temperature,
-    )
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    model.get_input_embeddings().padding_idx = None  # whose row torch gives no gradient: kernels are of the true derivatives
 
     def row(sequence: dict[str, Any]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([[*sequence["prompt_ids"], *sequence["completion_ids"]]])
@@ -154,18 +173,15 @@ def check(name: str, folder: Path | None) -> None:
         score = logprobs.gather(1, torch.tensor(sequence["completion_ids"])[:, None]).sum()
         return dict(zip(parameters, torch.autograd.grad(score, list(parameters.values())), strict=True))
 
-    columns = [{n: g.float() for n, g in row(s).items()} for s in loaded.training[:ENTRIES]]
-    exact = torch.zeros(ENTRIES, len(columns), dtype=torch.float64)
-    for t, sequence in enumerate(loaded.evaluation[:ENTRIES]):
+    columns = [{n: g.float() for n, g in row(s).items()} for s in training]
+    found = torch.zeros(len(evaluation), len(columns), dtype=torch.float64)
+    for t, sequence in enumerate(evaluation):
         for n, g in row(sequence).items():
             s = moments[n]
-            left = g / ((s.exp_avg_sq.double() / (1 - s.beta2**s.step)).sqrt() + s.eps)
+            left = g.double() / ((s.exp_avg_sq.double() / (1 - s.beta2**s.step)).sqrt() + s.eps)
             for i, column in enumerate(columns):
-                exact[t, i] += torch.dot(left.flatten(), column[n].double().flatten())
-    part = torch.from_numpy(loaded.kernels["fisher"][:ENTRIES, : len(columns)]).double()
-    error = float((part - exact).norm() / exact.norm())
-    print(f"{name}: {ENTRIES} x {len(columns)} entries, relative Frobenius error {error:.1e}")
-    _add({"case": name, "entries": ENTRIES * len(columns), "error": error})
+                found[t, i] += torch.dot(left.flatten(), column[n].double().flatten())
+    return found
 
 
 def page() -> None:

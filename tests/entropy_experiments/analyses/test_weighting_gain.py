@@ -140,7 +140,7 @@ def test_a_gain_within_noise_is_not_divided_by() -> None:
             assert row.scale.equal_gain is None
         assert row.delta_h.equal_length.value is not None
     assert row_of(found, "run").entropy_cost_per_reward.value is None
-    assert "no price in reward" in weighting_finding(found)
+    assert "what a unit of reward costs in entropy is not given" in weighting_finding(found)
     assert_sound(found)
 
 
