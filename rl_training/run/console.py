@@ -141,7 +141,8 @@ class ConsoleCallback(TrainerCallback):
             columns += _PROBE_COLUMNS
         what = "entropies in nats per token; buffer: sequences kept of those drawn"
         what += "; batch, moment.: parts of predicted" if self._probe else ""
-        self._console.print(columns + f" {'sec':>5}   ({what})", soft_wrap=True)
+        self._console.print(what, soft_wrap=True)
+        self._console.print(columns + f" {'sec':>5}", soft_wrap=True)
         self._progress.start()
         self._progress.update(self._bar, total=state.max_steps, completed=state.global_step)
 

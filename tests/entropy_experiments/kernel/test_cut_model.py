@@ -27,8 +27,9 @@ CUT = "checkpoint.sharding=fsdp2"
 # Sixteen sequences of a side, in tiles of a few.
 TILES = ("entropy_analysis.fisher_kernel.strategy=tiles", "entropy_analysis.analysis.prompt_structure=false")
 STEP = "entropy_analysis.fisher_kernel.preconditioning=step"
-ROUNDED, DIFFERENCES = 1e-3, 1e-2
-"""Relative. Differences of two nearly equal changes, and their z, are a hundredth of these, of scores in float32; a part that was
+ROUNDED, DIFFERENCES = 1e-3, 5e-2
+"""Relative. Differences of two nearly equal changes, their z and departures from a line are a hundredth of these, of scores in
+float32, and the whole model's gradient passes a prompt once for all its completions, which rounds otherwise; a part that was
 left out of a sum over parameters would change either by a third and more.
 """
 DIRECTIONS = "entropy_analysis.fisher_kernel.compute_full=false"
@@ -85,7 +86,7 @@ def assert_same_results(found: Path, expected: Path, tolerance: float) -> None:
         rounded = name.endswith(("degrees_of_freedom", "p_value", "closure")) or "/tokens/" in name
         if isinstance(value, float) and not rounded:
             # Differences of two nearly equal numbers, and what is made of them, have the rounding of these.
-            subtracted = "/agreement/" in name or "/comparisons/" in name
+            subtracted = any(part in name for part in ("/agreement/", "/comparisons/", "/departures/"))
             share, least = (DIFFERENCES, 1e-6) if subtracted else (tolerance, 1e-8)
             if two[name] is None or abs(two[name] - value) > share * max(abs(value), abs(two[name])) + least:
                 off[name] = (value, two[name])
