@@ -150,7 +150,9 @@ def check(name: str, folder: Path | None) -> None:
     exact, plain = (_by_autograd(run, dtype, temperature, evaluation, training) for dtype in ("float64", "float32"))
     ours = torch.from_numpy(loaded.kernels["fisher"][:ENTRIES, : len(training)]).double()
     error, of_float32 = (float((found - exact).norm() / exact.norm()) for found in (ours, plain))
-    print(f"{name}: {exact.numel()} entries, relative Frobenius error {error:.1e}, of plain autograd in float32 {of_float32:.1e}")
+    print(
+        f"{name}: {exact.numel()} entries, relative Frobenius error {error:.1e}, of plain autograd in float32 {of_float32:.1e}"
+    )
     _add({"case": name, "entries": exact.numel(), "error": error, "float32": of_float32})
 
 
@@ -164,7 +166,9 @@ def _by_autograd(run: Path, dtype: str, temperature: float, evaluation: list[Any
     model, moments = checkpoint.model, checkpoint.optimizer
     assert moments is not None
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    model.get_input_embeddings().padding_idx = None  # whose row torch gives no gradient: kernels are of the true derivatives
+    model.get_input_embeddings().padding_idx = (
+        None  # whose row torch gives no gradient: kernels are of the true derivatives
+    )
 
     def row(sequence: dict[str, Any]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([[*sequence["prompt_ids"], *sequence["completion_ids"]]])
