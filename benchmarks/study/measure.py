@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,19 @@ from rl_training.sampling import draw, make_sampling_config
 PASS_AT = (1, 4, 16)
 
 
-def look(model: Any, tokenizer: Any, task: Task, prompts: int, each: int, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class HeldOut:
+    """What `look` asks of a task that is none of the study's."""
+
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    longest: int
+
+    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return self.train, self.heldout
+
+
+def look(model: Any, tokenizer: Any, task: Task | HeldOut, prompts: int, each: int, seed: int) -> dict[str, float]:
     """`each` completions of every one of the first `prompts` held-out prompts.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.study.arms import ARMS, make_trainer
-from benchmarks.study.measure import look
+from benchmarks.study.measure import HeldOut, look
 from benchmarks.study.tasks import ROOT, TASKS, Task
 from rl_training.files import write_whole
 
@@ -34,7 +34,7 @@ def run(task_name: str, arm_name: str, seed: int, steps: int = STEPS, **override
     begun = time.perf_counter()
     trainer = make_trainer(ARMS[arm_name], task, seed, steps, ROOT / "work" / path.stem, **overrides)
     trainer.remove_callback(PrinterCallback)
-    watcher = _Looks(trainer, task)
+    watcher = Looks(trainer, task, EVERY, PROMPTS)
     trainer.add_callback(watcher)
     trainer.train()
     last = look(trainer.model, trainer.processing_class, task, LAST_PROMPTS, LAST_EACH, 10_000 + seed)
@@ -55,22 +55,22 @@ def run(task_name: str, arm_name: str, seed: int, steps: int = STEPS, **override
     return path
 
 
-class _Looks(TrainerCallback):
-    """Measures the policy every EVERY steps, the first time before the first."""
+class Looks(TrainerCallback):
+    """Measures the policy every `every` steps on `prompts` held-out prompts, the first time before the first step."""
 
-    def __init__(self, trainer: Any, task: Task) -> None:
-        self._trainer, self._task = trainer, task
+    def __init__(self, trainer: Any, task: Task | HeldOut, every: int, prompts: int) -> None:
+        self._trainer, self._task, self._every, self._prompts = trainer, task, every, prompts
         self.rows: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._look(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % EVERY == 0:
+        if state.global_step % self._every == 0:
             self._look(state.global_step)
 
     def _look(self, step: int) -> None:
-        seen = look(self._trainer.model, self._trainer.processing_class, self._task, PROMPTS, 1, 7 + step)
+        seen = look(self._trainer.model, self._trainer.processing_class, self._task, self._prompts, 1, 7 + step)
         self.rows.append({"step": step, **seen})
 
 

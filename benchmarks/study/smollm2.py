@@ -14,17 +14,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.study.measure import look
+from benchmarks.study.measure import HeldOut
+from benchmarks.study.runs import Looks
 from benchmarks.study.tasks import ROOT
 from rl_training.config import TrainConfig
 from rl_training.configuration import load_config
@@ -32,7 +32,7 @@ from rl_training.controller_config import EntropyControllerConfig
 from rl_training.files import write_whole
 from rl_training.integrations.entropy_controller import attach_entropy_controller
 from rl_training.models.load import add_lora, load_model_and_tokenizer
-from rl_training.tasks.task import Task, load_task
+from rl_training.tasks.task import load_task
 
 CONFIG = Path(__file__).parents[2] / "rl_training" / "cfg" / "testconfig.yaml"
 RESULTS = Path(__file__).parents[1] / "results" / "study" / "smollm2.json"
@@ -48,17 +48,6 @@ _SETTINGS: dict[str, Any] = {
     "gradient_accumulation_steps": 2, "num_generations": 8, "max_completion_length": 16, "gradient_checkpointing": False,
     "save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": 1,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """What `look` asks of a task."""
-
-    task: Task
-    longest: int = 16
-
-    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        return self.task.train, self.task.heldout
 
 
 def run(arm: str) -> Path:
@@ -82,7 +71,7 @@ def run(arm: str) -> Path:
         wanted = EntropyControllerConfig(target=TARGET)
         attach_entropy_controller(trainer, None, wanted, task.heldout, console=False)
     trainer.remove_callback(PrinterCallback)
-    looks, begun = _Looks(trainer, _HeldOut(task)), time.perf_counter()
+    looks, begun = Looks(trainer, HeldOut(task.train, task.heldout, 16), EVERY, PROMPTS), time.perf_counter()
     trainer.add_callback(looks)
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
@@ -92,29 +81,6 @@ def run(arm: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({**stored, "seconds": time.perf_counter() - begun}))
     return path
-
-
-class _Looks(TrainerCallback):
-    """Measures the policy before the first step and every EVERY steps."""
-
-    def __init__(self, trainer: Any, task: _HeldOut) -> None:
-        self._trainer, self._task = trainer, task
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % EVERY == 0:
-            self._look(state.global_step)
-
-    def _look(self, step: int) -> None:
-        seen = look(self._trainer.model, self._trainer.processing_class, self._task, PROMPTS, 1, 7 + step)
-        self.rows.append({"step": step, **seen})
-        print(
-            f"step {step}: entropy {seen['entropy']:.3f} +- {seen['entropy_se']:.3f}, reward {seen['reward']:.2f}",
-            flush=True,
-        )
 
 
 def distance(stored: dict[str, Any]) -> float:

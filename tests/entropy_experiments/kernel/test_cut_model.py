@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_experiments.checkpoint_loader import load_checkpoint
 from entropy_experiments.entropy_runner import run_fisher_analysis
 from entropy_experiments.forecast.forecast import forecast_analysis
@@ -27,9 +28,8 @@ CUT = "checkpoint.sharding=fsdp2"
 # Sixteen sequences of a side, in tiles of a few.
 TILES = ("entropy_analysis.fisher_kernel.strategy=tiles", "entropy_analysis.analysis.prompt_structure=false")
 STEP = "entropy_analysis.fisher_kernel.preconditioning=step"
-ROUNDED, DIFFERENCES = 1e-3, 5e-2
-"""Relative. Differences of two nearly equal changes, their z and departures from a line are a hundredth of these, of scores in
-float32, and the whole model's gradient passes a prompt once for all its completions, which rounds otherwise; a part that was
+ROUNDED, DIFFERENCES = 1e-3, 1e-2
+"""Relative. Differences of two nearly equal changes, and their z, are a hundredth of these, of scores in float32; a part that was
 left out of a sum over parameters would change either by a third and more.
 """
 DIRECTIONS = "entropy_analysis.fisher_kernel.compute_full=false"
@@ -86,7 +86,7 @@ def assert_same_results(found: Path, expected: Path, tolerance: float) -> None:
         rounded = name.endswith(("degrees_of_freedom", "p_value", "closure")) or "/tokens/" in name
         if isinstance(value, float) and not rounded:
             # Differences of two nearly equal numbers, and what is made of them, have the rounding of these.
-            subtracted = any(part in name for part in ("/agreement/", "/comparisons/", "/departures/"))
+            subtracted = "/agreement/" in name or "/comparisons/" in name
             share, least = (DIFFERENCES, 1e-6) if subtracted else (tolerance, 1e-8)
             if two[name] is None or abs(two[name] - value) > share * max(abs(value), abs(two[name])) + least:
                 off[name] = (value, two[name])
@@ -95,7 +95,16 @@ def assert_same_results(found: Path, expected: Path, tolerance: float) -> None:
     assert not off
 
 
+@pytest.fixture
+def rounded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut model has every completion in a row of its own. The whole one too then: in float32 a z near 3 has another 3% of
+    rounding where its gradient is summed in another order (and is 10% from that in float64 either way).
+    """
+    monkeypatch.setattr(PrefixSharing, "shares", lambda self, batch: False)
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("rounded_alike")
 def test_two_processes_with_a_part_each_give_the_analysis_of_the_whole(tiny_run, tmp_path, monkeypatch):
     whole = run_fisher_analysis(tiny_run, whole_config(), folder=tmp_path / "whole", trust=True)
     found = _results(tmp_path, monkeypatch, tiny_run, whole_cut, 2)
@@ -118,6 +127,7 @@ def full_run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("rounded_alike")
 @pytest.mark.parametrize("run", ["tiny_run", "full_run"])
 def test_three_processes_in_tiles(request, run, tmp_path, monkeypatch):
     path = request.getfixturevalue(run)
@@ -126,6 +136,7 @@ def test_three_processes_in_tiles(request, run, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("rounded_alike")
 def test_without_a_matrix_derivatives_are_differences(full_run, tmp_path, monkeypatch):
     whole = run_fisher_analysis(full_run, config(DIRECTIONS), folder=tmp_path / "whole", trust=True)
     assert_same_results(_results(tmp_path, monkeypatch, full_run, directions_cut, 2), whole.folder, ROUNDED)
