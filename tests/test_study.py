@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.study import page as study_page
-from benchmarks.study import runs, summary, tasks
+from benchmarks.study import runs, smollm2, summary, tasks
 from benchmarks.study.arms import ARMS
 from benchmarks.study.covariance import CovarianceTrainer
 from benchmarks.study.foretold import section
@@ -152,5 +152,12 @@ def test_documents_quote_the_stored_figures() -> None:
     assert all(figure in study for figure in told.groups()), told.groups()
     guide = (root / "docs/guides/my-entropy-collapses.md").read_text()
     assert all(figure.replace("(", "[").replace(" to ", ", ").replace(")", "]") in guide for figure in told.groups())
+    real = json.loads(smollm2.RESULTS.read_text())
+    away = [f"{smollm2.distance(one):.2f}" for one in real if one["arm"] != "dr_grpo"]
+    assert all(
+        figure in text for figure in away for text in (study, (root / "docs/guides/holding-entropy.md").read_text())
+    )
+    ends = ", ".join(f"{one['rows'][-1]['reward']:.2f}" for one in real)
+    assert f"Rewards end at {' and '.join(ends.rsplit(', ', 1))}" in study
     ledger = re.search(r"\*\*(0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text())
     assert ledger is not None and ledger[1] in (root / "docs/analyses/ledger.md").read_text()

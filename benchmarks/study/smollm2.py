@@ -100,7 +100,7 @@ def section() -> list[str]:
         "",
         f"`python -m benchmarks.study smollm2`: LoRA on the demo's task, {first['steps']} steps of 32 sequences, target "
         f"{first['target']:g} nats per token. Entropy on fresh completions of {PROMPTS} held-out prompts every {EVERY} steps; "
-        f"distance from step {FROM} on. One seed shows a direction.",
+        f"distance from step {FROM} on. One seed shows a direction. Seconds are of a machine that others were using.",
         "",
         f"| arm | distance | entropy at steps {steps} | its error | last reward | s |",
         "|---|---|---|---|---|---|",
