@@ -50,10 +50,8 @@ def _of_step(found: StepRoundingRecord) -> Sentence:
     what = f"moments in {found.moments}" if found.weights == "float32" else f"weights and moments in {found.moments}"
     text = f"The run's optimizer keeps {what}: the step that it takes itself"
     if found.moved is not None and found.length is not None:
-        text += (
-            f" moves {plain(100 * found.moved, 2)}% of the weights that the analysed step moves, is {plain(found.length, 2)} times "
-            "as long,"
-        )
+        text += f" moves {plain(100 * found.moved, 2)}% of the weights that the analysed step moves,"
+        text += f" is {plain(found.length, 2)} times as long,"
     if found.predicted is not None and found.predicted_in_training is not None:
         text += (
             f" and is predicted to change entropy by {signed(found.predicted_in_training, 2)} in place of "
