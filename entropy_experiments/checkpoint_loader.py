@@ -19,6 +19,7 @@ from torch import nn
 from entropy_core.gradients import trainable_parameters
 from entropy_experiments.checkpoints.adapter_file import adapter_weights, saved_embeddings, weight_shapes
 from entropy_experiments.checkpoints.folder import Adapter, CheckpointRecord, resolve_checkpoint
+from entropy_experiments.checkpoints.half_precision import HALF, holds_exactly
 from entropy_experiments.checkpoints.loaded_policy import check_loaded_policy
 from entropy_experiments.checkpoints.optimizer_names import match_names
 from entropy_experiments.checkpoints.policy_outline import resize_vocabulary
@@ -53,13 +54,15 @@ def load_checkpoint(
     require_optimizer: bool = True,
     device_map: DeviceMap | None = None,
     learning_rate: float | None = None,
+    widened: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint folder, or the latest checkpoint of a run folder.
 
     model_name: base model, where the checkpoint's own reference does not load. require_optimizer=False does without the
-    optimizer's state, whatever lies there; `optimizer` is then None. dtype: other than the run's. device_map: where the base
-    model's parts go, in place of `device`; adapters and their moments lie where their layers are computed. learning_rate: of
-    the analysed step, in place of the last step's; that of the first parameter group, to which others keep their ratio.
+    optimizer's state, whatever lies there; `optimizer` is then None. dtype: other than the run's; widened: float32 where the
+    run's is below, which holds its weights exactly. device_map: where the base model's parts go, in place of `device`; adapters
+    and their moments lie where their layers are computed. learning_rate: of the analysed step, in place of the last step's; that
+    of the first parameter group, to which others keep their ratio.
 
     Raises UserError for a missing, partial or changed checkpoint, an adapter whose base model is missing, optimizer state that
     is absent or not AdamW's, or whose entries cannot be matched to parameters with certainty, a learning rate that is not
@@ -69,7 +72,9 @@ def load_checkpoint(
     folder = resolve_checkpoint(path)
     found = examine_checkpoint(folder, model_name, learning_rate, with_optimizer=require_optimizer)
     found.refuse(require_optimizer)
-    model, tokenizer = _load_policy(found, device, dtype, device_map)
+    own = found.sidecar.dtype if found.sidecar else None
+    precision = dtype or ("float32" if widened and own in HALF else own) or "float32"
+    model, tokenizer = _load_policy(found, device, precision, own, device_map)
     check_loaded_policy(model, folder, found.sidecar, require_optimizer)
     record = CheckpointRecord(
         path=folder,
@@ -100,20 +105,28 @@ def load_as_configured(path: str | Path, config: FisherAnalysisConfig, device: s
         require_optimizer=config.entropy_analysis.fisher_kernel.preconditioning != "none",
         device_map=placed,
         learning_rate=settings.learning_rate,
+        widened=True,
     )
 
 
 def _load_policy(
-    found: Examined, device: str, dtype: str | None, device_map: DeviceMap | None
+    found: Examined, device: str, precision: str, trained_in: str | None, device_map: DeviceMap | None
 ) -> tuple[nn.Module, Any]:
     from entropy_experiments.checkpoints.offloading import read_again_in_backward
     from rl_training.models.device_map import PlacementError
     from rl_training.models.load import load_model_and_tokenizer, read_tokenizer
 
-    folder, sidecar = found.folder, found.sidecar
+    folder = found.folder
     try:
-        precision = dtype or (sidecar.dtype if sidecar else "float32")
-        model, tokenizer = load_model_and_tokenizer(found.model_name, precision, device, device_map=device_map)
+        # A run with an adapter rounded its base model when it loaded it, whatever that is saved in; what a run trained whole is
+        # saved as its optimizer has it.
+        rounded = trained_in in HALF and precision != trained_in and found.adapter is not None
+        first = trained_in if rounded and trained_in and device_map is None else precision
+        model, tokenizer = load_model_and_tokenizer(found.model_name, first, device, device_map=device_map)
+        if rounded and device_map is not None:
+            _refuse_finer_base(model, found, getattr(torch, str(trained_in)))
+        elif rounded:
+            model.to(getattr(torch, precision))
     except PlacementError:
         raise
     except UserError as error:
@@ -142,6 +155,17 @@ def _load_policy(
             f"{folder}: parameter {broken[0]!r} holds NaN or infinite values; the run diverged before this step"
         )
     return model, tokenizer
+
+
+def _refuse_finer_base(model: nn.Module, found: Examined, dtype: torch.dtype) -> None:
+    """Raises UserError where a base model that is placed by a device map has digits that the run's had not."""
+    finer = [n for n, p in model.named_parameters() if p.device.type != "meta" and not holds_exactly(p, dtype)]
+    if finer:
+        raise UserError(
+            f"{found.folder} was trained on its base model in {dtype}, and {found.model_name} is saved with more digits "
+            f"({finer[0]!r}): save the base model in that precision and name it with checkpoint.model=..., or leave "
+            "checkpoint.device_map out"
+        )
 
 
 def _add_tokens(model: nn.Module, adapter: Adapter, folder: Path) -> None:

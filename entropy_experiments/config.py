@@ -185,8 +185,8 @@ class CheckpointOverrides(StrictModel):
     sharding: Literal["fsdp2"] | None = None
     """`fsdp2` cuts a model that no device holds over the processes of a launch: each has a part of every weight, and its rows."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """Precision to load in; by default the run's. Below float32 self-checks fail on rounding alone; float64 takes
-    about twice as long and twice the memory of a pass, and gives kernels two digits more."""
+    """Precision of passes; by default the run's, and float32 where that is below (its weights as they are). Below float32
+    self-checks fail on rounding alone; float64 takes twice as long and twice the memory, and gives kernels two digits more."""
     learning_rate: PositiveFloat | None = None
     """Rate of the analysed step; by default the one the checkpoint's last step was taken with."""
     max_grad_norm: PositiveFloat | None = None

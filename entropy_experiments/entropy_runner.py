@@ -30,6 +30,7 @@ from entropy_experiments.analyses.headline_units import (
     with_training_noise,
 )
 from entropy_experiments.analyses.inputs import AnalysisInputs
+from entropy_experiments.analyses.precision_in_training import with_training_precision
 from entropy_experiments.analyses.prompt_structure import kernel_structure
 from entropy_experiments.analyses.registry import run_analyses
 from entropy_experiments.buffers.recorded_task import check_trust
@@ -209,6 +210,7 @@ def _analyze_into(target: Path, run: _Run, checkpoint: Checkpoint) -> FisherAnal
             _refuse_failed_checks(inputs.numbers.checks)
         scored = score_for_the_reader(buffers.evaluation, plan)  # only now: the draw looked at no reward
         inputs = with_training_noise(replace(inputs, evaluation=scored), clock)
+        inputs = with_training_precision(inputs, checkpoint.record, clock)
         analyses = run_analyses(inputs, clock, work)
         if not run.keep_going:
             _refuse_failed_analyses(analyses)
@@ -334,6 +336,7 @@ def _write(part: Path, checkpoint: Checkpoint, inputs: AnalysisInputs, analyses:
         "leaving_out": leaving_out_summary(inputs),
         "policy": describe_policy(checkpoint, inputs.plan),
         "kernel_modules": _modules(inputs),
+        "training_precision": inputs.training_precision and inputs.training_precision.to_json(),
         "gradient_rows": inputs.side.kernel.setup.passes.formation.to_json(),
         "analyses": analyses,
     }

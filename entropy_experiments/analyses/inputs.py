@@ -22,6 +22,7 @@ from entropy_experiments.step.effects_of_leaving_out import Contributions, decid
 from entropy_experiments.step.numbers import AnalysisNumbers
 from entropy_experiments.step.real_steps import token_shares
 from entropy_experiments.step.training_noise import TrainingNoise
+from entropy_experiments.step.training_precision import TrainingPrecision
 from entropy_experiments.step.training_side import TrainingSide
 from rl_training.sampling import Policy, Rollouts
 
@@ -43,6 +44,8 @@ class AnalysisInputs:
     gradients: dict[str, dict[str, Tensor]]
     training_noise: TrainingNoise | None = None
     """What another draw of the training buffer would change; None before `with_training_noise`, and where nothing was drawn."""
+    training_precision: TrainingPrecision | None = None
+    """What rounding in training changes; None before `with_training_precision`, and where there was none below the analysis'."""
 
     @property
     def buffers(self) -> Buffers:

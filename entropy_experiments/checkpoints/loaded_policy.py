@@ -11,6 +11,7 @@ import math
 import warnings
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from rl_training.errors import UserError
@@ -92,7 +93,8 @@ def _compare(model: nn.Module, folder: Path, sidecar: Sidecar, random: str | Non
     assert sidecar.witness is not None
     sampling = sidecar.sampling
     try:
-        found = witness_differences(model, sidecar.witness, sampling.temperature, sampling.pad_token_id)
+        recorded = getattr(torch, sidecar.dtype)
+        found = witness_differences(model, sidecar.witness, sampling.temperature, sampling.pad_token_id, recorded)
     except (ValueError, IndexError) as error:
         raise UserError(
             f"{folder}: the sequences that its record compares by cannot be passed through the loaded model ({error}): the "

@@ -54,6 +54,11 @@ class StoredMoments(Mapping[str, AdamWParameterState]):
         found._parameters, found._stretches = parameters, stretches
         return found
 
+    def stored_types(self) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+        """name -> types that the file holds the first and second moments in, of the parameters that have any."""
+        found = {name: entry for name, (entry, _, _) in self._entries.items() if entry}
+        return {name: (entry["exp_avg"].dtype, entry["exp_avg_sq"].dtype) for name, entry in found.items()}
+
     def __getitem__(self, name: str) -> AdamWParameterState:
         """Raises UserError where the file was written anew since it was opened."""
         if self._written_anew():

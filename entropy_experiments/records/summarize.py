@@ -53,7 +53,7 @@ def summarize(
         preconditioning: The kernel's P, "checkpoint", "step" or "none".
         training_noise: What another draw of the training buffer would change; None where it is not known.
         sections: The others by name, as records or as plain data: kernel, leaving_out, policy, kernel_modules, gradient_rows,
-            analyses.
+            training_precision, analyses.
 
     Raises:
         pydantic.ValidationError: A section is not of the format: a mistake of this program.

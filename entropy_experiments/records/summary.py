@@ -7,6 +7,7 @@ from typing import Literal
 from entropy_experiments.records.analysis_results import AnalysesRecord
 from entropy_experiments.records.estimates import Estimate, LargestPartRecord, Measurement, NoiseOverBuffers
 from entropy_experiments.records.leaving_out import LeavingOut
+from entropy_experiments.records.precision_results import TrainingPrecisionRecord
 from entropy_experiments.records.record import Count, Finite, Nonnegative, Number, Probability, Record, Rows
 from entropy_experiments.records.run_record import CheckpointRecord
 from entropy_experiments.records.step_results import Estimator
@@ -297,6 +298,8 @@ class Summary(Record):
     """The step and its shares."""
     training_noise: NoiseOverBuffers | None
     """Spread of the predicted change over training buffers; null where it is not known."""
+    training_precision: TrainingPrecisionRecord | None = None
+    """What the run's own precision changes; null where it was trained in the analysis' own, absent in older folders."""
     rows_drawn: bool
     """Whether the policy drew the evaluation sequences; else predictions are of the fixed prefix alone."""
     step_analysed: bool

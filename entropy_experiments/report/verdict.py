@@ -15,6 +15,7 @@ from entropy_experiments.records.estimates import Measurement
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.check_words import check_sentences
+from entropy_experiments.report.precision_finding import precision_sentences
 from entropy_experiments.report.price_finding import next_step_sentence
 from entropy_experiments.report.training_verdict import probe_sentence, training_sentences
 from entropy_experiments.report.verdict_attribution import cost_sentences, training_noise_sentence
@@ -181,6 +182,7 @@ def write_verdict(results: ResultsFolder) -> list[Sentence]:
         found += with_source(
             "sequences.parquet: delta_h, effect_of_leaving_out; summary.json: leaving_out", costs, lead=1
         )
+    found += with_source("summary.json: training_precision", precision_sentences(summary))
     prices = finished(summary.analyses.prices)
     if prices is not None:
         found += with_source("summary.json: analyses.prices", [next_step_sentence(prices)])

@@ -73,14 +73,16 @@ class NextStep:
     @cached_property
     def parameter_delta(self) -> Mapping[str, Tensor]:
         """theta_after - theta_before of torch's own optimizer."""
-        return Formed(self.parameters, lambda name: _taken(self.state[name], self.clipped(name), self.parameters[name]))
+        return Formed(
+            self.parameters, lambda name: taken_step(self.state[name], self.clipped(name), self.parameters[name])
+        )
 
     @cached_property
     def unrounded_delta(self) -> Mapping[str, Tensor]:
         """As `parameter_delta`, of weights in float64, which hold every step."""
 
         def form(name: str) -> Tensor:
-            return _taken(self.state[name], self.clipped(name), self.parameters[name], torch.float64)
+            return taken_step(self.state[name], self.clipped(name), self.parameters[name], torch.float64)
 
         return Formed(self.parameters, form)
 
@@ -204,10 +206,12 @@ def without_gradient(gradient: Mapping[str, Tensor], names: Sequence[str]) -> se
     return {name for name, moved in zip(names, found, strict=True) if not moved}
 
 
-def _taken(
+def taken_step(
     before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """theta_after - theta_before of one parameter, by torch's optimizer; dtype: to compute in, None: each tensor's own."""
+    """theta_after - theta_before of one parameter, by torch's optimizer; dtype: that of weights, gradient and moments, None: each
+    tensor's own.
+    """
     if gradient is None:
         return torch.zeros_like(parameter.detach())
 

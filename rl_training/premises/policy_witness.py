@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
@@ -59,13 +60,17 @@ def witness_of(
 
 
 def witness_differences(
-    model: nn.Module, witness: SidecarWitness, temperature: float, pad_token_id: int
+    model: nn.Module, witness: SidecarWitness, temperature: float, pad_token_id: int, recorded: torch.dtype
 ) -> list[tuple[float, float]]:
     """For each sequence |S found - S recorded|, nats (NaN where one is not finite), and what
     rounding explains of it.
+
+    Args:
+        recorded: what the model's weights were in when S was recorded.
     """
     found = _scores(model, witness.prompt_ids, witness.completion_ids, temperature, pad_token_id)
-    allowed = agreement(coarsest_dtype(model)).logprob
+    coarsest = max((coarsest_dtype(model), recorded), key=lambda dtype: torch.finfo(dtype).eps)
+    allowed = agreement(coarsest).logprob
     return [
         (abs(now - then), allowed * (2 + len(completion) / 4))
         for now, then, completion in zip(found, witness.scores, witness.completion_ids, strict=True)

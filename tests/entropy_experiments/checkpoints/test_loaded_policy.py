@@ -42,7 +42,7 @@ def test_a_witness_is_recorded_and_found_again_to_rounding(tiny_run):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = load_checkpoint(tiny_run / "checkpoint-4").model
-    for found, allowed in witness_differences(model, witness, sidecar.sampling.temperature, 0):
+    for found, allowed in witness_differences(model, witness, sidecar.sampling.temperature, 0, torch.float32):
         assert found < 1e-5 < allowed
     # By hand: one sequence alone, without padding.
     ids = torch.tensor([witness.prompt_ids[0] + witness.completion_ids[0]])
@@ -56,7 +56,7 @@ def test_it_is_the_policy_after_the_last_step_not_before(tiny_run):
     """Earlier weights with the later record are another policy."""
     sidecar = read_sidecar(tiny_run / "checkpoint-4")
     model = load_checkpoint(tiny_run / "checkpoint-2").model
-    assert any(found > allowed for found, allowed in witness_differences(model, sidecar.witness, 1.0, 0))
+    assert any(found > allowed for found, allowed in witness_differences(model, sidecar.witness, 1.0, 0, torch.float32))
 
 
 def another_adapter(folder: Path) -> None:
