@@ -13,6 +13,7 @@ from entropy_experiments.records.record import json_of, validated
 from entropy_experiments.records.summary import ActualRecord
 from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
+from entropy_experiments.sweep.evolution.evolution_rows import checkpoint_row
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, prompt_sums
 from entropy_experiments.sweep.evolution.reward_price import price_between
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
@@ -157,6 +158,24 @@ def test_share_within_prompts_and_rank():
     assert norm.value == pytest.approx(2.0) and rank.value == pytest.approx(1.0)
     alone = training_structure(np.ones((3, 3)), np.zeros(3))
     assert alone.same_prompt_share.standard_error is None and "too few prompts" in alone.same_prompt_share.reason
+
+
+def test_copies_of_a_sequence_are_no_likeness_within_its_prompt():
+    """Gradients that know nothing of prompts, each drawn twice: cosines of 1 stood for a prompt's own direction."""
+    rows = np.random.default_rng(0).normal(size=(12, 400))
+    copies, prompts = np.repeat(np.arange(12), 2), np.repeat(np.arange(4), 6)
+    once = training_structure(rows @ rows.T, np.repeat(np.arange(4), 3))
+    twice = rows[copies]
+    found = training_structure(twice @ twice.T, prompts, copies)
+    assert found.same_prompt_share.value == pytest.approx(once.same_prompt_share.value)
+    assert found.same_prompt_pairs == pytest.approx(once.same_prompt_pairs)
+    assert training_structure(twice @ twice.T, prompts).same_prompt_share.value > 0.9, "what it would be with them"
+    folder = planted_run(1)[0][0]
+    doubled = [row for row in folder.training for _ in (0, 1)]
+    kernel = np.repeat(np.repeat(folder.kernels["train_fisher"], 2, 0), 2, 1)
+    both = replace(folder, training=doubled, kernels=folder.kernels | {"train_fisher": kernel})
+    single, double = (checkpoint_row(one).same_prompt_share.value for one in (folder, both))
+    assert double == pytest.approx(single, rel=1e-6)
 
 
 def test_poor_folders_leave_gaps_with_reasons():
