@@ -53,7 +53,7 @@ def probe_sentence(history: Sequence[HistoryRow]) -> Sentence | None:
     )
     if sums.left_out:
         text += f"; {counted(sums.left_out, 'further step')} measured on too small an effective sample left out"
-    if any(row.probe_predicted is not None and row.probe_measured_over is None for row in history):
+    if all(row.probe_measured_over is None for row in history):  # not `mode: watch`, whose default has no average
         text += (
             "; where a running average of gradients predicted (averaging above 0), its lag is in none of these errors"
         )

@@ -190,6 +190,7 @@ def test_the_difference_of_both_sums_has_the_error_of_the_same_prompts():
     assert (
         "on the same prompts they cannot be distinguished, differing by −0.02" in probe_sentence(history_of(rows)).text
     )
+    assert "lag" not in probe_sentence(history_of([*rows, {"step": 3, "probe/predicted": -0.1}])).text, "of mode: watch"
     close = {"probe/predicted_deviations": (shared + 0.1 * own).tolist()}  # a tenth of the error: ±0.012
     for predicted, said, tone in (
         (-0.101, "agree, differing by −0.002", "plain"),
