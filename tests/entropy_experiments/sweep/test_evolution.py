@@ -178,6 +178,21 @@ def test_copies_of_a_sequence_are_no_likeness_within_its_prompt():
     assert double == pytest.approx(single, rel=1e-6)
 
 
+def test_steps_that_are_not_to_be_trusted_are_in_no_sum_and_no_correlation():
+    """One measurement on a few sequences, far off: it was the sum, and took the correlation."""
+    folders, history = planted_run(8)
+    before = describe_evolution(folders, history, permutations=19).whole.prediction
+    summary = folders[3].summary
+    lost = summary.actual.snis.model_copy(update={"value": 9.0, "trustworthy": False})
+    changed = summary.model_copy(update={"actual": summary.actual.model_copy(update={"snis": lost})})
+    folders[3] = replace(folders[3], summary=changed)
+    found = describe_evolution(folders, history, permutations=19).whole.prediction
+    assert (found.steps, found.untrusted, found.compared) == (before.steps - 1, 1, before.compared - 1)
+    assert found.actual.value == pytest.approx(before.actual.value - summary.actual.snis.value)
+    assert found.predicted.value == pytest.approx(before.predicted.value - summary.prediction.total.value)
+    assert found.correlation > 0.9
+
+
 def test_poor_folders_leave_gaps_with_reasons():
     """No kernels, no rewards, no clusters, no measurement: None and a reason everywhere, never NaN."""
     folders, _ = planted_run(3)
