@@ -211,9 +211,11 @@ def intervention(inputs: AnalysisInputs) -> InterventionResult:
         predictions["response"] = SharePrediction(response.shares.numpy(), response.rest, with_clipping=False)
     if estimand.gradient != own:
         predictions[estimand.gradient] = SharePrediction(found.shares.numpy(), _rest(inputs, estimand.gradient))
-    return prove_by_intervention(
+    proof = prove_by_intervention(
         steps.change, weights.numpy(), predictions, clip=steps.clip, halves=Halves(count, seed=seed)
     )
+    lowest = steps.lowest_effective_sample_size
+    return proof.model_copy(update={"effective_part": None if lowest is None else lowest / len(inputs.eval_batch)})
 
 
 def _rest(inputs: AnalysisInputs, estimator: str) -> float:

@@ -25,6 +25,7 @@ from typing import Any
 from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.step_results import BaselineRow, BaselinesResult
 from entropy_experiments.statistics.agreement import compare, estimate_of, told_from_zero
+from entropy_experiments.statistics.confidence import UNTRUSTED
 from entropy_experiments.statistics.jackknife_interval import ends_of
 
 LABELS = {
@@ -97,9 +98,7 @@ def _known(entry: Any) -> Estimate:
         return entry.get(name) if isinstance(entry, Mapping) else getattr(entry, name, None)
 
     left_out, size, count = held("left_out"), held("effective_sample_size"), held("sequences")
-    if left_out is None:
-        return Estimate(value=value, standard_error=error, low=None, high=None, degrees_of_freedom=None)
-    if size is not None and count and size < count / 2:  # weights that a few sequences carry have no known error
+    if left_out is None or _untrusted(entry):  # weights that a few sequences carry have no known error
         return Estimate(value=value, standard_error=error, low=None, high=None, degrees_of_freedom=None)
     ends = ends_of(value, left_out, size / count if size is not None and count else 1.0)
     return Estimate(
@@ -107,13 +106,22 @@ def _known(entry: Any) -> Estimate:
     )
 
 
+def _untrusted(entry: Any) -> bool:
+    """Whether an estimate is of reweighted sequences of which fewer than half count."""
+    names = ("effective_sample_size", "sequences")
+    size, count = (entry.get(n) if isinstance(entry, Mapping) else getattr(entry, n, None) for n in names)
+    return size is not None and bool(count) and size < count / 2
+
+
 def _row(name: str, given: Any, actual: Any) -> BaselineRow:
     (value, own_error), (truth, error) = estimate_of(given), estimate_of(actual)
-    comparable = name not in ANOTHER_SCALE
-    compared = compare(given, actual) if comparable else None
+    comparable, doubtful = name not in ANOTHER_SCALE, _untrusted(actual)
+    compared = compare(given, actual) if comparable and not doubtful else None
     own, found = _known(given), _known(actual)
     low, high = found.low, found.high
-    if low is None or high is None:
+    if doubtful:
+        told = False
+    elif low is None or high is None:
         freedom = math.inf if compared is None else compared.degrees_of_freedom
         told = truth is not None and told_from_zero(truth, error, freedom) is not False
     else:
@@ -122,6 +130,8 @@ def _row(name: str, given: Any, actual: Any) -> BaselineRow:
         reason = "not computed"
     elif truth is None:
         reason = "not measured"
+    elif doubtful:
+        reason = UNTRUSTED
     elif not comparable:
         reason = "a step of another length: only its sign is compared"
     elif value == 0:

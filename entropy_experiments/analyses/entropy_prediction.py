@@ -7,9 +7,10 @@
     agrees       whether 0 lies in the 95% interval of predicted - measured (entropy_experiments.statistics.agreement)
     departure(s) = |measured - predicted| / max(|measured|, |predicted|)   of the split estimator against SNIS
 
-The split estimator is the derivative of the reweighted measurement on the same tokens: their departure holds no sampling
-error between them, only higher orders. Fixed-prefix predictions are compared with fixed-prefix measurements alone: another
-estimand. Units: nats per token. Source: docs/analyses/entropy-prediction.md, docs/theory/measurement-and-uncertainty.md.
+The split estimator is the derivative of the reweighted measurement on the same tokens: their departure is made of higher orders
+alone. How large these are differs from prompt to prompt, so that it has an error of its own, that of their difference.
+Fixed-prefix predictions are compared with fixed-prefix measurements alone: another estimand. Units: nats per token.
+Source: docs/analyses/entropy-prediction.md, docs/theory/measurement-and-uncertainty.md.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _row(given: Mapping[str, Any], estimates: Mapping[str, _Known]) -> Predictio
         predicted={name: _record(entry) for name, entry in at_scale.items()},
         measured=measured,
         comparisons=[
-            _comparison(name, kind, at_scale[name], given[kind])
+            _comparison(name, kind, at_scale[name], given[kind], found.trustworthy is not False)
             for kind, found in measured.items()
             for name in COMPARISONS[kind]
             if name in at_scale and found.value is not None
@@ -142,12 +143,16 @@ def _measurement(entry: Any) -> MeasuredAtScale:
     return MeasuredAtScale(**known, effective_sample_size=size, trustworthy=trust)
 
 
-def _comparison(name: Estimator, kind: MeasureKind, predicted: _Known, entry: Any) -> PredictionComparison:
+def _comparison(
+    name: Estimator, kind: MeasureKind, predicted: _Known, entry: Any, trusted: bool
+) -> PredictionComparison:
+    """trusted: nothing is said of the agreement with a measurement whose error is not known."""
+    compared = None
     found, value, error = _estimate(entry), predicted.value, predicted.standard_error
     prompts = math.inf if predicted.left_out is None else len(predicted.left_out)
     if kind == "exact":
         compared = unpaired_agreement((value, error), (found.value, 0.0), (prompts, math.inf))
-    else:
+    elif trusted:
         compared = compare(asdict(predicted), asdict(found))
     told = told_from_zero(value, error, prompts - 1, predicted.left_out)
     numbers = dict.fromkeys(("standard_error", "degrees_of_freedom", "z", "p_value", "low", "high", "agrees"))

@@ -21,13 +21,13 @@ from torch import Tensor
 from entropy_core.uncertainty import leave_one_prompt_out
 from entropy_experiments.compare.sides import Side, step_of
 from entropy_experiments.records.estimate_entries import interval_estimate
-from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.estimates import NO_ESTIMATE, Estimate, Measurement
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.record import json_of
 from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.agreement import unpaired_agreement
-from entropy_experiments.statistics.confidence import Known, shown
+from entropy_experiments.statistics.confidence import UNTRUSTED, Known, shown
 from entropy_experiments.statistics.jackknife_interval import effective_degrees_of_freedom
 from entropy_experiments.text.numbers import as_number
 
@@ -221,10 +221,13 @@ def _difference(
     left_out: tuple[tuple[str, ...], Tensor] | None,
     right_out: tuple[tuple[str, ...], Tensor] | None,
 ) -> Difference | None:
-    """right - left, paired where both series are over the same prompts."""
+    """right - left, paired where both series are over the same prompts; without an interval where a side has none by itself."""
     if left is None or right is None or left.value is None or right.value is None:
         return None
     change = right.value - left.value
+    if any(isinstance(side, Measurement) and not side.trustworthy for side in (left, right)):
+        nothing = NO_ESTIMATE.model_copy(update={"value": change})
+        return Difference(nothing, 0, UNTRUSTED)
     reason = "not stored prompt by prompt" if left_out is None or right_out is None else ""
     if left_out is not None and right_out is not None:
         (one, a), (other, b) = left_out, right_out
@@ -237,8 +240,7 @@ def _difference(
             shared = len(set(one) & set(other))
             reason = f"other evaluation prompts ({shared} of {len(one)} shared)"
     if left.standard_error is None or right.standard_error is None:
-        nothing = Estimate(value=change, standard_error=None, low=None, high=None, degrees_of_freedom=None)
-        return Difference(nothing, 0, reason)
+        return Difference(NO_ESTIMATE.model_copy(update={"value": change}), 0, reason)
     series = [None if side is None or len(side[1]) < 2 else side[1].numpy() for side in (left_out, right_out)]
     counts = [math.inf if known is None else float(effective_degrees_of_freedom(known)) + 1 for known in series]
     sides = (right.value, right.standard_error), (left.value, left.standard_error)

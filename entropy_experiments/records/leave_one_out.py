@@ -55,14 +55,15 @@ def leave_one_out_columns(evaluation: Rollouts, numbers: AnalysisNumbers) -> dic
 
 def agreements(numbers: AnalysisNumbers) -> dict[str, dict[str, Any]]:
     """Estimator -> its total against the measurement of the same quantity at the whole step
-    (entropy_experiments.statistics.agreement); those without one are left out.
+    (entropy_experiments.statistics.agreement); those without one that is to be trusted are left out.
     """
     step = numbers.step
     if step is None or (full := step.measured_step) is None:
         return {}
     found = {
-        name: compare(parts["total"], getattr(full, measure_of(name)))
+        name: compare(parts["total"], measured)
         for name, parts in step.predictions.per_token.items()
+        if (measured := getattr(full, measure_of(name))) is not None and measured.trustworthy
     }
     return {name: compared.as_dict() for name, compared in found.items() if compared is not None}
 

@@ -327,6 +327,8 @@ class InterventionResult(Result):
     """With all sequences."""
     removals: Removals
     """Without some."""
+    effective_part: Number = None
+    """Smallest effective sample of the halves' and removals' measurements, in parts of the evaluation sequences."""
 
     @model_validator(mode="after")
     def _one_each(self) -> Self:

@@ -341,8 +341,13 @@ class Summary(Record):
     @property
     def compared(self) -> Agreement | None:
         """That prediction against the measured change; None where their difference has no known error."""
-        found = None if self.estimator is None else self.agreement.get(self.estimator)
+        found = None if self.estimator is None else self.agreement_of(self.estimator)
         return None if found is None else found.known()
+
+    def agreement_of(self, estimator: Estimator) -> AgreementRecord | None:
+        """An estimator's prediction against the measurement of the same quantity; None where that is not to be trusted."""
+        measured = self.actual.snis if measure_of(estimator) == "snis" else self.actual.fixed_prefix
+        return None if measured is None or not measured.trustworthy else self.agreement.get(estimator)
 
     @property
     def measured(self) -> Measurement | None:

@@ -18,7 +18,7 @@ from entropy_experiments.report.analysis_tables import with_ends
 from entropy_experiments.report.kernel_findings import clustering_finding, structure_finding
 from entropy_experiments.report.price_finding import price_finding
 from entropy_experiments.report.weighting_finding import weighting_finding
-from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, NOT_FROM_ZERO, UNTOLD
+from entropy_experiments.statistics.confidence import ALIKE, BRACKETS, DISAGREE, NOT_FROM_ZERO, UNTOLD, UNTRUSTED, Known
 from entropy_experiments.text.numbers import counted, plain, signed
 
 _UNIT = "nats per token"
@@ -58,24 +58,30 @@ def prediction_finding(result: EntropyPredictionResult) -> str:
     first = result.first_order
     if first.reason:
         return f"Where the first order stops being enough {UNTOLD}: {first.reason}."
-    by_scale = {d.scale: d.departure for d in first.departures}
     holds, fails, within = first.holds_to, first.fails_at, f"{first.tolerance:.0%}"
+    ends = None if fails is None else _departure(result, fails)[1]
+    off = {scale: _off(result, scale) for scale in (holds, fails) if scale is not None}
     if fails is None:
         assert holds is not None
         text = (
             f"The first order is within {within} of the measured change at every scale tested that can be trusted, up to "
-            f"{plain(holds)} times the step ({by_scale[holds]:.1%} off there)"
+            f"{plain(holds)} times the step ({off[holds]} there)"
+        )
+    elif ends is not None and ends[0] <= first.tolerance:
+        least = ", the least tested," if holds is None else f" ({off[holds]} at {plain(holds)} times)"
+        text = (
+            f"Where the first order stops being enough {UNTOLD}: on these prompts it passes {within} by {plain(fails)} times the "
+            f"step{least}, {off[fails]} there ({BRACKETS}), and others may put it elsewhere"
         )
     elif holds is None:
         text = (
             f"The first order is not enough at any scale tested: already at {plain(fails)} times the step it is "
-            f"{by_scale[fails]:.0%} off the measured change"
+            f"{off[fails]} the measured change"
         )
     else:
         text = (
             f"The first order stops being enough at about {plain(first.crossing, 2)} times the step: it is within "
-            f"{within} of the measured change up to {plain(holds)} times ({by_scale[holds]:.1%} off) and {by_scale[fails]:.0%} "
-            f"off at {plain(fails)} times"
+            f"{within} of the measured change up to {plain(holds)} times ({off[holds]}) and {off[fails]} at {plain(fails)} times"
         )
     taken = next((row for row in result.rows if row.scale == 1.0), None)
     compared = None if taken is None else next((c for c in taken.comparisons if c.ratio is not None), None)
@@ -87,6 +93,29 @@ def prediction_finding(result: EntropyPredictionResult) -> str:
             f"(ratio {compared.ratio:.2f}{doubt}; {BRACKETS})"
         )
     return text + "."
+
+
+def _departure(result: EntropyPredictionResult, scale: float) -> tuple[float, tuple[float, float] | None]:
+    """By what part of the larger of both the first order is off at a scale, and the 95% interval of that, where it is known."""
+    first = result.first_order
+    value = next(d.departure for d in first.departures if d.scale == scale)
+    row = next(row for row in result.rows if row.scale == scale)
+    compared = next((c for c in row.comparisons if (c.estimator, c.measure) == (first.estimator, first.measure)), None)
+    if first.estimator is None or first.measure is None or compared is None:
+        return value, None
+    sides = row.predicted[first.estimator].value, row.measured[first.measure].value
+    size = max(abs(side or 0.0) for side in sides)
+    if compared.low is None or compared.high is None or not size:
+        return value, None
+    gap = Known(compared.difference or 0.0, compared.low, compared.high)
+    return value, (gap.smallest / size, gap.largest / size)
+
+
+def _off(result: EntropyPredictionResult, scale: float) -> str:
+    """``4.3% [0%, 21%] off``."""
+    value, ends = _departure(result, scale)
+    told = f"{value:.1%}" if value <= result.first_order.tolerance else f"{value:.0%}"
+    return f"{told} off" if ends is None else f"{told} [{ends[0]:.0%}, {ends[1]:.0%}] off"
 
 
 def higher_order_finding(result: HigherOrderResult) -> str:
@@ -148,6 +177,8 @@ def intervention_finding(result: InterventionResult) -> str:
         if removal is not None:
             removed = counted(len(removal.sequences), "sequence")
             text += f", {signed(removal.measured)} without the {removed} said to {word} entropy most"
+    if result.effective_part is not None and result.effective_part < 0.5:
+        text += f"; of some of these steps {UNTRUSTED} (down to {result.effective_part:.0%})"
     return text + "."
 
 
@@ -156,6 +187,8 @@ def baselines_finding(result: BaselinesResult) -> str:
     if result.measured.value is None:
         return "No change of entropy was measured, so no predictor can be compared with it."
     text = f"The measured change was {result.measured.shown()} {_UNIT} ({BRACKETS})"
+    if any(row.reason == UNTRUSTED for row in result.rows):
+        return f"{text}; how near a predictor comes to it {UNTOLD}: {UNTRUSTED}."
     judged = [row for row in result.rows if row.z is not None and row.name != "fixed_prefix_on_given_tokens"]
     if judged:
         near, far = ([row for row in judged if row.agrees is within] for within in (True, False))

@@ -74,7 +74,7 @@ def estimator_table(summary: Summary) -> Table:
         parts = summary.predicted.get(name)
         if parts is None:
             continue
-        stored = summary.agreement.get(name)
+        stored = summary.agreement_of(name)
         compared = None if stored is None else stored.known()
         z = Cell("not known")
         if compared is not None:

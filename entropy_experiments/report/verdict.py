@@ -25,6 +25,7 @@ from entropy_experiments.statistics.confidence import (
     BRACKETS,
     NOT_FROM_ZERO,
     UNTOLD,
+    UNTRUSTED,
     Known,
     Sentence,
     agreement_sentence,
@@ -77,15 +78,21 @@ def prediction_sentences(summary: Summary) -> list[Sentence]:
     if actual is None or measured is None:
         return [*found, Sentence(f"{text}; what it did change was not measured.", "warning")]
     compared = _compared_sentence(
-        f"{text}; measured was {actual.text()} ({BRACKETS}).", value, actual, summary.compared
+        f"{text}; measured was {actual.text()} ({BRACKETS}).",
+        value,
+        actual,
+        summary.compared,
+        not measured.trustworthy,
     )
     return [*found, compared, *(Sentence(words, "warning") for words in _weaknesses(summary, value, measured))]
 
 
-def _compared_sentence(text: str, value: Known, actual: Known, compared: Agreement | None) -> Sentence:
-    """`text`, and whether the two numbers in it agree."""
+def _compared_sentence(text: str, value: Known, actual: Known, compared: Agreement | None, untrusted: bool) -> Sentence:
+    """`text`, and whether the two numbers in it agree. untrusted: the measurement, of whose error nothing is known."""
     if compared is not None:
         return Sentence(f"{text} {agreement_sentence(compared, actual.value)}", agreement_tone(compared, actual.value))
+    if untrusted:
+        return Sentence(f"{text} Whether they {AGREE} {UNTOLD}: {UNTRUSTED}.", "warning")
     unknown = value.holds_zero is None or actual.holds_zero is None
     why = "Without standard errors of both" if unknown else "Without the error of their difference"
     return Sentence(f"{text} {why}, whether they {AGREE} cannot be said.", "warning")

@@ -34,6 +34,7 @@ AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be distinguished"
 NOT_FROM_ZERO = "is not significantly different from 0"
 UNTOLD = "cannot be said"
 UNDETERMINED = "undetermined"
+UNTRUSTED = "the measurement is not to be trusted, since its effective sample is less than half of the sequences"
 BRACKETS = "brackets: 95% intervals"
 
 CLOSE = 0.25
@@ -131,9 +132,14 @@ def change_word(change: Known) -> str:
 
 def agreement_word(compared: Agreement, measured: float | None) -> str:
     """Of prediction and measurement: agree, cannot be distinguished, do NOT agree."""
-    if not compared.agrees:
+    return gap_word(Known(compared.difference, compared.low, compared.high), measured)
+
+
+def gap_word(gap: Known, measured: float | None) -> str:
+    """The same by the difference of both, whose interval must be known."""
+    if gap.holds_zero is False:
         return DISAGREE
-    return AGREE if measured and room_for_a_gap(compared, measured) <= CLOSE else ALIKE
+    return AGREE if measured and gap.largest <= CLOSE * abs(measured) else ALIKE
 
 
 def room_for_a_gap(compared: Agreement, measured: float) -> float:

@@ -17,17 +17,15 @@ from entropy_experiments.records.sweep_record import SWEEP_REMEDY, SweepRecord, 
 from entropy_experiments.report.evolution_words import law_sentence
 from entropy_experiments.report.verdict import PARTS, parts_sentence, with_source
 from entropy_experiments.statistics.confidence import (
-    AGREE,
     ALIKE,
     BRACKETS,
-    CLOSE,
-    DISAGREE,
     NOT_FROM_ZERO,
     UNTOLD,
     Known,
     Sentence,
     change_word,
     correlation_words,
+    gap_word,
     shown,
 )
 from entropy_experiments.text.display import quoted
@@ -139,11 +137,9 @@ def _added_up(evolution: Evolution) -> list[Sentence]:
         return []
     text = f"Added up over the run, the predicted steps make {expected.text()}, entropy did {observed.text()} {_UNIT}"
     if difference.holds_zero is not None:
-        close = difference.largest <= CLOSE * abs(observed.value)
-        word = DISAGREE if difference.holds_zero is False else AGREE if close else ALIKE
         text += (
-            f": they {word}, differing by {difference.text()}; predictions are to first order and of one fresh batch a "
-            "checkpoint, and the run took its own batches"
+            f": they {gap_word(difference, observed.value)}, differing by {difference.text()}; predictions are to first order "
+            "and of one fresh batch a checkpoint, and the run took its own batches"
         )
     return [Sentence(f"{text} ({BRACKETS}).")]
 
@@ -204,11 +200,10 @@ def _kernel(evolution: Evolution) -> Sentence | None:
         f"Successive kernels couple the evaluation prompts alike beyond chance at {clear} of {counted(len(values), 'pair')} "
         f"(p ≤ 0.05; debiased alignment {plain(min(values), 2)} to {plain(max(values), 2)})"
     )
-    ranks = [
-        None if rank is None else rank.value for rank in (evolution.checkpoints[k].effective_rank for k in (0, -1))
-    ]
-    if None not in ranks:
-        text += f"; their effective rank went from {plain(ranks[0], 2)} to {plain(ranks[1], 2)}"
+    known = [rank and rank.known() for rank in (evolution.checkpoints[k].effective_rank for k in (0, -1))]
+    if None not in known:
+        first, last = (shown(rank, plus=False) for rank in known)
+        text += f"; their effective rank is {first} at first and {last} at last ({BRACKETS})"
     return Sentence(text + ".")
 
 

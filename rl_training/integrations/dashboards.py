@@ -29,12 +29,14 @@ class Chart:
         return [PREFIX + metric for metric in self.metrics]
 
 
+_SUMS = ("cumulative_predicted", "cumulative_predicted_where_measured", "cumulative_measured")
+
 CHARTS = (
     Chart("Entropy, nats per token", ("entropy", "entropy_filtered")),
     Chart("Entropy without its noise, 80% band", ("entropy_filtered", "entropy_filtered_low", "entropy_filtered_high"), True),
     Chart("Change by a step: predicted, measured", ("predicted", "measured", "measured_filtered")),
     Chart("Parts of the prediction", ("batch", "momentum", "decay")),
-    Chart("Sum of changes since the start", ("cumulative_predicted", "cumulative_measured")),
+    Chart("Sum of changes since the start", _SUMS),
     Chart("Predicted with measured: correlation, 95% interval", ("correlation", "correlation_low", "correlation_high"), True),
     Chart("Standard errors", ("entropy_se", "predicted_se", "measured_se")),
     Chart("Sequences that count (effective sample)", ("ess", "weights_ess")),

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from matplotlib.figure import Figure
 
 from rl_training.files import write_whole
+from rl_training.intervals import interval
 
 FIGURE = "entropy.png"
 _BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -70,27 +71,58 @@ def _series(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, flo
 
 
 def _sentences(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float]]) -> list[str]:
-    (first, before), (last, after) = entropy[0], entropy[-1]
-    where = "the probe's sequences" if _series(rows, "entropy_probe/entropy") else "the training batches"
-    found = [f"Entropy was {before:.3f} nats per token at step {first} and {after:.3f} at step {last}, on {where}."]
-    sums = [f"{words} changes add up to {told}" for name, words in _SUMS if (told := _sum(rows, name))]
+    """Entropy at both ends with what is known of their errors, and the probe's sums, where both are over the same steps."""
+    probed = bool(_series(rows, "entropy_probe/entropy"))
+    names = ("entropy_probe/entropy", "entropy_probe/measured_df") if probed else ("entropy", "entropy_df")
+    where = "the probe's sequences" if probed else "the sequences trained on"
+    ends = [f"{_at(rows, *names, step)} at step {step}" for step, _ in (entropy[0], entropy[-1])]
+    found = [f"Entropy in nats per token was {' and '.join(dict.fromkeys(ends))}, on {where} ({_BRACKETS})."]
+    sums = _sums(rows)
     if sums:
-        found.append(f"While training, the probe's {', its '.join(sums)} nats per token ({_INTERVALS}).")
+        found.append(f"While training, the probe's {sums} nats per token ({_INTERVALS}).")
     return found
 
 
+_BRACKETS = "brackets: 95% intervals"
 _INTERVALS = "their intervals: `entropy-experiments analyze` of a checkpoint"
-_SUMS = (("predicted", "predicted"), ("watched", "measured"), ("measured", "measured"))
 
 
-def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> str | None:
+def _at(rows: Sequence[Mapping[str, Any]], name: str, freedom: str, step: int) -> str:
+    """A logged value with its 95% interval."""
+    row = next(row for row in rows if row["step"] == step and _is_number(row.get(name)))
+    value, error, df = row[name], row.get(f"{name}_se"), row.get(freedom)
+    if not (_is_number(error) and _is_number(df)):
+        return f"{value:.3f} (no interval)"
+    low, high = interval(value, error, df)
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]".replace("-", "−")
+
+
+def _sums(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Predicted and measured changes added up, over the steps that have both; "" where neither was logged."""
+    last = {name: _last(rows, name) for name in ("predicted", "predicted_where_measured", "watched", "measured")}
+    predicted, measured = last["predicted"], last["measured"] if last["watched"] is None else last["watched"]
+    where = ""
+    if last["predicted_where_measured"] is not None:  # logged where it is another number
+        steps = next((f"{row[_STEPS]:.0f} " for row in reversed(rows) if _is_number(row.get(_STEPS))), "")
+        predicted, where = last["predicted_where_measured"], f", over the {steps}steps that were measured too,"
+    known = [("predicted", predicted), ("measured", measured)]
+    told = [
+        f"{word} changes{where} add up to {value:+.3f}".replace("-", "−") for word, value in known if value is not None
+    ]
+    return ", its ".join(told)
+
+
+_STEPS = "entropy_probe/measured_steps"
+
+
+def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last sum of that name, nats per token."""
     key = f"entropy_probe/cumulative_{name}"
-    if name == "measured" and _series(rows, "entropy_probe/cumulative_watched"):
-        return None
-    row = next((row for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
-    if row is None:
-        return None
-    return f"{row[key]:+.3f}".replace("-", "−")
+    return next((row[key] for row in reversed(rows) if _is_number(row.get(key))), None)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _figure(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float]]) -> bytes:

@@ -37,7 +37,7 @@ def card(folder: Path, base: str = "org/model", rows: list[dict] = ROWS) -> tupl
 def test_it_tells_the_runs_own_numbers(tmp_path: Path) -> None:
     front, body = card(tmp_path)
     assert front["base_model"] == "org/model" and "| steps so far | 3 |" in body
-    assert "2.000 nats per token at step 1 and 0.667 at step 3, on the probe's sequences" in body
+    assert "was 2.000 (no interval) at step 1 and 0.667 (no interval) at step 3, on the probe's sequences" in body
     assert "predicted changes add up to −0.300, its measured changes add up to −0.600 nats per token" in body
     assert "7.0" not in body, "measured on the step's own sequences, where a pool was watched"
     assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
@@ -53,6 +53,32 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypat
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert "base_model" not in card(tmp_path, "org/model")[0]
+
+
+def test_the_ends_of_entropy_have_their_errors(tmp_path: Path) -> None:
+    """Two steps of a few prompts each: 2.0 and 0.67 by themselves read like a fall that was shown."""
+    errors = {"entropy_probe/entropy_se": 0.5, "entropy_probe/measured_df": 4.0}
+    _, body = card(tmp_path, rows=[row | errors for row in ROWS])
+    assert "was 2.000 [0.61, 3.39] at step 1 and 0.667 [−0.72, 2.05] at step 3" in body
+    filtered = [{"step": s, "loss": 0.1, "entropy": 9.0} for s in (1, 2)]
+    _, body = card(tmp_path, rows=filtered)
+    assert "9.000 (no interval) at step 2, on the sequences trained on" in body
+
+
+def test_the_probes_sums_are_over_the_same_steps(tmp_path: Path) -> None:
+    """A gradient every other step: all predicted changes stood beside the sum of the half that was measured."""
+    rows = [{name: value for name, value in row.items() if "watched" not in name} for row in ROWS]
+    rows[-1] |= {
+        "entropy_probe/cumulative_predicted_where_measured": -0.2,
+        "entropy_probe/cumulative_measured": -0.19,
+        "entropy_probe/measured_steps": 2.0,
+    }
+    _, body = card(tmp_path, rows=rows)
+    assert (
+        "predicted changes, over the 2 steps that were measured too, add up to −0.200, its measured changes, over the 2 steps "
+        "that were measured too, add up to −0.190 nats per token" in body
+    )
+    assert "−0.300" not in body, "of three steps, of which two were measured"
 
 
 def test_without_entropy_nothing_is_said_of_it(tmp_path: Path) -> None:

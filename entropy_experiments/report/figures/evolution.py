@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from entropy_experiments.records.evolution import Evolution, ReasonedMean
+from entropy_experiments.records.evolution import CheckpointRow, Evolution, ReasonedMean
 from entropy_experiments.report.evolution_words import comparable_sentence
 from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.drawing import dodge_of, draw_panel, log_where_wide
@@ -144,21 +144,23 @@ def plot_fisher_evolution(evolution: Evolution) -> Figure:
     from_zero(grid[0], panels[0])
     log_where_wide(grid[3], panels[3].shown)
     _step_axes(grid[2:], steps)
-    shared = _shared([pair for row in rows if (pair := row.predicted_and_measured) is not None])
+    shared = _shared(rows)
     caption = f"{counted(len(rows), 'analysed checkpoint')}. {shared} {bars_described(panels)}"
     return style.finish(figure, _OVERVIEW_TITLE, caption)
 
 
-def _shared(pairs: Sequence[tuple[float, float]]) -> str:
-    """How predicted and measured changes go together over the checkpoints that have both."""
+def _shared(rows: Sequence[CheckpointRow]) -> str:
+    """How predicted and measured changes go together over the checkpoints that have both, the latter to be trusted."""
+    both = [(row, pair) for row in rows if (pair := row.predicted_and_measured) is not None]
+    pairs = [pair for row, pair in both if row.trustworthy is not False]
+    lost = len(both) - len(pairs)
+    left_out = f"; {counted(lost, 'step')} with too small an effective sample left out" if lost else ""
+    if not pairs:
+        return f"No step has both a predicted and a measured change{' to be trusted' if both else ''}."
     if len(pairs) < 2:
-        return (
-            "At the one step with both: see the bars."
-            if pairs
-            else "No step has both a predicted and a measured change."
-        )
+        return f"At the one step with both: see the bars{left_out}."
     words = correlation_words(correlation(*np.array(pairs).T), len(pairs))
-    return f"Over the {len(pairs)} steps with both, predicted and measured: {words}."
+    return f"Over the {len(pairs)} steps with both, predicted and measured: {words}{left_out}."
 
 
 @style.in_house_style

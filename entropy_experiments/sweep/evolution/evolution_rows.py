@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from entropy_experiments.analyses.arrays import SequenceLabels
+from entropy_experiments.analyses.distinct_sequences import distinct_sequences
 from entropy_experiments.records.estimate_entries import finite_number, ratio_estimate
 from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.evolution import BufferSizes, ByAdvantage, CheckpointRow
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
+from entropy_experiments.text.numbers import series
 
 
 def checkpoint_row(results: ResultsFolder) -> CheckpointRow:
@@ -21,7 +24,9 @@ def checkpoint_row(results: ResultsFolder) -> CheckpointRow:
     if "fisher" in results.kernels:
         norm, rank = kernel_size(results.kernels["fisher"], prompts_of(results.evaluation))
     if "train_fisher" in results.kernels:
-        structure = training_structure(results.kernels["train_fisher"], prompts_of(results.training))
+        gram = results.kernels["train_fisher"]
+        equal = distinct_sequences(labels_of(results.training), np.asarray(gram, np.float64))
+        structure = training_structure(gram, equal.prompts, equal.of)
     return CheckpointRow(
         step=summary.checkpoint.step,
         folder=results.path.name,
@@ -30,7 +35,7 @@ def checkpoint_row(results: ResultsFolder) -> CheckpointRow:
         estimator=estimator,
         predicted=summary.prediction,
         actual=None if measured is None or measured.value is None else measured,
-        agreement=None if estimator is None else summary.agreement.get(estimator),
+        agreement=None if estimator is None else summary.agreement_of(estimator),
         by_advantage=_by_advantage(results.training),
         sequences=BufferSizes(evaluation=len(results.evaluation), training=len(results.training)),
         failed_checks=tuple(check.name for check in results.run.self_checks if not check.passed),
@@ -41,6 +46,13 @@ def checkpoint_row(results: ResultsFolder) -> CheckpointRow:
         same_prompt_share=None if structure is None else structure.same_prompt_share,
         same_prompt_pairs=None if structure is None else structure.same_prompt_pairs,
     )
+
+
+def labels_of(sequences: list[dict[str, Any]]) -> SequenceLabels:
+    """The rows of a buffer as analyses know them; NaN for a number that is missing."""
+    numbers = (series(sequences, name) for name in ("reward", "length", "entropy_sum", "score"))
+    texts = ([row[name] for row in sequences] for name in ("prompt", "completion"))
+    return SequenceLabels(prompts_of(sequences), *numbers, *texts)
 
 
 def prompts_of(sequences: list[dict[str, Any]]) -> np.ndarray:

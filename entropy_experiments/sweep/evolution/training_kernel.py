@@ -2,10 +2,11 @@
 
     norm                 sqrt(mean of K1(t, i)^2) over evaluation rows and training columns, nats^2 x P: an entry's size
     effective rank       exp(entropy of the eigenvalue shares) of K K^T (evaluation rows), and of the training cosines
-    same-prompt share    sum of cos(i, j)^2 over training pairs i != j of one prompt / over all pairs i != j
+    same-prompt share    sum of cos(i, j)^2 over pairs of distinct training sequences of one prompt / over all such pairs
 
 The same-prompt share stands beside the share of *pairs* that are of one prompt: equal numbers mean that gradients of one prompt
-are no more alike, or opposed, than others. Squares do not cancel: pairs that pull against each other count as well. Standard
+are no more alike, or opposed, than others. Copies of one sequence have a cosine of 1 whatever their prompt is: they are no pair
+(analyses/distinct_sequences.py). Squares do not cancel: pairs that pull against each other count as well. Standard
 errors: jackknife over evaluation prompts (norm and rank of the evaluation rows) or training prompts (the others).
 docs/analyses/evolution.md. P is the checkpoint's own, so that norms at two checkpoints differ by its change too.
 """
@@ -50,16 +51,21 @@ def kernel_size(kernel: np.ndarray, eval_prompts: np.ndarray) -> tuple[ReasonedM
     return _without_each(norm, prompts), _without_each(rank, prompts)
 
 
-def training_structure(train_fisher: np.ndarray, prompts: np.ndarray) -> TrainingStructure:
+def training_structure(
+    train_fisher: np.ndarray, prompts: np.ndarray, equal: np.ndarray | None = None
+) -> TrainingStructure:
     """Of a symmetric (n_train, n_train) kernel; sequences without a gradient are left out.
+
+    equal: (n_train,) one number for sequences that are the same, of which pairs count nowhere; None: no two are.
 
     Raises:
         ValueError: The kernel is not symmetric, or not finite.
     """
     cosine, kept = cosine_kernel(checked_gram(train_fisher))
     prompts = np.asarray(prompts)[kept]
+    of = kept if equal is None else np.asarray(equal)[kept]
     same = prompts[:, None] == prompts[None, :]
-    apart = ~np.eye(len(kept), dtype=bool)
+    apart = of[:, None] != of[None, :]
     squares = np.square(cosine)
 
     def rank(members: np.ndarray) -> float | None:

@@ -149,6 +149,8 @@ def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses
     assert analyses["intervention"]["full_step"]["measured"] == pytest.approx(
         summary["actual"]["snis"]["value"], rel=1e-2, abs=1e-6
     ), "the step of all weights is the analysed step"
+    whole_part = summary["actual"]["snis"]["effective_sample_size"] / summary["actual"]["snis"]["n"]
+    assert 0 < analyses["intervention"]["effective_part"] <= 1.01 * whole_part, "the smallest of all these steps"
     predicted = analyses["intervention"]["full_step"]["predicted"]["split"]
     assert predicted == pytest.approx(summary["predicted"]["split"]["total"]["value"], rel=1e-3)
 

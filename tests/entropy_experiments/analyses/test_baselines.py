@@ -19,6 +19,7 @@ from entropy_experiments.report.figures.baselines import plot_baselines
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.weighting import plot_weighting_schemes
 from entropy_experiments.report.findings import baselines_finding
+from entropy_experiments.statistics.confidence import UNTRUSTED
 from entropy_experiments.statistics.jackknife_interval import jackknife_interval
 from entropy_experiments.step.numbers import Estimate
 from tests.entropy_experiments.analyses.weighting_world import LONGEST, make_world, row_of
@@ -152,6 +153,18 @@ def test_the_sign_of_a_change_near_zero_is_not_compared(measured: Any) -> None:
     table = baseline_table(PREDICTED, measured, covariance=-1.0)
     assert all(row.sign_agrees is None for row in table.rows)
     assert "too near to 0" in baselines_finding(table)
+
+
+def test_nothing_is_held_against_a_measurement_that_is_not_to_be_trusted() -> None:
+    """Weights that a few sequences carry have no known error: predictors were called near or far from it all the same."""
+    measured = vars(MEASURED) | {"effective_sample_size": 9.0, "sequences": 20}
+    table = baseline_table(PREDICTED, measured, covariance=-1.0)
+    rows = [row for row in table.rows if row.predicted is not None and row.name != "fixed_prefix_on_given_tokens"]
+    assert all((row.z, row.agrees, row.sign_agrees, row.reason) == (None, None, None, UNTRUSTED) for row in rows)
+    assert baselines_finding(table) == (
+        "The measured change was −0.250 (no interval) nats per token (brackets: 95% intervals); how near a predictor comes "
+        f"to it cannot be said: {UNTRUSTED}."
+    )
 
 
 # ---- charts

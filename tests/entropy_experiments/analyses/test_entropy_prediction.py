@@ -112,6 +112,21 @@ def test_where_the_first_order_stops():
     )
 
 
+@pytest.mark.parametrize(("spread", "told"), [(0.002, True), (0.05, False)])
+def test_where_it_stops_is_said_only_beyond_the_error_of_the_departure(spread, told):
+    """Two draws of a demo's prompts put it at 0.94 and at 1.6 times the step, each said as if it were known."""
+    own = spread * np.linspace(-1, 1, 12)
+    rows = [
+        row | {"snis": row["snis"] | {"left_out": row["snis"]["change"] + row["scale"] * own}}
+        for row in curve(-1, 0.05)
+    ]
+    text = prediction_finding(compare_prediction({"split": {"value": -1.0, "left_out": np.full(12, -1.0)}}, rows))
+    assert ("The first order stops being enough at about 2 times" in text) is told
+    assert ("cannot be said: on these prompts it passes 10% by 4 times the step (10.0% [0%, " in text) is not told
+    if told:
+        assert "up to 2 times (10.0% [9%, 11%] off) and 20% [19%, 21%] off at 4 times" in text
+
+
 def test_it_may_hold_everywhere_or_nowhere():
     everywhere = compare_prediction({"split": -1.0}, curve(-1.0, 0.001))
     assert everywhere.first_order.fails_at is None and everywhere.first_order.holds_to == 4.0
@@ -163,6 +178,10 @@ def test_measurements_not_to_be_trusted_do_not_decide():
     result = compare_prediction({"split": -1.0}, rows)
     assert result.rows[2].measured["snis"].trustworthy is False
     assert result.first_order.fails_at is None and result.first_order.holds_to == 1.0
+    given = {"value": -1.0, "standard_error": 0.1, "left_out": -1.0 + 0.01 * np.arange(8.0)}
+    series = {"left_out": 3.0 - 0.02 * np.arange(8.0)}
+    doubtful = compare_prediction({"split": given}, [{"scale": 2.0, "snis": measurement(3.0, size=31.0) | series}])
+    assert only(doubtful, 2.0, "split", "snis").agrees is None, "its error is not known"
     alone = compare_prediction({"split": -1.0}, rows[2:])
     assert "cannot be said: no measurement has an effective sample size" in prediction_finding(alone)
 

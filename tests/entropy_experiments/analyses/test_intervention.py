@@ -100,6 +100,9 @@ def test_a_linear_world_is_proven_exactly():
         assert removal.difference == pytest.approx(removal.predicted_difference["right"])
         assert removal.difference * sign < 0 and len(removal.sequences) == 3
     assert len(found.removals.random.differences) == 5
+    assert "trusted" not in intervention_finding(found.model_copy(update={"effective_part": 0.5}))
+    doubtful = intervention_finding(found.model_copy(update={"effective_part": 0.2}))
+    assert "of some of these steps the measurement is not to be trusted" in doubtful and "(down to 20%)" in doubtful
     assert "1.00 [1.00, 1.00]" in intervention_finding(found) and "said to lower entropy most" in intervention_finding(
         found
     )

@@ -147,6 +147,7 @@ def test_a_correlation_of_six_steps_is_undetermined():
 
 def test_sums_have_errors_and_untrusted_measurements_are_in_neither():
     text = probe_sentence(changes([-0.1] * 5, [-0.2, -0.2, -0.2, -0.2, -9.0], low_ess={4})).text
+    assert "its lag is in none of these errors" in text, "of mode: simple"
     assert "predicted 4 steps" in text and "1 further step measured on too small an effective sample left out" in text
     sums = probed_sums(changes([-0.1] * 5, [-0.2, -0.2, -0.2, -0.2, -9.0], low_ess={4}))
     assert sums.measured.value == pytest.approx(-0.8)
@@ -186,7 +187,19 @@ def test_the_difference_of_both_sums_has_the_error_of_the_same_prompts():
     error, freedom = 2 * np.linalg.norm(own), effective_degrees_of_freedom(2 * own)
     assert found.value == pytest.approx(-0.02)
     assert found.high - found.value == pytest.approx(float(stats.t.ppf(0.975, freedom)) * error, rel=1e-6)
-    assert "on the same prompts they differ by −0.02" in probe_sentence(history_of(rows)).text
+    assert (
+        "on the same prompts they cannot be distinguished, differing by −0.02" in probe_sentence(history_of(rows)).text
+    )
+    assert "lag" not in probe_sentence(history_of([*rows, {"step": 3, "probe/predicted": -0.1}])).text, "of mode: watch"
+    close = {"probe/predicted_deviations": (shared + 0.1 * own).tolist()}  # a tenth of the error: ±0.012
+    for predicted, said, tone in (
+        (-0.101, "agree, differing by −0.002", "plain"),
+        (-0.11, "do NOT agree, differing by −0.020", "warning"),
+        (-0.2, "do NOT agree, differing by −0.200", "bad"),
+    ):
+        apart = probe_sentence(history_of([row | close | {"probe/predicted": predicted} for row in rows]))
+        assert f"on the same prompts they {said}" in apart.text and apart.tone == tone
+    assert "100% of the measured sum (predictions are to first order)" in apart.text
     for other in ({"probe/measured_over": 4.0}, {"probe/measured_deviations": [0.1, -0.1]}):
         assert probed_sums(history_of([rows[0], rows[1] | other])).difference is None
 

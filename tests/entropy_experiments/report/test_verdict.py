@@ -5,10 +5,13 @@ import copy
 import numpy as np
 import pytest
 
+from entropy_experiments.console.tables import outcome_facts
 from entropy_experiments.records.record import validated
 from entropy_experiments.records.run_record import CheckRecord
 from entropy_experiments.records.summary import Summary
 from entropy_experiments.report.check_words import check_sentences
+from entropy_experiments.report.outcome import analysis_outcome
+from entropy_experiments.report.tables import estimator_table
 from entropy_experiments.report.verdict import (
     part_sentence,
     prediction_sentences,
@@ -109,6 +112,22 @@ def test_agreement_of_noise_is_called_noise(summary):
 def test_small_effective_sample_is_named(summary):
     summary["actual"]["snis"]["effective_sample_size"] = 15.9
     assert "15.9 of 32" in said_of(summary)[-1].text
+
+
+def test_a_measurement_that_is_not_to_be_trusted_agrees_with_nothing(summary):
+    """Its error is not known, so that of the difference is not; it was said to agree, in green, and the console stopped there."""
+    summary["actual"]["snis"] |= {"effective_sample_size": 9.0, "trustworthy": False}
+    summary["actual"]["snis"] |= dict.fromkeys(("low", "high", "degrees_of_freedom"))
+    for error in (0.005, 0.0005):
+        summary["agreement"]["rao_blackwell"] = paired_agreement(0.006, 0.006 + error * SERIES).as_dict()
+        first = said_of(summary)[0]
+        assert "Whether they agree cannot be said: the measurement is not to be trusted" in first.text
+        assert "They" not in first.text and first.tone == "warning"
+    outcome = analysis_outcome(results_of(summary, make_history(), make_run()["self_checks"], ()))
+    assert outcome.agreement is None
+    assert next(value for name, value, _ in outcome_facts(outcome) if name == "Measured change").count("agree") == 0
+    z = {row[0]: row[-1].text for row in estimator_table(record(summary)).rows}
+    assert [text for label, text in z.items() if "Fixed prefix" not in label] == ["not known"] * (len(z) - 1)
 
 
 @pytest.mark.parametrize(

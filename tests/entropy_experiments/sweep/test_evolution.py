@@ -13,6 +13,7 @@ from entropy_experiments.records.record import json_of, validated
 from entropy_experiments.records.summary import ActualRecord
 from entropy_experiments.sweep.evolution.cluster_flow import cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
+from entropy_experiments.sweep.evolution.evolution_rows import checkpoint_row
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, prompt_sums
 from entropy_experiments.sweep.evolution.reward_price import price_between
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
@@ -157,6 +158,39 @@ def test_share_within_prompts_and_rank():
     assert norm.value == pytest.approx(2.0) and rank.value == pytest.approx(1.0)
     alone = training_structure(np.ones((3, 3)), np.zeros(3))
     assert alone.same_prompt_share.standard_error is None and "too few prompts" in alone.same_prompt_share.reason
+
+
+def test_copies_of_a_sequence_are_no_likeness_within_its_prompt():
+    """Gradients that know nothing of prompts, each drawn twice: cosines of 1 stood for a prompt's own direction."""
+    rows = np.random.default_rng(0).normal(size=(12, 400))
+    copies, prompts = np.repeat(np.arange(12), 2), np.repeat(np.arange(4), 6)
+    once = training_structure(rows @ rows.T, np.repeat(np.arange(4), 3))
+    twice = rows[copies]
+    found = training_structure(twice @ twice.T, prompts, copies)
+    assert found.same_prompt_share.value == pytest.approx(once.same_prompt_share.value)
+    assert found.same_prompt_pairs == pytest.approx(once.same_prompt_pairs)
+    assert training_structure(twice @ twice.T, prompts).same_prompt_share.value > 0.9, "what it would be with them"
+    folder = planted_run(1)[0][0]
+    doubled = [row for row in folder.training for _ in (0, 1)]
+    kernel = np.repeat(np.repeat(folder.kernels["train_fisher"], 2, 0), 2, 1)
+    both = replace(folder, training=doubled, kernels=folder.kernels | {"train_fisher": kernel})
+    single, double = (checkpoint_row(one).same_prompt_share.value for one in (folder, both))
+    assert double == pytest.approx(single, rel=1e-6)
+
+
+def test_steps_that_are_not_to_be_trusted_are_in_no_sum_and_no_correlation():
+    """One measurement on a few sequences, far off: it was the sum, and took the correlation."""
+    folders, history = planted_run(8)
+    before = describe_evolution(folders, history, permutations=19).whole.prediction
+    summary = folders[3].summary
+    lost = summary.actual.snis.model_copy(update={"value": 9.0, "trustworthy": False})
+    changed = summary.model_copy(update={"actual": summary.actual.model_copy(update={"snis": lost})})
+    folders[3] = replace(folders[3], summary=changed)
+    found = describe_evolution(folders, history, permutations=19).whole.prediction
+    assert (found.steps, found.untrusted, found.compared) == (before.steps - 1, 1, before.compared - 1)
+    assert found.actual.value == pytest.approx(before.actual.value - summary.actual.snis.value)
+    assert found.predicted.value == pytest.approx(before.predicted.value - summary.prediction.total.value)
+    assert found.correlation > 0.9
 
 
 def test_poor_folders_leave_gaps_with_reasons():

@@ -110,6 +110,14 @@ def test_figures_hold_the_numbers(run):
     assert values(kernel.axes[3], "alignment on evaluation prompts (debiased CKA)") == pytest.approx(aligned)
     assert values(kernel.axes[1], "rank of training gradients") == pytest.approx([r.training_rank.value for r in rows])
     overview = plot_fisher_evolution(evolution)
+    assert "Over the 8 steps with both" in caption_of(overview) and "left out" not in caption_of(overview)
+    doubted = rows[3].model_copy(
+        update={"actual": rows[3].actual.model_copy(update={"value": 9.0, "trustworthy": False})}
+    )
+    known = evolution.model_copy(update={"checkpoints": (*rows[:3], doubted, *rows[4:])})
+    text = caption_of(plot_fisher_evolution(known))
+    assert "Over the 7 steps with both, predicted and measured: correlation 1 (exact)" in text, "as in the verdict"
+    assert "1 step with too small an effective sample left out" in text
     assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row.entropy.value for row in rows])
 
 
@@ -186,6 +194,9 @@ def test_verdict_tells_the_planted_story(run):
         "entropy fell", "at 8 of 8", "they agree", "came from momentum", "R = −a·e^H + b", "8 checkpoints",
     ):  # fmt: skip
         assert words in text, words
+    kernel = next(sentence.text for sentence in sentences if "effective rank" in sentence.text)
+    ends = [evolution.checkpoints[k].effective_rank.known().text(plus=False) for k in (0, -1)]
+    assert f"their effective rank is {ends[0]} at first and {ends[1]} at last" in kernel and "went from" not in kernel
     folders, history = planted_run(12, bias=3.0)
     biased = describe_evolution(folders, history, permutations=19)
     assert "do NOT agree" in " ".join(s.text for s in write_sweep_verdict(sweep_of([]), {"x": biased}))
