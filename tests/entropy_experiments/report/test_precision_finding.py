@@ -30,8 +30,8 @@ def test_rounding_of_passes():
     (told,) = sentences(policy=POLICY)
     assert told.tone == "plain" and told.text == (
         "The run had weights in bfloat16; numbers here are without the rounding of its passes. Passes in that precision differ "
-        "on 16 sequences (112 tokens): a token's log-probability by 0.0035 nats (root mean square), entropy by +0.20%, its gradient "
-        "by 1.1% of its norm, the predicted change by +2.0%."
+        "on 16 sequences (112 tokens): a token's log-probability by 0.0035 nats (root mean square), entropy by +0.20%, its "
+        "gradient by 1.1% of its norm, the predicted change by +2.0%."
     )
     mixed = sentences(policy=POLICY, weights="float32", autocast="bf16")[0].text
     assert mixed.startswith("The run had bf16 mixed precision;")
