@@ -3,6 +3,7 @@
     python benchmarks/large_models.py train                the two runs that are analysed, a few steps each (runs/large/)
     python benchmarks/large_models.py run CASE ...         analyses in a process of their own, stage by stage
     python benchmarks/large_models.py check CASE ...       8 x 8 entries of a kernel again: float64, plain autograd
+    python benchmarks/large_models.py floor CASE ...       the least that a kernel takes: plain passes, and one product of rows
     python benchmarks/large_models.py page                 benchmarks/results/large_models/README.md, from what both left
 
 CPU seconds are user and system time of the process: half of them are what two cores that nothing else uses take at least. Memory
@@ -35,8 +36,23 @@ _NO_SCHEMES = f"{_K}analysis.weighting_schemes=false"
 _CORES = 2
 _GIB = 2**30
 ENTRIES = 8
+PIECE = 2**20
+"""Parameters of which a product is made at a time: a piece of the rows fits into memory."""
+CONFIGURED_TOKENS = 2048
+"""Padded tokens of a pass, as in the configuration."""
+_KERNEL_STAGES = (
+    "training gradients, one row per sequence",
+    "evaluation gradients and kernels",
+    "the training buffer's own kernel",
+)
+_HALF_BILLION = (
+    "lora.enabled=false", "optimizer.learning_rate=1e-5", "model.dtype=bfloat16", "optimizer.micro_batch_size=4",
+    "task.reward=benchmarks.large_models:even_length", "rollouts.prompts_per_step=4", "rollouts.completions_per_prompt=4",
+    "training.steps=1", "training.save_every=1",
+)  # fmt: skip
 TRAINED = {
     "full": ("lora.enabled=false", "optimizer.learning_rate=5e-6", "training.steps=2", "training.save_every=2"),
+    "half-billion": _HALF_BILLION,
     "lora-288": ("lora.r=288", "lora.alpha=576", "training.steps=2", "training.save_every=2"),
 }
 
@@ -52,6 +68,7 @@ class Case:
     minutes: float | None
     disk: float | None
     matrix: bool = True
+    trusted: bool = False
 
     def overrides(self) -> list[str]:
         """Of the configuration."""
@@ -68,6 +85,7 @@ CASES = {
     "full-64": Case("full", 64, 64, 10, 20, 10),
     "full-128": Case("full", 128, 256, 12, 40, 40),
     "lora-128": Case("lora-288", 128, 256, 8, 15, 40),
+    "half-billion-16": Case("half-billion", 16, 16, 20, None, 40, trusted=True),
     "full-8": Case("full", 8, 16, 10, None, 10),
     "full-8-without": Case("full", 8, 16, 5, None, None, matrix=False),
 }
@@ -79,14 +97,47 @@ def train(names: list[str]) -> None:
     for name in names or list(TRAINED):
         if not (ROOT / name).exists():
             common = (f"training.output_dir={ROOT / name}", "training.report_to=[]", "entropy_probe.enabled=false")
-            arguments = ["train", str(CONFIG), *common, *TRAINED[name]]
+            model = [f"model.name={random_policy(ROOT / 'half-billion-policy')}"] if name == "half-billion" else []
+            arguments = ["train", str(CONFIG), *common, *model, *TRAINED[name]]
             subprocess.run([sys.executable, "-m", "entropy_experiments", *arguments], check=True)
+
+
+def random_policy(folder: Path) -> Path:
+    """A policy of Qwen2.5-0.5B's shape with random weights in bfloat16, over words of numbers."""
+    if folder.exists():
+        return folder
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{number}": number for number in range(3, 151936)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def even_length(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """1 for completions of an even number of characters: half of what a random policy writes."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(len(text) % 2 == 0) for text in texts]
 
 
 def run(name: str, folder: Path | None) -> None:
     """Analyse, and add a line to measurements.jsonl."""
     case, out = CASES[name], ROOT / "results" / name
-    arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides()]
+    trust = ["--trust"] if case.trusted else []
+    arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides(), *trust]
     begun, stages, disk = time.time(), list[dict[str, Any]](), 0
     command = [sys.executable, "-m", "entropy_experiments", "analyze", *arguments, "--overwrite"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -133,19 +184,13 @@ def _add(line: dict[str, Any]) -> None:
 
 def check(name: str, folder: Path | None) -> None:
     """K1 of the first sequences in float64, and how far the kernel and plain autograd in float32 are from it."""
-    import pyarrow.parquet as pq
     import torch
 
     from entropy_experiments.records.reader import read_results_folder
 
     case = CASES[name]
-    results = next(iter(sorted((ROOT / "results" / name).glob("analysis_*/*_checkpoint-*"))))
-    loaded = read_results_folder(results)
-    tokens = pq.read_table(results / "sequences.parquet", columns=["buffer", "row", "prompt_ids", "completion_ids"])
-    evaluation, training = (
-        sorted((s for s in tokens.to_pylist() if s["buffer"] == side), key=lambda s: s["row"])[:ENTRIES]
-        for side in ("evaluation", "training")
-    )
+    loaded = read_results_folder(_results(name))
+    evaluation, training = (side[:ENTRIES] for side in _sequences(name))
     run, temperature = folder or ROOT / case.run, loaded.summary.policy.sampling_config.temperature
     exact, plain = (_by_autograd(run, dtype, temperature, evaluation, training) for dtype in ("float64", "float32"))
     ours = torch.from_numpy(loaded.kernels["fisher"][:ENTRIES, : len(training)]).double()
@@ -154,6 +199,68 @@ def check(name: str, folder: Path | None) -> None:
         f"{name}: {exact.numel()} entries, relative Frobenius error {error:.1e}, of plain autograd in float32 {of_float32:.1e}"
     )
     _add({"case": name, "entries": exact.numel(), "error": error, "float32": of_float32})
+
+
+def _results(name: str) -> Path:
+    return next(iter(sorted((ROOT / "results" / name).glob("analysis_*/*_checkpoint-*"))))
+
+
+def _sequences(name: str) -> list[list[dict[str, Any]]]:
+    """Both buffers, in the order of the kernel's axes."""
+    import pyarrow.parquet as pq
+
+    columns = ["buffer", "row", "prompt_index", "prompt_ids", "completion_ids"]
+    rows = pq.read_table(_results(name) / "sequences.parquet", columns=columns).to_pylist()
+    return [
+        sorted((s for s in rows if s["buffer"] == side), key=lambda s: s["row"]) for side in ("evaluation", "training")
+    ]
+
+
+def floor(name: str, folder: Path | None) -> None:
+    """CPU seconds of the least that both kernels take of the training columns: a forward and a backward pass over the training
+    side for its rows, a forward and two backward passes over each side for what meets them, and their four products.
+    """
+    import torch
+
+    from entropy_core.batch import SequenceBatch
+    from entropy_core.entropy import entropy_coefficients, score_coefficients
+    from entropy_core.gradients import batch_gradients, trainable_parameters
+    from entropy_core.passes.settings import PassSettings
+    from entropy_core.scores import token_statistics
+    from entropy_experiments.checkpoint_loader import load_checkpoint
+
+    checkpoint = load_checkpoint(folder or ROOT / CASES[name].run, require_optimizer=False, widened=True)
+    model, pad = checkpoint.model, checkpoint.tokenizer.pad_token_id
+    evaluation, training = (
+        SequenceBatch.from_sequences(
+            [s["prompt_ids"] for s in side],
+            [s["completion_ids"] for s in side],
+            [s["prompt_index"] for s in side],
+            pad,
+            1.0,
+        )
+        for side in _sequences(name)
+    )
+    passes = PassSettings(CONFIGURED_TOKENS)
+    seconds = {}
+    for what, batch, both in (("rows", training, False), ("evaluation", evaluation, True), ("own", training, True)):
+        terms = [score_coefficients(batch)]
+        if both:
+            terms.append(entropy_coefficients(token_statistics(model, batch, passes), batch))
+        begun = time.process_time()
+        batch_gradients(model, batch, terms, passes)
+        seconds[what] = time.process_time() - begun
+    size = sum(p.numel() for p in trainable_parameters(model).values())
+    columns = torch.randn(len(training), PIECE)
+    for what, batch in (("evaluation_product", evaluation), ("own_product", training)):
+        rows = torch.randn(len(batch), PIECE)
+        found = torch.zeros(len(batch), len(training))
+        begun = time.process_time()
+        for _ in range(2 * -(-size // PIECE)):
+            torch.addmm(found, rows, columns.T, out=found)
+        seconds[what] = time.process_time() - begun
+    print(f"{name}: {sum(seconds.values()):.0f} CPU seconds at least, {seconds}")
+    _add({"case": name, "floor": seconds, "parameters": size})
 
 
 def _by_autograd(run: Path, dtype: str, temperature: float, evaluation: list[Any], training: list[Any]) -> Any:
@@ -193,7 +300,37 @@ def page() -> None:
     lines = [json.loads(line) for line in (RESULTS / "measurements.jsonl").read_text().splitlines()]
     latest = {line["case"]: line for line in lines if line.get("status") == 0}
     errors = {line["case"]: line["error"] for line in lines if "error" in line}
-    write_whole(RESULTS / "README.md", "\n".join(_page(latest, errors)) + "\n")
+    floors = {line["case"]: line for line in lines if "floor" in line}
+    write_whole(RESULTS / "README.md", "\n".join([*_page(latest, errors), *_floors(latest, floors)]) + "\n")
+
+
+def _floors(latest: dict[str, dict[str, Any]], floors: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the stages of the kernels took over the least that they take."""
+    if not floors:
+        return
+    yield from ["", "## Over the floor", ""]
+    yield "The three stages of the kernels against what `floor` measures: plain forward and backward passes over the same"
+    yield "sequences, and one product of random rows of the same size (its part in brackets). Passes grow with sequences times"
+    yield "parameters, the product with evaluation times training sequences times parameters."
+    yield ""
+    yield "| case | parameters | evaluation × training | kernels, CPU s | floor, CPU s | ratio |"
+    yield "|---|---|---|---|---|---|"
+    for name, line in floors.items():
+        if name not in latest:
+            continue
+        taken, least = _stage_seconds(latest[name], _KERNEL_STAGES), sum(line["floor"].values())
+        product = sum(value for key, value in line["floor"].items() if key.endswith("product"))
+        case = CASES[name]
+        yield (
+            f"| `{name}` | {line['parameters'] / 1e6:.1f} M | {case.n_eval} × {case.n_train} | {taken:.0f} | {least:.0f} "
+            f"({product:.0f}) | {taken / least:.1f} |"
+        )
+
+
+def _stage_seconds(line: dict[str, Any], names: tuple[str, ...]) -> float:
+    ends = [*(stage["cpu"] for stage in line["stages"][1:]), line["cpu"]]
+    pairs = zip(line["stages"], ends, strict=True)
+    return sum(end - stage["cpu"] for stage, end in pairs if stage["line"].partition(" (stage")[0] in names)
 
 
 def _page(latest: dict[str, dict[str, Any]], errors: dict[str, float]) -> Iterator[str]:
@@ -237,7 +374,7 @@ def _number(value: float | None) -> str:
 def main() -> None:
     """One of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=("train", "run", "check", "page"))
+    parser.add_argument("command", choices=("train", "run", "check", "floor", "page"))
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--run", type=Path, default=None, help="a training run in place of that under runs/large")
     options = parser.parse_args()
@@ -247,7 +384,7 @@ def main() -> None:
         page()
     else:
         for name in options.cases:
-            (run if options.command == "run" else check)(name, options.run)
+            {"run": run, "check": check, "floor": floor}[options.command](name, options.run)
 
 
 if __name__ == "__main__":

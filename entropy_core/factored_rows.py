@@ -51,6 +51,18 @@ class _Pass:
     uses: dict[tuple[int, str], list[RowFactors]] = field(default_factory=dict)
 
 
+class StreamedSide(FactoredSide, Protocol):
+    """A side of any number of objectives, whose products with another are wanted."""
+
+    def device(self, name: str) -> torch.device | None:
+        """Where a parameter's rows are formed; None where it was not used."""
+        ...
+
+    def reached(self, name: str) -> Tensor | None:
+        """Ascending rows of the parameter that are not zero for all sequences and objectives; None: all may be other than 0."""
+        ...
+
+
 class KeptFactors:
     """Factors of a batch's rows in memory, of any number of objectives; `add` is a sink of factored streams.
 
@@ -91,12 +103,12 @@ class KeptFactors:
         return one_row(one.uses.get((0, name), []), int((one.indices == sequence).nonzero()[0, 0]))
 
     def device(self, name: str) -> torch.device | None:
-        """Where a parameter's rows are formed; None where it was not used."""
+        """As StreamedSide.device."""
         uses = (uses for one in self.passes for key, uses in one.uses.items() if key[1] == name)
         return next((use.device for some in uses for use in some), None)
 
     def reached(self, name: str) -> Tensor | None:
-        """Ascending rows of the parameter that are not zero for all sequences and objectives; None: all may be other than 0."""
+        """As StreamedSide.reached."""
         found = [
             use.reached() for one in self.passes for key, uses in one.uses.items() if key[1] == name for use in uses
         ]
@@ -121,7 +133,7 @@ def one_row(uses: Sequence[RowFactors], place: int) -> Tensor | None:
 
 
 def factored_products(
-    rows: KeptFactors,
+    rows: StreamedSide,
     kinds: int,
     columns: FactoredSide,
     numbers: Sequence[int],

@@ -2,19 +2,22 @@
 them.
 
 Both sides' rows of a block of one parameter are formed, multiplied and dropped (entropy_core.factored_rows). All factors of the
-training side are read once for every chunk, and its rows formed anew, which costs about a backward pass's weight gradients.
+training side are read once for every chunk, and its rows formed anew, which costs about a backward pass's weight gradients. So
+chunks are as large as may be: where there is disk, their factors go there too, a few sequences' at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from entropy_core.batch import SequenceBatch, pass_order
 from entropy_core.entropy import TokenCoefficients, score_coefficients
-from entropy_core.factored_rows import FactoredSide, factored_products
+from entropy_core.factored_rows import FactoredSide, StreamedSide, factored_products
 from entropy_core.formed import Formed
 from entropy_experiments.kernel.contraction import Wanted
 from entropy_experiments.kernel.plan import sample_rows
@@ -56,7 +59,7 @@ class Factored(TrainingRows):
         setup = self.setup
         assert setup.workspace is not None
         shards = list(pass_order(setup.batch).cpu().split(setup.plan.tile))
-        store = FactorStore(setup.workspace.folder / "factors", self._shapes, shards)
+        store = FactorStore(setup.workspace.folder / "factors", self._shapes, shards, self._devices)
         for number in setup.processes.mine(store.unfinished()):
             part = setup.batch.select(shards[number])
             store.write(number, setup.passes.factors(part, [score_coefficients(part)]))
@@ -75,6 +78,30 @@ class Factored(TrainingRows):
     def _block(
         self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], p: Preconditioner, wanted: Wanted
     ) -> Tensor:
-        rows, numbers = self.setup.passes.factors(batch, objectives), wanted.numbers(wanted.kernel)
-        found = factored_products(rows, len(objectives), self._side, numbers, self._shapes, p, wanted.steps)
+        numbers, at_once = wanted.numbers(wanted.kernel), self.setup.plan.at_once
+        with self._streamed(batch, objectives, at_once or len(batch)) as rows:
+            found = factored_products(rows, len(objectives), self._side, numbers, self._shapes, p, wanted.steps)
         return found.to(batch.device)
+
+    @contextmanager
+    def _streamed(
+        self, batch: SequenceBatch, objectives: Sequence[TokenCoefficients], at_once: int
+    ) -> Iterator[StreamedSide]:
+        """Factors of a chunk: in memory where it is formed at once, else in a folder of its own that is gone afterwards."""
+        passes, workspace = self.setup.passes, self.setup.workspace
+        if at_once >= len(batch) or workspace is None:
+            yield passes.factors(batch, objectives)
+            return
+        folder = workspace.folder / f"streamed-{self.setup.processes.rank}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        shards = list(pass_order(batch).cpu().split(at_once))
+        store = FactorStore(folder, self._shapes, shards, self._devices)
+        try:
+            for number, some in enumerate(shards):
+                part = batch.select(some)
+                chosen = [TokenCoefficients(c.entropy[some], c.logprob[some]) for c in objectives]
+                store.write(number, passes.factors(part, chosen))
+            store.open()
+            yield store
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

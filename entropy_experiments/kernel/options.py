@@ -98,7 +98,13 @@ class KernelOptions:
                 plan = plan_sketch(size, left, sketch.size)
             else:
                 budgets = (left, self.disk_budget)
-                plan = plan_kernel(size, *budgets, save_gradients=self.save_gradients, strategy=self.strategy)
+                plan = plan_kernel(
+                    size,
+                    *budgets,
+                    save_gradients=self.save_gradients,
+                    strategy=self.strategy,
+                    processes=self.processes.size,
+                )
             if self.workspace is not None:
                 self.workspace.keep("plan", plan.to_json())
             return plan
@@ -237,7 +243,8 @@ def describe_plan(plan: KernelPlan, n_train: int) -> str:
         where = f"on disk ({plan.disk / _GIBIBYTE:.2f} GiB)" if plan.disk else "in memory"
         return (
             f"kernel: factors of {n_train} training rows {where}, rows formed of them module by module for every {plan.chunk} "
-            f"evaluation rows; {plan.memory / _GIBIBYTE:.2f} GiB of factors in memory"
+            f"evaluation rows{' (whose factors go to disk too)' if plan.at_once else ''}; {plan.memory / _GIBIBYTE:.2f} GiB of "
+            "factors in memory"
         )
     tiles = -(-n_train // plan.tile)
     return f"kernel: {tiles} tiles of {plan.tile} training rows, {plan.passes} passes; {size}"

@@ -32,6 +32,8 @@ from rl_training.errors import UserError
 Strategy = Literal["memory", "disk", "factored", "tiles", "sketch", "directions"]
 BLOCK_ROWS = 32  # rows of the evaluation side that are one finished block
 SHARD_BYTES = 2**29  # factors in a file
+STREAMED_ROWS = 128
+"""Evaluation sequences in a chunk whose factors go to disk: an interrupted run repeats a chunk."""
 SAMPLE_BYTES = 2**28  # of one parameter's rows that checks form
 HELD_VECTORS = {
     "gradient of the loss": 1,
@@ -77,7 +79,8 @@ class KernelSize:
 
 @dataclass(frozen=True)
 class KernelPlan:
-    """strategy; tile: training rows held (or read) at a time, of factors those in a shard; chunk: evaluation rows in a block.
+    """strategy; tile: training rows held (or read) at a time, of factors those in a shard; chunk: evaluation rows in a block;
+    at_once: of them those whose factors are in memory at a time, on their way to the disk; 0: all.
 
     memory: bytes that rows take at most, beside the model and the passes' own; disk: bytes of the gradient store; passes:
     sequences that go through the model, forward and backward, for the evaluation kernels; reading: bytes read from disk.
@@ -90,6 +93,7 @@ class KernelPlan:
     disk: int
     passes: int
     reading: int
+    at_once: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,7 +127,13 @@ def plan_directions(size: KernelSize, memory: int, one_pass: int = 0) -> KernelP
 
 
 def plan_kernel(
-    size: KernelSize, memory: int, disk: int = 0, *, save_gradients: bool = False, strategy: Strategy | None = None
+    size: KernelSize,
+    memory: int,
+    disk: int = 0,
+    *,
+    save_gradients: bool = False,
+    strategy: Strategy | None = None,
+    processes: int = 1,
 ) -> KernelPlan:
     """The plan for `size` with `memory` bytes for rows and `disk` bytes for a gradient store.
 
@@ -133,11 +143,14 @@ def plan_kernel(
         disk: bytes for a gradient store.
         save_gradients: the store is wanted whatever the memory.
         strategy: take this one; None: the first that fits, memory before disk before tiles.
+        processes: how many share the disk.
 
     Raises:
         UserError: where not even one row a side fits, or the store does not fit into the disk budget, saying what is needed.
     """
-    factored = None if save_gradients or strategy not in (None, "factored") else _plan_factored(size, memory, disk)
+    factored = (
+        None if save_gradients or strategy not in (None, "factored") else _plan_factored(size, memory, disk, processes)
+    )
     left = memory - fixed_bytes(size)
     least = 2 * max(size.row_bytes, size.objectives * size.row_bytes)
     if strategy == "factored" or (left < least and factored is not None):
@@ -201,9 +214,9 @@ def _no_room_for_rows(size: KernelSize, memory: int, disk: int, least: int) -> s
     )
 
 
-def _plan_factored(size: KernelSize, memory: int, disk: int) -> KernelPlan | None:
+def _plan_factored(size: KernelSize, memory: int, disk: int, processes: int) -> KernelPlan | None:
     """In memory where that leaves room for enough evaluation sequences, else on disk, else in memory as well as it goes; None
-    where nothing fits.
+    where nothing fits. Evaluation sequences go to disk too where that makes larger chunks.
     """
     if size.factors is None:
         return None
@@ -218,8 +231,20 @@ def _plan_factored(size: KernelSize, memory: int, disk: int) -> KernelPlan | Non
         return None
     held = chunk * one + (0 if on_disk else train)
     stored = int(1.05 * train) if on_disk else 0
+    streamed, at_once = _streamed_by_disk(size, disk - stored, processes), 0
+    if on_disk and streamed >= 2 * chunk:
+        chunk, at_once = streamed, chunk
+        stored += processes * int(1.05 * chunk * one)
     reading = math.ceil(size.n_eval / chunk) * stored
-    return KernelPlan("factored", shard, chunk, held, stored, size.n_eval + size.n_train, reading)
+    return KernelPlan("factored", shard, chunk, held, stored, size.n_eval + size.n_train, reading, at_once)
+
+
+def _streamed_by_disk(size: KernelSize, disk: int, processes: int) -> int:
+    """Evaluation sequences of a chunk whose factors go to disk, of which every process has one at a time."""
+    assert size.factors is not None
+    one = 1.05 * size.factors.most_bytes(size.objectives) * processes
+    shared = math.ceil(max(size.n_eval, size.n_train) / processes)
+    return max(0, min(STREAMED_ROWS, shared, int(disk / one)))
 
 
 def _no_room_for_factors(size: KernelSize, memory: int, save_gradients: bool) -> str:

@@ -28,6 +28,8 @@ from rl_training.sampling import Rollouts
 from rl_training.sequences import RolloutSequence
 
 FOLDER_NAME = "work"
+_LAYOUT = 2
+"""Raised where blocks of the same analysis come to hold something else within a version."""
 _VERSIONS = ("torch", "transformers", "peft", "entropy-experiments")
 
 
@@ -96,4 +98,5 @@ def describe_work(checkpoint: Path, config: FisherAnalysisConfig) -> dict[str, A
         "config": json.loads(json.dumps(settings)),
         "checkpoint": {"path": str(checkpoint.resolve()), **fingerprint(checkpoint)},
         "versions": {name: version(name) for name in _VERSIONS},
+        "layout of blocks": _LAYOUT,
     }

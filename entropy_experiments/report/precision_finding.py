@@ -39,7 +39,7 @@ def _of_policy(found: PolicyRoundingRecord, trained: str) -> Sentence:
     much = any(part is not None and abs(part) > MUCH for part in (of_gradient, of_change))
     listed = ", ".join(part for part in told if part is not None)
     text = (
-        f"The run was trained with {trained}; numbers here are without that rounding. Passes as in training differ on "
+        f"The run had {trained}; numbers here are without the rounding of its passes. Passes in that precision differ on "
         f"{counted(found.sequences, 'sequence')} ({counted(found.tokens, 'token')}): {listed}."
     )
     return Sentence(text, "warning" if much else "plain")

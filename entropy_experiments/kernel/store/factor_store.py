@@ -30,6 +30,7 @@ from rl_training.files import read_json_object, remove_leftovers, write_json_who
 from rl_training.run.disk import disk_errors_explained
 
 PIECE_BYTES = 2**22
+_OF = ": "
 CACHE_BYTES = 2**28
 """Of arrays that are kept for the next block: inputs, which every block of a layer needs."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int64": torch.int64}
@@ -52,7 +53,7 @@ class _Array:
 
 @dataclass(frozen=True)
 class _StoredPass:
-    """sequences: of the batch. uses: parameter -> for each use, name of a tensor -> number of its array."""
+    """sequences: of the batch. uses: objective and parameter -> for each use, name of a tensor -> number of its array."""
 
     shard: int
     sequences: Tensor
@@ -60,16 +61,24 @@ class _StoredPass:
 
 
 class FactorStore:
-    """Factors of a batch's rows, objective 0, in a folder.
+    """Factors of a batch's rows, of any number of objectives, in a folder.
 
     Args:
         folder: Where shards lie.
         shapes: Parameter -> shape.
         shards: For each shard the numbers of its sequences.
+        devices: Parameter -> where its rows are formed; None: on the CPU.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], shards: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, torch.Size],
+        shards: Sequence[Tensor],
+        devices: Mapping[str, torch.device] | None = None,
+    ) -> None:
         self.folder, self._shapes, self.shards = folder, dict(shapes), list(shards)
+        self._devices = {} if devices is None else dict(devices)
         self._passes: list[_StoredPass] = []
         self._arrays: dict[int, list[_Array]] = {}
         self._cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
@@ -90,11 +99,11 @@ class FactorStore:
                 with opened(path, os.O_WRONLY) as descriptor:
                     for one in factors.passes:
                         uses = {
-                            name: [
+                            _key(objective, name): [
                                 {key: _put(descriptor, arrays, known, key, t, use) for key, t in use.tensors.items()}
                                 for use in found
                             ]
-                            for (_, name), found in one.uses.items()
+                            for (objective, name), found in one.uses.items()
                         }
                         passes.append({"sequences": self.shards[number][one.indices].tolist(), "uses": uses})
 
@@ -127,14 +136,29 @@ class FactorStore:
 
     def form(self, number: int, name: str, some: Some, out: Tensor) -> bool:
         """As FactoredSide.form. Raises UserError where what is read is not what was written."""
-        assert number == 0
-        if not any(name in one.uses for one in self._passes):
+        key = _key(number, name)
+        if not any(key in one.uses for one in self._passes):
             return False
         ends = list(accumulate(len(one.sequences) for one in self._passes))
         for one, start, end in zip(self._passes, [0, *ends], ends, strict=False):
-            uses = [self._block(one.shard, use, name, some) for use in one.uses.get(name, [])]
+            uses = [self._block(one.shard, use, name, some) for use in one.uses.get(key, [])]
             add_uses(uses, some, out[start:end])
         return True
+
+    def device(self, name: str) -> torch.device | None:
+        """As KeptFactors.device."""
+        used = any(name == key.rpartition(_OF)[2] for one in self._passes for key in one.uses)
+        return self._devices.get(name, torch.device("cpu")) if used else None
+
+    def reached(self, name: str) -> Tensor | None:
+        """As KeptFactors.reached."""
+        found = []
+        for one in self._passes:
+            for use in (use for key, uses in one.uses.items() if key.rpartition(_OF)[2] == name for use in uses):
+                if "tokens" not in use:
+                    return None
+                found.append(self._whole(one.shard, use["tokens"]).unique())
+        return torch.cat(found).unique() if found else None
 
     def row(self, name: str, sequence: int) -> Tensor | None:
         """As FactoredSide.row."""
@@ -147,16 +171,18 @@ class FactorStore:
     def _block(self, shard: int, use: Mapping[str, int], name: str, some: Some) -> RowFactors:
         """A use's factors, of the parameter's rows `some` alone where they lie that way."""
         outer, _ = matrix_shape(self._shapes[name])
+        device = self._devices.get(name, torch.device("cpu"))
         if "tokens" in use:
-            return from_tensors({key: self._whole(shard, array) for key, array in use.items()}, outer)
+            return from_tensors({key: self._whole(shard, array).to(device) for key, array in use.items()}, outer)
         if isinstance(some, slice):
             start, stop, _ = some.indices(outer)
         else:
             start, stop = int(some[0]), int(some[-1]) + 1
         if "rows" in use:
-            return from_tensors({"rows": self._read(shard, use["rows"], start, stop).transpose(0, 1)}, outer, start)
-        cotangents = self._read(shard, use["cotangents"], start, stop).movedim(0, -1)
-        inputs = self._whole(shard, use["inputs"])
+            rows = self._read(shard, use["rows"], start, stop).transpose(0, 1)
+            return from_tensors({"rows": rows.to(device)}, outer, start)
+        cotangents = self._read(shard, use["cotangents"], start, stop).movedim(0, -1).to(device)
+        inputs = self._whole(shard, use["inputs"]).to(device)
         return from_tensors({"inputs": inputs, "cotangents": cotangents}, outer, start)
 
     def _whole(self, shard: int, number: int) -> Tensor:
@@ -192,6 +218,11 @@ class FactorStore:
 
     def _record_path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
+
+
+def _key(objective: int, name: str) -> str:
+    """Of a parameter's uses in a record."""
+    return name if objective == 0 else f"{objective}{_OF}{name}"
 
 
 def _put(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_core import factored_rows
-from entropy_core.entropy import score_coefficients
+from entropy_core.entropy import TokenCoefficients, score_coefficients
 from entropy_core.gradients import gradient_rows, trainable_parameters
 from entropy_core.passes.settings import PassSettings
 from entropy_experiments.fisher_analyzer import FisherComputation, analyze_batches
@@ -82,6 +83,49 @@ def test_what_is_read_is_what_was_written(tied: bool, tmp_path: Path, monkeypatc
         out = torch.empty(7, 3, 16)
         side.form(0, name, some, out)
         assert_close(out, rows[name][side.order][:, some], 1e-5, "some tokens")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunks_whose_factors_go_to_disk_give_the_same_products(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several kinds of rows, one of them of entropies, with steps beside them; and nothing of the chunks stays."""
+    monkeypatch.setattr(factor_store, "PIECE_BYTES", 300)
+    torch.manual_seed(0)
+    model = llama(tied).eval()
+    evaluation, parameters = sequences(6, 1), trainable_parameters(model)
+    score = score_coefficients(evaluation)
+    kinds = {"score": score, "fixed_prefix": TokenCoefficients(score.logprob, 0.3 * score.logprob)}
+    steps = {name: torch.randn(2, *p.shape) for name, p in parameters.items()}
+    p = {name: torch.rand(parameter.shape) for name, parameter in parameters.items()}
+    found = []
+    for at_once in (0, 1, 4):
+        setup = setup_of(model, tmp_path / str(at_once))
+        setup = replace(setup, plan=replace(setup.plan, chunk=5, at_once=at_once))
+        kernel = Kernel(KernelEngine(setup).prepare(), p)
+        found.append(kernel.contract("evaluation", evaluation, kinds, ("score", "fixed_prefix"), steps))
+        assert not list((tmp_path / str(at_once)).rglob("streamed-*"))
+    for other in found[1:]:
+        for kind in kinds:
+            assert_close(other.kernel[kind], found[0].kernel[kind], 1e-6, f"kernel of {kind}")
+            assert_close(other.steps[kind], found[0].steps[kind], 1e-6, f"steps of {kind}")
+    assert not torch.allclose(found[0].kernel["fixed_prefix"], found[0].kernel["score"], rtol=0.1)
+
+
+def test_what_a_killed_run_left_of_a_chunk_is_not_taken(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(True).eval()
+    before = product(model, tmp_path / "whole")
+    setup = setup_of(model, tmp_path / "killed")
+    setup = replace(setup, plan=replace(setup.plan, at_once=1))
+    left = tmp_path / "killed" / "work" / "streamed-0"
+    left.mkdir(parents=True)
+    (left / "00000.json").write_text('{"passes": [], "arrays": []}')
+    evaluation = sequences(6, 1)
+    kernel = Kernel(KernelEngine(setup).prepare(), None)
+    found = kernel.contract("evaluation", evaluation, {"score": score_coefficients(evaluation)}, ("score",))
+    assert found is not None
+    assert_close(found.kernel["score"], before, 1e-6, "kernel")
 
 
 def test_layers_that_read_the_same_share_it_on_disk(tmp_path: Path) -> None:
@@ -182,7 +226,8 @@ def test_factors_are_chosen_where_rows_do_not_fit() -> None:
     size = size_of(64, 64)
     assert size.factors is not None and 8 < size.row_bytes / size.factors.row_bytes() < 9
     assert plan_kernel(size, 100 * GIB).strategy == "memory", "rows where they fit: they are formed once"
-    disk = plan_kernel(size, 7 * GIB, 10 * GIB)
+    disk = plan_kernel(size, 7 * GIB, 5 * GIB)
+    assert disk.at_once == 0, "no disk for the evaluation side"
     assert (disk.strategy, disk.passes) == ("factored", 128) and 0 < disk.disk < 5 * GIB
     held = disk.memory + fixed_bytes(size, "factored") - 2 * size.row_bytes
     assert held <= 7 * GIB < held + size.factors.most_bytes(4), "as many evaluation rows at a time as fit"
@@ -190,6 +235,12 @@ def test_factors_are_chosen_where_rows_do_not_fit() -> None:
     assert (memory.strategy, memory.disk, memory.chunk) == ("factored", 0, 32)
     with pytest.raises(UserError, match=r"allow their factors on disk .*disk_budget, 3.9 GiB"):
         plan_kernel(size, 5 * GIB)
+    larger = plan_kernel(size, 7 * GIB, 20 * GIB)
+    assert (larger.at_once, larger.chunk) == (disk.chunk, 64) and disk.memory == larger.memory
+    most = size.factors.most_bytes(4)
+    assert disk.disk + 64 * most < larger.disk <= disk.disk + 1.05 * 64 * most <= 20 * GIB
+    assert plan_kernel(size, 7 * GIB, 20 * GIB, processes=2).at_once == 0, "half of 64 is not twice 18"
+    assert "evaluation rows (whose factors go to disk too)" in describe_plan(larger, 64)
     line = describe_plan(disk, 64)
     assert line.startswith(
         "kernel: factors of 64 training rows on disk (3.90 GiB), rows formed of them module by module"

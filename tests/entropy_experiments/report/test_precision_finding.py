@@ -29,12 +29,12 @@ def test_nothing_is_said_of_a_run_in_the_analysis_own_precision():
 def test_rounding_of_passes():
     (told,) = sentences(policy=POLICY)
     assert told.tone == "plain" and told.text == (
-        "The run was trained with weights in bfloat16; numbers here are without that rounding. Passes as in training differ on "
-        "16 sequences (112 tokens): a token's log-probability by 0.0035 nats (root mean square), entropy by +0.20%, its gradient "
-        "by 1.1% of its norm, the predicted change by +2.0%."
+        "The run had weights in bfloat16; numbers here are without the rounding of its passes. Passes in that precision differ "
+        "on 16 sequences (112 tokens): a token's log-probability by 0.0035 nats (root mean square), entropy by +0.20%, its "
+        "gradient by 1.1% of its norm, the predicted change by +2.0%."
     )
     mixed = sentences(policy=POLICY, weights="float32", autocast="bf16")[0].text
-    assert mixed.startswith("The run was trained with bf16 mixed precision;")
+    assert mixed.startswith("The run had bf16 mixed precision;")
     for worse in ({"gradient": 0.2}, {"predicted_in_training": -0.0115}):
         assert sentences(policy=POLICY | worse)[0].tone == "warning"
     missing = sentences(policy=POLICY | dict.fromkeys(("predicted", "predicted_in_training", "gradient")))[0]

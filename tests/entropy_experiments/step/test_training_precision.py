@@ -7,6 +7,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.formed import dot
 from entropy_core.gradients import entropy_gradient, trainable_parameters
 from entropy_core.passes.settings import PassSettings
+from entropy_experiments.analyses.precision_in_training import as_saved
 from entropy_experiments.checkpoint_loader import load_as_configured, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.entropy_runner import run_fisher_analysis
@@ -151,10 +152,17 @@ def test_mixed_precision_is_autocast(checkpoint, few):
     assert same is None
 
 
+def test_without_a_record_the_weights_themselves_tell(whole_run, adapter_run):
+    assert as_saved(load_checkpoint(whole_run / "checkpoint-2", device="cpu", widened=True).model) == BFLOAT16
+    assert as_saved(load_checkpoint(adapter_run / "checkpoint-2", device="cpu").model) == TrainedIn("float32", "no")
+    with torch.random.fork_rng():
+        assert as_saved(torch.nn.Linear(3, 3)) == TrainedIn("float32", "no")
+
+
 def test_an_analysis_says_it(adapter_run, tmp_path):
     analysis = run_fisher_analysis(adapter_run, config(), folder=tmp_path / "results")
     assert not analysis.failed_checks
     found = read_results_folder(tmp_path / "results").summary.training_precision
     assert (found.weights, found.autocast, found.step) == ("bfloat16", "no", None)
     assert found.policy.sequences == 16 and found.policy.logprob > 1e-4
-    assert "The run was trained with weights in bfloat16" in (tmp_path / "results" / "report.html").read_text()
+    assert "The run had weights in bfloat16" in (tmp_path / "results" / "report.html").read_text()
