@@ -72,7 +72,8 @@ class ProbeMeans:
         config = load_config(TrainConfig, path, [])
         if config.entropy_probe.rollouts != "current":
             raise UserError(
-                f"the probe watched rollouts={config.entropy_probe.rollouts}, which are not recorded by step"
+                "the sequences that the probe watched are not recorded by step: they are where it watches those of the step "
+                "(entropy_probe.rollouts=current)"
             )
         self._run, self._policies, self._config = run, policies, config
 

@@ -27,7 +27,8 @@ _HOSTS = ("127.0.0.1", "localhost")
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Watching a run</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{font-family:system-ui,sans-serif;margin:1.5rem auto;max-width:60rem;padding:0 1rem}#said{color:#555}</style>
+<style>:root{color-scheme:only light;background:#fff;color:#222}
+body{font-family:system-ui,sans-serif;margin:1.5rem auto;max-width:60rem;padding:0 1rem}#said{color:#555}</style>
 <script src="/plotly.js"></script></head>
 <body><h1>Entropy of a run in training</h1><p id="said" role="status">waiting for the first step</p><div id="figure"></div>
 <p>Bars are 95% intervals. A negative change is a loss of entropy.</p>

@@ -344,7 +344,10 @@ def _prices(result: PricesResult) -> list[Table]:
         rows.append([row.label, *cells, "–" if price is None or price.value is None else price.shown()])
     headings = ("In place of the step", "δh", "δh less as trained", "δJ", "δJ less as trained", "Reward for a nat kept")
     return _table(
-        "Predicted change of entropy, δh (nats per token), and of mean reward, δJ, in this step.", headings, rows
+        "Predicted change of entropy, δh (nats per token), and of mean reward, δJ, in this step. “Less as trained”: minus that "
+        "of the step as trained. Reward for a nat kept: the quotient of these two differences. Brackets: 95% intervals.",
+        headings,
+        rows,
     )
 
 

@@ -150,14 +150,20 @@ def _all_shares(axes: Axes, ranked: RankedShares) -> None:
     axes.grid(False, axis="x")
     colours = [style.COLOURS[sides[sign].colour] for sign in ranked.signs[order]]
     width = 1.0 if len(order) > MANY else 0.85
-    axes.bar(np.arange(len(order)), scaled[order], width=width, color=colours, linewidth=0)
+    hatches = ["" if len(order) > MANY else 4 * sides[sign].hatch for sign in ranked.signs[order]]
+    axes.bar(
+        np.arange(len(order)), scaled[order], width=width, color=colours, hatch=hatches, edgecolor="white", linewidth=0
+    )
     axes.set_xlabel(f"{len(order)} training sequences, sorted")
     axes.set_ylabel(UNIT_LABEL.replace(" of Δh ", "\n"))
     axes.set_xticks([])
     axes.set_xlim(-0.03 * len(order) - 1, 1.03 * len(order))
     legend = [
         Patch(
-            color=style.COLOURS[side.colour],
+            facecolor=style.COLOURS[side.colour],
+            hatch=4 * side.hatch,
+            edgecolor="white",
+            linewidth=0,
             label=f"{side.words}:\n{counted(len(members), 'sequence')}, sum {signed(ranked.total(side))}",
         )
         for side in SIDES

@@ -12,6 +12,8 @@ from entropy_experiments.report.figures.style import COLOURS, no_data, zero_line
 
 MOST_MARKED = 60
 """Points of a line beyond which markers and bars would hide each other: it is drawn plain, its intervals as a band."""
+_CHARACTERS_ABOVE, _CHARACTERS_OF_A_LINE = 110, 8
+"""That a legend over a panel has in a row, and what a line's sample takes of them."""
 _MARKERS = {
     "circle": "o",
     "square": "s",
@@ -84,8 +86,22 @@ def draw_panel(axes: Axes, panel: Panel, *, dodge: float = 0.0, legend: Mapping[
     if legend is not None:
         axes.legend(**legend)
     elif len(lines) > 1:
-        axes.legend(loc="best")
+        place = axes.get_subplotspec()
+        alone = place is not None and place.get_gridspec().ncols == 1 and not panel.heading
+        axes.legend(**(_above(lines) if alone else {"loc": "best"}))
     return True
+
+
+def _above(lines: Sequence[Line]) -> dict[str, object]:
+    """A legend over a panel as wide as the figure: inside, "best" covers intervals, which it does not look at."""
+    columns = _CHARACTERS_ABOVE // (max(len(line.name) for line in lines) + _CHARACTERS_OF_A_LINE)
+    return {
+        "loc": "lower left",
+        "bbox_to_anchor": (0.0, 1.0),
+        "ncols": max(1, min(len(lines), columns)),
+        "borderaxespad": 0.2,
+        "frameon": False,
+    }
 
 
 def dodge_of(steps: np.ndarray, count: int) -> float:

@@ -14,6 +14,7 @@ from scipy.stats import f as f_distribution
 
 from entropy_experiments.records.price_results import PricesResult
 from entropy_experiments.report.figures import style
+from entropy_experiments.report.figures.labels import number_points
 from entropy_experiments.statistics.confidence import ALIKE
 
 _TITLE = "What each intervention would do to entropy and to reward in this step"
@@ -67,7 +68,7 @@ def plot_prices(result: PricesResult) -> Figure:
     axes = figure.subplots()
     axes.axvline(0.0, color="#444444", linewidth=0.9)
     axes.axhline(0.0, color="#444444", linewidth=0.9)
-    for number, point in enumerate(points, 1):
+    for point in points:
         color = style.PREDICTED if point.best else style.FIXED_PREFIX
         if point.ellipse is not None:
             width, height, angle = point.ellipse
@@ -78,7 +79,6 @@ def plot_prices(result: PricesResult) -> Figure:
                 )
             )
         axes.plot(point.entropy, point.reward, marker="o", markersize=5, color=color, linestyle="")
-        axes.annotate(str(number), (point.entropy, point.reward), textcoords="offset points", xytext=(4, 4), fontsize=8)
     spans = [np.ptp([0.0, *(getattr(p, name) for p in points)]) or 1.0 for name in ("entropy", "reward")]
     for limit, name, span in zip((axes.set_xlim, axes.set_ylim), ("entropy", "reward"), spans, strict=True):
         values = [0.0, *(getattr(p, name) for p in points)]
@@ -92,4 +92,7 @@ def plot_prices(result: PricesResult) -> Figure:
         f"{result.keeps:.0%} of the entropy lost and whose price {ALIKE} from the best. Ellipses: about 95%, paired over "
         "evaluation prompts; cut where they reach beyond the points."
     )
-    return style.finish(figure, _TITLE, caption)
+    figure = style.finish(figure, _TITLE, caption)
+    texts = [str(number) for number in range(1, len(points) + 1)]
+    number_points(axes, [point.entropy for point in points], [point.reward for point in points], texts)
+    return figure

@@ -10,11 +10,14 @@ import numpy as np
 from entropy_experiments.report.figures.lines import Line, Panel
 from entropy_experiments.report.figures.style import COLOURS
 from entropy_experiments.report.interactive.page import numbers, plot_text
+from entropy_experiments.text.numbers import plain
 
 Plot = dict[str, Any]
 """{"data", "layout"} and perhaps "narrow", what changes on a narrow window."""
 _GAP = 0.07
 _MOST_CHARACTERS = 80
+_POINTED_AT = {"spikecolor": "$soft", "spikedash": "dot", "spikethickness": -2}
+"""The line at the step that is pointed at; plotly draws one of this thickness as a hairline without a border."""
 _EVERY_STEP = 8
 """Training steps from the first to the last up to which each has a tick: steps are whole numbers."""
 
@@ -45,8 +48,7 @@ def traces_of(line: Line, axes: str = "", *, where: str = "%{x}", unit: str = ""
         unit: what the text ends with.
     """
     name, colour, dash = plot_text(line.name, _MOST_CHARACTERS), colour_of(line.look.colour), line.look.dash
-    texts = line.texts
-    number = "%{customdata}" if texts is not None else "%{y:.4g}"
+    texts = line.texts if line.texts is not None else [plain(value) for value in line.y.tolist()]
     trace: dict[str, Any] = {
         "type": "scatter",
         "mode": "markers" if dash == "none" else "lines" if line.look.marker == "none" else "lines+markers",
@@ -55,12 +57,11 @@ def traces_of(line: Line, axes: str = "", *, where: str = "%{x}", unit: str = ""
         "y": numbers(line.y),
         "line": {"color": colour, "dash": "solid" if dash == "none" else dash, "width": 1.8},
         "marker": {"color": colour, "symbol": "circle" if line.look.marker == "none" else line.look.marker, "size": 8},
-        "hovertemplate": f"{name}<br>{where}: {number}{unit}<extra></extra>" if where else number,
+        "hovertemplate": f"{name}<br>{where}: %{{customdata}}{unit}<extra></extra>" if where else "%{customdata}",
+        "customdata": list(texts),
         "xaxis": f"x{axes}",
         "yaxis": f"y{axes}",
     }
-    if texts is not None:
-        trace["customdata"] = list(texts)
     if line.band and line.bars is not None:
         return [_band(line, colour) | {"xaxis": f"x{axes}", "yaxis": f"y{axes}"}, trace]
     if line.bars is not None:
@@ -100,7 +101,13 @@ def stacked(panels: Sequence[Panel], mark: tuple[float, str] | None = None) -> P
         "hovermode": "x unified",
         "hoversubplots": "axis",
         "margin": {"l": 90},
-        "xaxis": {"title": {"text": "training step"}, "zeroline": False, "anchor": f"y{suffix(len(panels) - 1)}"},
+        "xaxis": {
+            "title": {"text": "training step"},
+            "zeroline": False,
+            "anchor": f"y{suffix(len(panels) - 1)}",
+            "unifiedhovertitle": {"text": "step %{x}"},
+        }
+        | _POINTED_AT,
         "shapes": [],
     }
     data = []

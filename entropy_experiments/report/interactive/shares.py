@@ -36,8 +36,8 @@ def sequence_shares(training: Sequence[Mapping[str, Any]]) -> Plot | None:
                 "y": numbers(ranked.shares[members]),
                 "marker": {"color": colour_of(side.colour), "pattern": {"shape": side.hatch, "solidity": 0.3}},
                 "customdata": [_described(training[i]) for i in members],
-                "hovertemplate": "sequence %{customdata[0]}, prompt %{customdata[1]}: %{y:+.3g} × 10⁻³ nats per token "
-                "(effect of leaving out %{customdata[5]})<br>"
+                "hovertemplate": "sequence %{customdata[0]}, prompt %{customdata[1]}: %{customdata[6]} × 10⁻³ nats per token "
+                "(effect of leaving out %{customdata[5]} × 10⁻³)<br>"
                 "reward %{customdata[2]}, advantage %{customdata[3]}<br>%{customdata[4]}<extra></extra>",
             }
         )
@@ -53,6 +53,11 @@ def sequence_shares(training: Sequence[Mapping[str, Any]]) -> Plot | None:
 
 def _described(row: Mapping[str, Any]) -> list[Any]:
     facts = [plain(row.get("reward")), signed(row.get("advantage"))]
-    effect = as_number(row.get("effect_of_leaving_out"))
+    effect, share = (as_number(row.get(key)) for key in ("effect_of_leaving_out", "delta_h"))
     facts.append(plot_text(row["completion"], 90))
-    return [row["row"], row["prompt_index"], *facts, signed(None if effect is None else effect / UNIT)]
+    return [
+        row["row"],
+        row["prompt_index"],
+        *facts,
+        *(signed(None if x is None else x / UNIT) for x in (effect, share)),
+    ]

@@ -3,7 +3,7 @@
   "use strict";
   var report = window.report;
   // No button that would send a figure, and with it the texts behind it, to anybody.
-  var config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  var config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
   var NARROW = 620; // pixels: below it, the "narrow" part of a plot's JSON is laid over its layout
   var drawn = [];
 
@@ -83,8 +83,8 @@
 
   function setUp(figure) {
     var spec = JSON.parse(document.getElementById(figure.dataset.plot).textContent);
-    var image = figure.querySelector("img");
-    var plot = report.make("div", { class: "plot", role: "group", "aria-label": image.alt });
+    var picture = figure.querySelector(".picture");
+    var plot = report.make("div", { class: "plot", role: "group", "aria-label": picture.firstChild.alt });
     plot.style.minHeight = figure.dataset.height + "px";
     var control = null;
     var current = function () { return spec; };
@@ -95,9 +95,9 @@
         var own = spec.steps[Number(control.input.value)];
         return { data: own.data, layout: merge(spec.layout, own.layout), narrow: spec.narrow };
       };
-      figure.insertBefore(control.element, image);
+      figure.insertBefore(control.element, picture);
     }
-    figure.insertBefore(plot, image);
+    figure.insertBefore(plot, picture);
     figure.classList.add("live");
     whenNear(figure, function () {
       try {

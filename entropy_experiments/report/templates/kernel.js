@@ -146,7 +146,10 @@
     state.kernel = wanted.kernel;
     if (shownKernel) shownKernel.value = String(wanted.kernel);
     describe();
-    paint().then(function () { select(wanted.cell, true); });
+    paint().then(function () {
+      select(wanted.cell, true);
+      plot.focus({ preventScroll: true }); // the keyboard goes on from here, not from the top of the page
+    });
   }
 
   function showPanel() {
@@ -235,7 +238,7 @@
 
   function describe() {
     var kernel = stored.kernels[state.kernel];
-    meaning.textContent = kernel.meaning + " Colours end at ±" + report.signed(kernel.limit).slice(1) + ", percentile 99 of |" + kernel.symbol + "|.";
+    meaning.textContent = kernel.meaning + " Colours end at ±" + report.signed(kernel.limit).slice(1) + " nats² × P, percentile 99 of |" + kernel.symbol + "|.";
     plot.setAttribute("aria-label", kernel.title + ": heat map of " + stored.rows + " evaluation sequences by " + stored.columns + " training sequences");
   }
 

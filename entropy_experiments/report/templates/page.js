@@ -129,6 +129,20 @@
     followHash();
   }
 
+  // What is wider or higher than its frame is scrolled by keyboard too; the rest need not be stopped at.
+  function setUpScrolling() {
+    if (!("ResizeObserver" in window)) return;
+    var observer = new ResizeObserver(function (entries) {
+      entries.forEach(function (entry) {
+        var frame = entry.target.parentElement;
+        var scrolls = frame.scrollWidth > frame.clientWidth + 1 || frame.scrollHeight > frame.clientHeight + 1;
+        if (scrolls) frame.setAttribute("tabindex", "0");
+        else if (frame !== document.activeElement) frame.removeAttribute("tabindex");
+      });
+    });
+    document.querySelectorAll(".scroll, .picture").forEach(function (frame) { observer.observe(frame.firstElementChild); });
+  }
+
   // A cell without a source of its own has that of its column's heading.
   document.addEventListener("mouseover", function (event) {
     var cell = event.target.closest && event.target.closest("td");
@@ -148,4 +162,5 @@
   };
   setUpTheme();
   setUpChapters();
+  setUpScrolling();
 })();

@@ -95,6 +95,7 @@ def test_a_cell_has_an_address(browser, whole_report, closed):
         assert other.page.locator(".status").inner_text().split(";")[:2] == status.split(";")[:2]
         chosen = "document.querySelector('[aria-label=\"Kernel shown\"]').selectedOptions[0].textContent"
         assert other.page.evaluate(chosen) == shown
+        assert other.page.evaluate("document.activeElement.id") == "kernel-plot", "the keyboard goes on from the cell"
         assert not other.problems, other.problems
         other.context.close()
 
