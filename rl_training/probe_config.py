@@ -109,6 +109,11 @@ class EntropyProbeConfig(StrictModel):
         return self.mode == "attribution" or self.shares
 
     @property
+    def watched_for(self) -> int:
+        """Steps that a held-out sequence is watched for at most, so that entropies of so many steps err alike."""
+        return self.pool_age if self.rollouts == "pool" else 1
+
+    @property
     def takes_gradients(self) -> bool:
         """Whether gradients of entropy are taken at all."""
         return self.mode != "watch" or self.predict_every is not None

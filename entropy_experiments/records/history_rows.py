@@ -57,6 +57,8 @@ class HistoryRow(Record):
     """Degrees of freedom behind that."""
     probe_measured_over: Number = Field(None, alias="probe/measured_over")
     """Steps up to this one that it is the mean of, where it was measured by forward passes."""
+    probe_watched_for: Number = Field(None, alias="probe/watched_for")
+    """Steps that a sequence is watched for at most, so that entropies of so many steps err alike."""
     probe_measured_deviations: Rows[Finite] | None = Field(None, alias="probe/measured_deviations")
     """Deviations of the steps' measured change by fold of held-out prompts, nats per token: sums have their errors from them."""
     probe_ess: Number = Field(None, alias="probe/ess")

@@ -63,9 +63,10 @@ def entropy_column(history: Sequence[HistoryRow]) -> Column:
     """Entropy, nats per token: of the sequences that the probe watched, or what the trainer logged."""
     probed = _column(history, "probe_entropy", "probe_entropy_se", "probe_measured_df", True)
     logged = _column(history, "entropy", "entropy_se", "entropy_df", False)
-    if any(
-        row.probe_measured_over is not None for row in history
-    ):  # under `mode: watch`: a pool's, unless told otherwise
+    recorded = [int(row.probe_watched_for) for row in history if row.probe_watched_for is not None]
+    if recorded:
+        probed = replace(probed, kept=max(recorded))
+    elif any(row.probe_measured_over is not None for row in history):  # of an earlier release: a pool's by default
         probed = replace(probed, kept=EntropyProbeConfig().pool_age)
     return probed if len(probed.steps) >= min(FEWEST_STEPS, len(logged.steps)) and len(probed.steps) else logged
 

@@ -343,7 +343,7 @@ class EntropyProbeCallback(TrainerCallback):
         self.history.append(change)
         self.costs.append(self._spent_so_far())
         self._spent, self._since = (0.0, 0.0), _clocks()
-        metrics, logged = metrics_of(change), self._trainer._metrics["train"]
+        metrics, logged = metrics_of(change, self._config.watched_for), self._trainer._metrics["train"]
         self._steps.add(step, metrics, change.total.deviations, [] if watched is None else watched.deviations)
         for name, value in {**metrics, **self._splits, "seconds": self.costs[-1][0]}.items():
             logged[f"entropy_probe/{name}"].append(value)

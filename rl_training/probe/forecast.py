@@ -29,7 +29,9 @@ class EntropyForecast:
 
     def __init__(self, config: EntropyProbeConfig) -> None:
         self._every = config.log_every
-        self._repeats = math.sqrt(config.pool_age / (config.measure_every or 1)) if config.rollouts == "pool" else 1.0
+        self._repeats = (
+            math.sqrt(config.watched_for / (config.measure_every or 1)) if config.rollouts == "pool" else 1.0
+        )
         self._shared = _SHARED if config.rollouts == "pool" else 1.0
         self._floor = config.entropy_floor
         self._filter = EntropyFilter(self._floor)

@@ -19,7 +19,7 @@ STATE_KEY = "entropy_probe"
 
 KEPT = (
     "entropy", "entropy_se", "predicted", "predicted_se", "predicted_df", "batch", "momentum", "decay",
-    "measured", "measured_se", "measured_df", "measured_over", "ess", "low_ess",
+    "measured", "measured_se", "measured_df", "measured_over", "watched_for", "ess", "low_ess",
 )  # fmt: skip
 """Names of `metrics_of` that are kept of every step."""
 

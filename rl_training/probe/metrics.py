@@ -10,7 +10,7 @@ from rl_training.probe.watch import WatchedChange
 _PARTS = {"total": "predicted", "batch": "batch", "momentum": "momentum", "decay": "decay"}
 
 
-def metrics_of(change: EntropyChange) -> dict[str, float]:
+def metrics_of(change: EntropyChange, watched_for: int = 1) -> dict[str, float]:
     """Name -> value, nats per token unless the name says `_per_completion`; what is unknown is left out.
 
     predicted, batch, momentum, decay and their `_se`; entropy, entropy_se; same_tokens; measured, measured_se,
@@ -18,7 +18,8 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
     difference, difference_se, difference_df: predicted minus measured, with the error of that difference;
     ess, and low_ess where it is less than half the sequences, so that the measurement is not to be trusted (1, else 0; not
     under `mode: watch`, whose measurement rests on no such weights); weights_ess; predictor_<name>. Under `mode: watch` as well
-    measured_over (steps, of which `measured` is the mean), measured_filtered, measured_bias (which is in it), measured_batch,
+    measured_over (steps, of which `measured` is the mean), watched_for (as given: steps that a sequence is watched for at most,
+    so that the entropies of so many steps err alike), measured_filtered, measured_bias (which is in it), measured_batch,
     measured_momentum and measured_decay, critic_r2.
     """
     values = _parts(change.per_token, "")
@@ -41,7 +42,7 @@ def metrics_of(change: EntropyChange) -> dict[str, float]:
     if change.measured_fixed_prefix is not None:
         values["measured_fixed_prefix"] = change.measured_fixed_prefix.change
     if change.watched is not None:
-        values |= _watched(change.watched)
+        values |= _watched(change.watched) | {"watched_for": float(watched_for)}
     if change.difference is not None:
         values["difference"] = change.difference.value
         values["difference_se"] = change.difference.standard_error

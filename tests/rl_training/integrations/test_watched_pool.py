@@ -92,6 +92,7 @@ def test_a_span_measures_what_all_its_steps_did(tiny_policy, tmp_path):
     assert [step for step, *_ in seen] == [0, 1, 5, 6, 7]
     over = [entry["measured_over"] for entry in logged(trainer) if "measured" in entry]
     assert over == [1, 4, 1, 1, 2]
+    assert {entry["watched_for"] for entry in logged(trainer) if "measured" in entry} == {100.0}
     each = [entry["measured"] for entry in logged(single)]
     found = [change.watched for change in spans.history]
     for one, first in zip(found, [0, 1, 5, 6, 7], strict=True):
