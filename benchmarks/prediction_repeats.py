@@ -30,6 +30,7 @@ from entropy_experiments.buffers.sampling_plan import plan_sampling
 from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.double_sampling import draw_buffers
+from entropy_experiments.run.reporter import SILENT
 from entropy_experiments.statistics.agreement import Agreement, paired_agreement
 from entropy_experiments.step.optimizer_step import take_next_step
 from rl_training.configuration import load_config
@@ -65,7 +66,7 @@ def without_each_prompt(
 def repeat(checkpoint: Checkpoint, seed: int) -> tuple[float, EntropyMeasurement, Agreement]:
     config = load_config(FisherAnalysisConfig, None, [f"seed={seed}"])
     plan = plan_sampling(checkpoint, config)
-    evaluation, training = draw_buffers(checkpoint, plan, config, lambda stage: None)
+    evaluation, training = draw_buffers(checkpoint, plan, config, SILENT)
     model, batch = checkpoint.model, evaluation.to_batch(plan.sampling_config)
     gradient = loss_gradient(checkpoint, training.rollouts.to_batch(plan.sampling_config), training.weights)
     assert checkpoint.optimizer is not None
