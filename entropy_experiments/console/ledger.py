@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from entropy_experiments.text.display import PromptFrame, prompt_frame, quoted, visible
+
 if TYPE_CHECKING:
     from entropy_experiments.records.ledger_record import Ledger, LedgerRow
 
@@ -41,8 +43,6 @@ def ledger(
 
         print(json.dumps({"command": "ledger", **json_of(found)}, allow_nan=False))
     else:
-        from entropy_experiments.text.display import visible
-
         print(visible("\n".join(ledger_lines(found))))
 
 
@@ -60,9 +60,14 @@ def ledger_lines(found: Ledger) -> list[str]:
         ("By token", found.by_token),
         (f"By prompt, of {found.prompts}", found.by_prompt),
     ):
-        lines += ["", f"{heading} (accounting shares, nats per token):", *map(_line, rows)]
+        frame = prompt_frame([row.name for row in rows if row.prompt_index is not None])
+        lines += ["", f"{heading} (accounting shares, nats per token):", *(_line(row, frame) for row in rows)]
     return lines
 
 
-def _line(row: LedgerRow) -> str:
-    return f"  {' '.join(row.name.split())[:60]}: {row.share.shown()}"
+def _line(row: LedgerRow, frame: PromptFrame) -> str:
+    """A training prompt by its number and what it does not share with the others listed."""
+    name = row.name
+    if row.prompt_index is not None:
+        name = f"prompt {row.prompt_index}, {quoted(frame.own_part(row.name), keep='both')}"
+    return f"  {name}: {row.share.shown()}"

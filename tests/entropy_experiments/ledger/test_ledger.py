@@ -16,7 +16,8 @@ from entropy_experiments.ledger.accounts import DECAY, EARLIER, START, Accounts,
 from entropy_experiments.ledger.ledger import run_ledger
 from entropy_experiments.ledger.partitions import KINDS, TOKENS, kind_of, token_kinds
 from entropy_experiments.ledger.run_again import RunAgain
-from entropy_experiments.records.ledger_record import Ledger
+from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.records.ledger_record import Ledger, LedgerRow
 from entropy_experiments.records.record import json_of, validated
 from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient
 from rl_training.errors import UserError
@@ -118,6 +119,37 @@ def test_a_runs_ledger_adds_up(found):
     assert validated(Ledger, json.loads(json.dumps(json_of(found))), "ledger") == found
     lines = ledger_lines(found)
     assert lines[0].startswith("Steps 3 to 4: entropy was predicted to change by") and "By token" in "\n".join(lines)
+
+
+def test_prompts_are_told_apart():
+    """They begin alike, and the beginning was all that stood there."""
+    texts = [
+        f"You are a careful assistant who answers with only the number that was asked for. {n} + 3 = ?"
+        for n in (12, 47)
+    ]
+    lines = "\n".join(ledger_lines(_ledger(by_prompt=[_row(text, n) for n, text in enumerate(texts)])))
+    assert "prompt 0, \u201c12 + 3 = ?\u201d: " in lines and "prompt 1, \u201c47 + 3 = ?\u201d: " in lines
+    assert "careful" not in lines and "  the other 2 prompts: " in "\n".join(
+        ledger_lines(_ledger(by_prompt=[_row(texts[0], 0), _row("the other 2 prompts")]))
+    )
+
+
+def _row(name: str, prompt_index: int | None = None) -> LedgerRow:
+    return LedgerRow(name=name, prompt_index=prompt_index, share=_estimate(-0.01))
+
+
+def _estimate(value: float) -> StudentEstimate:
+    return StudentEstimate(
+        value=value, standard_error=0.01, degrees_of_freedom=7.0, low=value - 0.02, high=value + 0.02
+    )
+
+
+def _ledger(**changes) -> Ledger:
+    values = {
+        "first_step": 3, "last_step": 4, "predicted": _estimate(-0.1), "measured": _estimate(-0.12), "by_kind": [], "by_token": [],
+        "by_prompt": [], "prompts": 4, "eval_sequences": 64, "worst_gap": 0.0,
+    }  # fmt: skip
+    return Ledger(**(values | changes))
 
 
 def test_steps_are_those_of_the_run(tiny_run):
