@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from entropy_experiments.text.display import PromptFrame, prompt_frame, quoted, visible
+
 if TYPE_CHECKING:
     from entropy_experiments.records.ledger_record import Ledger, LedgerRow
 
@@ -41,28 +43,50 @@ def ledger(
 
         print(json.dumps({"command": "ledger", **json_of(found)}, allow_nan=False))
     else:
-        from entropy_experiments.text.display import visible
-
         print(visible("\n".join(ledger_lines(found))))
 
 
 def ledger_lines(found: Ledger) -> list[str]:
     """The ledger as plain lines."""
-    from entropy_experiments.statistics.confidence import BRACKETS
+    from entropy_experiments.ledger.partitions import RIGHT_FROM
+    from entropy_experiments.statistics.confidence import BRACKETS, few_prompts_sentence
 
     steps = f"Steps {found.first_step} to {found.last_step}"
     lines = [
         f"{steps}: entropy was predicted to change by {found.predicted.shown()} nats per token; measured on fresh completions "
-        f"was {found.measured.shown()} ({BRACKETS}, over {found.eval_sequences} held-out prompts)."
+        f"was {found.measured.shown()} ({BRACKETS}, over {found.eval_sequences} held-out prompts). "
+        f"{_agreement(found)}"
     ]
-    for heading, rows in (
-        ("By kind of sequence", found.by_kind),
-        ("By token", found.by_token),
-        (f"By prompt, of {found.prompts}", found.by_prompt),
+    freedoms = {"predicted": found.predicted.degrees_of_freedom, "measured": found.measured.degrees_of_freedom}
+    if warning := few_prompts_sentence(found.eval_sequences, freedoms):
+        lines.append(warning)
+    kinds = (
+        f"  right: ended, with a reward of {RIGHT_FROM:g} or more; wrong: ended with less, or without a reward; cut off: reached "
+        "the longest completion before its end"
+    )
+    for heading, rows, explained in (
+        ("By kind of sequence", found.by_kind, [kinds]),
+        ("By token", found.by_token, []),
+        (f"By prompt, of {found.prompts}", found.by_prompt, []),
     ):
-        lines += ["", f"{heading} (accounting shares, nats per token):", *map(_line, rows)]
+        frame = prompt_frame([row.name for row in rows if row.prompt_index is not None])
+        lines += ["", f"{heading} (accounting shares, nats per token):", *explained, *(_line(r, frame) for r in rows)]
     return lines
 
 
-def _line(row: LedgerRow) -> str:
-    return f"  {' '.join(row.name.split())[:60]}: {row.share.shown()}"
+def _agreement(found: Ledger) -> str:
+    """Whether prediction and measurement agree, by their difference with each prompt left out of both."""
+    from entropy_experiments.statistics.confidence import UNTOLD, agreement_sentence
+
+    compared = None if found.agreement is None else found.agreement.known()
+    if compared is None or found.measured.value is None:
+        return f"Whether they agree {UNTOLD}: the difference of the two has no error, since it is not known prompt by prompt."
+    return agreement_sentence(compared, found.measured.value)
+
+
+def _line(row: LedgerRow, frame: PromptFrame) -> str:
+    """A training prompt by its number and what it does not share with the others listed."""
+    name = row.name
+    if row.prompt_index is not None:
+        name = f"prompt {row.prompt_index}, {quoted(frame.own_part(row.name), keep='both')}"
+    return f"  {name}: {row.share.shown()}"

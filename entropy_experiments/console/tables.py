@@ -171,9 +171,12 @@ def print_comparison(console: Console, comparison: ComparisonRecord) -> None:
         for row in comparison.quantities
         for letter, gap in row.minus_a.items()
     ]
+    unpaired = _unpaired(comparison)
     if not console.is_terminal:
         for label, letter, gap, unit, how in rows:
             console.print(f"{label}, {letter} minus A: {gap} {unit}, {how}", markup=False, soft_wrap=True)
+        for line in unpaired:
+            console.print(line, markup=False, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("Quantity", "left"), ("minus A", "right"), ("Unit", "left"), ("", "left")):
@@ -181,13 +184,30 @@ def print_comparison(console: Console, comparison: ComparisonRecord) -> None:
     for label, letter, gap, unit, how in rows:
         table.add_row(Text(label), Text(f"{letter} {gap}"), Text(unit), Text(how.removeprefix("which ")))
     console.print(table)
+    for line in unpaired:
+        console.print(Text(line))
+
+
+def _unpaired(comparison: ComparisonRecord) -> list[str]:
+    """Once for all rows: which differences are not paired over evaluation prompts, and why."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    gaps = [(row.label, letter, gap) for row in comparison.quantities for letter, gap in row.minus_a.items()]
+    for label, letter, gap in gaps:
+        if not gap.paired_prompts:
+            rows.setdefault((letter, gap.why_unpaired or "no evaluation prompts behind it"), []).append(label)
+    found = []
+    for (letter, why), labels in rows.items():
+        every = len(labels) == sum(letter == other for _, other, _ in gaps)
+        which = "all" if every else "; ".join(labels)
+        found.append(f"Unpaired, {letter} minus A ({which}): {why}; errors of both sides are added as if independent.")
+    return found
 
 
 def _certainty(gap: DifferenceRecord) -> str:
-    how = f"paired over {gap.paired_prompts} prompts" if gap.paired_prompts else "unpaired"
+    paired = f" (paired over {gap.paired_prompts} prompts)" if gap.paired_prompts else ""
     if gap.value == 0.0 and not gap.standard_error:
-        return f"the same number ({how})"
+        return f"the same number{paired}"
     words = {True: "0 outside its interval", False: f"which {NOT_FROM_ZERO}", None: "no interval"}[
         gap.differs_from_zero
     ]
-    return f"{words} ({how})"
+    return f"{words}{paired}"

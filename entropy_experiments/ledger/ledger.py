@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_core.measurement import EntropyMeasurement
 from entropy_core.passes.forward import input_device
 from entropy_core.scores import token_statistics
 from entropy_core.uncertainty import jackknife_standard_error
@@ -21,7 +22,9 @@ from entropy_experiments.ledger.partitions import KINDS, TOKENS, Gradient, by_to
 from entropy_experiments.ledger.run_again import RecordedStep, RunAgain
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.ledger_record import Ledger, LedgerRow
+from entropy_experiments.records.summary import AgreementRecord
 from entropy_experiments.run.reporter import SILENT, Reporter
+from entropy_experiments.statistics.agreement import compare
 from entropy_experiments.statistics.estimand import POLICY
 from entropy_experiments.statistics.jackknife_interval import ends_of
 from entropy_experiments.step.evaluation_products import EvaluationProducts, EvaluationSide
@@ -62,12 +65,15 @@ def run_ledger(
     rows = again.plan.task.heldout[:sequences]
     if len(rows) < 2:
         raise UserError(f"{run}: its task has {len(rows)} held-out prompts: a ledger needs some to take entropy on")
-    accounts, texts, measured = _through(again, rows, reporter)
+    accounts, texts, change = _through(again, rows, reporter)
+    predicted, without = accounts.total(_of(accounts, "kind"))
+    compared = compare({"value": predicted, "left_out": without}, change)
     return Ledger(
         first_step=again.first + 1,
         last_step=again.last,
-        predicted=_estimate(*accounts.total(_of(accounts, "kind"))),
-        measured=measured,
+        predicted=_estimate(predicted, without),
+        measured=_estimate(change.change, change.left_out),
+        agreement=None if compared is None else AgreementRecord(**compared.as_dict()),
         by_kind=_rows(accounts, "kind", (*KINDS, START, DECAY)),
         by_token=_rows(accounts, "token", TOKENS),
         by_prompt=_by_prompt(accounts, texts, named_prompts),
@@ -77,7 +83,9 @@ def run_ledger(
     )
 
 
-def _through(again: RunAgain, rows: list[dict], reporter: Reporter) -> tuple[Accounts, dict[int, str], StudentEstimate]:
+def _through(
+    again: RunAgain, rows: list[dict], reporter: Reporter
+) -> tuple[Accounts, dict[int, str], EntropyMeasurement]:
     """All steps: the accounts, the training prompts' texts, and the measured change."""
     momenta = {name: GroupMomenta() for name in ("kind", "token", "prompt")}
     momenta["kind"].start(again.state)
@@ -93,8 +101,7 @@ def _through(again: RunAgain, rows: list[dict], reporter: Reporter) -> tuple[Acc
     assert before is not None
     after = _look(again, rows, again.last + 1)
     change = fresh_entropy_change(before.statistics, before.batch, after.statistics, after.batch)
-    assert change.left_out is not None
-    return accounts, texts, _estimate(change.change, change.left_out)
+    return accounts, texts, change
 
 
 def _look(again: RunAgain, rows: list[dict], seed: int) -> EvaluationSide:
@@ -175,7 +182,8 @@ def _by_prompt(accounts: Accounts, texts: dict[int, str], named: int) -> list[Le
     return found
 
 
-def _estimate(value: float, left_out: Tensor) -> StudentEstimate:
+def _estimate(value: float, left_out: Tensor | None) -> StudentEstimate:
+    assert left_out is not None
     error = jackknife_standard_error(left_out)
     if not np.isfinite(error):
         return StudentEstimate(value=value, standard_error=None, degrees_of_freedom=None, reason="too few prompts")

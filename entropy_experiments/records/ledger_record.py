@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from entropy_experiments.records.estimates import StudentEstimate
 from entropy_experiments.records.record import Count, Index, Number, Record, Rows
+from entropy_experiments.records.summary import AgreementRecord
 
 
 class LedgerRow(Record):
@@ -28,6 +29,8 @@ class Ledger(Record):
     """Sum over the steps of the first-order change, nats per token."""
     measured: StudentEstimate
     """Change of entropy from before the first step to after the last, on fresh completions of the same prompts at both."""
+    agreement: AgreementRecord | None = None
+    """The two against each other, a held-out prompt left out of both at once; null where its error is not known."""
     by_kind: Rows[LedgerRow]
     """Right, wrong and cut-off sequences; momentum from before the first step; weight decay. They add up to `predicted`."""
     by_token: Rows[LedgerRow]

@@ -157,6 +157,17 @@ def test_a_comparison_on_the_console(tmp_path, terminal):
     assert (tmp_path / "a").name in text
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_unpaired_is_explained_once(tmp_path, terminal):
+    """It ended eight lines, and no line said why."""
+    sides = build_side(tmp_path / "a", 1), build_side(tmp_path / "b", 2, 0.05, prompts="other")
+    print_comparison(shown := console(100, terminal), write_comparison(sides, tmp_path / "out"))
+    text = text_of(shown)
+    table = re.sub(r"\s+", " ", text[text.index("Unpaired, B minus A") :])
+    assert "(unpaired)" not in text and text.count("Unpaired, B minus A") == 1
+    assert "Unpaired, B minus A (all): other evaluation prompts (0 of 32 shared); errors of both sides" in table
+
+
 class Time:
     """A clock that tests move."""
 

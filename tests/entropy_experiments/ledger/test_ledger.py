@@ -16,8 +16,10 @@ from entropy_experiments.ledger.accounts import DECAY, EARLIER, START, Accounts,
 from entropy_experiments.ledger.ledger import run_ledger
 from entropy_experiments.ledger.partitions import KINDS, TOKENS, kind_of, token_kinds
 from entropy_experiments.ledger.run_again import RunAgain
-from entropy_experiments.records.ledger_record import Ledger
+from entropy_experiments.records.estimates import StudentEstimate
+from entropy_experiments.records.ledger_record import Ledger, LedgerRow
 from entropy_experiments.records.record import json_of, validated
+from entropy_experiments.records.summary import AgreementRecord
 from entropy_experiments.step.optimizer_step import NextStep, clip_coefficient
 from rl_training.errors import UserError
 from rl_training.run.rollouts import read_rollouts, write_rollouts
@@ -116,8 +118,61 @@ def test_a_runs_ledger_adds_up(found):
     assert found.worst_gap is not None and found.worst_gap < 1e-3, "step 3, and 4 after it, end at checkpoint-4"
     assert found.predicted.low < total < found.predicted.high
     assert validated(Ledger, json.loads(json.dumps(json_of(found))), "ledger") == found
+    assert found.agreement is not None and found.agreement.paired
+    assert found.agreement.difference == pytest.approx(total - found.measured.value)
     lines = ledger_lines(found)
     assert lines[0].startswith("Steps 3 to 4: entropy was predicted to change by") and "By token" in "\n".join(lines)
+
+
+def test_prompts_are_told_apart():
+    """They begin alike, and the beginning was all that stood there."""
+    texts = [
+        f"You are a careful assistant who answers with only the number that was asked for. {n} + 3 = ?"
+        for n in (12, 47)
+    ]
+    lines = "\n".join(ledger_lines(_ledger(by_prompt=[_row(text, n) for n, text in enumerate(texts)])))
+    assert "prompt 0, \u201c12 + 3 = ?\u201d: " in lines and "prompt 1, \u201c47 + 3 = ?\u201d: " in lines
+    assert "careful" not in lines and "  the other 2 prompts: " in "\n".join(
+        ledger_lines(_ledger(by_prompt=[_row(texts[0], 0), _row("the other 2 prompts")]))
+    )
+
+
+def test_prediction_and_measurement_are_held_against_each_other():
+    def first(eval_sequences: int = 64, **changes) -> str:
+        return "\n".join(ledger_lines(_ledger(eval_sequences=eval_sequences, **changes)))
+
+    near = AgreementRecord(
+        difference=0.02, standard_error=0.02, degrees_of_freedom=63.0, z=1.0, p_value=0.32, low=-0.02, high=0.06, paired=True,
+        agrees=True,
+    )  # fmt: skip
+    apart = near.model_copy(update={"low": 0.01, "high": 0.03, "agrees": False})
+    assert "They cannot be distinguished: they differ by +0.020 [−0.020, +0.060]" in first(agreement=near)
+    assert "They do NOT agree" in first(agreement=apart)
+    assert "Whether they agree cannot be said: the difference of the two has no error" in first()
+    assert "take at least 12" in first(eval_sequences=8, agreement=near) and "take at least" not in first(
+        agreement=near
+    )
+    assert "Few of the 64 evaluation prompts carry the error of the measured change" in first(
+        measured=_estimate(-0.12, 2.0)
+    )
+    assert "right: ended, with a reward of 0.5 or more; wrong: " in first()
+
+
+def _row(name: str, prompt_index: int | None = None) -> LedgerRow:
+    return LedgerRow(name=name, prompt_index=prompt_index, share=_estimate(-0.01))
+
+
+def _estimate(value: float, freedom: float = 40.0) -> StudentEstimate:
+    ends = {"low": value - 0.02, "high": value + 0.02}
+    return StudentEstimate(value=value, standard_error=0.01, degrees_of_freedom=freedom, **ends)
+
+
+def _ledger(**changes) -> Ledger:
+    values = {
+        "first_step": 3, "last_step": 4, "predicted": _estimate(-0.1), "measured": _estimate(-0.12), "by_kind": [],
+        "by_token": [], "by_prompt": [], "prompts": 4, "eval_sequences": 64, "worst_gap": 0.0,
+    }  # fmt: skip
+    return Ledger(**(values | changes))
 
 
 def test_steps_are_those_of_the_run(tiny_run):
