@@ -41,6 +41,8 @@ COVERED: dict[str, tuple[str, ...]] = {
     "intervention._bootstrap_interval": ("coverage of the score over halves (LDS)",),
     "intervention._line": ("coverage of the slope of the response over halves",),
     "ledger._estimate": (SUM, SHARE),
+    "ledger.run_ledger": (RULE,),
+    "model_card._at": (ENTROPY,),
     "prices._estimate": (
         WEIGHTING,
         "coverage of a weighting's gain of reward",
