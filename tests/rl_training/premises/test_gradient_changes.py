@@ -40,8 +40,8 @@ def change(kind: str, parameters: list[torch.nn.Parameter]) -> None:
             p.grad *= 0.25
 
 
-def trained(folder, callback=None, hook=None, **settings):
-    trainer = make_trainer(llama(), folder, DrGRPOTrainer, max_steps=4, **settings)
+def trained(folder, callback=None, hook=None, dtype=torch.float32, **settings):
+    trainer = make_trainer(llama().to(dtype), folder, DrGRPOTrainer, max_steps=4, **settings)
     if callback is not None:
         trainer.add_callback(callback)
     if hook is not None:
@@ -66,6 +66,14 @@ def test_clipping_and_factors_are_no_other_gradient(tmp_path, settings):
     more = {"per_device_train_batch_size": 8} if "gradient_accumulation_steps" in settings else {}
     trainer, told = trained(tmp_path, Change("all scaled"), **settings, **more)
     assert told == [] and trainer.state.global_step == 4
+
+
+def test_gradients_in_half_precision_are_rounded_when_they_are_clipped(tmp_path):
+    """Each of their numbers, by up to 0.4%: a run of such weights ended in its first step as another gradient's."""
+    trainer, told = trained(tmp_path / "clipped", dtype=torch.bfloat16, max_grad_norm=0.01)
+    assert told == [] and trainer.state.global_step == 4
+    with pytest.raises(UserError, match="changed between"):
+        trained(tmp_path / "noisy", Change("noise"), dtype=torch.bfloat16)
 
 
 def test_what_sets_in_later_or_in_an_optimizers_hook_is_found_too(tmp_path):
