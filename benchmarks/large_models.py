@@ -13,11 +13,13 @@ is the largest resident set that the system has seen, disk the largest size of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,14 +140,14 @@ def run(name: str, folder: Path | None) -> None:
     case, out = CASES[name], ROOT / "results" / name
     trust = ["--trust"] if case.trusted else []
     arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides(), *trust]
-    begun, stages, disk = time.time(), list[dict[str, Any]](), 0
+    begun, stages, seen = time.time(), list[dict[str, Any]](), [0]
     command = [sys.executable, "-m", "entropy_experiments", "analyze", *arguments, "--overwrite"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
+    threading.Thread(target=_watch_folder, args=(out, child, seen), daemon=True).start()
     for line in child.stderr:
         print(line, end="", file=sys.stderr, flush=True)
         if line.startswith("analysis: "):
-            disk = max(disk, _size(out))
             stages.append(
                 {"line": line.removeprefix("analysis: ").strip(), "wall": time.time() - begun, **_so_far(child.pid)}
             )
@@ -155,7 +157,7 @@ def run(name: str, folder: Path | None) -> None:
     _add(
         {
             "case": name, "status": status, "wall": time.time() - begun, "cpu": used.ru_utime + used.ru_stime,
-            "peak": used.ru_maxrss * 1024, "disk": disk, "stages": stages, "self_checks": record.get("self_checks"),
+            "peak": used.ru_maxrss * 1024, "disk": max(seen), "stages": stages, "self_checks": record.get("self_checks"),
             "environment": {key: record.get(key) for key in ("versions", "git_sha", "hardware")},
             "command": f"analyze {' '.join(arguments)}", "load": os.getloadavg()[1],
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -172,8 +174,19 @@ def _so_far(process: int) -> dict[str, float]:
     return {"cpu": (int(fields[11]) + int(fields[12])) / ticks, "peak": 1024 * int(status["VmHWM"].split()[0])}
 
 
+def _watch_folder(folder: Path, child: subprocess.Popen[str], seen: list[int]) -> None:
+    """Append the folder's size every few seconds, as long as the process runs."""
+    while child.poll() is None:
+        seen.append(_size(folder))
+        time.sleep(3)
+
+
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # written anew, or gone, in between
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def _add(line: dict[str, Any]) -> None:
