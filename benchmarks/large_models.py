@@ -40,8 +40,6 @@ _GIB = 2**30
 ENTRIES = 8
 PIECE = 2**20
 """Parameters of which a product is made at a time: a piece of the rows fits into memory."""
-CONFIGURED_TOKENS = 2048
-"""Padded tokens of a pass, as in the configuration."""
 _KERNEL_STAGES = (
     "training gradients, one row per sequence",
     "evaluation gradients and kernels",
@@ -182,11 +180,9 @@ def _watch_folder(folder: Path, child: subprocess.Popen[str], seen: list[int]) -
 
 
 def _size(folder: Path) -> int:
-    found = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # written anew, or gone, in between
-            found += path.stat().st_size if path.is_file() else 0
-    return found
+    with contextlib.suppress(FileNotFoundError):  # one was written anew, or went, in between
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return 0
 
 
 def _add(line: dict[str, Any]) -> None:
@@ -254,7 +250,7 @@ def floor(name: str, folder: Path | None) -> None:
         )
         for side in _sequences(name)
     )
-    passes = PassSettings(CONFIGURED_TOKENS)
+    passes = PassSettings(2048)
     seconds = {}
     for what, batch, both in (("rows", training, False), ("evaluation", evaluation, True), ("own", training, True)):
         terms = [score_coefficients(batch)]
