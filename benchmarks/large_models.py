@@ -103,12 +103,12 @@ def train(names: list[str]) -> None:
 
 
 def random_policy(folder: Path) -> Path:
-    """A policy of Qwen2.5-0.5B's shape with random weights in bfloat16, over words of numbers."""
+    """A policy of Qwen2.5-0.5B's sizes with random weights in bfloat16, over words of numbers."""
     if folder.exists():
         return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{number}": number for number in range(3, 151936)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -118,11 +118,11 @@ def random_policy(folder: Path) -> Path:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
