@@ -13,11 +13,13 @@ is the largest resident set that the system has seen, disk the largest size of t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,8 +40,6 @@ _GIB = 2**30
 ENTRIES = 8
 PIECE = 2**20
 """Parameters of which a product is made at a time: a piece of the rows fits into memory."""
-CONFIGURED_TOKENS = 2048
-"""Padded tokens of a pass, as in the configuration."""
 _KERNEL_STAGES = (
     "training gradients, one row per sequence",
     "evaluation gradients and kernels",
@@ -103,12 +103,12 @@ def train(names: list[str]) -> None:
 
 
 def random_policy(folder: Path) -> Path:
-    """A policy of Qwen2.5-0.5B's shape with random weights in bfloat16, over words of numbers."""
+    """A policy of Qwen2.5-0.5B's sizes with random weights in bfloat16, over words of numbers."""
     if folder.exists():
         return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{number}": number for number in range(3, 151936)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -118,11 +118,11 @@ def random_policy(folder: Path) -> Path:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
@@ -138,14 +138,14 @@ def run(name: str, folder: Path | None) -> None:
     case, out = CASES[name], ROOT / "results" / name
     trust = ["--trust"] if case.trusted else []
     arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides(), *trust]
-    begun, stages, disk = time.time(), list[dict[str, Any]](), 0
+    begun, stages, seen = time.time(), list[dict[str, Any]](), [0]
     command = [sys.executable, "-m", "entropy_experiments", "analyze", *arguments, "--overwrite"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
+    threading.Thread(target=_watch_folder, args=(out, child, seen), daemon=True).start()
     for line in child.stderr:
         print(line, end="", file=sys.stderr, flush=True)
         if line.startswith("analysis: "):
-            disk = max(disk, _size(out))
             stages.append(
                 {"line": line.removeprefix("analysis: ").strip(), "wall": time.time() - begun, **_so_far(child.pid)}
             )
@@ -155,7 +155,7 @@ def run(name: str, folder: Path | None) -> None:
     _add(
         {
             "case": name, "status": status, "wall": time.time() - begun, "cpu": used.ru_utime + used.ru_stime,
-            "peak": used.ru_maxrss * 1024, "disk": disk, "stages": stages, "self_checks": record.get("self_checks"),
+            "peak": used.ru_maxrss * 1024, "disk": max(seen), "stages": stages, "self_checks": record.get("self_checks"),
             "environment": {key: record.get(key) for key in ("versions", "git_sha", "hardware")},
             "command": f"analyze {' '.join(arguments)}", "load": os.getloadavg()[1],
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -172,8 +172,17 @@ def _so_far(process: int) -> dict[str, float]:
     return {"cpu": (int(fields[11]) + int(fields[12])) / ticks, "peak": 1024 * int(status["VmHWM"].split()[0])}
 
 
+def _watch_folder(folder: Path, child: subprocess.Popen[str], seen: list[int]) -> None:
+    """Append the folder's size every few seconds, as long as the process runs."""
+    while child.poll() is None:
+        seen.append(_size(folder))
+        time.sleep(3)
+
+
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    with contextlib.suppress(FileNotFoundError):  # one was written anew, or went, in between
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return 0
 
 
 def _add(line: dict[str, Any]) -> None:
@@ -241,7 +250,7 @@ def floor(name: str, folder: Path | None) -> None:
         )
         for side in _sequences(name)
     )
-    passes = PassSettings(CONFIGURED_TOKENS)
+    passes = PassSettings(2048)
     seconds = {}
     for what, batch, both in (("rows", training, False), ("evaluation", evaluation, True), ("own", training, True)):
         terms = [score_coefficients(batch)]
