@@ -123,9 +123,7 @@ def _load_policy(
         rounded = trained_in in HALF and precision != trained_in and found.adapter is not None
         first = trained_in if rounded and trained_in and device_map is None else precision
         model, tokenizer = load_model_and_tokenizer(found.model_name, first, device, device_map=device_map)
-        if rounded and device_map is not None:
-            _refuse_finer_base(model, found, getattr(torch, str(trained_in)))
-        elif rounded:
+        if rounded and device_map is None:
             model.to(getattr(torch, precision))
     except PlacementError:
         raise
@@ -133,6 +131,8 @@ def _load_policy(
         raise UserError(
             f"the base model of {folder} does not load: {error}; name another with checkpoint.model=..."
         ) from error
+    if rounded and device_map is not None:
+        _refuse_finer_base(model, found, str(trained_in))
     if found.adapter is not None:
         _add_tokens(model, found.adapter, folder)
         model = _attach_adapter(model, found.adapter.folder, found.adapter.name)
@@ -157,12 +157,14 @@ def _load_policy(
     return model, tokenizer
 
 
-def _refuse_finer_base(model: nn.Module, found: Examined, dtype: torch.dtype) -> None:
+def _refuse_finer_base(model: nn.Module, found: Examined, trained_in: str) -> None:
     """Raises UserError where a base model that is placed by a device map has digits that the run's had not."""
-    finer = [n for n, p in model.named_parameters() if p.device.type != "meta" and not holds_exactly(p, dtype)]
+    finer = [
+        n for n, p in model.named_parameters() if p.device.type != "meta" and not holds_exactly(p, HALF[trained_in])
+    ]
     if finer:
         raise UserError(
-            f"{found.folder} was trained on its base model in {dtype}, and {found.model_name} is saved with more digits "
+            f"{found.folder} was trained on its base model in {trained_in}, and {found.model_name} is saved with more digits "
             f"({finer[0]!r}): save the base model in that precision and name it with checkpoint.model=..., or leave "
             "checkpoint.device_map out"
         )

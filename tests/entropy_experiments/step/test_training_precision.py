@@ -20,6 +20,9 @@ from entropy_experiments.step.training_precision import (
     step_rounding,
     training_precision,
 )
+from rl_training.configuration import load_config
+from rl_training.errors import UserError
+from rl_training.models.load import load_model_and_tokenizer
 from rl_training.train import run_training
 from tests.entropy_experiments.small_analysis import config
 from tests.shared_artefacts import made_once
@@ -73,6 +76,20 @@ def test_a_run_below_float32_is_analysed_in_float32_with_its_own_weights(whole_r
     assert {p.dtype for p in asked.parameters()} == {torch.float64}
     base = [p for name, p in asked.named_parameters() if "lora_" not in name]
     assert all(torch.equal(p, p.to(torch.bfloat16).double()) for p in base)
+
+
+def test_a_base_model_that_a_device_map_cannot_round_is_refused_where_it_has_more_digits(adapter_run, tmp_path):
+    placed = load_config(FisherAnalysisConfig, None, ["checkpoint.device_map={'': cpu}"])
+    with pytest.raises(UserError, match="trained on its base model in bfloat16, and .* is saved with more digits"):
+        load_as_configured(adapter_run / "checkpoint-2", placed)
+    base, tokenizer = load_model_and_tokenizer(str(adapter_run.parent / "policy"), "bfloat16", device="cpu")
+    base.save_pretrained(tmp_path / "rounded")
+    tokenizer.save_pretrained(tmp_path / "rounded")
+    rounded = placed.model_copy(
+        update={"checkpoint": placed.checkpoint.model_copy(update={"model": str(tmp_path / "rounded")})}
+    )
+    found = load_as_configured(adapter_run / "checkpoint-2", rounded).model
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
 
 
 def test_the_rounded_step_is_that_of_torchs_optimizer_in_half_precision(whole_run, checkpoint, few):
