@@ -7,9 +7,10 @@ from typing import Unpack
 
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.console.progress import StageProgress, progress_console
-from entropy_experiments.console.tables import print_verdict
+from entropy_experiments.console.tables import print_sentences, print_verdict
 from entropy_experiments.entropy_runner import FisherAnalysis, RunOptions, run_fisher_analysis
 from entropy_experiments.report.outcome import read_outcome
+from entropy_experiments.report.precision_finding import precision_sentences
 from rl_training.run.launched import is_first
 
 # Seconds the stages take on SmolLM2-135M with 64 x 64 sequences, in forward passes over a buffer: what the bar advances by.
@@ -77,4 +78,5 @@ def analyze_with_progress(
         analysis = run_fisher_analysis(checkpoint, config, reporter=progress, **options)
     if table and not quiet:
         print_verdict(console, read_outcome(analysis.folder))
+        print_sentences(console, precision_sentences(analysis.summary))
     return analysis

@@ -4,7 +4,7 @@ On a terminal it is a rich table, cut to its width; elsewhere plain lines ``name
 a log can be searched for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 from entropy_experiments.records.comparison_record import ComparisonRecord, DifferenceRecord
 from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.outcome_record import NoOutcome, Outcome
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, agreement_tone, agreement_word
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, Sentence, agreement_tone, agreement_word
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
@@ -22,6 +22,12 @@ _PARTS = {"batch": "this step's batch", "momentum": "momentum", "weight_decay": 
 _STYLES = {"good": "green", "bad": "bold red", "warning": "yellow", "plain": ""}
 _COLUMNS = ("entropy", "predicted", "measured", "apart", "batch", "momentum")
 _TEXT_CHARACTERS = 200
+
+
+def print_sentences(console: Console, sentences: Iterable[Sentence]) -> None:
+    """Print sentences of a report as they are, in the colour of their tone."""
+    for sentence in sentences:
+        console.print(Text(f"- {sentence.text}", style=_STYLES[sentence.tone]), soft_wrap=not console.is_terminal)
 
 
 def print_verdict(console: Console, outcome: Outcome) -> None:
@@ -164,8 +170,7 @@ def print_comparison(console: Console, comparison: ComparisonRecord) -> None:
     for side in comparison.sides:
         console.print(f"{side.letter}: {one_line(side.folder, 1000)}", markup=False, soft_wrap=True)
     first, *others = comparison.verdict
-    for sentence in [first, *(sentence for sentence in others if sentence.tone in ("bad", "warning"))]:
-        console.print(Text(f"- {sentence.text}", style=_STYLES[sentence.tone]), soft_wrap=not console.is_terminal)
+    print_sentences(console, [first, *(sentence for sentence in others if sentence.tone in ("bad", "warning"))])
     rows = [
         (row.label, letter, gap.shown(), row.unit, _certainty(gap))
         for row in comparison.quantities

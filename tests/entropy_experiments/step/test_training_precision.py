@@ -10,7 +10,7 @@ from entropy_core.passes.settings import PassSettings
 from entropy_experiments.analyses.precision_in_training import as_saved
 from entropy_experiments.checkpoint_loader import load_as_configured, load_checkpoint
 from entropy_experiments.config import FisherAnalysisConfig
-from entropy_experiments.entropy_runner import run_fisher_analysis
+from entropy_experiments.console.analyze import analyze_with_progress
 from entropy_experiments.records.reader import read_results_folder
 from entropy_experiments.step.optimizer_step import take_next_step
 from entropy_experiments.step.training_precision import (
@@ -176,8 +176,9 @@ def test_without_a_record_the_weights_themselves_tell(whole_run, adapter_run):
         assert as_saved(torch.nn.Linear(3, 3)) == TrainedIn("float32", "no")
 
 
-def test_an_analysis_says_it(adapter_run, tmp_path):
-    analysis = run_fisher_analysis(adapter_run, config(), folder=tmp_path / "results")
+def test_an_analysis_says_it(adapter_run, tmp_path, capsys):
+    analysis = analyze_with_progress(adapter_run, config(), folder=tmp_path / "results")
+    assert "- The run had weights in bfloat16; numbers here are without" in capsys.readouterr().err
     assert not analysis.failed_checks
     found = read_results_folder(tmp_path / "results").summary.training_precision
     assert (found.weights, found.autocast, found.step) == ("bfloat16", "no", None)
