@@ -76,11 +76,11 @@ def ledger_lines(found: Ledger) -> list[str]:
 
 def _agreement(found: Ledger) -> str:
     """Whether prediction and measurement agree, by their difference with each prompt left out of both."""
-    from entropy_experiments.statistics.confidence import UNTOLD, agreement_sentence
+    from entropy_experiments.statistics.confidence import AGREE, UNTOLD, agreement_sentence
 
     compared = None if found.agreement is None else found.agreement.known()
     if compared is None or found.measured.value is None:
-        return f"Whether they agree {UNTOLD}: the difference of the two has no error, since it is not known prompt by prompt."
+        return f"Whether they {AGREE} {UNTOLD}: the difference has no error, since it is not known prompt by prompt."
     return agreement_sentence(compared, found.measured.value)
 
 

@@ -148,7 +148,7 @@ def test_prediction_and_measurement_are_held_against_each_other():
     apart = near.model_copy(update={"low": 0.01, "high": 0.03, "agrees": False})
     assert "They cannot be distinguished: they differ by +0.020 [−0.020, +0.060]" in first(agreement=near)
     assert "They do NOT agree" in first(agreement=apart)
-    assert "Whether they agree cannot be said: the difference of the two has no error" in first()
+    assert "Whether they agree cannot be said: the difference has no error" in first()
     assert "take at least 12" in first(eval_sequences=8, agreement=near) and "take at least" not in first(
         agreement=near
     )
