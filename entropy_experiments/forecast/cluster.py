@@ -140,7 +140,7 @@ def _seconds(
         read = math.ceil(rows / plan.chunk) * size.n_train * size.stored_row_bytes
     if plan.strategy == "factored":  # rows anew for every chunk, at about a forward pass's operations
         forming += math.ceil(rows / plan.chunk) * size.n_train * costs.forward / workers
-        read = math.ceil(rows / plan.chunk) * plan.disk
+        read = plan.read_by(rows)
     return {
         "forming training rows": forming / OPERATIONS,
         "passes of the sides that stream past them": passes / workers / OPERATIONS,

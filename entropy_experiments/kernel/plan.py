@@ -19,7 +19,7 @@ formed.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from entropy_core.factored_rows import BLOCK_BYTES
@@ -80,7 +80,8 @@ class KernelSize:
 @dataclass(frozen=True)
 class KernelPlan:
     """strategy; tile: training rows held (or read) at a time, of factors those in a shard; chunk: evaluation rows in a block;
-    at_once: of them those whose factors are in memory at a time, on their way to the disk; 0: all.
+    at_once: of them those whose factors are in memory at a time, on their way to the disk; 0: all. streamed: bytes of `disk` that
+    such blocks take.
 
     memory: bytes that rows take at most, beside the model and the passes' own; disk: bytes of the gradient store; passes:
     sequences that go through the model, forward and backward, for the evaluation kernels; reading: bytes read from disk.
@@ -94,6 +95,11 @@ class KernelPlan:
     passes: int
     reading: int
     at_once: int = 0
+    streamed: int = 0
+
+    def read_by(self, rows: int) -> float:
+        """Bytes of factors that are read when so many rows meet the training side: its own for every block, theirs once."""
+        return math.ceil(rows / self.chunk) * (self.disk - self.streamed) + rows / self.chunk * self.streamed
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -231,12 +237,13 @@ def _plan_factored(size: KernelSize, memory: int, disk: int, processes: int) -> 
         return None
     held = chunk * one + (0 if on_disk else train)
     stored = int(1.05 * train) if on_disk else 0
-    streamed, at_once = _streamed_by_disk(size, disk - stored, processes), 0
-    if on_disk and streamed >= 2 * chunk:
-        chunk, at_once = streamed, chunk
-        stored += processes * int(1.05 * chunk * one)
-    reading = math.ceil(size.n_eval / chunk) * stored
-    return KernelPlan("factored", shard, chunk, held, stored, size.n_eval + size.n_train, reading, at_once)
+    larger, at_once, streamed = _streamed_by_disk(size, disk - stored, processes), 0, 0
+    if on_disk and larger >= 2 * chunk:
+        chunk, at_once = larger, chunk
+        streamed = processes * int(1.05 * chunk * one)
+    passes = size.n_eval + size.n_train
+    plan = KernelPlan("factored", shard, chunk, held, stored + streamed, passes, 0, at_once, streamed)
+    return replace(plan, reading=int(plan.read_by(size.n_eval)))
 
 
 def _streamed_by_disk(size: KernelSize, disk: int, processes: int) -> int:

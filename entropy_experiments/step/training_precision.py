@@ -25,12 +25,13 @@ from entropy_core.adamw import Moments, after_gradient, preconditioner, second_m
 from entropy_core.batch import SequenceBatch
 from entropy_core.cut_weights import open_cut
 from entropy_core.entropy import Estimator, entropy_coefficients, entropy_estimate
-from entropy_core.formed import PIECE, Formed, dot, elementwise
+from entropy_core.formed import PIECE, dot, elementwise
 from entropy_core.gradients import batch_gradients
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
 from entropy_experiments.checkpoints.half_precision import HALF, holds_exactly
 from entropy_experiments.checkpoints.stored_moments import StoredMoments
+from entropy_experiments.run.self_checks import relative_error_of_dicts
 from entropy_experiments.step.optimizer_step import NextStep, taken_step
 
 SEQUENCES = 16
@@ -146,7 +147,6 @@ def policy_rounding(
     own, towards = _entropy_and_gradient(model, few, estimator, passes)
     with passes_as_in_training(model, trained_in):
         trained, of_training = _entropy_and_gradient(model, few, estimator, passes)
-    size, off = _norm(towards), _norm(Formed(towards, lambda name: of_training[name].float() - towards[name].float()))
     mask = few.completion_mask
     difference = (trained.logprobs.double() - own.logprobs.double())[mask]
     delta = None if step is None else step.parameter_delta
@@ -156,7 +156,7 @@ def policy_rounding(
         logprob=float(difference.square().mean().sqrt()),
         entropy=entropy_estimate(own, few).per_token,
         entropy_in_training=entropy_estimate(trained, few).per_token,
-        gradient=off / size if size > 0 else math.nan,
+        gradient=relative_error_of_dicts(of_training, towards),
         predicted=None if delta is None else dot(towards, delta),
         predicted_in_training=None if delta is None else dot(of_training, delta),
     )
@@ -254,10 +254,6 @@ def _entropy_and_gradient(
     statistics = token_statistics(model, batch, passes)
     objective = entropy_coefficients(statistics, batch, estimator).scaled(1.0 / len(batch))
     return statistics, batch_gradients(model, batch, [objective], passes)[0]
-
-
-def _norm(vector: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(_square(vector[name]) for name in vector))
 
 
 def _square(values: Tensor) -> float:

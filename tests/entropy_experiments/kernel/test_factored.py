@@ -239,6 +239,9 @@ def test_factors_are_chosen_where_rows_do_not_fit() -> None:
     assert (larger.at_once, larger.chunk) == (disk.chunk, 64) and disk.memory == larger.memory
     most = size.factors.most_bytes(4)
     assert disk.disk + 64 * most < larger.disk <= disk.disk + 1.05 * 64 * most <= 20 * GIB
+    assert larger.reading == larger.disk, "all of it once"
+    assert larger.read_by(128) == pytest.approx(2 * disk.disk + 2 * larger.streamed)
+    assert disk.reading == -(-64 // disk.chunk) * disk.disk
     assert plan_kernel(size, 7 * GIB, 20 * GIB, processes=2).at_once == 0, "half of 64 is not twice 18"
     assert "evaluation rows (whose factors go to disk too)" in describe_plan(larger, 64)
     line = describe_plan(disk, 64)
