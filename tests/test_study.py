@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trl import GRPOTrainer
 
+from benchmarks.study import arms, runs, smollm2, summary, tasks
 from benchmarks.study import page as study_page
-from benchmarks.study import runs, smollm2, summary, tasks
-from benchmarks.study.arms import ARMS
+from benchmarks.study.arms import ARMS, make_trainer
 from benchmarks.study.covariance import CovarianceTrainer
 from benchmarks.study.foretold import section
+from benchmarks.study.leaving_out import LeavingOutTrainer
 from benchmarks.study.measure import _pass_at
 from benchmarks.study.summary import distance, load, paired
 from benchmarks.study.tasks import right
@@ -46,8 +48,8 @@ def test_prices_beside_outcomes() -> None:
         last = {"entropy": entropy, "reward": 1 - entropy, "pass_at_4": 0.0, "pass_at_16": 0.0, "distinct": 0.0}
         return {"task": "x", "arm": arm, "seed": seed, "target": 0.3, "rows": rows, "last": last}
 
-    arms = {"dr_grpo": 0.2, "controller": 0.4, "bonus": 0.3, "rloo": 0.2, "clip_cov": 0.25}
-    stored = [run(arm, seed, entropy) for arm, entropy in arms.items() for seed in (0, 1)]
+    entropies = {"dr_grpo": 0.2, "controller": 0.4, "bonus": 0.3, "rloo": 0.2, "clip_cov": 0.25}
+    stored = [run(arm, seed, entropy) for arm, entropy in entropies.items() for seed in (0, 1)]
     rows = {"entropy_bonus_that_holds": [0.01, -0.02], "entropy_bonus_0.01": [0.002, -0.001], "clip_cov": [0.1, None]}
     lines = section(stored, {"0": rows, "1": rows, "7": rows})
     assert "over the 4 arms (95% interval): entropy 1.00 (1.00 to 1.00)" in lines[0]
@@ -128,6 +130,60 @@ def test_covariance_arms_are_trls_loss_but_for_the_tokens_chosen(tiny_policy, tm
     assert any(not torch.allclose(ours[name], own[name], rtol=0, atol=1e-6) for name in own)
 
 
+def test_effects_of_leaving_out_are_those_of_real_steps(tiny_task, tmp_path, monkeypatch) -> None:
+    """r_i against AdamW steps in which a sequence weighs a thousandth less, moments and clipping included.
+
+    A large epsilon keeps the step smooth where a gradient is next to nothing.
+    """
+    monkeypatch.setattr(arms, "right", lambda completions, **_: [float(len(text) % 2) for text in completions])
+    task = tasks.TASKS[tiny_task]
+    trainer = make_trainer(ARMS["leave_out"], task, 0, 4, tmp_path / "run", max_grad_norm=0.01, adam_epsilon=1e-4)
+    trainer.model.double()
+    generator = torch.Generator().manual_seed(3)
+    towards = {n: torch.randn(p.shape, generator=generator).double() for n, p in trainer.model.named_parameters()}
+    trainer._gradient_of_entropy = lambda: towards
+    seen = []
+
+    def checked(model, inputs):
+        effects = LeavingOutTrainer.effects(trainer, model, inputs)
+        if trainer.state.global_step == 2:  # the first of a generation: ratios are 1; moments of two steps stand behind it
+            weights = inputs["advantages"]
+            whole = _change(trainer, {**inputs, "advantages": weights}, towards)
+            for i in weights.abs().argsort(descending=True)[:3].tolist():
+                lighter = weights.clone()
+                lighter[i] *= 1 - 1e-3
+                seen.append(
+                    (float(effects[i]), (whole - _change(trainer, {**inputs, "advantages": lighter}, towards)) * 1e3)
+                )
+        return effects
+
+    trainer.effects = checked
+    trainer.train()
+    assert len(seen) == 3 and all(abs(closed) > 1e-9 for closed, _ in seen)
+    assert all(closed == pytest.approx(real, rel=0.02) for closed, real in seen), seen
+    assert 0 < max(trainer.state.log_history[k]["left_out/sequences"] for k in range(4)) <= 8
+
+
+def _change(trainer, inputs, towards) -> float:
+    """<towards, step> in float64 of the AdamW step that these inputs would make; nothing is moved."""
+    model = trainer.model
+    loss = GRPOTrainer._compute_loss(trainer, model, inputs)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = [g.double() for g in torch.autograd.grad(loss, parameters)]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    clip = min(1.0, trainer.args.max_grad_norm / float(norm + 1e-6))
+    optimizer, total = trainer.optimizer.optimizer, 0.0
+    for name, p, g in zip(names, parameters, gradients, strict=True):
+        group = next(group for group in optimizer.param_groups if any(p is other for other in group["params"]))
+        state, (b1, b2), g = optimizer.state[p], group["betas"], clip * g
+        t = int(state["step"]) + 1
+        m = b1 * state["exp_avg"].double() + (1 - b1) * g
+        v = b2 * state["exp_avg_sq"].double() + (1 - b2) * g * g
+        step = -group["lr"] * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+        total += float((towards[name].double() * step).sum())
+    return total
+
+
 def _none(_self, _covariance, mask):
     return torch.zeros_like(mask)
 
@@ -159,5 +215,5 @@ def test_documents_quote_the_stored_figures() -> None:
     )
     ends = ", ".join(f"{one['rows'][-1]['reward']:.2f}" for one in real)
     assert f"Rewards end at {' and '.join(ends.rsplit(', ', 1))}" in study
-    ledger = re.search(r"\*\*(0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text())
+    ledger = re.search(r"\*\*Score: (0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text())
     assert ledger is not None and ledger[1] in (root / "docs/analyses/ledger.md").read_text()

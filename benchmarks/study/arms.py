@@ -8,6 +8,7 @@
     adaptive      use_adaptive_entropy: the coefficient moves by +-0.005             Skywork-OR1, TRL
     clip_cov      no gradient on 0.02% of tokens of highest covariance               Cui et al. 2025
     kl_cov        a KL penalty on those of highest covariance                        Cui et al. 2025
+    leave_out     without the 8 of 64 sequences whose leaving out keeps most entropy   (leaving_out.py)
     controller    attach_entropy_controller, with the same target as `adaptive`
 
 A generation of 128 sequences is trained on in two steps of the optimizer, so that ratios are not all 1 and bounds on them act.
@@ -23,6 +24,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from benchmarks.study.covariance import CovarianceTrainer
+from benchmarks.study.leaving_out import LeavingOutTrainer
 from benchmarks.study.tasks import Task, right
 from rl_training.controller_config import EntropyControllerConfig
 from rl_training.integrations.entropy_controller import attach_entropy_controller
@@ -59,6 +61,7 @@ ARMS = {
         Arm("clip_higher", settings={**_DR, "epsilon_high": 0.28}),
         Arm("clip_cov", "clip_cov", _DR),
         Arm("kl_cov", "kl_cov", _DR),
+        Arm("leave_out", "leave_out", _DR),
     )
 }
 
@@ -79,6 +82,7 @@ _TRAINERS = {
     "rloo": _rloo,
     "clip_cov": _grpo(CovarianceTrainer.of("clip_cov")),
     "kl_cov": _grpo(CovarianceTrainer.of("kl_cov")),
+    "leave_out": _grpo(LeavingOutTrainer),
 }
 
 
@@ -117,6 +121,8 @@ def make_trainer(arm: Arm, task: Task, seed: int, steps: int, folder: Path, **ov
     given = (right, task.dataset(), tokenizer)
     torch.manual_seed(seed)
     trainer = _TRAINERS[arm.kind](model, {**common, **settings}, *given)
+    if isinstance(trainer, LeavingOutTrainer):
+        trainer.watch(task)
     if arm.controller is not None:
         wanted = {"target": task.target, **arm.controller, **of_controller}
         rows = task.rows()[1][256:]

@@ -33,6 +33,7 @@ NAMES = {
     "clip_higher": "clip-higher",
     "clip_cov": "Clip-Cov",
     "kl_cov": "KL-Cov",
+    "leave_out": "leaving out by r_i (ours)",
 }
 TITLES = {"sums": "Short sums", "chains": "Longer answers: five numbers, every partial sum shown"}
 COLOURS = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))

@@ -78,7 +78,7 @@ def _logged(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns of what the trainer logged at every step."""
     rows = [row for row in history if "loss" in row]
     names = ["entropy", "reward", "grad_norm", "step_time", "entropy_coef"]
-    names += sorted({key for row in rows for key in row if key.startswith("entropy_controller/")})
+    names += sorted({key for row in rows for key in row if key.startswith(("entropy_controller/", "left_out/"))})
     return {name: [_rounded(row.get(name)) for row in rows] for name in names if any(name in row for row in rows)}
 
 

@@ -28,19 +28,12 @@ from torch import Tensor, nn
 from entropy_core.adamw import read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.bonus import BonusResponse, BonusSolution, solve_bonus
-from entropy_core.entropy import TokenCoefficients, normalized_weights
-from entropy_core.fold_gradients import fold_gradients
 from entropy_core.gradients import trainable_parameters
-from entropy_core.passes.prefix_sharing import PrefixSharing
-from entropy_core.passes.state import PassState
-from entropy_core.processes import Processes
-from entropy_core.scores import TokenStatistics
-from entropy_core.token_ratios import change_coefficients
 from rl_training.control.level import EntropyLevel
+from rl_training.control.look import HeldOutLook
 from rl_training.control.missed import MissedDistance
 from rl_training.control.target import TargetPath
 from rl_training.controller_config import EntropyControllerConfig
-from rl_training.probe.observation import Observation
 
 _KEEP = 0.9  # of what loss gradients usually do, a step
 
@@ -93,7 +86,7 @@ class EntropyController:
 
     def __init__(self, config: EntropyControllerConfig, model: nn.Module) -> None:
         self._config, self._model = config, model
-        self._prefixes, self._passes = PrefixSharing(model, Processes()), PassState(model, true_derivatives=True)
+        self._look = HeldOutLook(model, config.advantage_decay)
         self.level = EntropyLevel(config.level_gain, config.bias_gain, config.bias_limit, config.pool_age)
         self.target = TargetPath(config)
         self.missed = MissedDistance(config.horizon, config.horizon * config.bias_limit)
@@ -162,22 +155,6 @@ class EntropyController:
         )
 
     # ------------------------------------------------------------------ pieces
-    def _look(self, watched: SequenceBatch, look: Any) -> tuple[Observation, dict[str, Tensor]]:
-        log_weights: Tensor | None = None
-
-        def objectives(statistics: TokenStatistics) -> list[TokenCoefficients]:
-            nonlocal log_weights
-            scores = statistics.scores()
-            log_weights = scores - look(scores).to(scores)
-            weights, decay = normalized_weights(log_weights), self._config.advantage_decay
-            return [change_coefficients(statistics, watched, None, decay, weights)]
-
-        with self._passes, self._passes.attached_norms():
-            found, statistics = fold_gradients(
-                self._model, watched, objectives, self._prefixes.buckets(watched), folds=1
-            )
-        return Observation(watched, statistics, log_weights), found[0].total()
-
     def _solve(
         self, response: BonusResponse, gradient: dict[str, Tensor], level: float, coming: StepToCome
     ) -> BonusSolution:
