@@ -153,7 +153,7 @@ bench-replay: $(STAMP)
 
 study: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study tune
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --processes 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study foretold
 	$(BIN)/python -m benchmarks.study page
 

@@ -9,10 +9,11 @@ What is there is not made again.
     share_G     sum of the ledger's shares of the group's training prompts, nats per token
     effect_G    h at the end of the steps as recorded less h at the end of the same steps without the group's sequences
 
-Groups are the training prompts by number, modulo their count. Without a group the other sequences keep their weights; clipping,
-both moments and P answer at every step. Nothing is drawn anew: sequences are those of the record, so the effect is of training on the
-group and not of what another policy would have drawn. Both ends are measured on the same sequences, drawn at the end of the full
-run. The linear datamodelling score (Park et al. 2023) of single groups left out is the rank correlation of shares and effects.
+Groups are the training prompts by number, modulo their count. Without a group the other sequences keep their weights;
+clipping, both moments and P answer at every step. Nothing is drawn anew: sequences are those of the record, so the effect is
+of training on the group and not of what another policy would have drawn. Both ends are measured on the same sequences, drawn
+at the end of the full run. The linear datamodelling score (Park et al. 2023) of single groups left out is the rank
+correlation of shares and effects.
 """
 
 from __future__ import annotations
@@ -209,10 +210,10 @@ def section(name: str, kept: dict[str, Any]) -> str:
 
 _TEXT = """# A ledger's shares beside runs without the group
 
-`python benchmarks/ledger_check.py small` and `... smollm2` (rows beside this page). Groups of training prompts are left out of
-all recorded steps, which are then taken again. Shares: of the [ledger](../../../docs/analyses/ledger.md). *Effect*: entropy with the
-group less without it, at the end, on the same sequences. *Score*: the linear datamodelling score, the rank correlation of share
-and effect over groups.
+`python benchmarks/ledger_check.py small` and `... smollm2` (rows beside this page). Groups of training prompts are left out
+of all recorded steps, which are then taken again. Shares: of the [ledger](../../../docs/analyses/ledger.md). *Effect*:
+entropy with the group less without it, at the end, on the same sequences. *Score*: the linear datamodelling score, the rank
+correlation of share and effect over groups.
 
 """
 _SECTION = {
@@ -231,8 +232,8 @@ effects on {sequences} sequences.
 LoRA on the demo's task, steps {first} to {last}; {groups} groups, effects on {sequences} sequences.
 
 **Score: {score:.2f} [{low:.2f}, {high:.2f}]** (95% interval, which {verdict}). Slope of effect on share {slope:.2f}. Shares of
-all groups add up to {total:+.3f} nats per token, effects to {effects:+.3f}; the run's whole change was predicted as {predicted:+.3f}
-and measured as {measured:+.3f}. At least {counting:.0%} of the sequences count.
+all groups add up to {total:+.3f} nats per token, effects to {effects:+.3f}; the run's whole change was predicted as
+{predicted:+.3f} and measured as {measured:+.3f}. At least {counting:.0%} of the sequences count.
 """,
 }
 _TABLE = """

@@ -22,6 +22,7 @@ from benchmarks.study.leaving_out import LeavingOutTrainer
 from benchmarks.study.measure import _pass_at
 from benchmarks.study.summary import distance, load, paired
 from benchmarks.study.tasks import right
+from entropy_core.uncertainty import Estimate
 from tests.rl_training.integrations import test_trl_integration
 from tests.shared_artefacts import made_once
 from tests.tiny_policy import save_tiny_policy
@@ -141,12 +142,14 @@ def test_effects_of_leaving_out_are_those_of_real_steps(tiny_task, tmp_path, mon
     trainer.model.double()
     generator = torch.Generator().manual_seed(3)
     towards = {n: torch.randn(p.shape, generator=generator).double() for n, p in trainer.model.named_parameters()}
-    trainer._gradient_of_entropy = lambda: towards
+    trainer._held_out = lambda: (Estimate(4.0, 0.1, 9), towards)  # below the target of 4.3
     seen = []
 
     def checked(model, inputs):
-        effects = LeavingOutTrainer.effects(trainer, model, inputs)
-        if trainer.state.global_step == 2:  # the first of a generation: ratios are 1; moments of two steps stand behind it
+        effects, missing = LeavingOutTrainer.effects(trainer, model, inputs)
+        if (
+            trainer.state.global_step == 2
+        ):  # the first of a generation: ratios are 1; moments of two steps stand behind it
             weights = inputs["advantages"]
             whole = _change(trainer, {**inputs, "advantages": weights}, towards)
             for i in weights.abs().argsort(descending=True)[:3].tolist():
@@ -155,7 +158,7 @@ def test_effects_of_leaving_out_are_those_of_real_steps(tiny_task, tmp_path, mon
                 seen.append(
                     (float(effects[i]), (whole - _change(trainer, {**inputs, "advantages": lighter}, towards)) * 1e3)
                 )
-        return effects
+        return effects, missing
 
     trainer.effects = checked
     trainer.train()
@@ -215,5 +218,7 @@ def test_documents_quote_the_stored_figures() -> None:
     )
     ends = ", ".join(f"{one['rows'][-1]['reward']:.2f}" for one in real)
     assert f"Rewards end at {' and '.join(ends.rsplit(', ', 1))}" in study
-    ledger = re.search(r"\*\*Score: (0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text())
+    ledger = re.search(
+        r"\*\*Score: (0\.\d\d \[\S+, \S+\])\*\*", (root / "benchmarks/results/ledger/README.md").read_text()
+    )
     assert ledger is not None and ledger[1] in (root / "docs/analyses/ledger.md").read_text()

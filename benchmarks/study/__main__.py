@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from benchmarks.study import smollm2
 from benchmarks.study.arms import ARMS
@@ -21,6 +23,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=sorted(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
     given = parser.parse_args()
     if given.what == "tune":
         tune(given.task)
@@ -32,10 +35,11 @@ def main() -> None:
     elif given.what == "page":
         write_page()
     else:
-        for seed in given.seeds:
-            for arm in given.arms:
-                overrides = tuned(given.task) if arm == "bonus" else {}
-                print(run(given.task, arm, seed, given.steps, **overrides), flush=True)
+        wanted = [(given.task, arm, seed, given.steps) for seed in given.seeds for arm in given.arms]
+        overrides = {"bonus": tuned(given.task)} if "bonus" in given.arms else {}
+        with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(run, *one, **overrides.get(one[1], {})) for one in wanted]):
+                print(done.result(), flush=True)
 
 
 if __name__ == "__main__":

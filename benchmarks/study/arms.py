@@ -8,7 +8,7 @@
     adaptive      use_adaptive_entropy: the coefficient moves by +-0.005             Skywork-OR1, TRL
     clip_cov      no gradient on 0.02% of tokens of highest covariance               Cui et al. 2025
     kl_cov        a KL penalty on those of highest covariance                        Cui et al. 2025
-    leave_out     without the 8 of 64 sequences whose leaving out keeps most entropy   (leaving_out.py)
+    leave_out     without the sequences that cost most entropy, as many as the target takes  (leaving_out.py)
     controller    attach_entropy_controller, with the same target as `adaptive`
 
 A generation of 128 sequences is trained on in two steps of the optimizer, so that ratios are not all 1 and bounds on them act.

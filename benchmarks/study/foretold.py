@@ -31,14 +31,13 @@ ROW_OF = {
     "bonus": ("entropy_bonus_0.01", 2.5),
     "grpo": ("grpo", 1.0),
     "clip_cov": ("clip_cov", 0.01),
-    "leave_out": ("without_4", 4.0),
     "rloo": ("", 0.0),
     "clip_higher": ("", 0.0),
     "kl_cov": ("", 0.0),
 }
 """Arm -> the row of the list that stands for it, and how much of it: the tuned bonus is 0.025, and Clip-Cov takes 0.02% of tokens
-out of the 2% that the row leaves out; the row leaves out 4 of 128 sequences, the arm 8 of 64; RLOO's weights are Dr. GRPO's,
-scaled."""
+out of the 2% that the row leaves out; RLOO's weights are Dr. GRPO's, scaled. How
+many sequences the arm that leaves out takes, no row says."""
 
 
 Prices = dict[str, list[float | None]]
