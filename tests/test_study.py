@@ -38,6 +38,8 @@ def test_numbers() -> None:
     found = paired(values, zeros, "x")
     assert found["seeds"] == 3 and found["mean"] == pytest.approx(2.0)
     assert found["high"] - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert study_page._interval(found) == f" ({found['low']:+.3f} to {found['high']:+.3f})"
+    assert study_page._interval(paired(zeros, zeros, "x")) == " (in every seed)", "equal differences are no certainty"
     assert math.isnan(paired({0: {"x": 1.0}}, zeros, "x")["low"])
 
 

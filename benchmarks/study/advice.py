@@ -26,6 +26,7 @@ CURVES = {
     "dr_grpo": ("Dr. GRPO", "tab:gray"),
     "bonus": ("constant bonus, tuned", "tab:orange"),
     "adaptive": ("use_adaptive_entropy", "tab:green"),
+    "leave_out": ("costliest sequences left out, to the target", "tab:red"),
     "controller": ("the bonus, solved for at each step", "tab:blue"),
 }
 

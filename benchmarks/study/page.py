@@ -128,12 +128,16 @@ def _tests(arms: dict[str, dict[int, dict[str, float]]], order: list[str]) -> li
         ratio = np.mean([arms["controller"][s]["distance"] for s in common]) / np.mean(
             [arms[arm][s]["distance"] for s in common]
         )
-        cells = [
-            f"{f['mean']:+.3f}" + (f" ({f['low']:+.3f} to {f['high']:+.3f})" if len(common) > 1 else "")
-            for f in found.values()
-        ]
+        cells = [f"{f['mean']:+.3f}{_interval(f)}" for f in found.values()]
         lines.append(f"| {NAMES[arm]} | {len(common)} | {cells[0]} | {ratio:.2f} | {' | '.join(cells[1:])} |")
     return lines
+
+
+def _interval(found: dict[str, float]) -> str:
+    """Of a mean over seeds; equal differences have none."""
+    if not found["low"] < found["high"]:
+        return "" if found["seeds"] < 2 else " (in every seed)"
+    return f" ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def _cell(values: list[float], digits: int = 3) -> str:
