@@ -1,7 +1,7 @@
 """Does a ledger's share foretell what a run without that group does? Each is left out of the recorded steps, all taken again.
 
     python benchmarks/ledger_check.py small      the small policy's run (price_check), its ledger, and 20 runs of 20 steps
-    python benchmarks/ledger_check.py smollm2    a run of SmolLM2-135M on the demo's task, its ledger, and 4 runs of 12 steps
+    python benchmarks/ledger_check.py smollm2    a run of SmolLM2-135M on the demo's task, its ledger, and 4 runs of 8 steps
     python benchmarks/ledger_check.py page       the tables, from the rows under benchmarks/results/ledger/
 
 What is there is not made again.
@@ -59,6 +59,7 @@ def smollm2_run(steps: int) -> Path:
         "training.save_every=1",
         "training.report_to=[]",
         "entropy_probe.enabled=false",
+        "training_buffer.max_refill_rounds=0",
     )
     config = load_config(
         TrainConfig, CONFIG, [*overrides, "optimizer.learning_rate=3e-4", f"training.output_dir={folder}"]
@@ -99,7 +100,7 @@ CHECKS = {
     check.name: check
     for check in (
         Check("small", small_run, groups=20, first=1, steps=20, sequences=512, prompts=2048, each=1),
-        Check("smollm2", lambda: smollm2_run(13), groups=4, first=1, steps=12, sequences=64, prompts=64, each=4),
+        Check("smollm2", lambda: smollm2_run(9), groups=4, first=1, steps=8, sequences=64, prompts=64, each=4),
     )
 }
 
