@@ -6,8 +6,8 @@ With base rates b_g and the schedule's factor f, step n is taken with b_g f(n - 
     saves      b_g f(n)                      in `scheduler.pt` and in the groups of `optimizer.pt`: the *next* step's
 
 so a log row of that very step settles it. Otherwise the schedules of transformers are tried with every warm-up: those that
-agree with all that is recorded must agree on f(n - 1) as well, or nothing is said. Groups that have schedules of their own are seen
-by what is saved: b_g f(n) with one f for all. Of such groups the saved rates, of the next step, are all that is known.
+agree with all that is recorded must agree on f(n - 1) as well, or nothing is said. Groups with schedules of their own are seen
+by what is saved, which is not b_g f(n) with one f for all; their saved rates, of the next step, are all that is known.
 """
 
 from __future__ import annotations
