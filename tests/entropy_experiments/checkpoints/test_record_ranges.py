@@ -212,15 +212,24 @@ def test_the_trainers_state_and_the_optimizers_groups(ours: Path, values: list[A
 
 
 @pytest.mark.parametrize(
-    ("eps", "zero", "words"),
-    [(0.0, True, "is nothing in its precision"), (1e-60, True, "is nothing"), (0.0, False, None)],
+    ("eps", "zero", "kept", "fused", "words"),
+    [
+        (0.0, True, torch.float32, True, "is nothing in its precision"),
+        (1e-60, True, torch.float32, False, "is nothing"),
+        (0.0, False, torch.float32, False, None),
+        (1e-8, True, torch.float16, False, "is nothing"),
+        (1e-8, True, torch.float16, True, None),
+        (1e-60, True, torch.float16, True, "is nothing"),
+    ],
 )
-def test_an_eps_of_nothing_wants_second_moments(ours: Path, eps: float, zero: bool, words: str | None) -> None:
+def test_an_eps_of_nothing_wants_second_moments(ours: Path, eps, zero, kept, fused, words) -> None:
+    """torch's fused kernel adds eps in float32 to what it keeps in float16."""
     state = torch.load(ours / "optimizer.pt", weights_only=True)
     for group in state["param_groups"]:
-        group["eps"] = eps
+        group |= {"eps": eps, "fused": fused}
     for entry in state["state"].values():
-        entry["exp_avg_sq"].clamp_(min=1e-12)
+        entry |= {name: entry[name].to(kept) for name in ("exp_avg", "exp_avg_sq")}
+        entry["exp_avg_sq"].clamp_(min=1e-12 if kept == torch.float32 else 1e-7)
         if zero:
             entry["exp_avg_sq"].view(-1)[0] = entry["exp_avg"].view(-1)[0] = 0.0
     torch.save(state, ours / "optimizer.pt")
