@@ -70,7 +70,10 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome | NoOutcome]) ->
                 console.print(f"  {one_line(outcome.folder, 1000)}", markup=False, soft_wrap=True)
         _say_doubted(console, [row for _, row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD, title="Changes of entropy in nats per token, ± standard error", pad_edge=False)
+    title = "Changes of entropy in nats per token, ± standard error"
+    if "apart" in columns:
+        title += "; apart: predicted less measured, in standard errors of the difference"
+    table = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False)
     table.title_justify, table.title_style = "left", "bold"
     for name in columns:
         table.add_column(name, justify="left" if name == "checks" else "right", no_wrap=True)
