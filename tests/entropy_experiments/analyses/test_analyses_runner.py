@@ -144,6 +144,8 @@ def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses
     assert run["actual"]["equal_length"]["value"] == pytest.approx(
         summary["predicted"]["split"]["batch"]["value"], rel=0.1
     ), "momentum and decay belong to no weighting: is the step of zero weights taken off?"
+    least, n = run["actual"]["equal_length"]["effective_sample_size"], summary["actual"]["snis"]["n"]
+    assert 1 <= least < n and run["actual"]["equal_length"]["trustworthy"] is (least >= n / 2)
     step = next(row for row in analyses["entropy_prediction"]["rows"] if row["scale"] == 1.0)
     assert step["measured"]["snis"]["value"] == pytest.approx(summary["actual"]["snis"]["value"], rel=1e-9)
     assert analyses["intervention"]["full_step"]["measured"] == pytest.approx(

@@ -142,6 +142,7 @@ def test_a_row_a_checkpoint(outcome, width):
     if width >= 60:
         assert max(map(len, text.splitlines())) <= width
         assert ("momentum" in text) == (width > 100)
+        assert ("apart: predicted less measured" in " ".join(text.split())) == (" SE " in text), "a column of that name"
     print_outcomes(plain := console(width, terminal=False), [outcome, failed])
     lines = plain.file.getvalue().splitlines()
     assert any(line.startswith("step 8: entropy 0.842 ± 0.071; predicted −0.074 ± 0.018") for line in lines)
