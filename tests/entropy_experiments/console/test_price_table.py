@@ -49,7 +49,7 @@ def test_a_terminal(width: int) -> None:
     assert ("δh less as trained" in text) == (width == 160)
     assert ("A wider terminal shows" in " ".join(text.split())) == (width != 160)
     assert f"DAPO, RLOO: not priced: {REASON}" in " ".join(text.split()), "the reason stood twice, a word a line"
-    assert "Real step" in text and "−0.160" in text
+    assert "The same steps, taken and measured" in " ".join(text.split()) and "−0.160" in text
 
 
 def test_plain_lines_say_what_the_columns_are() -> None:
