@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rl_training.generation.description import describe_sampling
-from rl_training.generation.drawn_tokens import loss_mask
+from rl_training.generation.drawn_tokens import drawn_masks, loss_mask
 from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.run.step_record import GENERATED, LOSS, RunSettings, write_settings, write_step
 
@@ -68,7 +68,7 @@ class StepRecorder(TrainerCallback):
             generated: (prompt ids, completion ids, masks of drawn tokens or None, ..., the
                 sampler's log-probabilities, ...).
         """
-        prompts, completions, masks = generated[:3]
+        prompts, completions, masks = *generated[:2], drawn_masks(generated)
         scores = generated[4] if len(generated) > 4 else None
         rows = []
         for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -79,7 +79,7 @@ class StepRecorder(TrainerCallback):
                     "batch": len(self._rounds),
                     "prompt_ids": [int(t) for t in prompt],
                     "completion_ids": [int(t) for t in completion],
-                    "mask": [True] * len(completion) if masks is None else [bool(m) for m in masks[n]],
+                    "mask": [True] * len(completion) if masks is None else masks[n],
                     "width": max(map(len, completions)),
                     "sampler_logprobs": [_number(v) for v in found] if len(found) == len(completion) else None,
                 }
