@@ -23,7 +23,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.passes.forward import evaluation_mode, input_device
 from entropy_core.passes.position_table import check_length
 from rl_training.errors import UserError
-from rl_training.generation.settings import model_settings
+from rl_training.models.own_settings import model_settings
 from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
 from rl_training.prompts.endings import Ending, ending
 from rl_training.prompts.left_padding import positions_matter

@@ -19,11 +19,11 @@ from rl_training.generation.settings import (
     Departure,
     departures,
     final_settings,
-    model_settings_of,
     plain,
     token_ids,
 )
 from rl_training.generation.training_noise import training_noise
+from rl_training.models.own_settings import model_settings_of
 from rl_training.prompts.chat_prompts import PromptRendering, rendering_of, template_digest
 from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.sampling import SamplingConfig

@@ -13,10 +13,11 @@ model's own entries, are not assumed to be harmless.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from rl_training.models.own_settings import model_settings, model_settings_of
 
 _TRUNCATED = (
     "completions come from a truncated distribution, but predicted and measured changes are those of the untruncated softmax "
@@ -196,51 +197,6 @@ def final_settings(model: Any, own: Any) -> dict[str, Any]:
     return {
         name: plain(value) for name, value in vars(merged).items() if value is not None and not name.startswith("_")
     }
-
-
-def model_settings_of(model: Any) -> Any:
-    """The model's own `generation_config` as `model.generate` will have it, None where there is none.
-
-    An adapter's wrapper that was given one hands it to the model inside whenever it generates, in place of that model's own.
-    """
-    return next((settings for _, settings in _given(model)), None)
-
-
-@contextmanager
-def model_settings(model: Any, settings: Any) -> Iterator[None]:
-    """Inside, `model.generate` takes what is left open from these settings, and no wrapper puts others in their place.
-
-    Args:
-        settings: a GenerationConfig; None changes nothing.
-    """
-    kept = [] if settings is None else _given(model)
-    for holder, _ in kept:
-        holder.generation_config = settings
-    try:
-        yield
-    finally:
-        for holder, found in kept:
-            holder.generation_config = found
-
-
-def _holders(model: Any) -> list[Any]:
-    """The model and what its adapters are around, the outermost first."""
-    found = [model]
-    while callable(inner := getattr(found[-1], "get_base_model", None)) and inner() is not found[-1]:
-        found.append(inner())
-    return found
-
-
-def _given(model: Any) -> list[tuple[Any, Any]]:
-    """(holder, its settings), the outermost first, of those that have any."""
-    holders = _holders(model)
-    found = [(holder, _own_settings(holder, holder is holders[-1])) for holder in holders]
-    return [(holder, settings) for holder, settings in found if settings is not None]
-
-
-def _own_settings(holder: Any, innermost: bool) -> Any:
-    """What the holder itself was given: a wrapper hands on the attributes of what is inside."""
-    return getattr(holder, "generation_config", None) if innermost else vars(holder).get("generation_config")
 
 
 def plain(value: Any) -> Any:

@@ -32,7 +32,7 @@ from rl_training.integrations.watched_source import held_out_prompts
 from rl_training.premises.full_precision import without_autocast
 from rl_training.premises.gradient_premise import is_sharded
 from rl_training.premises.loss_reading import LossReader, LossReading
-from rl_training.premises.sampling_check import SamplingWatcher
+from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
 from rl_training.premises.step_as_solved import StepAsSolved
 from rl_training.probe.step_parts import why_not_split
 
@@ -118,7 +118,9 @@ class EntropyControllerCallback(TrainerCallback):
         self._trainer, self._config = trainer, config
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._controller = EntropyController(config, self._model)
-        self._sampling_config, self._settled = describe_sampling(trainer).sampling_config(), SettledSampling(trainer)
+        description = describe_sampling(trainer)
+        self._sampling_config, self._settled = description.sampling_config(), SettledSampling(trainer)
+        self._first_prompts = FirstPrompts(trainer, description)
         self._taken, self._told = StepAsSolved(self._model, self._tell), set[str]()
         fresh = FreshCompletions(trainer, self._model, self._sampling_config, Processes())
         self._pool = SequencePool(prompts, config.eval_sequences, config.pool_age, fresh.draw)
@@ -223,6 +225,7 @@ class EntropyControllerCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the step
     def _act(self, max_norm: float) -> None:
+        self._first_prompts.require_ours()
         self._controller.target.note_reward(self._step, self._reward())
         rng = np.random.default_rng((self._seed, self._step, 0, 0, 2))  # a stream that nothing else has
         sequences = self._pool.turn(self._step, rng)

@@ -313,14 +313,18 @@ class FirstPrompts:
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
         self.finding: str | None = None
-        original = getattr(trainer, "_tokenize_prompts", None)
+        original, name = getattr(trainer, "_tokenize_prompts", None), "_tokenize_prompts"
         if original is None:
             return
+        of_its_own, heard = name in vars(trainer), []
 
         def once(prompts: Any, *args: Any, **kwargs: Any) -> Any:
             rendered = original(prompts, *args, **kwargs)
-            trainer.__dict__.pop("_tokenize_prompts", None)
-            self.finding = prompt_finding(trainer, description, prompts, rendered[0])
+            if vars(trainer).get(name) is once:  # somebody may have put another one around it
+                vars(trainer).update({name: original}) if of_its_own else vars(trainer).pop(name)
+            if not heard:
+                heard.append(True)
+                self.finding = prompt_finding(trainer, description, prompts, rendered[0])
             return rendered
 
         trainer._tokenize_prompts = once
@@ -329,8 +333,8 @@ class FirstPrompts:
         """Raises UserError where the first prompts were rendered otherwise."""
         if self.finding is not None:
             raise UserError(
-                f"{self.finding}; fresh completions would be those of other prompts: use rollouts=current, or give prompts as "
-                "text"
+                f"{self.finding}; completions of held-out prompts would be those of other prompts: give prompts as text (the "
+                "probe alone can watch the run's own, rollouts=current)"
             )
 
 

@@ -1,8 +1,8 @@
 """Whether the optimizer takes the step that the entropy controller solved for.
 
 The controller predicts a step from gradients, moments and rates as they are when gradients have been clipped. A callback that
-changes gradients, weights or rates after that makes it another step. A few elements of every parameter are held against AdamW's
-own arithmetic (entropy_core.adamw), which is elementwise.
+changes gradients, weights or rates after that makes it another step. AdamW is elementwise, so that some elements of every
+parameter tell (rl_training.probe.foretold_step).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_core.adamw import AdamWParameterState, read_adamw_state, split_adamw_update
 from entropy_core.gradients import trainable_parameters
-from rl_training.probe.step_parts import opened, unexplained
-
-_ELEMENTS = 256  # of a parameter
+from rl_training.probe.foretold_step import ForetoldStep, some_elements
+from rl_training.probe.step_parts import opened
 
 
 class StepAsSolved:
@@ -31,8 +30,7 @@ class StepAsSolved:
     def __init__(self, model: nn.Module, tell: Callable[[str], None]) -> None:
         self._model, self._tell = model, tell
         self._hook: Any = None
-        self._before: dict[str, Tensor] = {}
-        self._expected: dict[str, Tensor] = {}
+        self._foretold: ForetoldStep | None = None
 
     def watch(self, optimizer: Any) -> None:
         """Begin to watch an optimizer of torch's, accelerate's wrapper around it or not."""
@@ -43,7 +41,7 @@ class StepAsSolved:
         """Watch no more."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._before, self._expected = None, {}, {}
+        self._hook = self._foretold = None
 
     def note(self, optimizer: Any) -> None:
         """The coming step is that of AdamW with the gradients, moments, rates and weights as they are now.
@@ -53,21 +51,13 @@ class StepAsSolved:
         """
         parameters = trainable_parameters(self._model)
         states = {n: _cut(s) for n, s in read_adamw_state(optimizer, parameters, others=True).items()}
-        held = {name: parameters[name] for name in states}
-        gradients = {name: None if p.grad is None else _some(p.grad) for name, p in held.items()}
-        self._before = {name: _some(p) for name, p in held.items()}
-        total = split_adamw_update(states, gradients, self._before).total()
-        self._expected = {name: total[name] for name in self._before}
+        before = {name: some_elements(parameters[name]) for name in states}
+        gradients = {n: None if (g := parameters[n].grad) is None else some_elements(g) for n in states}
+        self._foretold = ForetoldStep(before, split_adamw_update(states, gradients, before))
 
     def _compare(self) -> None:
-        before, self._before = self._before, {}
-        if not before:
-            return
-        parameters = trainable_parameters(self._model)
-        still = [name for name in before if name in parameters]
-        off = unexplained(
-            {name: before[name] for name in still}, {name: _some(parameters[name]) for name in still}, self._expected
-        )
+        foretold, self._foretold = self._foretold, None
+        off = None if foretold is None else foretold.off(dict(self._model.named_parameters()))
         if off is not None:
             self._tell(
                 f"the optimizer took another step than the one that was solved for (relative difference {off:.2g}): a callback "
@@ -77,18 +67,12 @@ class StepAsSolved:
             )
 
 
-def _some(tensor: Tensor) -> Tensor:
-    """Some of its elements, a copy."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // _ELEMENTS)].clone()
-
-
 def _cut(state: AdamWParameterState) -> AdamWParameterState:
     """The state of these elements alone."""
     largest = state.max_exp_avg_sq
     return replace(
         state,
-        exp_avg=_some(state.exp_avg),
-        exp_avg_sq=_some(state.exp_avg_sq),
-        max_exp_avg_sq=None if largest is None else _some(largest),
+        exp_avg=some_elements(state.exp_avg),
+        exp_avg_sq=some_elements(state.exp_avg_sq),
+        max_exp_avg_sq=None if largest is None else some_elements(largest),
     )

@@ -10,8 +10,10 @@ from transformers import TrainerCallback
 
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
+from rl_training.integrations.entropy_controller import attach_entropy_controller
 from rl_training.integrations.trl import attach_entropy_probe
-from tests.rl_training.integrations.test_entropy_controller import controlled
+from tests.rl_training.integrations.test_entropy_controller import DR_GRPO, controlled
+from tests.rl_training.integrations.test_trl_integration import make_trainer
 
 
 class Quiet(TrainerCallback):
@@ -83,3 +85,19 @@ def test_a_temperature_that_changes_while_training_ends_the_run(tiny_policy, tmp
     trainer.add_callback(Cooler(trainer))
     with pytest.raises(UserError, match="temperature changed from 1.0 to 0.5 before step 2"):
         trainer.train()
+
+
+def test_prompts_that_are_rendered_otherwise_end_the_run(tiny_policy, tmp_path):
+    """Held-out completions would be those of other prompts. A rendering of the user's own stays in its place."""
+    trainer = make_trainer(tiny_policy, tmp_path, **DR_GRPO)
+    tokenize = trainer._tokenize_prompts
+
+    def prefixed(prompts):
+        ids, *rest = tokenize(prompts)
+        return [[5, *row] for row in ids], *rest
+
+    trainer._tokenize_prompts = prefixed
+    attach_entropy_controller(trainer, console=False)
+    with pytest.raises(UserError, match="not what the chat template makes"):
+        trainer.train()
+    assert trainer._tokenize_prompts is prefixed

@@ -49,9 +49,7 @@ def make_rloo(tiny_policy, folder, **settings):
 def test_its_steps_are_predicted_and_measured_and_recorded(tiny_policy, tmp_path):
     trainer = make_rloo(tiny_policy, tmp_path)
     record_steps(trainer)
-    attach_entropy_probe(
-        trainer, EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise"), console=False
-    )
+    attach_entropy_probe(trainer, EntropyProbeConfig(mode="simple", preset="accurate", on_error="raise"), console=False)
     trainer.train()
     check_same_tokens(logged(trainer))
     rows = [row for step in (1, 2, 3) for row in read_step(tmp_path, step) if row["part"] == GENERATED]
