@@ -57,9 +57,11 @@ def test_its_steps_are_predicted_and_measured_and_recorded(tiny_policy, tmp_path
     assert all(row["mask"] == [True] * len(row["completion_ids"]) for row in rows), "texts were taken for masks"
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "learning_rate": 1e-3}], ids=["plain", "reused"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_iterations": 2, "learning_rate": 1e-3}, {"beta": 0.05}], ids=["plain", "reused", "kl"]
+)
 def test_shares_add_up(tiny_policy, tmp_path, settings):
-    """Ratios of whole sequences, read off the loss itself."""
+    """Ratios of whole sequences, read off the loss itself; KL is in this trainer's rewards, and no term of its loss."""
     trainer = make_rloo(tiny_policy, tmp_path, **settings)
     config = EntropyProbeConfig(mode="attribution", preset="accurate", on_error="raise")
     callback = attach_entropy_probe(trainer, config, console=False)
