@@ -2,8 +2,8 @@
 
     <g, u> = sum_tk [ alpha_tk D H_tk + gamma_tk D log pi_tk ]        D: derivative along u; alpha, gamma: entropy_core.entropy
 
-A model may compute something else under a gradient than it computes: adapters that store less for the backward pass (VeLoRA),
-straight-through rounding. The right side takes no backward pass. One pass more at the first, second, fourth ... prediction.
+A model may compute something else under a gradient than it computes (straight-through rounding, a gradient that a layer scales).
+The right side takes no backward pass. One pass more at the first, second, fourth ... prediction.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients
+from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
 from entropy_core.uncertainty import Estimate
 from rl_training.probe.observation import Observation
@@ -65,7 +66,8 @@ class DerivativeCheck:
         parts = torch.zeros(len(batch), dtype=torch.float64, device=batch.device)
         if len(mine):
             try:
-                along = token_derivatives(self._model, batch.select(mine), step)
+                with PassState(self._model, true_derivatives=True):
+                    along = token_derivatives(self._model, batch.select(mine), step)
                 sums = of.entropy[mine].double() * along.entropies.double()
                 parts[mine] = (sums + of.logprob[mine].double() * along.logprobs.double()).sum(1) / len(batch)
             except ValueError as error:

@@ -54,7 +54,7 @@ def disagreement(predicted: Estimate, derivative: float) -> str | None:
     return (
         f"the gradient of entropy along the step gives {predicted.value:.3g}, the derivative along the same step "
         f"{derivative:.3g}: half-precision weights round one of them, or the model computes something else under a gradient "
-        "(VeLoRA, straight-through rounding). `predicted` is off by so much, `measured` is not: go by that, or train without it"
+        "(straight-through rounding, say). `predicted` is off by so much, `measured` is not: go by that, or train without it"
     )
 
 
