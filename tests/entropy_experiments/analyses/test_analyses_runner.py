@@ -38,6 +38,7 @@ def analyses(whole):
     return json.loads((whole.folder / "summary.json").read_text(), parse_constant=pytest.fail)["analyses"]
 
 
+@pytest.mark.long
 def test_every_token_of_the_training_buffer_has_its_share(whole):
     rows = pq.read_table(whole.folder / "sequences.parquet").to_pylist()
     training = [row for row in rows if row["buffer"] == "training"]
@@ -266,6 +267,7 @@ def test_whatever_goes_wrong_in_one_is_kept_under_its_name_and_the_others_still_
     assert words in found.failed()["attribution"] and found.buffers == Skipped(skipped="buffers")
 
 
+@pytest.mark.long
 def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monkeypatch):
     changed = tuple(dataclasses.replace(a, run=raising) if a.name == "buffers" else a for a in ANALYSES)
     monkeypatch.setattr(analyses_runner, "ANALYSES", changed)
@@ -282,6 +284,7 @@ def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monke
     assert not (kept.folder / "figures" / "buffers.png").exists()
 
 
+@pytest.mark.long
 def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     path = tmp_path / "two.jsonl"
     lines = [{"prompt": f"{k} + 1 =", "completion": "a b", "weight": w} for k, w in enumerate((0.05, -0.03))]
@@ -298,6 +301,7 @@ def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     assert "Not analysed: the kernel was not computed" in (small.folder / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{k} + {k} =", "completion": f"{2 * k}"}) for k in range(6)))

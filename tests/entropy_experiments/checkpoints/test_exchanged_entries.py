@@ -73,6 +73,7 @@ def test_exchanged_factors_are_refused_before_any_pass(
     assert load_checkpoint(path, device="cpu", require_optimizer=False).optimizer is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "steps"), [(1, 5), (4, 1), (4, 25), (32, 8)])
 def test_right_factors_are_never_refused(tiny_run: Path, tmp_path: Path, rank: int, steps: int) -> None:
     """Whatever two are exchanged, they are named or nothing is: never others."""
@@ -123,6 +124,7 @@ def task_of(tiny_run: Path) -> str:
     return f"checkpoint.task={json.dumps(record['task'])}"
 
 
+@pytest.mark.long
 def test_gradients_tell_exchanged_entries_of_a_whole_model(
     whole_model_run: Path, tiny_run: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def ours(checkpoint_copy: Path) -> Path:
     return checkpoint_copy
 
 
+@pytest.mark.long
 def test_every_field_of_the_record_has_a_range(ours: Path) -> None:
     path = ours / SIDECAR_NAME
     data = json.loads(path.read_text())
@@ -152,6 +153,7 @@ def test_template_arguments_are_for_the_template_alone(ours: Path, key: str) -> 
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "setting", ["temperature", "top_p", "eos_token_id", "max_new_tokens", "do_sample", "watermarking_config"]
 )
@@ -178,6 +180,7 @@ def test_settings_of_the_recorded_generator(ours: Path, setting: str, values: li
         assert all("\n" not in line for line in found.remedies)
 
 
+@pytest.mark.long
 @every_kind
 def test_the_trainers_state_and_the_optimizers_groups(ours: Path, values: list[Any]) -> None:
     """Of a plain checkpoint: refused, or the rate is known to be unknown, and never a traceback."""

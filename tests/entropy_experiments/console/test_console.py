@@ -256,6 +256,7 @@ def test_durations():
     assert [duration(s) for s in (0, 42.4, 725, 11220)] == ["0:00", "0:42", "12:05", "3:07:00"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("matrix", [True, False])
 def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path, matrix):
     """Every stage that an analysis announces is expected, in that order, and nothing else is."""

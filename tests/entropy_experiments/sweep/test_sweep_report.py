@@ -305,6 +305,7 @@ def test_without_javascript_the_pictures_remain(browser, page):
     visit.context.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hostile_text_runs_nothing(browser, run, tmp_path):
     folders, _ = run

@@ -55,6 +55,7 @@ def run(tiny_policy, folder, mode, earlier=(), later=()):
     return said, [abs(entry["measured"]) for entry in logged(trainer)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("callback", [ShrinkAfter, ShrinkBefore])
 def test_a_callback_between_the_two_looks_is_named_once_and_the_remedy_helps(tiny_policy, tmp_path, mode, callback):
