@@ -37,6 +37,8 @@ class AdamWParameterState:
         step: how many steps they have seen.
         max_exp_avg_sq: the largest v so far, which amsgrad divides by in place of v, and None
             without it.
+        fused: whether the step is taken by torch's fused kernel, which computes in float32 what
+            is stored below it.
 
     Examples:
         >>> state = read_adamw_state(optimizer, model.named_parameters())["head.weight"]
@@ -53,6 +55,7 @@ class AdamWParameterState:
     eps: float
     weight_decay: float
     max_exp_avg_sq: Tensor | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _parameter_state(name: str, p: Tensor, state: Mapping, group: Mapping) -> Ad
         beta2=float(beta2),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
+        fused=bool(group.get("fused")),
     )
 
 

@@ -27,7 +27,7 @@ from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.graph_passes import weighted_sum
 from entropy_core.passes.fold_rows import FoldRows
-from entropy_core.passes.forward import true_embedding_gradients
+from entropy_core.passes.forward import true_parameter_gradients
 from entropy_core.passes.frozen_head import completion_values
 from entropy_core.passes.gradient_hooks import RowHooks
 from entropy_core.passes.prefix_sharing import Buckets
@@ -161,7 +161,7 @@ def fold_gradients(
     fold_of = fold_of_sequences(batch.prompt_index, count)
     whole = _own_buckets(batch, buckets, processes)
     rows.begin(work.parameters)
-    with open_passes(model), true_embedding_gradients(model), torch.enable_grad():
+    with open_passes(model), true_parameter_gradients(model), torch.enable_grad():
         known = rows.failure
         if count > 1 and known is None:
             found = _by_rows(work, whole, fold_of, count, rows)

@@ -26,7 +26,7 @@ from entropy_core.cut_weights import objective_gradients, open_cut, refuse_unope
 from entropy_core.entropy import Estimator, TokenCoefficients, entropy_coefficients, score_coefficients
 from entropy_core.formed import dot as dot
 from entropy_core.graph_passes import CoefficientsOf, GraphPasses
-from entropy_core.passes.forward import true_embedding_gradients
+from entropy_core.passes.forward import true_parameter_gradients
 from entropy_core.passes.prefix_sharing import PrefixSharing
 from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_core.passes.state import PassState, open_passes
@@ -54,12 +54,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def gradient_rule(model: nn.Module, as_trained: bool) -> Iterator[None]:
     """Inside, gradients of padding embeddings are the true ones, or (as_trained) those of torch's
-    rule; and so for gradients that modules stop, where a PassState with true_derivatives is open
-    on the model.
+    rule; and so for gradients that hooks change, and for those that modules stop, where a PassState
+    with true_derivatives is open on the model.
     """
     with ExitStack() as rules:
         if not as_trained:
-            rules.enter_context(true_embedding_gradients(model))
+            rules.enter_context(true_parameter_gradients(model))
             rules.enter_context(PassState.of(model).attached_norms())
         yield
 
@@ -174,8 +174,8 @@ def stream_rows(
             large, and one row against that of its sequence alone (`entropy_core.passes.row_check`).
         restart: empties what the sink has filled. With it the method "auto" can fall back to the
             loop at any time, without it only until the first rows were sent.
-        as_trained: by torch's rules for padding embeddings
-            (`entropy_core.passes.forward.true_embedding_gradients`), as the gradient that the
+        as_trained: by torch's rules for padding embeddings, and by hooks on gradients
+            (`entropy_core.passes.forward.true_parameter_gradients`), as the gradient that the
             trainer's optimizer gets.
         factored: the sink is sent `entropy_core.passes.factors.RowFactors` in place of rows.
 

@@ -11,7 +11,7 @@ is differentiated afterwards. See docs/theory/double-sampling.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, overload
@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from entropy_core.batch import SequenceBatch
-from entropy_core.passes.forward import evaluation_mode, innermost_model, input_device
+from entropy_core.passes.forward import evaluation_mode, input_device
 from entropy_core.passes.position_table import check_length
 from rl_training.errors import UserError
+from rl_training.models.own_settings import model_settings
 from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
 from rl_training.prompts.endings import Ending, ending
 from rl_training.prompts.left_padding import positions_matter
@@ -305,22 +306,12 @@ def _parts(
     return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
 
 
-@contextmanager
-def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+def _no_settings_of_its_own(model: nn.Module) -> AbstractContextManager[None]:
     # `generate` takes whatever is left open (a repetition penalty, min_p, stop strings) from the
     # model's generation_config.
     from transformers import GenerationConfig
 
-    base: Any = innermost_model(model)
-    own = getattr(base, "generation_config", None)
-    if own is None:
-        yield
-        return
-    base.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
+    return model_settings(model, GenerationConfig())
 
 
 def _check_logits(model: nn.Module, prompt: Sequence[int]) -> None:

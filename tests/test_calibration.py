@@ -80,6 +80,7 @@ def test_numbers_of_many_buffers_are_the_products_own(world: World, shape: Shape
         assert left_out["entropy"][r] == pytest.approx(entropy.numpy(), rel=1e-10)
 
 
+@pytest.mark.long
 def test_the_truths_are_those_of_the_enumerated_world(world: World) -> None:
     found, exact = truths(world, 0.5), world.exact
     direction = torch.cat([d.flatten() for d in world.direction.values()])
@@ -160,6 +161,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("module", "name"), PARTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_part_of_make_calibrate_runs(module, name) -> None:
     """On four buffers a cell, where rates say nothing yet and some are withheld."""

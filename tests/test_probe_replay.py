@@ -237,6 +237,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Tape:
     return load_tape("tiny", folder)
 
 
+@pytest.mark.long
 def test_recorded_derivatives_are_those_of_the_step(recorded: Tape) -> None:
     assert len(recorded) == 3
     for step in recorded.steps:

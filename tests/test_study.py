@@ -87,6 +87,7 @@ def tiny_task(tiny_policy, tmp_path, monkeypatch):
     return "tiny"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_and_is_stored_once(tiny_task, arm) -> None:
     path = runs.run(tiny_task, arm, 0, 4)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -91,6 +92,39 @@ def _nothing_kept() -> Iterator[None]:
         yield
     finally:
         vars(dora)["ENABLE_DORA_CACHING"] = True
+
+
+@contextmanager
+def true_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients of parameters are the derivatives of what the model computes: by no rule of embeddings
+    (`true_embedding_gradients`), and past hooks of parameters (`without_gradient_hooks`) and modules that change gradients on
+    their way to an optimizer.
+    """
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    hooked = [(m, {n: vars(m)[n] for n in names}) for m in model.modules() if any(vars(m).get(n) for n in names)]
+    for module, _ in hooked:
+        vars(module).update({name: OrderedDict() for name in names})
+    try:
+        with true_embedding_gradients(model), without_gradient_hooks(model.parameters()):
+            yield
+    finally:
+        for module, hooks in hooked:
+            vars(module).update(hooks)
+
+
+@contextmanager
+def without_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, hooks that somebody has put on parameters do not change their gradients (torch.autograd.grad's either); they are
+    put back afterwards. Such hooks mask, scale or project the gradients that training steps with (peft's OSF does).
+    """
+    taken = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for p, _ in taken:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in taken:
+            p._backward_hooks = hooks
 
 
 @contextmanager

@@ -241,8 +241,8 @@ def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
         return table
     steps = step_measurement(inputs)
 
-    def changes(weights: np.ndarray) -> torch.Tensor:
-        """The change, then the change with each group of prompts left out."""
+    def changes(weights: np.ndarray) -> tuple[torch.Tensor, float]:
+        """The change, then the change with each group of prompts left out; and the effective sample, in sequences."""
         curve = measure_curve(
             inputs.model,
             steps.step(torch.from_numpy(weights)),
@@ -251,16 +251,18 @@ def weighting_schemes(inputs: AnalysisInputs) -> WeightingResult:
             inputs.numbers.eval_statistics,
             passes=inputs.passes,
         )
-        return curve.changes if curve.left_out is None else torch.cat([curve.changes, curve.left_out[:, 0]])
+        found = curve.changes if curve.left_out is None else torch.cat([curve.changes, curve.left_out[:, 0]])
+        return found, float(curve.effective_sample_sizes[0])
 
-    rest = changes(np.zeros(len(inputs.training.rollouts)))
+    rest, rest_size = changes(np.zeros(len(inputs.training.rollouts)))
     measured = {}
     for row in table.rows:
         if row.scale is None or row.scale.equal_length is None:
             continue
-        difference = changes(row.scale.equal_length * np.array(table.weights[row.name])) - rest
+        change, size = changes(row.scale.equal_length * np.array(table.weights[row.name]))
+        difference = change - rest
         error = jackknife_standard_error(difference[1:]) if len(difference) > 2 else None
-        measured[row.name] = {"equal_length": (float(difference[0]), error)}
+        measured[row.name] = {"equal_length": (float(difference[0]), error, min(size, rest_size))}
     return with_measurements(table, measured)
 
 

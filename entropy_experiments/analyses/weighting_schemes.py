@@ -132,8 +132,11 @@ def weighting_schemes(
     )
 
 
+MeasuredWeighting = tuple[float, float | None] | tuple[float, float | None, float]
+
+
 def with_measurements(
-    table: WeightingResult, measured: Mapping[str, Mapping[Normalisation, tuple[float, float | None]]]
+    table: WeightingResult, measured: Mapping[str, Mapping[Normalisation, MeasuredWeighting]]
 ) -> WeightingResult:
     """`table` with measured changes beside the predicted ones.
 
@@ -141,7 +144,7 @@ def with_measurements(
         table: as `weighting_schemes` returns it.
         measured: name -> normalisation -> (value, standard error) in nats per token, of the step that these weights (times the
             row's `scale`) really make less the step that zero weights make: momentum and decay are in both, and no prediction
-            here holds them.
+            here holds them. Where a third number is given it is the effective sample, of `table.n_eval` sequences.
 
     Raises:
         ValueError: a name that the table lacks, or an unknown normalisation.
@@ -156,14 +159,28 @@ def with_measurements(
     rows = []
     for row in table.rows:
         own = measured.get(row.name, {})
-        actual = {key: _against(row.delta_h, key, *entry) for key, entry in own.items()}
+        actual = {key: _against(row.delta_h, key, table.n_eval, *entry) for key, entry in own.items()}
         rows.append(row.model_copy(update={"actual": actual}) if actual else row)
     return table.model_copy(update={"rows": tuple(rows)})
 
 
-def _against(predicted: EntropyChanges | None, key: Normalisation, value: float, error: float | None) -> MeasuredChange:
+def _against(
+    predicted: EntropyChanges | None,
+    key: Normalisation,
+    sequences: int,
+    value: float,
+    error: float | None,
+    effective: float | None = None,
+) -> MeasuredChange:
     expected = None if predicted is None else getattr(predicted, key).value
-    return MeasuredChange(value=value, standard_error=error, ratio=value / expected if expected else None, z=None)
+    return MeasuredChange(
+        value=value,
+        standard_error=error,
+        ratio=value / expected if expected else None,
+        z=None,
+        effective_sample_size=effective,
+        trustworthy=None if effective is None else effective >= sequences / 2,
+    )
 
 
 def _check(arrays: StepArrays) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from entropy_experiments.audit.recorded_run import RecordedRun, Sequence
 from entropy_experiments.checkpoint_loader import load_checkpoint
+from entropy_experiments.checkpoints.half_precision import HALF
 from entropy_experiments.checkpoints.validation import examine_checkpoint
 from rl_training.errors import UserError
 from rl_training.run.sidecar import read_sidecar
@@ -32,7 +33,6 @@ from rl_training.run.sidecar import read_sidecar
 _LOGIT_ELEMENTS = 2**26
 # Models that are kept for another look, together.
 _MODEL_BYTES = 2**30
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Policies:
         """What the run's forward passes were computed in."""
         mixed = self.run.settings.mixed_precision
         return (
-            mixed if mixed in _HALF else {"bfloat16": "bf16", "float16": "fp16"}.get(self.run.settings.dtype, "float32")
+            mixed if mixed in HALF else {"bfloat16": "bf16", "float16": "fp16"}.get(self.run.settings.dtype, "float32")
         )
 
     def values(self, steps: int, precision: str, temperature: float, rows: Rows[Sequence]) -> list[TokenValues]:
@@ -173,14 +173,12 @@ class Policies:
     @contextlib.contextmanager
     def _in_precision(self, model: nn.Module, precision: str) -> Any:
         mixed = self.run.settings.mixed_precision
-        wanted = (
-            (mixed if mixed in _HALF else None) if precision == "run" else precision if precision in _HALF else None
-        )
+        wanted = (mixed if mixed in HALF else None) if precision == "run" else precision if precision in HALF else None
         device = next(model.parameters()).device.type
         if precision == "float32" and self.run.settings.dtype in ("bfloat16", "float16"):
             self._loaded.clear()  # what is cast is another policy from here on
             model.float()
-        with torch.autocast(device, _HALF[wanted]) if wanted else contextlib.nullcontext():
+        with torch.autocast(device, HALF[wanted]) if wanted else contextlib.nullcontext():
             yield
 
 

@@ -34,8 +34,8 @@ _FEWEST = 64
 # mean. In right mappings of tiny policies, after 10 to 40 steps, the lowest of 900 pairs had -0.08 and -0.23, and the median pair
 # 0.3 to 0.6.
 _LOW, _LOW_PROFILE, _WORKS, _DEVIATIONS = -0.2, -0.3, 0.2, 4.0
-# What the moments of the other module must reach on both sides, how far above those of 95 of 100 other pairs, and how far below
-# it the own ones must lie.
+# What the moments of the other module must reach on both sides (and 4 standard errors: B^T m_B of rank 4 has 16 numbers, whose
+# cosine is known to 0.25), how far above those of 95 of 100 other pairs, and how far below it the own ones must lie.
 _FIT, _ABOVE_OTHERS, _OWN = 0.3, 5.0, 0.5
 _FEWEST_OTHERS = 10
 # Ranks of a factor, and modules of one shape, that are looked at.
@@ -133,12 +133,13 @@ def exchanged_factors(
 @dataclass(frozen=True)
 class _Fit:
     """Of two modules: crossed, the lesser of the two cosines of one's moments with the other's weights; own, the larger of the
-    two with its own.
+    two with its own; numbers: how many a cosine is of.
     """
 
     names: tuple[str, str]
     crossed: float
     own: float
+    numbers: int
 
 
 def _outstanding(fits: list[_Fit]) -> tuple[str, str] | None:
@@ -146,6 +147,8 @@ def _outstanding(fits: list[_Fit]) -> tuple[str, str] | None:
     for fit in sorted(fits, key=lambda fit: -fit.crossed):
         if not fit.crossed >= _FIT:
             return None
+        if fit.crossed < _DEVIATIONS / fit.numbers**0.5:
+            continue
         others = [other.crossed for other in fits if not set(other.names) & set(fit.names)]
         if len(others) < _FEWEST_OTHERS or fit.crossed < _ABOVE_OTHERS * float(torch.tensor(others).quantile(0.95)):
             return None
@@ -154,11 +157,11 @@ def _outstanding(fits: list[_Fit]) -> tuple[str, str] | None:
     return None
 
 
-def _fits(names: list[str], cosines: Tensor) -> list[_Fit]:
-    """cosines: [k, l] of the moments of l with the weights of k."""
+def _fits(names: list[str], cosines: Tensor, numbers: int) -> list[_Fit]:
+    """cosines: [k, l] of the moments of l with the weights of k, each over so many numbers."""
     values = cosines.tolist()
     return [
-        _Fit((names[i], names[j]), min(values[i][j], values[j][i]), max(values[i][i], values[j][j]))
+        _Fit((names[i], names[j]), min(values[i][j], values[j][i]), max(values[i][i], values[j][j]), numbers)
         for i, j in combinations(range(len(names)), 2)
     ]
 
@@ -173,7 +176,7 @@ def _fits_of_b(factors: list[LoraFactor], moments: Callable[[str], tuple[Tensor,
             m, v = (moment.float() for moment in moments(name))
             steps.append(-(m / (v.sqrt() + 1e-30)).flatten())
         weights = torch.stack([values[name] for name in names[:_MOST]])
-        fits += _fits(names[:_MOST], _unit(weights) @ _unit(torch.stack(steps)).T)
+        fits += _fits(names[:_MOST], _unit(weights) @ _unit(torch.stack(steps)).T, weights.shape[1])
     return fits
 
 
@@ -189,12 +192,13 @@ def _fits_of_products(
     fits = []
     for names in _same_shaped({pair[side].name: pair[side].weight for pair in modules}).values():
         mine = [pair for pair in modules if pair[side].name in set(names[:_MOST])]
-        rows = []
+        rows, numbers = [], 0
         for pair in mine:
             other = product(1 - side, pair[1 - side].weight, pair[1 - side].name)
+            numbers = other.numel()
             moved = torch.stack([product(side, pair[side].weight, p[side].name) for p in mine])
             rows.append(_unit(moved) @ (other / other.norm().clamp(min=1e-30)))
-        fits += _fits([pair[side].name for pair in mine], torch.stack(rows))
+        fits += _fits([pair[side].name for pair in mine], torch.stack(rows), numbers)
     return fits
 
 

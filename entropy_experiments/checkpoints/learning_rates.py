@@ -6,7 +6,8 @@ With base rates b_g and the schedule's factor f, step n is taken with b_g f(n - 
     saves      b_g f(n)                      in `scheduler.pt` and in the groups of `optimizer.pt`: the *next* step's
 
 so a log row of that very step settles it. Otherwise the schedules of transformers are tried with every warm-up: those that
-agree with all that is recorded must agree on f(n - 1) as well, or nothing is said.
+agree with all that is recorded must agree on f(n - 1) as well, or nothing is said. Groups with schedules of their own are seen
+by what is saved, which is not b_g f(n) with one f for all; their saved rates, of the next step, are all that is known.
 """
 
 from __future__ import annotations
@@ -37,15 +38,13 @@ def rates_of_last_step(
     after = [float(group["lr"]) for group in groups]
     base = _base_rates(groups, scheduler)
     logged = _logged(log_history, step)
+    if _own_schedules(after, base):
+        raise UserError(_groups_differ(f"the rate of step {step}", after))
     if step in logged and not _perhaps_of_the_next_step(step, logged, after[0]):
         return _scaled_to(logged[step], after, base)
     if base is None or scheduler is None or scheduler.get("last_epoch") != step or not base[0]:
         raise UserError(f"{_unlogged(step, logged)}, and its saved schedule does not give it: {_REMEDY}")
     factor = after[0] / base[0]
-    if any(not _equal(b * factor, a) for a, b in zip(after, base, strict=True)):
-        raise UserError(
-            f"the parameter groups follow different schedules, so the rate of step {step} is unknown: {_REMEDY}"
-        )
     lambdas = scheduler.get("lr_lambdas")
     if lambdas and all(x is None for x in lambdas) and factor == 1.0 and set(logged.values()) == {base[0]}:
         return after  # transformers' constant schedule is the one that is a plain function
@@ -83,7 +82,29 @@ def rates_after(groups: Sequence[Mapping[str, Any]], first: float, scheduler: Ma
     """`first` for the first group, others in their ratio to it; [] of no groups. Raises UserError where it is not known."""
     if not groups:
         return []
-    return _scaled_to(first, [float(group["lr"]) for group in groups], _base_rates(groups, scheduler))
+    after, base = [float(group["lr"]) for group in groups], _base_rates(groups, scheduler)
+    if not _own_schedules(after, base):
+        return _scaled_to(first, after, base)
+    if not _equal(first, after[0]):
+        raise UserError(_groups_differ(f"how they relate where the first has {first:g}", after))
+    return after
+
+
+def _own_schedules(after: Sequence[float], base: Sequence[float] | None) -> bool:
+    """Whether the saved rates are not the base ones times one factor."""
+    if base is None or not any(base):
+        return False
+    factor = max(zip(base, after, strict=True))
+    return any(not _equal(b / factor[0] * factor[1], a) for a, b in zip(after, base, strict=True))
+
+
+def _groups_differ(unknown: str, after: Sequence[float]) -> str:
+    remedy = (
+        f"checkpoint.learning_rate={after[0]!r} analyses the step after it, whose rates were saved for every group"
+        if after[0]
+        else "analyse a checkpoint at which the first group has a rate above 0, by the rates saved for the step after it"
+    )
+    return f"the parameter groups follow schedules of their own, so {unknown} is not recorded: {remedy}"
 
 
 def _base_rates(groups: Sequence[Mapping[str, Any]], scheduler: Mapping[str, Any] | None) -> list[float] | None:

@@ -87,6 +87,7 @@ class StoredMoments(Mapping[str, AdamWParameterState]):
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             max_exp_avg_sq=moment("max_exp_avg_sq") if group.get("amsgrad") else None,
+            fused=bool(group.get("fused")),
         )
 
     def __iter__(self) -> Iterator[str]:

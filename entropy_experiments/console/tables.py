@@ -13,8 +13,18 @@ from rich.text import Text
 
 from entropy_experiments.records.comparison_record import ComparisonRecord, DifferenceRecord
 from entropy_experiments.records.estimates import Estimate
-from entropy_experiments.records.outcome_record import NoOutcome, Outcome
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known, Sentence, agreement_tone, agreement_word
+from entropy_experiments.records.outcome_record import MeasuredOutcome, NoOutcome, Outcome
+from entropy_experiments.statistics.confidence import (
+    DOUBTED,
+    DOUBTED_MEANS,
+    NOT_FROM_ZERO,
+    UNTRUSTED,
+    Known,
+    Sentence,
+    agreement_tone,
+    agreement_word,
+    measured_cell,
+)
 from entropy_experiments.text.display import one_line
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
@@ -58,8 +68,12 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome | NoOutcome]) ->
             console.print(f"step {row['step']}: {'; '.join(named)}", markup=False, soft_wrap=True)
             if isinstance(outcome, Outcome):
                 console.print(f"  {one_line(outcome.folder, 1000)}", markup=False, soft_wrap=True)
+        _say_doubted(console, [row for _, row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD, title="Changes of entropy in nats per token, ± standard error", pad_edge=False)
+    title = "Changes of entropy in nats per token, ± standard error"
+    if "apart" in columns:
+        title += "; apart: predicted less measured, in standard errors of the difference"
+    table = Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False)
     table.title_justify, table.title_style = "left", "bold"
     for name in columns:
         table.add_column(name, justify="left" if name == "checks" else "right", no_wrap=True)
@@ -68,9 +82,16 @@ def print_outcomes(console: Console, outcomes: Sequence[Outcome | NoOutcome]) ->
         cells = row | ({"checks": "failed"} if "error" in row else {})
         table.add_row(*(cells.get(name, "") for name in columns), style=_STYLES["bad"] if failed else "")
     console.print(table)
+    _say_doubted(console, [row for _, row in rows])
     for _, row in rows:
         if "error" in row:
             console.print(Text(f"step {row['step']} failed: {row['error']}", style=_STYLES["bad"]))
+
+
+def _say_doubted(console: Console, rows: Sequence[Mapping[str, str]]) -> None:
+    """What "untrusted" is, below rows that say so."""
+    if any(f"({DOUBTED})" in row.get("measured", "") for row in rows):
+        console.print(DOUBTED_MEANS, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _columns_that_fit(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
@@ -111,6 +132,8 @@ def outcome_facts(outcome: Outcome) -> list[tuple[str, str, str]]:
 def _measured(outcome: Outcome, measured: float) -> tuple[str, str, str]:
     value = f"{outcome.measured.shown()} {outcome.unit}"
     compared = None if outcome.agreement is None else outcome.agreement.known()
+    if outcome.measured.trustworthy is False:
+        return "Measured change", f"{value}; {UNTRUSTED}", "warning"
     if compared is None:
         return "Measured change", value, "plain"
     gap = Known(compared.difference, compared.low, compared.high).text()
@@ -152,12 +175,16 @@ def _row(outcome: Outcome | NoOutcome) -> dict[str, str]:
     return row | {
         "entropy": _amount(outcome.entropy, plus=False),
         "predicted": _amount(outcome.predicted),
-        "measured": _amount(outcome.measured),
+        "measured": _measured_amount(outcome.measured),
         "apart": "–" if compared is None else f"{compared.z:.1f} SE",
         "batch": _amount(outcome.parts.batch),
         "momentum": _amount(outcome.parts.momentum),
         "checks": f"{outcome.checks.passed} passed" + (f", {failed} FAILED" if failed else ""),
     }
+
+
+def _measured_amount(measured: MeasuredOutcome) -> str:
+    return measured_cell(measured.value, measured.standard_error, measured.trustworthy)
 
 
 def _amount(number: Estimate, plus: bool = True) -> str:

@@ -23,7 +23,7 @@ from entropy_core.passes.settings import DEFAULT_PASSES, PassSettings
 from entropy_experiments.buffers.sampling_plan import SamplingPlan, plan_sampling
 from entropy_experiments.buffers.saved import recorded_training
 from entropy_experiments.checkpoint_loader import Checkpoint, load_checkpoint
-from entropy_experiments.checkpoints.folder import checkpoint_step
+from entropy_experiments.checkpoints.folder import checkpoint_step, existing_folder
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.ledger.partitions import Gradient, by_sequence
 from entropy_experiments.step.optimizer_step import NextStep, take_next_step
@@ -80,6 +80,11 @@ class RunAgain:
 
     def _span(self, first: int | None, last: int | None) -> tuple[int, int]:
         if not self._saved:
+            existing_folder(self.run)
+            if (self.run / "trainer_state.json").exists():
+                raise UserError(
+                    f"{self.run} is one checkpoint: a ledger goes from one to another; name the run, its folder"
+                )
             raise UserError(
                 f"{self.run} holds no checkpoint: a ledger goes from one to another; set training.save_every"
             )

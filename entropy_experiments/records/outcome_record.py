@@ -32,6 +32,13 @@ class MeasuredOutcome(Estimate):
     sequences: Count | None
     """Sequences that were measured on."""
 
+    @property
+    def trustworthy(self) -> bool | None:
+        """Whether the effective sample is at least half of the sequences; None where either is not known."""
+        if self.effective_sample_size is None or self.sequences is None:
+            return None
+        return self.effective_sample_size >= self.sequences / 2
+
 
 class NoiseOutcome(Record):
     """What another draw of the training buffer would make of the predicted change, nats per token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from entropy_experiments.records.record import Count, Nonnegative, Number, Record
 
 
@@ -47,10 +49,15 @@ class TrainingPrecisionRecord(Record):
     """What is only in the numbers of training: rounding below the precision of the analysis."""
 
     weights: str
-    """Type that the run's record gives for the model's weights."""
+    """Type that the run's record gives for the model's weights; without a record, that of which the saved ones are values."""
     autocast: str
     """Mixed precision of its passes: no, bf16 or fp16."""
     policy: PolicyRoundingRecord | None
     """Of the policy; null where passes were as they are here, or cannot be made as they were."""
     step: StepRoundingRecord | None
     """Of the step; null where the optimizer keeps float32 moments."""
+    finer_weights: Literal["stored", "rounded"] | None = None
+    """Of an optimizer with finer weights than passes had, or than the checkpoint's: whether the checkpoint holds them, or rounded
+    copies of them. Null where there are none, or no moments to see it by; absent in older folders."""
+    not_compared: Literal["cut", "offloaded", "few_sequences", "not_recorded"] | None = None
+    """Why `policy` is null though passes were, or may have been, in half precision; absent in older folders."""

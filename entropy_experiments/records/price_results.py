@@ -16,6 +16,10 @@ class MeasuredStep(Record):
     effective_sample_size: Number
     """Of the importance weights, in sequences; below half of them the two are not to be trusted."""
 
+    def trusted(self, sequences: int) -> bool | None:
+        """Whether the effective sample is at least half of so many sequences; None where it is not known."""
+        return None if self.effective_sample_size is None else self.effective_sample_size >= sequences / 2
+
 
 class PriceRow(Record):
     """One intervention. Where it is not priced, `reason` stands in place of all numbers."""

@@ -53,10 +53,14 @@ class MeasuredChange(Record):
     """Measured over predicted."""
     z: Nonnegative
     """|difference| over its standard error; null where that is not known."""
+    effective_sample_size: Nonnegative = None
+    """Of the importance weights, in sequences, the smaller of both steps'; absent from older files."""
+    trustworthy: bool | None = None
+    """Whether that is at least half of the sequences; null where it is not known."""
 
     def known(self) -> Known | None:
-        """The change with the normal 95% interval of its error; None where there is none."""
-        if self.value is None or self.standard_error is None:
+        """The change with the normal 95% interval of its error, where that is to be trusted; None where there is none."""
+        if self.value is None or self.standard_error is None or self.trustworthy is False:
             return None if self.value is None else Known(self.value)
         return Known(self.value, *interval(self.value, self.standard_error, math.inf))
 

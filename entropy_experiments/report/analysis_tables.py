@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from entropy_experiments.records.attribution_results import AttributionResult
 from entropy_experiments.records.clustering_results import ClusteringResult
-from entropy_experiments.records.estimates import Estimate, Mean, StudentEstimate
 from entropy_experiments.records.kernel_results import (
     BuffersResult,
     CorrectnessPairs,
@@ -16,7 +15,6 @@ from entropy_experiments.records.kernel_results import (
     PromptStructureResult,
     Quantity,
 )
-from entropy_experiments.records.price_results import PricesResult
 from entropy_experiments.records.step_results import (
     BaselinesResult,
     EntropyPredictionResult,
@@ -24,8 +22,16 @@ from entropy_experiments.records.step_results import (
     InterventionResult,
     ShareScore,
 )
-from entropy_experiments.records.weighting_results import MeasuredChange, WeightingResult
-from entropy_experiments.report.content import Cell, Table
+from entropy_experiments.report.cells import (
+    estimate_cell,
+    note_cell,
+    table_of,
+    thousandths,
+    thousandths_with_error,
+)
+from entropy_experiments.report.content import Table
+from entropy_experiments.report.price_tables import price_tables, weighting_tables
+from entropy_experiments.statistics.confidence import UNTRUSTED, measured_cell
 from entropy_experiments.text.display import one_line, prompt_frame
 from entropy_experiments.text.numbers import plain, plus_minus, signed
 
@@ -36,22 +42,6 @@ _QUANTITIES: dict[Quantity, str] = {
     "reward": "Reward",
     "truncated": "Share cut at the maximum length",
 }
-
-
-def _table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> list[Table]:
-    """One table whose first column holds words and the others numbers, or notes (`_note`); none without rows."""
-    if not rows:
-        return []
-    return [Table(caption, tuple((heading, place > 0) for place, heading in enumerate(headings)), rows)]
-
-
-def _note(text: str) -> Cell:
-    """Words in a column of numbers, which may take several lines."""
-    return Cell(text, look="note")
-
-
-def _estimate(estimate: Estimate | Mean | StudentEstimate | None) -> str:
-    return "–" if estimate is None else plus_minus(estimate.value, estimate.standard_error)
 
 
 def _percent(value: float | None) -> str:
@@ -74,12 +64,19 @@ def _buffers(result: BuffersResult) -> list[Table]:
         verdict = "differ" if quantity.differs else quantity.reason or "may be chance"
         larger = _percent(quantity.probability_larger.value)
         rows.append(
-            [heading, *means, signed(quantity.standardised_difference, 2), larger, _p(quantity.p_value), _note(verdict)]
+            [
+                heading,
+                *means,
+                signed(quantity.standardised_difference, 2),
+                larger,
+                _p(quantity.p_value),
+                note_cell(verdict),
+            ]
         )
     headings = (
         "", "Evaluation, mean", "Training, mean", "Difference in standard deviations", "Training larger in … of pairs", "p", "",
     )  # fmt: skip
-    return _table("Means with standard errors over prompts; p: Mann–Whitney, prompts as units.", headings, rows)
+    return table_of("Means with standard errors over prompts; p: Mann–Whitney, prompts as units.", headings, rows)
 
 
 def _entropy_prediction(result: EntropyPredictionResult) -> list[Table]:
@@ -92,9 +89,9 @@ def _entropy_prediction(result: EntropyPredictionResult) -> list[Table]:
         rows.append(
             [
                 plain(row.scale),
-                _estimate(predicted),
-                _estimate(measured),
-                _estimate(row.measured.get("fresh")),
+                estimate_cell(predicted),
+                estimate_cell(measured),
+                estimate_cell(row.measured.get("fresh")),
                 plain(ratio),
                 plain(None if measured is None else measured.effective_sample_size),
             ]
@@ -103,7 +100,7 @@ def _entropy_prediction(result: EntropyPredictionResult) -> list[Table]:
         "Scale of the step", "Predicted (first order)", "Measured on the same tokens", "Measured on fresh samples",
         "Measured / its own derivative", "Effective sample",
     )  # fmt: skip
-    return _table("Change of entropy along the step, nats per token.", headings, rows)
+    return table_of("Change of entropy along the step, nats per token.", headings, rows)
 
 
 def _higher_order(result: HigherOrderResult) -> list[Table]:
@@ -112,7 +109,7 @@ def _higher_order(result: HigherOrderResult) -> list[Table]:
         return []
     between = f"{plain(equal.low, 2)} to {plain(equal.high, 2) if equal.high else '∞'}"
     rows = [
-        ["First order D", _estimate(result.first_order),
+        ["First order D", estimate_cell(result.first_order),
          f"by the split estimator; fitted to the curve: {signed(result.first_order.fitted)}"],
         ["Second order Q = ½ δθᵀ∇²h δθ", plus_minus(second.value, second.total_error),
          f"ratio to the first: {signed(result.ratio)}"],
@@ -130,7 +127,7 @@ def _attribution(result: AttributionResult) -> list[Table]:
         [
             label,
             plain(c.count),
-            _thousandths(c.sum),
+            thousandths(c.sum),
             _percent(c.top_mass),
             plain(c.half_mass_count),
             plain(c.gini, 2),
@@ -146,12 +143,12 @@ def _attribution(result: AttributionResult) -> list[Table]:
         "How far a few sequences make up the step's change. Mass: the sum of absolute shares. Gini coefficient: 0 where all "
         "shares are equally large. Effective number: the square of the mass over the sum of squared shares."
     )
-    found = _table(note, headings, rows)
+    found = table_of(note, headings, rows)
     groups = [
         [
             f"{row.side}: {row.group}" + " advantage" * (row.by == "advantage"),
             plain(row.sequences),
-            _thousandths(row.value),
+            thousandths(row.value),
             plain(row.entropy),
         ]
         for row in result.groups
@@ -159,11 +156,11 @@ def _attribution(result: AttributionResult) -> list[Table]:
     words = (
         "Sequences", "Number", "Sum of accounting shares, or of contributions (×10⁻³ nats/token)", "Entropy (nats/token)",
     )  # fmt: skip
-    found += _table("By how completions ended, and by the sign of the advantage.", words, groups)
+    found += table_of("By how completions ended, and by the sign of the advantage.", words, groups)
     prompts = [] if result.evaluation is None else result.evaluation.prompts
     frame = prompt_frame([row.prompt for row in prompts])
     losing = [
-        [str(row.prompt_index), one_line(frame.own_part(row.prompt), 160, "both"), _thousandths(row.contribution)]
+        [str(row.prompt_index), one_line(frame.own_part(row.prompt), 160, "both"), thousandths(row.contribution)]
         for row in prompts[:_PROMPTS_SHOWN]
     ]
     columns = (("Evaluation prompt", False), ("Prompt text", False), ("Contribution (×10⁻³ nats/token)", True))
@@ -193,12 +190,12 @@ def _intervention(result: InterventionResult) -> list[Table]:
         "Prediction", "Linear datamodelling score [95%]", "Pearson", "Slope [95%]", "Intercept [95%], nats per token",
         "Error, nats per token",
     )  # fmt: skip
-    found = _table("Predicted against measured change over random halves of the training buffer.", headings, rows)
+    found = table_of("Predicted against measured change over random halves of the training buffer.", headings, rows)
     removed = [
         [
             f"Without the {len(removal.sequences)} {label}",
-            _thousandths(removal.predicted_difference.get(result.headline)),
-            _thousandths(removal.difference),
+            thousandths(removal.predicted_difference.get(result.headline)),
+            thousandths(removal.difference),
         ]
         for removal, label in (
             (result.removals.lowering, "said to lower entropy most"),
@@ -209,9 +206,9 @@ def _intervention(result: InterventionResult) -> list[Table]:
     random = result.removals.random
     if random is not None:
         label = f"Without {random.sequences} at random: standard deviation"
-        removed.append([label, "–", _thousandths(random.spread).lstrip("+")])
+        removed.append([label, "–", thousandths(random.spread).lstrip("+")])
     headings = ("Real step", "Predicted difference (×10⁻³)", "Measured difference (×10⁻³)")
-    return found + _table("Against the step with all sequences, nats per token.", headings, removed)
+    return found + table_of("Against the step with all sequences, nats per token.", headings, removed)
 
 
 def _line_of(score: ShareScore) -> list[str]:
@@ -262,22 +259,22 @@ def _prompt_structure(result: PromptStructureResult) -> list[Table]:
             f" {counts.distinct} of {counts.sequences} training sequences are distinct: pairs of equal ones, "
             f"{counts.equal_pairs} in number, are left out."
         )
-    found = _table(note, headings, rows)
+    found = table_of(note, headings, rows)
     single = result.single_batch
     parts = [
-        ["Same sequence on both sides", _thousandths(single.self.value)],
-        ["Other sequences of the same prompt", _thousandths(single.same_prompt.value)],
-        ["Other prompts", _thousandths(single.cross_prompt.value)],
-        ["All: the training buffer in both roles", _thousandths(single.value)],
-        ["U-statistic over its prompts", _thousandths_with_error(single.u_statistic)],
-        ["Its bias: all minus U-statistic", _thousandths_with_error(single.bias)],
-        ["By the evaluation buffer", _thousandths(single.evaluation_value)],
+        ["Same sequence on both sides", thousandths(single.self.value)],
+        ["Other sequences of the same prompt", thousandths(single.same_prompt.value)],
+        ["Other prompts", thousandths(single.cross_prompt.value)],
+        ["All: the training buffer in both roles", thousandths(single.value)],
+        ["U-statistic over its prompts", thousandths_with_error(single.u_statistic)],
+        ["Its bias: all minus U-statistic", thousandths_with_error(single.bias)],
+        ["By the evaluation buffer", thousandths(single.evaluation_value)],
     ]
     headings = ("What the training buffer alone would predict", "δh of the batch part (×10⁻³ nats/token)")
     note = (
         "Where a single batch's prediction comes from; every row with the kernel's P, which need not be the step's own."
     )
-    return found + _table(note, headings, parts)
+    return found + table_of(note, headings, parts)
 
 
 def _sequence_clustering(result: ClusteringResult) -> list[Table]:
@@ -298,89 +295,35 @@ def _sequence_clustering(result: ClusteringResult) -> list[Table]:
         "Cluster", "Sequences", "Commonest prompt (share)", "Mean length", "Correct", "Mean cosine", "Most typical sequence",
         "First words",
     )  # fmt: skip
-    found = _table("The clusters, along the tree's order.", headings, rows)
+    found = table_of("The clusters, along the tree's order.", headings, rows)
     labels = {"prompt": "Prompt", "length": "Length", "correctness": "Correctness", "first_word": "First word"}
     rows = [
         [labels[name], entry.measure, plain(entry.value, 2), *map(_p, (entry.p_value, entry.p_within_prompt, entry.p_holm))]
         for name, entry in (result.shared or {}).items()
     ]  # fmt: skip
     headings = ("What members share", "Measure", "Value", "p", "p within prompts", "p, corrected for four")
-    return found + _table("How far the clusters go along with what is known of the sequences.", headings, rows)
-
-
-def _weighting_schemes(result: WeightingResult) -> list[Table]:
-    rows = []
-    for row in result.rows:
-        if row.delta_h is None:
-            rows.append([row.label, _note(f"no weights: {row.reason or 'not known'}"), *[""] * 5])
-            continue
-        cost = row.entropy_cost_per_reward
-        rows.append(
-            [
-                row.label,
-                _thousandths_with_error(row.delta_h.raw),
-                _thousandths_with_error(row.delta_h.equal_length),
-                _thousandths_with_error((row.actual or {}).get("equal_length")),
-                _thousandths_with_error(row.delta_h.equal_gain),
-                _estimate(row.reward_gain),
-                "–" if cost is None or cost.value is None else _estimate(cost),
-            ]
-        )
-    headings = (
-        "Weights", "δh as it is", "δh at equal length", "the same, measured", "δh at equal gain", "Gain of mean reward",
-        "Cost: nats per token for one unit of reward",
-    )  # fmt: skip
-    return _table("Batch part of the change, ×10⁻³ nats per token.", headings, rows)
-
-
-def _prices(result: PricesResult) -> list[Table]:
-    rows = []
-    for row in result.rows:
-        if row.entropy is None:
-            rows.append([row.label, _note(f"not priced: {row.reason or 'not known'}"), *[""] * 4])
-            continue
-        price, shown = row.reward_per_nat, (row.entropy, row.entropy_minus_run, row.reward, row.reward_minus_run)
-        cells = ["–" if one is None else one.shown() for one in shown]
-        rows.append([row.label, *cells, "–" if price is None or price.value is None else price.shown()])
-    headings = ("In place of the step", "δh", "δh less as trained", "δJ", "δJ less as trained", "Reward for a nat kept")
-    return _table(
-        "Predicted change of entropy, δh (nats per token), and of mean reward, δJ, in this step. “Less as trained”: minus that "
-        "of the step as trained. Reward for a nat kept: the quotient of these two differences. Brackets: 95% intervals.",
-        headings,
-        rows,
-    )
+    return found + table_of("How far the clusters go along with what is known of the sequences.", headings, rows)
 
 
 def _baselines(result: BaselinesResult) -> list[Table]:
     signs = {True: "yes", False: "no", None: "–"}
+    doubted = {row.actual for row in result.rows if row.reason == UNTRUSTED}  # of rows without a predictor as well
     rows = [
         [
             row.label,
             plus_minus(row.predicted, row.standard_error) if row.comparable_in_scale else signed(row.predicted),
-            plus_minus(row.actual, row.actual_standard_error),
+            measured_cell(row.actual, row.actual_standard_error, row.actual not in doubted),
             plain(row.ratio) if row.comparable_in_scale else "–",
             "–" if row.z is None else f"{row.z:.1f}",
             signs[row.sign_agrees],
-            _note(row.reason),
+            note_cell(row.reason),
         ]
         for row in result.rows
     ]
     headings = ("Predictor", "Predicted", "Measured", "Measured / predicted", "z", "Same sign", "")
-    return _table(
+    return table_of(
         "Predictors of the step's change, nats per token; those on another scale by their sign alone.", headings, rows
     )
-
-
-def _thousandths(value: float | None) -> str:
-    return signed(None if value is None else 1e3 * value)
-
-
-def _thousandths_with_error(estimate: Mean | StudentEstimate | MeasuredChange | None) -> str:
-    if estimate is None or estimate.value is None:
-        return "–"
-    if estimate.standard_error is None:
-        return signed(1e3 * estimate.value)
-    return plus_minus(1e3 * estimate.value, 1e3 * estimate.standard_error)
 
 
 TABLES: dict[str, Callable[[Any], list[Table]]] = {
@@ -391,7 +334,7 @@ TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "intervention": _intervention,
     "prompt_structure": _prompt_structure,
     "sequence_clustering": _sequence_clustering,
-    "weighting_schemes": _weighting_schemes,
-    "prices": _prices,
+    "weighting_schemes": weighting_tables,
+    "prices": price_tables,
     "baselines": _baselines,
 }

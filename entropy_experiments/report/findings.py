@@ -88,6 +88,7 @@ def prediction_finding(result: EntropyPredictionResult) -> str:
     if taken is not None and compared is not None:
         predicted, measured = taken.predicted[compared.estimator], taken.measured[compared.measure]
         doubt = f", a prediction that {NOT_FROM_ZERO}" if compared.near_zero else ""
+        doubt += f"; {UNTRUSTED}" if measured.trustworthy is False else ""
         text += (
             f"; for the step itself {predicted.shown()} {_UNIT} were predicted and {measured.shown()} measured "
             f"(ratio {compared.ratio:.2f}{doubt}; {BRACKETS})"

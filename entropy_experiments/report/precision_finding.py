@@ -12,10 +12,26 @@ from entropy_experiments.text.numbers import counted, plain, signed
 MUCH = 0.1
 """Part of a number by which the precision of training must change it to be a warning."""
 _UNIT = "nats per token"
+_WITHOUT_COMPARISON = {
+    "not_recorded": "What precision the run's passes had is not recorded (TRL trains under bf16 autocast unless told otherwise); "
+    "numbers here are of passes without its rounding, and nothing says what it changes.",
+    "cut": "What the precision of training changes was not looked at, since the model is cut over processes; numbers here are of "
+    "float32. An analysis on one device compares them.",
+    "offloaded": "The run had {trained}; what its rounding changes was not looked at, since parts of the model are offloaded.",
+    "few_sequences": "The run had {trained}; what its rounding changes was not looked at: it takes two evaluation sequences.",
+}
+_FINER_WEIGHTS = {
+    "stored": "The run's optimizer keeps finer weights than its passes had, and the checkpoint holds these: the analysed step is "
+    "theirs, and passes of the run see rounded copies of it.",
+    "rounded": "The checkpoint's weights are in half precision and its optimizer's moments are finer: they are rounded copies "
+    "of weights that the run kept and the checkpoint lacks. The analysed step is that of the finer weights, from the copies' "
+    "gradient; how far the copies are from them is not known.",
+}
+"""By the record's fields of these names."""
 
 
 def precision_sentences(summary: Summary) -> Iterator[Sentence]:
-    """None where the run was trained in the analysis' own precision, or that is not recorded."""
+    """None where the run was trained in the analysis' own precision."""
     found = summary.training_precision
     if found is None:
         return
@@ -24,6 +40,11 @@ def precision_sentences(summary: Summary) -> Iterator[Sentence]:
         yield _of_policy(found.policy, trained)
     if found.step is not None:
         yield _of_step(found.step)
+    if found.not_compared is not None:
+        yield Sentence(_WITHOUT_COMPARISON[found.not_compared].format(trained=trained))
+    if found.finer_weights is not None:
+        rounded = found.finer_weights == "rounded"
+        yield Sentence(_FINER_WEIGHTS[found.finer_weights], "warning" if rounded else "plain")
 
 
 def _of_policy(found: PolicyRoundingRecord, trained: str) -> Sentence:

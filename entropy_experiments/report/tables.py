@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from entropy_experiments.records.estimates import Estimate
+from entropy_experiments.records.estimates import Estimate, Measurement
 from entropy_experiments.records.preconditioner_labels import WORDS
 from entropy_experiments.records.run_record import CheckRecord, RunRecord
 from entropy_experiments.records.step_results import Estimator
 from entropy_experiments.records.summary import SamplingRecord, Summary
+from entropy_experiments.report.cells import estimate_cell, explained, is_trusted
 from entropy_experiments.report.check_words import check_value
 from entropy_experiments.report.content import Cell, Table, Tile
 from entropy_experiments.report.verdict import PARTS
@@ -54,17 +55,23 @@ def _step_tiles(summary: Summary) -> list[Tile]:
     actual = f"summary.json: actual.{summary.estimand.measure}"
     tiles = [
         Tile("Predicted change", _estimate(total), _TILE_UNIT, f"summary.json: predicted.{summary.estimator}.total"),
-        Tile("Measured change", _estimate(measured), _TILE_UNIT, actual),
+        _measured_tile(measured, actual),
     ]
     if not summary.rows_drawn:  # nothing is reweighted
         return tiles
     effective, n = (None, None) if measured is None else (measured.effective_sample_size, measured.n)
-    weak = effective is not None and n is not None and effective < 0.5 * n
-    source, tone = f"{actual}.effective_sample_size", "warning" if weak else ""
+    source, tone = f"{actual}.effective_sample_size", "warning" if is_trusted(measured) is False else ""
     return [
         *tiles,
         Tile("Effective sample", f"{plain(effective)} of {plain(n)}", "sequences, for the measurement", source, tone),
     ]
+
+
+def _measured_tile(measured: Measurement | None, source: str) -> Tile:
+    """Without an error where few sequences carry the measurement."""
+    if is_trusted(measured) is False:
+        return Tile("Measured change", estimate_cell(measured), f"{_UNIT}; see the effective sample", source, "warning")
+    return Tile("Measured change", _estimate(measured), _TILE_UNIT, source)
 
 
 def estimator_table(summary: Summary) -> Table:
@@ -80,11 +87,15 @@ def estimator_table(summary: Summary) -> Table:
         if compared is not None:
             z = Cell(f"{compared.z:.1f}", look="" if compared.agrees else "bad")
         predicted = [_estimate(getattr(parts, part)) for part in ("total", *PARTS)]
-        rows.append([label, *predicted, _estimate(getattr(summary.actual, measure_of(name))), z])
+        measured = getattr(summary.actual, measure_of(name))
+        rows.append([label, *predicted, plain(None) if measured is None else estimate_cell(measured), z])
     numbers = ("Total predicted", "of it batch", "momentum", "weight decay", "Measured", "z")
-    return Table(
+    caption = (
         "Change of entropy over the full step, nats per token. z: distance of total and measured in standard errors of their "
-        "difference; red where its 95% interval does not hold 0.",
+        "difference; red where its 95% interval does not hold 0."
+    )
+    return Table(
+        explained(caption, rows),
         [("Estimator", False), *((heading, True) for heading in numbers)],
         rows,
         "summary.json: predicted, actual, agreement",

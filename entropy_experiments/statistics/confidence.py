@@ -10,6 +10,7 @@
     a correlation whose interval holds 0                         undetermined
     an order of numbers whose intervals overlap                  cannot be said
     a number without an error                                    no claim, the number alone
+    a measurement of too small an effective sample               untrusted, the number alone
 
 Numbers stand as ``value [low, high]``: the 95% interval, corrected for skew where an analysis has it
 (entropy_experiments.statistics.jackknife_interval), else by Student's t on the degrees of freedom behind the error
@@ -27,7 +28,7 @@ from typing import Literal
 from entropy_experiments.statistics.agreement import Agreement
 from entropy_experiments.statistics.correlation import Correlation
 from entropy_experiments.statistics.jackknife_interval import FEWEST_FOR_LEVEL, carried_by_few
-from entropy_experiments.text.numbers import NOT_KNOWN, counted, plain, with_interval
+from entropy_experiments.text.numbers import NOT_KNOWN, as_number, counted, plain, plus_minus, signed, with_interval
 
 FELL, ROSE, NO_CHANGE = "fell", "rose", "showed no clear change"
 AGREE, DISAGREE, ALIKE = "agree", "do NOT agree", "cannot be distinguished"
@@ -35,6 +36,10 @@ NOT_FROM_ZERO = "is not significantly different from 0"
 UNTOLD = "cannot be said"
 UNDETERMINED = "undetermined"
 UNTRUSTED = "the measurement is not to be trusted, since its effective sample is less than half of the sequences"
+DOUBTED = "untrusted"
+DOUBTED_MEANS = (
+    f"{DOUBTED.capitalize()}: the effective sample is less than half of the sequences, so that the error is not known."
+)
 BRACKETS = "brackets: 95% intervals"
 
 CLOSE = 0.25
@@ -98,6 +103,13 @@ class Known:
 def shown(number: Known | None, plus: bool = True) -> str:
     """The number in words, "not known" where there is none."""
     return NOT_KNOWN if number is None else number.text(plus)
+
+
+def measured_cell(value: object, error: object, trusted: bool | None, plus: bool = True) -> str:
+    """``−0.27 ± 0.03`` for a table; ``−0.27 (untrusted)`` of a measurement that is not to be trusted; its error says nothing."""
+    if trusted is not False or as_number(value) is None:
+        return plus_minus(value, error, plus)
+    return f"{signed(value) if plus else plain(value)} ({DOUBTED})"
 
 
 def few_prompts_sentence(prompts: int, freedoms: Mapping[str, float | None] | None = None) -> str | None:

@@ -210,7 +210,7 @@ def taken_step(
     before: AdamWParameterState, gradient: Tensor | None, parameter: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """theta_after - theta_before of one parameter, by torch's optimizer; dtype: that of weights, gradient and moments, None: each
-    tensor's own.
+    tensor's own. Below float32 the run's own kernel matters: the fused one rounds only what it stores.
     """
     if gradient is None:
         return torch.zeros_like(parameter.detach())
@@ -227,6 +227,7 @@ def taken_step(
             eps=before.eps,
             weight_decay=before.weight_decay,
             amsgrad=largest is not None,
+            fused=before.fused and theta.itemsize < 4,
         )
         state = {"step": torch.tensor(float(before.step)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
         optimizer.state[moved] = state if largest is None else {**state, "max_exp_avg_sq": largest.clone()}

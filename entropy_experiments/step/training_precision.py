@@ -7,6 +7,9 @@ rounding that training had. What that leaves out:
     step        what torch's AdamW makes of weights and moments in the types they are stored in, against the analysed step;
                 changes of entropy by <grad h, step> with the analysis' own grad h of the whole evaluation buffer
 
+torch's AdamW keeps moments in the type of its weights. Moments that are finer than the checkpoint's weights, or than those that
+passes had, are those of finer weights: the checkpoint's own, or weights that it holds rounded copies of.
+
 Source: docs/theory/measurement-and-uncertainty.md, "Precision".
 """
 
@@ -16,7 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +29,10 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.cut_weights import open_cut
 from entropy_core.entropy import Estimator, entropy_coefficients, entropy_estimate
 from entropy_core.formed import PIECE, dot, elementwise
-from entropy_core.gradients import batch_gradients
+from entropy_core.gradients import batch_gradients, trainable_parameters
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
-from entropy_experiments.checkpoints.half_precision import HALF, holds_exactly
+from entropy_experiments.checkpoints.half_precision import HALF, held_in, holds_exactly
 from entropy_experiments.checkpoints.stored_moments import StoredMoments
 from entropy_experiments.run.self_checks import relative_error_of_dicts
 from entropy_experiments.step.optimizer_step import NextStep, taken_step
@@ -49,11 +52,6 @@ class TrainedIn:
     def below(self) -> bool:
         """Whether passes were in half precision."""
         return self.weights in HALF or self.autocast in HALF
-
-    @staticmethod
-    def moments_below(optimizer: Moments | None) -> bool:
-        """Whether an optimizer's file holds moments in half precision."""
-        return isinstance(optimizer, StoredMoments) and bool(_half_types(optimizer.stored_types()))
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,26 @@ class StepRounding:
 
 @dataclass(frozen=True)
 class TrainingPrecision:
-    """policy: None where passes were as they are here, or cannot be made as they were. step: None where it is rounded as here."""
+    """policy: None where passes were as they are here, or cannot be made as they were. step: None where it is rounded as here.
+
+    finer_weights: of an optimizer whose weights were finer than those of passes, or than the checkpoint's: "stored" where the
+    checkpoint holds them, "rounded" where it holds copies in half precision. not_compared: why there is no `policy`, though
+    passes were, or may have been, in half precision.
+    """
 
     trained_in: TrainedIn
     policy: PolicyRounding | None
     step: StepRounding | None
+    finer_weights: Literal["stored", "rounded"] | None = None
+    not_compared: Literal["cut", "offloaded", "few_sequences", "not_recorded"] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """summary.json's "training_precision"."""
         found = {
             key: None if part is None else asdict(part) for key, part in (("policy", self.policy), ("step", self.step))
         }
-        return {**asdict(self.trained_in), **found}
+        said = {"finer_weights": self.finer_weights, "not_compared": self.not_compared}
+        return {**asdict(self.trained_in), **found, **said}
 
 
 def training_precision(
@@ -116,18 +122,52 @@ def training_precision(
     step: NextStep | None,
     trained_in: TrainedIn,
     passes: PassSettings,
+    recorded: bool = True,
 ) -> TrainingPrecision | None:
-    """The model's weights are as before when it returns; None where nothing was trained below the analysis' own precision.
+    """The model's weights are as before when it returns; None where all was trained in the analysis' own precision.
 
     Args:
         batch: the evaluation buffer.
         gradient: grad h of it.
         step: the analysed one.
+        recorded: whether a record of the run says `trained_in`; else it is what the checkpoint's weights show.
     """
     stored = optimizer.stored_types() if isinstance(optimizer, StoredMoments) else {}
+    if open_cut(model) is not None:  # its weights and gradients lie in parts
+        below = trained_in.below or bool(_half_types(stored)) or not recorded
+        return TrainingPrecision(trained_in, None, None, not_compared="cut") if below else None
+    parameters = trainable_parameters(model)
     of_step = None if step is None else step_rounding(step, gradient, stored)
-    policy = policy_rounding(model, batch, estimator, step, trained_in, passes) if trained_in.below else None
-    return None if policy is None and of_step is None else TrainingPrecision(trained_in, policy, of_step)
+    kept = {name: same for name, types in _half_types(stored).items() if (same := _of_weights(parameters[name], types))}
+    below = trained_in.below or bool(kept)
+    why = _why_not_compared(model, batch, below, recorded)
+    policy = policy_rounding(model, batch, estimator, step, trained_in, passes, kept) if below and why is None else None
+    found = TrainingPrecision(trained_in, policy, of_step, finer_weights(model, stored, trained_in), why)
+    return None if found == TrainingPrecision(trained_in, None, None) else found
+
+
+def finer_weights(
+    model: nn.Module, stored: Mapping[str, tuple[torch.dtype, torch.dtype]], trained_in: TrainedIn
+) -> Literal["stored", "rounded"] | None:
+    """As in TrainingPrecision; None without moments, and where weights have been in the moments' type all along.
+
+    Adapters in float32 on a base model in half precision are what peft makes of them, and have been in passes.
+    """
+    if not stored or _half_types(stored):
+        return None
+    if held_in(trainable_parameters(model).values()) is not None:
+        return "rounded"
+    return "stored" if trained_in.weights in HALF and not hasattr(model, "peft_config") else None
+
+
+def _why_not_compared(
+    model: nn.Module, batch: SequenceBatch, below: bool, recorded: bool
+) -> Literal["offloaded", "few_sequences", "not_recorded"] | None:
+    if not below:
+        return None if recorded else "not_recorded"
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return "offloaded"
+    return "few_sequences" if min(SEQUENCES, len(batch)) < 2 else None
 
 
 def policy_rounding(
@@ -137,15 +177,12 @@ def policy_rounding(
     step: NextStep | None,
     trained_in: TrainedIn,
     passes: PassSettings,
-) -> PolicyRounding | None:
-    """None for models that are cut over processes or offloaded, whose weights cannot be turned into another type here."""
-    if open_cut(model) is not None or any(p.device.type == "meta" for p in model.parameters()):
-        return None
+    kept: Mapping[str, torch.dtype] | None = None,
+) -> PolicyRounding:
+    """Of a model that lies whole on its devices, and two sequences or more. kept: as in `passes_as_in_training`."""
     few = batch.select(range(min(SEQUENCES, len(batch))))
-    if len(few) < 2:
-        return None
     own, towards = _entropy_and_gradient(model, few, estimator, passes)
-    with passes_as_in_training(model, trained_in):
+    with passes_as_in_training(model, trained_in, kept):
         trained, of_training = _entropy_and_gradient(model, few, estimator, passes)
     mask = few.completion_mask
     difference = (trained.logprobs.double() - own.logprobs.double())[mask]
@@ -163,26 +200,32 @@ def policy_rounding(
 
 
 @contextmanager
-def passes_as_in_training(model: nn.Module, trained_in: TrainedIn) -> Iterator[None]:
+def passes_as_in_training(
+    model: nn.Module, trained_in: TrainedIn, kept: Mapping[str, torch.dtype] | None = None
+) -> Iterator[None]:
     """Inside, weights are in the half precision that the run's passes had them in, and passes run under its autocast.
 
     Of a model with an adapter these are the weights that are values of that type: peft keeps adapters in float32. Of a model
     that is trained whole they are all: where its optimizer keeps finer ones, passes had them rounded.
+
+    Args:
+        kept: name -> type below float32 that a trained parameter has in the optimizer, whatever `trained_in` says of the others.
     """
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    before: list[tuple[nn.Parameter, Tensor]] = []
     half, autocast = HALF.get(trained_in.weights), HALF.get(trained_in.autocast)
     device, trained_whole = next(model.parameters()).device.type, not hasattr(model, "peft_config")
     try:
-        if half is not None:
-            for parameter in model.parameters():
-                wanted = parameter.is_floating_point() and parameter.dtype != half
-                if wanted and (trained_whole or holds_exactly(parameter.data, half)):
-                    kept.append((parameter, parameter.data))
-                    parameter.data = parameter.data.to(half)
+        for name, parameter in model.named_parameters():
+            own = (kept or {}).get(name)
+            if own is None and half is not None and (trained_whole or holds_exactly(parameter.data, half)):
+                own = half
+            if own is not None and parameter.is_floating_point() and parameter.dtype != own:
+                before.append((parameter, parameter.data))
+                parameter.data = parameter.data.to(own)
         with nullcontext() if autocast is None else torch.autocast(device, autocast):
             yield
     finally:
-        for parameter, values in kept:
+        for parameter, values in before:
             parameter.data = values
 
 

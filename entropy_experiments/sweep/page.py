@@ -13,18 +13,18 @@ from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.evolution import CheckpointRow, Evolution
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.sweep_record import SweepEntry, SweepRecord
+from entropy_experiments.report.cells import explained
 from entropy_experiments.report.content import Cell, Page, PageFigure, Section, Table, Tile
 from entropy_experiments.report.evolution_words import comparable_sentence
 from entropy_experiments.report.figures.style import caption_of, page_figure
 from entropy_experiments.report.interactive.checkpoint_slider import checkpoint_slider
 from entropy_experiments.report.interactive.drawing import Plot
 from entropy_experiments.report.interactive.evolution import evolution_plot, kernel_plot, law_plot
-from entropy_experiments.statistics.confidence import ALIKE
+from entropy_experiments.statistics.confidence import ALIKE, measured_cell
 from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.figures import CHARTS, Runs, draw_sweep_figures
 from entropy_experiments.sweep.verdict import write_sweep_verdict
 from entropy_experiments.text.display import one_line
-from entropy_experiments.text.numbers import plus_minus
 
 _ABOUT = (
     "Entropy says how undecided the model is about its next token; when it drains away, exploration ends. This page: what "
@@ -160,10 +160,11 @@ def _checkpoints(entries: Sequence[SweepEntry], evolutions: Mapping[str, Evoluti
     rows_of = {(run, row.step): row for run, found in evolutions.items() for row in found.checkpoints}
     pairs = [(entry, rows_of.get((entry.run, entry.step))) for entry in entries]
     numbers = ("Step", "Entropy", "Mean reward", "Predicted Δh", "Measured Δh")
+    rows = [_checkpoint(entry, row) for entry, row in pairs]
     return Table(
-        "Every checkpoint with its own report. Entropies and their changes in nats per token.",
+        explained("Every checkpoint with its own report. Entropies and their changes in nats per token.", rows),
         [("Run", False), *((heading, True) for heading in numbers), ("Checks", False), ("Report", False)],
-        [_checkpoint(entry, row) for entry, row in pairs],
+        rows,
         "evolution.json: checkpoints; states from sweep.json",
         noun="checkpoints",
         failed=frozenset(
@@ -182,7 +183,8 @@ def _checkpoint(entry: SweepEntry, row: CheckpointRow | None) -> list[str | Cell
     cells = []
     for place, number in enumerate(numbers):
         value, error = (None, None) if number is None else (number.value, number.standard_error)
-        text = "" if row is None else plus_minus(value, error, plus=place > 1)
+        trusted = None if row is None or number is not row.actual else row.trustworthy
+        text = "" if row is None else measured_cell(value, error, trusted, plus=place > 1)
         cells.append(Cell(text, "" if value is None else f"{value:.9g}"))
     checks = "" if row is None else f"FAILED: {', '.join(row.failed)}" if row.failed else "all passed"
     report = Cell("report", link=quote(f"{entry.folder}/report.html"))

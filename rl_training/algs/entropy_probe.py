@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from entropy_core.adamw import AdamWUpdate
 from entropy_core.batch import SequenceBatch
 from entropy_core.directional import weights_moved
+from entropy_core.entropy import normalized_weights
 from entropy_core.fold_gradients import FoldGradients
 from entropy_core.gradients import trainable_parameters
 from entropy_core.measurement import fixed_prefix_entropy_change, snis_entropy_change
@@ -39,6 +40,7 @@ from entropy_core.scores import TokenStatistics
 from rl_training.config import EntropyProbeConfig
 from rl_training.errors import UserError
 from rl_training.probe.change import EntropyChange, StepParts
+from rl_training.probe.derivative_check import DerivativeCheck
 from rl_training.probe.memory_limit import refuse_beyond
 from rl_training.probe.observation import Observation, joint_log_weights
 from rl_training.probe.observed_passes import ObservedPasses
@@ -68,6 +70,7 @@ from rl_training.probe.step_prediction import (
     Objective,
     StepPrediction,
     add_errors,
+    coefficients_of,
     folds_of,
     objectives_of,
     of_completions,
@@ -100,6 +103,7 @@ class SimpleEntropyProbe:
         self._model, self._gradient_tolerance = model, gradient_tolerance
         self._sharing = sharing or Processes()
         self._said, self._drawn = set[str](), DrawnSequences(off=not check_sampler)
+        self._check = DerivativeCheck(model, self._sharing, self._say_once)
         self.folds = folds_of(self._config, sum(p.numel() for p in trainable_parameters(model).values()))
         self._take = ObservedPasses(model, self._sharing, self.folds, self._say_once)
         self.prefixes = self._take.prefixes
@@ -114,6 +118,7 @@ class SimpleEntropyProbe:
         self._averages: dict[str, RunningGradient] = {}
         self._steps_since = 0
         self._prediction: StepPrediction | None = None
+        self._critic: Objective = without_critic
         self._no_parts: str | None = None
 
     def state(self) -> ProbeState:
@@ -180,7 +185,7 @@ class SimpleEntropyProbe:
         further ones, e.g. minus the log of the probability with which a prompt was drawn. with_variances: the statistics hold
         `surprisal_variances`. gradient: false watches the tokens alone. critic: what `estimator: critic` differentiates.
         """
-        with_variances = with_variances or self._drawn.wants(drawn_scores)
+        with_variances, self._critic = with_variances or self._drawn.wants(drawn_scores), critic
         if gradient and not self._config.averaging:
             self._averages = {}
         if gradient:
@@ -237,6 +242,8 @@ class SimpleEntropyProbe:
         same_tokens = math.nan
         if self._newest and score is None:
             same_tokens = float(self._newest[PER_TOKEN].along(total).sum())
+            if along is None:  # else its own derivatives are held against it
+                self._hold_derivative(same_tokens, total)
         # Along the batch's own part earlier gradients speak, where there are any: its sequences would meet themselves (t = t').
         lagged = self._config.rollouts in ("current", None) and bool(self._averages)
         of_batch: dict[str, Tensor] = {}
@@ -357,6 +364,9 @@ class SimpleEntropyProbe:
         same_tokens = math.nan  # the newest gradient is in the average already, where the step was split
         if self._newest:
             same_tokens = float(self._newest[PER_TOKEN].along(taken).sum())
+            if made.along is None:
+                with weights_moved(self._model, taken, -1.0):
+                    self._hold_derivative(same_tokens, taken, seen)
         # As along a batch's own part: where there is an earlier gradient, this step's sequences do not meet themselves.
         if not lagged:
             self._take_in_newest()
@@ -372,6 +382,13 @@ class SimpleEntropyProbe:
         return replace(made, parts=parts, same_tokens=same_tokens, left_out=left_out)
 
     # ------------------------------------------------------------------ pieces
+    def _hold_derivative(self, value: float, step: Mapping[str, Tensor], seen: Observation | None = None) -> None:
+        """seen: what the newest gradient was taken on, where it is no longer at hand here."""
+        if (seen := seen or self._observation) is not None:
+            wanted, weights = objectives_of(self._config)[PER_TOKEN], seen.log_weights
+            of = (seen.statistics, seen.batch, None if weights is None else normalized_weights(weights), self._critic)
+            self._check.hold(value, seen, lambda: coefficients_of([wanted], *of)[0], step)
+
     def _say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)

@@ -26,6 +26,7 @@ from rl_training.run.sidecar import (
 )
 from rl_training.sampling import SamplingConfig
 from rl_training.tasks.difficulty import PassRates
+from rl_training.tasks.task_sentence import scripted_task_in_words, task_in_words
 
 _VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -151,9 +152,8 @@ def run_facts(trainer: Any, model_name: str | None, task: dict[str, Any] | None)
         "optimizer": f"AdamW, learning rate {args.learning_rate:g}",
         "versions": ", ".join(f"{name} {version(name)}" for name in _VERSIONS),
     }
-    if task:
-        facts = {"task": ", ".join(f"{key} {value}" for key, value in task.items() if isinstance(value, str)), **facts}
-    return model_name or str(base.config._name_or_path), facts
+    said = task_in_words(task) if task else scripted_task_in_words(trainer.train_dataset, trainer.reward_func_names)
+    return model_name or str(base.config._name_or_path), {"task": said, **facts}
 
 
 def _rollouts(trainer: Any) -> Path:

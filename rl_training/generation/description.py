@@ -14,10 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from entropy_core.passes.forward import innermost_model
 from rl_training.errors import UserError
-from rl_training.generation.settings import Departure, departures, final_settings, plain, token_ids
+from rl_training.generation.settings import (
+    Departure,
+    departures,
+    final_settings,
+    plain,
+    token_ids,
+)
 from rl_training.generation.training_noise import training_noise
+from rl_training.models.own_settings import model_settings_of
 from rl_training.prompts.chat_prompts import PromptRendering, rendering_of, template_digest
 from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.sampling import SamplingConfig
@@ -306,7 +312,6 @@ class SettledSampling:
 
 def _settings_now(trainer: Any) -> dict[str, Any]:
     """Every setting of the generator by name: the trainer's, those it hands on, and the model's own."""
-    model: Any = innermost_model(trainer.model)
     own = {
         "temperature": getattr(trainer, "temperature", None),
         "args.temperature": trainer.args.temperature,
@@ -315,7 +320,7 @@ def _settings_now(trainer: Any) -> dict[str, Any]:
     }
     for place, config in (
         ("generation_config", getattr(trainer, "generation_config", None)),
-        ("model.generation_config", getattr(model, "generation_config", None)),
+        ("model.generation_config", model_settings_of(trainer.accelerator.unwrap_model(trainer.model))),
     ):
         values = {} if config is None else vars(config)
         own |= {f"{place}.{key}": plain(value) for key, value in values.items() if not key.startswith("_")}

@@ -35,6 +35,25 @@ def loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask if (tools := inputs.get("tool_mask")) is None else mask & tools.bool()
 
 
+def drawn_masks(generated: Any) -> list[list[bool]] | None:
+    """For each completion of one generation which of its tokens the policy drew; None where it drew every one.
+
+    Args:
+        generated: what a trainer's `_generate` returned: (prompts, completions, masks or None, ...), lists with one entry a
+            sequence. Trainers that have no masks (RLOOTrainer) return texts or messages in their place.
+    """
+    if not isinstance(generated, tuple) or len(generated) < 3 or generated[2] is None:
+        return None
+    completions, masks = generated[1:3]
+    found = [[bool(m) for m in mask] for mask in masks if not isinstance(mask, str) and not _of_messages(mask)]
+    same = len(found) == len(completions) and all(len(m) == len(c) for m, c in zip(found, completions, strict=True))
+    return found if same else None
+
+
+def _of_messages(entry: Any) -> bool:
+    return isinstance(entry, list) and any(isinstance(part, dict) for part in entry)
+
+
 class GeneratedMasks:
     """Remembers which tokens of the newest generation were drawn, where the trainer is going to
     mask that out.
@@ -59,11 +78,12 @@ class GeneratedMasks:
         Args:
             generated: (prompts, completions, masks or None, ...), lists with one entry a sequence.
         """
-        if not isinstance(generated, tuple) or len(generated) < 3 or generated[2] is None:
+        masks = drawn_masks(generated)
+        if masks is None:
             return
         self._drawn = {}
-        for ids, mask in zip(generated[1], generated[2], strict=True):
-            drawn = tuple(bool(m) for m in mask)
+        for ids, mask in zip(generated[1], masks, strict=True):
+            drawn = tuple(mask)
             # Equal tokens with unequal masks: which one a masked completion is cannot be told.
             same = self._drawn.setdefault(tuple(ids), drawn) == drawn
             self._drawn[tuple(ids)] = drawn if same else None

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rl_training.models.own_settings import model_settings, model_settings_of
+
 _TRUNCATED = (
     "completions come from a truncated distribution, but predicted and measured changes are those of the untruncated softmax "
     "and can have the opposite sign (a truncated sampler that records the tokens it kept is not supported yet)"
@@ -185,12 +187,13 @@ def final_settings(model: Any, own: Any) -> dict[str, Any]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     prepare: Any = getattr(base, "_prepare_generation_config", None)
-    if prepare is not None:
-        merged = prepare(copy.deepcopy(own))[0]
-    else:
-        merged = copy.deepcopy(own)
-        if getattr(base, "generation_config", None) is not None:
-            merged.update(**base.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    with model_settings(model, model_settings_of(model)):
+        if prepare is not None:
+            merged = prepare(copy.deepcopy(own))[0]
+        else:
+            merged = copy.deepcopy(own)
+            if getattr(base, "generation_config", None) is not None:
+                merged.update(**base.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     return {
         name: plain(value) for name, value in vars(merged).items() if value is not None and not name.startswith("_")
     }

@@ -23,7 +23,7 @@ from entropy_core.processes import Processes
 from rl_training.control.controller import ControlledStep, EntropyController, StepToCome
 from rl_training.controller_config import EntropyControllerConfig
 from rl_training.errors import UserError
-from rl_training.generation.description import describe_sampling
+from rl_training.generation.description import SettledSampling, describe_sampling
 from rl_training.generation.drawn_tokens import environment_of
 from rl_training.generation.rollout_sequences import to_batch
 from rl_training.integrations.fresh_prompts import FreshCompletions
@@ -32,6 +32,8 @@ from rl_training.integrations.watched_source import held_out_prompts
 from rl_training.premises.full_precision import without_autocast
 from rl_training.premises.gradient_premise import is_sharded
 from rl_training.premises.loss_reading import LossReader, LossReading
+from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
+from rl_training.premises.step_as_solved import StepAsSolved
 from rl_training.probe.step_parts import why_not_split
 
 STATE_KEY = "entropy_controller"
@@ -65,6 +67,7 @@ def attach_entropy_controller(
     if (why := why_not_controlled(trainer)) is not None:
         raise UserError(f"the entropy controller: {why}")
     callback = EntropyControllerCallback(trainer, config, held_out_prompts(trainer, rows))
+    SamplingWatcher.attach(trainer, describe_sampling(trainer), "entropy controller")
     trainer.add_callback(callback)
     if console:
         tqdm.write(callback.describe(), file=sys.stderr)
@@ -115,7 +118,10 @@ class EntropyControllerCallback(TrainerCallback):
         self._trainer, self._config = trainer, config
         self._model = trainer.accelerator.unwrap_model(trainer.model)
         self._controller = EntropyController(config, self._model)
-        self._sampling_config = describe_sampling(trainer).sampling_config()
+        description = describe_sampling(trainer)
+        self._sampling_config, self._settled = description.sampling_config(), SettledSampling(trainer)
+        self._first_prompts = FirstPrompts(trainer, description)
+        self._taken, self._told = StepAsSolved(self._model, self._tell), set[str]()
         fresh = FreshCompletions(trainer, self._model, self._sampling_config, Processes())
         self._pool = SequencePool(prompts, config.eval_sequences, config.pool_age, fresh.draw)
         self._acted, self._spent, self._seed, self._step, self._last = True, 0.0, 0, 0, 1
@@ -147,6 +153,8 @@ class EntropyControllerCallback(TrainerCallback):
     ) -> None:
         if (why := _why_not_this_optimizer(self._model, kwargs["optimizer"])) is not None:
             raise UserError(f"the entropy controller: {why}")
+        self._settled.begin()
+        self._taken.watch(kwargs["optimizer"])
         self._pool.clear()
         found, self._record = state.stateful_callbacks.get(STATE_KEY), {}
         if isinstance(found, Mapping) and found.get("step") == state.global_step:
@@ -173,6 +181,7 @@ class EntropyControllerCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._settled.hold(state.global_step + 1)
         self._controller.begin_step()
         self._acted, self._spent = False, 0.0
         self._seed, self._step, self._last = int(args.seed), int(state.global_step), int(state.max_steps)
@@ -188,14 +197,17 @@ class EntropyControllerCallback(TrainerCallback):
         self._spent += time.perf_counter() - begun
 
     def _before_clipping(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
-        if not self._acted:
-            self._acted = True
-            begun = time.perf_counter()
-            with without_autocast(self._model):
-                self._act(float(max_norm))
-            self._spent += time.perf_counter() - begun
-            self._log()
-        return self._clip(parameters, max_norm, *args, **kwargs)
+        if self._acted:
+            return self._clip(parameters, max_norm, *args, **kwargs)
+        self._acted = True
+        begun = time.perf_counter()
+        with without_autocast(self._model):
+            self._act(float(max_norm))
+        self._spent += time.perf_counter() - begun
+        self._log()
+        norm = self._clip(parameters, max_norm, *args, **kwargs)
+        self._taken.note(self._trainer.optimizer)
+        return norm
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,8 +218,14 @@ class EntropyControllerCallback(TrainerCallback):
                 "could be added before clipping: use TRL's GRPOTrainer with max_grad_norm"
             )
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._taken.end()
+
     # ------------------------------------------------------------------ the step
     def _act(self, max_norm: float) -> None:
+        self._first_prompts.require_ours()
         self._controller.target.note_reward(self._step, self._reward())
         rng = np.random.default_rng((self._seed, self._step, 0, 0, 2))  # a stream that nothing else has
         sequences = self._pool.turn(self._step, rng)
@@ -240,6 +258,11 @@ class EntropyControllerCallback(TrainerCallback):
             values["reward_change"] = done.reward
         for name, value in values.items():
             logged[f"entropy_controller/{name}"].append(value)
+
+    def _tell(self, sentence: str) -> None:
+        if not self._told:  # once: the figure in it is another one at every step
+            self._told.add(sentence)
+            warnings.warn(f"the entropy controller: {sentence}", RuntimeWarning, stacklevel=2)
 
     def _reward(self) -> float | None:
         """Mean reward of the step's completions, as far as the trainer has logged it."""

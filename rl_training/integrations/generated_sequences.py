@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from entropy_core.processes import Processes
+from rl_training.generation.drawn_tokens import drawn_masks
 from rl_training.sequences import RolloutSequence
 
 
@@ -43,9 +44,9 @@ class GeneratedSequences:
         """
         if not isinstance(generated, tuple) or len(generated) < 3:
             return
-        prompts, completions, masks = generated[:3]
+        prompts, completions, masks = *generated[:2], drawn_masks(generated)
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            drawn = None if masks is None else tuple(bool(m) for m in masks[i])
+            drawn = None if masks is None else tuple(masks[i])
             if len(completion) and (drawn is None or any(drawn)):
                 drawn = None if drawn is None or all(drawn) else drawn
                 self._sequences.append(RolloutSequence(tuple(prompt), tuple(completion), drawn=drawn))

@@ -9,14 +9,16 @@ number is drawn and no tensor changed.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rl_training.generation.description import describe_sampling
-from rl_training.generation.drawn_tokens import loss_mask
+from rl_training.errors import UserError
+from rl_training.generation.description import SettledSampling, describe_sampling
+from rl_training.generation.drawn_tokens import drawn_masks, loss_mask
 from rl_training.prompts.text_tokenizer import text_tokenizer
 from rl_training.run.step_record import GENERATED, LOSS, RunSettings, write_settings, write_step
 
@@ -42,6 +44,7 @@ class StepRecorder(TrainerCallback):
         self._trainer = trainer
         self._rounds: list[list[dict[str, Any]]] = []
         self._micro_batches: list[dict[str, Any]] = []
+        self._settled, self._ended = SettledSampling(trainer), False
         self._wrap("_generate", self._after_generation)
         self._wrap("_calculate_rewards", self._after_rewards)
         self._wrap("compute_loss", self._before_loss, before=True)
@@ -68,7 +71,7 @@ class StepRecorder(TrainerCallback):
             generated: (prompt ids, completion ids, masks of drawn tokens or None, ..., the
                 sampler's log-probabilities, ...).
         """
-        prompts, completions, masks = generated[:3]
+        prompts, completions, masks = *generated[:2], drawn_masks(generated)
         scores = generated[4] if len(generated) > 4 else None
         rows = []
         for n, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -79,7 +82,7 @@ class StepRecorder(TrainerCallback):
                     "batch": len(self._rounds),
                     "prompt_ids": [int(t) for t in prompt],
                     "completion_ids": [int(t) for t in completion],
-                    "mask": [True] * len(completion) if masks is None else [bool(m) for m in masks[n]],
+                    "mask": [True] * len(completion) if masks is None else masks[n],
                     "width": max(map(len, completions)),
                     "sampler_logprobs": [_number(v) for v in found] if len(found) == len(completion) else None,
                 }
@@ -108,12 +111,28 @@ class StepRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         self._rounds, self._micro_batches = [], []
+        self._settled, self._ended = SettledSampling(self._trainer), False
         if self._trainer.accelerator.is_main_process:
             write_settings(Path(str(args.output_dir)), settings_of(self._trainer))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """What is recorded says how the whole run drew: it ends before a step that draws otherwise."""
+        if self._ended:
+            return
+        try:
+            self._settled.hold(state.global_step + 1)
+        except UserError as error:
+            self._ended = True
+            warnings.warn(f"steps are recorded no longer: {error}", RuntimeWarning, stacklevel=2)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
+        if self._ended:
+            self._rounds, self._micro_batches = [], []
+            return
         rows = [row for generated in self._rounds for row in generated]
         rows += [row for number, inputs in enumerate(self._micro_batches) for row in _loss_rows(number, inputs)]
         self._rounds, self._micro_batches = [], []

@@ -83,7 +83,7 @@ def attach_entropy_probe(
     description = describe_sampling(trainer)
     save_whole(trainer, GRPOTrainer._save_checkpoint)
     callback = EntropyProbeCallback(trainer, prompts, description, config)
-    trainer.add_callback(SamplingWatcher(trainer, description))
+    SamplingWatcher.attach(trainer, description, "entropy probe")
     if trainer.optimizer is not None:
         callback.examine(trainer.optimizer)
     last = [ProbeConsole(callback.describe())] if console else []

@@ -118,7 +118,8 @@ class StepRollouts:
         args, accumulated = self._trainer.args, len(micro_batches)
         out: list[RolloutSequence] = []
         processes = self._trainer.accelerator.num_processes
-        linear = args.loss_type in _LINEAR_LOSSES and args.beta == 0.0
+        loss_type = getattr(args, "loss_type", None)  # RLOOTrainer's loss has no name, and ratios of whole sequences
+        linear = loss_type in _LINEAR_LOSSES and args.beta == 0.0
         for m, loss_weights in zip(micro_batches, self._token_weights(accumulated), strict=True):
             rows, its_tokens = len(m["lengths"]), sum(m["lengths"])
             for row, length in enumerate(m["lengths"]):
@@ -133,7 +134,7 @@ class StepRollouts:
                 }
                 weight = math.nan
                 if linear:  # a completion that the trainer masked out has no weight
-                    weight = m["advantages"][row] / float(per_token[args.loss_type]) if length else 0.0
+                    weight = m["advantages"][row] / float(per_token[loss_type]) if length else 0.0
                 out.append(
                     RolloutSequence(
                         tuple(m["prompt_ids"][row]),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rl_training.premises.loss_reading import LossReader
+from rl_training.probe.step_parts import takes_hooks
 
 _ELEMENTS = 256  # of a parameter
 _SAME = 1e-3  # of the gradient's norm, over these elements: the rounding of a factor, also of half precision's scaler
@@ -43,7 +44,7 @@ class GradientChanges:
             optimizer: of the run that begins, accelerate's wrapper or not.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        if inner is not self._hooked and hasattr(inner, "register_step_pre_hook"):
+        if inner is not self._hooked and takes_hooks(inner):
             self._hooked = inner
             inner.register_step_pre_hook(lambda *_: self._compare())
 

@@ -18,8 +18,7 @@ Source: docs/theory/fisher-kernel.md; docs/guides/self-checks.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import TokenCoefficients
 from entropy_core.gradients import batch_gradients, trainable_parameters
+from entropy_core.passes.forward import without_gradient_hooks
 from entropy_core.processes import ALONE, Processes
 from entropy_core.scores import TokenStatistics
 from rl_training.errors import first_line
@@ -181,7 +181,7 @@ class GradientPremise:
             return
         rebuilt, difference, by_padding, failure = {}, math.nan, (0.0, 0.0), None
         try:
-            with without_autocast(self._model), _without_gradient_hooks(parameters.values()):
+            with without_autocast(self._model), without_gradient_hooks(parameters.values()):
                 rebuilt, difference, by_padding = _rebuild(self._model, readings, float(self._trainer.temperature))
         except torch.OutOfMemoryError:
             failure = "there is no memory left for a second backward pass"
@@ -329,21 +329,6 @@ def _minus(gradient: Tensor | None, rebuilt: Tensor, p: nn.Parameter) -> Tensor:
 
 def _norm(tensors: Any) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors), 0.0)
-
-
-@contextmanager
-def _without_gradient_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Tensor hooks would change the gradients inside as they change the trainer's; they are put
-    back afterwards.
-    """
-    taken = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for p, _ in taken:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, hooks in taken:
-            p._backward_hooks = hooks
 
 
 def _has_hooks(p: nn.Parameter) -> bool:

@@ -32,7 +32,7 @@ def further_terms(trainer: Any) -> list[str]:
         found.append(f"{ENTROPY} (use_adaptive_entropy=True)")
     elif getattr(trainer, "entropy_coef", 0.0):
         found.append(f"{ENTROPY} (entropy_coef={trainer.entropy_coef:g})")
-    if getattr(trainer, "beta", 0.0):
+    if getattr(trainer, "beta", 0.0) and hasattr(trainer.args, "loss_type"):  # RLOOTrainer takes KL off the rewards
         found.append(f"{KL} (beta={trainer.beta:g})")
     if getattr(trainer, "aux_loss_enabled", False):
         found.append(f"{ROUTER} (router_aux_loss_coef={trainer.router_aux_loss_coef:g})")

@@ -196,15 +196,15 @@ class SamplingGuard(TrainerCallback):
 
 
 class SamplingWatcher(TrainerCallback):
-    """Warns, once for each finding, of what makes the probe's numbers other than the trainer's.
+    """Warns, once for each finding, of what makes the probe's or the controller's numbers other than the trainer's.
 
     Stops nothing.
 
     Silent in a DrGRPOTrainer, whose SamplingGuard warns and refuses.
     """
 
-    def __init__(self, trainer: Any, description: SamplingDescription) -> None:
-        self._trainer, self._told = trainer, set()
+    def __init__(self, trainer: Any, description: SamplingDescription, who: str = "entropy probe") -> None:
+        self._trainer, self._who, self._told = trainer, who, set[str]()
         self._of_padding: str | None = None
         self._longest: LongestSequence | None = None
         self._masks_seen, self._plain = False, True
@@ -213,6 +213,12 @@ class SamplingWatcher(TrainerCallback):
         self._tell([departure.sentence() for departure in description.departures])
         if not self._kept:
             watch_rewards(trainer, lambda sentence: self._tell([sentence], of="rewards"))
+
+    @classmethod
+    def attach(cls, trainer: Any, description: SamplingDescription, who: str) -> None:
+        """Have a trainer watched, unless it is: `who` speaks."""
+        if not any(isinstance(callback, cls) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(cls(trainer, description, who))
 
     def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
         if self._kept:
@@ -294,7 +300,7 @@ class SamplingWatcher(TrainerCallback):
         for sentence in found:
             if (of or sentence) not in self._told and not self._kept:
                 self._told.add(of or sentence)
-                warnings.warn(f"entropy probe: {sentence}", UserWarning, stacklevel=3)
+                warnings.warn(f"{self._who}: {sentence}", UserWarning, stacklevel=3)
 
 
 class FirstPrompts:
@@ -307,14 +313,18 @@ class FirstPrompts:
 
     def __init__(self, trainer: Any, description: SamplingDescription) -> None:
         self.finding: str | None = None
-        original = getattr(trainer, "_tokenize_prompts", None)
+        original, name = getattr(trainer, "_tokenize_prompts", None), "_tokenize_prompts"
         if original is None:
             return
+        of_its_own, heard = name in vars(trainer), []
 
         def once(prompts: Any, *args: Any, **kwargs: Any) -> Any:
             rendered = original(prompts, *args, **kwargs)
-            trainer.__dict__.pop("_tokenize_prompts", None)
-            self.finding = prompt_finding(trainer, description, prompts, rendered[0])
+            if vars(trainer).get(name) is once:  # somebody may have put another one around it
+                vars(trainer).update({name: original}) if of_its_own else vars(trainer).pop(name)
+            if not heard:
+                heard.append(True)
+                self.finding = prompt_finding(trainer, description, prompts, rendered[0])
             return rendered
 
         trainer._tokenize_prompts = once
@@ -323,8 +333,8 @@ class FirstPrompts:
         """Raises UserError where the first prompts were rendered otherwise."""
         if self.finding is not None:
             raise UserError(
-                f"{self.finding}; fresh completions would be those of other prompts: use rollouts=current, or give prompts as "
-                "text"
+                f"{self.finding}; completions of held-out prompts would be those of other prompts: give prompts as text (the "
+                "probe alone can watch the run's own, rollouts=current)"
             )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from rl_training.probe.sharded_weights import is_spread
+from rl_training.probe.step_parts import takes_hooks
 from rl_training.probe.still_weights import StillWeights
 
 _BEFORE, _AFTER = "on_pre_optimizer_step", "on_optimizer_step"
@@ -45,7 +46,7 @@ class StepAlone(TrainerCallback):
             _BEFORE: _with(_BEFORE, [c for c in callbacks[place + 1 :] if c is not self]),
             _AFTER: _with(_AFTER, callbacks[:place]),
         }
-        if self._spread or not any(self._suspects.values()) or not hasattr(inner, "register_step_pre_hook"):
+        if self._spread or not any(self._suspects.values()) or not takes_hooks(inner):
             return
         self._hooks = [
             inner.register_step_pre_hook(lambda *_: self._compare(_BEFORE)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_core.adamw import AdamWUpdate
 
@@ -26,16 +26,18 @@ class ForetoldStep:
         update: the step's parts, over the same names.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], update: AdamWUpdate) -> None:
-        self._before = {name: _some(p) for name, p in parameters.items()}
+    def __init__(self, parameters: Mapping[str, Tensor], update: AdamWUpdate) -> None:
+        self._before = {name: some_elements(p).double() for name, p in parameters.items()}
         parts = (update.batch, update.momentum, update.weight_decay)
-        self._step = {name: torch.stack([_some(part[name]) for part in parts]).sum(0) for name in self._before}
+        self._step = {
+            name: torch.stack([some_elements(part[name]).double() for part in parts]).sum(0) for name in self._before
+        }
 
-    def off(self, parameters: Mapping[str, nn.Parameter]) -> float | None:
+    def off(self, parameters: Mapping[str, Tensor]) -> float | None:
         """By how much the step taken differs from it, relative; None within 1% and the rounding of weights."""
         left = size = rounding = 0.0
         for name, before in self._before.items():
-            taken, expected = _some(parameters[name]) - before, self._step[name].to(before.device)
+            taken, expected = some_elements(parameters[name]).double() - before, self._step[name].to(before.device)
             left += float((taken - expected).square().sum())
             size += float(expected.square().sum())
             rounding += float((before * torch.finfo(parameters[name].dtype).eps).square().sum())
@@ -44,6 +46,7 @@ class ForetoldStep:
         return (left / max(size, 1e-300)) ** 0.5
 
 
-def _some(tensor: Tensor) -> Tensor:
+def some_elements(tensor: Tensor) -> Tensor:
+    """(n,) copy of some of a tensor's elements, all of them where they are few: of such a copy, all."""
     flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // _ELEMENTS)].to(torch.float64, copy=True)
+    return flat[:: max(1, len(flat) // _ELEMENTS)].clone()

@@ -53,7 +53,8 @@ def disagreement(predicted: Estimate, derivative: float) -> str | None:
         return None
     return (
         f"the gradient of entropy along the step gives {predicted.value:.3g}, the derivative along the same step "
-        f"{derivative:.3g}: half-precision weights round one of them, or the model computes something else under a gradient"
+        f"{derivative:.3g}: half-precision weights round one of them, or the model computes something else under a gradient "
+        "(straight-through rounding, say). `predicted` is off by so much, `measured` is not: go by that, or train without it"
     )
 
 

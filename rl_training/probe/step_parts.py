@@ -50,6 +50,13 @@ def opened(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def takes_hooks(optimizer: Any) -> bool:
+    """Whether hooks can be put on its steps. A wrapper that never began as an optimizer of torch's (many a Lookahead) has the
+    methods, and nowhere to keep a hook.
+    """
+    return isinstance(getattr(optimizer, "_optimizer_step_pre_hooks", None), dict)
+
+
 def why_not_split(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> str | None:
     """Why this optimizer's step has no known parts; None for AdamW (and Adam without coupled weight decay)."""
     inner = opened(optimizer)

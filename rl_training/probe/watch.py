@@ -37,6 +37,7 @@ from entropy_core.directional import token_derivatives
 from entropy_core.entropy import TokenCoefficients, effective_sample_size, normalized_weights
 from entropy_core.gradients import trainable_parameters
 from entropy_core.passes.prefix_sharing import PrefixSharing
+from entropy_core.passes.state import PassState
 from entropy_core.processes import Processes
 from entropy_core.running_sum import RunningSum
 from entropy_core.scores import TokenStatistics
@@ -237,7 +238,10 @@ class EntropyWatch:
         trouble: ValueError | None = None
         if len(mine):
             try:
-                found = token_derivatives(self._model, batch.select(mine), direction)
+                with PassState(
+                    self._model, true_derivatives=True
+                ):  # as the gradient: through norms that DoRA holds fixed
+                    found = token_derivatives(self._model, batch.select(mine), direction)
                 logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
             except ValueError as error:
                 trouble = error

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -75,15 +76,28 @@ def _sentences(rows: Sequence[Mapping[str, Any]], entropy: list[tuple[int, float
     probed = bool(_series(rows, "entropy_probe/entropy"))
     names = ("entropy_probe/entropy", "entropy_probe/measured_df") if probed else ("entropy", "entropy_df")
     where = "the probe's sequences" if probed else "the sequences trained on"
+    where += ", each the mean over the steps since the log's line before" if _are_means(rows) else ""
     ends = [f"{_at(rows, *names, step)} at step {step}" for step, _ in (entropy[0], entropy[-1])]
     found = [f"Entropy in nats per token was {' and '.join(dict.fromkeys(ends))}, on {where} ({_BRACKETS})."]
     sums = _sums(rows)
     if sums:
         found.append(f"While training, the probe's {sums} nats per token ({_INTERVALS}).")
+        if probed and entropy[0] != entropy[-1]:
+            found.append(_WHY_APART)
     return found
 
 
+def _are_means(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the trainer logged only every few steps, whose means its rows then are."""
+    steps = [0, *(int(row["step"]) for row in rows)]
+    return any(later > earlier + 1 for earlier, later in pairwise(steps))
+
+
 _BRACKETS = "brackets: 95% intervals"
+_WHY_APART = (
+    "These sums need not equal the difference of the two entropies: each entropy is that before its step, so that the change of "
+    "the last step comes after both, and the probe takes other sequences as training goes on."
+)
 _INTERVALS = "their intervals: `entropy-experiments analyze` of a checkpoint"
 
 

@@ -175,16 +175,23 @@ def _check_entry(path: Path, number: Any, entry: Mapping[str, Any], group: Mappi
                 f"{where}: {name} holds NaN or infinite values: the optimizer's state is damaged, or the run diverged before "
                 "this step; take an earlier checkpoint"
             )
-    if not float(torch.tensor(float(group["eps"]), dtype=moments[0].dtype)) and any(
-        bool((v == 0).any()) for v in moments[1:]
-    ):
+    if _eps_is_lost(float(group["eps"]), moments[1:], bool(group.get("fused"))):
         raise UserError(
             f"{where}: eps {float(group['eps']):g} is nothing in its precision and some second moments are 0, so that the "
-            f"step is not finite: {WITHOUT_IT}"
+            "step is not finite: train with float32 weights (fp16=True or bf16=True for the passes alone) and an adam_epsilon "
+            "above 1e-38; or analyse without it by entropy_analysis.fisher_kernel.preconditioning=none (a plain gradient step, "
+            "not this run's own)"
         )
     _check_signs(where, moments[1:])
     if not rounded:
         _check_bound(where, moments[0], moments[1:], int(step), group)
+
+
+def _eps_is_lost(eps: float, squares: list[Tensor], fused: bool) -> bool:
+    """Whether P is infinite somewhere. The fused kernel adds eps in float32, whatever it stores."""
+    kept = squares[0].dtype
+    added = torch.float32 if fused and kept.itemsize < 4 else kept
+    return not float(torch.tensor(eps, dtype=added)) and any(bool((v == 0).any()) for v in squares)
 
 
 def _check_signs(where: str, squares: list[Tensor]) -> None:

@@ -16,14 +16,8 @@ from rl_training.tasks.own_rewards import import_reward
 from rl_training.tasks.sandbox.client import ScoringServer
 from rl_training.tasks.sandbox.scoring import RewardLimits, SandboxedScorer
 from rl_training.tasks.sources import Problem, make_reasoning_gym_problems, read_jsonl_problems
+from rl_training.tasks.task_sentence import REWARD_IN_WORDS, default_reward
 from rl_training.tasks.trust import COMPARING_SCORERS
-
-_REWARD_IN_WORDS = {
-    "exact": "1 if the stripped completion is the answer, else 0",
-    "last_number": "1 if the last number in the completion is the answer, else 0",
-    "math_verify": "1 if math-verify finds it equal to the answer, else 0",
-    "score_answer": "the data set's own score of the completion, 0 to 1",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,7 @@ class Task:
 
     def describe(self) -> str:
         """Say in one line what the task is, how many prompts it has and what is rewarded."""
-        meaning = _REWARD_IN_WORDS.get(self.reward_name, "a function of your own")
+        meaning = REWARD_IN_WORDS.get(self.reward_name, "a function of your own")
         return (
             f"{self.origin}: {len(self.train)} training prompts, {len(self.heldout)} held out; "
             f"reward {self.reward_name} ({meaning})"
@@ -61,7 +55,7 @@ def load_task(config: TaskConfig) -> Task:
     """
     reward_name = config.reward
     if reward_name == "default":
-        reward_name = "score_answer" if config.source == "reasoning_gym" else "math_verify"
+        reward_name = default_reward(config.source)
     wanted = config.size + config.heldout_size
     server = None
     if config.source == "reasoning_gym":
@@ -80,7 +74,7 @@ def load_task(config: TaskConfig) -> Task:
         Random(config.seed).shuffle(chosen)
     chosen = chosen[:wanted]
     _check_answers(problems, chosen, reward_name, name)
-    own = reward_name not in _REWARD_IN_WORDS
+    own = reward_name not in REWARD_IN_WORDS
     extra = sorted({key for index in chosen for key in problems[index].columns}) if own else []
     rows = [_row(problems[index], index, config.system_prompt, extra) for index in chosen]
     limits = RewardLimits(

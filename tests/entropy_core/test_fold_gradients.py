@@ -325,3 +325,31 @@ def test_two_processes_find_what_one_finds() -> None:
             1e-6,
             f"{name}: two processes differ from one (a fold, a normaliser, or the statistics of a part)",
         )
+
+
+@pytest.mark.parametrize("folds", [1, 3], ids=["plain", "rows"])
+@pytest.mark.parametrize("kind", ["parameter", "module", "module before"])
+def test_hooks_that_change_an_optimizers_gradient_leave_the_derivative_alone(kind: str, folds: int) -> None:
+    """A mask or a projection of gradients (peft's OSF has one) changes the step, not what entropy does along it."""
+    model, batch = LLAMA.make(), right_padded(random_sequences(LLAMA.vocabulary), 0.9)
+
+    def gradient() -> dict[str, Tensor]:
+        return fold_gradients(model, batch, objectives_of(batch), length_buckets, folds)[0][0].total()
+
+    wanted = gradient()
+    name, p = next((n, p) for n, p in model.named_parameters() if p.requires_grad and bool(wanted[n].any()))
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if kind == "parameter":
+        p.register_hook(lambda g: 3 * g)
+    elif kind == "module":
+        owner.register_full_backward_hook(lambda _m, inputs, _o: tuple(None if g is None else 3 * g for g in inputs))
+        list(model.modules())[-1].register_full_backward_hook(lambda _m, i, _o: tuple(3 * g for g in i))
+    else:
+        list(model.modules())[-1].register_full_backward_pre_hook(lambda _m, outputs: tuple(3 * g for g in outputs))
+    assert_named_close(gradient(), wanted, EXACT, f"a hook on a {kind} changed the derivative")
+    assert_named_close(entropy_gradient(model, batch, *OBJECTIVES[0]), wanted, EXACT, "and that of plain autograd")
+    if kind == "parameter":
+        p.sum().backward()
+        assert p.grad is not None and bool((p.grad == 3).all()), "the hook is gone"
+    else:
+        assert any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()), "the hook is gone"

@@ -154,6 +154,7 @@ def row(case: PolicyCase, found: Measured) -> str:
     return f"| {case.architecture} | {case.adapter} | {found.row_path} | {found.fold_path} |"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_policy_is_predicted_as_autograd_says(case: PolicyCase) -> None:

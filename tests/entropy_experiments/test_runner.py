@@ -139,6 +139,7 @@ def test_another_learning_rate_scales_the_step_and_leaves_the_optimizer_alone(ti
     assert all(torch.equal(checkpoint.optimizer[name].exp_avg, m) for name, m in moments.items())
 
 
+@pytest.mark.long
 def test_same_seed_same_numbers(analysis, tiny_run, tmp_path):
     again = run_fisher_analysis(tiny_run, config(), folder=tmp_path / "again")
     for name, kernel in load_file(analysis.folder / "kernel.safetensors").items():
@@ -187,6 +188,7 @@ class _Untouchable:
         raise AssertionError("an answer was read")
 
 
+@pytest.mark.long
 def test_the_evaluation_set_is_stored_and_fixed_sets_are_the_same_at_every_checkpoint(tiny_run, tmp_path):
     fixed = config("entropy_analysis.sampling.eval_prompts=fixed_set", "entropy_analysis.eval_batch_size=10")
     stored = []
@@ -204,6 +206,7 @@ def test_the_evaluation_set_is_stored_and_fixed_sets_are_the_same_at_every_check
     assert chosen[0] == chosen[1] != chosen[2], "random prompts follow from the seed"
 
 
+@pytest.mark.long
 def test_same_prompts_and_disjoint_prompts(tiny_run, tmp_path):
     same = run_fisher_analysis(
         tiny_run, config("entropy_analysis.sampling.same_prompts=true"), folder=tmp_path / "same"

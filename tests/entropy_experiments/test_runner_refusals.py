@@ -78,6 +78,7 @@ def test_no_prompt_with_mixed_rewards(checkpoint_copy, tmp_path):
     assert not list(tmp_path.glob("no*"))
 
 
+@pytest.mark.long
 def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
     target = tmp_path / "mine"
     shutil.copytree(analysis.folder, target)
@@ -93,6 +94,7 @@ def test_an_existing_folder_is_kept_unless_asked(analysis, tiny_run, tmp_path):
     assert (target / "report.html").read_text() != "old" and [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_a_failed_self_check_fails_the_run_unless_told_otherwise(tiny_run, tmp_path, monkeypatch, keep_going):
     """A kernel that is twice too large: two checks see it, by finite differences and by autograd."""
@@ -176,6 +178,7 @@ def test_half_a_launchers_environment_is_refused_rather_than_racing(tiny_run, tm
         run_fisher_analysis(tiny_run, config(), folder=tmp_path / "no")
 
 
+@pytest.mark.long
 def test_parameters_adam_never_saw_are_not_let_rule_the_kernel(tmp_path):
     """After one LoRA step every lora_A has v = 0 and P = 1/eps there: the check names the remedy, which works."""
     from rl_training.train import run_training
@@ -216,6 +219,7 @@ def test_a_collapsed_policy_is_no_broken_sampler():
     assert surprisal_z_score(wrong) > 4
 
 
+@pytest.mark.long
 def test_gpt2_and_qwen2_checkpoints_are_analysed_too(tmp_path):
     """Biases, Conv1D, learned positions and tied weights, fully trained: names, rows, split and kernel agree."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM

@@ -42,6 +42,7 @@ def test_the_harness_tells_what_must_not_be() -> None:
     assert not troubles(good)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", configurations.CONFIGURATIONS)
 def test_configurations(command: str) -> None:
     cases = [case for case in configurations.cases() if case.area.endswith(f" {command}")]

@@ -13,6 +13,7 @@ from tests.fuzz.targets import TARGETS, Target
 QUICK = [target for target in TARGETS if not target.slow]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", QUICK, ids=lambda target: target.name)
 def test_a_few(target: Target) -> None:
     tally = campaign(target, 20.0, examples=30, first_seed=7, keep=False)

@@ -81,6 +81,22 @@ def test_the_probes_sums_are_over_the_same_steps(tmp_path: Path) -> None:
     assert "−0.300" not in body, "of three steps, of which two were measured"
 
 
+def test_why_sums_and_ends_differ_is_said(tmp_path: Path) -> None:
+    """2.040 to 1.266 beside a sum of −0.669 reads like a mistake."""
+    words = "need not equal the difference of the two entropies: each entropy is that before its step"
+    _, body = card(tmp_path)
+    assert words in body and "the mean over the steps" not in body
+    _, body = card(tmp_path, rows=ROWS[:1])
+    assert words not in body, "one entropy has no difference"
+    _, body = card(tmp_path, rows=[{k: v for k, v in row.items() if not k.startswith("entropy_probe")} for row in ROWS])
+    assert words not in body, "nothing is summed"
+
+
+def test_a_log_of_every_second_step_holds_means(tmp_path: Path) -> None:
+    _, body = card(tmp_path, rows=[row | {"step": 2 * row["step"]} for row in ROWS])
+    assert "on the probe's sequences, each the mean over the steps since the log's line before (" in body
+
+
 def test_without_entropy_nothing_is_said_of_it(tmp_path: Path) -> None:
     _, body = card(tmp_path, rows=[{"step": 1, "loss": 0.0, "entropy": float("nan")}])
     assert "Entropy" not in body and not (tmp_path / FIGURE).exists()

@@ -36,6 +36,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CONFIGURATIONS)
 @settings(max_examples=150)
 @given(data=st.data())

@@ -24,6 +24,7 @@ PREDICTED_LOOK, MEASURED_LOOK = Look("predicted"), Look("measured", "square-open
 def history_panels(rows: Sequence[HistoryRow]) -> list[Panel]:
     """Entropy, reward, and predicted beside measured Δh (nats per token), over training steps."""
     watched = ("probe_entropy_se", "probe_measured_df")
+    rows = [_without_doubted_error(row) for row in rows]
     changes = [
         history_line(name, look, rows, key, (f"{key}_se", f"{key}_df"))
         for name, look, key in (
@@ -49,6 +50,11 @@ def history_panels(rows: Sequence[HistoryRow]) -> list[Panel]:
             empty="no data: no predicted or measured change of entropy",
         ),
     ]
+
+
+def _without_doubted_error(row: HistoryRow) -> HistoryRow:
+    """Without an interval where a step of the row was measured on less than half of its sequences: the error says nothing."""
+    return row.model_copy(update={"probe_measured_se": None}) if row.probe_low_ess else row
 
 
 @style.in_house_style

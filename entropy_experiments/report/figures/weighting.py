@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from entropy_experiments.records.weighting_results import WeightingResult, WeightingRow
 from entropy_experiments.report.figures import style
 from entropy_experiments.report.figures.bars import BARS, reaches
-from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, Known
+from entropy_experiments.statistics.confidence import NOT_FROM_ZERO, UNTRUSTED, Known
 from entropy_experiments.text.numbers import counted, signed
 
 _TITLE = "What other weightings of the same sequences would have cost in entropy"
@@ -134,6 +134,9 @@ def _caption(result: WeightingResult, found: Weightings) -> str:
             f"Bars: {BARS} over evaluation prompts; rows share them, so that differences "
             "between rows are surer than the bars suggest."
         )
+    measured = [one for row in found.rows for one in (row.actual or {}).values()]
+    if any(one.trustworthy is False for one in measured):
+        parts.append(f"Measured without a bar: {UNTRUSTED}.")
     parts.append(f"Reward: {result.gain_note}.")
     run = found.rows[0].delta_h
     reason = None if run is None else run.equal_gain.reason

@@ -17,7 +17,7 @@ from entropy_experiments.records.evolution import CheckpointRow
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.report.figures.kernel import color_limit
 from entropy_experiments.report.interactive.page import numbers, plot_text
-from entropy_experiments.statistics.confidence import shown
+from entropy_experiments.statistics.confidence import DOUBTED, shown
 from entropy_experiments.text.display import prompt_frame
 from entropy_experiments.text.numbers import plain, series
 
@@ -99,9 +99,10 @@ def _step(results: ResultsFolder, row: CheckpointRow) -> dict[str, Any]:
         "marker": {"color": ["$measured" if share < 0 else "$predicted" for share in shares.tolist()]},
         "hovertemplate": "%{x}<br>share %{y:.3g} ×10⁻³ nats per token<extra></extra>",
     }
+    doubt = f" ({DOUBTED})" if row.trustworthy is False else ""
     facts = (
         f"entropy {row.entropy.shown(plus=False)}, predicted Δh {shown(row.change)}, "
-        f"measured {shown(row.measured)} nats per token"
+        f"measured {shown(row.measured)} nats per token{doubt}"
     )
     title = {"text": f"Step {row.step}: {facts}<br>colours end at ±{plain(limit)}", "font": {"size": 13}, "x": 0}
     return {"label": f"step {row.step}", "data": [heat, bars], "layout": {"title": title}}

@@ -38,6 +38,7 @@ def analyses(whole):
     return json.loads((whole.folder / "summary.json").read_text(), parse_constant=pytest.fail)["analyses"]
 
 
+@pytest.mark.long
 def test_every_token_of_the_training_buffer_has_its_share(whole):
     rows = pq.read_table(whole.folder / "sequences.parquet").to_pylist()
     training = [row for row in rows if row["buffer"] == "training"]
@@ -144,6 +145,8 @@ def test_the_numbers_of_different_analyses_are_those_of_one_step(whole, analyses
     assert run["actual"]["equal_length"]["value"] == pytest.approx(
         summary["predicted"]["split"]["batch"]["value"], rel=0.1
     ), "momentum and decay belong to no weighting: is the step of zero weights taken off?"
+    least, n = run["actual"]["equal_length"]["effective_sample_size"], summary["actual"]["snis"]["n"]
+    assert 1 <= least < n and run["actual"]["equal_length"]["trustworthy"] is (least >= n / 2)
     step = next(row for row in analyses["entropy_prediction"]["rows"] if row["scale"] == 1.0)
     assert step["measured"]["snis"]["value"] == pytest.approx(summary["actual"]["snis"]["value"], rel=1e-9)
     assert analyses["intervention"]["full_step"]["measured"] == pytest.approx(
@@ -264,6 +267,7 @@ def test_whatever_goes_wrong_in_one_is_kept_under_its_name_and_the_others_still_
     assert words in found.failed()["attribution"] and found.buffers == Skipped(skipped="buffers")
 
 
+@pytest.mark.long
 def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monkeypatch):
     changed = tuple(dataclasses.replace(a, run=raising) if a.name == "buffers" else a for a in ANALYSES)
     monkeypatch.setattr(analyses_runner, "ANALYSES", changed)
@@ -280,6 +284,7 @@ def test_a_failing_analysis_is_named_and_fails_the_run(tiny_run, tmp_path, monke
     assert not (kept.folder / "figures" / "buffers.png").exists()
 
 
+@pytest.mark.long
 def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     path = tmp_path / "two.jsonl"
     lines = [{"prompt": f"{k} + 1 =", "completion": "a b", "weight": w} for k, w in enumerate((0.05, -0.03))]
@@ -296,6 +301,7 @@ def test_what_does_not_apply_says_why(tiny_run, tmp_path):
     assert "Not analysed: the kernel was not computed" in (small.folder / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_given_rows_and_columns_without_weights_leave_what_makes_sense(tiny_run, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{k} + {k} =", "completion": f"{2 * k}"}) for k in range(6)))

@@ -15,6 +15,7 @@ from entropy_experiments.analyses.baselines import LABELS, baseline_table
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes, with_measurements
 from entropy_experiments.records.record import json_of
 from entropy_experiments.records.step_results import BaselinesResult
+from entropy_experiments.report.analysis_tables import TABLES
 from entropy_experiments.report.figures.baselines import plot_baselines
 from entropy_experiments.report.figures.style import caption_of, png_bytes
 from entropy_experiments.report.figures.weighting import plot_weighting_schemes
@@ -165,6 +166,9 @@ def test_nothing_is_held_against_a_measurement_that_is_not_to_be_trusted() -> No
         "The measured change was −0.250 (no interval) nats per token (brackets: 95% intervals); how near a predictor comes "
         f"to it cannot be said: {UNTRUSTED}."
     )
+    shown = {row.label: cells[2] for row, cells in zip(table.rows, TABLES["baselines"](table)[0].texts, strict=True)}
+    without = next(row for row in table.rows if row.predicted is None and row.actual is not None)
+    assert {shown[row.label] for row in [*rows, without]} == {"−0.250 (untrusted)"}, "without an error, in all rows"
 
 
 # ---- charts

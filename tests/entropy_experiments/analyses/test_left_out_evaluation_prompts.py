@@ -20,6 +20,7 @@ from entropy_experiments.step.shares import attribute
 from tests.entropy_experiments.analyses.tiny_step import make_step, sample_batch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 @pytest.mark.parametrize("max_norm", [None, 1e-3], ids=["not clipped", "clipped"])
 @pytest.mark.parametrize("settled", [False, True], ids=["early", "late"])

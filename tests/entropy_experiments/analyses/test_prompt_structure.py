@@ -257,6 +257,7 @@ ONE = np.zeros(6, dtype=int)
 PAIRS = np.repeat(np.arange(3), 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("prompts", "rewards", "rows", "expected"),
     [

@@ -21,8 +21,10 @@ from entropy_experiments.records.weighting_results import (
     WeightingResult,
     WeightingRow,
 )
+from entropy_experiments.report.figures.style import caption_of
+from entropy_experiments.report.figures.weighting import plot_weighting_schemes
 from entropy_experiments.report.weighting_finding import weighting_finding
-from entropy_experiments.statistics.confidence import ALIKE, NOT_FROM_ZERO
+from entropy_experiments.statistics.confidence import ALIKE, NOT_FROM_ZERO, UNTRUSTED
 from tests.entropy_experiments.analyses.weighting_world import (
     FACTOR,
     LONGEST,
@@ -301,6 +303,15 @@ def test_measurements_stand_beside_predictions(world: World, table: WeightingRes
     assert "actual" not in row_of(merged, "run")
     assert "actual" not in row_of(table, "grpo"), "the table given was changed"
     assert_sound(merged)
+
+
+def test_a_measurement_says_whether_it_is_to_be_trusted(table: WeightingResult) -> None:
+    half = table.n_eval / 2
+    for size, trusted in ((half, True), (half - 0.1, False)):
+        merged = with_measurements(table, {"grpo": {"equal_length": (-1e-4, 2e-5, size)}})
+        actual = row_of(merged, "grpo").actual["equal_length"]
+        assert (actual.effective_sample_size, actual.trustworthy) == (size, trusted)
+        assert (UNTRUSTED in caption_of(plot_weighting_schemes(merged))) is not trusted
 
 
 def test_a_measurement_without_a_prediction_or_an_error() -> None:

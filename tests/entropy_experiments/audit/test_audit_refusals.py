@@ -35,6 +35,7 @@ def entropies(policies, value_of, **settings):
 
 
 # ---------------------------------------------------------------------- no false cause
+@pytest.mark.long
 def test_an_error_of_no_known_kind_stays_unexplained(planted, policies) -> None:
     odd = iter([1.07, 0.93, 1.031, 0.985])
     found = entropies(policies, lambda row: row["entropy"] * next(odd))

@@ -57,6 +57,7 @@ def analysis(run: Path, tmp_path_factory: pytest.TempPathFactory):
     )
 
 
+@pytest.mark.long
 def test_recorded_buffers_are_analysed_with_foreign_tokens_conditioned_on(run: Path, analysis) -> None:
     assert not analysis.failed_checks
     rows = pq.read_table(analysis.folder / "sequences.parquet").to_pylist()

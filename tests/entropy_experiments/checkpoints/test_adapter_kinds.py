@@ -58,6 +58,7 @@ def test_what_is_taken_is_what_is_tried_here() -> None:
     assert set(RECIPES) == SUPPORTED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_loaded_as_it_was_trained_or_refused_by_name(kind: str, tiny_run: Path, tmp_path: Path) -> None:
     if kind not in RECIPES:

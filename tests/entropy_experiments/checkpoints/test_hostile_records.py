@@ -117,6 +117,7 @@ def test_doctor_and_analyze_say_it_on_the_command_line(strangers: Path) -> None:
     assert not Path("imported").exists()
 
 
+@pytest.mark.long
 def test_the_remedies_work(strangers: Path) -> None:
     """--trust runs what the record names; a task of the user's own goes before it."""
     _record(strangers, reward="stranger.py:f")
@@ -192,6 +193,7 @@ def test_a_reward_that_exits_stops_training_in_one_line(tiny_run: Path, tmp_path
         run_training(tiny_train_config(tiny_run.parent / "policy", tmp_path / "run", task=task), quiet=True)
 
 
+@pytest.mark.long
 def test_trls_contract_in_training_and_in_analysis(tiny_run: Path, tmp_path: Path) -> None:
     """An async reward that takes everything, logs, and judges only a part of the completions."""
     (tmp_path / "own.py").write_text(

@@ -108,6 +108,7 @@ def ours(checkpoint_copy: Path) -> Path:
     return checkpoint_copy
 
 
+@pytest.mark.long
 def test_every_field_of_the_record_has_a_range(ours: Path) -> None:
     path = ours / SIDECAR_NAME
     data = json.loads(path.read_text())
@@ -152,6 +153,7 @@ def test_template_arguments_are_for_the_template_alone(ours: Path, key: str) -> 
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "setting", ["temperature", "top_p", "eos_token_id", "max_new_tokens", "do_sample", "watermarking_config"]
 )
@@ -178,6 +180,7 @@ def test_settings_of_the_recorded_generator(ours: Path, setting: str, values: li
         assert all("\n" not in line for line in found.remedies)
 
 
+@pytest.mark.long
 @every_kind
 def test_the_trainers_state_and_the_optimizers_groups(ours: Path, values: list[Any]) -> None:
     """Of a plain checkpoint: refused, or the rate is known to be unknown, and never a traceback."""
@@ -212,15 +215,24 @@ def test_the_trainers_state_and_the_optimizers_groups(ours: Path, values: list[A
 
 
 @pytest.mark.parametrize(
-    ("eps", "zero", "words"),
-    [(0.0, True, "is nothing in its precision"), (1e-60, True, "is nothing"), (0.0, False, None)],
+    ("eps", "zero", "kept", "fused", "words"),
+    [
+        (0.0, True, torch.float32, True, "is nothing in its precision"),
+        (1e-60, True, torch.float32, False, "is nothing"),
+        (0.0, False, torch.float32, False, None),
+        (1e-8, True, torch.float16, False, "is nothing"),
+        (1e-8, True, torch.float16, True, None),
+        (1e-60, True, torch.float16, True, "is nothing"),
+    ],
 )
-def test_an_eps_of_nothing_wants_second_moments(ours: Path, eps: float, zero: bool, words: str | None) -> None:
+def test_an_eps_of_nothing_wants_second_moments(ours: Path, eps, zero, kept, fused, words) -> None:
+    """torch's fused kernel adds eps in float32 to what it keeps in float16."""
     state = torch.load(ours / "optimizer.pt", weights_only=True)
     for group in state["param_groups"]:
-        group["eps"] = eps
+        group |= {"eps": eps, "fused": fused}
     for entry in state["state"].values():
-        entry["exp_avg_sq"].clamp_(min=1e-12)
+        entry |= {name: entry[name].to(kept) for name in ("exp_avg", "exp_avg_sq")}
+        entry["exp_avg_sq"].clamp_(min=1e-12 if kept == torch.float32 else 1e-7)
         if zero:
             entry["exp_avg_sq"].view(-1)[0] = entry["exp_avg"].view(-1)[0] = 0.0
     torch.save(state, ours / "optimizer.pt")

@@ -123,6 +123,7 @@ def real_pair(tiny_run, tmp_path_factory):
     ]
 
 
+@pytest.mark.long
 def test_the_stored_values_are_those_of_analyses_without_the_prompt(real_pair):
     """Contributions, entropies and SNIS ratios summed anew without each prompt, from what the analysis kept by sequence."""
     analysis = real_pair[1]

@@ -34,6 +34,7 @@ def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> N
         assert word in lines[0], lines[0]
 
 
+@pytest.mark.long
 def test_train_analyze_report_doctor(tmp_path):
     policy = save_tiny_policy(tmp_path / "policy")
     config = tmp_path / "train.yaml"
@@ -143,6 +144,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_nothing_half_written(tiny_run, small_disk):
     result = run("analyze", tiny_run, *SMALL, f"output_dir={small_disk}/results", prelude="")  # figures fill it
     assert_one_clear_line(result, "no space left")

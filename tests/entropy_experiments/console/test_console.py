@@ -142,6 +142,7 @@ def test_a_row_a_checkpoint(outcome, width):
     if width >= 60:
         assert max(map(len, text.splitlines())) <= width
         assert ("momentum" in text) == (width > 100)
+        assert ("apart: predicted less measured" in " ".join(text.split())) == (" SE " in text), "a column of that name"
     print_outcomes(plain := console(width, terminal=False), [outcome, failed])
     lines = plain.file.getvalue().splitlines()
     assert any(line.startswith("step 8: entropy 0.842 ± 0.071; predicted −0.074 ± 0.018") for line in lines)
@@ -255,6 +256,7 @@ def test_durations():
     assert [duration(s) for s in (0, 42.4, 725, 11220)] == ["0:00", "0:42", "12:05", "3:07:00"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("matrix", [True, False])
 def test_the_shares_name_the_stages_that_run(tiny_run, tmp_path, matrix):
     """Every stage that an analysis announces is expected, in that order, and nothing else is."""

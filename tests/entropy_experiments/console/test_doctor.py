@@ -58,10 +58,12 @@ def verdict_of(path) -> tuple[str, str]:
     return "no", first
 
 
+@pytest.mark.long
 def test_every_kind_has_its_row(zoo):
     assert table(zoo["ours"].parent).keys() == ZOO.keys() - LIMITED and len(ZOO) >= 25
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LIMITED else n for n in ZOO])
 def test_the_row_says_what_loading_does(zoo, name):
     kind, row = ZOO[name], " ".join(table(zoo[name].parent)[name].split())

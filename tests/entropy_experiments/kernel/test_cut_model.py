@@ -156,6 +156,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, said):
         config(CUT, *overrides)
 
 
+@pytest.mark.long
 def test_one_process_cannot_cut_a_model(tiny_run, tmp_path):
     with pytest.raises(UserError, match="torchrun --nproc-per-node N"):
         run_fisher_analysis(tiny_run, config(CUT), folder=tmp_path / "no", trust=True)

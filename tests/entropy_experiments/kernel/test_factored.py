@@ -192,6 +192,7 @@ def analysis(model: nn.Module, folder: Path | None, **options: Any) -> FisherCom
     return analyze_batches(model, optimizer, sequences(6, 1), sequences(7, 2), weights, settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda: llama(True), lambda: llama(False), lora], ids=["tied", "untied", "lora"])
 def test_a_whole_analysis_comes_to_the_same_numbers(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factored_rows, "BLOCK_BYTES", 4 * 16 * 13 * 5)

@@ -71,6 +71,7 @@ def test_data_are_on_the_disk_before_their_record(tmp_path: Path, monkeypatch: p
     ]
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     assert in_process(die_while_writing, undisturbed, -1, tmp_path / "count") == 0

@@ -80,6 +80,7 @@ def expected() -> Tensor:
     return compute_cross_fisher_kernel(model, evaluation, train, p)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_gives_the_kernel(plan: str, tmp_path: Path) -> None:
     found = kernel(PLANS[plan], tmp_path)
@@ -99,6 +100,7 @@ def _shared() -> list[Tensor]:
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_several_processes_give_the_same_bits(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KERNEL_TEST_FOLDER", str(tmp_path / "shared"))
@@ -147,6 +149,7 @@ def _killed_at_random(plan: KernelPlan, folder: Path, size: int, kills: int, see
 
 
 # The plan that keeps most between its blocks is killed in `make test`, the others in `make test-long`.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plan", "size"),
     [

@@ -53,6 +53,7 @@ def in_float64(left: dict[str, Tensor], right: dict[str, Tensor], p: dict[str, T
     return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("base_dtype", ALLOWED)
 def test_equals_the_kernel_computed_directly(case: ModelCase, base_dtype: str, tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def two_stores(folder: Path, n_eval: int = 23, n_train: int = 17, base_dtype: st
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base_dtype", ALLOWED)
 @pytest.mark.parametrize(("n_eval", "n_train"), [(23, 17), (5, 30), (30, 5), (1, 1)])
 def test_every_way_of_cutting_gives_the_same_kernel(

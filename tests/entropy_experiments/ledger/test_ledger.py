@@ -201,6 +201,14 @@ def test_a_gap_in_the_records_is_refused(tiny_run, tmp_path):
         RunAgain(copy, "cpu", True)
 
 
+def test_what_is_no_run_is_told_apart(tiny_run, tmp_path):
+    """Of a checkpoint and of a folder that is not there it was said that they hold no checkpoint: set training.save_every."""
+    with pytest.raises(UserError, match="is one checkpoint: .* name the run"):
+        RunAgain(next(tiny_run.glob("checkpoint-*")), "cpu", True)
+    with pytest.raises(UserError, match="does not exist"):
+        RunAgain(tmp_path / "nothing", "cpu", True)
+
+
 def test_tokens_and_sequences_are_told_apart():
     assert kind_of(1.0, (5, 9), (9,)) == "right" and kind_of(0.0, (5, 9), (9,)) == "wrong"
     assert kind_of(1.0, (5, 6), (9,)) == "cut off" and kind_of(None, (9,), (9,)) == "wrong"

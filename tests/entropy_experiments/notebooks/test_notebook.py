@@ -60,6 +60,7 @@ def run(*command):
     )
 
 
+@pytest.mark.long
 def test_it_runs_as_a_script(folder):
     found = run(NOTEBOOK, "--", "--results", folder)
     assert found.returncode == 0, found.stderr
@@ -167,6 +168,7 @@ def test_summaries_follow_the_prompt(results):
     assert ">64<" in whole and ">8<" in one and "training sequences of prompt 3" in one and "Rejected" not in one
 
 
+@pytest.mark.long
 def test_every_picture_is_drawn(results):
     names = notebook_views.picture_names(results)
     assert "Predicted and measured change" in names and len(names) > 8

@@ -2,7 +2,7 @@
 
 from entropy_experiments.records.record import validated
 from entropy_experiments.records.summary import Summary
-from entropy_experiments.report.precision_finding import precision_sentences
+from entropy_experiments.report.precision_finding import _WITHOUT_COMPARISON, precision_sentences
 from tests.entropy_experiments.whole_summary import whole_summary
 
 POLICY = {
@@ -50,3 +50,22 @@ def test_rounding_of_the_step():
     )
     close = sentences(step=STEP | {"weights": "float32", "predicted_in_training": -0.0101})[0]
     assert close.tone == "plain" and close.text.startswith("The run's optimizer keeps moments in bfloat16:")
+
+
+def test_what_was_not_looked_at():
+    reasons = {
+        "cut": "cut over processes",
+        "offloaded": "offloaded",
+        "few_sequences": "two evaluation",
+        "not_recorded": "not recorded",
+    }
+    assert reasons.keys() == set(_WITHOUT_COMPARISON)
+    for reason, words in reasons.items():
+        (told,) = sentences(not_compared=reason)
+        assert told.tone == "plain" and words in told.text and "{" not in told.text
+
+
+def test_finer_weights_than_those_of_passes():
+    (stored,), (rounded,) = sentences(finer_weights="stored"), sentences(finer_weights="rounded")
+    assert stored.tone == "plain" and "the checkpoint holds these: the analysed step is theirs" in stored.text
+    assert rounded.tone == "warning" and "The analysed step is that of the finer weights" in rounded.text

@@ -92,6 +92,7 @@ def thousandths(value):
     return f"{value * 1e3:+.3g}".replace("-", "−")
 
 
+@pytest.mark.long
 def test_figures_are_written_and_embedded(written):
     folder, _, page = written
     assert {path.stem for path in (folder / "figures").iterdir()} == FIGURES

@@ -1,8 +1,11 @@
 """What rounding in training changes, against torch's own passes and optimizer in that precision."""
 
+from copy import copy
+
 import pytest
 import torch
 
+from entropy_core.adamw import AdamWParameterState
 from entropy_core.batch import SequenceBatch
 from entropy_core.formed import dot
 from entropy_core.gradients import entropy_gradient, trainable_parameters
@@ -12,7 +15,8 @@ from entropy_experiments.checkpoint_loader import load_as_configured, load_check
 from entropy_experiments.config import FisherAnalysisConfig
 from entropy_experiments.console.analyze import analyze_with_progress
 from entropy_experiments.records.reader import read_results_folder
-from entropy_experiments.step.optimizer_step import take_next_step
+from entropy_experiments.step import training_precision as training_module
+from entropy_experiments.step.optimizer_step import take_next_step, taken_step
 from entropy_experiments.step.training_precision import (
     TrainedIn,
     passes_as_in_training,
@@ -169,11 +173,94 @@ def test_mixed_precision_is_autocast(checkpoint, few):
     assert same is None
 
 
-def test_without_a_record_the_weights_themselves_tell(whole_run, adapter_run):
+def test_without_a_record_the_weights_themselves_tell(whole_run, adapter_run, checkpoint):
+    finest = TrainedIn("float32", "no")
     assert as_saved(load_checkpoint(whole_run / "checkpoint-2", device="cpu", widened=True).model) == BFLOAT16
-    assert as_saved(load_checkpoint(adapter_run / "checkpoint-2", device="cpu").model) == TrainedIn("float32", "no")
+    assert as_saved(checkpoint.model, checkpoint.optimizer) == BFLOAT16
+    adapter = load_checkpoint(adapter_run / "checkpoint-2", device="cpu")
+    assert as_saved(adapter.model) == as_saved(adapter.model, adapter.optimizer) == finest
+    assert as_saved(checkpoint.model, with_moments(checkpoint.optimizer, torch.float32)) == finest, "moments say finer"
+    half = load_checkpoint(adapter_run / "checkpoint-2", device="cpu", widened=True)
+    for p in trainable_parameters(half.model).values():
+        p.data = p.data.bfloat16().float()
+    assert as_saved(half.model, with_moments(half.optimizer, torch.bfloat16)) == BFLOAT16
     with torch.random.fork_rng():
-        assert as_saved(torch.nn.Linear(3, 3)) == TrainedIn("float32", "no")
+        assert as_saved(torch.nn.Linear(3, 3)) == finest
+
+
+def with_moments(optimizer, dtype):
+    """The same, as if its file held them in `dtype`."""
+    found = copy(optimizer)
+    types = dict.fromkeys(optimizer, (dtype, dtype))
+    found.stored_types = lambda: types
+    return found
+
+
+def test_finer_weights_are_told_by_finer_moments(checkpoint, few):
+    moments = with_moments(checkpoint.optimizer, torch.float32)
+
+    def found(trained_in=BFLOAT16, optimizer=moments):
+        return training_precision(checkpoint.model, optimizer, few, "rao_blackwell", {}, None, trained_in, PASSES)
+
+    assert found().finer_weights == "rounded" and found(TrainedIn("float32", "no")).finer_weights == "rounded"
+    assert found(optimizer=None).finer_weights is found(optimizer=checkpoint.optimizer).finer_weights is None
+    weight = next(p for p in checkpoint.model.parameters() if p.dim() > 1)
+    kept = weight.data
+    weight.data = kept + 1e-5
+    try:
+        assert found().finer_weights == "stored" and found(TrainedIn("float32", "no")) is None
+    finally:
+        weight.data = kept
+
+
+def test_what_was_not_looked_at_is_said(adapter_run, checkpoint, few, monkeypatch):
+    finest = TrainedIn("float32", "no")
+
+    def found(trained_in, batch=few, optimizer=None, recorded=True):
+        arguments = (checkpoint.model, optimizer, batch, "rao_blackwell", {}, None, trained_in, PASSES)
+        return training_precision(*arguments, recorded=recorded)
+
+    assert found(finest) is None and found(finest, recorded=False).not_compared == "not_recorded"
+    assert found(BFLOAT16, recorded=False).not_compared is None
+    assert found(BFLOAT16, few.select([0])).not_compared == "few_sequences"
+    adapter = load_as_configured(adapter_run / "checkpoint-2", FisherAnalysisConfig(), "cpu").model
+    adapter.get_input_embeddings().to("meta")
+    offloaded = training_precision(adapter, None, few, "rao_blackwell", {}, None, BFLOAT16, PASSES)
+    assert (offloaded.policy, offloaded.not_compared) == (None, "offloaded")
+    monkeypatch.setattr(training_module, "open_cut", lambda model: "a cut")
+    assert found(finest) is None
+    for said in (found(BFLOAT16), found(finest, recorded=False), found(finest, optimizer=checkpoint.optimizer)):
+        assert (said.policy, said.not_compared) == (None, "cut")
+
+
+def test_adapters_that_are_trained_in_half_precision_pass_so_on_a_finer_base(adapter_run, few):
+    model = load_as_configured(adapter_run / "checkpoint-2", FisherAnalysisConfig(), "cpu").model
+    trained = trainable_parameters(model)
+    kept = dict.fromkeys(trained, torch.bfloat16)
+    for p in trained.values():
+        p.data = p.data.bfloat16().float()
+    with passes_as_in_training(model, TrainedIn("float32", "no"), kept):
+        types = {name: p.dtype for name, p in model.named_parameters()}
+    assert types == {n: torch.bfloat16 if n in trained else torch.float32 for n in types}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert policy_rounding(model, few, "rao_blackwell", None, TrainedIn("float32", "no"), PASSES, kept).logprob > 1e-5
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_in_half_precision_is_by_the_runs_own_kernel(fused):
+    """In float16 torch's plain kernel loses eps and the small second moments; the fused one computes in float32."""
+    generator = torch.Generator().manual_seed(0)
+    theta, g, m = (s * torch.randn(500, generator=generator) for s in (0.1, 1e-3, 1e-3))
+    weight = torch.nn.Parameter(theta.half())
+    weight.grad, m, v = g.half(), m.half(), torch.rand(500, generator=generator).mul(1e-6).half()
+    state = AdamWParameterState(m, v, 5, 1e-3, 0.9, 0.999, 1e-8, 0.01, fused=fused)
+    found = taken_step(state, weight.grad, weight, torch.float16)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.01, fused=fused)
+    optimizer.state[weight] = {"step": torch.tensor(5.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    before = weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(found, weight.detach() - before, rtol=0, atol=0, equal_nan=True)
+    assert bool(found.isfinite().all()) == fused
 
 
 def test_an_analysis_says_it(adapter_run, tmp_path, capsys):

@@ -68,6 +68,7 @@ def numbers(found: FisherComputation) -> dict[str, Tensor]:
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "given"])
 @pytest.mark.parametrize("name", FULLY_TRAINED)
 def test_the_numbers_are_those_of_the_rows(name: str, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:

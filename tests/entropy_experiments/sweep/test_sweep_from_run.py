@@ -35,6 +35,7 @@ def test_checkpoints_without_a_recorded_next_step_are_left_out(
     assert [t.step for t in plan_sweep({"run": tiny_run}, load_config(SweepConfig, None, QUICK))] == [2, 4]
 
 
+@pytest.mark.long
 def test_a_sweep_over_the_runs_own_sequences(tiny_run: Path, tmp_path: Path) -> None:
     """Two checkpoints with a next step: the first is copied under another number, so that both have one."""
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))

@@ -95,6 +95,11 @@ def values(axes, label):
     raise AssertionError(f"no {label!r} among {[c.get_label() for c in axes.containers]}")
 
 
+def slider_titles(folders, rows):
+    plot = checkpoint_slider(folders, rows)
+    return "" if plot is None else str([step["layout"]["title"] for step in plot["steps"]])
+
+
 def test_figures_hold_the_numbers(run):
     _, evolution = run
     rows = evolution.checkpoints
@@ -118,6 +123,14 @@ def test_figures_hold_the_numbers(run):
     text = caption_of(plot_fisher_evolution(known))
     assert "Over the 7 steps with both, predicted and measured: correlation 1 (exact)" in text, "as in the verdict"
     assert "1 step with too small an effective sample left out" in text
+    folders = run[0]
+    assert "(untrusted)" not in slider_titles(folders, rows) and "(untrusted)" in slider_titles(
+        folders, known.checkpoints
+    )
+    (shown,) = (s.tables[0] for s in sweep_page(sweep_of(
+        [entry(folder) for folder in folders], ["planted"]), {"planted": known}, {"planted": [None]}
+    ).sections if s.name == "checkpoints")  # fmt: skip
+    assert [row[5].endswith("(untrusted)") for row in shown.texts] == [k == 3 for k in range(8)]
     assert overview.axes[0].lines[0].get_ydata() == pytest.approx([row.entropy.value for row in rows])
 
 
@@ -292,6 +305,7 @@ def test_without_javascript_the_pictures_remain(browser, page):
     visit.context.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_hostile_text_runs_nothing(browser, run, tmp_path):
     folders, _ = run

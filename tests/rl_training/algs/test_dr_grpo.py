@@ -34,6 +34,7 @@ class GradientSpy(TrainerCallback):
                 self.gradients[name], self.parameters[name] = p.grad.clone(), p.detach().clone()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("normalizer", "micro_batch"), [("constant", 16), ("constant", 4), ("prompt_longest", 16), ("prompt_longest", 4)]
 )
@@ -153,6 +154,7 @@ def adapter(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"checkpoint-{step}" / "adapter_model.safetensors")
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(tiny_policy, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run_training(tiny_train_config(tiny_policy, whole, training={"steps": 4}), quiet=True)
@@ -173,6 +175,7 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(tiny_policy, tmp_p
     )
 
 
+@pytest.mark.long
 def test_training_is_bit_identical_with_the_probe_on_and_off(tiny_policy, tmp_path):
     runs = {}
     for enabled in (True, False):
@@ -297,6 +300,7 @@ def test_settings_under_which_the_weights_would_not_be_exact_are_refused(tmp_pat
         )
 
 
+@pytest.mark.long
 def test_resuming_never_mixes_two_runs(tiny_policy, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for run in (first, second):

@@ -267,6 +267,7 @@ def test_what_a_wrapper_of_the_model_adds_is_seen_too(tiny_policy, tmp_path) -> 
 
 
 # ---------------------------------------------------------------- DrGRPOTrainer
+@pytest.mark.long
 @pytest.mark.parametrize("normalizer", ["constant", "prompt_longest"])
 def test_dr_grpo_trains_on_tool_results_and_records_which_tokens_were_drawn(tiny_policy, tmp_path, normalizer) -> None:
     config = tiny_train_config(

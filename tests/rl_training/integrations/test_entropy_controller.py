@@ -45,6 +45,7 @@ def forced(callback, alpha):
     callback._controller._solve = always
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

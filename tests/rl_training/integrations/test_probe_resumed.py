@@ -69,6 +69,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return dict(trainer.model.named_parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [m if m in QUICK else pytest.param(m, marks=pytest.mark.long) for m in MODES])
 def test_plain_trl(tiny_policy, tmp_path, mode) -> None:
     whole, _ = trainer_of(tiny_policy, tmp_path / "run", MODES[mode])
@@ -81,6 +82,7 @@ def test_plain_trl(tiny_policy, tmp_path, mode) -> None:
     assert not differing(whole, again) and len(numbers(whole)) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["watch", "simple", "attribution"])
 def test_train(tiny_policy, tmp_path, mode) -> None:
     def run(folder: Path, steps: int, resume: bool) -> Path:
@@ -111,6 +113,7 @@ def damaged(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "probe", "word"),
     [

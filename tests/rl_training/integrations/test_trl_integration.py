@@ -82,6 +82,7 @@ def check_same_tokens(entries, count=STEPS):
         assert total == pytest.approx(entry["predicted"], rel=1e-5, abs=1e-9), "parts do not sum to the total"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
     """The relative error is curvature, of the order of the step, until float32 rounds h (at 1e-7 of its 4 nats)."""
@@ -99,6 +100,7 @@ def test_every_loss_is_predicted(tiny_policy, tmp_path, loss_type):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
@@ -249,6 +251,7 @@ def test_counterfactual_steps_in_a_trainer(tiny_policy, tmp_path):
 
 
 # ---------------------------------------------------------------------- attribution
+@pytest.mark.long
 @pytest.mark.parametrize("loss_type", LINEAR_LOSSES)
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "lora": True}], ids=lambda s: "-".join(s))
 def test_shares_add_up_to_the_batchs_part_for_every_linear_loss(tiny_policy, tmp_path, loss_type, settings):
@@ -264,6 +267,7 @@ def test_shares_add_up_to_the_batchs_part_for_every_linear_loss(tiny_policy, tmp
         assert abs(entry["largest_share"]) == pytest.approx(float(change.shares.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

@@ -18,6 +18,7 @@ from tests.tiny_policy import tiny_train_config
 from tests.two_processes import in_two_processes
 
 
+@pytest.mark.long
 def test_two_processes_predict_and_measure_what_one_does():
     """On the same batch and the same steps, each process computing on some of the prompts: to 1e-5, in fact to rounding."""
     alone, (first, second) = all_that_the_probe_says(), in_two_processes(all_that_the_probe_says)

@@ -165,6 +165,7 @@ def test_sequences_that_were_rejected_are_watched_too(tmp_path):
     assert all(change.sequences >= 16 for change in callback.history)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

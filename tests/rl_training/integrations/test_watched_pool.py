@@ -153,6 +153,7 @@ def _scale_adapters(model):
             module.scaling["default"] *= 3.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "lora", "steps"),
     [

@@ -27,6 +27,7 @@ KINDS = {
 CASES = [pytest.param(kind, ours, id=f"{kind}-{'ours' if ours else 'TRL'}") for kind in KINDS for ours in (False, True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "ours"), [case for case in CASES if case.id != "aLoRA-ours"])
 def test_a_checkpointed_run_is_the_same_with_the_probe_and_without(tmp_path, kind, ours):
     model = llama()

@@ -165,6 +165,31 @@ def test_fresh_completions_take_nothing_from_the_models_own_settings(model):
     assert kept.repetition_penalty == 9.0 and len({c[0] for c in ours}) > 10
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_settings_that_an_adapters_wrapper_was_given_are_the_models_own(model, tmp_path, task):
+    """peft puts them in the place of the inner model's whenever it generates, if it was told of a language model: found at
+    attach, and taken away for the probe.
+    """
+    from rl_training.sampling import SamplingConfig, generate_completions
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type=task))
+    adapted.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0, no_repeat_ngram_size=2)
+    trainer = make_trainer(adapted, tmp_path)
+    _, told = attached(trainer)
+    if task is None:
+        assert not told and not describe_sampling(trainer).generation["no_repeat_ngram_size"]
+    else:
+        assert len(told) == 1 and "no_repeat_ngram_size=2" in told[0], told
+        with pytest.raises(UserError, match="no_repeat_ngram_size=2"):
+            make_trainer(adapted, tmp_path, DrGRPOTrainer)
+    given = (adapted, [[4, 5, 6]] * 64, SamplingConfig(1.0, 6, (1,), 0))
+    adapted.generation_config = own = GenerationConfig(min_new_tokens=6, suppress_tokens=[5], repetition_penalty=9.0)
+    ours = generate_completions(*given, seed=0)
+    assert adapted.generation_config is own and not model.generation_config.no_repeat_ngram_size
+    adapted.generation_config = GenerationConfig()
+    assert ours == generate_completions(*given, seed=0), "the wrapper's settings altered what was drawn"
+
+
 def test_the_sampling_is_that_of_the_generators_final_configuration(model, tmp_path):
     model.generation_config = GenerationConfig(eos_token_id=[1, 7])
     trainer = make_trainer(model, tmp_path, temperature=0.7, generation_kwargs={"max_new_tokens": 4})

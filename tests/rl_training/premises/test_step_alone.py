@@ -55,6 +55,7 @@ def run(tiny_policy, folder, mode, earlier=(), later=()):
     return said, [abs(entry["measured"]) for entry in logged(trainer)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("callback", [ShrinkAfter, ShrinkBefore])
 def test_a_callback_between_the_two_looks_is_named_once_and_the_remedy_helps(tiny_policy, tmp_path, mode, callback):
@@ -72,3 +73,34 @@ def test_a_callback_between_the_two_looks_is_named_once_and_the_remedy_helps(tin
 def test_a_callback_that_moves_nothing_is_not_spoken_of(tiny_policy, tmp_path, mode):
     said, measured = run(tiny_policy, tmp_path, mode, [Quiet()], [Quiet()])
     assert not said and max(measured) < 1e-5
+
+
+class Bare(torch.optim.Optimizer):
+    """A wrapper as many a Lookahead is: an optimizer of torch's by name, which never began as one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
+
+
+def test_an_optimizer_that_keeps_no_hooks_does_not_end_training(tiny_policy, tmp_path):
+    trainer = make_trainer(tiny_policy, tmp_path, learning_rate=1e-5)
+    trainer.optimizer = Bare(torch.optim.AdamW(trainer.model.parameters(), lr=1e-5))
+    trainer.add_callback(Quiet())
+    attach_entropy_probe(trainer, EntropyProbeConfig(**MODES["simple"], on_error="raise"), console=False)
+    trainer.train()
+    entries = logged(trainer)
+    assert len(entries) == 3
+    assert all(e["same_tokens"] == pytest.approx(e["measured"], rel=0.1, abs=5e-7) for e in entries)

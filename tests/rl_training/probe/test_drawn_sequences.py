@@ -49,6 +49,7 @@ CASES = {
 RIGHT = ("as drawn", "at its temperature")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["probe", "no gradient", "watch"])
 def test_a_batch_that_the_policy_did_not_draw_is_said_once(policy, kind, case):

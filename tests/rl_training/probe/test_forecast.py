@@ -31,6 +31,7 @@ def simulated(seed: int, wander: float, steps: int = 45, beyond: int = 300):
     return np.array(truth), said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wander", [0.0, 0.001])
 def test_bands_cover_and_the_curve_is_quieter_than_its_points(wander):
     inside = count = timely = times = 0

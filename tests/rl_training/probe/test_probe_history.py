@@ -52,6 +52,7 @@ def every_step(tiny_policy, tmp_path_factory):
     return folder, *train(tiny_policy, folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

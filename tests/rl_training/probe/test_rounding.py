@@ -46,6 +46,7 @@ def noise(changes) -> float:
     return max(abs(measured - derivative) / abs(derivative) for measured, derivative in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["trained", "frozen"])
 def test_half_precision_is_named_and_the_remedy_mends_it(tmp_path, kind, mode):

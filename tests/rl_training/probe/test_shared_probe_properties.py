@@ -25,6 +25,7 @@ def step(setting: Setting, order: list[int], processes: Processes) -> EntropyCha
     return change
 
 
+@pytest.mark.long
 @settings(max_examples=12)
 @given(data=st.data(), count=st.integers(1, 3))
 def test_a_step(data, count) -> None:

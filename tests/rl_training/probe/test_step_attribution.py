@@ -74,6 +74,7 @@ def change_of_real_step(setting: Setting, gradient: torch.Tensor, weights: torch
     return along(gradient, {name: p.detach() - before[name] for name, p in named.items()})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", [MAX_NORM, 1e3], ids=["clipped", "not_clipped"])
 def test_effects_are_how_the_real_step_answers_to_a_sequences_weight(setting, norm):
     gradient = setting.gradients()[0]

@@ -70,6 +70,7 @@ def loss_of(setting: Setting, seed: int) -> torch.Tensor:
         return -(training.weights * token_terms(setting.model, setting.space)[0].sum(1)[chosen]).sum()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "more"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
 def test_the_total_is_the_exact_change_along_the_step(name, more):
     setting = Setting.fresh()

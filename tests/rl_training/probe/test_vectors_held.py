@@ -77,6 +77,7 @@ def test_parts_hold_three_and_a_copy_of_the_weights() -> None:
     assert 2 < most <= 4 + SLACK
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["simple", "attribution"])
 def test_predicting_every_step_holds_what_is_stated(mode: Any) -> None:
     """In all, from the gradient of entropy until the step is compared: the folds' gradients, newest and average, five, and what

@@ -143,6 +143,7 @@ def test_training_from_a_strangers_tokenizer_ends_in_one_line(tmp_path: Path, hu
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("template", [ENDLESS, "{{ 'a' * 10**11 }}"])
 def test_a_checkpoints_template_ends_doctor_and_analyze_in_one_line(
     template: str, tmp_path: Path, hurried: None, trained: Path

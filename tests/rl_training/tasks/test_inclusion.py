@@ -70,6 +70,7 @@ def some_rates(size: int) -> PassRates:
     return rates
 
 
+@pytest.mark.long
 def test_the_numbers_of_a_draw_are_how_often_it_holds_each_prompt() -> None:
     rates, draws = some_rates(6), 1500
     wanted = by_enumeration(rates.weights(), 4)

@@ -126,6 +126,7 @@ def sealed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
 
 
+@pytest.mark.long
 @sealed_here
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_text_is_stopped(sealed: dict[str, Any], name: str) -> None:
@@ -210,6 +211,7 @@ EVALUATED = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EVALUATING)
 def test_scorers_that_evaluate_give_honest_rewards_and_run_nothing(
     tasks: dict[str, Task], marker: Path, name: str
@@ -298,6 +300,7 @@ def test_math_verify_is_limited_in_any_thread(marker: Path) -> None:
     assert found[0] == found[-1] == 1.0 and not any(found[1:-1]) and len(found) == len(texts)
 
 
+@pytest.mark.long
 def test_a_sandbox_that_died_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task(TaskConfig(name="countdown", size=2, heldout_size=0))
     (reward,) = task.reward_functions
@@ -329,6 +332,7 @@ def test_problems_that_take_too_much_are_refused(monkeypatch: pytest.MonkeyPatch
         )
 
 
+@pytest.mark.long
 def test_the_sandbox_leaves_nothing_behind(tmp_path: Path) -> None:
     """A process that used it and ended, one way or another: no process and no folder of the sandbox remains."""
     code = (

@@ -56,6 +56,7 @@ def moments_of(checkpoint) -> list[torch.Tensor]:
     return [m for name in trained for m in (state[name].exp_avg, state[name].exp_avg_sq)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_imported_checkpoint_loads_with_its_moments(runs, reference, name):
     with pytest.warns(UserWarning, match="not verified"):
@@ -109,6 +110,7 @@ def assert_same(found: dict, wanted: dict) -> None:
         assert math.isclose(*pair, rel_tol=1e-5, abs_tol=1e-9), (key, *pair)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*ANALYSED, *(pytest.param(n, marks=pytest.mark.long) for n in _ALL)])
 def test_one_policy_in_every_format_gives_the_same_summary(formats, runs, summary_of, name):

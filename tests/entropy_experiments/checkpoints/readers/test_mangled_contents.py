@@ -99,6 +99,7 @@ def save(path: Path, content: Any) -> None:
             torch.save(content, path)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FILES)
 def test_one_value_is_another_thing(copied, kind):
