@@ -321,3 +321,14 @@ def test_a_predictor_that_is_missing_or_says_no_number_is_told_in_a_line(recorde
 def test_the_documented_table_of_rivals_is_of_the_stored_replay() -> None:
     shown = Path("docs/study/predictors.md").read_text()
     assert rival_table(json.loads((RESULTS / "replay.json").read_text())) in shown
+
+
+def test_the_shipped_records_are_whole() -> None:
+    found = {path.stem: score.load(path) for path in sorted(score.RECORDS.glob("*.npz"))}
+    assert {name: len(record) for name, record in found.items()} == {
+        **dict.fromkeys(("small-0", "small-1", "small-2"), 100),
+        "turning-0": 110,
+    }
+    first = found["small-0"]
+    assert all(np.isfinite(rival(first.steps[20])) for rival in score.rivals().values())
+    assert all(truth.error > 0 for truth in first.truth)
