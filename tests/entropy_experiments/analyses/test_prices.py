@@ -348,9 +348,10 @@ def test_without_rewards_entropy_alone_is_priced(rewards, note):
 
 def test_table_and_figure_hold_every_row():
     _, result = priced()
-    (table,) = TABLES["prices"](result)
+    table, measured = TABLES["prices"](result)
     assert [cells[0] for cells in table.rows] == [one.label for one in result.rows]
-    assert all(len(cells) == len(table.columns) for cells in table.rows)
+    assert [cells[0] for cells in measured.rows] == [one.label for one in result.rows if one.measured is not None]
+    assert all(len(cells) == len(one.columns) for one in (table, measured) for cells in one.rows)
     points = price_points(result)
     assert len(points) >= 12 and png_bytes(plot_prices(result)).startswith(b"\x89PNG")
     one = next(p for p in points if p.label == "negative weights only")
