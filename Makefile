@@ -1,6 +1,6 @@
 # make demo    train a small model until its entropy collapses, analyse its checkpoints, write the report
-# make test    the test suite, eight minutes on two cores   (PYTEST_ARGS="-k kernel -x" is passed on)
-# make test-long   what it leaves out: real launches, terminals, browsers and models, repeated kills, simulated rates
+# make test    the test suite, five minutes on two cores   (PYTEST_ARGS="-k kernel -x" is passed on)
+# make test-long   what it leaves out: real launches, terminals, browsers and models, repeated kills, simulated rates, whatever takes seconds
 # make test-all   both
 # make durations   both, and how long each test took into tests/durations.md
 # make check   ruff, format, pyright, floors
