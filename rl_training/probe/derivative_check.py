@@ -70,7 +70,7 @@ class DerivativeCheck:
                     along = token_derivatives(self._model, batch.select(mine), step)
                 sums = of.entropy[mine].double() * along.entropies.double()
                 parts[mine] = (sums + of.logprob[mine].double() * along.logprobs.double()).sum(1) / len(batch)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # what ends one process alone would leave the others waiting
                 trouble = str(error)
         if self._sharing.any(trouble is not None, batch.device):
             return trouble or "another process could not take derivatives of its sequences"
