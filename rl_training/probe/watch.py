@@ -235,15 +235,14 @@ class EntropyWatch:
         batch, statistics = self._seen.batch, self._seen.statistics
         mine = self._sharing.my_sequences(batch.prompt_index)
         logprobs, entropies = torch.zeros_like(statistics.logprobs), torch.zeros_like(statistics.entropies)
-        trouble: ValueError | None = None
+        trouble: ValueError | RuntimeError | None = None
         if len(mine):
             try:
-                with PassState(
-                    self._model, true_derivatives=True
-                ):  # as the gradient: through norms that DoRA holds fixed
+                # As the gradient: through norms that DoRA holds fixed.
+                with PassState(self._model, true_derivatives=True):
                     found = token_derivatives(self._model, batch.select(mine), direction)
                 logprobs[mine], entropies[mine] = found.logprobs.to(logprobs), found.entropies.to(entropies)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # what ends one process alone would leave the others waiting
                 trouble = error
         if self._sharing.any(trouble is not None, batch.device):
             raise trouble or ValueError("another process could not take derivatives of its sequences")
