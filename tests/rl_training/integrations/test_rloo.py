@@ -11,7 +11,7 @@ from rl_training.integrations.step_recorder import record_steps
 from rl_training.integrations.trl import attach_entropy_probe
 from rl_training.models.load import load_model_and_tokenizer
 from rl_training.run.step_record import GENERATED, read_step
-from tests.rl_training.integrations.test_trl_integration import check_same_tokens, logged
+from tests.rl_training.integrations.test_trl_integration import SMALL_RUN, check_same_tokens, logged
 from tests.tiny_policy import even_start_reward
 
 
@@ -19,20 +19,10 @@ def make_rloo(tiny_policy, folder, **settings):
     model, tokenizer = load_model_and_tokenizer(str(tiny_policy), device="cpu")
     arguments = RLOOConfig(
         **{
+            **SMALL_RUN,
             "output_dir": str(folder),
-            "use_cpu": True,
-            "bf16": False,
             "max_steps": 3,
-            "logging_steps": 1,
-            "learning_rate": 1e-5,
             "beta": 0.0,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
             **settings,
         }
     )

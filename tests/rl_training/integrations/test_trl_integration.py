@@ -23,6 +23,20 @@ from tests.warm_python import warm_run
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 LINEAR_LOSSES = ["dr_grpo", "grpo", "bnpo", "dapo"]
 STEPS = 3
+SMALL_RUN = {
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "learning_rate": 1e-5,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
 
 
 def make_trainer(tiny_policy, folder, lora=False, **settings):
@@ -32,19 +46,8 @@ def make_trainer(tiny_policy, folder, lora=False, **settings):
         settings = {"importance_sampling_level": "sequence", **settings}
     arguments = GRPOConfig(
         **{
+            **SMALL_RUN,
             "output_dir": str(folder),
-            "use_cpu": True,
-            "bf16": False,
-            "max_steps": STEPS,
-            "logging_steps": 1,
-            "learning_rate": 1e-5,
-            "per_device_train_batch_size": 16,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
             **settings,
         }
     )
