@@ -1,8 +1,8 @@
 """Does a ledger's share foretell what a run without that group does? Each is left out of the recorded steps, all taken again.
 
-    python benchmarks/ledger_check.py small      the small policy's run (price_check), its ledger, and 20 runs of 20 steps
-    python benchmarks/ledger_check.py smollm2    a run of SmolLM2-135M on the demo's task, its ledger, and 4 runs of 8 steps
-    python benchmarks/ledger_check.py page       the tables, from the rows under benchmarks/results/ledger/
+    python -m benchmarks.ledger_check small      the small policy's run (price_check), its ledger, and 20 runs of 20 steps
+    python -m benchmarks.ledger_check smollm2    a run of SmolLM2-135M on the demo's task, its ledger, and 4 runs of 8 steps
+    python -m benchmarks.ledger_check page       the tables, from the rows under benchmarks/results/ledger/
 
 What is there is not made again.
 
@@ -211,7 +211,7 @@ def section(name: str, kept: dict[str, Any]) -> str:
 
 _TEXT = """# A ledger's shares beside runs without the group
 
-`python benchmarks/ledger_check.py small` and `... smollm2` (rows beside this page). Groups of training prompts are left out
+`python -m benchmarks.ledger_check small` and `... smollm2` (rows beside this page). Groups of training prompts are left out
 of all recorded steps, which are then taken again. Shares: of the [ledger](../../../docs/analyses/ledger.md). *Effect*:
 entropy with the group less without it, at the end, on the same sequences. *Score*: the linear datamodelling score, the rank
 correlation of share and effect over groups.

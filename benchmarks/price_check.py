@@ -1,10 +1,10 @@
 """Predicted prices beside real steps: every intervention of a price list is taken and measured, at several checkpoints.
 
-    python benchmarks/price_check.py small               trains the small policy and prices three of its checkpoints; minutes
-    python benchmarks/price_check.py slow                the same at the learning rate of benchmarks/study
-    python benchmarks/price_check.py run NAME RUN 3 6    a run's own checkpoints, at these steps
-    python benchmarks/price_check.py independent slow 10 one of these, measured on four times as many other sequences
-    python benchmarks/price_check.py page                the table, from the rows that both keep under benchmarks/results/prices/
+    python -m benchmarks.price_check small               trains the small policy and prices three of its checkpoints; minutes
+    python -m benchmarks.price_check slow                the same at the learning rate of benchmarks/study
+    python -m benchmarks.price_check run NAME RUN 3 6    a run's own checkpoints, at these steps
+    python -m benchmarks.price_check independent slow 10 one of these, measured on four times as many other sequences
+    python -m benchmarks.price_check page                the table, from the rows that both keep under benchmarks/results/prices/
 
     same sequences     predicted and measured on the same evaluation sequences, reweighted: what differs is curvature
     fresh sequences    measured on others, drawn with another seed, as many (one checkpoint)
@@ -257,13 +257,13 @@ _COLUMNS = (
 _TEXT = """# Prices beside real steps
 
 Every intervention of the [price list](../../../docs/analyses/prices.md) is taken as a real AdamW step and measured, by
-`python benchmarks/price_check.py slow` and `... small` (`... run NAME RUN STEP...` for another run); the rows are beside this
+`python -m benchmarks.price_check slow` and `... small` (`... run NAME RUN STEP...` for another run); the rows are beside this
 page. Both are runs of the [small policy](../../probe_replay/small_policy.py), all weights trained: *slow* at 2e-4, the
 learning rate of the [study](../study/README.md), *small* at 5e-4. Rank correlation and slope (of measured on predicted,
 through 0) are of δh less that of the step as trained, over interventions; *told from 0*: over those whose predicted 95%
 interval excludes 0. Signs: of δJ, and of δJ less that of the step as trained, among those told from 0. *Same*: measured on
 the sequences that were predicted on; *fresh*: on others. Brackets: 95% intervals (rank correlation: over interventions, which
-are not independent). Rows *on 2048* are of `python benchmarks/price_check.py independent RUN STEP` (files under
+are not independent). Rows *on 2048* are of `python -m benchmarks.price_check independent RUN STEP` (files under
 `independent/`): truths on 8192 fresh sequences, whose own noise is small.
 
 Wanted were a rank correlation of at least 0.9, a slope of 0.8 to 1.2, and 80% of signs at each of three checkpoints. **At
