@@ -152,9 +152,9 @@ bench-replay: $(STAMP)
 	$(BIN)/python -m benchmarks.probe_replay page
 
 study: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study tune
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study tune --processes 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study run --processes 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study foretold
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study foretold --processes 2
 	$(BIN)/python -m benchmarks.study page
 
 # The peers' environment. torch first and alone, then the project as everywhere; the peers themselves without their

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from typing import Any
 
 from benchmarks.study import smollm2
 from benchmarks.study.arms import ARMS
@@ -12,7 +14,7 @@ from benchmarks.study.foretold import prices_at
 from benchmarks.study.page import write_page
 from benchmarks.study.runs import SEEDS, STEPS, run
 from benchmarks.study.tasks import TASKS
-from benchmarks.study.tuning import tune, tuned
+from benchmarks.study.tuning import GRID, tuned, tuning_run
 
 
 def main() -> None:
@@ -25,21 +27,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, each on one core")
     given = parser.parse_args()
-    if given.what == "tune":
-        tune(given.task)
-    elif given.what == "foretold":
-        for seed in given.seeds:
-            print(seed, prices_at(TASKS[given.task], seed), flush=True)
-    elif given.what == "smollm2":
+    if given.what == "smollm2":
         smollm2.main()
     elif given.what == "page":
         write_page()
     else:
-        wanted = [(given.task, arm, seed, given.steps) for seed in given.seeds for arm in given.arms]
-        overrides = {"bonus": tuned(given.task)} if "bonus" in given.arms else {}
+        TASKS[given.task].policy()  # Made once, before processes ask for it.
         with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(run, *one, **overrides.get(one[1], {})) for one in wanted]):
+            for done in as_completed(list(_submitted(pool, given))):
                 print(done.result(), flush=True)
+        if given.what == "tune":
+            print(tuned(given.task))
+
+
+def _submitted(pool: ProcessPoolExecutor, given: argparse.Namespace) -> Iterator[Future[Any]]:
+    if given.what == "tune":
+        yield from (pool.submit(tuning_run, given.task, coefficient) for coefficient in GRID)
+    elif given.what == "foretold":
+        yield from (pool.submit(prices_at, TASKS[given.task], seed) for seed in given.seeds)
+    else:
+        overrides = {"bonus": tuned(given.task)} if "bonus" in given.arms else {}
+        for seed in given.seeds:
+            for arm in given.arms:
+                yield pool.submit(run, given.task, arm, seed, given.steps, **overrides.get(arm, {}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from benchmarks.study.runs import run
 from benchmarks.study.summary import distance
@@ -10,16 +11,15 @@ from benchmarks.study.summary import distance
 GRID, SEED, STEPS = (0.01, 0.02, 0.025, 0.03, 0.05), 100, 300
 
 
-def tune(task: str) -> float:
-    """Run what is missing of the grid, and say which coefficient is nearest."""
-    found = {}
-    for coefficient in GRID:
-        stored = json.loads(run(task, "bonus", SEED, STEPS, entropy_coef=coefficient).read_text())
-        found[coefficient] = distance(stored)
-        print(f"entropy_coef {coefficient:g}: rms distance {found[coefficient]:.4f} nats per token", flush=True)
-    return min(found, key=lambda coefficient: found[coefficient])
+def tuning_run(task: str, coefficient: float) -> Path:
+    """One run of the grid; a file that is there is not made again."""
+    return run(task, "bonus", SEED, STEPS, entropy_coef=coefficient)
 
 
 def tuned(task: str) -> dict[str, float]:
-    """The setting, out of the grid's stored runs."""
-    return {"entropy_coef": tune(task)}
+    """The setting, out of the grid's runs; those that are missing are made."""
+    found = {}
+    for coefficient in GRID:
+        found[coefficient] = distance(json.loads(tuning_run(task, coefficient).read_text()))
+        print(f"entropy_coef {coefficient:g}: rms distance {found[coefficient]:.4f} nats per token", flush=True)
+    return {"entropy_coef": min(found, key=lambda coefficient: found[coefficient])}
