@@ -21,12 +21,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_training.files import write_whole
+from benchmarks.large_models_page import write_page
 
 RESULTS = Path(__file__).parent / "results" / "large_models"
 ROOT = Path("runs/large")
@@ -35,15 +34,9 @@ _K = "entropy_analysis."
 _FEW = (f"{_K}analysis.intervention=false", f"{_K}analysis.weighting_steps=false", f"{_K}analysis.prices=false")
 _NO_SCHEMES = f"{_K}analysis.weighting_schemes=false"
 """Without the matrix each of some fifteen weightings is a gradient and a forward-mode pass; from the matrix they cost nothing."""
-_CORES = 2
 _GIB = 2**30
 ENTRIES = 8
 PIECE = 2**20  # parameters of which a product is made at a time
-_KERNEL_STAGES = (
-    "training gradients, one row per sequence",
-    "evaluation gradients and kernels",
-    "the training buffer's own kernel",
-)
 _HALF_BILLION = (
     "lora.enabled=false", "optimizer.learning_rate=1e-5", "model.dtype=bfloat16", "optimizer.micro_batch_size=4",
     "task.reward=benchmarks.large_models:even_length", "rollouts.prompts_per_step=4", "rollouts.completions_per_prompt=4",
@@ -303,83 +296,6 @@ def _by_autograd(run: Path, dtype: str, temperature: float, evaluation: list[Any
     return found
 
 
-def page() -> None:
-    """The latest of every case that ended, and its error."""
-    lines = [json.loads(line) for line in (RESULTS / "measurements.jsonl").read_text().splitlines()]
-    latest = {line["case"]: line for line in lines if line.get("status") == 0}
-    errors = {line["case"]: line["error"] for line in lines if "error" in line}
-    floors = {line["case"]: line for line in lines if "floor" in line}
-    write_whole(RESULTS / "README.md", "\n".join([*_page(latest, errors), *_floors(latest, floors)]) + "\n")
-
-
-def _floors(latest: dict[str, dict[str, Any]], floors: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What the stages of the kernels took over the least that they take."""
-    if not floors:
-        return
-    yield from ["", "## Over the floor", ""]
-    yield "The three stages of the kernels against what `floor` measures: plain forward and backward passes over the same"
-    yield "sequences, and one product of random rows of the same size (its part in brackets). Passes grow with sequences times"
-    yield "parameters, the product with evaluation times training sequences times parameters."
-    yield ""
-    yield "| case | parameters | evaluation × training | kernels, CPU s | floor, CPU s | ratio |"
-    yield "|---|---|---|---|---|---|"
-    for name, line in floors.items():
-        if name not in latest:
-            continue
-        taken, least = _stage_seconds(latest[name], _KERNEL_STAGES), sum(line["floor"].values())
-        product = sum(value for key, value in line["floor"].items() if key.endswith("product"))
-        case = CASES[name]
-        yield (
-            f"| `{name}` | {line['parameters'] / 1e6:.1f} M | {case.n_eval} × {case.n_train} | {taken:.0f} | {least:.0f} "
-            f"({product:.0f}) | {taken / least:.1f} |"
-        )
-
-
-def _stage_seconds(line: dict[str, Any], names: tuple[str, ...]) -> float:
-    ends = [*(stage["cpu"] for stage in line["stages"][1:]), line["cpu"]]
-    pairs = zip(line["stages"], ends, strict=True)
-    return sum(end - stage["cpu"] for stage, end in pairs if stage["line"].partition(" (stage")[0] in names)
-
-
-def _page(latest: dict[str, dict[str, Any]], errors: dict[str, float]) -> Iterator[str]:
-    yield "# Models that are trained whole, and large adapters"
-    yield ""
-    yield "`python benchmarks/large_models.py`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least"
-    yield "that nothing else uses. Wall time is of a machine that others were using. Disk of the first four was looked at between"
-    yield "stages alone: by its plan `lora-128` has up to 39.9 GiB within one."
-    yield ""
-    yield "| case | evaluation × training | memory, GiB | CPU s | minutes | wall, min | disk, GiB | error of K₁ | checks |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for name, case in CASES.items():
-        size = f"{case.n_eval} × {case.n_train}" + ("" if case.matrix else ", no matrix")
-        line = latest.get(name)
-        if line is None:
-            targets = (f"[{_number(value)}]" for value in (case.gib, case.minutes, case.disk))
-            yield "| `{}` | {} | not run {} | | {} | | {} | | |".format(name, size, *targets)
-            continue
-        checks = line["self_checks"] or []
-        passed = sum(one["passed"] for one in checks)
-        error = f"{errors[name]:.1e}" if name in errors else "–"
-        yield (
-            f"| `{name}` | {size} | {line['peak'] / _GIB:.2f} [{_number(case.gib)}] | {line['cpu']:.0f} | "
-            f"{line['cpu'] / 60 / _CORES:.1f} [{_number(case.minutes)}] | {line['wall'] / 60:.0f} | "
-            f"{line['disk'] / _GIB:.2f} [{_number(case.disk)}] | {error} | {passed} of {len(checks)} |"
-        )
-    for name, line in latest.items():
-        yield from ["", f"## {name}", "", f"`{line['command']}`", ""]
-        versions, hardware = line["environment"]["versions"], line["environment"]["hardware"]
-        yield f"torch {versions['torch']}, {line['threads']} threads on {hardware['processor']}, load {line['load']:.0f}."
-        yield from ["", "| stage | CPU s | peak so far, GiB |", "|---|---|---|"]
-        ends = [*(stage["cpu"] for stage in line["stages"][1:]), line["cpu"]]
-        for stage, end in zip(line["stages"], ends, strict=True):
-            if "(stage " in stage["line"]:
-                yield f"| {stage['line'].partition(' (stage')[0]} | {end - stage['cpu']:.0f} | {stage['peak'] / _GIB:.2f} |"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
-
-
 def main() -> None:
     """One of the commands."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -390,7 +306,7 @@ def main() -> None:
     if options.command == "train":
         train(options.cases)
     elif options.command == "page":
-        page()
+        write_page(RESULTS, CASES)
     else:
         for name in options.cases:
             {"run": run, "check": check, "floor": floor}[options.command](name, options.run)
