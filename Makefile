@@ -139,7 +139,7 @@ mutations: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m tests.mutations --rows runs/mutations.jsonl; PYTHONPATH=. $(BIN)/python -m tests.mutations --page runs/mutations.jsonl
 
 calibrate: $(STAMP)
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.calibration
 
 bench-probe: $(STAMP)
 	rm -rf runs/bench-probe runs/bench-probe-overhead

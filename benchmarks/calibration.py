@@ -1,6 +1,6 @@
 """Do the errors, intervals and p-values that commands print mean what they say? Simulated in an exact world.
 
-    python benchmarks/calibration.py [buffers]          default 2000; results: benchmarks/results/calibration/
+    python -m benchmarks.calibration [buffers]          default 2000; results: benchmarks/results/calibration/
 
 In the world (calibration_world.py) every completion of a policy is enumerated in float64, so that the truth is known; buffers are
 drawn as a trainer draws them, and the product's own functions make intervals, rules and p-values from them. Twelve minutes on one

@@ -46,7 +46,7 @@ def write_page(folder: Path, rates: Mapping[str, Any]) -> None:
     lines = [
         "# Calibration in an exact world",
         "",
-        f"`make calibrate` (`python benchmarks/calibration.py {buffers}`): {buffers} simulated buffers a column, so that a rate "
+        f"`make calibrate` (`python -m benchmarks.calibration {buffers}`): {buffers} simulated buffers a column, so that a rate "
         f"of 95% is known to ± {200 * math.sqrt(0.95 * 0.05 / buffers):.1f} points (p-values: 400 buffers, ± 2.2 points). What "
         "each line means stands at the head of that file; rates outside the range that is aimed at (coverage 93 to 97%, below 8 "
         "prompts 90 to 98%; level 3 to 7%) are **bold**.",

@@ -1,6 +1,6 @@
 """Does the training side's own noise cover? Buffers drawn again and again in an exact world, a real AdamW's step for each.
 
-    python benchmarks/calibration_training.py [buffers]          default 400; results: benchmarks/results/calibration/training.*
+    python -m benchmarks.calibration_training [buffers]          default 400; results: benchmarks/results/calibration/training.*
 
 Every buffer is drawn as a trainer draws it: prompts uniformly, completions from the policy, a reward, Dr. GRPO's weights. The
 moments are those that earlier buffers left in torch's own AdamW; the next step is clipped and taken from them. What it does to
@@ -179,7 +179,7 @@ def main(buffers: int = 400) -> None:
     lines = [
         "# The training side's own noise, in an exact world",
         "",
-        f"`python benchmarks/calibration_training.py {buffers}`: {buffers} buffers a line, each with the AdamW step that it "
+        f"`python -m benchmarks.calibration_training {buffers}`: {buffers} buffers a line, each with the AdamW step that it "
         "causes from the same moments. What the columns mean stands at the head of that file.",
         "",
         "| | " + " | ".join(names) + " |",

@@ -1,10 +1,10 @@
 """Analyses of models of which all weights are trained, and of large adapters: memory, time, disk and errors, beside the targets.
 
-    python benchmarks/large_models.py train                the two runs that are analysed, a few steps each (runs/large/)
-    python benchmarks/large_models.py run CASE ...         analyses in a process of their own, stage by stage
-    python benchmarks/large_models.py check CASE ...       8 x 8 entries of a kernel again: float64, plain autograd
-    python benchmarks/large_models.py floor CASE ...       the least that a kernel takes: plain passes, and one product of rows
-    python benchmarks/large_models.py page                 benchmarks/results/large_models/README.md, from what both left
+    python -m benchmarks.large_models train                the two runs that are analysed, a few steps each (runs/large/)
+    python -m benchmarks.large_models run CASE ...         analyses in a process of their own, stage by stage
+    python -m benchmarks.large_models check CASE ...       8 x 8 entries of a kernel again: float64, plain autograd
+    python -m benchmarks.large_models floor CASE ...       the least that a kernel takes: plain passes, and one product of rows
+    python -m benchmarks.large_models page                 benchmarks/results/large_models/README.md, from what both left
 
 CPU seconds are user and system time of the process: half of them are what two cores that nothing else uses take at least. Memory
 is the largest resident set that the system has seen, disk the largest size of the unfinished folder.

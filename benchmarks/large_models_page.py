@@ -97,7 +97,7 @@ def _stage_seconds(line: dict[str, Any], names: tuple[str, ...]) -> float:
 def _page(latest: dict[str, dict[str, Any]], errors: dict[str, float], cases: Mapping[str, Any]) -> Iterator[str]:
     yield "# Models that are trained whole, and large adapters"
     yield ""
-    yield "`python benchmarks/large_models.py`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least"
+    yield "`python -m benchmarks.large_models`; targets in brackets. Minutes are CPU seconds / 120: what two cores take at least"
     yield "that nothing else uses. Wall time is of a machine that others were using. Disk of the first four was looked at between"
     yield "stages alone: by its plan `lora-128` has up to 39.9 GiB within one."
     yield ""

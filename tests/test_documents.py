@@ -145,3 +145,22 @@ def test_targets_of_make_and_files_exist() -> None:
                 found += 1
                 assert (ROOT / file).exists(), f"{block}: there is no {file}"
     assert found > 15
+
+
+def _programs_by_path() -> set[tuple[str, str]]:
+    """(file that says so, program) of everything that is to be run by its path from the repository's root."""
+    told = [*ROOT.glob("*.md"), ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    told += ROOT.glob("benchmarks/**/*.py")
+    named = re.compile(r"(?<![\w/])python ((?:benchmarks|docs|notebooks)/[\w/]+\.py)")
+    return {(str(path.relative_to(ROOT)), call) for path in told for call in named.findall(path.read_text())}
+
+
+def test_a_program_that_is_run_by_its_path_finds_what_it_imports() -> None:
+    """The root is on Python's path with `python -m benchmarks.x` alone, or where a program puts it there."""
+    calls = _programs_by_path()
+    assert len(calls) > 10
+    for told, program in sorted(calls):
+        text, folder = (ROOT / program).read_text(), program.partition("/")[0]
+        imported = re.search(rf"^(from|import) {folder}\b", text, re.MULTILINE)
+        module = program[:-3].replace("/", ".")
+        assert not imported or "sys.path.insert" in text, f"{told}: no module {folder} there; write python -m {module}"
