@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from entropy_core.adamw import AdamWParameterState, after_gradient, preconditioner
+from entropy_core.formed import Formed
 
 _CLIP_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 _ENOUGH = 1e-3  # part of the distance at no bonus that may remain
@@ -95,16 +96,25 @@ class BonusResponse:
 
     def along(self, direction: Mapping[str, Tensor], coefficient: float, steps: int = 1) -> float:
         """<direction, d(coefficient)> over so many steps."""
-        clip, total = self.clip(coefficient), 0.0
-        for name, g in self._gradients.items():
-            before, q = self._states[name], direction[name]
-            seen = clip * (g - coefficient * self._bonus_of(name, g)) if coefficient else clip * g
-            of_moment, of_gradient = _persisting(before, steps)
-            moving = preconditioner(after_gradient(before, seen)) * (of_moment * before.exp_avg + of_gradient * seen)
-            total -= before.lr * _dot(q, moving)
-            if before.weight_decay:
-                total -= steps * before.lr * before.weight_decay * _dot(q, self._parameters[name].detach())
-        return total
+        step = self.step(coefficient, steps)
+        return sum((_dot(direction[name], step[name]) for name in self._gradients), 0.0)
+
+    def step(self, coefficient: float, steps: int = 1) -> Mapping[str, Tensor]:
+        """d(coefficient) over so many steps, each parameter's formed when it is read."""
+        clip = self.clip(coefficient)
+        return Formed(self._parameters, lambda name: self._move(name, clip, coefficient, steps))
+
+    def _move(self, name: str, clip: float, coefficient: float, steps: int) -> Tensor:
+        if name not in self._gradients:
+            return torch.zeros_like(self._parameters[name])
+        before, g = self._states[name], self._gradients[name]
+        seen = clip * (g - coefficient * self._bonus_of(name, g)) if coefficient else clip * g
+        of_moment, of_gradient = _persisting(before, steps)
+        moving = preconditioner(after_gradient(before, seen)) * (of_moment * before.exp_avg + of_gradient * seen)
+        moved = moving.mul_(-before.lr)
+        if before.weight_decay:
+            moved.sub_(self._parameters[name].detach(), alpha=steps * before.lr * before.weight_decay)
+        return moved
 
     def of_gradient(self, direction: Mapping[str, Tensor]) -> float:
         """<direction, -lr P c g>: what the loss gradient of this step does by itself, in this step and by momentum later."""

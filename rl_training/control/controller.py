@@ -19,6 +19,7 @@ Source: docs/theory/entropy-control.md.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,19 @@ from entropy_core.adamw import read_adamw_state
 from entropy_core.batch import SequenceBatch
 from entropy_core.bonus import BonusResponse, BonusSolution, solve_bonus
 from entropy_core.gradients import trainable_parameters
+from entropy_core.processes import Processes
 from rl_training.control.level import EntropyLevel
 from rl_training.control.look import HeldOutLook
 from rl_training.control.missed import MissedDistance
 from rl_training.control.target import TargetPath
 from rl_training.controller_config import EntropyControllerConfig
+from rl_training.probe.derivative_check import DerivativeCheck
 
 _KEEP = 0.9  # of what loss gradients usually do, a step
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(f"the entropy controller: {sentence}", RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class EntropyController:
 
     def __init__(self, config: EntropyControllerConfig, model: nn.Module) -> None:
         self._config, self._model = config, model
+        self._check = DerivativeCheck(
+            model, Processes(), _warn, "The coefficient is solved for with it: train without the controller"
+        )
         self._look = HeldOutLook(model, config.advantage_decay)
         self.level = EntropyLevel(config.level_gain, config.bias_gain, config.bias_limit, config.pool_age)
         self.target = TargetPath(config)
@@ -133,6 +143,7 @@ class EntropyController:
         self._sum_up(level, solution, coming)
         without = response.along(gradient, 0.0)
         predicted = without if alpha == 0.0 else response.along(gradient, alpha)
+        self._check.hold(predicted, seen, lambda: self._look.coefficients(seen), response.step(alpha))
         reward = self._reward(response, grads, alpha, coming.reward_scale)
         if alpha != 0.0:
             self._last_alpha = alpha

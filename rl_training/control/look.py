@@ -43,11 +43,16 @@ class HeldOutLook:
             nonlocal log_weights
             scores = statistics.scores()
             log_weights = scores - scores_at_drawing(scores).to(scores)
-            weights = normalized_weights(log_weights)
-            return [change_coefficients(statistics, watched, None, self._decay, weights)]
+            return [self.coefficients(Observation(watched, statistics, log_weights))]
 
         with self._passes, self._passes.attached_norms():
             found, statistics = fold_gradients(
                 self._model, watched, objectives, self._prefixes.buckets(watched), folds=1
             )
         return Observation(watched, statistics, log_weights), found[0].total()
+
+    def coefficients(self, seen: Observation) -> TokenCoefficients:
+        """Of the sum over `seen` whose mean over sequences is differentiated."""
+        assert seen.log_weights is not None
+        weights = normalized_weights(seen.log_weights)
+        return change_coefficients(seen.statistics, seen.batch, None, self._decay, weights)

@@ -1,4 +1,4 @@
-"""Whether the probe's gradient of entropy is a derivative of the policy's entropy: held against forward passes along a step.
+"""Whether a gradient of entropy is a derivative of the policy's entropy: held against forward passes along a step.
 
     <g, u> = sum_tk [ alpha_tk D H_tk + gamma_tk D log pi_tk ]        D: derivative along u; alpha, gamma: entropy_core.entropy
 
@@ -30,10 +30,14 @@ class DerivativeCheck:
         model: the policy.
         sharing: processes that hold the same observation.
         say: takes a sentence, once a run.
+        what_now: how the sentence ends, in place of what a probe says.
     """
 
-    def __init__(self, model: nn.Module, sharing: Processes, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: nn.Module, sharing: Processes, say: Callable[[str], None], what_now: str | None = None
+    ) -> None:
         self._model, self._sharing, self._say = model, sharing, say
+        self._ending = () if what_now is None else (what_now,)
         self._uses, self._told = 0, False
 
     def hold(
@@ -54,7 +58,7 @@ class DerivativeCheck:
         if isinstance(parts, str):
             why = f"it was not checked whether the gradient of entropy is a derivative of it: {parts}"
         else:
-            why = disagreement(Estimate(value, float(parts.norm())), float(parts.sum()))
+            why = disagreement(Estimate(value, float(parts.norm())), float(parts.sum()), *self._ending)
         if why is not None:
             self._told = True
             self._say(why)

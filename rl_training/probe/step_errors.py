@@ -25,6 +25,7 @@ from rl_training.probe.history import FOLDS
 Along = Callable[[Mapping[str, Tensor]], TokenRatioChange]
 """A direction over all trained parameters -> the derivative of what is measured, of the weights as they are."""
 
+_GO_BY_MEASURED = "`predicted` is off by so much, `measured` is not: go by that, or train without it"
 _DISAGREE = 0.05
 
 
@@ -45,8 +46,11 @@ def difference(predicted: float, left_out: Tensor, measured: TokenRatioChange) -
     return replace(found, deviations=())
 
 
-def disagreement(predicted: Estimate, derivative: float) -> str | None:
-    """Why the gradient's value and the derivative along the same step are not one number; None where rounding explains it."""
+def disagreement(predicted: Estimate, derivative: float, what_now: str = _GO_BY_MEASURED) -> str | None:
+    """Why the gradient's value and the derivative along the same step are not one number; None where rounding explains it.
+
+    what_now: what it does to the numbers, and the remedy.
+    """
     error = predicted.standard_error
     scale = max(abs(predicted.value), abs(derivative), error if math.isfinite(error) else 0.0)
     if abs(predicted.value - derivative) <= _DISAGREE * scale:
@@ -54,7 +58,7 @@ def disagreement(predicted: Estimate, derivative: float) -> str | None:
     return (
         f"the gradient of entropy along the step gives {predicted.value:.3g}, the derivative along the same step "
         f"{derivative:.3g}: half-precision weights round one of them, or the model computes something else under a gradient "
-        "(straight-through rounding, say). `predicted` is off by so much, `measured` is not: go by that, or train without it"
+        f"(straight-through rounding, say). {what_now}"
     )
 
 

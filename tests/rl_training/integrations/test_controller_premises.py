@@ -14,6 +14,7 @@ from rl_training.integrations.entropy_controller import attach_entropy_controlle
 from rl_training.integrations.trl import attach_entropy_probe
 from tests.rl_training.integrations.test_entropy_controller import DR_GRPO, controlled
 from tests.rl_training.integrations.test_trl_integration import make_trainer
+from tests.rl_training.probe.test_derivative_check import Doubled
 
 
 class Quiet(TrainerCallback):
@@ -66,6 +67,20 @@ def test_a_step_that_is_not_the_one_solved_for_is_said_once(tiny_policy, tmp_pat
         assert told == []
     else:
         assert len(told) == 1 and "another step than the one that was solved for" in told[0], told
+
+
+@pytest.mark.parametrize("doubled", [False, True], ids=["plain", "doubled"])
+def test_a_gradient_of_entropy_that_is_no_derivative_is_said_once(tiny_policy, tmp_path, doubled):
+    """The coefficient is solved for with it."""
+    trainer, controller = controlled(tiny_policy, tmp_path, target=4.6, alpha_max=100.0)
+    if doubled:
+        trainer.model.model.layers[1].mlp.register_forward_hook(lambda _m, _args, output: Doubled.apply(output))
+    told = said(trainer.train)
+    assert any(step.alpha for step in controller.history)
+    if doubled:
+        assert len(told) == 1 and told[0].endswith("train without the controller"), told
+    else:
+        assert told == []
 
 
 def test_another_sampler_is_said_by_the_controller_too_and_once_beside_the_probe(tiny_policy, tmp_path):

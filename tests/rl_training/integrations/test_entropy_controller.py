@@ -146,6 +146,7 @@ def test_a_target_above_is_approached_and_each_prediction_is_of_the_step_taken(t
         before.append(weights(trainer))
         return seen, gradient
 
+    noted.coefficients = look.coefficients
     callback._controller._look = noted
     trainer.train()
     before.append(weights(trainer))
