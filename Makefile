@@ -11,7 +11,7 @@
 # make bench   which benchmarks there are
 # make bench-probe   cost and accuracy of the entropy probe, about an hour on two quiet cores
 # make bench-replay   replay every estimator of the probe on recorded runs (record first: benchmarks/probe_replay)
-# make study   the reference study: arms that hold entropy and arms that do not, on a small policy; resumable, about an hour on two quiet cores
+# make study   the reference study: arms that hold entropy and arms that do not, on a small policy; resumable, 35 minutes on two cores
 # make calibrate   how often intervals cover and tests reject, simulated in an exact world, ten minutes
 # make faults   what can go wrong, tried: damaged files, wrong configurations, full disks, kills (FAULT_ARGS="--kills 0 --disks 0": files alone)
 # make fuzz   changed files, read by every parser of ours for ten minutes (FUZZ_ARGS="--seconds 60"); findings are kept as tests
