@@ -245,7 +245,7 @@ class EntropyWatch:
             except (ValueError, RuntimeError) as error:  # what ends one process alone would leave the others waiting
                 trouble = error
         if self._sharing.any(trouble is not None, batch.device):
-            raise trouble or ValueError("another process could not take derivatives of its sequences")
+            raise ValueError(str(trouble or "another process could not take derivatives of its sequences")) from trouble
         along = TokenStatistics(self._sharing.sum(logprobs), self._sharing.sum(entropies))
         decay = self._config.advantage_decay
         change = token_ratio_derivative(statistics, along, batch, self._values, decay, self._seen.log_weights)

@@ -12,6 +12,7 @@ from entropy_core.batch import SequenceBatch
 from entropy_core.entropy import score_coefficients
 from entropy_core.processes import Processes
 from rl_training.config import EntropyProbeConfig
+from rl_training.probe.derivative_check import DerivativeCheck
 from rl_training.probe.score_term import FusedScoreTerm
 from rl_training.probe.step_prices import _loss_gradients
 from rl_training.probe.watch import EntropyWatch
@@ -61,6 +62,29 @@ def _passes() -> dict[str, tuple[str, float]]:
     return out
 
 
+def _out_of_room() -> dict[str, tuple[str, float]]:
+    """Derivatives that end in torch's own kind of error in process 1 alone."""
+    sharing, batch, out = Processes.world(), _batch(), {}
+    model = DistanceAttention(VOCABULARY).double()
+    watch = EntropyWatch(CONFIG, model, sharing)
+    watch.before_step(batch)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    if sharing.rank == 1:
+        model.head.register_forward_pre_hook(fail)
+    direction = random_direction(model)
+    out["of a watched step"] = _ended(lambda: watch.derivatives(direction))
+    said: list[str] = []
+    check = DerivativeCheck(model, sharing, said.append)
+    assert watch.seen is not None
+    coefficients = score_coefficients(batch, torch.ones(len(batch), dtype=torch.float64))
+    _, ones = _ended(lambda: check.hold(1.0, watch.seen, lambda: coefficients, direction))
+    out["of the check"] = said[0].partition(": ")[2], ones
+    return out
+
+
 def _sharded_passes() -> tuple[str, float]:
     model = _spoilt(DistanceAttention(VOCABULARY).double())
     mesh = init_device_mesh("cpu", (2,))
@@ -75,6 +99,13 @@ def test_numbers_that_are_not_finite_in_one_process_are_refused_by_all() -> None
         assert first[name][1] == second[name][1] == 2.0, name
         assert first[name][0].startswith("another process") and "well" not in second[name][0], name
         assert not second[name][0].startswith("another process"), name
+
+
+def test_an_error_of_torch_in_one_process_is_told_to_all() -> None:
+    first, second = in_two_processes(_out_of_room, patience=20)
+    for name in second:
+        assert first[name][0].startswith("another process") and "not enough memory" in second[name][0], name
+        assert first[name][1] == second[name][1] == 2.0, name
 
 
 def test_also_where_a_pass_is_itself_an_exchange() -> None:
