@@ -13,6 +13,7 @@ docs/theory/index.md).
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,9 +39,10 @@ class SequenceBatch:
         temperature: the sampling temperature; every log-probability and entropy is taken at it.
 
     Raises:
-        ValueError: shapes that disagree, an empty batch, attended tokens that are not one
-            contiguous run, a completion that is empty, not attended or at the very first of them
-            (nothing predicts it), or a temperature <= 0.
+        ValueError: shapes that disagree, an empty batch, ids or prompt indices that are not whole
+            numbers, a negative id, attended tokens that are not one contiguous run, a completion
+            that is empty, not attended or at the very first of them (nothing predicts it), or a
+            temperature that is not positive and finite.
 
     Examples:
         >>> prompts, completions = [[1, 2], [1, 2], [3]], [[4, 0], [5, 6, 0], [4]]
@@ -68,8 +70,13 @@ class SequenceBatch:
                 )
         if self.prompt_index.shape != shape[:1]:
             raise ValueError(f"prompt_index is {tuple(self.prompt_index.shape)}, but there are {shape[0]} sequences")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, not {self.temperature}: greedy decoding has no entropy")
+        for name in ("input_ids", "prompt_index"):
+            if not _whole(getattr(self, name)):
+                raise ValueError(f"{name} must be whole numbers, not {getattr(self, name).dtype}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be positive and finite, not {self.temperature}: greedy decoding has no entropy"
+            )
         self._check_completions()
 
     def _check_completions(self) -> None:
@@ -84,6 +91,10 @@ class SequenceBatch:
         starts_attended = attended & ~torch.nn.functional.pad(attended, (1, -1), value=False)
         first_bad(starts_attended.sum(1) != 1, "its attended tokens are not one contiguous run")
         first_bad((completion & starts_attended).any(1), "its completion has no token before it to be predicted from")
+        first_bad(
+            (attended & (self.input_ids < 0)).any(1),
+            "a token id is negative: give the tokens themselves (labels have -100 in the place of some), or mask it out",
+        )
 
     @classmethod
     def from_sequences(
@@ -102,7 +113,7 @@ class SequenceBatch:
                 or of all) where it drew every one.
 
         Raises:
-            ValueError: lists of unequal lengths.
+            ValueError: lists of unequal lengths, or of what is no whole number; and as the class.
         """
         if not len(prompt_ids) == len(completion_ids) == len(prompt_index):
             raise ValueError(
@@ -118,10 +129,11 @@ class SequenceBatch:
         completion = torch.zeros_like(attention)
         for n, (p, c) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
             end = len(p) + len(c)
-            ids[n, :end] = torch.tensor([*p, *c], dtype=torch.long)
+            ids[n, :end] = _numbers([*p, *c], f"sequence {n}: token ids")
             attention[n, :end] = True
             completion[n, len(p) : end] = _drawn_tokens(n, drawn[n], len(c))
-        return cls(ids, attention, completion, torch.as_tensor(prompt_index, dtype=torch.long), temperature)
+        of = _numbers(prompt_index, "prompt indices, equal for completions of one prompt,")
+        return cls(ids, attention, completion, of, temperature)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -168,6 +180,21 @@ class SequenceBatch:
             completion_mask=self.completion_mask.to(device),
             prompt_index=self.prompt_index.to(device),
         )
+
+
+def _whole(numbers: Tensor) -> bool:
+    return not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+
+
+def _numbers(given: Sequence[int] | Tensor, what: str) -> Tensor:
+    """(n,) int64. Raises ValueError for what is not a list of whole numbers."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be whole numbers ({error})") from error
+    if len(found) and not _whole(found):
+        raise ValueError(f"{what} must be whole numbers, not {found.dtype}")
+    return found.long()
 
 
 def _drawn_tokens(sequence: int, drawn: Sequence[bool] | None, length: int) -> Tensor:

@@ -211,8 +211,9 @@ def completion_logits(model: nn.Module, bucket: Bucket, temperature: float) -> T
 def call_model(model: nn.Module, bucket: Bucket) -> Tensor:
     """The model's logits for a bucket, on its device, (n, l, V) but for what hooks on its output layer make of them.
 
-    Raises ValueError where the model inserts or drops positions.
+    Raises ValueError where the model inserts or drops positions, gives no `.logits`, or has no such token.
     """
+    _check_tokens(model, bucket)
     arguments = {}
     accepts = _forward_parameters(model)
     if "position_ids" in accepts:
@@ -227,13 +228,36 @@ def call_model(model: nn.Module, bucket: Bucket) -> Tensor:
         arguments["attention_mask"] = mask.masked_fill_(~bucket.attention_mask, torch.finfo(dtype).min)
     if "use_cache" in accepts:
         arguments["use_cache"] = False
-    logits = model(input_ids=bucket.input_ids, **arguments).logits.to(bucket.input_ids.device)
+    output = model(input_ids=bucket.input_ids, **arguments)
+    if not isinstance(getattr(output, "logits", None), Tensor):
+        raise ValueError(
+            f"the model returned a {type(output).__name__} without `.logits`: set model.config.return_dict = True, or wrap a "
+            "model of your own in one whose forward returns an object with `.logits` (n, l, vocabulary)"
+        )
+    logits = output.logits.to(bucket.input_ids.device)
     if logits.dim() == 3 and logits.shape[:2] != bucket.input_ids.shape:
         raise ValueError(
             f"the model gave logits of shape {tuple(logits.shape)} for tokens of shape {tuple(bucket.input_ids.shape)}: it "
             "inserts or drops positions (prompt tuning does), so no logit can be matched to its token"
         )
     return logits
+
+
+def _check_tokens(model: nn.Module, bucket: Bucket) -> None:
+    """Raises ValueError for a token that the model's table of embeddings does not have (on a GPU its process would be lost)."""
+    get = getattr(innermost_model(model), "get_input_embeddings", None)
+    try:
+        count = getattr(get(), "num_embeddings", None) if callable(get) else None
+    except NotImplementedError:  # of a model that names none
+        count = None
+    if not isinstance(count, int):
+        return
+    largest = int(torch.maximum(bucket.input_ids.max(), bucket.targets.max()))
+    if largest >= count:
+        raise ValueError(
+            f"token {largest} is beyond the model's vocabulary of {count}: the sequences are another tokenizer's, or the model "
+            "was not resized to its tokenizer (model.resize_token_embeddings)"
+        )
 
 
 def raise_if_broken(logits: Tensor, bucket: Bucket, tokens: Tensor | None = None) -> None:

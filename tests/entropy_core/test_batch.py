@@ -80,6 +80,14 @@ def spoiled(name: str) -> dict[str, object]:
         arguments = {k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     elif name == "greedy":
         arguments["temperature"] = 0.0
+    elif name == "no temperature at all":
+        arguments["temperature"] = float("inf")
+    elif name == "ids that are no whole numbers":
+        arguments["input_ids"] = arguments["input_ids"].float()
+    elif name == "prompts that are no whole numbers":
+        arguments["prompt_index"] = torch.tensor([0.0, 0.5])
+    elif name == "a label's gap among the tokens":
+        arguments["input_ids"] = arguments["input_ids"].clone().index_fill_(1, torch.tensor([1]), -100)
     return arguments
 
 
@@ -94,6 +102,10 @@ def spoiled(name: str) -> dict[str, object]:
         "prompt index too short",
         "no sequence",
         "greedy",
+        "no temperature at all",
+        "ids that are no whole numbers",
+        "prompts that are no whole numbers",
+        "a label's gap among the tokens",
     ],
 )
 def test_impossible_batches_are_refused(name: str) -> None:
@@ -107,6 +119,23 @@ def test_from_sequences_refuses_unequal_lists() -> None:
         SequenceBatch.from_sequences([[1], [2]], [[3]], [0, 1], 0)
     with pytest.raises(ValueError):
         SequenceBatch.from_sequences([[]], [[3]], [0], 0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [([[1.5]], [[3]], [0]), ([["a"]], [[3]], [0]), ([[1]], [[True]], [0.5]), ([[1]], [[3]], ["gsm8k/1"])],
+    ids=str,
+)
+def test_from_sequences_refuses_what_is_no_whole_number(given) -> None:
+    """1.5 was taken for 1, and a name for an error of torch."""
+    with pytest.raises(ValueError, match="must be whole numbers"):
+        SequenceBatch.from_sequences(*given, 0)
+
+
+def test_padding_may_hold_what_is_no_token() -> None:
+    good = right_padded(TokenLists([[1, 2], [1, 2]], [[3, 4], [3, 4, 5]], [0, 0]))
+    ids = good.input_ids.masked_fill(~good.attention_mask, -100)
+    assert SequenceBatch(ids, good.attention_mask, good.completion_mask, good.prompt_index).input_ids.min() == -100
 
 
 @pytest.mark.parametrize("token_batch_size", [1, 12, 25, 10_000])

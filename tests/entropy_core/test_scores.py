@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from entropy_core.batch import SequenceBatch
 from entropy_core.passes.logits import logprobs_and_entropies
 from entropy_core.passes.settings import PassSettings
 from entropy_core.scores import TokenStatistics, token_statistics
@@ -197,6 +198,36 @@ def test_logits_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError):
         token_statistics(model, right_padded(random_sequences(4)))
         pytest.fail("logits with two more positions than tokens were read at the wrong positions, silently")
+
+
+class WithoutLogits(nn.Module):
+    """As a transformers model with `return_dict=False`, or one that gives its logits alone."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.model, self.wrap = RecurrentPolicy(), wrap
+
+    def forward(self, input_ids: torch.Tensor):
+        return self.wrap(self.model(input_ids=input_ids).logits)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x,), lambda x: {"logits": x}], ids=["tensor", "tuple", "dict"]
+)
+def test_a_model_that_gives_no_logits_is_refused_with_the_remedy(wrap) -> None:
+    with pytest.raises(ValueError, match=r"without `.logits`: set model.config.return_dict = True, or wrap"):
+        token_statistics(WithoutLogits(wrap), right_padded(random_sequences(4)))
+
+
+@pytest.mark.parametrize("place", ["prompt", "last token"])
+@pytest.mark.parametrize("case", CASES[:-1], ids=lambda case: case.name)
+def test_a_token_beyond_the_vocabulary_is_named(case: ModelCase, place: str) -> None:
+    """On a CPU torch says that an index is out of range, on a GPU the process is lost."""
+    model, count = case.make(), case.vocabulary
+    prompt, completion = ([count], [3, 4]) if place == "prompt" else ([5], [3, count])
+    batch = SequenceBatch.from_sequences([[1, 2], prompt], [[3], completion], [0, 1], 0)
+    with pytest.raises(ValueError, match=f"token {count} is beyond the model's vocabulary of {count}"):
+        token_statistics(model, batch)
 
 
 def test_a_huge_margin_stays_finite() -> None:
