@@ -93,7 +93,7 @@ def _fields_of(path: Path, kind: Any) -> set[str]:
     """The options of an adapter of this kind."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    configuration = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    configuration = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
     if configuration is None:
         raise UserError(
             f"{path}: peft_type {kind!r} is no adapter that the installed PEFT knows: install the one that wrote it"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from entropy_experiments.checkpoints.foreign import ForeignLayout, foreign_layout, is_foreign_run
 from entropy_experiments.checkpoints.imported import IMPORT_RECORD, MOMENTS_FILE, ImportRecord, read_import_record
 from rl_training.errors import UserError
+from rl_training.files import read_regular
 from rl_training.run.sidecar import SIDECAR_NAME, Sidecar, read_sidecar, refuse_special_file
 
 _WEIGHT_FILES = (
@@ -228,6 +229,8 @@ def read_json(path: Path) -> Any:
     """A JSON file of a checkpoint. Raises UserError where it cannot be read."""
     refuse_special_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_regular(path).decode("utf-8"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged; copy it again") from error

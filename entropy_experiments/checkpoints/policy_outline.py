@@ -88,7 +88,10 @@ def _attach(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]], de
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     where = f"the adapter in {adapter.folder}"
-    config = copy.deepcopy(PeftConfig.from_pretrained(str(adapter.folder)))
+    try:
+        config = copy.deepcopy(PeftConfig.from_pretrained(str(adapter.folder)))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{adapter.folder / ADAPTER_CONFIG} is damaged ({first_line(error)}): copy it again") from error
     config.inference_mode = False
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = False  # there is nothing to decompose

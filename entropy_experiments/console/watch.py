@@ -71,16 +71,17 @@ def _entries(run: Path) -> Iterator[dict[str, Any]]:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and "step" in entry:
                 yield entry
         return
     try:
         state = json.loads((resolve_checkpoint(run) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (UserError, OSError, ValueError):  # none yet: the page waits
+    except (UserError, OSError, ValueError, RecursionError):  # none yet: the page waits
         return
-    yield from (entry for entry in state.get("log_history", ()) if isinstance(entry, dict))
+    rows = state.get("log_history") if isinstance(state, dict) else None
+    yield from (entry for entry in (rows if isinstance(rows, list) else ()) if isinstance(entry, dict))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ hub id.
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,15 +28,12 @@ from transformers import (
 from rl_training.config import LoraConfig
 from rl_training.errors import UserError, first_line
 from rl_training.models.device_map import DeviceMap
+from rl_training.models.layer_counts import refuse_endless_layers
 from rl_training.models.remote_code import refuse_kernels, refused_code
 from rl_training.models.source import resolve_source
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-# What transformers and its libraries raise for files that are missing or damaged.
-_LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError,
-)  # fmt: skip
 _logger = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"dropout|_pdrop$|layer_?drop|drop_(path|rate)")
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -78,6 +73,7 @@ def load_model_and_tokenizer(
     target_device = _resolve_device(device) if device_map is None else None
     source = resolve_source(name, Path(cache_dir) if cache_dir is not None else None)
     with _failures_explained(name, source):
+        refuse_endless_layers(name, source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         refuse_kernels(name, config)
         for key, value in vars(config).items():
@@ -107,6 +103,7 @@ def outline_model(name: str, local_files_only: bool = False) -> PreTrainedModel:
     """
     source = resolve_source(name)
     with _failures_explained(name, source):
+        refuse_endless_layers(name, source, local_files_only)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
         refuse_kernels(name, config)
         refuse_quantized(name, config)
@@ -123,6 +120,7 @@ def outline_of_configuration(folder: Path) -> PreTrainedModel:
         UserError: as `outline_model` does.
     """
     with _failures_explained(str(folder), str(folder)), torch.device("meta"):
+        refuse_endless_layers(str(folder), str(folder), local_files_only=True)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         refuse_kernels(str(folder), config)
         refuse_quantized(str(folder), config)
@@ -137,9 +135,11 @@ def read_tokenizer(folder: Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-    except _LOADING_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers and its libraries raise every kind for files that are damaged
         raise refused_code(str(folder), error) or UserError(
-            f"the tokenizer in {folder} does not load ({first_line(error)}): copy it again from the base model"
+            f"the tokenizer in {folder} does not load ({_reason(error)}): copy it again from the base model"
         ) from error
 
 
@@ -159,9 +159,18 @@ def _read_model(source: str, **arguments: Any) -> PreTrainedModel:
     """A model of which every parameter is in its files: transformers would fill others with random
     numbers.
     """
-    made: Any = AutoModelForCausalLM.from_pretrained(
-        source, trust_remote_code=False, output_loading_info=True, **arguments
-    )
+    given = {"trust_remote_code": False, "output_loading_info": True, **arguments}
+    try:
+        made: Any = AutoModelForCausalLM.from_pretrained(source, **given)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        given |= {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}
+        found = cast(Any, AutoModelForCausalLM.from_pretrained(source, **given))[1]
+        name, saved, wanted = min(found["mismatched_keys"])
+        raise ValueError(
+            f"{name!r} is {tuple(saved)} in its files, and config.json wants {tuple(wanted)}: the files are of different models"
+        ) from error
     model, found = made
     missing = sorted(found["missing_keys"])
     if missing:
@@ -176,9 +185,9 @@ def _failures_explained(name: str, source: str) -> Iterator[None]:
     """Errors of transformers and of the files become a UserError of one line."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # transformers and its libraries raise every kind for files that are missing or damaged
         raise refused_code(source, error) or UserError(_explain_failure(name, source, error)) from error
 
 
@@ -246,13 +255,19 @@ def _resolve_device(device: str) -> torch.device:
 
 
 def _explain_failure(name: str, source: str, error: BaseException) -> str:
-    reason = first_line(error)
+    reason = _reason(error)
     if Path(source).is_dir():
         return f"model.name {name}: the model in {source} cannot be loaded: {reason}"
     return (
         f"model.name {name}: no local folder of this name, and it cannot be had from the hub "
         f"(offline, gated, or no such model): {reason}"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, with the next where that is only announced."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return f"{lines[0]} {lines[1]}" if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
 
 
 def _prepare_tokenizer(tokenizer: Any, model: Any) -> None:

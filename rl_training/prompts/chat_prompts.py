@@ -16,7 +16,7 @@ from typing import Any
 
 from rl_training.errors import UserError
 from rl_training.prompts.limited_templates import TemplateError, limited_templates
-from rl_training.prompts.text_tokenizer import text_tokenizer
+from rl_training.prompts.text_tokenizer import panics_told, text_tokenizer
 
 # What rendering itself decides; a record that says otherwise is not one of a run.
 _DECIDED = frozenset(
@@ -68,6 +68,7 @@ def tokenize_prompts(
     return [_of_text(tokenizer, prompt) if isinstance(prompt, str) else next(rendered) for prompt in prompts]
 
 
+@panics_told()
 def _of_text(tokenizer: Any, prompt: str) -> list[int]:
     try:
         return list(tokenizer(prompt)["input_ids"])
@@ -77,6 +78,7 @@ def _of_text(tokenizer: Any, prompt: str) -> list[int]:
         ) from error
 
 
+@panics_told()
 def _render(tokenizer: Any, chats: list[Any], arguments: dict[str, Any]) -> list[list[int]]:
     """Token ids of each chat, all rendered together."""
     if not chats:

@@ -8,7 +8,11 @@ decoding and text prompts are the tokenizer's.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from rl_training.errors import UserError, first_line
 
 
 def text_tokenizer(processing_class: Any) -> Any:
@@ -25,3 +29,17 @@ def text_tokenizer(processing_class: Any) -> Any:
         inner = copy.copy(inner)
         inner.chat_template = template
     return inner
+
+
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """A tokenizer whose pattern takes for ever on a text gives up, and raises what is no Exception: UserError here."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizer gives up on a text ({first_line(error)[:200]}): its tokenizer.json is damaged or was tampered with; "
+            "copy it again from the base model"
+        ) from error

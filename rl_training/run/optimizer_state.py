@@ -38,6 +38,8 @@ def read_tensor_file(path: Path) -> Any:
     """
     try:
         return load_tensors(path)
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         objects = _objects(path)
         if not objects:

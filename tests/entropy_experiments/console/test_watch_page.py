@@ -60,3 +60,15 @@ def test_it_answers_this_machine_and_its_own_addresses_alone(tmp_path: Path) -> 
         port = int(address.rsplit(":", 1)[1].rstrip("/"))
         with pytest.raises(UserError, match="--port"), watched(tmp_path, port):
             pass
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"log_history": 3}', "[" * 200_000], ids=["list", "null", "number", "deep"]
+)
+def test_a_log_that_is_none_keeps_the_page_waiting(tmp_path: Path, text: str) -> None:
+    """The page says that it waits, not that the run is no longer watched."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(text)
+    assert history_of(tmp_path)["plot"] is None
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n")
+    assert history_of(tmp_path)["plot"] is None
