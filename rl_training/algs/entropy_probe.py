@@ -54,6 +54,7 @@ from rl_training.probe.step_parts import (
     counterfactual,
     effect_metric,
     has_stepped,
+    moved_unseen,
     opened,
     step_per_gradient,
     turn_into_difference,
@@ -279,9 +280,9 @@ class SimpleEntropyProbe:
         Raises UserError where `preconditioning` asks for a step that it does not take.
         """
         parameters, how = trainable_parameters(self._model), self._config.preconditioning
-        word = counterfactual(parameters, optimizer, how)
-        if word is not None:
-            self._say_once(word)
+        for word in (counterfactual(parameters, optimizer, how), moved_unseen(self._model, optimizer)):
+            if word is not None:
+                self._say_once(word)
         if how != "actual":
             return None
         why = why_not_split(parameters, optimizer) or self._no_parts

@@ -34,7 +34,7 @@ from rl_training.premises.gradient_premise import is_sharded
 from rl_training.premises.loss_reading import LossReader, LossReading
 from rl_training.premises.sampling_check import FirstPrompts, SamplingWatcher
 from rl_training.premises.step_as_solved import StepAsSolved
-from rl_training.probe.step_parts import why_not_split
+from rl_training.probe.step_parts import moved_unseen, why_not_split
 
 STATE_KEY = "entropy_controller"
 
@@ -231,6 +231,8 @@ class EntropyControllerCallback(TrainerCallback):
         sequences = self._pool.turn(self._step, rng)
         batch = to_batch(sequences, self._sampling_config).to(self._trainer.accelerator.device)
         coming = StepToCome(self._step, self._last, max_norm, self._reward_scale())
+        if (word := moved_unseen(self._model, self._trainer.optimizer)) is not None:
+            self._tell(word)
         done = self._controller.act(self._trainer.optimizer, coming, batch, self._pool.scored)
         if done.alpha != 0.0:
             for changed in self._reader.after_addition:

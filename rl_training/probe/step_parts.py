@@ -77,6 +77,23 @@ def why_not_split(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim
     return None
 
 
+def moved_unseen(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """A sentence where the coming step moves weights of the model that are no longer trained, which no derivative sees; or None.
+
+    torch's optimizers pass over a parameter that has no gradient, not one that requires none: a gradient left over, or set to
+    zeros, lets momentum and decay go on.
+    """
+    held = {id(p) for group in opened(optimizer).param_groups for p in group["params"]}
+    moved = [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None and id(p) in held]
+    if not moved:
+        return None
+    return (
+        f"the optimizer moves {moved[0]!r} ({len(moved)} such), which requires no gradient any more but still has one: "
+        "`predicted` leaves that out, and `measured` holds it; set its .grad to None when you freeze it "
+        "(zero_grad(set_to_none=True))"
+    )
+
+
 def is_plain_descent(optimizer: torch.optim.Optimizer) -> bool:
     """Whether -lr g is the step that is taken: SGD without momentum and decay."""
     inner = opened(optimizer)
