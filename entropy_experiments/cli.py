@@ -263,7 +263,7 @@ def watch(
     with stdout_kept_for_results():
         quiet_libraries()
         from entropy_experiments.console.watch import watch as serve
-    serve(run, port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
+    serve(run, port, lambda address: print(f"open in a browser: {address}  (Ctrl-C ends it)", flush=True))
 
 
 @app.command()
