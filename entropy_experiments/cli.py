@@ -354,7 +354,7 @@ def schema(
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the demo's runs and results")] = Path("runs"),
 ) -> None:
-    """Train a small model until its entropy falls, analyse the checkpoint, write the report: six to seven minutes on two quiet cores."""
+    """Train a small model until its entropy falls, analyse the checkpoint, write the report: 6 to 7 minutes on two cores."""
     quiet_libraries()
     from entropy_experiments.console.demo import run_demo
 
