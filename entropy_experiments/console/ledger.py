@@ -62,7 +62,7 @@ def ledger_lines(found: Ledger) -> list[str]:
         lines.append(warning)
     kinds = (
         f"  right: ended, with a reward of {RIGHT_FROM:g} or more; wrong: ended with less, or without a reward; cut off: reached "
-        "the longest completion before its end"
+        f"the longest completion before its end; momentum from before: what steps up to {found.first_step - 1} left in it"
     )
     for heading, rows, explained in (
         ("By kind of sequence", found.by_kind, [kinds]),

@@ -25,6 +25,7 @@ from entropy_experiments.statistics.confidence import (
     Sentence,
     change_word,
     correlation_words,
+    few_prompts_sentence,
     gap_word,
     shown,
 )
@@ -60,6 +61,7 @@ def run_sentences(evolution: Evolution) -> list[Sentence]:
     """What entropy did, how well it was predicted, what caused it, what it bought, the law, the kernel, the checks."""
     sources: list[tuple[str, list[Sentence | None], int]] = [
         ("whole.observed", [*_entropy(evolution)], 2),
+        ("comparable.prompts; whole.observed, whole.expected: degrees_of_freedom", [_few_prompts(evolution)], 0),
         ("whole.prediction; checkpoints: predicted, actual", [*_predicted(evolution)], 1),
         ("whole.expected, whole.difference", [*_added_up(evolution)], 1),
         ("whole.parts", [_caused(evolution)], 1),
@@ -102,6 +104,15 @@ def _entropy(evolution: Evolution) -> list[Sentence]:
             Sentence(f"Their mean reward {change_word(reward)}: {ends}, a change of {reward.text()} ({BRACKETS}).")
         )
     return found
+
+
+def _few_prompts(evolution: Evolution) -> Sentence | None:
+    """What the intervals are worth where few evaluation prompts are behind them."""
+    whole = evolution.whole
+    freedoms = {"observed": whole.observed.degrees_of_freedom, "predicted": whole.expected.degrees_of_freedom}
+    several = len(evolution.checkpoints) > 1
+    warning = few_prompts_sentence(evolution.comparable.prompts, freedoms if several else None)
+    return None if warning is None else Sentence(warning, "warning")
 
 
 def _predicted(evolution: Evolution) -> list[Sentence]:

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from entropy_experiments.records.analysis_results import finished
+from entropy_experiments.records.estimate_entries import finite_number
 from entropy_experiments.records.evolution import (
     CheckpointChange,
     CheckpointRow,
@@ -42,6 +43,7 @@ from entropy_experiments.records.leave_one_out import read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.summary import Parts
 from entropy_experiments.records.training_course import unfiltered_points
+from entropy_experiments.records.zero_or_one import zeros_and_ones
 from entropy_experiments.statistics.correlation import correlation
 from entropy_experiments.sweep.evolution.cluster_flow import Clusters, cluster_flow, cluster_likeness
 from entropy_experiments.sweep.evolution.entropy_law import law_over_training
@@ -91,6 +93,7 @@ def describe_evolution(
     buffers = [results.evaluation for results in folders]
     prompts = common_prompts(buffers)
     sums = prompt_sums(buffers, prompts)
+    binary = zeros_and_ones(row["reward"] for b in buffers for row in b if finite_number(row["reward"]) is not None)
     pairs = [_Pair(folders[k], folders[k + 1], prompts) for k in range(len(rows) - 1)]
     return Evolution(
         unit="nats per token",
@@ -100,7 +103,7 @@ def describe_evolution(
             CheckpointChange(
                 **_comparison(sums, steps, k, k + 1),
                 losers=_losers(sums[k], sums[k + 1]),
-                price=price_between(sums, k, k + 1),
+                price=price_between(sums, k, k + 1, binary),
                 alignment=pair.alignment(permutations, seed),
                 cosine=pair.cosine(),
                 flow=pair.flow(),
@@ -113,7 +116,7 @@ def describe_evolution(
             observed=[jackknifed(_observed(0, k), sums) for k in range(len(steps))],
             expected=[jackknifed(_summed(steps, 0, k), sums) for k in range(len(steps))],
         ),
-        whole=_whole(list(zip(folders, rows, strict=True)), sums, steps),
+        whole=_whole(list(zip(folders, rows, strict=True)), sums, steps, binary),
         law=_laws(rows, history),
         history=history,
     )
@@ -217,14 +220,14 @@ def _losers(left: np.ndarray, right: np.ndarray) -> LosingPrompts:
     return LosingPrompts(spearman=rank, prompts=len(lost[0]), reason=reason)
 
 
-def _whole(points: Points, sums: np.ndarray, steps: list[int]) -> WholeRun:
+def _whole(points: Points, sums: np.ndarray, steps: list[int], binary: bool) -> WholeRun:
     last, weights = len(steps) - 1, _weights(steps)
     return WholeRun(
         **_comparison(sums, steps, 0, last),
         parts=Parts(**{part: weighted_sum(points, part, weights) for part in _PARTS}),
         largest_part=largest_of_sums(points, _PARTS, weights),
         prediction=_prediction(points),
-        price=price_between(sums, 0, last) if last else None,
+        price=price_between(sums, 0, last, binary) if last else None,
         most_lowering_prompts=_most_lowering_prompts([folder for folder, _ in points]),
     )
 

@@ -13,6 +13,7 @@ from entropy_experiments.records.estimate_entries import finite_number, ratio_es
 from entropy_experiments.records.estimates import Estimate
 from entropy_experiments.records.evolution import BufferSizes, ByAdvantage, CheckpointRow
 from entropy_experiments.records.reader import ResultsFolder
+from entropy_experiments.records.zero_or_one import of_zeros_and_ones, zeros_and_ones
 from entropy_experiments.sweep.evolution.training_kernel import kernel_size, training_structure
 from entropy_experiments.text.numbers import series
 
@@ -67,7 +68,8 @@ def _mean_reward(sequences: list[dict[str, Any]]) -> Estimate | None:
     if not scored:
         return None
     rewards, prompts = zip(*scored, strict=True)
-    return ratio_estimate(torch.tensor(rewards, dtype=torch.float64), torch.tensor(prompts))
+    mean = ratio_estimate(torch.tensor(rewards, dtype=torch.float64), torch.tensor(prompts))
+    return of_zeros_and_ones(mean, len(rewards), len(set(prompts))) if zeros_and_ones(rewards) else mean
 
 
 def _by_advantage(sequences: list[dict[str, Any]]) -> ByAdvantage | None:

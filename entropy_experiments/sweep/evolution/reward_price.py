@@ -13,14 +13,20 @@ import numpy as np
 
 from entropy_experiments.records.estimates import NO_ESTIMATE
 from entropy_experiments.records.evolution import RewardPrice
+from entropy_experiments.records.zero_or_one import change_of_zeros_and_ones
 from entropy_experiments.statistics.confidence import NOT_FROM_ZERO
 from entropy_experiments.sweep.evolution.left_out_prompts import entropy_at, jackknifed, reward_at
 
 
-def price_between(sums: np.ndarray, a: int, b: int) -> RewardPrice:
-    """The price between checkpoints a and b of (K, len(SUMS), B) `prompt_sums`, or why there is none."""
+def price_between(sums: np.ndarray, a: int, b: int, binary: bool = False) -> RewardPrice:
+    """The price between checkpoints a and b of (K, len(SUMS), B) `prompt_sums`, or why there is none.
+
+    binary: whether all rewards are 0 or 1, whose means change by no more than 1.
+    """
     entropy = jackknifed(lambda totals: entropy_at(b)(totals) - entropy_at(a)(totals), sums)
     reward = jackknifed(lambda totals: reward_at(b)(totals) - reward_at(a)(totals), sums)
+    if binary:
+        reward = change_of_zeros_and_ones(reward)
 
     def no_price(reason: str) -> RewardPrice:
         return RewardPrice(entropy_change=entropy, reward_change=reward, price=NO_ESTIMATE, reason=reason)

@@ -121,6 +121,7 @@ def test_a_runs_ledger_adds_up(found):
     assert found.agreement is not None and found.agreement.paired
     assert found.agreement.difference == pytest.approx(total - found.measured.value)
     lines = ledger_lines(found)
+    assert f"what steps up to {found.first_step - 1} left in it" in str(lines)
     assert lines[0].startswith("Steps 3 to 4: entropy was predicted to change by") and "By token" in "\n".join(lines)
 
 

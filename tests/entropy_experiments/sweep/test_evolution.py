@@ -226,3 +226,18 @@ def test_one_checkpoint_is_a_short_story():
     evolution = describe_evolution(folders, history)
     assert evolution.changes == () and evolution.whole.price is None
     assert_json(evolution)
+
+
+def test_rewards_of_0_and_1_have_means_between_them():
+    """One of eight prompts solved: the jackknife's interval began below 0."""
+    folder = planted_run(1)[0][0]
+    rows = [dict(row, reward=float(at == 0)) for at, row in enumerate(folder.evaluation[:8])]
+    solved = checkpoint_row(replace(folder, evaluation=rows)).reward
+    assert 0 <= solved.low < solved.value < solved.high <= 1
+    other = [dict(row, reward=2 * row["reward"]) for row in rows]
+    assert checkpoint_row(replace(folder, evaluation=other)).reward.low < 0, "of another scale nothing is known"
+    folders, history = planted_run(2)
+    lost = [dict(row, reward=0.0) for row in folders[0].evaluation]
+    none = [replace(folder, evaluation=lost) for folder in folders]
+    price = describe_evolution(none, history, permutations=19).whole.price
+    assert price.reward_change.value == 0 and price.reward_change.low is None

@@ -27,7 +27,7 @@ from entropy_experiments.sweep.config import SweepConfig
 from entropy_experiments.sweep.evolution.evolution import describe_evolution
 from entropy_experiments.sweep.figures import CHARTS
 from entropy_experiments.sweep.page import sweep_figures, sweep_page
-from entropy_experiments.sweep.verdict import read_sweep_verdict, write_sweep_verdict
+from entropy_experiments.sweep.verdict import read_sweep_verdict, run_sentences, write_sweep_verdict
 from rl_training.errors import UserError
 from tests.entropy_experiments.browser_visit import Visit
 from tests.entropy_experiments.planted_run import planted_run
@@ -324,3 +324,12 @@ def test_hostile_text_runs_nothing(browser, run, tmp_path):
     visit.page.wait_for_timeout(300)
     assert name in visit.page.locator("h1").inner_text()
     visit.close()
+
+
+def test_few_prompts_behind_a_verdict_are_told(run):
+    """The sentence of reports and ledgers: a sweep was silent."""
+    _, evolution = run
+    few = evolution.model_copy(update={"comparable": evolution.comparable.model_copy(update={"prompts": 6, "of": 6})})
+    sentences = [one for one in run_sentences(few) if "Intervals rest on 6 evaluation prompts" in one.text]
+    assert [one.tone for one in sentences] == ["warning"]
+    assert not any("Intervals rest on" in one.text for one in run_sentences(evolution))
