@@ -28,6 +28,7 @@ from typing import Any
 from entropy_experiments.buffers.sampling_plan import SamplingPlan
 from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import tokenize_prompts
+from rl_training.prompts.text_tokenizer import text_tokens
 from rl_training.sampling import Rollouts, SamplingConfig, prompt_text
 from rl_training.sequences import RolloutSequence
 from rl_training.tasks.json_lines import check_values, regular_file
@@ -235,7 +236,7 @@ def as_sampled(tokenizer: Any, completion: str, sampling_config: SamplingConfig)
     """The text as tokens of a completion: up to its first end-of-sequence token, one added where it
     has none, and cut at the sampling configuration's maximum length.
     """
-    tokens = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    tokens = text_tokens(tokenizer, completion)
     ends = [k for k, token in enumerate(tokens) if token in sampling_config.eos_token_ids]
     own = tokenizer.eos_token_id
     eos = own if own in sampling_config.eos_token_ids else sampling_config.eos_token_ids[0]
@@ -252,7 +253,7 @@ def segments_as_tokens(
     ids: list[int] = []
     drawn: list[bool] = []
     for text, own in segments:
-        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = text_tokens(tokenizer, text)
         ids, drawn = ids + tokens, drawn + [own] * len(tokens)
     if drawn and drawn[-1] and ids[-1] not in sampling_config.eos_token_ids:
         eos = tokenizer.eos_token_id
@@ -288,9 +289,7 @@ def given_rollouts(
         ids.append(tokens)
         drawn.append(None if mask is None or all(mask) else tuple(mask))
     decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    whole = tokenizer.batch_decode(
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions], skip_special_tokens=True
-    )
+    whole = tokenizer.batch_decode([text_tokens(tokenizer, text) for text in completions], skip_special_tokens=True)
     # decoding need not give back a text to the letter; where nothing was cut off, the text itself
     # is shown
     shown = [t if d == w else d for t, d, w in zip(completions, decoded, whole, strict=True)]

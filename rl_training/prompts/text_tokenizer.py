@@ -43,3 +43,9 @@ def panics_told() -> Iterator[None]:
             f"the tokenizer gives up on a text ({first_line(error)[:200]}): its tokenizer.json is damaged or was tampered with; "
             "copy it again from the base model"
         ) from error
+
+
+@panics_told()
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone, without special tokens around it. Raises UserError as `panics_told` does."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -15,6 +15,7 @@ from entropy_experiments.buffers.custom import as_sampled
 from entropy_experiments.buffers.dumps.rows import Mistakes, RolloutRow, RolloutTable
 from rl_training.errors import UserError
 from rl_training.prompts.chat_prompts import PromptRendering, tokenize_prompts
+from rl_training.prompts.text_tokenizer import text_tokens
 from rl_training.sampling import SamplingConfig
 
 _LONG_ENOUGH = 4  # tokens of prompts that no policy repeats by chance, in every row
@@ -185,7 +186,7 @@ def _completion(
         return row.completion_ids, drawn
     assert row.completion is not None
     counts.texts += 1
-    plain = list(tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+    plain = text_tokens(tokenizer, row.completion)
     counts.changed += tokenizer.decode(plain, skip_special_tokens=False) != row.completion
     if row.truncated:
         counts.unclosed += 1
@@ -237,7 +238,7 @@ class _Prompts:
         if row.prompt_form == "plain":
             return tokenize_prompts(self.tokenizer, [row.prompt], self.rendering)[0]
         if row.prompt_form == "templated":
-            return list(self.tokenizer(row.prompt, add_special_tokens=False)["input_ids"])
+            return text_tokens(self.tokenizer, row.prompt)
         return self._with_special_tokens(row.prompt)
 
     def _rendered(self, messages: Any) -> list[int]:
