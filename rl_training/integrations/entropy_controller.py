@@ -38,6 +38,13 @@ from rl_training.probe.step_parts import moved_unseen, why_not_split
 
 STATE_KEY = "entropy_controller"
 
+_REWARD_GRADIENT = {
+    "loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "num_iterations": 1, "importance_sampling_level": "token",
+    "length_normalizer": "constant", "mask_truncated_completions": False, "delta": None, "off_policy_mask_threshold": None,
+    "multi_objective_aggregation": "sum_then_normalize", "max_refill_rounds": 0, "difficulty_weighting": False,
+}  # fmt: skip
+"""Arguments, where the trainer has them, with which the loss's gradient is that of mean reward up to a factor."""
+
 
 def attach_entropy_controller(
     trainer: Any,
@@ -275,13 +282,16 @@ class EntropyControllerCallback(TrainerCallback):
         return None
 
     def _reward_scale(self) -> float | None:
-        """Of Dr. GRPO's loss alone: -g = sum_i A_i grad S_i / (N L), and grad J is G / (G - 1) times its mean over N."""
-        args = self._trainer.args
-        plain = {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "num_iterations": 1}
-        same = {"importance_sampling_level": "token", "length_normalizer": "constant"}
-        if any(getattr(args, name, None) != value for name, value in plain.items()):
+        """Of Dr. GRPO's loss alone: -g = sum_i A_i grad S_i / (N L), and grad J is G / (G - 1) times its mean over N.
+
+        Of prompts as they are drawn, every completion counted: a buffer that is refilled, or prompts drawn by their difficulty,
+        are another distribution than the one whose mean reward J is.
+        """
+        trainer, args = self._trainer, self._trainer.args
+        if any(getattr(args, name, value) != value for name, value in _REWARD_GRADIENT.items()):
             return None
-        if any(getattr(args, name, value) != value for name, value in same.items()):
-            return None
+        own = trainer.__dict__.get("_compute_loss", getattr(type(trainer), "_compute_loss", None))
+        if getattr(own, "__module__", "").partition(".")[0] != "trl" or getattr(own, "__name__", "") != "_compute_loss":
+            return None  # a loss of somebody's own
         group = int(args.num_generations)
         return float(args.max_completion_length) * group / (group - 1)

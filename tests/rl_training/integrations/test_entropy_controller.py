@@ -166,12 +166,32 @@ def test_reward_gradient_is_dr_grpos_own(tiny_policy, tmp_path):
     assert all(math.isfinite(step.reward) for step in callback.history)
     assert any(step.reward != 0 for step in callback.history if step.alpha)
     assert "entropy_controller/reward_change" in trainer.state.log_history[0]
-    other, callback = controlled(tiny_policy, tmp_path / "b", settings={"loss_type": "grpo"})
-    other.train()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"loss_type": "grpo"}, {"mask_truncated_completions": True}, {"delta": 4.0}, {"num_iterations": 2}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_cost_in_reward_is_left_out_where_the_loss_is_another(tiny_policy, tmp_path, settings):
+    trainer, callback = controlled(tiny_policy, tmp_path, settings={"max_steps": 1, **settings})
+    trainer.train()
     assert (
         all(math.isnan(step.reward) for step in callback.history) and "not known for this loss" in callback.describe()
     )
-    assert "entropy_controller/reward_change" not in other.state.log_history[0]
+    assert "entropy_controller/reward_change" not in trainer.state.log_history[0]
+
+
+def test_also_where_a_loss_is_somebodys_own_or_prompts_are_drawn_by_their_difficulty(tiny_policy, tmp_path):
+    trainer, callback = controlled(tiny_policy, tmp_path)
+    assert callback._reward_scale() == trainer.args.max_completion_length * 4 / 3
+    for name, value in (("max_refill_rounds", 2), ("difficulty_weighting", True)):
+        setattr(trainer.args, name, value)  # as the arguments of our own trainer
+        assert callback._reward_scale() is None, name
+        delattr(trainer.args, name)
+    own = trainer._compute_loss
+    trainer._compute_loss = lambda *arguments: 2 * own(*arguments)
+    assert callback._reward_scale() is None
 
 
 def test_a_resumed_run_takes_the_same_steps(tiny_policy, tmp_path):
