@@ -15,8 +15,11 @@ STATE_KEYS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"})
 REQUIRED_GROUP_KEYS = frozenset({"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"})
 # How the same step is computed, not which one; and what schedulers and the names of parameters leave behind.
 HARMLESS_GROUP_KEYS = frozenset(
-    {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "initial_lr", "param_names"}
-)
+    {
+        "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay", "param_names", "initial_lr", "max_lr",
+        "min_lr", "swa_lr",
+    }
+)  # fmt: skip
 
 # (name, keys of an entry or of a group one of which is enough); the first that fits is the name given.
 _BY_KEY: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -25,6 +28,10 @@ _BY_KEY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a schedule-free optimizer", ("weight_sum", "lr_max", "train_mode", "weight_lr_power")),
     ("GaLore or APOLLO", ("projector", "update_proj_gap", "proj_type")),
     ("Prodigy or D-Adaptation", ("d_coef", "d0", "p0", "growth_rate", "d_numerator")),
+    (
+        "one whose betas a schedule moves (OneCycleLR or CyclicLR; cycle_momentum=False leaves them alone)",
+        ("base_momentum", "max_momentum"),
+    ),
     ("AdEMAMix", ("exp_avg_slow", "exp_avg_fast", "m2", "beta3_scheduler", "t_alpha", "t_beta3")),
     ("Adan", ("exp_avg_diff", "neg_pre_grad", "pre_grad", "previous_grad")),
     ("AdaBelief", ("exp_avg_var", "weight_decouple", "rectify")),
