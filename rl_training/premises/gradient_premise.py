@@ -230,7 +230,8 @@ class GradientPremise:
                 "positions"
             )
         else:
-            why = f"temperature, positions, adapters, hooks on the output layer, or a precision below {precision} may be the cause"
+            kinds = "temperature, positions, adapters, hooks on the output layer"
+            why = f"{kinds}, or a precision below {precision} may be the cause"
         return (
             f"the trainer's forward pass is not the policy's: log-probabilities of its own sequences differ by "
             f"{difference:.2g} nats a token; {why}"
