@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from entropy_experiments.records.estimates import NO_ESTIMATE, Estimate, Measure
 from entropy_experiments.records.leave_one_out import LeftOut, read_leave_one_out
 from entropy_experiments.records.reader import ResultsFolder
 from entropy_experiments.records.record import json_of
+from entropy_experiments.records.zero_or_one import change_of_zeros_and_ones, of_zeros_and_ones, zeros_and_ones
 from entropy_experiments.report.verdict import PARTS
 from entropy_experiments.statistics.agreement import unpaired_agreement
 from entropy_experiments.statistics.confidence import UNTRUSTED, Known, shown
@@ -147,6 +148,8 @@ def compare_analyses(analyses: Sequence[ResultsFolder]) -> Point:
         numbers = [_number(results, quantity.key) for results in analyses]
         series = [_left_out(results, table, quantity.key) for results, table in zip(analyses, stored, strict=True)]
         gaps = [_difference(numbers[0], n, series[0], s) for n, s in zip(numbers[1:], series[1:], strict=True)]
+        if quantity.key == "reward" and all(_rewards_are_zeros_and_ones(results) for results in analyses):
+            gaps = [g and replace(g, number=change_of_zeros_and_ones(g.number)) for g in gaps]
         if any(number is not None for number in numbers):
             rows.append(Compared(quantity, tuple(numbers), (None, *gaps)))
     return Point(step_of(analyses[-1]), tuple(analyses), tuple(rows))
@@ -178,7 +181,14 @@ def _number(results: ResultsFolder, key: str) -> Estimate | None:
     elif (ratio := _ratio_of_rows(results, key)) is not None:
         above, below, index, _ = ratio
         found = interval_estimate(float(above.sum() / below.sum()), leave_one_prompt_out(above, index, below).numpy())
+        if key == "reward" and zeros_and_ones(above.tolist()):
+            found = of_zeros_and_ones(found, len(above), len(index.unique()))
     return None if found is None or found.value is None else found
+
+
+def _rewards_are_zeros_and_ones(results: ResultsFolder) -> bool:
+    found = _ratio_of_rows(results, "reward")
+    return found is not None and zeros_and_ones(found[0].tolist())
 
 
 # Numbers that are a ratio of sums over the evaluation sequences: key -> (numerator, denominator; None: their number).
