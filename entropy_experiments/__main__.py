@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from entropy_experiments.run.launcher_watch import end_with_the_launcher
@@ -14,14 +15,30 @@ def main() -> None:
     _refuse_gone_folder()
     early = _caught_early() if os.environ.get("WORLD_SIZE", "1") == "1" else {}
     try:
-        from entropy_experiments.cli import main as run
-
+        run = _command_line()
         for number, before in early.items():  # from here on it has handlers of its own
             signal.signal(number, before)
         run()
     except KeyboardInterrupt:  # in a launch: nothing was caught early
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _command_line() -> Callable[[], None]:
+    """What runs the commands. The mathematics is installed without extras; the command line needs one, and says so."""
+    try:
+        from entropy_experiments.cli import main as run
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "entropy_core", "rl_training", "entropy_experiments"):
+            raise
+        print(
+            f"error: the command line needs the package {package}, which an installation without extras does not have: install "
+            "entropy-experiments[analysis] for checkpoints, entropy-experiments[train] for the demo and training as well",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return run
 
 
 def _refuse_gone_folder() -> None:
