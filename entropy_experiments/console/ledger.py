@@ -13,6 +13,13 @@ from entropy_experiments.text.display import PromptFrame, prompt_frame, quoted, 
 if TYPE_CHECKING:
     from entropy_experiments.records.ledger_record import Ledger, LedgerRow
 
+_MEANING = (
+    "The accounting share of a group of training sequences is what it did to entropy at the steps that it was in and, through "
+    "momentum, at later ones; below 0: it lowered entropy. The first list adds up to the predicted change. The others divide "
+    "what the training sequences did, without momentum from before and weight decay. Shares rank groups, and do not say what a run "
+    "without one would have done."
+)
+
 
 def ledger(
     run: Annotated[Path, typer.Argument(help="Run folder: its checkpoints and its recorded sequences")],
@@ -64,10 +71,11 @@ def ledger_lines(found: Ledger) -> list[str]:
         f"  right: ended, with a reward of {RIGHT_FROM:g} or more; wrong: ended with less, or without a reward; cut off: reached "
         f"the longest completion before its end; momentum from before: what steps up to {found.first_step - 1} left in it"
     )
+    lines += ["", _MEANING]
     for heading, rows, explained in (
-        ("By kind of sequence", found.by_kind, [kinds]),
-        ("By token", found.by_token, []),
-        (f"By prompt, of {found.prompts}", found.by_prompt, []),
+        ("By kind of training sequence", found.by_kind, [kinds]),
+        ("By token of all training sequences", found.by_token, []),
+        (f"By prompt, of {found.prompts} trained on, the largest first", found.by_prompt, []),
     ):
         frame = prompt_frame([row.name for row in rows if row.prompt_index is not None])
         lines += ["", f"{heading} (accounting shares, nats per token):", *explained, *(_line(r, frame) for r in rows)]

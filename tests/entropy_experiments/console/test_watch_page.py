@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from entropy_experiments.cli import watch
 from entropy_experiments.console.watch import history_of, watched
 from rl_training.errors import UserError
 
@@ -72,3 +73,10 @@ def test_a_log_that_is_none_keeps_the_page_waiting(tmp_path: Path, text: str) ->
     assert history_of(tmp_path)["plot"] is None
     (tmp_path / "metrics.jsonl").write_text(f"{text}\n")
     assert history_of(tmp_path)["plot"] is None
+
+
+def test_the_command_says_what_the_address_is_for(tmp_path: Path, monkeypatch, capsys) -> None:
+    address = "http://127.0.0.1:5/"
+    monkeypatch.setattr("entropy_experiments.console.watch.watch", lambda run, port, told: told(address))
+    watch(tmp_path, 0)
+    assert capsys.readouterr().out == f"open in a browser: {address}  (Ctrl-C ends it)\n"

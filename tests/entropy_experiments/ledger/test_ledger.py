@@ -123,6 +123,7 @@ def test_a_runs_ledger_adds_up(found):
     lines = ledger_lines(found)
     assert f"what steps up to {found.first_step - 1} left in it" in str(lines)
     assert lines[0].startswith("Steps 3 to 4: entropy was predicted to change by") and "By token" in "\n".join(lines)
+    assert any(line.startswith("The accounting share of a group") for line in lines)
 
 
 def test_prompts_are_told_apart():
