@@ -303,11 +303,12 @@ class SimpleEntropyProbe:
         scales = [make(parameters, optimizer, how) for make in (step_per_gradient, effect_metric)]
         limits = (self._sharing, self._take.rows, self._gradient_tolerance)
         found = attribute_sequences(self._model, training, gradient, scales[0] or {}, *limits, metric=scales[1])
-        if self._take.rows.failure is not None:
-            self._say_once(
-                f"{self._take.rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
-                "a step: use mode=simple if that is too long"
-            )
+        slow = self._take.rows.failure and (
+            f"{self._take.rows.failure}; shares take a backward pass for each of {len(training.batch)} sequences "
+            "a step: use mode=simple if that is too long"
+        )
+        for word in filter(None, (slow, found.no_effects)):
+            self._say_once(word)
         return found.shares, found.effects
 
     def _take_in_newest(self) -> None:

@@ -83,16 +83,20 @@ def prior_log_weights(sequences: Sequence[RolloutSequence]) -> Tensor | None:
 
 
 def to_training_sequences(
-    sequences: Sequence[RolloutSequence], sampling_config: SamplingConfig, device: torch.device
+    sequences: Sequence[RolloutSequence],
+    sampling_config: SamplingConfig,
+    device: torch.device,
+    max_norm: float | None = None,
 ) -> TrainingSequences:
     """All sequences of a step, with weights where every one is known: of every token where they
-    were read off the loss.
+    were read off the loss. max_norm: of `TrainingSequences`.
     """
     batch = to_batch(sequences, sampling_config)
     return TrainingSequences(
         batch.to(device),
         torch.tensor([s.advantage for s in sequences], dtype=torch.float64, device=device),
         _weights(sequences, batch, device),
+        max_norm,
     )
 
 

@@ -268,10 +268,8 @@ class EntropyProbeCallback(TrainerCallback):
                 seen = self._probe.observe(batch, drawn, prior, drawn_now, gradient=plan.refreshes, **critic)
                 if drawn_now:
                     self._sampler.take(seen.statistics, seen.batch)
-            scores, self._splits = (
-                seen.statistics.scores(),
-                entropy_by_ending(seen, self._sampling_config.eos_token_ids),
-            )
+            scores = seen.statistics.scores()
+            self._splits = entropy_by_ending(seen, self._sampling_config.eos_token_ids)
         if config.rollouts == "previous_step":
             self._carry(generated, rng, step)
         if not fresh:
@@ -283,7 +281,8 @@ class EntropyProbeCallback(TrainerCallback):
         if plan.predicts:
             training = None
             if config.predictors or config.wants_shares or plan.prices:
-                training = to_training_sequences(trained, self._sampling_config, self._trainer.accelerator.device)
+                device, limit = self._trainer.accelerator.device, self._trainer.args.max_grad_norm or 0.0
+                training = to_training_sequences(trained, self._sampling_config, device, limit)
             self._probe.before_step(optimizer, training, score, self._watch and self._watch.derivative)
             if plan.prices and self._watch is not None and training is not None:
                 self._splits |= self._watch.prices(optimizer, training, self._tolerance)

@@ -40,12 +40,13 @@ class TrainingSequences:
     """The sequences that the step trains on.
 
     advantages: (N,) A_i. weights: (N,) w_i, or (N, L) w_ik in the batch's layout, 0 off completions; None where they are not
-    known.
+    known. max_norm: what the step clips the gradient's norm to (0: not at all); None where only the gradient tells.
     """
 
     batch: SequenceBatch
     advantages: Tensor
     weights: Tensor | None = None
+    max_norm: float | None = None
 
 
 VECTORS = 8
@@ -56,10 +57,13 @@ the check of rows; rows of one parameter at a time come on top.
 
 @dataclass(frozen=True)
 class StepAttribution:
-    """(N,) float64 shares dh_i and effects r_i of leaving out, nats per token; effects None where no metric was given."""
+    """(N,) float64 shares dh_i and effects r_i of leaving out, nats per token; effects None where no metric was given, or where
+    `no_effects` says why.
+    """
 
     shares: Tensor
     effects: Tensor | None
+    no_effects: str | None = None
 
 
 def attribute_sequences(
@@ -129,6 +133,11 @@ def attribute_sequences(
     shares = clip * sharing.sum(products)
     if metric is None:
         return StepAttribution(shares, None)
+    if (scaled := scaled_otherwise(parameters, clip, training.max_norm, tolerance)) is not None:
+        why = (
+            f"{scaled}: training sequences have shares, and no effects of leaving them out, in which that would answer"
+        )
+        return StepAttribution(shares, None, why)
     along, answer = sharing.sum(further).unbind(1)
     if clip < 1 - SAME_CLIP:  # along the clipped gradient the step is shorter by as much as the norm grows
         size = sum(float(g.double().square().sum()) for g in clipped.values())
@@ -175,9 +184,31 @@ def clip_coefficient(
     if not (left <= tolerance and coefficient > 0):
         raise ValueError(
             f"the loss gradient is not the weighted sum of scores that it was rebuilt as ({left:.2%} of it is left over): the "
-            "loss holds another term, weights sequences otherwise, or was computed on another forward pass; use mode=simple"
+            "loss holds another term, weights sequences otherwise, or was computed on another forward pass, or a callback or "
+            "hook changes the gradient before the step (clips it by value or by group, adds to it); use mode=simple"
         )
     return coefficient
+
+
+def scaled_otherwise(
+    parameters: Mapping[str, nn.Parameter], clip: float, max_norm: float | None, tolerance: float = SAME_GRADIENT
+) -> str | None:
+    """A sentence where `clip`, the real gradient relative to the loss's, is not of clipping its norm to `max_norm`, as of a
+    callback that scales, normalises or clips by a limit of its own; None where it is, or may be if max_norm is None.
+    """
+    expected = min(1.0, clip)
+    if max_norm is not None:  # norm / clip is that of the loss's own gradient
+        expected = min(1.0, max_norm * clip / _norm(parameters)) if max_norm and clip else 1.0
+    if clip == 0.0 or abs(clip - expected) <= max(SAME_CLIP, tolerance) * expected:
+        return None
+    return (
+        f"the optimizer gets {clip:.4g} times the loss's gradient, where clipping its norm makes it {expected:.4g} times: "
+        "something else (a callback, a hook) scales or clips it"
+    )
+
+
+def _norm(parameters: Mapping[str, nn.Parameter]) -> float:
+    return sum(float(p.grad.double().square().sum()) for p in parameters.values() if p.grad is not None) ** 0.5
 
 
 def _left_over(p: nn.Parameter, rebuilt: Tensor, coefficient: float) -> float:

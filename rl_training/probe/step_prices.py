@@ -25,7 +25,7 @@ from entropy_core.reward import reward_derivative, reward_derivative_left_out
 from entropy_core.scores import TokenStatistics
 from entropy_core.token_ratios import TokenRatioChange
 from entropy_core.uncertainty import Estimate
-from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, clip_coefficient
+from rl_training.probe.shares import SAME_GRADIENT, TrainingSequences, clip_coefficient, scaled_otherwise
 from rl_training.probe.step_errors import over_prompts
 
 PRICED = (
@@ -85,7 +85,7 @@ def price_step(
 
     Raises:
         ValueError: where the weights of the loss are not known, not those of its gradient, or differ within a sequence (a step
-            on sequences of an earlier policy).
+            on sequences of an earlier policy); where something other than clipping to `max_norm` scales the gradient.
     """
     parameters = trainable_parameters(model)
     states = {n: s for n, s in read_adamw_state(optimizer, parameters, others=True).items() if _moves(parameters[n])}
@@ -96,7 +96,9 @@ def price_step(
         return _loss_gradients(model, training.batch, losses, mine, sharing)
 
     own = gradients([loss_coefficients(tokens.weights, training.batch, tokens.weights)])[0]
-    clip_coefficient(parameters, own, tolerance)
+    clip = clip_coefficient(parameters, own, tolerance)
+    if (scaled := scaled_otherwise(parameters, clip, max_norm or 0.0, tolerance)) is not None:
+        raise ValueError(f"{scaled}, which the interventions' gradients would have to pass too")
     as_trained = _step(states, parameters, own, max_norm)
     found = {}
     for one, gradient in _each(tokens, own, gradients):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -204,3 +205,27 @@ def test_shares_over_the_long_way_on_any_weights(setting):
         row = batch_gradients(setting.model, one, [score_coefficients(one)])[0]
         alone = {name: float(training.weights[n]) * scale[name] * row[name] for name in row}
         assert_close(float(shares[n]), along(gradient, alone), 1e-9, f"sequence {n}")
+
+
+@pytest.mark.parametrize(
+    ("factor", "max_norm", "said"),
+    [(1.0, MAX_NORM, None), (0.5, MAX_NORM, "0.5"), (0.5, 0.0, "0.5"), (3.0, None, "3"), (1.0, None, None)],
+    ids=["clipped", "halved_after_clipping", "halved_unclipped", "normalised_up", "limit_unknown"],
+)
+def test_a_gradient_that_a_callback_scales_has_shares_and_no_effects(setting, factor, max_norm, said):
+    """Effects hold how clipping by the norm answers: of another scaling nobody knows how it would."""
+    norm = MAX_NORM if said is None or max_norm else 1e3
+    setting.backward(TAUGHT, norm)
+    for p in setting.model.parameters():
+        p.grad.mul_(factor)
+    probe = make_probe(setting, mode="attribution")
+    probe.observe(setting.batch, setting.counting_scores())
+    training = replace(setting.training(TAUGHT)[1], max_norm=max_norm)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        probe.before_step(setting.optimizer, training)
+    words = [str(w.message) for w in found if "scales or clips it" in str(w.message)]
+    setting.optimizer.step()
+    change = probe.after_step()
+    assert_close(float(change.shares.sum()), change.batch.value, 1e-9, "the shares do not add up to the batch's part")
+    assert (change.effects is None) is bool(words) is (said is not None)
