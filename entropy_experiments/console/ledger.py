@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _MEANING = (
     "The accounting share of a group of training sequences is what it did to entropy at the steps that it was in and, through "
     "momentum, at later ones; below 0: it lowered entropy. The first list adds up to the predicted change. The others divide "
-    "what the training sequences did, without momentum from before and weight decay. Shares rank groups, and do not say what a run "
-    "without one would have done."
+    "what the training sequences did, without momentum from before and weight decay. Shares rank groups; they do not say what a "
+    "run without one would have done."
 )
 
 
