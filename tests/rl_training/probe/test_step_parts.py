@@ -146,7 +146,8 @@ def test_optimizers_without_known_parts_are_predicted_along_the_step_they_take(n
             assert all(math.isnan(part.value) for part in (change.batch, change.momentum, change.decay))
             assert change.total.standard_error > 0
             assert change.predictors["score_function"] != 0 and change.predictors["covariance"] != 0
-    said = [str(w.message) for w in seen if w.category is RuntimeWarning]  # torch warns of itself where it is first used
+    # torch warns of itself where it is first used.
+    said = [str(w.message) for w in seen if w.category is RuntimeWarning]
     assert len(said) == 1 and name.split()[0] in said[0] and "without parts" in said[0], said
 
 
