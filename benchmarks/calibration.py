@@ -1,6 +1,7 @@
 """Do the errors, intervals and p-values that commands print mean what they say? Simulated in an exact world.
 
     python -m benchmarks.calibration [buffers]          default 2000; results: benchmarks/results/calibration/
+    python -m benchmarks.calibration tests              p-values and other intervals alone, five minutes
 
 In the world (calibration_world.py) every completion of a policy is enumerated in float64, so that the truth is known; buffers are
 drawn as a trainer draws them, and the product's own functions make intervals, rules and p-values from them. Twelve minutes on one
@@ -92,16 +93,29 @@ def main(buffers: int = 2000) -> None:
         tables[name] = {shape.name: simulate(other, shape, buffers) for shape in SHAPES}
         tables[name][LARGE.name] = simulate(other, LARGE, buffers // 5)
         print(name, "done", flush=True)
-    tests: dict[str, dict[str, float]] = {}
-    for test in (*TESTS, *ANALYSES, share_intervals):
-        tests |= test(min(buffers, 400))
-        print({name: rates for name, rates in list(tests.items())[-3:]}, flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    rates = {"buffers": buffers, "worlds": tables, "tests": tests}
+    rates = {"buffers": buffers, "worlds": tables, "tests": simulated_tests(buffers)}
     (RESULTS / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
     write_page(RESULTS, rates)
     calibration_training.main(max(40, buffers // 2))
 
 
+def simulated_tests(buffers: int) -> dict[str, dict[str, float]]:
+    """Name of a test or interval beside the buffers' own -> shape -> rate."""
+    found: dict[str, dict[str, float]] = {}
+    for test in (*TESTS, *ANALYSES, share_intervals):
+        found |= test(min(buffers, 400))
+        print({name: rates for name, rates in list(found.items())[-3:]}, flush=True)
+    return found
+
+
+def tests_anew() -> None:
+    """`simulated_tests` again, with the rates of buffers as they are stored."""
+    rates = json.loads((RESULTS / "rates.json").read_text())
+    rates["tests"] = simulated_tests(rates["buffers"])
+    (RESULTS / "rates.json").write_text(json.dumps(rates, indent=1) + "\n")
+    write_page(RESULTS, rates)
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    tests_anew() if sys.argv[1:] == ["tests"] else main(*map(int, sys.argv[1:2]))

@@ -15,8 +15,10 @@ from entropy_experiments.analyses.higher_order import measure_orders
 from entropy_experiments.analyses.intervention import linear_datamodelling_score
 from entropy_experiments.analyses.weighting_schemes import weighting_schemes
 from entropy_experiments.analyses.who_was_first import bootstrap_counts, numbers_of_draws, who_was_first
+from entropy_experiments.records.estimate_entries import ratio_estimate
 from entropy_experiments.records.law_results import FittedLaw, Forecast
 from entropy_experiments.records.training_course import Column, course
+from entropy_experiments.records.zero_or_one import of_zeros_and_ones
 from entropy_experiments.statistics.confidence import Known
 from entropy_experiments.statistics.jackknife_interval import carried_by_few, effective_degrees_of_freedom
 from entropy_experiments.statistics.largest_part import largest_part
@@ -199,6 +201,24 @@ def price_tests(repeats: int) -> Rates:
     return found
 
 
+def reward_tests(repeats: int) -> Rates:
+    """The mean of rewards of 0 and 1, of prompts that differ in difficulty, where few are solved and where half are."""
+    found: Rates = {}
+    for prompts, each in ((8, 8), (16, 4), (64, 1)):
+        rng = np.random.default_rng((19, prompts))
+        index = torch.arange(prompts).repeat_interleave(each)
+        held: Held = {}
+        for rate in (0.05, 0.5):
+            name = f"coverage of a mean reward of zeros and ones, {rate:.0%} solved"
+            for _ in range(repeats):
+                chances = rng.beta(2 * rate, 2 * (1 - rate), size=prompts).repeat(each)
+                rewards = torch.tensor(rng.random(prompts * each) < chances).double()
+                mean = of_zeros_and_ones(ratio_estimate(rewards, index), len(rewards), prompts)
+                _note(held, name, mean.known(), rate)
+        _collect(found, f"{prompts} prompts x {each}", held)
+    return found
+
+
 def first_tests(repeats: int) -> Rates:
     """Which training sequence is named first, by its frequency in bootstraps over prompts, and the set of nine in ten."""
     found: Rates = {}
@@ -317,6 +337,7 @@ ANALYSES = (
     law_tests,
     order_tests,
     price_tests,
+    reward_tests,
     first_tests,
     largest_part_tests,
     course_tests,

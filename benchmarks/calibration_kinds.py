@@ -106,6 +106,7 @@ COVERED: dict[str, tuple[str, ...]] = {
     ),
     "evolution._prediction": (CORRELATION,),
     "evolution_rows._mean_reward": ("coverage of a change of mean reward",),
+    "zero_or_one.of_zeros_and_ones": ("coverage of a mean reward of zeros and ones",),
     "left_out_prompts.jackknifed": (PAIRED, "coverage of the price of reward in entropy"),
     "kernel_alignment.align_kernels": (ALIGNMENT,),
     "summed_changes.largest_of_sums": (PARTS,),

@@ -116,3 +116,24 @@ def test_prompts_that_are_rendered_otherwise_end_the_run(tiny_policy, tmp_path):
     with pytest.raises(UserError, match="not what the chat template makes"):
         trainer.train()
     assert trainer._tokenize_prompts is prefixed
+
+
+class Frozen(TrainerCallback):
+    """Freezes a weight between its gradient and the step."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            frozen = model.get_parameter(self._name)
+            frozen.requires_grad_(False)
+            frozen.grad = torch.zeros_like(frozen)
+
+
+def test_frozen_weights_that_the_optimizer_still_moves_are_named(tiny_policy, tmp_path):
+    trainer, _ = controlled(tiny_policy, tmp_path)
+    name = next(name for name, _ in trainer.model.named_parameters() if "mlp" in name)
+    trainer.add_callback(Frozen(name))
+    told = said(trainer.train)
+    assert len(told) == 1 and f"the optimizer moves {name!r}" in told[0], told

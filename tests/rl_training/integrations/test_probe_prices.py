@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from entropy_core.interventions import TrainingTokens, interventions, loss_coefficients
 from entropy_core.scores import token_statistics
@@ -151,3 +152,20 @@ def test_it_is_refused_in_words_where_it_cannot_be(tiny_policy, tmp_path):
         trainer, _ = train(tiny_policy, tmp_path, PRICES, ROWS, **{**SETTINGS, "beta": 0.1})
     priced = [any(name.startswith("price/") for name in row) for row in logged(trainer)]
     assert priced == [True, False, False], "the KL term has no gradient at the reference itself, and one from then on"
+
+
+class Halved(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+
+
+def test_a_gradient_that_a_callback_scales_has_no_price_list_and_the_cause_is_said(tiny_policy, tmp_path):
+    """Interventions' gradients would have to pass the same callback."""
+    trainer = make_trainer(tiny_policy, tmp_path, **SETTINGS, max_steps=1, max_grad_norm=0.0)
+    trainer.add_callback(Halved())
+    attach_entropy_probe(trainer, EntropyProbeConfig(**PRICES, on_error="raise"), ROWS, console=False)
+    with pytest.warns(RuntimeWarning, match=r"the optimizer gets 0\.5 times the loss's gradient.*no price list"):
+        trainer.train()
+    assert not [name for name in trainer.state.log_history[0] if name.startswith("entropy_probe/price/")]
