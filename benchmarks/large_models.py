@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -130,23 +129,25 @@ def run(name: str, folder: Path | None) -> None:
     case, out = CASES[name], ROOT / "results" / name
     trust = ["--trust"] if case.trusted else []
     arguments = [str(folder or ROOT / case.run), f"output_dir={out}", *case.overrides(), *trust]
-    begun, stages, seen = time.time(), list[dict[str, Any]](), [0]
+    begun, stages, seen, over = time.time(), list[dict[str, Any]](), [0], threading.Event()
     command = [sys.executable, "-m", "entropy_experiments", "analyze", *arguments, "--overwrite"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
-    threading.Thread(target=_watch_folder, args=(out, child, seen), daemon=True).start()
+    threading.Thread(target=_watch_folder, args=(out, over, seen), daemon=True).start()
     for line in child.stderr:
         print(line, end="", file=sys.stderr, flush=True)
         if line.startswith("analysis: "):
             stages.append(
                 {"line": line.removeprefix("analysis: ").strip(), "wall": time.time() - begun, **_so_far(child.pid)}
             )
-    status, used = child.wait(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    _, status, used = os.wait4(child.pid, 0)  # of this process alone, where several cases run one after another
+    child.returncode = os.waitstatus_to_exitcode(status)
+    over.set()
     found = next(iter(sorted(out.glob("analysis_*/*/run.json"))), None)
     record = {} if found is None else json.loads(found.read_text())
     _add(
         {
-            "case": name, "status": status, "wall": time.time() - begun, "cpu": used.ru_utime + used.ru_stime,
+            "case": name, "status": child.returncode, "wall": time.time() - begun, "cpu": used.ru_utime + used.ru_stime,
             "peak": used.ru_maxrss * 1024, "disk": max(seen), "stages": stages, "self_checks": record.get("self_checks"),
             "environment": {key: record.get(key) for key in ("versions", "git_sha", "hardware")},
             "command": f"analyze {' '.join(arguments)}", "load": os.getloadavg()[1],
@@ -164,11 +165,10 @@ def _so_far(process: int) -> dict[str, float]:
     return {"cpu": (int(fields[11]) + int(fields[12])) / ticks, "peak": 1024 * int(status["VmHWM"].split()[0])}
 
 
-def _watch_folder(folder: Path, child: subprocess.Popen[str], seen: list[int]) -> None:
-    """Append the folder's size every few seconds, as long as the process runs."""
-    while child.poll() is None:
+def _watch_folder(folder: Path, over: threading.Event, seen: list[int]) -> None:
+    """Append the folder's size every few seconds, until it is over."""
+    while not over.wait(3):
         seen.append(_size(folder))
-        time.sleep(3)
 
 
 def _size(folder: Path) -> int:
