@@ -248,7 +248,7 @@ def _check_tokens(model: nn.Module, bucket: Bucket) -> None:
     get = getattr(innermost_model(model), "get_input_embeddings", None)
     try:
         count = getattr(get(), "num_embeddings", None) if callable(get) else None
-    except NotImplementedError:  # of a model that names none
+    except NotImplementedError:  # transformers, of a model whose table it cannot name: torch's own error is left
         count = None
     if not isinstance(count, int) or bucket.input_ids.is_meta:  # a pass that is counted, and not made
         return
